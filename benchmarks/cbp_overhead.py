@@ -1,0 +1,120 @@
+"""One step of continual backpropagation against the same step of its inner optimizer.
+
+    python benchmarks/cbp_overhead.py
+    python benchmarks/cbp_overhead.py --widths 1000 --batches 1 16 --optimizers sgd --seeds 1
+
+Both run inside a `lax.scan` on the 784-w-w-w-10 ReLU network, calls of the two interleaved; the ratio is the
+median over the rounds. `untouched` is CBP without the utility pass (utility "none"), to show what bounds the rest.
+"""
+
+import argparse
+import platform
+import statistics
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from timing import interleaved, ratio
+
+import cbp_jax
+
+
+class Net(nn.Module):
+    """The network of Online Permuted MNIST."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = nn.relu(nn.Dense(self.width, kernel_init=nn.initializers.he_uniform())(x))
+        return nn.Dense(10, kernel_init=nn.initializers.he_uniform())(x)
+
+
+OPTIMIZERS = {"sgd": lambda: optax.sgd(0.003), "adam": lambda: cbp_jax.adam(1e-4)}
+
+
+def nothing(view):
+    """A utility that looks at no weight: any unit is as good as another."""
+    return jnp.zeros(view.group.size)
+
+
+def runner(width, batch, optimizer, seeds, utility, steps, lanes):
+    """A compiled function of no arguments that trains `seeds` networks for `steps` steps."""
+    net = Net(width)
+    x = jax.random.uniform(jax.random.key(0), (64, batch, 784))
+    y = jax.random.randint(jax.random.key(1), (64, batch), 0, 10)
+    params = net.init(jax.random.key(2), x[0])
+    units = cbp_jax.discover_units(net.apply, params, x[0])
+    apply = cbp_jax.with_features(net.apply, units)
+    tx = optax.with_extra_args_support(OPTIMIZERS[optimizer]())
+    if utility:
+        tx = cbp_jax.continual_backprop(tx, units, utility=utility)
+
+    def loss_fn(params, x, y):
+        logits, features = apply(params, x) if utility else (net.apply(params, x), {})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), features
+
+    def train(carry):
+        def step(carry, i):
+            params, state = carry
+            grads, features = jax.grad(loss_fn, has_aux=True)(params, x[i % 64], y[i % 64])
+            updates, state = tx.update(grads, state, params, features=features)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, carry, jnp.arange(steps))[0]
+
+    def start(key):
+        params = net.init(key, x[0])
+        return params, tx.init(params)
+
+    if seeds == 1:
+        carry, run = start(jax.random.key(3)), train
+    else:
+        carry = jax.vmap(start)(jax.random.split(jax.random.key(3), seeds))
+        run = jax.vmap(train) if lanes == "vmap" else lambda carry: jax.lax.map(train, carry)
+    run = jax.jit(run, donate_argnums=0)
+
+    def once():
+        nonlocal carry
+        carry = run(carry)
+        return carry
+
+    return once
+
+
+def main():
+    """Prints a table of ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[100, 1000, 2000])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--optimizers", nargs="+", default=["sgd", "adam"], choices=list(OPTIMIZERS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--utilities", nargs="+", default=["contribution"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--work", type=float, default=3e8, help="weights touched per timed call")
+    parser.add_argument("--lanes", default="vmap" if jax.default_backend() != "cpu" else "map", choices=["vmap", "map"])
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"{device.platform} {device.device_kind}, {platform.processor() or platform.machine()}, jax {jax.__version__}")
+    names = [*args.utilities, "untouched"]
+    print(f"{'width':>5} {'batch':>5} {'inner':>5} {'seeds':>5} {'inner us/step':>14} " + " ".join(f"{n:>22}" for n in names))
+    for width in args.widths:
+        weights = 784 * width + 2 * width**2 + 10 * width
+        for batch in args.batches:
+            for optimizer in args.optimizers:
+                for seeds in args.seeds:
+                    steps = max(10, min(5000, int(args.work / weights / seeds)))
+                    case = (width, batch, optimizer, seeds)
+                    runs = {"inner": runner(*case, None, steps, args.lanes)}
+                    runs |= {name: runner(*case, name, steps, args.lanes) for name in args.utilities}
+                    runs["untouched"] = runner(*case, nothing, steps, args.lanes)
+                    seconds = interleaved(runs, args.rounds)
+                    inner = statistics.median(seconds["inner"]) / steps * 1e6
+                    ratios = " ".join(f"{ratio(seconds, name, 'inner'):22.2f}" for name in names)
+                    print(f"{width:5} {batch:5} {optimizer:>5} {seeds:5} {inner:14.1f} {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Times variants of a training step side by side in one process."""
+
+import statistics
+import time
+
+import jax
+
+
+def interleaved(functions, rounds):
+    """Seconds per call of each compiled function, in turn, `rounds` times; the first call is a warm-up.
+
+    Args:
+      functions: dict from name to a function of no arguments that returns arrays.
+      rounds: how many counted calls of each.
+
+    Returns:
+      dict from name to the list of seconds.
+    """
+    seconds = {name: [] for name in functions}
+    for function in functions.values():
+        jax.block_until_ready(function())
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds, name, base):
+    """Median over rounds of one variant's time divided by another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))

@@ -1,0 +1,1 @@
+"""Optax transformations that keep networks plastic."""

@@ -1,0 +1,353 @@
+"""Continual backpropagation (Dohare et al., Nature 2024, Algorithm 1) as an optax transformation."""
+
+from collections.abc import Sequence
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax import units as units_lib
+from cbp_jax.transforms import inner_state as inner_state_lib
+from cbp_jax.transforms import keys, resample, utility as utility_lib
+from cbp_jax.transforms.scalars import check_scalar
+
+# Sums of float32 fractions fall short of an integer by a rounding error: a hundred times 0.01 is 0.99999934.
+_ROUNDING = 1e-5
+
+
+class ContinualBackpropState(NamedTuple):
+    """State of continual backpropagation; dicts go from group name to that group's arrays."""
+
+    key: chex.Array  # raw uint32 key data, constant
+    count: chex.Array  # int32 [], updates so far
+    utility: dict[str, chex.Array]  # float32 [units], running mean, not corrected for its start
+    age: dict[str, chex.Array]  # int32 [units], updates since the unit was made
+    mean_activation: dict[str, tuple[chex.Array, ...]]  # float32 [positions, units], not corrected
+    budget: dict[str, chex.Array]  # float32 [], replacements due but not made
+    replaced: dict[str, chex.Array]  # bool [units], units replaced in the last update
+    inner_state: optax.OptState
+
+
+def continual_backprop(
+    inner: optax.GradientTransformation,
+    units: Sequence[units_lib.UnitGroup],
+    *,
+    replacement_rate: chex.Numeric = 1e-4,
+    decay_rate: chex.Numeric = 0.99,
+    maturity_threshold: chex.Numeric = 100,
+    utility: str | utility_lib.Utility = "contribution",
+    initializer: resample.Initializer | None = None,
+    reset_inner_state: bool = True,
+    compensate_bias: bool = False,
+    max_replacements: int | None = None,
+    key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Continually replaces a small fraction of mature units of low utility.
+
+    After each update of the inner optimizer, for every group of units from front to back (Algorithm 1):
+
+    1. ages grow by one, and utilities are averaged, `u <- d u + (1 - d) y` with decay rate d;
+    2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
+       times their number;
+    3. as many eligible units as the budget has whole replacements, those of least `u / (1 - d**age)`, are replaced:
+       incoming weights are drawn anew, biases and outgoing weights become 0, and so do utility, age and mean
+       activation. The fraction of the budget stays for later.
+
+    A replacement is an update like any other, `fresh - param`, so that the transformation composes with all others.
+    With `replacement_rate=0` the updates are bit for bit those of `inner`.
+
+    Args:
+      inner: the optimizer that trains the network.
+      units: groups of `discover_units`, or written by hand.
+      replacement_rate: replacements for each eligible unit and update, in [0, 1]. May be traced.
+      decay_rate: of the running means of utility and activation, in [0, 1). May be traced.
+      maturity_threshold: age in updates above which a unit may be replaced, >= 0. May be traced.
+      utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random", or a
+        function of a `GroupView` that returns an array [units]. Units of non-finite utility are not replaced.
+      initializer: `jax.nn.initializers` function for the incoming weights, by default `he_uniform()`; entries have
+        the distribution that it gives to the full kernel.
+      reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
+      compensate_bias: add the mean contribution of a replaced unit to the bias of those that read it.
+      max_replacements: bound on how many units of a group one update replaces, static; what is due beyond it waits.
+        By default it follows from the replacement rate. A traced rate has no bound but the group's size, and then
+        as many weights are drawn, which is slow: pass a bound.
+      key: int or jax key for the fresh weights.
+
+    Returns:
+      a transformation whose update takes the `features` that `with_features` returned:
+      `tx.update(grads, state, params, features=features)`; its state is a `ContinualBackpropState`.
+
+    Raises:
+      ValueError: an argument is out of range; in `init`, units that do not match the params, an inner state that is
+        not understood, or no bias to compensate; in `update`, params or features are missing or of wrong shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, cbp_jax
+      >>> def apply_fn(params, x):
+      ...   return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+      >>> params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+      >>> x, y = jnp.ones((5, 4)), jnp.zeros((5, 2))
+      >>> units = cbp_jax.discover_units(apply_fn, params, x)
+      >>> apply = cbp_jax.with_features(apply_fn, units)
+      >>> tx = cbp_jax.continual_backprop(optax.sgd(0.01), units, replacement_rate=0.5, maturity_threshold=0)
+      >>> state = tx.init(params)
+      >>> def loss(params):
+      ...   output, features = apply(params, x)
+      ...   return jnp.mean((output - y) ** 2), features
+      >>> grads, features = jax.grad(loss, has_aux=True)(params)
+      >>> updates, state = tx.update(grads, state, params, features=features)
+      >>> params = optax.apply_updates(params, updates)
+      >>> int(state.replaced["w1"].sum()), int((params["w2"] == 0).all(1).sum())
+      (4, 4)
+
+    References:
+      Dohare et al., `Loss of plasticity in deep continual learning
+      <https://doi.org/10.1038/s41586-024-07711-7>`_, Nature 2024
+    """
+    check_scalar("replacement_rate", replacement_rate, at_least=0, at_most=1)
+    check_scalar("decay_rate", decay_rate, at_least=0, below=1)
+    check_scalar("maturity_threshold", maturity_threshold, at_least=0)
+    if max_replacements is not None and (not isinstance(max_replacements, int) or max_replacements < 1):
+        raise ValueError(f"max_replacements must be a positive int or None, got {max_replacements!r}")
+    units = tuple(units)
+    utility_fn = utility_lib.get_utility(utility)
+    initializer = jax.nn.initializers.he_uniform() if initializer is None else initializer
+    key_data, key_impl = keys.as_key_data(key)
+    inner = optax.with_extra_args_support(inner)
+
+    def most_replacements(group: units_lib.UnitGroup) -> int:
+        most = group.size if max_replacements is None else max_replacements
+        if not isinstance(replacement_rate, jax.core.Tracer):
+            most = min(most, math.floor(float(replacement_rate) * group.size + _ROUNDING) + 1)
+        return min(most, group.size)
+
+    def init_fn(params: optax.Params) -> ContinualBackpropState:
+        checked = units_lib.check_units(units, params)
+        inner_state = inner.init(params)
+        if reset_inner_state:
+            paths = {part.path for group in checked for part in group.slices()}
+            inner_state_lib.check(inner, inner_state, params, paths)
+        for group in checked:
+            for consumer in group.outgoing if compensate_bias else ():
+                if consumer.bias is None:
+                    raise ValueError(
+                        f"compensate_bias=True, but {consumer.kernel.path!r}, which reads group {group.name!r}, has no bias"
+                    )
+        return ContinualBackpropState(
+            key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
+            count=jnp.zeros([], jnp.int32),
+            utility={group.name: jnp.zeros(group.size) for group in checked},
+            age={group.name: jnp.zeros(group.size, jnp.int32) for group in checked},
+            mean_activation={
+                group.name: tuple(jnp.zeros(consumer.kernel.index.shape) for consumer in group.operands())
+                for group in checked
+            },
+            budget={group.name: jnp.zeros([]) for group in checked},
+            replaced={group.name: jnp.zeros(group.size, bool) for group in checked},
+            inner_state=inner_state,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ContinualBackpropState,
+        params: optax.Params | None = None,
+        *,
+        features: units_lib.Features | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ContinualBackpropState]:
+        if params is None:
+            raise ValueError("continual_backprop needs the params: tx.update(grads, state, params, features=features)")
+        checked = units_lib.check_units(units, params)
+        activations = {group.name: _activations(group, features) for group in checked}
+        grads = units_lib.leaves_by_path(updates)
+        inner_updates, inner_state = inner.update(
+            updates, state.inner_state, params, features=features, **extra_args
+        )
+        surgery = _Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(inner_updates))
+        step_key = jax.random.wrap_key_data(state.key, impl=key_impl)
+        step_key = jax.random.fold_in(step_key, state.count)
+        new: dict[str, dict[str, Any]] = {field: {} for field in state._fields}
+
+        for number, group in enumerate(checked):
+            name, h = group.name, activations[group.name]
+            age = state.age[name] + 1
+            start = 1.0 - jnp.power(jnp.asarray(decay_rate, jnp.float32), age)
+            means = tuple(
+                decay_rate * old + (1 - decay_rate) * utility_lib.batch_mean(values, old.shape[0])
+                for old, values in zip(state.mean_activation[name], h, strict=True)
+            )
+            corrected_means = tuple(mean / start for mean in means)
+            draw_key, utility_key = jax.random.split(jax.random.fold_in(step_key, number))
+            view = utility_lib.GroupView(group, h, corrected_means, surgery, grads, utility_key)
+            utility_now = decay_rate * state.utility[name] + (1 - decay_rate) * utility_fn(view)
+
+            eligible = age > maturity_threshold
+            budget = state.budget[name] + replacement_rate * jnp.sum(eligible)
+            chosen, replaced, budget = _choose(utility_now / start, eligible, budget, most_replacements(group))
+
+            if compensate_bias:
+                surgery.compensate(group, chosen, corrected_means)
+            surgery.zero(group, replaced)
+            surgery.resample(group, chosen, replaced, initializer, draw_key)
+
+            new["utility"][name] = jnp.where(replaced, 0, utility_now)
+            new["age"][name] = jnp.where(replaced, 0, age)
+            new["mean_activation"][name] = tuple(jnp.where(replaced, 0, mean) for mean in means)
+            new["budget"][name] = budget
+            new["replaced"][name] = replaced
+
+        new_updates = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: surgery.updates.get(units_lib.join_path(path), leaf), inner_updates
+        )
+        if reset_inner_state:
+            new_params = optax.apply_updates(params, new_updates)
+            inner_state = inner_state_lib.reset(inner, inner_state, new_params, surgery.masks)
+        new_state = state._replace(
+            count=optax.safe_increment(state.count),
+            inner_state=inner_state,
+            **{field: new[field] for field in ("utility", "age", "mean_activation", "budget", "replaced")},
+        )
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _activations(
+    group: units_lib.UnitGroup, features: units_lib.Features | None
+) -> tuple[chex.Array, ...]:
+    """The group's activations, checked."""
+    if not isinstance(features, dict) or group.name not in features:
+        found = sorted(features) if isinstance(features, dict) else features
+        raise ValueError(
+            f"features must hold the activations of group {group.name!r}: call "
+            "`output, features = with_features(apply_fn, units)(params, x)` and pass them as "
+            f"`tx.update(grads, state, params, features=features)`; got {found!r}"
+        )
+    found = features[group.name]
+    found = found if isinstance(found, tuple) else (found,)
+    expected = [consumer.kernel.index.shape for consumer in group.operands()]
+    if len(found) != len(expected):
+        raise ValueError(f"features[{group.name!r}] must hold {len(expected)} arrays, got {len(found)}")
+    for values, (positions, size) in zip(found, expected, strict=True):
+        trailing = (size,) if positions == 1 else (positions, size)
+        if jnp.shape(values)[-len(trailing) :] != trailing:
+            raise ValueError(
+                f"features[{group.name!r}] must be of shape [..., {', '.join(map(str, trailing))}], "
+                f"got {jnp.shape(values)}"
+            )
+    return found
+
+
+def _choose(
+    utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """Spends the budget on the eligible units of least utility.
+
+    Args:
+      utility: float32 [units].
+      eligible: bool [units].
+      budget: float32 [].
+      most: bound on the number of units.
+
+    Returns:
+      int32 [most], the chosen units, the number of units where there are fewer; bool [units], the same as a mask;
+      the rest of the budget.
+    """
+    size = utility.shape[0]
+    selectable = eligible & jnp.isfinite(utility)
+    due = jnp.floor(budget + _ROUNDING)
+    payable = jnp.minimum(due, jnp.sum(selectable))  # units of non-finite utility leave no debt
+    paid = jnp.minimum(payable, most)
+    rest = jnp.maximum(budget - due, 0) + (payable - paid)
+    score = jnp.where(selectable, utility, jnp.inf)
+    ranked = jnp.argmin(score)[None] if most == 1 else jax.lax.top_k(-score, most)[1]
+    chosen = jnp.where(jnp.arange(most) < paid, ranked, size)
+    if most == 1:
+        replaced = jnp.arange(size) == chosen
+    else:
+        replaced = jnp.zeros(size, bool).at[chosen].set(True, mode="drop")
+    return chosen, replaced, rest
+
+
+class _Surgery:
+    """Edits the inner optimizer's updates such that replaced weights land on their new values.
+
+    As a mapping it gives the parameters as they will be, by path.
+    """
+
+    def __init__(self, params: dict[str, chex.Array], updates: dict[str, chex.Array]):
+        self.params = params
+        self.updates = updates
+        self.masks: dict[str, chex.Array] = {}  # which entries are new, by path
+
+    def __getitem__(self, path: str) -> chex.Array:
+        return (self.params[path] + self.updates[path]).astype(self.params[path].dtype)
+
+    def _mark(self, path: str, mask: chex.Array) -> None:
+        self.masks[path] = self.masks[path] | mask if path in self.masks else mask
+
+    def zero(self, group: units_lib.UnitGroup, replaced: chex.Array) -> None:
+        """Biases and outgoing weights of replaced units become 0."""
+        for part in (*group.biases, *(consumer.kernel for consumer in group.outgoing)):
+            param = self.params[part.path]
+            mask = part.mask(replaced, param)
+            self.updates[part.path] = jnp.where(mask, -param, self.updates[part.path])
+            self._mark(part.path, mask)
+
+    def resample(
+        self,
+        group: units_lib.UnitGroup,
+        chosen: chex.Array,
+        replaced: chex.Array,
+        initializer: resample.Initializer,
+        key: chex.PRNGKey,
+    ) -> None:
+        """Incoming weights of replaced units are drawn anew."""
+        for number, part in enumerate(group.incoming):
+            param, update = self.params[part.path], self.updates[part.path]
+            count = chosen.size * part.positions
+            others = tuple(size for axis, size in enumerate(param.shape) if axis not in part.axes)
+
+            def draw(key, part=part, param=param, count=count):
+                return resample.sample_rows(initializer, key, param.shape, param.dtype, part.axes, count)
+
+            def nothing(key, others=others, dtype=param.dtype, count=count):
+                return jnp.zeros((*others, count), dtype)
+
+            # Most steps replace nothing; the random bits are the dear part of those that do.
+            fresh = jax.lax.cond(jnp.any(replaced), draw, nothing, jax.random.fold_in(key, number))
+            mask = part.mask(replaced, param)
+            if count == 1:
+                fresh = jnp.expand_dims(fresh.squeeze(-1), part.axes)
+                self.updates[part.path] = jnp.where(mask, fresh - param, update)
+            else:
+                rows = part.columns(chosen)
+                last = range(-len(part.axes), 0)
+                flat_param = jnp.moveaxis(param, part.axes, last).reshape(*others, part.rows)
+                flat = jnp.moveaxis(update, part.axes, last)
+                moved = flat.shape
+                flat = flat.reshape(*others, part.rows)
+                there = flat_param.at[..., rows].get(mode="fill", fill_value=0)
+                flat = flat.at[..., rows].set(fresh - there, mode="drop")
+                self.updates[part.path] = jnp.moveaxis(flat.reshape(moved), last, part.axes)
+            self._mark(part.path, mask)
+
+    def compensate(
+        self, group: units_lib.UnitGroup, chosen: chex.Array, means: tuple[chex.Array, ...]
+    ) -> None:
+        """Biases of the consumers take over what the chosen units contribute on average."""
+        for consumer in group.outgoing:
+            kernel = consumer.kernel
+            rows = kernel.columns(chosen)
+            weights = jnp.moveaxis(self[kernel.path], kernel.axes, range(len(kernel.axes)))
+            weights = weights.reshape(kernel.rows, *weights.shape[len(kernel.axes) :])
+            weights = weights.at[rows].get(mode="fill", fill_value=0)
+            mean = means[consumer.operand].at[:, chosen].get(mode="fill", fill_value=0).ravel()
+            gone = jnp.tensordot(mean.astype(weights.dtype), weights, 1)
+            rest = [axis for axis in range(self.params[kernel.path].ndim) if axis not in kernel.axes]
+            gone = gone.sum(tuple(place for place, axis in enumerate(rest) if axis not in consumer.bias_axes))
+            bias = self.updates[consumer.bias]
+            self.updates[consumer.bias] = bias + gone.astype(bias.dtype)

@@ -1,0 +1,90 @@
+"""Takes replaced weights back to the start inside the state of any inner optimizer."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax.units import groups
+
+
+def reset(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    masks: Mapping[str, chex.Array],
+) -> optax.OptState:
+    """Sets entries of an optimizer's state to what `inner.init` gives for the new parameters.
+
+    Every copy of the parameters' tree in the state (moments, per-weight counts, accumulated gradients, anchors),
+    however deeply nested in chains and wrappers, is set; everything else stays.
+
+    Args:
+      inner: the optimizer whose state it is.
+      state: its state.
+      params: the parameters after the replacement.
+      masks: for the path of a parameter, a bool array that broadcasts to it: which entries are new.
+
+    Returns:
+      the state, of the same structure.
+    """
+
+    def back_to_initial(leaf, path, initial):
+        return jnp.where(masks[path], initial, leaf) if path in masks else leaf
+
+    return jax.tree.map(back_to_initial, state, _paths_in_state(inner, state, params), inner.init(params))
+
+
+def check(
+    inner: optax.GradientTransformation, state: optax.OptState, params: optax.Params, paths: Collection[str]
+) -> None:
+    """Raises if a state holds arrays of which it is unknown what they say about a weight.
+
+    Args:
+      inner: the optimizer whose state it is.
+      state: its state.
+      params: the parameters.
+      paths: the parameters whose entries will have to be reset.
+
+    Raises:
+      ValueError: there is an array that is neither a scalar, nor a random key, nor of its parameter's shape, such
+        as the factored moments of Adafactor.
+    """
+    leaves = groups.leaves_by_path(params)
+
+    def known(key_path, leaf, path):
+        if path in leaves:
+            if path not in paths or jnp.shape(leaf) == leaves[path].shape:
+                return
+        elif jnp.ndim(leaf) == 0 or (leaf.dtype == jnp.uint32 and jnp.ndim(leaf) == 1):  # scalar or raw key
+            return
+        raise ValueError(
+            f"the inner optimizer's state holds {jax.tree_util.keystr(key_path)}, an array of shape "
+            f"{jnp.shape(leaf)}, that is not of its parameter's shape, so that it is unknown which of its entries "
+            "belong to a replaced unit; use another inner optimizer or reset_inner_state=False"
+        )
+
+    jax.tree_util.tree_map_with_path(known, state, _paths_in_state(inner, state, params))
+
+
+def _paths_in_state(
+    inner: optax.GradientTransformation, state: optax.OptState, params: optax.Params
+) -> optax.OptState:
+    """The state's structure with, for each leaf, the path of the parameter that it belongs to, or ""."""
+    paths = jax.tree_util.tree_map_with_path(lambda key_path, _: groups.join_path(key_path), params)
+
+    def mark(leaf: Any, path: str) -> Any:
+        # A masked parameter has no entry in the state. A parameter's entry may be a tree of its own.
+        return leaf if isinstance(leaf, optax.MaskedNode) else jax.tree.map(lambda _: path, leaf)
+
+    return optax.tree_utils.tree_map_params(
+        inner,
+        mark,
+        state,
+        paths,
+        transform_non_params=lambda _: "",
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )

@@ -1,0 +1,49 @@
+"""Checks of scalar settings that may also be tracers."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_scalar(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises if a setting is no scalar or, where its value is known while tracing, out of range.
+
+    Args:
+      name: the argument's name, for the message.
+      value: a number, a scalar array, or a tracer of one.
+      at_least: smallest value allowed.
+      at_most: largest value allowed.
+      below: value that must not be reached.
+
+    Raises:
+      TypeError: `value` is not a real scalar.
+      ValueError: `value` is out of range or not a number.
+
+    Example:
+      >>> check_scalar("decay_rate", 1.5, at_least=0, below=1)
+      Traceback (most recent call last):
+      ...
+      ValueError: decay_rate must be in [0, 1), got 1.5
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or np.ndim(value) != 0 or not np.issubdtype(np.asarray(value).dtype, np.number):
+        raise TypeError(f"{name} must be a scalar, got {value!r}")
+    number = float(value)
+    if (
+        np.isnan(number)
+        or (at_least is not None and number < at_least)
+        or (at_most is not None and number > at_most)
+        or (below is not None and number >= below)
+    ):
+        low = "(-inf" if at_least is None else f"[{at_least:g}"
+        high = f"{at_most:g}]" if at_most is not None else f"{below:g})" if below is not None else "inf)"
+        raise ValueError(f"{name} must be in {low}, {high}, got {value}")

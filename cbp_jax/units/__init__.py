@@ -1,0 +1,28 @@
+"""Units: hidden features of a network, the weights that write them and the weights that read them."""
+
+from cbp_jax.units.discovery import discover_units
+from cbp_jax.units.features import Features, with_features
+from cbp_jax.units.groups import (
+    Consumer,
+    LeftOut,
+    ParamSlice,
+    UnitGroup,
+    Units,
+    check_units,
+    join_path,
+    leaves_by_path,
+)
+
+__all__ = [
+    "Consumer",
+    "Features",
+    "LeftOut",
+    "ParamSlice",
+    "UnitGroup",
+    "Units",
+    "check_units",
+    "discover_units",
+    "join_path",
+    "leaves_by_path",
+    "with_features",
+]

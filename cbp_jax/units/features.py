@@ -1,0 +1,79 @@
+"""Captures what the units computed, from any apply function."""
+
+from collections.abc import Callable, Iterable
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from cbp_jax.units import discovery, groups, tracing
+
+# Activations of each group, [..., units] or [..., positions, units]; several arrays where its kernels read
+# several.
+Features = dict[str, chex.Array | tuple[chex.Array, ...]]
+
+
+def with_features(
+    apply_fn: Callable[..., Any], units: Iterable[groups.UnitGroup]
+) -> Callable[..., tuple[Any, Features]]:
+    """Makes a network return the activations of its units as well.
+
+    The activation of a unit is what its outgoing weights see: after the nonlinearity, pooling and dropout.
+    Outputs and gradients are bit for bit those of `apply_fn`.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`.
+      units: groups of `discover_units`, or written by hand.
+
+    Returns:
+      a function of the same arguments that returns `(outputs, features)`. `features` maps the name of each group
+      to an array [..., units] (leading axes: batch and positions). Where each position of a unit has outgoing
+      weights of its own, as from a convolution to a dense layer, it is [batch, positions, units]. Keyword
+      arguments are not traced.
+
+    Raises:
+      ValueError: when called, if a group's outgoing kernel is not applied by this function.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def apply(params, x):
+      ...   return jnp.maximum(x @ params["w1"], 0) @ params["w2"]
+      >>> params = {"w1": jnp.ones((4, 3)), "w2": jnp.ones((3, 2))}
+      >>> units = discovery.discover_units(apply, params, jnp.ones((1, 4)))
+      >>> output, features = with_features(apply, units)(params, jnp.ones((5, 4)))
+      >>> output.shape, features["w1"].shape
+      ((5, 2), (5, 3))
+    """
+    units = tuple(units)
+
+    @functools.wraps(apply_fn)
+    def apply(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Features]:
+        trace = tracing.trace_network(functools.partial(apply_fn, **kwargs), params, *inputs)
+        contractions = {item.path: item for item in discovery.Walk(trace).contractions}
+        wanted = [(group, consumer.kernel) for group in units for consumer in group.operands()]
+        for group, kernel in wanted:
+            if kernel.path not in contractions:
+                raise ValueError(f"group {group.name!r}: the network applies no kernel {kernel.path!r}")
+        read = [contractions[kernel.path] for _, kernel in wanted]
+        leaves = jax.tree.leaves((params, *inputs))
+        outputs, operands = tracing.evaluate(trace.jaxpr, leaves, keep=[item.operand for item in read])
+        arrays: dict[str, list[chex.Array]] = {group.name: [] for group in units}
+        for (group, kernel), contraction, operand in zip(wanted, read, operands, strict=True):
+            arrays[group.name].append(_per_unit(operand, contraction.operand_axes, kernel))
+        features = {name: found[0] if len(found) == 1 else tuple(found) for name, found in arrays.items()}
+        return jax.tree.unflatten(jax.tree.structure(trace.out_tree), outputs), features
+
+    return apply
+
+
+def _per_unit(operand: chex.Array, axes: tuple[int, ...], kernel: groups.ParamSlice) -> chex.Array:
+    """Brings the axes that a kernel contracts to the end, as [units] or [positions, units]."""
+    if axes != tuple(range(operand.ndim - len(axes), operand.ndim)):
+        operand = jnp.moveaxis(operand, axes, range(-len(axes), 0))
+    shape = operand.shape[: operand.ndim - len(axes)]
+    index = kernel.index if kernel.positions > 1 else kernel.index[0]
+    if kernel.is_whole:
+        return operand.reshape(*shape, *index.shape)
+    return operand.reshape(*shape, kernel.rows)[..., index]

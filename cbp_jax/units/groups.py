@@ -1,0 +1,260 @@
+"""What a unit is made of: the rows of parameters that write it and the rows that read it."""
+
+from collections.abc import Iterable
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParamSlice:
+    """The rows of one parameter array that belong to the units of a group.
+
+    The array's `axes` together (flattened in C order, usually a single axis) enumerate rows; `index[p, i]`
+    is the p-th row of unit i. A dense kernel has one row for each unit. A dense kernel behind a flattened
+    convolution has one for each position and channel, so that its index has as many positions.
+
+    Attributes:
+      path: where the array stands in the params: the keys joined by "/", as `"params/Dense_0/kernel"`.
+      axes: the axes of the array that enumerate rows.
+      index: int array [positions, units], rows of each unit.
+      rows: how many rows the axes have in all; other groups or none may own the rest.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    index: np.ndarray
+    rows: int
+
+    @classmethod
+    def whole_axis(cls, path: str, axis: int, size: int) -> "ParamSlice":
+        """The slice in which row i of `axis` (of length `size`) belongs to unit i.
+
+        >>> ParamSlice.whole_axis("params/Dense_0/kernel", axis=1, size=3).index
+        array([[0, 1, 2]])
+        """
+        return cls(path, (axis,), np.arange(size)[None], size)
+
+    @property
+    def positions(self) -> int:
+        """How many rows each unit owns."""
+        return self.index.shape[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the rows, read in order, are the units, position by position."""
+        return self.index.size == self.rows and np.array_equal(self.index.ravel(), np.arange(self.rows))
+
+    def to_rows(self, per_unit: chex.Array, fill: Any = 0) -> chex.Array:
+        """Spreads values [units] or [positions, units] over the rows; rows of no unit get `fill`."""
+        per_unit = jnp.broadcast_to(per_unit, self.index.shape)
+        if self.is_whole:
+            return per_unit.reshape(self.rows)
+        return jnp.full(self.rows, fill, per_unit.dtype).at[self.index.ravel()].set(per_unit.ravel())
+
+    def from_rows(self, per_row: chex.Array) -> chex.Array:
+        """Gathers values [rows, ...] of the rows into [positions, units, ...]."""
+        shape = (*self.index.shape, *per_row.shape[1:])
+        return per_row.reshape(shape) if self.is_whole else per_row[self.index]
+
+    def along_axes(self, per_row: chex.Array, array: chex.Array) -> chex.Array:
+        """Reshapes values [rows] so that they broadcast against `array`."""
+        shape = [1] * array.ndim
+        for axis in self.axes:
+            shape[axis] = array.shape[axis]
+        if list(self.axes) != sorted(self.axes):
+            dims = [array.shape[axis] for axis in self.axes]
+            per_row = per_row.reshape(dims).transpose(np.argsort(self.axes))
+        return per_row.reshape(shape)
+
+    def mask(self, units: chex.Array, array: chex.Array) -> chex.Array:
+        """Spreads a bool [units] into a mask that broadcasts against `array`."""
+        return self.along_axes(self.to_rows(units, False), array)
+
+    def sum(self, array: chex.Array) -> chex.Array:
+        """Sums `array` over every axis but the rows' own: [positions, units]."""
+        others = tuple(axis for axis in range(array.ndim) if axis not in self.axes)
+        per_row = jnp.sum(array, others)
+        if list(self.axes) != sorted(self.axes):
+            per_row = per_row.transpose(np.argsort(np.argsort(self.axes)))
+        return self.from_rows(per_row.reshape(self.rows))
+
+    def columns(self, units: chex.Array) -> chex.Array:
+        """Row numbers [positions * k] of the units numbered `units` [k]; `rows` for a unit out of range."""
+        index = np.concatenate([self.index, np.full((self.positions, 1), self.rows)], 1)
+        return jnp.asarray(index)[:, jnp.minimum(units, self.index.shape[1])].ravel()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Consumer:
+    """A kernel that reads a group's units.
+
+    Attributes:
+      kernel: the rows of the kernel that read each unit.
+      bias: path of the bias added to what the kernel computes, or None.
+      bias_axes: the kernel's axes that the axes of that bias stand for.
+      operand: which of the group's captured activations this kernel reads; consumers of one array share it.
+    """
+
+    kernel: ParamSlice
+    bias: str | None = None
+    bias_axes: tuple[int, ...] = ()
+    operand: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """Units of one layer: dense neurons or convolution channels that are made and read by the same arrays.
+
+    Groups come from `discover_units` or are written by hand:
+
+    >>> group = UnitGroup(
+    ...     "hidden", 3,
+    ...     incoming=(ParamSlice.whole_axis("w1", 1, 3),),
+    ...     biases=(ParamSlice.whole_axis("b1", 0, 3),),
+    ...     outgoing=(Consumer(ParamSlice.whole_axis("w2", 0, 3), bias="b2", bias_axes=(1,)),))
+    >>> print(Units((group,)))
+    group   size  incoming  bias  outgoing
+    hidden     3  w1        b1    w2
+
+    Attributes:
+      name: the path of the layer of its (first) kernel, joined by "/".
+      size: number of units.
+      incoming: kernels that write the units; resampled when a unit is replaced.
+      biases: parameters added to the units; zeroed when a unit is replaced.
+      outgoing: kernels that read the units; zeroed when a unit is replaced.
+    """
+
+    name: str
+    size: int
+    incoming: tuple[ParamSlice, ...]
+    biases: tuple[ParamSlice, ...]
+    outgoing: tuple[Consumer, ...]
+
+    def __post_init__(self):
+        for part in self.slices():
+            if part.index.ndim != 2 or part.index.shape[1] != self.size:
+                raise ValueError(
+                    f"group {self.name!r} has {self.size} units, but the index of its slice of {part.path!r} "
+                    f"has shape {part.index.shape}; it must be [positions, {self.size}]"
+                )
+
+    def slices(self) -> tuple[ParamSlice, ...]:
+        """All slices of the group: incoming, biases, outgoing."""
+        return (*self.incoming, *self.biases, *(consumer.kernel for consumer in self.outgoing))
+
+    def operands(self) -> tuple[Consumer, ...]:
+        """The first consumer of each distinct activation that is read."""
+        first: dict[int, Consumer] = {}
+        for consumer in self.outgoing:
+            first.setdefault(consumer.operand, consumer)
+        return tuple(first[number] for number in sorted(first))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A layer whose units cannot be replaced, and why."""
+
+    name: str
+    size: int
+    reason: str
+
+
+class Units(tuple[UnitGroup, ...]):
+    """The unit groups of a network, in forward order; printing it gives a table.
+
+    Attributes:
+      left_out: layers that are not groups, with the reason.
+    """
+
+    left_out: tuple[LeftOut, ...]
+
+    def __new__(cls, groups: Iterable[UnitGroup] = (), left_out: Iterable[LeftOut] = ()):
+        """Makes the tuple of groups."""
+        self = super().__new__(cls, groups)
+        self.left_out = tuple(left_out)
+        return self
+
+    def __str__(self) -> str:
+        """A table of the groups and of what is left out."""
+        table = [("group", "size", "incoming", "bias", "outgoing")]
+        for group in self:
+            table.append(
+                (
+                    group.name,
+                    str(group.size),
+                    ", ".join(_describe(part) for part in group.incoming),
+                    ", ".join(_describe(part) for part in group.biases) or "-",
+                    ", ".join(_describe(consumer.kernel) for consumer in group.outgoing),
+                )
+            )
+        widths = [max(len(row[column]) for row in table) for column in range(5)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column == 1 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        lines += [f"left out: {item.name} ({item.size} units): {item.reason}" for item in self.left_out]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _describe(part: ParamSlice) -> str:
+    return part.path if part.positions == 1 else f"{part.path} (x{part.positions} positions)"
+
+
+def join_path(key_path: tuple[Any, ...]) -> str:
+    """A jax key path as one string: its keys joined by "/"."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their joined path, in the tree's order."""
+    return {join_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
+    """Checks that every slice of the groups exists in the params.
+
+    Args:
+      units: groups.
+      params: pytree of arrays.
+
+    Returns:
+      the groups, as `Units`.
+
+    Raises:
+      TypeError: something in units is not a `UnitGroup`.
+      ValueError: no groups, two groups of one name, or a slice that the params do not have.
+    """
+    units = units if isinstance(units, Units) else Units(units)
+    if not units:
+        raise ValueError("units is empty: there is nothing to replace; pass the groups of discover_units")
+    leaves = leaves_by_path(params)
+    for group in units:
+        if not isinstance(group, UnitGroup):
+            raise TypeError(f"units must be a sequence of UnitGroup; found {group!r}")
+        for part in group.slices():
+            leaf = leaves.get(part.path)
+            if leaf is None or not hasattr(leaf, "shape"):
+                raise ValueError(
+                    f"units do not match the params: group {group.name!r} needs {part.path!r}, "
+                    f"but the params have {sorted(leaves)}"
+                )
+            rows = int(np.prod([leaf.shape[axis] for axis in part.axes if axis < leaf.ndim]))
+            if max(part.axes) >= leaf.ndim or rows != part.rows:
+                raise ValueError(
+                    f"units do not match the params: group {group.name!r} expects {part.rows} rows along "
+                    f"axes {part.axes} of {part.path!r}, whose shape is {tuple(leaf.shape)}"
+                )
+    names = [group.name for group in units]
+    if len(set(names)) != len(names):
+        raise ValueError(f"units must have distinct names; found {names}")
+    return units
