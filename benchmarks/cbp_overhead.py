@@ -94,12 +94,19 @@ def main():
     parser.add_argument("--utilities", nargs="+", default=["contribution"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", type=float, default=3e8, help="weights touched per timed call")
-    parser.add_argument("--lanes", default="vmap" if jax.default_backend() != "cpu" else "map", choices=["vmap", "map"])
+    parser.add_argument(
+        "--lanes", default="vmap" if jax.default_backend() != "cpu" else "map", choices=["vmap", "map"]
+    )
     args = parser.parse_args()
     device = jax.devices()[0]
-    print(f"{device.platform} {device.device_kind}, {platform.processor() or platform.machine()}, jax {jax.__version__}")
+    print(
+        f"{device.platform} {device.device_kind}, {platform.processor() or platform.machine()}, jax {jax.__version__}"
+    )
     names = [*args.utilities, "untouched"]
-    print(f"{'width':>5} {'batch':>5} {'inner':>5} {'seeds':>5} {'inner us/step':>14} " + " ".join(f"{n:>22}" for n in names))
+    print(
+        f"{'width':>5} {'batch':>5} {'inner':>5} {'seeds':>5} {'inner us/step':>14} "
+        + " ".join(f"{n:>22}" for n in names)
+    )
     for width in args.widths:
         weights = 784 * width + 2 * width**2 + 10 * width
         for batch in args.batches:

@@ -1,14 +1,36 @@
 """Loss of plasticity and continual learning in JAX."""
 
+from typing import Any
+
+from cbp_jax import metrics
+from cbp_jax.transforms.adam import adam
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
-from cbp_jax.units import UnitGroup, discover_units, with_features
+from cbp_jax.transforms.regularization import add_l1, add_l2_init
+from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.units import Consumer, ParamSlice, UnitGroup, Units, discover_units, with_features
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Consumer",
     "ContinualBackpropState",
+    "ParamSlice",
     "UnitGroup",
+    "Units",
+    "adam",
+    "add_l1",
+    "add_l2_init",
     "continual_backprop",
     "discover_units",
+    "load_results",
+    "metrics",
+    "shrink_and_perturb",
     "with_features",
 ]
+
+
+def load_results(path: Any) -> Any:
+    """Reads the results of a run; see :func:`cbp_jax.report.load_results`."""
+    from cbp_jax import report  # needs the report extra
+
+    return report.load_results(path)

@@ -1,7 +1,7 @@
 """Continual backpropagation (Dohare et al., Nature 2024, Algorithm 1) as an optax transformation."""
 
-from collections.abc import Sequence
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -11,7 +11,8 @@ import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.transforms import inner_state as inner_state_lib
-from cbp_jax.transforms import keys, resample, utility as utility_lib
+from cbp_jax.transforms import keys, resample
+from cbp_jax.transforms import utility as utility_lib
 from cbp_jax.transforms.scalars import check_scalar
 
 # Sums of float32 fractions fall short of an integer by a rounding error: a hundred times 0.01 is 0.99999934.
@@ -159,7 +160,9 @@ def continual_backprop(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ContinualBackpropState]:
         if params is None:
-            raise ValueError("continual_backprop needs the params: tx.update(grads, state, params, features=features)")
+            raise ValueError(
+                "continual_backprop needs the params: tx.update(grads, state, params, features=features)"
+            )
         checked = units_lib.check_units(units, params)
         activations = {group.name: _activations(group, features) for group in checked}
         grads = units_lib.leaves_by_path(updates)
@@ -167,9 +170,13 @@ def continual_backprop(
             updates, state.inner_state, params, features=features, **extra_args
         )
         surgery = _Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(inner_updates))
-        step_key = jax.random.wrap_key_data(state.key, impl=key_impl)
-        step_key = jax.random.fold_in(step_key, state.count)
+
+        def random_key(stream: chex.Numeric) -> chex.PRNGKey:
+            key = jax.random.wrap_key_data(state.key, impl=key_impl)
+            return jax.random.fold_in(jax.random.fold_in(key, state.count), stream)
+
         new: dict[str, dict[str, Any]] = {field: {} for field in state._fields}
+        picked = []
 
         for number, group in enumerate(checked):
             name, h = group.name, activations[group.name]
@@ -180,25 +187,30 @@ def continual_backprop(
                 for old, values in zip(state.mean_activation[name], h, strict=True)
             )
             corrected_means = tuple(mean / start for mean in means)
-            draw_key, utility_key = jax.random.split(jax.random.fold_in(step_key, number))
-            view = utility_lib.GroupView(group, h, corrected_means, surgery, grads, utility_key)
+            view = utility_lib.GroupView(
+                group, h, corrected_means, surgery, grads, surgery.magnitude, random_key(number)
+            )
             utility_now = decay_rate * state.utility[name] + (1 - decay_rate) * utility_fn(view)
 
             eligible = age > maturity_threshold
-            budget = state.budget[name] + replacement_rate * jnp.sum(eligible)
-            chosen, replaced, budget = _choose(utility_now / start, eligible, budget, most_replacements(group))
+            budget = state.budget[name] + replacement_rate * jnp.sum(eligible, dtype=jnp.float32)
+            chosen, replaced, budget = _choose(
+                utility_now / start, eligible, budget, most_replacements(group)
+            )
 
             if compensate_bias:
                 surgery.compensate(group, chosen, corrected_means)
             surgery.zero(group, replaced)
-            surgery.resample(group, chosen, replaced, initializer, draw_key)
 
             new["utility"][name] = jnp.where(replaced, 0, utility_now)
             new["age"][name] = jnp.where(replaced, 0, age)
             new["mean_activation"][name] = tuple(jnp.where(replaced, 0, mean) for mean in means)
             new["budget"][name] = budget
             new["replaced"][name] = replaced
+            picked.append(chosen)
 
+        # After all zeroing: a weight from one new unit to another ends resampled.
+        surgery.resample(checked, picked, new["replaced"], initializer, lambda: random_key(len(checked)))
         new_updates = jax.tree_util.tree_map_with_path(
             lambda path, leaf: surgery.updates.get(units_lib.join_path(path), leaf), inner_updates
         )
@@ -215,9 +227,7 @@ def continual_backprop(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _activations(
-    group: units_lib.UnitGroup, features: units_lib.Features | None
-) -> tuple[chex.Array, ...]:
+def _activations(group: units_lib.UnitGroup, features: units_lib.Features | None) -> tuple[chex.Array, ...]:
     """The group's activations, checked."""
     if not isinstance(features, dict) or group.name not in features:
         found = sorted(features) if isinstance(features, dict) else features
@@ -257,18 +267,16 @@ def _choose(
       the rest of the budget.
     """
     size = utility.shape[0]
-    selectable = eligible & jnp.isfinite(utility)
     due = jnp.floor(budget + _ROUNDING)
-    payable = jnp.minimum(due, jnp.sum(selectable))  # units of non-finite utility leave no debt
-    paid = jnp.minimum(payable, most)
-    rest = jnp.maximum(budget - due, 0) + (payable - paid)
-    score = jnp.where(selectable, utility, jnp.inf)
+    score = jnp.where(eligible & jnp.isfinite(utility), utility, jnp.inf)
     ranked = jnp.argmin(score)[None] if most == 1 else jax.lax.top_k(-score, most)[1]
-    chosen = jnp.where(jnp.arange(most) < paid, ranked, size)
+    chosen = jnp.where((jnp.arange(most) < due) & jnp.isfinite(score[ranked]), ranked, size)
     if most == 1:
         replaced = jnp.arange(size) == chosen
     else:
         replaced = jnp.zeros(size, bool).at[chosen].set(True, mode="drop")
+    # What `most` holds back stays due. Units of non-finite utility leave no debt.
+    rest = jnp.maximum(budget - due, 0) + jnp.clip(due - most, 0, size)
     return chosen, replaced, rest
 
 
@@ -282,9 +290,18 @@ class _Surgery:
         self.params = params
         self.updates = updates
         self.masks: dict[str, chex.Array] = {}  # which entries are new, by path
+        self.magnitudes = {
+            path: jnp.abs(self[path]).astype(jnp.float32) for path in params if path in updates
+        }  # after the inner update
+        self.kept: dict[str, chex.Array] = {}  # 0 where zeroed so far, else 1, broadcastable, by path
 
     def __getitem__(self, path: str) -> chex.Array:
         return (self.params[path] + self.updates[path]).astype(self.params[path].dtype)
+
+    def magnitude(self, part: units_lib.ParamSlice) -> chex.Array:
+        """Sum of the absolute weights in each row of a slice, as they will be, float32 [positions, units]."""
+        # Zeroed rows are left out by the weights of the sum, so that row and column sums read one array.
+        return part.sum(self.magnitudes[part.path], self.kept.get(part.path))
 
     def _mark(self, path: str, mask: chex.Array) -> None:
         self.masks[path] = self.masks[path] | mask if path in self.masks else mask
@@ -295,44 +312,53 @@ class _Surgery:
             param = self.params[part.path]
             mask = part.mask(replaced, param)
             self.updates[part.path] = jnp.where(mask, -param, self.updates[part.path])
+            self.kept[part.path] = self.kept.get(part.path, 1.0) * (1.0 - mask)
             self._mark(part.path, mask)
 
     def resample(
         self,
-        group: units_lib.UnitGroup,
-        chosen: chex.Array,
-        replaced: chex.Array,
+        units: Sequence[units_lib.UnitGroup],
+        picked: Sequence[chex.Array],
+        replaced: dict[str, chex.Array],
         initializer: resample.Initializer,
-        key: chex.PRNGKey,
+        random_key: Callable[[], chex.PRNGKey],
     ) -> None:
         """Incoming weights of replaced units are drawn anew."""
-        for number, part in enumerate(group.incoming):
+        parts = [
+            (group, part, chosen)
+            for group, chosen in zip(units, picked, strict=True)
+            for part in group.incoming
+        ]
+        shapes = [self.params[part.path].shape for _, part, _ in parts]
+        dtypes = [self.params[part.path].dtype for _, part, _ in parts]
+        counts = [chosen.size * part.positions for _, part, chosen in parts]
+
+        def draw():
+            draws = jax.random.split(random_key(), len(parts))
+            return [
+                resample.sample_rows(initializer, draws[number], shape, dtype, part.axes, count)
+                for number, ((_, part, _), shape, dtype, count) in enumerate(
+                    zip(parts, shapes, dtypes, counts, strict=True)
+                )
+            ]
+
+        # Random bits are dear, and most steps replace nothing.
+        nothing = jax.tree.map(lambda fresh: jnp.zeros(fresh.shape, fresh.dtype), jax.eval_shape(draw))
+        any_replaced = jnp.any(jnp.stack([chosen[0] < group.size for group, _, chosen in parts]))
+        drawn = jax.lax.cond(any_replaced, draw, lambda: nothing)
+
+        for (group, part, chosen), fresh, count in zip(parts, drawn, counts, strict=True):
             param, update = self.params[part.path], self.updates[part.path]
-            count = chosen.size * part.positions
-            others = tuple(size for axis, size in enumerate(param.shape) if axis not in part.axes)
-
-            def draw(key, part=part, param=param, count=count):
-                return resample.sample_rows(initializer, key, param.shape, param.dtype, part.axes, count)
-
-            def nothing(key, others=others, dtype=param.dtype, count=count):
-                return jnp.zeros((*others, count), dtype)
-
-            # Most steps replace nothing; the random bits are the dear part of those that do.
-            fresh = jax.lax.cond(jnp.any(replaced), draw, nothing, jax.random.fold_in(key, number))
-            mask = part.mask(replaced, param)
+            mask = part.mask(replaced[group.name], param)
             if count == 1:
                 fresh = jnp.expand_dims(fresh.squeeze(-1), part.axes)
                 self.updates[part.path] = jnp.where(mask, fresh - param, update)
             else:
+                update = part.rows_last(update.astype(jnp.promote_types(update.dtype, param.dtype)))
                 rows = part.columns(chosen)
-                last = range(-len(part.axes), 0)
-                flat_param = jnp.moveaxis(param, part.axes, last).reshape(*others, part.rows)
-                flat = jnp.moveaxis(update, part.axes, last)
-                moved = flat.shape
-                flat = flat.reshape(*others, part.rows)
-                there = flat_param.at[..., rows].get(mode="fill", fill_value=0)
-                flat = flat.at[..., rows].set(fresh - there, mode="drop")
-                self.updates[part.path] = jnp.moveaxis(flat.reshape(moved), last, part.axes)
+                there = part.rows_last(param).at[..., rows].get(mode="fill", fill_value=0)
+                update = update.at[..., rows].set(fresh - there, mode="drop")
+                self.updates[part.path] = part.undo_rows_last(update, param.shape)
             self._mark(part.path, mask)
 
     def compensate(

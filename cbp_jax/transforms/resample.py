@@ -1,7 +1,7 @@
 """Fresh weights for a few units at a time, distributed as the initializer would fill the whole kernel."""
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 
 import chex
 import jax

@@ -1,7 +1,7 @@
 """What a unit is worth: the instantaneous utilities whose running means rank the units of a group."""
 
-from collections.abc import Callable, Mapping
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import chex
 import jax
@@ -21,6 +21,7 @@ class GroupView:
       mean_activation: running means of these, corrected for their start, each [positions, units].
       params: arrays by path: the parameters after the inner update, groups in front already replaced.
       grads: arrays by path: the gradients of this step.
+      magnitude: gives the sum of the absolute weights in each row of a slice, float32 [positions, units].
       key: a typed key of this group and step.
     """
 
@@ -29,11 +30,8 @@ class GroupView:
     mean_activation: tuple[chex.Array, ...]
     params: Mapping[str, chex.Array]
     grads: Mapping[str, chex.Array]
+    magnitude: Callable[[groups.ParamSlice], chex.Array]
     key: chex.PRNGKey
-
-    def magnitude(self, part: groups.ParamSlice) -> chex.Array:
-        """Sum of the absolute weights in each row of a slice, float32 [positions, units]."""
-        return part.sum(jnp.abs(self.params[part.path]).astype(jnp.float32))
 
     def outgoing_magnitude(self) -> chex.Array:
         """Sum of each unit's absolute outgoing weights, [units]."""

@@ -1,7 +1,7 @@
 """Captures what the units computed, from any apply function."""
 
-from collections.abc import Callable, Iterable
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import chex

@@ -1,7 +1,7 @@
 """What a unit is made of: the rows of parameters that write it and the rows that read it."""
 
-from collections.abc import Iterable
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import chex
@@ -75,13 +75,36 @@ class ParamSlice:
         """Spreads a bool [units] into a mask that broadcasts against `array`."""
         return self.along_axes(self.to_rows(units, False), array)
 
-    def sum(self, array: chex.Array) -> chex.Array:
-        """Sums `array` over every axis but the rows' own: [positions, units]."""
+    def sum(self, array: chex.Array, weights: chex.Array | None = None) -> chex.Array:
+        """Sums `array` over every axis but the rows' own: [positions, units].
+
+        Args:
+          array: an array of the parameter's shape.
+          weights: of the sum, broadcastable to the array and alike for all rows of this slice; by default 1.
+        """
         others = tuple(axis for axis in range(array.ndim) if axis not in self.axes)
-        per_row = jnp.sum(array, others)
+        if weights is None:
+            weights = jnp.ones((1,) * array.ndim, array.dtype)
+        if any(weights.shape[axis] > 1 for axis in self.axes):
+            array, weights = array * weights, jnp.ones((1,) * array.ndim, array.dtype)
+        weights = jnp.broadcast_to(weights.squeeze(self.axes), [array.shape[axis] for axis in others])
+        # As a product: XLA's CPU reductions are not vectorised along a minor axis.
+        per_row = jax.lax.dot_general(
+            array, weights, ((others, range(len(others))), ((), ())), precision=jax.lax.Precision.HIGHEST
+        )
         if list(self.axes) != sorted(self.axes):
             per_row = per_row.transpose(np.argsort(np.argsort(self.axes)))
         return self.from_rows(per_row.reshape(self.rows))
+
+    def rows_last(self, array: chex.Array) -> chex.Array:
+        """The array with its rows as the last axis: [other axes..., rows]."""
+        moved = jnp.moveaxis(array, self.axes, range(-len(self.axes), 0))
+        return moved.reshape(*moved.shape[: array.ndim - len(self.axes)], self.rows)
+
+    def undo_rows_last(self, array: chex.Array, shape: tuple[int, ...]) -> chex.Array:
+        """Undoes `rows_last` of an array of the given shape."""
+        dims = [shape[axis] for axis in self.axes]
+        return jnp.moveaxis(array.reshape(*array.shape[:-1], *dims), range(-len(dims), 0), self.axes)
 
     def columns(self, units: chex.Array) -> chex.Array:
         """Row numbers [positions * k] of the units numbered `units` [k]; `rows` for a unit out of range."""

@@ -1,0 +1,208 @@
+"""The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | data prepare NAME --from DIR`."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: the words of the command line, by default those of the process.
+
+    Returns:
+      the exit status: 0, or 2 for a mistake of the user's, told in one line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"list": _list, "run": _run, "plot": _plot, "data": _data}
+    parser = argparse.ArgumentParser(prog="cbp-jax", description=__doc__)
+    parser.add_argument("command", choices=commands, help="`cbp-jax COMMAND --help` tells more")
+    if not argv or argv[0] not in commands:
+        parser.parse_args(argv[:1])
+        parser.error("a command is needed")
+    try:
+        commands[argv[0]](argv[1:])
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        if os.environ.get("CBP_JAX_TRACEBACK"):
+            raise
+        print(f"cbp-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cbp-jax: stopped; the results of the tasks that were finished are saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _list(argv: list[str]) -> None:
+    argparse.ArgumentParser(
+        prog="cbp-jax list", description="Lists experiments, presets, learners and datasets."
+    ).parse_args(argv)
+    from cbp_jax import data, experiments
+    from cbp_jax.experiments import learners
+
+    print("experiments")
+    for name, module in experiments.EXPERIMENTS.items():
+        print(f"  {name:20} {_first_line(module)} Presets: {', '.join(module.PRESETS)}.")
+    print("learners (as in --methods bp cbp:replacement_rate=1e-5)")
+    for name, spec in learners.LEARNERS.items():
+        settings = ", ".join(f"{key}={value}" for key, value in {**spec.defaults, **spec.options}.items())
+        print(f"  {name:20} {spec.about} ({settings})")
+    print("datasets")
+    print(f"  {', '.join(data.names())}, and image datasets of tensorflow-datasets that are prepared")
+
+
+def _run(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="cbp-jax run",
+        add_help=False,
+        description="Runs an experiment. `cbp-jax run EXPERIMENT --preset NAME --help` lists its options.",
+    )
+    parser.add_argument("experiment", nargs="?", help="a name that `cbp-jax list` shows")
+    parser.add_argument("--preset", default="laptop", help="settings to start from: smoke, laptop or paper")
+    parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for results and pictures; by default runs/..."
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("-h", "--help", action="store_true")
+    given, rest = parser.parse_known_args(argv)
+    if given.experiment is None:
+        parser.print_help()
+        return
+    module = _experiment(given.experiment)
+    start = module.preset(given.preset, given.dataset)
+    if given.help:
+        parser.print_help()
+        rest = ["--help"]
+    settings = _parse(f"cbp-jax run {given.experiment}", start, rest)
+    out = given.out or Path("runs") / f"{given.experiment}-{given.preset}-{_hash(settings)}"
+    _check_folder(out, given.experiment, settings)
+    module.check(settings)
+    _use_all_cores()
+
+    from cbp_jax import report
+    from cbp_jax.cli_progress import Bar
+
+    print(f"{given.experiment}: {_first_line(module)} {settings}", file=sys.stderr)
+    with Bar(len(settings.methods) * settings.seeds * settings.tasks, given.quiet) as bar:
+        results = module.run(settings, out, bar)
+    print(report.summary(results))
+    for picture in report.plot_run(results, out):
+        print(f"picture: {picture}")
+    print(f"results: {out / report.results.FILE_NAME}")
+
+
+def _plot(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="cbp-jax plot", description="Draws the pictures of a run and prints its table."
+    )
+    parser.add_argument("run_dir", type=Path, help="folder of a run, finished or not")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for the pictures, by default that of the run"
+    )
+    parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
+    args = parser.parse_args(argv)
+    from cbp_jax import report
+
+    print(report.summary(report.load_results(args.run_dir)))
+    for picture in report.plot_run(args.run_dir, args.out, formats=tuple(args.formats)):
+        print(f"picture: {picture}")
+
+
+def _data(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="cbp-jax data", description="Prepares datasets from files on this machine."
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    prepare = actions.add_parser("prepare", help="makes a tensorflow-datasets dataset of local IDX files")
+    prepare.add_argument("name", help="mnist, fashion_mnist or kmnist")
+    prepare.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        help="folder with the four IDX files, gzipped or not",
+    )
+    prepare.add_argument(
+        "--data-dir",
+        type=Path,
+        default=None,
+        help="where datasets are kept; tensorflow-datasets' default if not given",
+    )
+    args = parser.parse_args(argv)
+    from cbp_jax import data
+
+    data.prepare(args.name, args.source, data_dir=args.data_dir)
+    print(f"prepared {data.load(args.name, data_dir=args.data_dir)!r}")
+
+
+def _experiment(name: str) -> ModuleType:
+    from cbp_jax import experiments
+
+    if name not in experiments.EXPERIMENTS:
+        raise ValueError(f"experiment must be one of {list(experiments.EXPERIMENTS)}, got {name!r}")
+    return experiments.EXPERIMENTS[name]
+
+
+def _parse(program: str, start: Any, argv: list[str]) -> Any:
+    """Reads the options that the dataclass of settings has, with `start` as defaults."""
+    try:
+        tyro = importlib.import_module("tyro")
+    except ImportError as error:
+        raise ImportError('the command line needs tyro: pip install "cbp-jax[cli]"') from error
+    return tyro.cli(
+        type(start), prog=program, default=start, args=argv, config=(tyro.conf.FlagConversionOff,)
+    )
+
+
+def _hash(settings: Any) -> str:
+    text = json.dumps(dataclasses.asdict(settings), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _check_folder(out: Path, experiment: str, settings: Any) -> None:
+    """Refuses a folder that holds anything but an earlier run of the same settings."""
+    from cbp_jax import report
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        found = report.load_results(out)
+    except FileNotFoundError as error:
+        raise ValueError(f"--out {out} is not empty and holds no run; choose another folder") from error
+    if found.attrs["experiment"] != experiment:
+        raise ValueError(
+            f"--out {out} holds another experiment, {found.attrs['experiment']!r}; choose another folder"
+        )
+    old = json.loads(found.attrs["settings"])
+    new = json.loads(report.results.settings_json(settings))
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        raise ValueError(
+            f"--out {out} holds a run with other settings ({', '.join(differing)} differ); choose another folder"
+        )
+
+
+def _use_all_cores() -> None:
+    """Lets the lanes of a CPU run use every core; has to come before JAX starts."""
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def _first_line(module: ModuleType) -> str:
+    return (module.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""A progress bar for experiments."""
+
+import sys
+
+
+class Bar:
+    """Shows how many tasks of all lanes are done, the time left, and what the last task measured.
+
+    Args:
+      total: tasks times lanes.
+      quiet: show nothing.
+    """
+
+    def __init__(self, total: int, quiet: bool = False):
+        from tqdm import tqdm  # needs the cli extra
+
+        self._bar = tqdm(
+            total=total, unit="task", file=sys.stderr, disable=quiet, mininterval=1.0, smoothing=0.05
+        )
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def __call__(self, methods: str, lanes: int, measures: dict[str, float]) -> None:
+        """Counts one task of `lanes` lanes of some methods."""
+        shown = methods if len(methods) <= 30 else methods[:27] + "..."
+        self._bar.set_description_str(shown, refresh=False)
+        self._bar.set_postfix_str(f"accuracy {100 * measures['accuracy']:.1f}%", refresh=False)
+        self._bar.update(lanes)

@@ -1,0 +1,66 @@
+"""A dataset in memory, and the error for one that is not there."""
+
+import dataclasses
+
+import numpy as np
+
+
+class DatasetUnavailable(RuntimeError):
+    """The dataset is known but its files are not on this machine; the message says how to get them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Labelled images of one split, as NumPy arrays on the host.
+
+    Attributes:
+      images: uint8 [n, height, width, channels].
+      labels: int32 [n], from 0 to num_classes - 1.
+      num_classes: number of classes; some may have no example.
+      name: the name it was loaded by, for titles and results.
+      max_value: value of the brightest pixel (255, but 16 in scikit-learn's digits); ``images / max_value``
+        is in [0, 1].
+
+    Raises:
+      ValueError: if the arrays do not have these types and shapes or a value is out of range.
+
+    >>> import numpy as np
+    >>> images, labels = np.zeros((3, 28, 28, 1), np.uint8), np.array([0, 1, 1], np.int32)
+    >>> Dataset(images, labels, num_classes=2, name="blank")
+    Dataset(blank: 3 images of 28x28x1, 2 classes)
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    name: str
+    max_value: int = 255
+
+    def __post_init__(self):
+        images, labels = self.images, self.labels
+        if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
+            raise ValueError(
+                "images must be uint8 [n, height, width, channels] and not empty; "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        if labels.shape != images.shape[:1] or labels.dtype != np.int32:
+            raise ValueError(f"labels must be int32 [{len(images)}]; got {labels.dtype} {list(labels.shape)}")
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(
+                f"labels must be from 0 to num_classes - 1 = {self.num_classes - 1}; "
+                f"got {labels.min()} to {labels.max()}"
+            )
+        if not images.max() <= self.max_value:
+            raise ValueError(f"images must not exceed max_value = {self.max_value}; got {images.max()}")
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.image_shape))
+        return f"Dataset({self.name}: {len(self)} images of {size}, {self.num_classes} classes)"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.images.shape[1:]

@@ -1,0 +1,279 @@
+"""Measures of plasticity: pure functions of activations, parameters and losses.
+
+All of them can be jitted and vmapped; inputs of any float type are brought to float32 first. Activations are
+what ``cbp_jax.with_features`` returns: arrays whose last axis runs over the units of a layer and whose other
+axes (examples, positions) are averaged over.
+
+Dead and dormant are two things. A unit is *dead* if it was exactly zero on the whole batch, which a
+saturating or leaky activation never is. It is *dormant* if it is small compared with the rest of its layer,
+which any unit can be.
+
+The three ranks look at the singular values of the activations of one layer. They come from ``jnp.linalg.svd``
+and not from the eigenvalues of the Gram matrix: these are the squares, so in float32 all singular values
+below about 3e-4 of the largest drown in rounding errors, and the rank of a collapsed representation, the very
+thing to be measured, comes out too large (the effective rank by 1% for a 2000 x 100 matrix of rank 10, and
+the stable rank by one for a ReLU layer of 2000 units). On a CPU the Gram matrix saves a few milliseconds at
+2000 x 100 and nothing at 2000 x 2000.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "approximate_rank",
+    "dead_fraction",
+    "dormant_fraction",
+    "effective_rank",
+    "plasticity",
+    "stable_rank",
+    "weight_magnitude",
+]
+
+# Ties in the integer ranks are decided up to this relative error, a few times that of a float32 sum.
+_TIE_TOLERANCE = 1e-6
+
+
+def dead_fraction(features: Any) -> jax.Array:
+    """Fraction of units that are exactly zero on the whole batch.
+
+    Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024.
+
+    Args:
+      features: array [..., units], or a pytree of such arrays, one for each group of units.
+
+    Returns:
+      float32 scalar in [0, 1]: dead units over all units of all groups.
+
+    Raises:
+      ValueError: if there are no features, or a group has no units or no examples.
+
+    >>> import jax.numpy as jnp
+    >>> float(dead_fraction(jnp.array([[0.0, 0.0, 1.0, 2.0], [0.0, 3.0, 0.0, 1.0]])))
+    0.25
+    """
+    dead = [jnp.all(h == 0, axis=_all_but_units(h)) for h in _groups(features)]
+    return jnp.mean(jnp.concatenate(dead), dtype=jnp.float32)
+
+
+def dormant_fraction(features: Any, threshold: float | jax.Array = 0.025) -> jax.Array:
+    r"""Fraction of units whose activation is small compared with their layer's.
+
+    The score of unit i of a layer with H units is its mean activation over the average one of the layer,
+
+    .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|},
+
+    the mean running over examples and positions; the unit is dormant if :math:`s_i \le` ``threshold``. Where
+    the whole layer is silent every score is 0. Sokar et al., "The dormant neuron phenomenon in deep
+    reinforcement learning", ICML 2023; thresholds from 0 to 0.1 are usual.
+
+    Args:
+      features: array [..., units], or a pytree of such arrays, one for each group of units. Every array is
+        normalised on its own.
+      threshold: largest score of a dormant unit; may be traced.
+
+    Returns:
+      float32 scalar in [0, 1]: dormant units over all units of all groups.
+
+    Raises:
+      ValueError: if there are no features, a group has no units or no examples, or the threshold is negative.
+
+    >>> import jax.numpy as jnp
+    >>> h = jnp.array([[1.0, -1.0, 0.01, 0.0], [1.0, 1.0, -0.01, 0.0]])
+    >>> float(dormant_fraction(h, threshold=0.1)), float(dormant_fraction(h, threshold=0.0))
+    (0.5, 0.25)
+    """
+
+    if isinstance(threshold, int | float | np.number) and not threshold >= 0:
+        raise ValueError(f"threshold must not be negative; got {threshold}")
+
+    def is_dormant(h):
+        activation = jnp.mean(jnp.abs(h.astype(jnp.float32)), axis=_all_but_units(h))
+        layer = jnp.mean(activation)
+        return activation / jnp.where(layer == 0, 1.0, layer) <= threshold
+
+    return jnp.mean(jnp.concatenate([is_dormant(h) for h in _groups(features)]), dtype=jnp.float32)
+
+
+def effective_rank(x: jax.Array) -> jax.Array:
+    r"""Exponential of the entropy of the normalised singular values.
+
+    .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i / \sum_j \sigma_j
+
+    Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+
+    Args:
+      x: matrix [examples, units]; it is not centred.
+
+    Returns:
+      float32 scalar in [1, min(examples, units)]; 0 for a zero matrix, NaN where x is not finite. Within 1e-5
+      of float64 for matrices of full rank, of low rank, and ReLU activations. Singular values below about
+      1e-7 of the largest are rounding errors of float32, and count with that size.
+
+    Raises:
+      ValueError: if x is not a matrix, or is empty.
+
+    >>> import jax.numpy as jnp
+    >>> round(float(effective_rank(jnp.eye(5, 3))), 4)
+    3.0
+    """
+    values = _singular_values(x)
+    total = jnp.sum(values)
+    share = values / jnp.where(total == 0, 1.0, total)
+    entropy = -jnp.sum(share * jnp.log(jnp.where(share == 0, 1.0, share)))
+    return jnp.where(total == 0, 0.0, jnp.exp(entropy))
+
+
+def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
+    r"""Least k whose k largest *squared* singular values make up the threshold of their sum.
+
+    .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i^2 \ge \tau \sum_j \sigma_j^2 \Big\}
+
+    In other words, how many principal directions (about zero) hold that fraction of the variance. Yang et
+    al., "Harnessing structures for value-based planning and reinforcement learning", ICLR 2020.
+
+    Args:
+      x: matrix [examples, units]; it is not centred.
+      threshold: fraction in (0, 1]; may be traced.
+
+    Returns:
+      float32 scalar, a whole number from 1 to min(examples, units); 0 for a zero matrix, NaN where x is not
+      finite. Sums that miss the threshold by less than 1e-6 of the total count as reaching it, which is what
+      float32 can tell; with a threshold closer to 1 than that, the last directions are not counted.
+
+    Raises:
+      ValueError: if x is not a matrix or is empty, or the threshold is outside (0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> float(approximate_rank(jnp.diag(jnp.array([10.0, 1.0, 0.1]))))
+    1.0
+    """
+    return _least_sufficient(jnp.square(_singular_values(x)), threshold)
+
+
+def stable_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
+    r"""Least k whose k largest singular values make up the threshold of their sum.
+
+    .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i \ge \tau \sum_j \sigma_j \Big\}
+
+    The definition of Dohare et al., Nature 2024, and not the ratio of Frobenius to spectral norm that goes by
+    the same name in numerical linear algebra.
+
+    Args:
+      x: matrix [examples, units]; it is not centred.
+      threshold: fraction in (0, 1]; may be traced.
+
+    Returns:
+      float32 scalar, a whole number from 1 to min(examples, units); 0 for a zero matrix, NaN where x is not
+      finite. Sums that miss the threshold by less than 1e-6 of the total count as reaching it, which is what
+      float32 can tell; with a threshold closer to 1 than that, the last directions are not counted.
+
+    Raises:
+      ValueError: if x is not a matrix or is empty, or the threshold is outside (0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> float(stable_rank(jnp.diag(jnp.array([10.0, 1.0, 0.1]))))
+    2.0
+    """
+    return _least_sufficient(_singular_values(x), threshold)
+
+
+def weight_magnitude(params: Any) -> jax.Array:
+    """Mean absolute value of all entries of all parameters.
+
+    Every entry counts the same, so that large layers weigh more; biases are entries like any other.
+
+    Args:
+      params: pytree of arrays; leaves that are not of a float type (counters, keys) are left out.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: if there is no float leaf.
+
+    >>> import jax.numpy as jnp
+    >>> float(weight_magnitude({"kernel": jnp.array([[-1.0, 2.0]]), "bias": jnp.array([0.0])}))
+    1.0
+    """
+    leaves = [w for w in map(_as_array, jax.tree.leaves(params)) if jnp.issubdtype(w.dtype, jnp.floating)]
+    count = sum(w.size for w in leaves)
+    if count == 0:
+        raise ValueError(f"params must hold at least one float array; got {jax.tree.structure(params)}")
+    return sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves) / count
+
+
+def plasticity(
+    loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLike, epsilon: float = 1e-8
+) -> jax.Array:
+    r"""How much of the loss on a sample one update on that sample removed.
+
+    .. math:: \max\Big(1 - \frac{L(W', Z)}{\max(L(W, Z), \epsilon)},\ 0\Big) \in [0, 1]
+
+    1 means that the update fitted the sample, 0 that it made no progress or made things worse. Elsayed &
+    Mahmood, "Addressing loss of plasticity and catastrophic forgetting in continual learning", ICLR 2024.
+    Measure both losses on the same batch and in the same mode (dropout, normalisation), or the difference
+    between the modes is measured too.
+
+    Args:
+      loss_before: non-negative losses before the update, any shape, one for each sample (or scalar).
+      loss_after: losses on the same samples after the update, of the same shape.
+      epsilon: smallest loss to divide by.
+
+    Returns:
+      float32 array of that shape in [0, 1]. Average it over samples, and not the losses before calling.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> [float(p) for p in plasticity(jnp.array([2.0, 1.0, 0.0]), jnp.array([0.5, 3.0, 0.0]))]
+    [0.75, 0.0, 1.0]
+    """
+    before, after = jnp.asarray(loss_before, jnp.float32), jnp.asarray(loss_after, jnp.float32)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"loss_before and loss_after must have the same shape; got {before.shape} and {after.shape}"
+        )
+    return jnp.clip(1.0 - after / jnp.maximum(before, epsilon), 0.0, 1.0)
+
+
+def _groups(features: Any) -> list[jax.Array]:
+    groups = [_as_array(h) for h in jax.tree.leaves(features)]
+    if not groups:
+        raise ValueError("features must be an array [..., units] or a pytree of such arrays; it holds none")
+    for h in groups:
+        if h.ndim == 0 or h.size == 0:
+            raise ValueError(f"features must be arrays [..., units] that are not empty; got shape {h.shape}")
+    return groups
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def _all_but_units(h: jax.Array) -> tuple[int, ...]:
+    return tuple(range(h.ndim - 1))
+
+
+def _singular_values(x: jax.Array) -> jax.Array:
+    """Singular values in falling order, scaled so that the largest is 1 (all 0 for a zero matrix)."""
+    x = jnp.asarray(x, jnp.float32)
+    if x.ndim != 2 or x.size == 0:
+        raise ValueError(f"x must be a matrix [examples, units] that is not empty; got shape {x.shape}")
+    values = jnp.linalg.svd(x, compute_uv=False)
+    # The scale keeps squares and sums inside the range of float32 whatever the units of the activations.
+    return values / jnp.where(values[0] == 0, 1.0, values[0])
+
+
+def _least_sufficient(values: jax.Array, threshold: float | jax.Array) -> jax.Array:
+    """Least k such that values[:k] sum to the threshold of the whole; values fall and are not negative."""
+    if isinstance(threshold, int | float | np.number) and not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1]; got {threshold}")
+    sums = jnp.cumsum(values)
+    total = sums[-1]
+    short = sums < total * (threshold * (1.0 - _TIE_TOLERANCE))
+    rank = 1.0 + jnp.sum(short, dtype=jnp.float32)
+    return jnp.where(total == 0, 0.0, jnp.where(jnp.isfinite(total), rank, jnp.nan))

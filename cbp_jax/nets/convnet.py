@@ -1,0 +1,94 @@
+"""Convolutional network for small images."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+
+from cbp_jax.nets.activations import Activation, get_activation
+from cbp_jax.nets.mlp import check_dropout_rate
+
+
+class ConvNet(nn.Module):
+    """Convolutions, each followed by an activation and 2x2 max pooling, then dense layers.
+
+    The default sizes are those of the Nature paper's network for Continual ImageNet (images of 32x32x3). Layers are
+    named `Conv_0`, ..., `Dense_0`, ... from the input on. Biases start at 0.
+
+    Attributes:
+      num_outputs: number of outputs of the last layer, which has no activation.
+      channels: number of channels of each convolution.
+      kernel_sizes: height and width of each convolution's kernel.
+      hidden: number of units of each hidden dense layer.
+      padding: "VALID" (none) or "SAME", of the convolutions.
+      activation: a name of `get_activation`, or a function of one array.
+      dropout_rate: fraction of the hidden dense units dropped in training, in [0, 1). Above 0 a call with
+        `deterministic=False` needs `rngs={"dropout": key}`.
+      kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
+
+    Raises:
+      ValueError: an attribute is out of range; in a call, the images are too small for the convolutions.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> net = ConvNet(num_outputs=2)
+      >>> params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+      >>> for name, layer in params["params"].items():
+      ...   print(name, layer["kernel"].shape)
+      Conv_0 (5, 5, 3, 32)
+      Conv_1 (3, 3, 32, 64)
+      Conv_2 (3, 3, 64, 128)
+      Dense_0 (512, 128)
+      Dense_1 (128, 128)
+      Dense_2 (128, 2)
+
+    References:
+      Dohare et al., `Loss of plasticity in deep continual learning
+      <https://doi.org/10.1038/s41586-024-07711-7>`_, Nature 2024
+    """
+
+    num_outputs: int
+    channels: Sequence[int] = (32, 64, 128)
+    kernel_sizes: Sequence[int] = (5, 3, 3)
+    hidden: Sequence[int] = (128, 128)
+    padding: str = "VALID"
+    activation: str | Activation = "relu"
+    dropout_rate: float = 0.0
+    kernel_init: nn.initializers.Initializer = nn.initializers.he_uniform()
+
+    def __post_init__(self):
+        get_activation(self.activation)
+        check_dropout_rate(self.dropout_rate)
+        if len(self.channels) != len(self.kernel_sizes):
+            raise ValueError(
+                f"channels and kernel_sizes must be of one length, got {self.channels} and {self.kernel_sizes}"
+            )
+        if self.padding not in ("VALID", "SAME"):
+            raise ValueError(f"padding must be 'VALID' or 'SAME', got {self.padding!r}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs].
+
+        `deterministic=False` turns dropout on.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"x must be images [batch, height, width, channels], got shape {x.shape}")
+        images = x.shape
+        activation = get_activation(self.activation)
+        for channels, size in zip(self.channels, self.kernel_sizes, strict=True):
+            shrink = size - 1 if self.padding == "VALID" else 0
+            if min(x.shape[1:3]) - shrink < 2:
+                raise ValueError(
+                    f"images of {images[1]}x{images[2]} are too small for kernel_sizes={tuple(self.kernel_sizes)} "
+                    f"with padding={self.padding!r}: nothing would be left after pooling"
+                )
+            x = nn.Conv(channels, (size, size), padding=self.padding, kernel_init=self.kernel_init)(x)
+            x = nn.max_pool(activation(x), (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for size in self.hidden:
+            x = activation(nn.Dense(size, kernel_init=self.kernel_init)(x))
+            if self.dropout_rate > 0:
+                x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
+        return nn.Dense(self.num_outputs, kernel_init=self.kernel_init)(x)

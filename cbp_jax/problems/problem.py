@@ -1,0 +1,42 @@
+"""What every problem offers to the training loop."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Task = Any  # a small pytree of arrays
+Data = Any  # a pytree of device arrays
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A stream of tasks, as data and pure functions.
+
+    The functions take ``data`` as an argument, so that it stands on the device once however many seeds run:
+    vmap them over keys or tasks and not over ``data``, and do not close over it (a jitted function would hold
+    a copy as a constant). All may be called inside jit, vmap and scan.
+
+    Attributes:
+      data: pytree of device arrays that all tasks of all seeds share.
+      input_shape: shape of one input.
+      num_classes: number of classes of the labels.
+      steps_per_task: batches in a task.
+      make_task: ``(data, key, index) -> task``, the task number ``index`` (int or int32 scalar, may be
+        traced) of the stream that ``key`` (a jax key) stands for. A pure function of both: tasks can be made
+        in any order.
+      batch: ``(data, task, step) -> (inputs, labels)``, float32 [batch, *input_shape] and int32 [batch], for
+        step from 0 to steps_per_task - 1 (may be traced).
+      evaluation: ``(data, task, n) -> (inputs, labels)``, float32 [n, *input_shape] and int32 [n]: n distinct
+        random examples of the task, independent of the order in which batches come, for measuring a network
+        before it is trained. n is a Python int; a ValueError says so where the task has fewer examples.
+    """
+
+    data: Data
+    input_shape: tuple[int, ...]
+    num_classes: int
+    steps_per_task: int
+    make_task: Callable[[Data, jax.Array, jax.typing.ArrayLike], Task]
+    batch: Callable[[Data, Task, jax.typing.ArrayLike], tuple[jax.Array, jax.Array]]
+    evaluation: Callable[[Data, Task, int], tuple[jax.Array, jax.Array]]

@@ -1,0 +1,495 @@
+"""Pictures of a run, after those of "Loss of plasticity in deep continual learning" (Dohare et al., 2024).
+
+Figures are made as objects and drawn by Agg: nothing here touches pyplot, its backend or its settings, so
+pictures can be made on a server, in a thread, and beside the user's own figures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cbp_jax.report.results import load_results, require
+from cbp_jax.report.statistics import finished_tasks, last_tenth, mean_and_error
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class _Panel(NamedTuple):
+    measure: str
+    label: str
+    scale: float
+    zero: bool  # whether the axis starts at 0
+
+
+_PANELS = (
+    _Panel("accuracy", "Correct (%)", 100.0, False),
+    _Panel("dead_units", "Dead units (%)", 100.0, True),
+    _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
+    _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
+)
+
+
+class _Style(NamedTuple):
+    colour: str
+    dashes: str | tuple
+    marker: str
+    hollow: bool = False
+
+
+# Okabe and Ito's palette, which the colour-blind can tell apart, with wine red for its yellow, lost on
+# white. Some of the colours are alike in grey: there, dashes and markers carry the difference alone.
+_STYLES = {
+    "cbp": _Style("#0072B2", "-", "o"),
+    "bp": _Style("#000000", "-", "s"),
+    "adam": _Style("#D55E00", (0, (5, 1.5)), "^"),
+    "l2": _Style("#009E73", (0, (6, 1.5, 1, 1.5)), "D"),
+    "shrink_and_perturb": _Style("#CC79A7", (0, (2.5, 1)), "v"),
+    "l2_init": _Style("#E69F00", (0, (1, 1)), "P"),
+    "l1": _Style("#56B4E9", (0, (6, 1, 1, 1, 1, 1)), "X"),
+    "dropout": _Style("#882255", (0, (9, 2)), "p"),
+}
+
+_NAMES = {
+    "cbp": "Continual backprop",
+    "bp": "Backprop",
+    "sgd": "SGD",
+    "adam": "Adam",
+    "l1": "L1",
+    "l2": "L2",
+    "l2_init": "L2 init",
+    "redo": "ReDo",
+    "upgd": "UPGD",
+    "ewc": "EWC",
+    "mas": "MAS",
+    "adaptive_upgd": "Adaptive UPGD",
+}
+
+_MOST_LINES = 8  # beyond this, lines cannot be told apart: one variant of each learner is drawn
+_HANDLE = 3.6  # length of a line in the legend, in ems, so that its dashes repeat
+
+_RC = {
+    "font.family": "sans-serif",
+    "font.size": 7.5,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+}
+
+
+def plot_run(
+    run: str | Path | xr.Dataset,
+    out: str | Path | None = None,
+    *,
+    bin_size: int | None = None,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:
+    """Draws the pictures of a run: ``tasks``, and ``sensitivity`` where a learner has several variants.
+
+    Args:
+      run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
+      out: folder for the pictures; by default that of the run.
+      bin_size: as in :func:`plot_tasks`.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      Paths of the pictures, ``tasks`` first.
+
+    Raises:
+      ValueError: a dataset without ``out``, or results in which no task has finished.
+      FileNotFoundError: there are no results there.
+    """
+    if isinstance(run, str | Path):
+        results = load_results(run)
+        out = out or (Path(run) if Path(run).is_dir() else Path(run).parent)
+    else:
+        results = run
+    if out is None:
+        raise ValueError("out must name a folder for the pictures when run is a dataset; got None")
+    out = Path(out)
+    figures = {"tasks": plot_tasks(results, bin_size=bin_size)}
+    if _swept(results):
+        figures["sensitivity"] = plot_sensitivity(results)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        for kind in formats:
+            paths.append(out / f"{name}.{kind}")
+            with _rc():
+                figure.savefig(paths[-1])
+    return paths
+
+
+def plot_tasks(
+    results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None
+) -> Figure:
+    """Draws accuracy, dead units, weight magnitude and effective rank over the tasks.
+
+    One line a method: the mean over seeds, in a band of one standard error to either side. Tasks are averaged
+    in bins, within each seed first. An axis is logarithmic where its lines span more than a factor of 30.
+
+    Args:
+      results: results of a run; tasks not run yet, and methods not started, are left out.
+      methods: labels of the methods to draw, in the order of the legend. By default all, or, where these are
+        more than eight, the :func:`best_variants`.
+      bin_size: tasks to a bin; by default 1 for up to 100 tasks, and so many that there are about 50 bins for
+        more.
+
+    Returns:
+      A Matplotlib figure; ``figure.savefig(path)`` writes it.
+
+    Raises:
+      ValueError: an unknown method, a bin size under 1, no finished task, or no accuracy in the results.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    chosen = methods is None and len(_started(results)) > _MOST_LINES
+    if methods is None:
+        methods = best_variants(results) if chosen else _started(results)
+    else:
+        for method in methods:
+            _check(method in results.method.values, "methods", method, results.method.values.tolist())
+        methods = [method for method in methods if method in _started(results)]
+    if not methods:
+        raise ValueError("results: no task has finished, so there is nothing to draw")
+    panels = [panel for panel in _PANELS if panel.measure in results]
+    tasks = results.sizes["task"]
+    bin_size = _default_bin(tasks) if bin_size is None else bin_size
+    if bin_size < 1:
+        raise ValueError(f"bin_size must be at least 1; got {bin_size}")
+
+    styles = _styles(results, methods)
+    with _rc():
+        columns = min(2, len(panels))
+        rows = math.ceil(len(panels) / columns)
+        names = [_name(results, method) for method in methods]
+        legend_columns = _legend_columns(names, width=3.6 * columns)
+        legend_rows = math.ceil(len(methods) / legend_columns)
+        figure = Figure(
+            figsize=(3.6 * columns, 2.25 * rows + 0.17 * legend_rows + 0.25), layout="constrained"
+        )
+        axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
+        for letter, ax, panel in zip("abcd", axes, panels, strict=False):
+            _draw_panel(ax, results, panel, methods, styles, bin_size)
+            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+        for ax in axes[len(panels) - columns : len(panels)]:
+            ax.set_xlabel("Task")
+            ax.tick_params(labelbottom=True)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        handles = {line.get_gid(): line for line in axes[0].lines}
+        figure.legend(
+            [handles[method] for method in methods],
+            names,
+            loc="outside upper center",
+            ncols=legend_columns,
+            handlelength=_HANDLE,
+            columnspacing=1.6,
+        )
+        note = _seeds_note(results, methods)
+        note += f"; bins of {bin_size} tasks" if bin_size > 1 else ""
+        note += "; the best variant of each learner" if chosen else ""
+        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    return figure
+
+
+def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) -> Figure:
+    """Draws the final accuracy against the values that were tried of a hyperparameter.
+
+    One line a learner; the mean over seeds of the accuracy over the last tenth of the tasks, with one
+    standard error. Where a learner was run with several other settings at one value, the best of them is
+    drawn. A variant that has not finished its tasks is drawn hollow. The axis of the hyperparameter is
+    logarithmic, but for 0.
+
+    Args:
+      results: results of a run.
+      hyperparameter: name of the coordinate to draw; by default a panel for each that was swept.
+
+    Returns:
+      A Matplotlib figure.
+
+    Raises:
+      ValueError: no learner has finished tasks with several values of the hyperparameter.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    swept = _swept(results)
+    if hyperparameter is not None:
+        _check(hyperparameter in swept, "hyperparameter", hyperparameter, list(swept))
+        swept = {hyperparameter: swept[hyperparameter]}
+    if not swept:
+        raise ValueError("results: no learner has finished tasks with several values of a hyperparameter")
+    all_learners = [learner for learners in swept.values() for learner in learners]
+    styles = _learner_styles(list(dict.fromkeys(all_learners)))
+    with _rc():
+        columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
+        rows = math.ceil(len(swept) / columns)
+        figure = Figure(figsize=(7.2 if columns > 1 else 3.6, 2.5 * rows + 0.25), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for i, (name, learners) in enumerate(swept.items()):
+            _draw_sensitivity(axes[i], results, name, learners, styles)
+            axes[i].set_ylabel("Correct, last tenth of tasks (%)" if i % columns == 0 else "")
+        for ax in axes[len(swept) :]:
+            ax.remove()
+        swept_methods = [method for method in _started(results) if _learner(results, method) in all_learners]
+        note = _seeds_note(results, swept_methods)
+        if any(_unfinished(results, method) for method in swept_methods):
+            note += "; hollow: unfinished"
+        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    return figure
+
+
+def best_variants(results: xr.Dataset) -> list[str]:
+    """For each learner its variant of the highest final accuracy, that over the last tenth of the tasks.
+
+    Args:
+      results: results of a run. In an unfinished one, the variants of a learner that have come furthest are
+        compared; methods without a finished task are left out.
+
+    Returns:
+      Labels of methods, in the results' order of learners.
+    """
+    best: dict[str, tuple[tuple[int, float], str]] = {}
+    for method in _started(results):
+        score = (finished_tasks(results, method)[1], float(last_tenth(results, method).mean()))
+        learner = _learner(results, method)
+        if learner not in best or score > best[learner][0]:
+            best[learner] = (score, method)
+    return [method for _, method in best.values()]
+
+
+def _draw_panel(
+    ax: Axes,
+    results: xr.Dataset,
+    panel: _Panel,
+    methods: Sequence[str],
+    styles: dict[str, _Style],
+    bin_size: int,
+) -> None:
+    means = []
+    for i, method in enumerate(methods):
+        values = results[panel.measure].loc[{"method": method}].transpose("seed", "task").values
+        task, mean, error = _binned(panel.scale * values.astype(np.float64), bin_size)
+        style, main = styles[method], _learner(results, method) == "cbp"
+        every = max(1, math.ceil(len(task) / 6))
+        ax.plot(
+            task,
+            mean,
+            color=style.colour,
+            linestyle=style.dashes,
+            linewidth=1.8 if main else 1.2,
+            marker=style.marker,
+            markersize=4.5 if main else 4,
+            markerfacecolor="white" if style.hollow else style.colour,
+            markeredgecolor=style.colour if style.hollow else "white",
+            markeredgewidth=1 if style.hollow else 0.5,
+            # Staggered, so that where lines lie on each other every one of them still shows its marker.
+            markevery=(round(every * i / len(methods)) if len(task) > every else 0, every),
+            zorder=4 if main else 3,
+            gid=method,
+        )
+        ax.fill_between(
+            task, mean - error, mean + error, color=style.colour, alpha=0.2, linewidth=0, zorder=2
+        )
+        means.append(mean)
+    means = np.concatenate(means)
+    if panel.zero:
+        top = max(ax.get_ylim()[1], 1.0)
+        ax.set_ylim(-0.03 * top, top)  # a line at 0 stays clear of the axis
+    elif means.size and 0 < 30 * means.min() < means.max():
+        ax.set_yscale("log")
+    ax.set_ylabel(panel.label)
+    ax.margins(x=0.02)
+
+
+def _draw_sensitivity(
+    ax: Axes, results: xr.Dataset, hyperparameter: str, learners: Sequence[str], styles: dict[str, _Style]
+) -> None:
+    smallest = math.inf
+    zero = False
+    for learner in learners:
+        points: dict[float, tuple[float, float, bool]] = {}
+        for method in _started(results):
+            x = float(results[hyperparameter].loc[{"method": method}])
+            if _learner(results, method) != learner or math.isnan(x):
+                continue
+            mean, error = mean_and_error(100 * last_tenth(results, method))
+            if x not in points or mean > points[x][0]:
+                points[x] = (float(mean), float(np.nan_to_num(error)), _unfinished(results, method))
+        x = np.array(sorted(points))
+        y, error, unfinished = map(np.array, zip(*(points[value] for value in x), strict=True))
+        style = styles[learner]
+        line = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.2}
+        marker = {"marker": style.marker, "markersize": 4.5, "markeredgecolor": style.colour}
+        ax.plot(x, y, **line, zorder=3)
+        ax.errorbar(x, y, error, color=style.colour, linestyle="none", linewidth=1, capsize=4, zorder=3)
+        for hollow in (False, True):
+            some, face = unfinished == hollow, "white" if hollow else style.colour
+            ax.plot(x[some], y[some], **marker, markerfacecolor=face, linestyle="none", zorder=4)
+        ax.plot([], [], **line, **marker, label=_learner_name(learner))
+        zero |= x[0] <= 0
+        smallest = min(smallest, *np.abs(x[x != 0]))
+    if zero:
+        ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
+    else:
+        ax.set_xscale("log")
+    ax.set_xlabel(_learner_name(hyperparameter))
+    ax.margins(y=0.1)
+    ax.legend(handlelength=_HANDLE)
+
+
+def _binned(values: np.ndarray, bin_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bins of values [seeds, tasks]: their middles, tasks counting from 1, means and errors over seeds."""
+    seeds, tasks = values.shape
+    bins = math.ceil(tasks / bin_size)
+    # Padded with NaN, which the means leave out, as they do tasks that have not been run.
+    values = np.pad(values, ((0, 0), (0, bins * bin_size - tasks)), constant_values=np.nan)
+    task = np.broadcast_to(np.arange(1.0, bins * bin_size + 1), values.shape)
+    task = np.where(np.isfinite(values), task, np.nan)
+    per_seed, _ = mean_and_error(values.reshape(seeds, bins, bin_size), axis=2)
+    mean, error = mean_and_error(per_seed, axis=0)
+    middle, _ = mean_and_error(task.reshape(seeds, bins, bin_size).swapaxes(0, 1).reshape(bins, -1), axis=1)
+    some = np.isfinite(mean)
+    return middle[some], mean[some], error[some]
+
+
+def _default_bin(tasks: int) -> int:
+    """1 for up to 100 tasks; then the round number that makes about 50 bins."""
+    if tasks <= 100:
+        return 1
+    exact = tasks / 50
+    power = 10 ** math.floor(math.log10(exact))
+    return int(min((step * power for step in (1, 2, 5, 10)), key=lambda size: abs(math.log(size / exact))))
+
+
+def _swept(results: xr.Dataset) -> dict[str, list[str]]:
+    """Hyperparameters of which a learner has finished tasks with several values, and those learners."""
+    methods = _started(results)
+    swept: dict[str, list[str]] = {}
+    for name, column in results.coords.items():
+        if column.dims != ("method",) or column.dtype.kind != "f":
+            continue
+        tried: dict[str, set[float]] = {}
+        for method in methods:
+            value = float(column.loc[{"method": method}])
+            if not math.isnan(value):
+                tried.setdefault(_learner(results, method), set()).add(value)
+        learners = [learner for learner, values in tried.items() if len(values) > 1]
+        if learners:
+            swept[str(name)] = learners
+    return swept
+
+
+def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
+    """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    learners: dict[str, list[str]] = {}
+    for method in methods:
+        learners.setdefault(_learner(results, method), []).append(method)
+    base = _learner_styles(list(learners))
+    dashes = list(dict.fromkeys(style.dashes for style in _STYLES.values()))
+    styles = {}
+    for learner, variants in learners.items():
+        for i, method in enumerate(variants):
+            pale = 0.5 * i / len(variants)
+            colour = to_hex((1 - pale) * np.array(to_rgb(base[learner].colour)) + pale)
+            first = dashes.index(base[learner].dashes)
+            styles[method] = base[learner]._replace(
+                colour=colour,
+                dashes=dashes[(first + i) % len(dashes)],
+                hollow=base[learner].hollow ^ (i % 2 == 1),
+            )
+    return styles
+
+
+def _learner_styles(learners: Sequence[str]) -> dict[str, _Style]:
+    """The learner's own style, so that it looks alike in every picture; for others, what is left over."""
+    unused = [style for learner, style in _STYLES.items() if learner not in learners]
+    spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in _STYLES.values())])
+    return {learner: _STYLES[learner] if learner in _STYLES else next(spare) for learner in learners}
+
+
+def _name(results: xr.Dataset, method: str) -> str:
+    """A label for readers: "Continual backprop (replacement rate 1e-5)" for "cbp(replacement_rate=1e-05)"."""
+    learner = _learner(results, method)
+    if not method.startswith(learner):
+        return _learner_name(method)
+    rest = re.sub(r"e([+-])0+(\d)", r"e\1\2", method[len(learner) :])
+    return f"{_learner_name(learner)} {rest.replace('_', ' ').replace('=', ' ')}".strip()
+
+
+def _learner_name(name: str) -> str:
+    return _NAMES.get(name) or name[:1].upper() + name[1:].replace("_", " ")
+
+
+def _legend_columns(names: Sequence[str], width: float) -> int:
+    """The most columns, up to four, that fit ``width`` in inches, filled column by column."""
+    em = _RC["legend.fontsize"] / 72
+    for columns in range(min(4, len(names)), 1, -1):
+        rows = math.ceil(len(names) / columns)
+        longest = [max(map(len, names[start : start + rows])) for start in range(0, len(names), rows)]
+        if em * sum(0.58 * length + _HANDLE + 2.4 for length in longest) < width:
+            return columns
+    return 1
+
+
+def _seeds_note(results: xr.Dataset, methods: Sequence[str]) -> str:
+    counts = {len(finished_tasks(results, method)[0]) for method in methods}
+    if counts == {1}:
+        return "One seed"
+    seeds = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return f"Mean and one standard error of {seeds} seeds"
+
+
+def _learner(results: xr.Dataset, method: str) -> str:
+    return str(results.learner.loc[{"method": method}].item())
+
+
+def _started(results: xr.Dataset) -> list[str]:
+    """Methods that have finished a task with every seed they were begun with."""
+    return [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
+
+
+def _unfinished(results: xr.Dataset, method: str) -> bool:
+    return finished_tasks(results, method)[1] < results.sizes["task"]
+
+
+def _check(good: bool, name: str, value: object, allowed: list) -> None:
+    if not good:
+        raise ValueError(f"{name}: got {value!r}; these results have {allowed}")
+
+
+def _rc() -> AbstractContextManager:
+    """Our settings for the time of a drawing; the user's come back after it."""
+    matplotlib = require("matplotlib")
+    # Without the backend: rc_context, which puts the rest back, leaves it as it was set last.
+    defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    return matplotlib.rc_context({**defaults, **_RC})

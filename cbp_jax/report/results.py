@@ -1,0 +1,313 @@
+"""Results of a run: one ``xarray.Dataset``, kept in one netCDF file that is complete at every moment.
+
+The dataset is allocated full of NaN before the first task and filled as tasks end, so a run that is killed
+leaves a readable file in which NaN means "not run".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+FILE_NAME = "results.nc"
+
+#: What is measured of each task, for each method and seed: name of the data variable, and what it means.
+MEASURES: dict[str, str] = {
+    "accuracy": "fraction of the task's examples classified correctly, each before learning from it",
+    "loss": "mean loss of the task's examples, each before learning from it",
+    "dead_units": "fraction of hidden units that are zero on every measured example, before the task",
+    "weight_magnitude": "mean absolute weight, before the task",
+    "effective_rank": "effective rank over the number of units, mean over hidden layers, before the task",
+    "stable_rank": "stable rank over the number of units, mean over hidden layers, before the task",
+    "replaced_units": "units replaced during the task",
+}
+
+_DIMS = ("method", "seed", "task")
+
+
+def require(module: str) -> ModuleType:
+    """Imports a module of the ``report`` extra.
+
+    Args:
+      module: the module's full name, such as ``"matplotlib.figure"``.
+
+    Returns:
+      The module.
+
+    Raises:
+      ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f'reports need {package}: pip install "cbp-jax[report]"') from error
+
+
+def new_results(
+    methods: Sequence[str],
+    learners: Sequence[str],
+    hyperparameters: Sequence[Mapping[str, float]],
+    *,
+    seeds: int | Sequence[int],
+    tasks: int,
+    settings: Any,
+    experiment: str,
+    measures: Mapping[str, str] = MEASURES,
+) -> xr.Dataset:
+    """Allocates the results of a run, NaN everywhere.
+
+    Args:
+      methods: a label for each method, all different, such as ``"cbp(replacement_rate=1e-05)"``.
+      learners: the learner of each method, such as ``"cbp"``; several methods may be variants of one learner.
+      hyperparameters: for each method, the numbers it was run with by name, such as ``{"step_size": 0.01}``;
+        None is as good as left out.
+      seeds: how many seeds (they are then 0, 1, ...), or the seeds themselves.
+      tasks: how many tasks the run has when it is complete.
+      settings: the settings of the experiment, a dataclass or a mapping; kept as JSON.
+      experiment: the experiment's name.
+      measures: what is measured of a task: names of the data variables, and their meaning.
+
+    Returns:
+      A dataset with a float32 variable [method, seed, task] for each measure; the coordinates ``method`` and
+      ``learner`` (strings) and one float64 coordinate for each hyperparameter along ``method`` (NaN where a
+      method has no such hyperparameter), ``seed`` and ``task`` (integers); and the attributes ``experiment``,
+      ``settings`` and ``versions`` (the last two are JSON).
+
+    Raises:
+      ValueError: a label is given twice, the lengths differ, there is nothing to run, or a hyperparameter is
+        not a number or bears the name of something else in the dataset.
+
+    Example:
+      >>> results = new_results(
+      ...     ["bp", "cbp"], ["bp", "cbp"], [{"step_size": 0.01}, {"replacement_rate": 1e-4}],
+      ...     seeds=3, tasks=10, settings={"width": 100}, experiment="online_permuted")
+      >>> dict(results.sizes)
+      {'method': 2, 'seed': 3, 'task': 10}
+      >>> results.replacement_rate.values
+      array([   nan, 0.0001])
+    """
+    xr = require("xarray")
+    methods, learners, hyperparameters = list(methods), list(learners), list(hyperparameters)
+    if not methods or len(set(methods)) != len(methods):
+        raise ValueError(f"methods must be labels, at least one and all different; got {methods}")
+    for name, values in (("learners", learners), ("hyperparameters", hyperparameters)):
+        if len(values) != len(methods):
+            raise ValueError(
+                f"{name} must have one entry for each of the {len(methods)} methods; got {len(values)}"
+            )
+    seeds = list(range(seeds)) if isinstance(seeds, int | np.integer) else [int(seed) for seed in seeds]
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds must be a positive number of seeds, or seeds that all differ; got {seeds}")
+    if tasks < 1:
+        raise ValueError(f"tasks must be at least 1; got {tasks}")
+
+    taken = {*_DIMS, "learner", *measures}
+    columns: dict[str, np.ndarray] = {}
+    for i, one in enumerate(hyperparameters):
+        for name, value in one.items():
+            if value is None:
+                continue
+            if name in taken:
+                raise ValueError(
+                    f"hyperparameters: the name {name!r} is taken; the dataset uses {sorted(taken)}"
+                )
+            try:
+                columns.setdefault(name, np.full(len(methods), np.nan))[i] = float(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"hyperparameters: {name} of {methods[i]!r} must be a number; got {value!r}"
+                ) from error
+
+    shape = (len(methods), len(seeds), tasks)
+    return xr.Dataset(
+        {
+            name: (_DIMS, np.full(shape, np.nan, np.float32), {"long_name": meaning})
+            for name, meaning in measures.items()
+        },
+        coords={
+            "method": methods,
+            "learner": ("method", learners),
+            **{name: ("method", column) for name, column in columns.items()},
+            "seed": np.asarray(seeds, np.int64),
+            "task": np.arange(tasks, dtype=np.int64),
+        },
+        attrs={
+            "experiment": experiment,
+            "settings": settings_json(settings),
+            "versions": json.dumps(_versions(), sort_keys=True),
+        },
+    )
+
+
+def record_task(
+    results: xr.Dataset,
+    task: int,
+    values: Mapping[str, Any],
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """Writes what was measured of one task into the results, in place.
+
+    Args:
+      results: a dataset as :func:`new_results` makes it.
+      task: the task's index, from 0.
+      values: name of a measure -> array [methods, seeds]. Measures that are left out stay as they are.
+      methods: labels of the rows; all methods by default.
+      seeds: seeds of the columns; all seeds by default.
+
+    Raises:
+      ValueError: an unknown task, measure, method or seed, or an array of another shape. Nothing has been
+        written then.
+
+    Example:
+      >>> results = new_results(["bp", "cbp"], ["bp", "cbp"], [{}, {}], seeds=3, tasks=10, settings={},
+      ...                       experiment="online_permuted")
+      >>> record_task(results, 0, {"accuracy": [[0.91, 0.92, 0.93]]}, methods=["cbp"])
+      >>> int(results.accuracy.notnull().sum())
+      3
+    """
+    labels = {"task": [task]}
+    for dim, chosen in (("method", methods), ("seed", seeds)):
+        labels[dim] = results[dim].values if chosen is None else chosen
+    position = {}
+    for dim, chosen in labels.items():
+        index = results.indexes[dim].get_indexer(np.asarray(chosen))
+        if (index < 0).any() or len(set(index)) != len(index):
+            raise ValueError(
+                f"{dim}: got {_listed(chosen)}; these results have, once each, {_listed(results[dim].values)}"
+            )
+        position[dim] = index
+    shape = (len(labels["method"]), len(labels["seed"]))
+    arrays = {}
+    for name, value in values.items():
+        if name not in results.data_vars:
+            raise ValueError(
+                f"values: unknown measure {name!r}; these results have {list(results.data_vars)}"
+            )
+        arrays[name] = np.asarray(value, dtype=results[name].dtype)
+        if arrays[name].shape != shape:
+            raise ValueError(
+                f"values: {name} must have the shape [methods, seeds] = {shape}; got {arrays[name].shape}"
+            )
+    where = np.ix_(position["method"], position["seed"], position["task"])
+    for name, array in arrays.items():
+        results[name].values[where] = array[..., None]
+
+
+def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:
+    """Writes the results of a run to ``run_dir/results.nc``, all or nothing.
+
+    The file is written beside its place and then moved there, so whoever reads it, or kills the run, finds
+    either the last results or these. It takes about a tenth of a second.
+
+    Args:
+      results: the dataset to write.
+      run_dir: folder of the run; made if it is not there.
+
+    Returns:
+      The path of the file (netCDF 4).
+
+    Raises:
+      NotADirectoryError: ``run_dir`` is a file.
+    """
+    require("xarray")
+    require("h5netcdf")
+    require("h5py")
+    run_dir = Path(run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise NotADirectoryError(f"run_dir must be a folder; {run_dir} is a file")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / FILE_NAME
+    partial = run_dir / f".{FILE_NAME}.part"  # of one name, so that the next save clears what a kill has left
+    try:
+        results.to_netcdf(partial, engine="h5netcdf")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_results(path: str | Path) -> xr.Dataset:
+    """Reads the results of a run, complete or not.
+
+    Args:
+      path: the folder of the run, or its ``results.nc``.
+
+    Returns:
+      The dataset, in memory; see :func:`new_results`. NaN where a task has not been run. Take a method out of
+      it with ``results.loc[{"method": "cbp"}]``: in ``results.sel(method="cbp")`` xarray reads ``method`` as
+      an option of its own, and selects nothing.
+
+    Raises:
+      FileNotFoundError: there is no such file, or no results in that folder.
+      ValueError: the file holds something else.
+    """
+    xr = require("xarray")
+    require("h5netcdf")
+    require("h5py")
+    path = Path(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        reason = f"the folder {path} has no {FILE_NAME}" if path.is_dir() else f"{path} does not exist"
+        raise FileNotFoundError(f"no results to load: {reason}; give the folder of a run, or its {FILE_NAME}")
+    try:
+        results = xr.load_dataset(file, engine="h5netcdf")
+    except PermissionError:
+        raise
+    except Exception as error:  # of many types, by the kind of damage
+        raise ValueError(f"{file} is not a results file: it cannot be read as netCDF 4 ({error})") from error
+    missing = [name for name in ("experiment", "settings") if name not in results.attrs]
+    missing += [name for name in ("seed", "task") if name not in results.dims]
+    if missing:
+        raise ValueError(
+            f"{file} is not a results file of cbp_jax: it is netCDF, but has no {', '.join(missing)}"
+        )
+    return results
+
+
+def settings_json(settings: Any) -> str:
+    """The settings of an experiment, a dataclass or a mapping, as the JSON that results keep."""
+    return json.dumps(_plain(settings), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as JSON knows them: dataclasses become dicts, arrays lists, and what is left its text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("cbp-jax", "jax", "flax", "optax", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return versions
+
+
+def _listed(values: Any) -> str:
+    values = np.asarray(values).tolist()
+    return str(values) if len(values) <= 12 else f"{values[0]!r} ... {values[-1]!r} ({len(values)})"

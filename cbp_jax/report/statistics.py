@@ -1,0 +1,152 @@
+"""What pictures and tables of a run are made of: means and errors over seeds, tenths of the tasks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def mean_and_error(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error over seeds, of those seeds that have a value.
+
+    Args:
+      values: an array with seeds along ``axis``; what is not finite is left out.
+      axis: the axis of seeds.
+
+    Returns:
+      ``(mean, error)``, float64, without that axis. ``error`` is the sample standard deviation over the
+      square root of the number of seeds: NaN where fewer than two seeds have a value, as is ``mean`` where
+      none has.
+
+    Example:
+      >>> mean, error = mean_and_error(np.array([1.0, 3.0, np.nan]))
+      >>> print(mean, error)
+      2.0 1.0
+    """
+    values = np.asarray(values, np.float64)
+    values = np.where(np.isfinite(values), values, np.nan)
+    n = np.isfinite(values).sum(axis)
+    mean = np.nansum(values, axis) / np.where(n > 0, n, np.nan)
+    squares = np.nansum((values - np.expand_dims(mean, axis)) ** 2, axis)
+    return mean, np.sqrt(squares / np.where(n > 1, n - 1, np.nan) / np.where(n > 0, n, np.nan))
+
+
+def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
+    """Cuts a sequence of tasks into contiguous blocks, as equal as can be, the last among the longest.
+
+    Args:
+      tasks: number of tasks.
+      blocks: number of blocks; one for each task where there are fewer tasks.
+
+    Returns:
+      The blocks in order, together all the tasks.
+
+    Example:
+      >>> blocks_of_tasks(5, 2)
+      [slice(0, 2, None), slice(2, 5, None)]
+    """
+    blocks = min(blocks, tasks)
+    edges = [i * tasks // blocks for i in range(blocks + 1)] if blocks else []
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
+    """How far a method has come.
+
+    Args:
+      results: results of a run.
+      method: label of the method.
+
+    Returns:
+      The seeds that have finished a task, as indices, and the number of tasks that all of those have
+      finished.
+
+    Raises:
+      ValueError: no ``accuracy`` [method, seed, task] in the results, by which to know a finished task.
+    """
+    if "accuracy" not in results or set(results.accuracy.dims) != {"method", "seed", "task"}:
+        have = {name: variable.dims for name, variable in results.data_vars.items()}
+        raise ValueError(f"results must have an accuracy [method, seed, task]; got {have}")
+    done = np.isfinite(results.accuracy.loc[{"method": method}].transpose("seed", "task").values)
+    seeds = np.flatnonzero(done.any(1))
+    return seeds, int(done[seeds].all(0).cumprod().sum()) if len(seeds) else 0
+
+
+def last_tenth(results: xr.Dataset, method: str, measure: str = "accuracy") -> np.ndarray:
+    """Mean of a measure over the last tenth of the tasks that a method has finished, for each seed.
+
+    Args:
+      results: results of a run.
+      method: label of the method.
+      measure: name of the data variable.
+
+    Returns:
+      Array [seeds], float64, of the seeds that have run; empty if the method has finished no task.
+    """
+    return _blocks(results, method, measure)[:, -1:].ravel()
+
+
+def summary(results: xr.Dataset) -> str:
+    """The results of a run as a table of text.
+
+    For each method, the accuracy in the best and in the last tenth of the tasks it has finished (the best
+    being that of the highest mean over seeds), how much of the best was lost at the end (a difference within
+    each seed), and the dead units of the last tenth. All in percent; accuracies as the mean over seeds and
+    half the width of its 95% confidence interval (Student's t), which takes at least two seeds.
+
+    Args:
+      results: results of a run.
+
+    Returns:
+      The table, without a newline at its end.
+    """
+    total = results.sizes["task"]
+    table = [("method", "seeds", "tasks", "best tenth", "of tasks", "last tenth", "lost", "dead units")]
+    for method in results.method.values.tolist():
+        seeds, tasks = finished_tasks(results, method)
+        progress = (method, str(len(seeds)), str(tasks) if tasks == total else f"{tasks}/{total}")
+        if not tasks:
+            table.append((*progress, "-", "-", "-", "-", "-"))
+            continue
+        accuracy = 100 * _blocks(results, method, "accuracy")
+        best = int(accuracy.mean(0).argmax())
+        block = blocks_of_tasks(tasks)[best]
+        dead = last_tenth(results, method, "dead_units") if "dead_units" in results else np.array([])
+        table.append(
+            (
+                *progress,
+                _interval(accuracy[:, best]),
+                f"{block.start + 1}-{block.stop}" if block.stop - block.start > 1 else f"{block.stop}",
+                _interval(accuracy[:, -1]),
+                _interval(accuracy[:, best] - accuracy[:, -1]),
+                f"{100 * np.nanmean(dead):.1f}" if np.isfinite(dead).any() else "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rows = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    experiment = results.attrs.get("experiment", "run")
+    title = f"{experiment}: percent, mean over seeds ± half its 95% confidence interval"
+    return "\n".join([title, "", rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
+    """Means of a measure over the tenths of a method's finished tasks: [seeds that have run, at most 10]."""
+    seeds, tasks = finished_tasks(results, method)
+    values = results[measure].loc[{"method": method}].transpose("seed", "task").values[seeds]
+    means = [values[:, block].mean(1, dtype=np.float64) for block in blocks_of_tasks(tasks)]
+    return np.stack(means, 1) if means else np.zeros((len(seeds), 0))
+
+
+def _interval(values: np.ndarray) -> str:
+    """Mean and half the width of its 95% confidence interval over seeds; without the latter for one seed."""
+    from scipy import stats
+
+    mean, error = mean_and_error(values)
+    if len(values) < 2:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.2f}"

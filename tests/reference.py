@@ -1,0 +1,270 @@
+"""Algorithm 1 of Dohare et al. (Nature, 2024) in float64 NumPy, written apart from the package.
+
+Nothing here imports jax: networks, gradients, optimizers, utilities, selection and surgery are all spelled out.  The one
+thing that cannot be recomputed is the random draw, so `ContinualBackprop.step` is handed the parameters that the tested
+implementation arrived at and reads from them the incoming columns of those units that *its own* selection replaces.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    features: int
+    activation: str | None = None  # "relu", "tanh" or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    features: int
+    kernel: int = 3
+    padding: str = "VALID"
+    activation: str = "relu"
+    pool: int = 1  # a pool x pool max pooling with the same stride follows the activation
+
+
+# ------------------------------------------------------------------------------------- forward and backward
+
+
+def _activate(name, z):
+    return {"relu": lambda: np.maximum(z, 0.0), "tanh": lambda: np.tanh(z), None: lambda: z}[name]()
+
+
+def _activation_slope(name, z):
+    return {
+        "relu": lambda: (z > 0).astype(z.dtype),
+        "tanh": lambda: 1.0 - np.tanh(z) ** 2,
+        None: lambda: np.ones_like(z),
+    }[name]()
+
+
+def _pad(x, kernel, padding):
+    if padding == "VALID":
+        return x, (0, 0)
+    low, high = (kernel - 1) // 2, kernel - 1 - (kernel - 1) // 2
+    return np.pad(x, ((0, 0), (low, high), (low, high), (0, 0))), (low, high)
+
+
+def _conv(x, kernel):
+    """Cross-correlation of [batch, height, width, in] with [kh, kw, in, out], stride 1, no padding."""
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
+    return np.einsum("bhwikl,klio->bhwo", windows, kernel)
+
+
+def _conv_backward(x, kernel, dz):
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
+    dkernel = np.einsum("bhwikl,bhwo->klio", windows, dz)
+    dx = np.zeros_like(x)
+    height, width = dz.shape[1:3]
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            dx[:, i : i + height, j : j + width] += dz @ kernel[i, j].T
+    return dkernel, dx
+
+
+def _max_pool(a, size):
+    batch, height, width, channels = a.shape
+    blocks = a[:, : height // size * size, : width // size * size].reshape(
+        batch, height // size, size, width // size, size, channels
+    )
+    blocks = blocks.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // size, width // size, channels, -1)
+    return blocks.max(-1), blocks.argmax(-1)
+
+
+def _max_pool_backward(dh, argmax, shape, size):
+    da = np.zeros(shape)
+    batch, height, width, channels = np.indices(dh.shape)
+    da[batch, height * size + argmax // size, width * size + argmax % size, channels] = dh
+    return da
+
+
+def forward(layers, params, x):
+    """Returns the output and, for every layer, what its backward pass needs; `h` is what the next layer sees."""
+    tape, h = [], np.asarray(x, np.float64)
+    for layer, (kernel, bias) in zip(layers, params, strict=True):
+        if isinstance(layer, Conv):
+            entry = {"x": _pad(h, layer.kernel, layer.padding)[0], "unpadded": h.shape}
+            z = _conv(entry["x"], kernel) + bias
+            a = _activate(layer.activation, z)
+            h, argmax = _max_pool(a, layer.pool) if layer.pool > 1 else (a, None)
+            entry |= {"z": z, "argmax": argmax, "h": h}
+        else:
+            entry = {"x": h.reshape(len(h), -1), "unpadded": h.shape}
+            z = entry["x"] @ kernel + bias
+            h = _activate(layer.activation, z)
+            entry |= {"z": z, "h": h}
+        tape.append(entry)
+    return h, tape
+
+
+def backward(layers, params, tape, doutput):
+    grads, dh = [None] * len(layers), doutput
+    for index in reversed(range(len(layers))):
+        layer, entry, (kernel, _) = layers[index], tape[index], params[index]
+        if isinstance(layer, Conv):
+            if layer.pool > 1:
+                dh = _max_pool_backward(dh, entry["argmax"], entry["z"].shape, layer.pool)
+            dz = dh * _activation_slope(layer.activation, entry["z"])
+            dkernel, dx = _conv_backward(entry["x"], kernel, dz)
+            low, _ = _pad(np.zeros((1, 1, 1, 1)), layer.kernel, layer.padding)[1]
+            _, height, width, _ = entry["unpadded"]
+            dh = dx[:, low : low + height, low : low + width]
+            grads[index] = (dkernel, dz.sum((0, 1, 2)))
+        else:
+            dz = dh * _activation_slope(layer.activation, entry["z"])
+            grads[index] = (entry["x"].T @ dz, dz.sum(0))
+            dh = (dz @ kernel.T).reshape(entry["unpadded"])
+    return grads
+
+
+def cross_entropy_gradient(logits, labels):
+    """Gradient of the batch mean of the softmax cross-entropy with respect to the logits."""
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    p[np.arange(len(labels)), labels] -= 1.0
+    return p / len(labels)
+
+
+# ----------------------------------------------------------------------------------------------- optimizers
+
+
+class SGD:
+    def __init__(self, learning_rate):
+        self.learning_rate = learning_rate
+
+    def init(self, params):
+        pass
+
+    def updates(self, grads):
+        return [tuple(-self.learning_rate * g for g in pair) for pair in grads]
+
+    def reset(self, layer, leaf, where):
+        pass
+
+
+class PerWeightAdam:
+    """Adam in which every weight has a step count of its own, so that a reset restarts its bias correction."""
+
+    def __init__(self, learning_rate, b1=0.9, b2=0.999, eps=1e-8):
+        self.learning_rate, self.b1, self.b2, self.eps = learning_rate, b1, b2, eps
+
+    def init(self, params):
+        zeros = lambda: [[np.zeros_like(leaf) for leaf in pair] for pair in params]
+        self.mu, self.nu, self.count = zeros(), zeros(), zeros()
+
+    def updates(self, grads):
+        result = []
+        for mu, nu, count, pair in zip(self.mu, self.nu, self.count, grads, strict=True):
+            steps = []
+            for i, g in enumerate(pair):
+                count[i] += 1
+                mu[i] = self.b1 * mu[i] + (1 - self.b1) * g
+                nu[i] = self.b2 * nu[i] + (1 - self.b2) * g**2
+                mu_hat, nu_hat = mu[i] / (1 - self.b1 ** count[i]), nu[i] / (1 - self.b2 ** count[i])
+                steps.append(-self.learning_rate * mu_hat / (np.sqrt(nu_hat) + self.eps))
+            result.append(tuple(steps))
+        return result
+
+    def reset(self, layer, leaf, where):
+        for moments in (self.mu, self.nu, self.count):
+            moments[layer][leaf][where] = 0.0
+
+
+# ---------------------------------------------------------------------------------------------- Algorithm 1
+
+
+class ContinualBackprop:
+    """The hidden layers of a feed-forward network under Algorithm 1.
+
+    Group k is the units of layer k: its incoming weights are the last axis of kernel k, its outgoing weights the input axis
+    of kernel k + 1, several rows a unit where positions are flattened between the two.
+    """
+
+    def __init__(self, layers, params, optimizer, *, rate, decay, maturity, utility):
+        self.layers = layers
+        self.params = [[np.array(leaf, np.float64) for leaf in pair] for pair in params]
+        self.optimizer, self.rate, self.decay, self.maturity = optimizer, rate, decay, maturity
+        self.kind = utility
+        optimizer.init(self.params)
+        sizes = [layer.features for layer in layers[:-1]]
+        self.age = [np.zeros(n, int) for n in sizes]
+        self.utility = [np.zeros(n) for n in sizes]
+        self.mean = [0.0] * len(sizes)  # becomes [positions, units]
+        self.budget = [0.0] * len(sizes)
+        self.budget_margin = np.inf  # least distance to a whole number at which a count was decided
+        self.utility_margin = (
+            np.inf
+        )  # least relative distance between the last unit replaced and the first one kept
+
+    def outgoing_shape(self, k):
+        """Kernel k + 1 as [leading, positions, units, outputs], a reshape and hence a view."""
+        kernel, units = self.params[k + 1][0], self.layers[k].features
+        if kernel.ndim == 4:
+            return (kernel.shape[0] * kernel.shape[1], 1, units, kernel.shape[3])
+        return (1, kernel.shape[0] // units, units, kernel.shape[1])
+
+    def activations(self, k, tape):
+        """h as [samples, positions, units]: positions only where each has outgoing weights of its own."""
+        h, units = tape[k]["h"], self.layers[k].features
+        return h.reshape(-1, self.outgoing_shape(k)[1], units)
+
+    def step(self, x, labels, arrived):
+        """One step.  `arrived` are the tested implementation's parameters after it, [(kernel, bias), ...].
+
+        Returns the list of boolean masks of replaced units.
+        """
+        logits, tape = forward(self.layers, self.params, x)
+        grads = backward(self.layers, self.params, tape, cross_entropy_gradient(logits, labels))
+        for pair, step in zip(self.params, self.optimizer.updates(grads), strict=True):
+            pair[0] += step[0]
+            pair[1] += step[1]
+        return [self._process(k, self.activations(k, tape), arrived) for k in range(len(self.layers) - 1)]
+
+    def _process(self, k, h, arrived):
+        kernel, bias = self.params[k]
+        outgoing = self.params[k + 1][0].reshape(self.outgoing_shape(k))
+        self.age[k] += 1
+        correction = 1.0 - self.decay ** self.age[k]
+
+        self.mean[k] = self.decay * self.mean[k] + (1 - self.decay) * h.mean(0)
+        magnitude = np.abs(outgoing).sum((0, 3))  # [positions, units]
+        incoming = np.abs(kernel).sum(tuple(range(kernel.ndim - 1)))
+        contribution = (np.abs(h).mean(0) * magnitude).sum(0)
+        zero_contribution = (np.abs(h - self.mean[k] / correction).mean(0) * magnitude).sum(0)
+        y = {
+            "contribution": contribution,
+            "zero_contribution": zero_contribution,
+            "adaptation": 1.0 / incoming,
+            "adaptable_contribution": zero_contribution / incoming,
+            "weight": magnitude.sum(0),
+        }[self.kind]
+        self.utility[k] = self.decay * self.utility[k] + (1 - self.decay) * y
+
+        eligible = np.flatnonzero(self.age[k] > self.maturity)
+        self.budget[k] += self.rate * len(eligible)
+        if len(eligible):
+            self.budget_margin = min(self.budget_margin, abs(self.budget[k] - round(self.budget[k])))
+        count = int(np.floor(self.budget[k]))
+        self.budget[k] -= count
+        ranked = (self.utility[k] / correction)[eligible]
+        order = np.argsort(ranked, kind="stable")
+        if 0 < count < len(eligible):
+            last, first = ranked[order[count - 1]], ranked[order[count]]
+            self.utility_margin = min(self.utility_margin, (first - last) / (abs(first) + 1e-30))
+        replaced = np.zeros(len(self.age[k]), bool)
+        replaced[eligible[order[:count]]] = True
+
+        kernel[..., replaced] = np.asarray(arrived[k][0], np.float64)[..., replaced]
+        bias[replaced] = 0.0
+        outgoing[:, :, replaced] = 0.0  # a view into kernel k + 1
+        self.utility[k][replaced] = 0.0
+        self.age[k][replaced] = 0
+        self.mean[k][:, replaced] = 0.0
+        self.optimizer.reset(k, 0, (..., replaced))
+        self.optimizer.reset(k, 1, replaced)
+        rows = np.zeros(self.outgoing_shape(k), bool)
+        rows[:, :, replaced] = True
+        self.optimizer.reset(k + 1, 0, rows.reshape(self.params[k + 1][0].shape))
+        return replaced

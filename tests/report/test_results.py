@@ -1,0 +1,188 @@
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+
+from cbp_jax.report import load_results, new_results, record_task, save_results
+from cbp_jax.report.results import FILE_NAME, MEASURES
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    width: int = 100
+    methods: tuple[str, ...] = ("bp", "cbp")
+    out: Path = Path("runs")
+    step_sizes: np.ndarray = dataclasses.field(default_factory=lambda: np.array([0.01, 0.003]))
+    limit: None = None
+
+
+def small(**changes):
+    arguments = dict(
+        methods=["bp", "cbp(rate=1e-05)", "cbp(rate=0.0001)"],
+        learners=["bp", "cbp", "cbp"],
+        hyperparameters=[{"step_size": 0.01}, {"rate": 1e-5, "limit": None}, {"rate": 1e-4}],
+        seeds=[3, 5],
+        tasks=4,
+        settings=Settings(),
+        experiment="online_permuted",
+    )
+    return new_results(**{**arguments, **changes})
+
+
+def test_new_results_are_all_nan_with_their_coordinates_and_settings():
+    results = small()
+    assert set(results.data_vars) == set(MEASURES)
+    for variable in results.data_vars.values():
+        assert variable.dims == ("method", "seed", "task") and variable.shape == (3, 2, 4)
+        assert variable.dtype == np.float32 and variable.isnull().all()
+    assert results.learner.values.tolist() == ["bp", "cbp", "cbp"]
+    np.testing.assert_array_equal(results.rate, [np.nan, 1e-5, 1e-4])
+    np.testing.assert_array_equal(results.step_size, [0.01, np.nan, np.nan])
+    assert "limit" not in results.coords
+    assert results.seed.values.tolist() == [3, 5] and small(seeds=2).seed.values.tolist() == [0, 1]
+    assert results.attrs["experiment"] == "online_permuted"
+    assert json.loads(results.attrs["settings"]) == {
+        "width": 100,
+        "methods": ["bp", "cbp"],
+        "out": "runs",
+        "step_sizes": [0.01, 0.003],
+        "limit": None,
+    }
+    assert {"jax", "python", "cbp-jax"} <= set(json.loads(results.attrs["versions"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["bp", "bp", "cbp"]}, "methods must be labels.*all different"),
+        ({"methods": [], "learners": [], "hyperparameters": []}, "methods must be labels"),
+        ({"learners": ["bp"]}, "learners must have one entry for each of the 3 methods; got 1"),
+        ({"hyperparameters": [{}]}, "hyperparameters must have one entry"),
+        (
+            {"hyperparameters": [{}, {}, {"rate": "high"}]},
+            r"rate of 'cbp\(rate=0.0001\)' must be a number; got 'high'",
+        ),
+        ({"hyperparameters": [{}, {}, {"loss": 1.0}]}, "the name 'loss' is taken"),
+        ({"hyperparameters": [{}, {}, {"seed": 1.0}]}, "the name 'seed' is taken"),
+        ({"seeds": 0}, "seeds must be"),
+        ({"seeds": [1, 1]}, "seeds must be"),
+        ({"tasks": 0}, "tasks must be at least 1; got 0"),
+    ],
+)
+def test_new_results_say_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_record_task_writes_its_block_and_nothing_else():
+    results = small()
+    block = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    # Rows and columns in another order than the results', so that labels and not positions must decide.
+    record_task(results, 2, {"accuracy": block}, methods=["cbp(rate=0.0001)", "bp"], seeds=jnp.array([5, 3]))
+    expected = np.full((3, 2, 4), np.nan)
+    expected[2, :, 2] = 2.0, 1.0
+    expected[0, :, 2] = 4.0, 3.0
+    np.testing.assert_array_equal(results.accuracy, expected)
+    assert results.loss.isnull().all()
+    record_task(results, 0, {"loss": np.arange(6.0).reshape(3, 2)})
+    np.testing.assert_array_equal(results.loss[..., 0], np.arange(6.0).reshape(3, 2))
+    np.testing.assert_array_equal(results.accuracy, expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "where", "message"),
+    [
+        (4, {}, {}, "task: got .4.; these results have"),
+        (-1, {}, {}, "task: got"),
+        (0, {"speed": np.ones((3, 2))}, {}, "unknown measure 'speed'"),
+        (0, {"loss": np.ones((2, 3))}, {}, r"loss must have the shape .* \(3, 2\); got \(2, 3\)"),
+        (0, {}, {"methods": ["adam"]}, "method: got .'adam'."),
+        (0, {}, {"methods": ["bp", "bp"]}, "method: got"),
+        (0, {}, {"seeds": [0]}, "seed: got .0.; these results have, once each, .3, 5."),
+    ],
+)
+def test_record_task_says_what_is_wrong_and_then_writes_nothing(task, values, where, message):
+    results = small()
+    with pytest.raises(ValueError, match=message):
+        record_task(results, task, {"accuracy": np.ones((3, 2)), **values}, **where)
+    assert results.accuracy.isnull().all()
+
+
+@pytest.mark.parametrize("of", ["folder", "file"])
+def test_results_come_back_from_their_file(tmp_path, of):
+    results = small()
+    record_task(results, 0, {"accuracy": np.full((3, 2), 0.1)})
+    path = save_results(results, tmp_path / "deep" / "run")
+    assert path == tmp_path / "deep" / "run" / FILE_NAME
+    loaded = load_results(path if of == "file" else path.parent)
+    xr.testing.assert_identical(loaded, results)
+    path.unlink()  # the loaded results are in memory, and free to be written on
+    record_task(loaded, 1, {"accuracy": np.full((3, 2), 0.2)})
+    assert int(loaded.accuracy.notnull().sum()) == 12
+
+
+def test_a_save_that_is_broken_off_leaves_the_last_results(tmp_path, monkeypatch):
+    results = small()
+    record_task(results, 0, {"accuracy": np.ones((3, 2))})
+    save_results(results, tmp_path)
+    before = results.copy(deep=True)
+    record_task(results, 1, {"accuracy": np.ones((3, 2))})
+
+    def killed(self, path, **_):
+        Path(path).write_bytes(b"half of a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_results(results, tmp_path)
+    xr.testing.assert_identical(load_results(tmp_path), before)
+    (tmp_path / f".{FILE_NAME}.part").write_bytes(b"what a kill leaves, which runs no cleaning up")
+    monkeypatch.undo()
+    save_results(results, tmp_path)
+    xr.testing.assert_identical(load_results(tmp_path), results)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_whoever_reads_while_results_are_saved_reads_the_last_ones(tmp_path):
+    path = save_results(small(), tmp_path)
+    last = path.read_bytes()
+    with path.open("rb") as reader:
+        save_results(small(tasks=9), tmp_path)
+        assert reader.read() == last != path.read_bytes()
+
+
+def test_save_results_refuses_a_file_as_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="run_dir must be a folder"):
+        save_results(small(), tmp_path / "file")
+
+
+def test_load_results_says_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give the folder of a run"):
+        load_results(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no results\.nc"):
+        load_results(tmp_path)
+    (tmp_path / "notes.txt").write_text("not netCDF")
+    with pytest.raises(ValueError, match=r"notes\.txt is not a results file: it cannot be read"):
+        load_results(tmp_path / "notes.txt")
+    xr.Dataset({"x": ("time", [1.0])}).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+    with pytest.raises(ValueError, match=r"other\.nc is not .* has no experiment, settings, seed, task"):
+        load_results(tmp_path / "other.nc")
+    whole = save_results(small(), tmp_path).read_bytes()
+    (tmp_path / "cut.nc").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.nc is not a results file"):
+        load_results(tmp_path / "cut.nc")
+
+
+@pytest.mark.parametrize("module", ["xarray", "h5netcdf", "h5py"])
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module):
+    results = small()
+    monkeypatch.setitem(sys.modules, module, None)
+    for call in (lambda: save_results(results, tmp_path), lambda: load_results(tmp_path)):
+        with pytest.raises(ImportError, match=rf'need {module}: pip install "cbp-jax\[report\]"'):
+            call()

@@ -1,0 +1,187 @@
+"""continual_backprop against an independent float64 NumPy implementation of Algorithm 1 (tests/reference.py)."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from reference import Conv, Dense
+
+import cbp_jax
+
+STEPS = 320
+
+
+class Net(nn.Module):
+    """The network that `layers` describe, in Flax."""
+
+    layers: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        for layer in self.layers:
+            if isinstance(layer, Conv):
+                x = nn.Conv(layer.features, (layer.kernel, layer.kernel), padding=layer.padding)(x)
+            else:
+                x = nn.Dense(layer.features)(x.reshape(x.shape[0], -1))
+            if layer.activation:
+                x = {"relu": nn.relu, "tanh": nn.tanh}[layer.activation](x)
+            if isinstance(layer, Conv) and layer.pool > 1:
+                x = nn.max_pool(x, (layer.pool, layer.pool), (layer.pool, layer.pool))
+        return x
+
+
+def layer_names(layers):
+    counts = {Conv: 0, Dense: 0}
+    for layer in layers:
+        yield f"{type(layer).__name__}_{counts[type(layer)]}"
+        counts[type(layer)] += 1
+
+
+RELU_MLP = (Dense(9, "relu"), Dense(6, "relu"), Dense(3))
+TANH_MLP = (Dense(5, "tanh"), Dense(8, "tanh"), Dense(6, "tanh"), Dense(3))
+RELU_CONV = (Conv(4, 3, "SAME", "relu", 2), Conv(5, 2, "VALID", "relu"), Dense(6, "relu"), Dense(3))
+TANH_CONV = (Conv(3, 2, "VALID", "tanh", 2), Conv(4, 2, "SAME", "tanh"), Dense(3))
+
+INNER = {
+    "sgd": (lambda: optax.sgd(0.03), lambda: reference.SGD(0.03)),
+    "adam": (lambda: cbp_jax.adam(2e-3), lambda: reference.PerWeightAdam(2e-3)),
+}
+# Rates of 0.013 replace a unit now and then; the others are above 1/width: several units of a group in one step.
+SETTINGS = {
+    "mlp-sgd": (RELU_MLP, (7,), "sgd", dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15)),
+    "mlp-sgd-fast": (
+        TANH_MLP,
+        (7,),
+        "sgd",
+        dict(replacement_rate=0.2713, decay_rate=0.8, maturity_threshold=7),
+    ),
+    "mlp-adam": (
+        TANH_MLP,
+        (7,),
+        "adam",
+        dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15),
+    ),
+    "mlp-adam-fast": (
+        RELU_MLP,
+        (7,),
+        "adam",
+        dict(replacement_rate=0.2713, decay_rate=0.8, maturity_threshold=7),
+    ),
+    "conv-sgd": (
+        TANH_CONV,
+        (6, 5, 2),
+        "sgd",
+        dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15),
+    ),
+    "conv-sgd-fast": (
+        RELU_CONV,
+        (6, 5, 2),
+        "sgd",
+        dict(replacement_rate=0.3713, decay_rate=0.8, maturity_threshold=7),
+    ),
+    "conv-adam": (
+        RELU_CONV,
+        (6, 5, 2),
+        "adam",
+        dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15),
+    ),
+}
+UTILITIES = ["contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight"]
+# Every utility under both optimizers for both kinds of network, each with one rate below and one above 1/width.
+CASES = [
+    (setting, utility)
+    for i, utility in enumerate(UTILITIES)
+    for setting in (
+        ("mlp-sgd", "mlp-adam-fast", "conv-sgd-fast", "conv-adam")
+        if i % 2
+        else ("mlp-sgd-fast", "mlp-adam", "conv-sgd", "conv-adam")
+    )
+]
+
+
+@functools.cache
+def trajectory(setting, utility, seed):
+    """Runs the package for STEPS steps; returns initial params, data, and the history as NumPy arrays."""
+    layers, input_shape, inner, hyperparameters = SETTINGS[setting]
+    model = Net(layers)
+    rng = np.random.default_rng(seed)
+    xs = jnp.asarray(rng.normal(size=(STEPS, 4, *input_shape)) + 0.3, jnp.float32)
+    labels = jnp.asarray(rng.integers(3, size=(STEPS, 4)))
+    params = model.init(jax.random.key(seed), xs[0])
+    units = cbp_jax.discover_units(model.apply, params, xs[0])
+    assert [g.name for g in units] == [f"params/{n}" for n in list(layer_names(layers))[:-1]]
+    assert [g.size for g in units] == [layer.features for layer in layers[:-1]]
+    apply = cbp_jax.with_features(model.apply, units)
+    tx = cbp_jax.continual_backprop(INNER[inner][0](), units, utility=utility, key=seed, **hyperparameters)
+
+    def loss(params, x, y):
+        logits, features = apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), features
+
+    def step(carry, batch):
+        params, state = carry
+        grads, features = jax.grad(loss, has_aux=True)(params, *batch)
+        updates, state = tx.update(grads, state, params, features=features)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, state.replaced, state.age, state.utility)
+
+    _, history = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), (xs, labels)))(params)
+    return jax.device_get((params, xs, labels, history))
+
+
+def compare(setting, utility, seed):
+    layers, _, inner, hyperparameters = SETTINGS[setting]
+    params, xs, labels, (after, replaced, ages, utilities) = trajectory(setting, utility, seed)
+    names = list(layer_names(layers))
+    pairs = lambda tree: [(tree["params"][n]["kernel"], tree["params"][n]["bias"]) for n in names]
+    expected = reference.ContinualBackprop(
+        layers,
+        pairs(params),
+        INNER[inner][1](),
+        rate=hyperparameters["replacement_rate"],
+        decay=hyperparameters["decay_rate"],
+        maturity=hyperparameters["maturity_threshold"],
+        utility=utility,
+    )
+    total, most = 0, 0
+    for t in range(STEPS):
+        before = [pair[0].copy() for pair in expected.params]
+        arrived = [(kernel[t], bias[t]) for kernel, bias in pairs(after)]
+        masks = expected.step(xs[t], labels[t], arrived)
+        # A decision within rounding of the other outcome would compare float32 with float64, not two algorithms.
+        assert expected.budget_margin > 1e-4 and expected.utility_margin > 1e-5, (
+            f"step {t}: take another seed"
+        )
+        for k, (name, mask) in enumerate(zip(names[:-1], masks, strict=True)):
+            group = f"params/{name}"
+            np.testing.assert_array_equal(replaced[group][t], mask, err_msg=f"step {t}, {name}")
+            np.testing.assert_array_equal(ages[group][t], expected.age[k])
+            np.testing.assert_allclose(utilities[group][t], expected.utility[k], rtol=1e-3, atol=1e-5)
+            # The columns taken over from the tested run are really new ones, inside He et al.'s uniform bound.
+            fresh = np.asarray(arrived[k][0])[..., mask]
+            bound = math.sqrt(6.0 / np.prod(before[k].shape[:-1]))
+            assert np.all(np.abs(fresh) <= bound * (1 + 1e-5))
+            assert np.all(
+                np.any(fresh != before[k][..., mask].astype(np.float32), axis=tuple(range(fresh.ndim - 1)))
+            )
+            total, most = total + mask.sum(), max(most, mask.sum())
+        for name, got, want in zip(names, arrived, expected.params, strict=True):
+            for leaf in range(2):
+                np.testing.assert_allclose(
+                    got[leaf], want[leaf], rtol=0, atol=1e-5, err_msg=f"step {t}, {name}"
+                )
+    return total, most
+
+
+@pytest.mark.parametrize(("setting", "utility"), CASES)
+def test_follows_the_numpy_reference(setting, utility):
+    total, most = compare(setting, utility, seed=1)
+    assert total >= 20
+    if setting.endswith("fast"):
+        assert most >= 2, "a rate above 1/width replaces several units in one step"

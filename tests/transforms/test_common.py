@@ -1,0 +1,369 @@
+"""Behaviours that every transformation of the library shares. A new algorithm is a new row of the table.
+
+All runs take the same sequence of random gradients and activations, so that no network is needed, and start from
+parameters with one leaf, `tag`, that no unit owns.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from cbp_jax.transforms.adam import adam
+from cbp_jax.transforms.continual_backprop import continual_backprop
+from cbp_jax.transforms.regularization import add_l1, add_l2_init
+from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.units import discover_units
+
+STEPS = 6
+
+
+def apply_fn(params, x):
+    return jax.nn.relu(x @ params["w1"] + params["b1"]) @ params["w2"]
+
+
+def make_params(seed, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = {"b1": (5,), "tag": (1,), "w1": (3, 5), "w2": (5, 2)}
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+def make_stream(dtype=jnp.float32):
+    """Gradients and activations, [STEPS, ...] each."""
+    rng = np.random.default_rng(100)
+    grads = {
+        name: jnp.asarray(rng.normal(size=(STEPS, *w.shape)), dtype) for name, w in make_params(0).items()
+    }
+    return grads, {"w1": jnp.asarray(np.maximum(rng.normal(size=(STEPS, 4, 5)), 0), dtype)}
+
+
+PARAMS, STREAM = make_params(0), make_stream()
+UNITS = discover_units(apply_fn, PARAMS, jnp.ones((1, 3)))
+REPLACE = {"replacement_rate": 0.2, "decay_rate": 0.9, "maturity_threshold": 1}  # of 5 units one a step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """One transformation: `wrap(factory(*args, **hyper, **static))`."""
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    args: tuple[Any, ...]  # that are no numbers
+    hyper: dict[str, float]  # that may be traced
+    other: dict[str, float]  # other values for them
+    static: dict[str, Any] = dataclasses.field(default_factory=dict)
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
+    noisy: bool = False  # takes a key
+
+    def make(self, key=0, factory=None, **hyper):
+        keys = {"key": key} if self.noisy else {}
+        tx = (factory or self.factory)(*self.args, **{**self.hyper, **hyper}, **self.static, **keys)
+        return optax.with_extra_args_support(self.wrap(tx))
+
+
+def before_sgd(tx):
+    return optax.chain(tx, optax.sgd(0.1))
+
+
+ROWS = [
+    Row("adam", adam, (), {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99}, {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9}),
+    Row("add_l1", add_l1, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row("add_l2_init", add_l2_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row(
+        "shrink_and_perturb",
+        shrink_and_perturb,
+        (optax.sgd(0.1),),
+        {"shrink": 0.01, "perturb": 0.1},
+        {"shrink": 0.1, "perturb": 0.3},
+        noisy=True,
+    ),
+    Row(
+        "shrink_and_perturb of continual_backprop",
+        shrink_and_perturb,
+        (continual_backprop(optax.sgd(0.1), UNITS, **REPLACE),),
+        {"shrink": 0.01, "perturb": 0.1},
+        {"shrink": 0.1, "perturb": 0.3},
+        noisy=True,
+    ),
+    Row(
+        "continual_backprop of sgd",
+        continual_backprop,
+        (optax.sgd(0.1), UNITS),
+        REPLACE,
+        {"replacement_rate": 0.3, "decay_rate": 0.5, "maturity_threshold": 2},
+        {"max_replacements": 2},
+        noisy=True,
+    ),
+    Row(
+        "continual_backprop of adam with l2_init",
+        continual_backprop,
+        (optax.chain(add_l2_init(0.1), adam(0.1)), UNITS),
+        REPLACE,
+        {"replacement_rate": 0.3, "decay_rate": 0.5, "maturity_threshold": 2},
+        {"max_replacements": 2},
+        noisy=True,
+    ),
+]
+
+
+@pytest.fixture(params=ROWS, ids=lambda row: row.name)
+def row(request):
+    return request.param
+
+
+def advance(tx, params, state, stream=STREAM):
+    """Runs the stream; returns the last params and state."""
+
+    def step(carry, inputs):
+        params, state = carry
+        grads, features = inputs
+        updates, state = tx.update(grads, state, params, features=features)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, state), stream)[0]
+
+
+def run(tx, params=PARAMS, stream=STREAM):
+    return advance(tx, params, tx.init(params), stream)
+
+
+# Compiling is what these tests spend their time on, so they share the compiled runs of a row.
+@functools.cache
+def compiled(row):
+    """The plain run, as a function of the params."""
+    tx = row.make()
+    return jax.jit(lambda params: run(tx, params))
+
+
+@functools.cache
+def solo(row):
+    """The plain run that others are compared with: last params and state."""
+    return compiled(row)(PARAMS)
+
+
+def traced(row, key, hyper, params):
+    return run(row.make(key=key, **hyper), params)
+
+
+@functools.cache
+def compiled_traced(row):
+    """A run as a function of (key, hyper, params)."""
+    return jax.jit(functools.partial(traced, row))
+
+
+@functools.cache
+def compiled_vmapped(row):
+    """The same, vmapped over all three."""
+    return jax.jit(jax.vmap(functools.partial(traced, row)))
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), actual, expected)
+
+
+def differ(a, b):
+    return any(bool((x != y).any()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def at(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def repeat(tree, times):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *jnp.shape(x))), tree)
+
+
+def all_differ(leaf):
+    return len(np.unique(np.asarray(leaf).reshape(len(leaf), -1), axis=0)) == len(leaf)
+
+
+def test_every_hyperparameter_matters(row):
+    """Else the comparisons below would compare nothing."""
+    for name, value in row.other.items():
+        assert differ(compiled_traced(row)(0, row.hyper | {name: value}, PARAMS), solo(row)), name
+
+
+def test_in_a_chain(row):
+    tx = optax.chain(optax.scale(2.0), row.make())
+    halved = (jax.tree.map(lambda g: g / 2, STREAM[0]), STREAM[1])
+    params, _ = jax.jit(lambda params: run(tx, params, halved))(PARAMS)
+    assert_close(params, solo(row)[0])
+
+
+def test_masked(row):
+    """What is masked out passes unchanged, and the rest moves as if it were not there."""
+    tx = row.make()
+    masked = optax.masked(tx, {name: name != "tag" for name in PARAMS})
+    params, _ = jax.jit(lambda params: run(masked, params))(PARAMS)
+    np.testing.assert_allclose(params["tag"], PARAMS["tag"] + STREAM[0]["tag"].sum(0), rtol=1e-5)
+
+    without = lambda tree: {name: leaf for name, leaf in tree.items() if name != "tag"}
+    rest = (without(STREAM[0]), STREAM[1])
+    expected, _ = jax.jit(lambda params: run(tx, params, rest))(without(PARAMS))
+    assert_close(without(params), expected)
+
+
+def test_multi_steps(row):
+    """Two small steps on the same gradients are one big step."""
+    tx = optax.MultiSteps(row.make(), every_k_schedule=2)
+    twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), STREAM)
+    params, state = jax.jit(lambda params: run(tx, params, twice))(PARAMS)
+    assert_close(params, solo(row)[0])
+    assert_close(state.inner_opt_state, solo(row)[1])
+
+
+def test_inject_hyperparams(row):
+    """Settings live in the state, and what is written there later counts."""
+    inject = optax.inject_hyperparams(row.factory, static_args=tuple(row.static))
+    tx = row.make(factory=inject)
+    step = jax.jit(lambda params, state: advance(tx, params, state))
+    state = tx.init(PARAMS)
+    assert_close(step(PARAMS, state)[0], solo(row)[0])
+
+    def rewrite(node):
+        if not hasattr(node, "hyperparams"):
+            return node
+        assert set(row.hyper) <= set(node.hyperparams)
+        values = {name: jnp.asarray(value, node.hyperparams[name].dtype) for name, value in row.other.items()}
+        return node._replace(hyperparams={**node.hyperparams, **values})
+
+    rewritten = jax.tree.map(rewrite, state, is_leaf=lambda node: hasattr(node, "hyperparams"))
+    assert_close(step(PARAMS, rewritten)[0], compiled_traced(row)(0, row.other, PARAMS)[0])
+
+
+def test_second_call_does_not_retrace(row):
+    tx = row.make()
+    traces = []
+
+    @jax.jit
+    def step(params, state, grads, features):
+        traces.append(None)
+        updates, state = tx.update(grads, state, params, features=features)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for i in range(2):
+        grads, features = jax.tree.map(lambda x, i=i: x[i], STREAM)
+        params, state = step(params, state, grads, features)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_types_are_stable(row, dtype):
+    tx = row.make()
+    params = make_params(0, dtype)
+    grads, features = jax.tree.map(lambda x: x[0], make_stream(dtype))
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(
+        lambda g, s, p, f: tx.update(g, s, p, features=f), grads, state, params, features
+    )
+    kind = lambda x: (x.shape, x.dtype, x.weak_type)
+    assert jax.tree.map(kind, new_state) == jax.tree.map(kind, state)
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(updates))
+
+
+def test_bfloat16(row):
+    tx = row.make()
+    params = jax.jit(lambda params: run(tx, params, make_stream(jnp.bfloat16)))(make_params(0, jnp.bfloat16))[0]
+    assert all(leaf.dtype == jnp.bfloat16 and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    if not row.noisy:  # else the noise differs, since it depends on the parameters' bits
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        assert_close(wide, solo(row)[0], rtol=0.05, atol=0.05)
+
+
+def test_vmap_over_seeds(row):
+    """Every seed gets what it gets alone, though the transformation captured a single key; and noise of its own."""
+    params = jax.tree.map(lambda *x: jnp.stack(x), *(make_params(seed) for seed in (0, 1, 1, 1)))
+    # The last three differ only where no gradient and no unit does, so that the rest can differ by noise alone.
+    params["tag"] = params["tag"].at[2:].add(jnp.array([[1.0], [2.0]]))
+    together = jax.jit(jax.vmap(compiled(row)))(params)
+    for seed in range(4):
+        assert_same(at(together, seed), compiled(row)(at(params, seed)))
+    for name in ("w1", "b1", "w2"):
+        if row.noisy and (name == "w1" or row.factory is shrink_and_perturb):  # replacements draw only w1
+            assert all_differ(together[0][name][1:])
+        elif not row.noisy:
+            assert_same(together[0][name][1], together[0][name][2])
+
+
+def test_vmap_over_keys(row):
+    """Every key gives what it gives alone, and noise of its own."""
+    if not row.noisy:
+        pytest.skip("takes no key")
+    keys = jax.random.split(jax.random.key(7), 3)
+    together = compiled_vmapped(row)(keys, repeat(row.hyper, 3), repeat(PARAMS, 3))
+    for seed in range(3):
+        assert_same(at(together, seed), compiled_traced(row)(keys[seed], row.hyper, PARAMS))
+    assert all_differ(together[0]["w1"])
+
+
+def test_vmap_over_hyperparameters(row):
+    """A grid gives what each of its points gives alone, traced (exactly) or constant (up to rounding)."""
+    keys = jax.random.split(jax.random.key(7), 3)
+    grid = {name: jnp.asarray([value, row.other[name], value]) for name, value in row.hyper.items()}
+    together = compiled_vmapped(row)(keys, grid, repeat(PARAMS, 3))
+    for i in range(2):
+        assert_same(at(together, i), compiled_traced(row)(keys[i], at(grid, i), PARAMS))
+    assert_close(compiled_traced(row)(0, row.hyper, PARAMS)[0], solo(row)[0])
+
+
+def test_noise_changes_from_step_to_step(row):
+    """With the same gradients and activations at every step, a noisy transformation moves differently at each."""
+    if not row.noisy:
+        pytest.skip("takes no key")
+    tx = row.make()
+    same = jax.tree.map(lambda x: x[0], STREAM)
+
+    @jax.jit
+    def fresh(state):
+        updates, _ = tx.update(same[0], state, PARAMS, features=same[1])
+        return updates["w1"]
+
+    state = solo(row)[1]
+    count = lambda state, n: state._replace(count=jnp.asarray(n, jnp.int32))
+    assert differ(fresh(count(state, 20)), fresh(count(state, 21)))
+    assert_same(fresh(count(state, 20)), fresh(count(state, 20)))
+
+
+def test_without_jit(row):
+    tx = row.make()
+    params, state = PARAMS, tx.init(PARAMS)
+    for i in range(STEPS):
+        grads, features = jax.tree.map(lambda x, i=i: x[i], STREAM)
+        updates, state = tx.update(grads, state, params, features=features)
+        params = optax.apply_updates(params, updates)
+    assert_close((params, state), solo(row))
+
+
+@pytest.mark.parametrize("keeper", ["orbax", "flax"])
+def test_checkpoint(row, keeper, tmp_path):
+    """A state that was saved and restored is the same state, so a restored run goes on where it stopped."""
+    tx = row.make()
+    _, state = solo(row)
+    blank = tx.init(make_params(1))
+    assert differ(blank, state) or not jax.tree.leaves(state)
+    if keeper == "flax":
+        restored = flax.serialization.from_bytes(blank, flax.serialization.to_bytes(state))
+    elif jax.tree.leaves(state):  # orbax refuses a tree without leaves
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", state)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "state", blank)
+    else:
+        restored = blank
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_same(restored, state)
+    kind = lambda x: (jnp.shape(x), jnp.result_type(x))
+    assert jax.tree.map(kind, restored) == jax.tree.map(kind, state)
