@@ -94,9 +94,7 @@ def main():
     parser.add_argument("--utilities", nargs="+", default=["contribution"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", type=float, default=3e8, help="weights touched per timed call")
-    parser.add_argument(
-        "--lanes", default="vmap" if jax.default_backend() != "cpu" else "map", choices=["vmap", "map"]
-    )
+    parser.add_argument("--lanes", default="vmap" if jax.default_backend() != "cpu" else "map", choices=["vmap", "map"])
     args = parser.parse_args()
     device = jax.devices()[0]
     print(

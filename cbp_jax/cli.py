@@ -69,9 +69,7 @@ def _run(argv: list[str]) -> None:
     parser.add_argument("experiment", nargs="?", help="a name that `cbp-jax list` shows")
     parser.add_argument("--preset", default="laptop", help="settings to start from: smoke, laptop or paper")
     parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder for results and pictures; by default runs/..."
-    )
+    parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("-h", "--help", action="store_true")
     given, rest = parser.parse_known_args(argv)
@@ -106,9 +104,7 @@ def _plot(argv: list[str]) -> None:
         prog="cbp-jax plot", description="Draws the pictures of a run and prints its table."
     )
     parser.add_argument("run_dir", type=Path, help="folder of a run, finished or not")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder for the pictures, by default that of the run"
-    )
+    parser.add_argument("--out", type=Path, default=None, help="folder for the pictures, by default that of the run")
     parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
     args = parser.parse_args(argv)
     from cbp_jax import report
@@ -119,9 +115,7 @@ def _plot(argv: list[str]) -> None:
 
 
 def _data(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="cbp-jax data", description="Prepares datasets from files on this machine."
-    )
+    parser = argparse.ArgumentParser(prog="cbp-jax data", description="Prepares datasets from files on this machine.")
     actions = parser.add_subparsers(dest="action", required=True)
     prepare = actions.add_parser("prepare", help="makes a tensorflow-datasets dataset of local IDX files")
     prepare.add_argument("name", help="mnist, fashion_mnist or kmnist")
@@ -159,9 +153,7 @@ def _parse(program: str, start: Any, argv: list[str]) -> Any:
         tyro = importlib.import_module("tyro")
     except ImportError as error:
         raise ImportError('the command line needs tyro: pip install "cbp-jax[cli]"') from error
-    return tyro.cli(
-        type(start), prog=program, default=start, args=argv, config=(tyro.conf.FlagConversionOff,)
-    )
+    return tyro.cli(type(start), prog=program, default=start, args=argv, config=(tyro.conf.FlagConversionOff,))
 
 
 def _hash(settings: Any) -> str:
@@ -180,9 +172,7 @@ def _check_folder(out: Path, experiment: str, settings: Any) -> None:
     except FileNotFoundError as error:
         raise ValueError(f"--out {out} is not empty and holds no run; choose another folder") from error
     if found.attrs["experiment"] != experiment:
-        raise ValueError(
-            f"--out {out} holds another experiment, {found.attrs['experiment']!r}; choose another folder"
-        )
+        raise ValueError(f"--out {out} holds another experiment, {found.attrs['experiment']!r}; choose another folder")
     old = json.loads(found.attrs["settings"])
     new = json.loads(report.results.settings_json(settings))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

@@ -14,9 +14,7 @@ class Bar:
     def __init__(self, total: int, quiet: bool = False):
         from tqdm import tqdm  # needs the cli extra
 
-        self._bar = tqdm(
-            total=total, unit="task", file=sys.stderr, disable=quiet, mininterval=1.0, smoothing=0.05
-        )
+        self._bar = tqdm(total=total, unit="task", file=sys.stderr, disable=quiet, mininterval=1.0, smoothing=0.05)
 
     def __enter__(self) -> "Bar":
         return self

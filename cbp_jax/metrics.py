@@ -16,18 +16,20 @@ the stable rank by one for a ReLU layer of 2000 units). On a CPU the Gram matrix
 2000 x 100 and nothing at 2000 x 2000.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "Ranks",
     "approximate_rank",
     "dead_fraction",
     "dormant_fraction",
     "effective_rank",
     "plasticity",
+    "ranks",
     "stable_rank",
     "weight_magnitude",
 ]
@@ -119,11 +121,7 @@ def effective_rank(x: jax.Array) -> jax.Array:
     >>> round(float(effective_rank(jnp.eye(5, 3))), 4)
     3.0
     """
-    values = _singular_values(x)
-    total = jnp.sum(values)
-    share = values / jnp.where(total == 0, 1.0, total)
-    entropy = -jnp.sum(share * jnp.log(jnp.where(share == 0, 1.0, share)))
-    return jnp.where(total == 0, 0.0, jnp.exp(entropy))
+    return _entropy_rank(_singular_values(x))
 
 
 def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
@@ -178,6 +176,39 @@ def stable_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
     2.0
     """
     return _least_sufficient(_singular_values(x), threshold)
+
+
+class Ranks(NamedTuple):
+    """The three ranks of one matrix, float32 scalars."""
+
+    effective: jax.Array
+    approximate: jax.Array
+    stable: jax.Array
+
+
+def ranks(x: jax.Array, threshold: float | jax.Array = 0.99) -> Ranks:
+    """The effective, approximate and stable rank of a matrix from one decomposition, the dear part of each.
+
+    Args:
+      x: matrix [examples, units]; it is not centred.
+      threshold: of the approximate and the stable rank, in (0, 1]; may be traced.
+
+    Returns:
+      what ``effective_rank``, ``approximate_rank`` and ``stable_rank`` give.
+
+    Raises:
+      ValueError: if x is not a matrix or is empty, or the threshold is outside (0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> [round(float(rank), 2) for rank in ranks(jnp.diag(jnp.array([10.0, 1.0, 0.1])))]
+    [1.4, 1.0, 2.0]
+    """
+    values = _singular_values(x)
+    return Ranks(
+        _entropy_rank(values),
+        _least_sufficient(jnp.square(values), threshold),
+        _least_sufficient(values, threshold),
+    )
 
 
 def weight_magnitude(params: Any) -> jax.Array:
@@ -266,6 +297,13 @@ def _singular_values(x: jax.Array) -> jax.Array:
     values = jnp.linalg.svd(x, compute_uv=False)
     # The scale keeps squares and sums inside the range of float32 whatever the units of the activations.
     return values / jnp.where(values[0] == 0, 1.0, values[0])
+
+
+def _entropy_rank(values: jax.Array) -> jax.Array:
+    total = jnp.sum(values)
+    share = values / jnp.where(total == 0, 1.0, total)
+    entropy = -jnp.sum(share * jnp.log(jnp.where(share == 0, 1.0, share)))
+    return jnp.where(total == 0, 0.0, jnp.exp(entropy))
 
 
 def _least_sufficient(values: jax.Array, threshold: float | jax.Array) -> jax.Array:

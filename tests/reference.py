@@ -1,8 +1,9 @@
 """Algorithm 1 of Dohare et al. (Nature, 2024) in float64 NumPy, written apart from the package.
 
-Nothing here imports jax: networks, gradients, optimizers, utilities, selection and surgery are all spelled out.  The one
-thing that cannot be recomputed is the random draw, so `ContinualBackprop.step` is handed the parameters that the tested
-implementation arrived at and reads from them the incoming columns of those units that *its own* selection replaces.
+Nothing here imports jax: networks, gradients, optimizers, utilities, selection and surgery are all spelled out.
+The one thing that cannot be recomputed is the random draw, so `ContinualBackprop.step` is handed the parameters
+that the tested implementation arrived at and reads from them the incoming columns of those units that *its own*
+selection replaces.
 """
 
 import dataclasses
@@ -178,8 +179,8 @@ class PerWeightAdam:
 class ContinualBackprop:
     """The hidden layers of a feed-forward network under Algorithm 1.
 
-    Group k is the units of layer k: its incoming weights are the last axis of kernel k, its outgoing weights the input axis
-    of kernel k + 1, several rows a unit where positions are flattened between the two.
+    Group k is the units of layer k: its incoming weights are the last axis of kernel k, its outgoing weights the
+    input axis of kernel k + 1, several rows a unit where positions are flattened between the two.
     """
 
     def __init__(self, layers, params, optimizer, *, rate, decay, maturity, utility):
@@ -194,9 +195,7 @@ class ContinualBackprop:
         self.mean = [0.0] * len(sizes)  # becomes [positions, units]
         self.budget = [0.0] * len(sizes)
         self.budget_margin = np.inf  # least distance to a whole number at which a count was decided
-        self.utility_margin = (
-            np.inf
-        )  # least relative distance between the last unit replaced and the first one kept
+        self.utility_margin = np.inf  # least relative distance between the last unit replaced and the first one kept
 
     def outgoing_shape(self, k):
         """Kernel k + 1 as [leading, positions, units, outputs], a reshape and hence a view."""
@@ -233,13 +232,14 @@ class ContinualBackprop:
         incoming = np.abs(kernel).sum(tuple(range(kernel.ndim - 1)))
         contribution = (np.abs(h).mean(0) * magnitude).sum(0)
         zero_contribution = (np.abs(h - self.mean[k] / correction).mean(0) * magnitude).sum(0)
-        y = {
-            "contribution": contribution,
-            "zero_contribution": zero_contribution,
-            "adaptation": 1.0 / incoming,
-            "adaptable_contribution": zero_contribution / incoming,
-            "weight": magnitude.sum(0),
-        }[self.kind]
+        with np.errstate(divide="ignore", invalid="ignore"):  # all of a unit's inputs may be new at once
+            y = {
+                "contribution": contribution,
+                "zero_contribution": zero_contribution,
+                "adaptation": 1.0 / incoming,
+                "adaptable_contribution": zero_contribution / incoming,
+                "weight": magnitude.sum(0),
+            }[self.kind]
         self.utility[k] = self.decay * self.utility[k] + (1 - self.decay) * y
 
         eligible = np.flatnonzero(self.age[k] > self.maturity)
@@ -248,7 +248,9 @@ class ContinualBackprop:
             self.budget_margin = min(self.budget_margin, abs(self.budget[k] - round(self.budget[k])))
         count = int(np.floor(self.budget[k]))
         self.budget[k] -= count
-        ranked = (self.utility[k] / correction)[eligible]
+        corrected = self.utility[k] / correction
+        eligible = eligible[np.isfinite(corrected[eligible])]
+        ranked = corrected[eligible]
         order = np.argsort(ranked, kind="stable")
         if 0 < count < len(eligible):
             last, first = ranked[order[count - 1]], ranked[order[count]]

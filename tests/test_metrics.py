@@ -215,3 +215,11 @@ def test_half_precision_is_computed_in_float32(dtype):
     for half, single in zip(measure(x), measure(x.astype(jnp.float32)), strict=True):
         assert half.dtype == jnp.float32
         assert float(half) == float(single) > 0
+
+
+def test_ranks_are_the_three_ranks():
+    x = jax.random.normal(jax.random.key(0), (30, 12)) * jnp.arange(12.0)
+    together = jax.jit(metrics.ranks)(x, 0.9)
+    alone = (metrics.effective_rank(x), metrics.approximate_rank(x, 0.9), metrics.stable_rank(x, 0.9))
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert len({float(rank) for rank in together}) == 3

@@ -71,9 +71,7 @@ LEARNERS: dict[str, Spec] = {
     ),
     "l2": Spec(
         "SGD with L2 toward zero",
-        lambda h, options, units, key: optax.chain(
-            optax.add_decayed_weights(h["l2"]), optax.sgd(h["step_size"])
-        ),
+        lambda h, options, units, key: optax.chain(optax.add_decayed_weights(h["l2"]), optax.sgd(h["step_size"])),
         {"step_size": 0.01, "l2": 1e-4},
     ),
     "l1": Spec(
@@ -99,9 +97,7 @@ LEARNERS: dict[str, Spec] = {
         {"step_size": 0.01},
         {"dropout_rate": 0.1},
     ),
-    "cbp": Spec(
-        "continual backpropagation around SGD", _cbp(optax.sgd), {"step_size": 0.01, **_CBP}, _CBP_OPTIONS
-    ),
+    "cbp": Spec("continual backpropagation around SGD", _cbp(optax.sgd), {"step_size": 0.01, **_CBP}, _CBP_OPTIONS),
     "cbp_adam": Spec(
         "continual backpropagation around Adam with a step count per weight",
         _cbp(cbp_jax.adam),
@@ -155,9 +151,7 @@ def parse_method(text: str, defaults: Mapping[str, Mapping[str, Any]] | None = N
     for item in given.split(",") if given else ():
         key, equals, value = item.partition("=")
         if not equals or key not in settings:
-            raise ValueError(
-                f"method {text!r}: expected setting=value with one of {list(settings)}, got {item!r}"
-            )
+            raise ValueError(f"method {text!r}: expected setting=value with one of {list(settings)}, got {item!r}")
         changed[key] = _read(text, key, value, settings[key])
     settings |= changed
     _check(text, settings)

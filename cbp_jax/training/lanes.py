@@ -55,9 +55,7 @@ class Lanes:
         """Spreads arrays [count, ...] over the devices, the last lane repeated where they do not divide it."""
 
         def pad(array):
-            return (
-                jnp.concatenate([array, jnp.repeat(array[-1:], self._padding, 0)]) if self._padding else array
-            )
+            return jnp.concatenate([array, jnp.repeat(array[-1:], self._padding, 0)]) if self._padding else array
 
         return jax.device_put(jax.tree.map(pad, tree), self._sharding("lane"))
 

@@ -20,12 +20,8 @@ class Learner(NamedTuple):
     """A network and how it learns, as functions of keys and of hyperparameters that may be traced."""
 
     init: Callable[[chex.PRNGKey], optax.Params]  # key -> params
-    predict: Callable[
-        [optax.Params, chex.Array], tuple[chex.Array, Features]
-    ]  # params, x -> logits, features
-    train: Callable[
-        [optax.Params, chex.Array, chex.PRNGKey], tuple[chex.Array, Features]
-    ]  # the same with dropout
+    predict: Callable[[optax.Params, chex.Array], tuple[chex.Array, Features]]  # params, x -> logits, features
+    train: Callable[[optax.Params, chex.Array, chex.PRNGKey], tuple[chex.Array, Features]]  # the same with dropout
     optimizer: Callable[[Hyperparameters, chex.PRNGKey], optax.GradientTransformation]
     units: tuple[UnitGroup, ...]
 
@@ -75,12 +71,13 @@ def measure(learner: Learner, params: optax.Params, x: chex.Array) -> dict[str, 
       units of a hidden layer and averaged over layers.
     """
     _, features = learner.predict(params, x)
-    layers = [h.reshape(-1, h.shape[-1]) for h in jax.tree.leaves(features)]
+    layers = [metrics.ranks(h.reshape(-1, h.shape[-1])) for h in jax.tree.leaves(features)]
+    widths = [h.shape[-1] for h in jax.tree.leaves(features)]
     return {
         "dead_units": metrics.dead_fraction(features),
         "weight_magnitude": metrics.weight_magnitude(params),
-        "effective_rank": sum(metrics.effective_rank(h) / h.shape[1] for h in layers) / len(layers),
-        "stable_rank": sum(metrics.stable_rank(h) / h.shape[1] for h in layers) / len(layers),
+        "effective_rank": sum(rank.effective / n for rank, n in zip(layers, widths, strict=True)) / len(layers),
+        "stable_rank": sum(rank.stable / n for rank, n in zip(layers, widths, strict=True)) / len(layers),
     }
 
 

@@ -1,7 +1,7 @@
 """Continual backpropagation (Dohare et al., Nature 2024, Algorithm 1) as an optax transformation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -12,6 +12,7 @@ import optax
 from cbp_jax import units as units_lib
 from cbp_jax.transforms import inner_state as inner_state_lib
 from cbp_jax.transforms import keys, resample
+from cbp_jax.transforms import surgery as surgery_lib
 from cbp_jax.transforms import utility as utility_lib
 from cbp_jax.transforms.scalars import check_scalar
 
@@ -135,7 +136,8 @@ def continual_backprop(
             for consumer in group.outgoing if compensate_bias else ():
                 if consumer.bias is None:
                     raise ValueError(
-                        f"compensate_bias=True, but {consumer.kernel.path!r}, which reads group {group.name!r}, has no bias"
+                        f"compensate_bias=True, but {consumer.kernel.path!r}, which reads group {group.name!r}, "
+                        "has no bias"
                     )
         return ContinualBackpropState(
             key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
@@ -160,16 +162,12 @@ def continual_backprop(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ContinualBackpropState]:
         if params is None:
-            raise ValueError(
-                "continual_backprop needs the params: tx.update(grads, state, params, features=features)"
-            )
+            raise ValueError("continual_backprop needs the params: tx.update(grads, state, params, features=features)")
         checked = units_lib.check_units(units, params)
         activations = {group.name: _activations(group, features) for group in checked}
         grads = units_lib.leaves_by_path(updates)
-        inner_updates, inner_state = inner.update(
-            updates, state.inner_state, params, features=features, **extra_args
-        )
-        surgery = _Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(inner_updates))
+        inner_updates, inner_state = inner.update(updates, state.inner_state, params, features=features, **extra_args)
+        surgery = surgery_lib.Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(inner_updates))
 
         def random_key(stream: chex.Numeric) -> chex.PRNGKey:
             key = jax.random.wrap_key_data(state.key, impl=key_impl)
@@ -194,13 +192,12 @@ def continual_backprop(
 
             eligible = age > maturity_threshold
             budget = state.budget[name] + replacement_rate * jnp.sum(eligible, dtype=jnp.float32)
-            chosen, replaced, budget = _choose(
-                utility_now / start, eligible, budget, most_replacements(group)
-            )
+            chosen, budget = _choose(utility_now / start, eligible, budget, most_replacements(group))
+            replaced = surgery_lib.as_mask(chosen, group.size)
 
             if compensate_bias:
                 surgery.compensate(group, chosen, corrected_means)
-            surgery.zero(group, replaced)
+            surgery.drop(group, replaced)
 
             new["utility"][name] = jnp.where(replaced, 0, utility_now)
             new["age"][name] = jnp.where(replaced, 0, age)
@@ -209,8 +206,7 @@ def continual_backprop(
             new["replaced"][name] = replaced
             picked.append(chosen)
 
-        # After all zeroing: a weight from one new unit to another ends resampled.
-        surgery.resample(checked, picked, new["replaced"], initializer, lambda: random_key(len(checked)))
+        surgery.replace(checked, picked, initializer, lambda: random_key(len(checked)))
         new_updates = jax.tree_util.tree_map_with_path(
             lambda path, leaf: surgery.updates.get(units_lib.join_path(path), leaf), inner_updates
         )
@@ -251,9 +247,7 @@ def _activations(group: units_lib.UnitGroup, features: units_lib.Features | None
     return found
 
 
-def _choose(
-    utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int
-) -> tuple[chex.Array, chex.Array, chex.Array]:
+def _choose(utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int) -> tuple[chex.Array, chex.Array]:
     """Spends the budget on the eligible units of least utility.
 
     Args:
@@ -263,117 +257,13 @@ def _choose(
       most: bound on the number of units.
 
     Returns:
-      int32 [most], the chosen units, the number of units where there are fewer; bool [units], the same as a mask;
-      the rest of the budget.
+      int32 [most], the chosen units, with the number of units for those that are not due; the rest of the budget.
     """
     size = utility.shape[0]
     due = jnp.floor(budget + _ROUNDING)
     score = jnp.where(eligible & jnp.isfinite(utility), utility, jnp.inf)
     ranked = jnp.argmin(score)[None] if most == 1 else jax.lax.top_k(-score, most)[1]
     chosen = jnp.where((jnp.arange(most) < due) & jnp.isfinite(score[ranked]), ranked, size)
-    if most == 1:
-        replaced = jnp.arange(size) == chosen
-    else:
-        replaced = jnp.zeros(size, bool).at[chosen].set(True, mode="drop")
     # What `most` holds back stays due. Units of non-finite utility leave no debt.
     rest = jnp.maximum(budget - due, 0) + jnp.clip(due - most, 0, size)
-    return chosen, replaced, rest
-
-
-class _Surgery:
-    """Edits the inner optimizer's updates such that replaced weights land on their new values.
-
-    As a mapping it gives the parameters as they will be, by path.
-    """
-
-    def __init__(self, params: dict[str, chex.Array], updates: dict[str, chex.Array]):
-        self.params = params
-        self.updates = updates
-        self.masks: dict[str, chex.Array] = {}  # which entries are new, by path
-        self.magnitudes = {
-            path: jnp.abs(self[path]).astype(jnp.float32) for path in params if path in updates
-        }  # after the inner update
-        self.kept: dict[str, chex.Array] = {}  # 0 where zeroed so far, else 1, broadcastable, by path
-
-    def __getitem__(self, path: str) -> chex.Array:
-        return (self.params[path] + self.updates[path]).astype(self.params[path].dtype)
-
-    def magnitude(self, part: units_lib.ParamSlice) -> chex.Array:
-        """Sum of the absolute weights in each row of a slice, as they will be, float32 [positions, units]."""
-        # Zeroed rows are left out by the weights of the sum, so that row and column sums read one array.
-        return part.sum(self.magnitudes[part.path], self.kept.get(part.path))
-
-    def _mark(self, path: str, mask: chex.Array) -> None:
-        self.masks[path] = self.masks[path] | mask if path in self.masks else mask
-
-    def zero(self, group: units_lib.UnitGroup, replaced: chex.Array) -> None:
-        """Biases and outgoing weights of replaced units become 0."""
-        for part in (*group.biases, *(consumer.kernel for consumer in group.outgoing)):
-            param = self.params[part.path]
-            mask = part.mask(replaced, param)
-            self.updates[part.path] = jnp.where(mask, -param, self.updates[part.path])
-            self.kept[part.path] = self.kept.get(part.path, 1.0) * (1.0 - mask)
-            self._mark(part.path, mask)
-
-    def resample(
-        self,
-        units: Sequence[units_lib.UnitGroup],
-        picked: Sequence[chex.Array],
-        replaced: dict[str, chex.Array],
-        initializer: resample.Initializer,
-        random_key: Callable[[], chex.PRNGKey],
-    ) -> None:
-        """Incoming weights of replaced units are drawn anew."""
-        parts = [
-            (group, part, chosen)
-            for group, chosen in zip(units, picked, strict=True)
-            for part in group.incoming
-        ]
-        shapes = [self.params[part.path].shape for _, part, _ in parts]
-        dtypes = [self.params[part.path].dtype for _, part, _ in parts]
-        counts = [chosen.size * part.positions for _, part, chosen in parts]
-
-        def draw():
-            draws = jax.random.split(random_key(), len(parts))
-            return [
-                resample.sample_rows(initializer, draws[number], shape, dtype, part.axes, count)
-                for number, ((_, part, _), shape, dtype, count) in enumerate(
-                    zip(parts, shapes, dtypes, counts, strict=True)
-                )
-            ]
-
-        # Random bits are dear, and most steps replace nothing.
-        nothing = jax.tree.map(lambda fresh: jnp.zeros(fresh.shape, fresh.dtype), jax.eval_shape(draw))
-        any_replaced = jnp.any(jnp.stack([chosen[0] < group.size for group, _, chosen in parts]))
-        drawn = jax.lax.cond(any_replaced, draw, lambda: nothing)
-
-        for (group, part, chosen), fresh, count in zip(parts, drawn, counts, strict=True):
-            param, update = self.params[part.path], self.updates[part.path]
-            mask = part.mask(replaced[group.name], param)
-            if count == 1:
-                fresh = jnp.expand_dims(fresh.squeeze(-1), part.axes)
-                self.updates[part.path] = jnp.where(mask, fresh - param, update)
-            else:
-                update = part.rows_last(update.astype(jnp.promote_types(update.dtype, param.dtype)))
-                rows = part.columns(chosen)
-                there = part.rows_last(param).at[..., rows].get(mode="fill", fill_value=0)
-                update = update.at[..., rows].set(fresh - there, mode="drop")
-                self.updates[part.path] = part.undo_rows_last(update, param.shape)
-            self._mark(part.path, mask)
-
-    def compensate(
-        self, group: units_lib.UnitGroup, chosen: chex.Array, means: tuple[chex.Array, ...]
-    ) -> None:
-        """Biases of the consumers take over what the chosen units contribute on average."""
-        for consumer in group.outgoing:
-            kernel = consumer.kernel
-            rows = kernel.columns(chosen)
-            weights = jnp.moveaxis(self[kernel.path], kernel.axes, range(len(kernel.axes)))
-            weights = weights.reshape(kernel.rows, *weights.shape[len(kernel.axes) :])
-            weights = weights.at[rows].get(mode="fill", fill_value=0)
-            mean = means[consumer.operand].at[:, chosen].get(mode="fill", fill_value=0).ravel()
-            gone = jnp.tensordot(mean.astype(weights.dtype), weights, 1)
-            rest = [axis for axis in range(self.params[kernel.path].ndim) if axis not in kernel.axes]
-            gone = gone.sum(tuple(place for place, axis in enumerate(rest) if axis not in consumer.bias_axes))
-            bias = self.updates[consumer.bias]
-            self.updates[consumer.bias] = bias + gone.astype(bias.dtype)
+    return chosen, rest

@@ -70,9 +70,7 @@ def check(
     jax.tree_util.tree_map_with_path(known, state, _paths_in_state(inner, state, params))
 
 
-def _paths_in_state(
-    inner: optax.GradientTransformation, state: optax.OptState, params: optax.Params
-) -> optax.OptState:
+def _paths_in_state(inner: optax.GradientTransformation, state: optax.OptState, params: optax.Params) -> optax.OptState:
     """The state's structure with, for each leaf, the path of the parameter that it belongs to, or ""."""
     paths = jax.tree_util.tree_map_with_path(lambda key_path, _: groups.join_path(key_path), params)
 

@@ -88,9 +88,7 @@ def _box_muller(radius_word: chex.Array, angle_word: chex.Array, scale: chex.Arr
     # Signed conversions are one instruction on every machine, unsigned ones are not.
     u = ((radius_word >> _U32(1)) | _U32(1)).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-31)
     bits = jax.lax.bitcast_convert_type(u, jnp.int32)
-    exponent = (bits - np.int32(0x3F3504F3)) >> np.int32(
-        23
-    )  # u = 2**exponent (1 + m), 1 + m in [0.707, 1.414]
+    exponent = (bits - np.int32(0x3F3504F3)) >> np.int32(23)  # u = 2**exponent (1 + m), 1 + m in [0.707, 1.414]
     m = jax.lax.bitcast_convert_type(bits - (exponent << np.int32(23)), jnp.float32) - np.float32(1)
     # Every sum here adds a single product, and the result, its sign put in last, is none itself: of two products a
     # compiler may contract either into a fused multiply-add, and a vmapped draw could differ from the same draw alone.

@@ -35,11 +35,7 @@ def check_scalar(
     """
     if isinstance(value, jax.core.Tracer):
         return
-    if (
-        isinstance(value, bool)
-        or np.ndim(value) != 0
-        or not np.issubdtype(np.asarray(value).dtype, np.number)
-    ):
+    if isinstance(value, bool) or np.ndim(value) != 0 or not np.issubdtype(np.asarray(value).dtype, np.number):
         raise TypeError(f"{name} must be a scalar, got {value!r}")
     number = float(value)
     if (

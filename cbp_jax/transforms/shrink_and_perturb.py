@@ -78,16 +78,12 @@ def shrink_and_perturb(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ShrinkAndPerturbState]:
         if params is None:
-            raise ValueError(
-                "shrink_and_perturb needs the params: tx.update(grads, state, params), got params=None"
-            )
+            raise ValueError("shrink_and_perturb needs the params: tx.update(grads, state, params), got params=None")
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         # Scalars as float32, so that a traced setting rounds as a constant one does, whatever the params' dtype.
         s = jnp.asarray(shrink, jnp.float32)
         perturbation = noise.normal(state.key, state.count, params, scale=perturb)
-        updates = jax.tree.map(
-            lambda u, w, x: (u + (x - s * w)).astype(u.dtype), updates, params, perturbation
-        )
+        updates = jax.tree.map(lambda u, w, x: (u + (x - s * w)).astype(u.dtype), updates, params, perturbation)
         return updates, ShrinkAndPerturbState(state.key, optax.safe_increment(state.count), inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -23,14 +23,10 @@ _ELEMENTWISE = frozenset(
     max min mul ne neg nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt select_n sign
     sin sinh sqrt square sub tan tanh xor""".split()
 )
-_REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split()
-)
+_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum reduce_window".split())
 # Elementwise primitives that leave a kernel of zeros a kernel of zeros, the other operand being a scalar.
-_SCALING = frozenset(
-    "convert_element_type copy copy_p neg mul div reduce_precision optimization_barrier".split()
-)
+_SCALING = frozenset("convert_element_type copy copy_p neg mul div reduce_precision optimization_barrier".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +114,7 @@ class Walk:
         self.lost: list[tuple[np.ndarray, str]] = []  # labels that are left out, and why
         self.used_otherwise: dict[str, str] = {}  # parameters used in ways not followed
         jaxpr = trace.jaxpr.jaxpr
-        self.shapes = {
-            trace.param_paths[var]: var.aval.shape for var in jaxpr.invars if var in trace.param_paths
-        }
+        self.shapes = {trace.param_paths[var]: var.aval.shape for var in jaxpr.invars if var in trace.param_paths}
         inputs = [
             _Weight(trace.param_paths[var], tuple(range(var.aval.ndim))) if var in trace.param_paths else None
             for var in jaxpr.invars
@@ -346,11 +340,7 @@ def _view_axes(eqn: core.JaxprEqn, values: list[Any]) -> tuple[int | None, ...] 
                 axes[place] = weight.axes[source]
         return tuple(axes)
     if name == "reshape" and eqn.params["dimensions"] is None:
-        old = [
-            (size, axis)
-            for size, axis in zip(eqn.invars[0].aval.shape, weight.axes, strict=True)
-            if size != 1
-        ]
+        old = [(size, axis) for size, axis in zip(eqn.invars[0].aval.shape, weight.axes, strict=True) if size != 1]
         new = [size for size in shape if size != 1]
         if [size for size, _ in old] == new:
             rest = iter(axis for _, axis in old)
@@ -528,9 +518,7 @@ class _LeaveOut(Exception):
     """The group at hand is left out; the message says why."""
 
 
-def _group(
-    walk: Walk, name: str, units: list[int], keys: list[tuple[str, tuple[int, ...]]]
-) -> groups.UnitGroup:
+def _group(walk: Walk, name: str, units: list[int], keys: list[tuple[str, tuple[int, ...]]]) -> groups.UnitGroup:
     number = {root: unit for unit, root in enumerate(units)}
 
     def part(path: str, axes: tuple[int, ...], ids: np.ndarray) -> groups.ParamSlice | None:

@@ -1,4 +1,4 @@
-"""continual_backprop against an independent float64 NumPy implementation of Algorithm 1 (tests/reference.py)."""
+"""continual_backprop against an independent float64 NumPy implementation of Algorithm 1, tests/reference.py."""
 
 import functools
 import math
@@ -44,7 +44,7 @@ def layer_names(layers):
 
 
 RELU_MLP = (Dense(9, "relu"), Dense(6, "relu"), Dense(3))
-TANH_MLP = (Dense(5, "tanh"), Dense(8, "tanh"), Dense(6, "tanh"), Dense(3))
+TANH_MLP = (Dense(5, "tanh"), Dense(8, "tanh"), Dense(3))
 RELU_CONV = (Conv(4, 3, "SAME", "relu", 2), Conv(5, 2, "VALID", "relu"), Dense(6, "relu"), Dense(3))
 TANH_CONV = (Conv(3, 2, "VALID", "tanh", 2), Conv(4, 2, "SAME", "tanh"), Dense(3))
 
@@ -52,48 +52,20 @@ INNER = {
     "sgd": (lambda: optax.sgd(0.03), lambda: reference.SGD(0.03)),
     "adam": (lambda: cbp_jax.adam(2e-3), lambda: reference.PerWeightAdam(2e-3)),
 }
-# Rates of 0.013 replace a unit now and then; the others are above 1/width: several units of a group in one step.
+SLOW = dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15)
+# Above 1/width: several units of a group in one step.
+FAST = dict(replacement_rate=0.2713, decay_rate=0.8, maturity_threshold=7)
 SETTINGS = {
-    "mlp-sgd": (RELU_MLP, (7,), "sgd", dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15)),
-    "mlp-sgd-fast": (
-        TANH_MLP,
-        (7,),
-        "sgd",
-        dict(replacement_rate=0.2713, decay_rate=0.8, maturity_threshold=7),
-    ),
-    "mlp-adam": (
-        TANH_MLP,
-        (7,),
-        "adam",
-        dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15),
-    ),
-    "mlp-adam-fast": (
-        RELU_MLP,
-        (7,),
-        "adam",
-        dict(replacement_rate=0.2713, decay_rate=0.8, maturity_threshold=7),
-    ),
-    "conv-sgd": (
-        TANH_CONV,
-        (6, 5, 2),
-        "sgd",
-        dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15),
-    ),
-    "conv-sgd-fast": (
-        RELU_CONV,
-        (6, 5, 2),
-        "sgd",
-        dict(replacement_rate=0.3713, decay_rate=0.8, maturity_threshold=7),
-    ),
-    "conv-adam": (
-        RELU_CONV,
-        (6, 5, 2),
-        "adam",
-        dict(replacement_rate=0.0131, decay_rate=0.9, maturity_threshold=15),
-    ),
+    "mlp-sgd": (RELU_MLP, (7,), "sgd", SLOW),
+    "mlp-sgd-fast": (TANH_MLP, (7,), "sgd", FAST),
+    "mlp-adam": (TANH_MLP, (7,), "adam", SLOW),
+    "mlp-adam-fast": (RELU_MLP, (7,), "adam", FAST),
+    "conv-sgd": (TANH_CONV, (6, 5, 2), "sgd", SLOW),
+    "conv-sgd-fast": (RELU_CONV, (6, 5, 2), "sgd", FAST),
+    "conv-adam": (RELU_CONV, (6, 5, 2), "adam", SLOW),
 }
 UTILITIES = ["contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight"]
-# Every utility under both optimizers for both kinds of network, each with one rate below and one above 1/width.
+# Every utility under both optimizers for both kinds of network, with rates below and above 1/width.
 CASES = [
     (setting, utility)
     for i, utility in enumerate(UTILITIES)
@@ -105,6 +77,10 @@ CASES = [
 ]
 
 
+# Where seed 1 leads to a tie of dead units, which leaves open who goes.
+SEEDS = {("conv-adam", "contribution"): 2}
+
+
 @functools.cache
 def trajectory(setting, utility, seed):
     """Runs the package for STEPS steps; returns initial params, data, and the history as NumPy arrays."""
@@ -113,7 +89,9 @@ def trajectory(setting, utility, seed):
     rng = np.random.default_rng(seed)
     xs = jnp.asarray(rng.normal(size=(STEPS, 4, *input_shape)) + 0.3, jnp.float32)
     labels = jnp.asarray(rng.integers(3, size=(STEPS, 4)))
-    params = model.init(jax.random.key(seed), xs[0])
+    # Biases start positive, lest dead units tie at a utility of exactly 0.
+    draw = lambda leaf: jnp.asarray(rng.uniform(-1 if leaf.ndim > 1 else 0, 1, leaf.shape) * 0.5, jnp.float32)
+    params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), xs[0]))
     units = cbp_jax.discover_units(model.apply, params, xs[0])
     assert [g.name for g in units] == [f"params/{n}" for n in list(layer_names(layers))[:-1]]
     assert [g.size for g in units] == [layer.features for layer in layers[:-1]]
@@ -154,34 +132,28 @@ def compare(setting, utility, seed):
         before = [pair[0].copy() for pair in expected.params]
         arrived = [(kernel[t], bias[t]) for kernel, bias in pairs(after)]
         masks = expected.step(xs[t], labels[t], arrived)
-        # A decision within rounding of the other outcome would compare float32 with float64, not two algorithms.
-        assert expected.budget_margin > 1e-4 and expected.utility_margin > 1e-5, (
-            f"step {t}: take another seed"
-        )
+        # A decision within rounding of the other outcome would compare float32 with float64.
+        assert expected.budget_margin > 1e-4 and expected.utility_margin > 1e-5, f"step {t}: take another seed"
         for k, (name, mask) in enumerate(zip(names[:-1], masks, strict=True)):
             group = f"params/{name}"
             np.testing.assert_array_equal(replaced[group][t], mask, err_msg=f"step {t}, {name}")
             np.testing.assert_array_equal(ages[group][t], expected.age[k])
             np.testing.assert_allclose(utilities[group][t], expected.utility[k], rtol=1e-3, atol=1e-5)
-            # The columns taken over from the tested run are really new ones, inside He et al.'s uniform bound.
+            # The columns taken over from the tested run are really new ones, inside the bound of he_uniform.
             fresh = np.asarray(arrived[k][0])[..., mask]
             bound = math.sqrt(6.0 / np.prod(before[k].shape[:-1]))
             assert np.all(np.abs(fresh) <= bound * (1 + 1e-5))
-            assert np.all(
-                np.any(fresh != before[k][..., mask].astype(np.float32), axis=tuple(range(fresh.ndim - 1)))
-            )
+            assert np.all(np.any(fresh != before[k][..., mask].astype(np.float32), axis=tuple(range(fresh.ndim - 1))))
             total, most = total + mask.sum(), max(most, mask.sum())
         for name, got, want in zip(names, arrived, expected.params, strict=True):
             for leaf in range(2):
-                np.testing.assert_allclose(
-                    got[leaf], want[leaf], rtol=0, atol=1e-5, err_msg=f"step {t}, {name}"
-                )
+                np.testing.assert_allclose(got[leaf], want[leaf], rtol=0, atol=1e-5, err_msg=f"step {t}, {name}")
     return total, most
 
 
 @pytest.mark.parametrize(("setting", "utility"), CASES)
 def test_follows_the_numpy_reference(setting, utility):
-    total, most = compare(setting, utility, seed=1)
+    total, most = compare(setting, utility, SEEDS.get((setting, utility), 1))
     assert total >= 20
     if setting.endswith("fast"):
         assert most >= 2, "a rate above 1/width replaces several units in one step"

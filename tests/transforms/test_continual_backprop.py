@@ -29,8 +29,7 @@ def make_params(sizes, seed=0):
     rng = np.random.default_rng(seed)
     value = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.9, shape) * rng.choice([-1, 1], shape), jnp.float32)
     return {
-        f"layer_{i}": {"kernel": value(n, m), "bias": value(m)}
-        for i, (n, m) in enumerate(itertools.pairwise(sizes), 1)
+        f"layer_{i}": {"kernel": value(n, m), "bias": value(m)} for i, (n, m) in enumerate(itertools.pairwise(sizes), 1)
     }
 
 
@@ -206,9 +205,7 @@ def test_all_zero_utilities_are_a_tie_too():
 def test_non_finite_utility_never_wins_and_more_than_the_rest_leaves_no_debt(bad):
     params, units = make((3, 5, 2))
     features = {"layer_1": jnp.asarray([[1.0, bad, 2.0, bad, bad]])}
-    (params, state), (_, history) = hold(
-        still(units, replacement_rate=1.0, maturity_threshold=0), params, features, 3
-    )
+    (params, state), (_, history) = hold(still(units, replacement_rate=1.0, maturity_threshold=0), params, features, 3)
     assert history.replaced["layer_1"].tolist() == [[True, False, True, False, False]] * 3
     slow = still(units, replacement_rate=1e-4, maturity_threshold=0)
     _, state = update(slow, zeros(params), state, params, features)
@@ -238,9 +235,7 @@ def test_utilities_are_the_equations(sizes, utility):
     _, (_, state) = hold(tx, params, {"layer_1": jnp.asarray(h)}, 2)
     v = np.abs(params["layer_1"]["kernel"]).sum(0)
     w = np.abs(params["layer_2"]["kernel"]).sum(1)
-    centred = (
-        np.abs(h - h.mean(0)).mean(0) * w
-    )  # the same batch twice: the corrected running mean is its mean
+    centred = np.abs(h - h.mean(0)).mean(0) * w  # the same batch twice: the corrected running mean is its mean
     y = {
         "contribution": np.abs(h).mean(0) * w,
         "zero_contribution": centred,
@@ -254,9 +249,7 @@ def test_utilities_are_the_equations(sizes, utility):
 def test_outgoing_weights_are_taken_after_the_inner_update():
     params, units = make((3, 4, 2))
     grads = random_like(params, 1)
-    tx = cbp_jax.continual_backprop(
-        optax.sgd(0.5), units, replacement_rate=0.0, decay_rate=0.0, utility="weight"
-    )
+    tx = cbp_jax.continual_backprop(optax.sgd(0.5), units, replacement_rate=0.0, decay_rate=0.0, utility="weight")
     _, (after, state) = hold(tx, params, {"layer_1": jnp.ones((1, 4))}, 1, grads)
     want = np.abs(params["layer_2"]["kernel"] - 0.5 * grads["layer_2"]["kernel"]).sum(1)
     np.testing.assert_allclose(state.utility["layer_1"][0], want, rtol=1e-5)
@@ -288,7 +281,7 @@ def test_reset_unit_gets_new_incoming_weights_zero_bias_zero_outgoing_and_a_new_
     params, units = make(sizes)
     tx = still(units, replacement_rate=0.2, maturity_threshold=0)
     (new, state), _ = hold(tx, params, lowest(sizes, layer_1=2), 1)
-    kept = [0, 1, 3, 4]
+    kept = np.asarray([0, 1, 3, 4])
     assert np.flatnonzero(state.replaced["layer_1"]).tolist() == [2]
     assert np.all(new["layer_1"]["kernel"][:, 2] != params["layer_1"]["kernel"][:, 2])
     assert new["layer_1"]["bias"][2] == 0 and np.all(new["layer_2"]["kernel"][2] == 0)
@@ -312,9 +305,7 @@ def test_flatten_order_of_conv_to_dense(order):
 
     def apply_fn(params, x):
         h = jnp.tanh(convolve(x, params["conv"]["kernel"]) + params["conv"]["bias"])
-        h = jax.lax.reduce_window(
-            h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
-        )  # [2, 2, 3, 3]
+        h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")  # [2, 2, 3, 3]
         if order == "nchw":
             h = h.transpose(0, 3, 1, 2)
         return h.reshape(len(x), -1) @ params["dense"]["kernel"] + params["dense"]["bias"]
@@ -473,9 +464,7 @@ def test_default_initializer_is_he_uniform_and_columns_of_one_step_differ():
 
 def test_custom_initializer_reaches_the_incoming_weights():
     params, units = make((3, 5, 2))
-    tx = still(
-        units, replacement_rate=0.2, maturity_threshold=0, initializer=jax.nn.initializers.constant(0.25)
-    )
+    tx = still(units, replacement_rate=0.2, maturity_threshold=0, initializer=jax.nn.initializers.constant(0.25))
     (new, _), _ = hold(tx, params, lowest((3, 5, 2), layer_1=4), 1)
     np.testing.assert_allclose(new["layer_1"]["kernel"][:, 4], 0.25, rtol=1e-6)
 
@@ -504,7 +493,7 @@ def test_more_than_ten_layers_whose_names_sort_otherwise_are_wired_in_forward_or
 
 
 def compensation(apply_fn, params, x, compensate=True):
-    """How far three steps move the output on one and the same input, in the last of which units are replaced."""
+    """How far three steps on one input move the output; units are replaced in the last of them."""
     units = cbp_jax.discover_units(apply_fn, params, x)
     before, features = jax.jit(cbp_jax.with_features(apply_fn, units))(params, x)
     tx = still(units, replacement_rate=0.5, maturity_threshold=2, compensate_bias=compensate)
@@ -553,9 +542,7 @@ INNER_STATES = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adagrad": lambda: optax.adagrad(0.1, initial_accumulator_value=0.1),
     "rmsprop": lambda: optax.rmsprop(0.1, initial_scale=0.5),
-    "chain": lambda: optax.chain(
-        optax.clip_by_global_norm(1.0), optax.chain(optax.scale_by_adam(), optax.scale(-0.1))
-    ),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.chain(optax.scale_by_adam(), optax.scale(-0.1))),
     "masked": lambda: optax.masked(
         optax.adam(0.1),
         lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: "kernel" in str(p[-1]), tree),
@@ -596,16 +583,16 @@ def test_moments_of_replaced_units_return_to_their_initial_values_and_no_others(
     assert np.flatnonzero(state.replaced["layer_1"]).tolist() == [3]
 
     touched = jax.tree.map(lambda leaf: np.zeros(leaf.shape, bool), params)
-    touched["layer_1"]["kernel"][:, 3] = touched["layer_1"]["bias"][3] = touched["layer_2"]["kernel"][3] = True
+    touched["layer_1"]["kernel"][:, 3] = True
+    touched["layer_1"]["bias"][3] = touched["layer_2"]["kernel"][3] = True
     keep = lambda mask, a, b: np.testing.assert_array_equal(np.asarray(a)[~mask], np.asarray(b)[~mask])
     jax.tree.map(keep, touched, updates, want_updates)
 
     assert jax.tree.structure(state.inner_state) == jax.tree.structure(want)
     compared = 0
     initial = jax.tree.leaves(inner.init(params))
-    for (path, w), got, first in zip(
-        jax.tree_util.tree_flatten_with_path(want)[0], jax.tree.leaves(state.inner_state), initial, strict=True
-    ):
+    wanted = jax.tree_util.tree_leaves_with_path(want)
+    for (path, w), got, first in zip(wanted, jax.tree.leaves(state.inner_state), initial, strict=True):
         keys = [getattr(k, "key", None) for k in path]
         layer = next((k for k in keys if k in touched), None)
         if layer is None:
@@ -721,9 +708,7 @@ def test_captured_key_gives_every_vmapped_seed_its_own_noise_and_the_solo_run_s_
     params, state = jax.jit(jax.vmap(run))(stacked)
     solo = jax.jit(run)
     for i, seed in enumerate(seeds):
-        jax.tree.map(
-            lambda all_, one, i=i: np.testing.assert_array_equal(all_[i], one), (params, state), solo(seed)
-        )
+        jax.tree.map(lambda all_, one, i=i: np.testing.assert_array_equal(all_[i], one), (params, state), solo(seed))
     fresh = np.asarray(params["layer_1"]["kernel"])
     assert np.all(state.replaced["layer_1"])
     assert np.all(fresh[0] != fresh[1]) and np.all(fresh[1] != fresh[2]) and np.all(fresh[0] != fresh[2])
@@ -813,9 +798,7 @@ def test_bfloat16_parameters_keep_their_type_and_are_zeroed_exactly():
     assert np.flatnonzero(state.replaced["layer_1"]).tolist() == [2]
     assert np.all(new["layer_2"]["kernel"][2] == 0) and new["layer_1"]["bias"][2] == 0
     utility = state.utility["layer_1"]
-    assert utility.dtype == np.float32, (
-        "a running mean with weight 0.01 for the new value is lost in bfloat16"
-    )
+    assert utility.dtype == np.float32, "a running mean with weight 0.01 for the new value is lost in bfloat16"
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -869,8 +852,9 @@ def test_features_of_the_wrong_shape_are_refused(shape):
 def test_missing_params_are_refused():
     params, units = make((3, 5, 2))
     tx = still(units)
+    features = {"layer_1": jnp.ones((1, 5))}
     with pytest.raises(ValueError, match="params"):
-        jax.eval_shape(lambda p: tx.update(zeros(p), tx.init(p), features={"layer_1": jnp.ones((1, 5))}), params)
+        jax.eval_shape(lambda p: tx.update(zeros(p), tx.init(p), features=features), params)
 
 
 @pytest.mark.parametrize("sizes", [(3, 6, 2), (3, 4, 2)])

@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbp_jax.nets import ConvNet
+from cbp_jax.units import discover_units
+
+SMALL = {"channels": (3, 4), "kernel_sizes": (3, 2), "hidden": (5,)}
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 10, 3)), jnp.float32)
+
+
+def shapes(net, image):
+    params = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image), jnp.float32))
+    return {name: layer["kernel"].shape for name, layer in params["params"].items()}
+
+
+def test_the_papers_sizes_by_default():
+    assert shapes(ConvNet(num_outputs=2), (32, 32, 3)) == {
+        "Conv_0": (5, 5, 3, 32),
+        "Conv_1": (3, 3, 32, 64),
+        "Conv_2": (3, 3, 64, 128),
+        "Dense_0": (2 * 2 * 128, 128),
+        "Dense_1": (128, 128),
+        "Dense_2": (128, 2),
+    }
+
+
+def test_same_padding_fits_small_images():
+    assert shapes(ConvNet(num_outputs=10, padding="SAME"), (8, 8, 1))["Dense_0"] == (128, 128)
+
+
+def test_computes_what_it_says():
+    net = ConvNet(num_outputs=2, **SMALL, activation="tanh")
+    params = net.init(jax.random.key(0), X)
+    layers = params["params"]
+    h = np.asarray(X)
+    for name, size in (("Conv_0", 3), ("Conv_1", 2)):
+        windows = np.lib.stride_tricks.sliding_window_view(h, (size, size), axis=(1, 2))
+        h = np.tanh(np.einsum("nhwcij,ijco->nhwo", windows, layers[name]["kernel"]) + layers[name]["bias"])
+        n, height, width, c = h.shape
+        h = h[:, : height // 2 * 2, : width // 2 * 2].reshape(n, height // 2, 2, width // 2, 2, c).max((2, 4))
+    h = np.tanh(h.reshape(2, -1) @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"])
+    expected = h @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
+    np.testing.assert_allclose(net.apply(params, X), expected, rtol=1e-4, atol=1e-5)
+    for layer in layers.values():
+        assert (layer["bias"] == 0).all()
+
+
+def test_dropout_is_off_until_asked_for():
+    net = ConvNet(num_outputs=2, **SMALL, dropout_rate=0.5)
+    params = net.init(jax.random.key(0), X)
+    plain = ConvNet(num_outputs=2, **SMALL).apply(params, X)
+    np.testing.assert_array_equal(net.apply(params, X), plain)
+    trained = net.apply(params, X, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    assert (trained != plain).any()
+
+
+def test_its_units_are_found():
+    net = ConvNet(num_outputs=2, **SMALL)
+    units = discover_units(net.apply, net.init(jax.random.key(0), X), X)
+    expected = [("params/Conv_0", 3), ("params/Conv_1", 4), ("params/Dense_0", 5)]
+    assert [(group.name, group.size) for group in units] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"padding": "CIRCULAR"}, "padding must be 'VALID' or 'SAME', got 'CIRCULAR'"),
+        ({"channels": (3, 4, 5)}, "channels and kernel_sizes must be of one length"),
+        ({"dropout_rate": -0.1}, r"dropout_rate must be in \[0, 1\), got -0.1"),
+        ({"activation": "rleu"}, "activation must be .* got 'rleu'"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ConvNet(num_outputs=2, **{**SMALL, **settings})
+
+
+def test_bad_images():
+    net = ConvNet(num_outputs=2)
+    with pytest.raises(ValueError, match="images of 8x8 are too small"):
+        net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    with pytest.raises(ValueError, match=r"x must be images .* got shape \(1, 784\)"):
+        net.init(jax.random.key(0), jnp.zeros((1, 784)))

@@ -1,0 +1,115 @@
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbp_jax.training import Lanes
+
+MODES = ("vmap", "map")
+
+
+def work(shared, lane, offset):
+    """Whole numbers, so that results are the same to the last bit however they are computed; and a lane's noise."""
+    product = shared @ lane["weights"] + offset
+    noise = jax.random.uniform(jax.random.wrap_key_data(lane["key"]))
+    return {"product": product, "noise": noise}
+
+
+def arguments(count):
+    rng = np.random.default_rng(count)
+    shared = rng.integers(-9, 9, (3, 4)).astype(np.float32)
+    lane = {
+        "weights": rng.integers(-9, 9, (count, 4, 2)).astype(np.float32),
+        "key": rng.integers(0, 2**32, (count, 2), dtype=np.uint32),
+    }
+    return shared, lane, np.arange(count, dtype=np.float32)
+
+
+def run(lanes, shared, *lane_args):
+    out = lanes.jit(work)(lanes.share(shared), *(lanes.scatter(jax.tree.map(jnp.asarray, arg)) for arg in lane_args))
+    return lanes.gather(out), out
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_lane_is_what_it_is_alone(mode):
+    shared, lane, offset = arguments(3)
+    together, _ = run(Lanes(3, mode), shared, lane, offset)
+    assert together["product"].shape == (3, 3, 2) and together["noise"].shape == (3,)
+    for row in range(3):
+        assert_same(
+            jax.tree.map(lambda array, row=row: array[row], together),
+            jax.tree.map(np.asarray, work(shared, jax.tree.map(lambda array, row=row: array[row], lane), offset[row])),
+        )
+    assert len(set(together["noise"])) == 3
+
+
+def test_map_runs_lanes_in_turn_and_vmap_together():
+    def loops(mode):
+        lanes = Lanes(3, mode)
+        return str(jax.make_jaxpr(lanes.jit(lambda shared, lane: shared * lane))(2.0, jnp.arange(3.0))).count("scan[")
+
+    assert loops("map") == 1 and loops("vmap") == 0
+    assert Lanes(3).mode == ("map" if jax.default_backend() == "cpu" else "vmap")
+
+
+def test_the_donated_argument_is_given_up_and_no_other():
+    lanes = Lanes(2)
+    step = lanes.jit(lambda shared, kept, given: given + shared * kept, donate_lane=1)
+    shared, kept, given = lanes.share(jnp.float32(2)), lanes.scatter(jnp.ones(2)), lanes.scatter(jnp.zeros(2))
+    np.testing.assert_array_equal(step(shared, kept, given), [2.0, 2.0])
+    assert given.is_deleted() and not kept.is_deleted() and not shared.is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "count must be at least 1, got 0"),
+        ((2, "pmap"), "mode must be 'auto', 'vmap' or 'map', got 'pmap'"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Lanes(*arguments)
+
+
+@pytest.mark.xfail(strict=True, reason="a wrong number of rows runs as that many lanes, of which gather drops some")
+def test_arrays_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="2"):
+        Lanes(2).scatter(jnp.arange(4.0))
+
+
+def check_two_devices():
+    """Runs in a process of its own, because the number of devices is fixed when JAX starts."""
+    first, second = jax.devices()
+    for count in (1, 3, 4):
+        for mode in MODES:
+            one, _ = run(Lanes(count, mode, [first]), *arguments(count))
+            lanes = Lanes(count, mode)
+            two, out = run(lanes, *arguments(count))
+            assert_same(one, two)
+            assert two["noise"].shape == (count,)
+            # Equal shares, and a device that would have no lane is not used.
+            shares = {shard.device: shard.data.shape[0] for shard in out["noise"].addressable_shards}
+            assert shares == ({first: 1} if count == 1 else {first: 2, second: 2}), (count, shares)
+    # The lane that fills up repeats the last one, so that it meets no numbers that the user did not give.
+    np.testing.assert_array_equal(Lanes(3).scatter(jnp.array([5.0, 6.0, 7.0])), [5.0, 6.0, 7.0, 7.0])
+    everywhere = Lanes(3).share(jnp.arange(5))
+    assert {shard.data.shape for shard in everywhere.addressable_shards} == {(5,)}
+    assert len(everywhere.addressable_shards) == 2
+
+
+def test_two_devices_share_the_lanes_and_give_the_same():
+    script = f"""
+import jax, runpy
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+runpy.run_path({__file__!r})["check_two_devices"]()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -1,0 +1,88 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from cbp_jax.transforms import noise
+
+KEY = jnp.array([3, 4], jnp.uint32)
+draw = jax.jit(lambda key, step: noise.normal(key, step, jnp.zeros((1 << 20,))))
+
+
+def z_score(products):
+    """How many standard errors the mean of products of independent standard normals is from 0."""
+    return abs(np.mean(products)) * np.sqrt(np.size(products))
+
+
+@pytest.mark.parametrize(("key", "step"), [((0, 0), 0), ((0, 1), 0), ((3, 4), 2**31 - 1)])
+def test_the_distribution_is_normal(key, step):
+    x = np.asarray(draw(jnp.array(key, jnp.uint32), step), np.float64)
+    n = x.size
+    moments = [np.mean(x**power) for power in range(1, 5)]
+    errors = np.sqrt(np.array([1, 2, 15, 96]) / n)
+    assert (np.abs(np.array(moments) - [0, 1, 0, 3]) < 4 * errors).all(), moments
+    assert stats.kstest(x, "norm").pvalue > 1e-3
+    beyond = 2 * stats.norm.sf(4) * n  # 66
+    assert abs((np.abs(x) > 4).sum() - beyond) < 4 * np.sqrt(beyond)
+    assert np.abs(x).max() < 6.57
+
+
+def test_neighbours_are_independent():
+    """In place, in time, between seeds and between leaves; also of their squares."""
+    x = np.asarray(draw(KEY, 7))
+    pairs = {f"{lag} apart": (x[:-lag], x[lag:]) for lag in (1, 2, 3, 8, 64, 1000, 1024, 65536)}
+    pairs["next step"] = (x, np.asarray(draw(KEY, 8)))
+    pairs["next seed"] = (x, np.asarray(draw(KEY + jnp.array([0, 1], jnp.uint32), 7)))
+    pairs["next seed, step before"] = (x, np.asarray(draw(KEY + jnp.array([0, 1], jnp.uint32), 6)))
+    leaves = noise.normal(KEY, 7, [jnp.zeros(1 << 18)] * 2)
+    pairs["next leaf"] = tuple(map(np.asarray, leaves))
+    for name, (a, b) in pairs.items():
+        assert z_score(a * b) < 4, name
+        assert z_score((a**2 - 1) * (b**2 - 1) / 2) < 4, name
+
+
+def test_every_weight_has_normal_noise_over_steps_and_seeds():
+    """Few weights and many draws: the streams themselves, not their elements, are what has to be random."""
+    steps = jnp.arange(20_000)
+    over_steps = jax.jit(jax.vmap(lambda step: noise.normal(KEY, step, jnp.zeros(4))))(steps)
+    key = lambda seed: jnp.stack([jnp.uint32(0), seed.astype(jnp.uint32)])
+    over_seeds = jax.jit(jax.vmap(lambda seed: noise.normal(key(seed), 0, jnp.zeros(4))))(steps)
+    for x in (np.asarray(over_steps), np.asarray(over_seeds)):
+        for i in range(4):
+            assert stats.kstest(x[:, i], "norm").pvalue > 1e-3
+            assert z_score(x[1:, i] * x[:-1, i]) < 4
+            assert z_score(x[:, i] * x[:, i - 1]) < 4
+
+
+def test_box_muller_is_accurate():
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 100_000), dtype=np.uint32)
+    words[0, :4] = [0, 1, 2**32 - 1, 2**31]
+    words[1, :4] = [0, 2**31, 2**32 - 1, 2**31 - 1]
+    u = ((words[0] >> 1) | 1) / 2**31
+    angle = np.pi / 2 * (words[1] % 2**31) / 2**31
+    exact = np.where(words[1] >> 31, -1, 1) * np.sqrt(-2 * np.log(u)) * np.sin(angle)
+    np.testing.assert_allclose(noise._box_muller(*jnp.asarray(words), jnp.float32(1)), exact, rtol=1e-5, atol=3e-4)
+
+
+def test_noise_depends_on_the_element_and_not_on_the_shape():
+    flat, shaped, short = (noise.normal(KEY, 0, jnp.zeros(shape)) for shape in ((24,), (2, 3, 4), (5,)))
+    np.testing.assert_array_equal(shaped.ravel(), flat)
+    np.testing.assert_array_equal(short, flat[:5])
+    assert noise.normal(KEY, 0, jnp.zeros(())).shape == ()
+
+
+def test_vmapped_draws_are_the_solo_draws():
+    tree = {"a": jnp.zeros((3, 37)), "b": jnp.zeros(5)}
+    keys = jnp.arange(10, dtype=jnp.uint32).reshape(5, 2)
+    solo = jax.jit(lambda key: noise.normal(key, 3, tree, 0.1))
+    together = jax.jit(jax.vmap(solo))(keys)
+    for i in range(5):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], together), solo(keys[i]))
+
+
+def test_scale_and_dtype():
+    one, tenth, none = (noise.normal(KEY, 0, jnp.zeros(9, jnp.bfloat16), scale) for scale in (1.0, 0.1, 0.0))
+    np.testing.assert_allclose(tenth, 0.1 * one, rtol=1e-6)
+    assert (none == 0).all()
+    assert one.dtype == jnp.float32
