@@ -201,7 +201,7 @@ def ranks(x: jax.Array, threshold: float | jax.Array = 0.99) -> Ranks:
 
     >>> import jax.numpy as jnp
     >>> [round(float(rank), 2) for rank in ranks(jnp.diag(jnp.array([10.0, 1.0, 0.1])))]
-    [1.4, 1.0, 2.0]
+    [1.42, 1.0, 2.0]
     """
     values = _singular_values(x)
     return Ranks(
@@ -236,9 +236,7 @@ def weight_magnitude(params: Any) -> jax.Array:
     return sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves) / count
 
 
-def plasticity(
-    loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLike, epsilon: float = 1e-8
-) -> jax.Array:
+def plasticity(loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLike, epsilon: float = 1e-8) -> jax.Array:
     r"""How much of the loss on a sample one update on that sample removed.
 
     .. math:: \max\Big(1 - \frac{L(W', Z)}{\max(L(W, Z), \epsilon)},\ 0\Big) \in [0, 1]
@@ -265,9 +263,7 @@ def plasticity(
     """
     before, after = jnp.asarray(loss_before, jnp.float32), jnp.asarray(loss_after, jnp.float32)
     if before.shape != after.shape:
-        raise ValueError(
-            f"loss_before and loss_after must have the same shape; got {before.shape} and {after.shape}"
-        )
+        raise ValueError(f"loss_before and loss_after must have the same shape; got {before.shape} and {after.shape}")
     return jnp.clip(1.0 - after / jnp.maximum(before, epsilon), 0.0, 1.0)
 
 

@@ -14,12 +14,12 @@ class Lanes:
     """Lanes are the rows of batched arguments; every device takes an equal share of them.
 
     On accelerators the rows of a device run together under `vmap`. On a CPU batches of matrix-vector products are
-    slower than one after the other, so that there they run in turn under `lax.map`, on all host devices at once
+    slower than one after the other, so that there every device runs one row at a time, all host devices at once
     (`jax.config.update("jax_num_cpu_devices", n)` makes n of them).
 
     Args:
       count: number of lanes.
-      mode: "vmap", "map", or "auto", which is "map" on a CPU and "vmap" elsewhere.
+      mode: "vmap", "map" (in turn), or "auto", which is "map" on a CPU and "vmap" elsewhere.
       devices: the devices to use, by default all of the default backend, as many as there are lanes.
 
     Raises:
@@ -42,7 +42,9 @@ class Lanes:
         self.count = count
         self.mode = mode if mode != "auto" else "map" if devices[0].platform == "cpu" else "vmap"
         self.mesh = jax.sharding.Mesh(np.asarray(devices), ("lane",))
-        self._padding = -count % len(devices)
+        self._padded = count + -count % len(devices)
+        # The lanes of one call; not a `lax.map` over all, as XLA runs the insides of loops on one thread.
+        self._chunk = self._padded if self.mode == "vmap" else len(devices)
 
     def _sharding(self, *axes: str) -> jax.sharding.NamedSharding:
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
@@ -51,17 +53,20 @@ class Lanes:
         """Puts arrays that all lanes read on every device, once."""
         return jax.device_put(tree, self._sharding())
 
-    def scatter(self, tree: Any) -> Any:
-        """Spreads arrays [count, ...] over the devices, the last lane repeated where they do not divide it."""
+    def scatter(self, tree: Any) -> tuple[Any, ...]:
+        """Spreads arrays [count, ...] over the devices: one tree for each call that it takes to run all lanes.
 
-        def pad(array):
-            return jnp.concatenate([array, jnp.repeat(array[-1:], self._padding, 0)]) if self._padding else array
+        Where the devices do not divide the lanes, the last lane is repeated.
+        """
+        rows = np.minimum(np.arange(self._padded), self.count - 1).reshape(-1, self._chunk)
+        return tuple(
+            jax.device_put(jax.tree.map(lambda array: array[chunk], tree), self._sharding("lane"))  # noqa: B023
+            for chunk in rows
+        )
 
-        return jax.device_put(jax.tree.map(pad, tree), self._sharding("lane"))
-
-    def gather(self, tree: Any) -> Any:
+    def gather(self, chunks: tuple[Any, ...]) -> Any:
         """The arrays [count, ...] of all lanes, on the host."""
-        return jax.tree.map(lambda array: np.asarray(array)[: self.count], tree)
+        return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts])[: self.count], *chunks)
 
     def jit(self, function: Callable[..., Any], donate_lane: int | None = None) -> Callable[..., Any]:
         """Compiles `function(shared, *lane_args)` to act on all lanes.
@@ -71,17 +76,18 @@ class Lanes:
           donate_lane: which of the lane arguments, counted from 0, may be overwritten by the results.
 
         Returns:
-          a function of `share(...)` and arguments [lanes, ...] that returns [lanes, ...].
+          a function of what `share` returned, and of arguments as `scatter` returns them; it returns results likewise.
         """
 
         def local(shared, *lane_args):
             if self.mode == "vmap":
                 return jax.vmap(lambda args: function(shared, *args))(lane_args)
-            return jax.lax.map(lambda args: function(shared, *args), lane_args)
+            results = function(shared, *jax.tree.map(lambda array: array[0], lane_args))
+            return jax.tree.map(lambda array: jnp.asarray(array)[None], results)
 
         spec = jax.sharding.PartitionSpec
 
-        def mapped(shared, *lane_args):
+        def chunk(shared, *lane_args):
             return jax.shard_map(
                 local,
                 mesh=self.mesh,
@@ -90,4 +96,5 @@ class Lanes:
                 check_vma=False,
             )(shared, *lane_args)
 
-        return jax.jit(mapped, donate_argnums=() if donate_lane is None else 1 + donate_lane)
+        compiled = jax.jit(chunk, donate_argnums=() if donate_lane is None else 1 + donate_lane)
+        return lambda shared, *lane_args: tuple(compiled(shared, *args) for args in zip(*lane_args, strict=True))

@@ -170,5 +170,5 @@ def run_tasks(
     hyperparameters = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
     state = start(data, lanes.scatter(jnp.asarray(seeds, jnp.int32)), lanes.scatter(hyperparameters))
     for _ in range(tasks):
-        state, measures = go_on(data, state)
+        state, measures = zip(*go_on(data, state), strict=True)
         yield lanes.gather(measures)

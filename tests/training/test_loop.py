@@ -63,13 +63,12 @@ def alone(problem):
     """One lane without `Lanes`: its initial state and the compiled task. The optimizer is nested in a chain."""
     learner = tiny_learner(problem, [HIGH, LOW])
     nested = learner._replace(optimizer=lambda h, key: optax.chain(learner.optimizer(h, key), optax.identity()))
+    start = jax.jit(lambda seed, numbers: init_state(nested, seed, numbers))
     task = jax.jit(lambda data, state: run_task(nested, problem, data, state, measured_examples=MEASURED))
-
-    def start(seed, method):
-        numbers = {name: jnp.float32(value) for name, value in method.hyperparameters.items()}
-        return init_state(nested, jnp.int32(seed), numbers)
-
-    return start, lambda state: task(problem.data, state)
+    return (
+        lambda seed, method: start(jnp.int32(seed), dict(method.hyperparameters)),
+        lambda state: task(problem.data, state),
+    )
 
 
 def reference(problem, seed, make_tx):
@@ -77,11 +76,17 @@ def reference(problem, seed, make_tx):
     params_key, problem_key, optimizer_key, _ = jax.random.split(jax.random.key(seed), 4)
     net = nets.MLP(HIDDEN, CLASSES)
     example = jnp.zeros((1, *problem.input_shape))
-    params = net.init(params_key, example)
+    params = jax.jit(net.init)(params_key, example)
     units = cbp_jax.discover_units(net.apply, params, example)
     apply = cbp_jax.with_features(net.apply, units)
     tx = make_tx(units, optimizer_key)
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
+
+    @jax.jit
+    def examples(index):
+        task = problem.make_task(problem.data, problem_key, index)
+        batches = jax.vmap(lambda number: problem.batch(problem.data, task, number))
+        return problem.evaluation(problem.data, task, MEASURED)[0], *batches(jnp.arange(problem.steps_per_task))
 
     @jax.jit
     def step(params, state, x, y):
@@ -95,12 +100,10 @@ def reference(problem, seed, make_tx):
 
     rows = []
     for index in range(TASKS):
-        task = problem.make_task(problem.data, problem_key, index)
-        x, _ = problem.evaluation(problem.data, task, MEASURED)
-        row = symptoms(params, x) | {"replaced_units": 0}
+        evaluation, inputs, labels = examples(index)
+        row = symptoms(params, evaluation) | {"replaced_units": 0}
         scores = []
-        for number in range(problem.steps_per_task):
-            x, y = problem.batch(problem.data, task, number)
+        for x, y in zip(np.asarray(inputs), np.asarray(labels), strict=True):
             before = score(params, x, y)
             params, state = step(params, state, x, y)
             row["replaced_units"] += sum(int(mask.sum()) for mask in getattr(state, "replaced", {}).values())
