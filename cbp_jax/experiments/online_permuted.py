@@ -108,7 +108,7 @@ def _laptop(dataset: str | None) -> Settings:
             "cbp:step_size=0.003",
         ),
         seeds=5,
-        tasks=200,
+        tasks=150,
         examples_per_task=4000,
         hidden=(100, 100, 100),
     )

@@ -231,13 +231,14 @@ class Walk:
                 made.bias = (weight.path, made.out_axes)
 
     def merge(self, ids: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-        """Makes one unit of those that differ only along `axes`, and drops these axes."""
+        """Makes one unit of those that differ only along `axes`, which share weights, and drops these axes."""
         for axis in axes:
-            first = np.take(ids, [0], axis)
-            if ids.shape[axis] > 1:
-                self.labels.union(first, ids)
-                first = self.labels.roots(np.where(first < 0, ids.max(axis, keepdims=True), first))
-            ids = first
+            whole = ids
+            ids = whole.max(axis, keepdims=True)
+            self.labels.union(ids, whole)
+            mixed = np.broadcast_to((whole < 0).any(axis, keepdims=True) & (ids >= 0), ids.shape)
+            if mixed.any():
+                self.lost.append((np.unique(ids[mixed]), "it shares weights with values that are not units"))
         return ids.squeeze(axes)
 
     def contraction(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
