@@ -82,8 +82,7 @@ def _read_files(name: str, source: Path) -> dict[str, tuple[np.ndarray, np.ndarr
     missing = [file for file, path in found.items() if path is None]
     if missing:
         raise FileNotFoundError(
-            f"{source} must hold the four IDX files of {name}, each as it is or with .gz; "
-            f"missing: {', '.join(missing)}"
+            f"{source} must hold the four IDX files of {name}, each as it is or with .gz; missing: {', '.join(missing)}"
         )
     splits = {}
     for split, files in _FILES.items():
@@ -123,7 +122,6 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     shape = tuple(int(length) for length in np.frombuffer(content[4:start], ">u4"))
     if len(content) != start + math.prod(shape):
         raise ValueError(
-            f"{path} must be {start} bytes of header and then data of shape {shape}; "
-            f"it has {len(content)} bytes in all"
+            f"{path} must be {start} bytes of header and then data of shape {shape}; it has {len(content)} bytes in all"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -25,9 +25,7 @@ class PermutedTask(NamedTuple):
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
 
-def online_permuted(
-    dataset: Dataset, *, examples_per_task: int | None = None, batch_size: int = 1
-) -> Problem:
+def online_permuted(dataset: Dataset, *, examples_per_task: int | None = None, batch_size: int = 1) -> Problem:
     """A stream of tasks that differ in the permutation of the input's pixels.
 
     Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and which examples it

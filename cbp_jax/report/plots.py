@@ -145,9 +145,7 @@ def plot_run(
     return paths
 
 
-def plot_tasks(
-    results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None
-) -> Figure:
+def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
     """Draws accuracy, dead units, weight magnitude and effective rank over the tasks.
 
     One line a method: the mean over seeds, in a band of one standard error to either side. Tasks are averaged
@@ -191,9 +189,7 @@ def plot_tasks(
         names = [_name(results, method) for method in methods]
         legend_columns = _legend_columns(names, width=3.6 * columns)
         legend_rows = math.ceil(len(methods) / legend_columns)
-        figure = Figure(
-            figsize=(3.6 * columns, 2.25 * rows + 0.17 * legend_rows + 0.25), layout="constrained"
-        )
+        figure = Figure(figsize=(3.6 * columns, 2.25 * rows + 0.17 * legend_rows + 0.25), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
         for letter, ax, panel in zip("abcd", axes, panels, strict=False):
             _draw_panel(ax, results, panel, methods, styles, bin_size)
@@ -315,9 +311,7 @@ def _draw_panel(
             zorder=4 if main else 3,
             gid=method,
         )
-        ax.fill_between(
-            task, mean - error, mean + error, color=style.colour, alpha=0.2, linewidth=0, zorder=2
-        )
+        ax.fill_between(task, mean - error, mean + error, color=style.colour, alpha=0.2, linewidth=0, zorder=2)
         means.append(mean)
     means = np.concatenate(means)
     if panel.zero:

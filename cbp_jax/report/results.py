@@ -106,9 +106,7 @@ def new_results(
         raise ValueError(f"methods must be labels, at least one and all different; got {methods}")
     for name, values in (("learners", learners), ("hyperparameters", hyperparameters)):
         if len(values) != len(methods):
-            raise ValueError(
-                f"{name} must have one entry for each of the {len(methods)} methods; got {len(values)}"
-            )
+            raise ValueError(f"{name} must have one entry for each of the {len(methods)} methods; got {len(values)}")
     seeds = list(range(seeds)) if isinstance(seeds, int | np.integer) else [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be a positive number of seeds, or seeds that all differ; got {seeds}")
@@ -122,9 +120,7 @@ def new_results(
             if value is None:
                 continue
             if name in taken:
-                raise ValueError(
-                    f"hyperparameters: the name {name!r} is taken; the dataset uses {sorted(taken)}"
-                )
+                raise ValueError(f"hyperparameters: the name {name!r} is taken; the dataset uses {sorted(taken)}")
             try:
                 columns.setdefault(name, np.full(len(methods), np.nan))[i] = float(value)
             except (TypeError, ValueError) as error:
@@ -196,14 +192,10 @@ def record_task(
     arrays = {}
     for name, value in values.items():
         if name not in results.data_vars:
-            raise ValueError(
-                f"values: unknown measure {name!r}; these results have {list(results.data_vars)}"
-            )
+            raise ValueError(f"values: unknown measure {name!r}; these results have {list(results.data_vars)}")
         arrays[name] = np.asarray(value, dtype=results[name].dtype)
         if arrays[name].shape != shape:
-            raise ValueError(
-                f"values: {name} must have the shape [methods, seeds] = {shape}; got {arrays[name].shape}"
-            )
+            raise ValueError(f"values: {name} must have the shape [methods, seeds] = {shape}; got {arrays[name].shape}")
     where = np.ix_(position["method"], position["seed"], position["task"])
     for name, array in arrays.items():
         results[name].values[where] = array[..., None]
@@ -274,9 +266,7 @@ def load_results(path: str | Path) -> xr.Dataset:
     missing = [name for name in ("experiment", "settings") if name not in results.attrs]
     missing += [name for name in ("seed", "task") if name not in results.dims]
     if missing:
-        raise ValueError(
-            f"{file} is not a results file of cbp_jax: it is netCDF, but has no {', '.join(missing)}"
-        )
+        raise ValueError(f"{file} is not a results file of cbp_jax: it is netCDF, but has no {', '.join(missing)}")
     return results
 
 

@@ -51,7 +51,7 @@ def check(
 
     Raises:
       ValueError: there is an array that is neither a scalar, nor a random key, nor of its parameter's shape, such
-        as the factored moments of Adafactor.
+        as the factored moments of Adafactor; or optax cannot tell the parameters' entries from others.
     """
     leaves = groups.leaves_by_path(params)
 
@@ -78,11 +78,17 @@ def _paths_in_state(inner: optax.GradientTransformation, state: optax.OptState, 
         # A masked parameter has no entry in the state. A parameter's entry may be a tree of its own.
         return leaf if isinstance(leaf, optax.MaskedNode) else jax.tree.map(lambda _: path, leaf)
 
-    return optax.tree_utils.tree_map_params(
-        inner,
-        mark,
-        state,
-        paths,
-        transform_non_params=lambda _: "",
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-    )
+    try:
+        return optax.tree_utils.tree_map_params(
+            inner,
+            mark,
+            state,
+            paths,
+            transform_non_params=lambda _: "",
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            "it cannot be told which parts of the inner optimizer's state belong to which parameter "
+            f"(optax.tree_utils.tree_map_params: {error}); use another inner optimizer or reset_inner_state=False"
+        ) from error

@@ -60,5 +60,5 @@ def test_its_units_are_found(dropout_rate):
 def test_bad_settings():
     with pytest.raises(ValueError, match=r"dropout_rate must be in \[0, 1\), got 1.0"):
         MLP(hidden=(5,), num_outputs=3, dropout_rate=1.0)
-    with pytest.raises(ValueError, match="activation must be .* got 'rleu'"):
+    with pytest.raises(ValueError, match=r"activation must be .* got 'rleu'"):
         MLP(hidden=(5,), num_outputs=3, activation="rleu")

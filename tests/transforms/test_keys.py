@@ -70,7 +70,7 @@ def test_init_key_under_vmap_is_the_solo_key_and_differs_between_seeds():
     params = {"w": jax.random.normal(jax.random.key(0), (4, 5, 3)), "n": jnp.zeros((4, 2), jnp.int32)}
     keys = jax.vmap(lambda p: init_key(7, p))(params)
     for seed in range(4):
-        np.testing.assert_array_equal(keys[seed], init_key(7, jax.tree.map(lambda x: x[seed], params)))
+        np.testing.assert_array_equal(keys[seed], init_key(7, jax.tree.map(lambda x, seed=seed: x[seed], params)))
     assert len(np.unique(np.asarray(keys), axis=0)) == 4
 
 
