@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Sums over kernels of this many entries are folded; below it the extra loop costs more than it saves.
+_FOLD_FROM, _FOLDS = 2**17, 4
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParamSlice:
@@ -88,6 +91,12 @@ class ParamSlice:
         if any(weights.shape[axis] > 1 for axis in self.axes):
             array, weights = array * weights, jnp.ones((1,) * array.ndim, array.dtype)
         weights = jnp.broadcast_to(weights.squeeze(self.axes), [array.shape[axis] for axis in others])
+        if array.ndim == 2 and array.size >= _FOLD_FROM and weights.size % _FOLDS == 0:
+            # Folded first, in one vectorised loop: the product below then reads a fraction of the array.
+            (axis,) = others
+            array = array * jnp.expand_dims(weights, self.axes)
+            array = sum(jnp.split(array, _FOLDS, axis))
+            weights = jnp.ones(weights.size // _FOLDS, array.dtype)
         # As a product: XLA's CPU reductions are not vectorised along a minor axis.
         per_row = jax.lax.dot_general(
             array, weights, ((others, range(len(others))), ((), ())), precision=jax.lax.Precision.HIGHEST
