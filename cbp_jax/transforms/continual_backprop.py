@@ -59,7 +59,12 @@ def continual_backprop(
        activation. The fraction of the budget stays for later.
 
     A replacement is an update like any other, `fresh - param`, so that the transformation composes with all others.
-    With `replacement_rate=0` the updates are bit for bit those of `inner`.
+    Where two adjacent groups replace units in one step, the weight from the one new unit to the other ends drawn anew,
+    not 0. With `replacement_rate=0` the updates are bit for bit those of `inner`.
+
+    In a chain, whatever remembers weights (momentum, Adam) belongs inside, as `inner`, so that its memory of replaced
+    weights is reset; gradient clipping may stand in front; what edits updates must not stand behind. In
+    `optax.inject_hyperparams`, name `max_replacements`, and a callable `utility` or `initializer`, in `static_args`.
 
     Args:
       inner: the optimizer that trains the network.
@@ -80,7 +85,8 @@ def continual_backprop(
 
     Returns:
       a transformation whose update takes the `features` that `with_features` returned:
-      `tx.update(grads, state, params, features=features)`; its state is a `ContinualBackpropState`.
+      `tx.update(grads, state, params, features=features)`; its state is a `ContinualBackpropState`, in a chain found by
+      `optax.tree_utils.tree_get(state, "ContinualBackpropState")`.
 
     Raises:
       ValueError: an argument is out of range; in `init`, units that do not match the params, an inner state that is

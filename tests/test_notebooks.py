@@ -1,0 +1,131 @@
+"""Every notebook runs from top to bottom, at a tiny size, in a kernel of this very Python."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import nbclient
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+
+NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+class Case(NamedTuple):
+    """How a notebook is tested."""
+
+    sizes: dict[str, Any]  # take the place of those in the cell tagged "parameters"
+    read_back: dict[str, str]  # expressions that are evaluated after the last cell
+    check: Callable[[dict[str, Any], pathlib.Path], None]  # of their values, and of the folder it ran in
+
+
+def check_continual_backprop(found, folder):
+    assert found["groups"] == ["params/Dense_0", "params/Dense_1", "params/Dense_2"]
+    assert found["steps"] == 3 * 300
+
+    # About 8 units x 0.002 x 900 steps; never one that is not mature; all of them new in the step they are replaced.
+    assert 5 <= found["replaced"] <= 14
+    assert found["safe"] > 20
+    assert found["newborn"] == 0
+    outgoing_before, outgoing_after, incoming_before, incoming_after = found["reborn"]
+    assert outgoing_before > 0 and outgoing_after == 0
+    assert incoming_before != incoming_after
+
+    # Only the first two placements leave nothing of the old unit: neither outgoing weights nor moments.
+    assert [any(values) for values in found["left"].values()] == [False, False, True, True]
+    assert found["same"]
+
+    none, some, many = found["counted"]
+    assert none == 0 < some < many
+    assert found["differ"]
+    assert found["loaded"] == {"method": 3, "seed": 2, "task": 4}
+    assert found["labels"] == ["bp", "cbp(replacement_rate=0.001)", "cbp(replacement_rate=0.05)"]
+    assert (folder / "runs/01_continual_backprop/results.nc").is_file()
+
+
+CASES = {
+    "01_continual_backprop": Case(
+        sizes={
+            "WIDTH": 8,
+            "REPLACEMENT_RATE": 2e-3,
+            "MATURITY": 20,
+            "TASKS": 3,
+            "WINDOW": 60,
+            "GRID_RATES": (0.0, 1e-3, 5e-2),
+            "GRID_SEEDS": 2,
+            "GRID_TASKS": 4,
+            "EXAMPLES_PER_TASK": 300,
+        },
+        read_back={
+            "groups": "[group.name for group in units]",
+            "steps": "len(age)",
+            "replaced": "int(replaced.sum())",
+            # Of every unit in the step in which it was replaced: all of it must be 0.
+            "newborn": "float(max(abs(history[name][replaced]).max() for name in ('age', 'utility', 'outgoing')))",
+            "safe": "int(min(age[t - 1, u] + 1 for t, u in zip(step_at, unit_at)))",
+            "reborn": "[float(history[name][t, unit]) for name in ('outgoing', 'incoming') for t in (step - 1, step)]",
+            "left": "{name: [float(value) for value in values[1:]] for name, values in left.items()}",
+            "same": "bool(same)",
+            "counted": "grid['replaced_units'].sum((1, 2)).tolist()",
+            "differ": "bool((grid['accuracy'][:, 0] != grid['accuracy'][:, 1]).any())",
+            "loaded": "dict(results.sizes)",
+            "labels": "results.method.values.tolist()",
+        },
+        check=check_continual_backprop,
+    ),
+}
+
+
+class ThisPython(AsyncKernelManager):
+    """A kernel of the running interpreter, whatever kernels the user has installed."""
+
+    @property
+    def kernel_spec(self):
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python", language="python")
+
+
+def parameters_cell(notebook):
+    (number,) = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    return number
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_at_a_tiny_size(path, tmp_path, monkeypatch):
+    assert path.stem in CASES, "a notebook without a test: add its tiny size, and a check of what it finds"
+    case = CASES[path.stem]
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # at this size, compiling takes most of the time
+    notebook = nbformat.read(path, as_version=4)
+    number = parameters_cell(notebook)
+    defaults = {}
+    exec(notebook.cells[number].source, defaults)
+    assert case.sizes.keys() <= defaults.keys()  # a renamed parameter would silently keep its normal size
+    sizes = "\n".join(f"{name} = {value!r}" for name, value in case.sizes.items())
+    notebook.cells.insert(number + 1, nbformat.v4.new_code_cell(sizes))
+    values = ", ".join(f"{name!r}: {expression}" for name, expression in case.read_back.items())
+    notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{values}}}))"))
+    nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_manager_class=ThisPython,
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()  # raises at the first error
+    printed = "".join(output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout")
+    case.check(json.loads(printed), tmp_path)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_committed_as_it_ran(path):
+    """The file shows a run of all cells in their order, without errors, and is small."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = [output.output_type for cell in code for output in cell.outputs]
+    assert "error" not in kinds and "display_data" in kinds
+    assert path.stat().st_size < 600_000
