@@ -1,6 +1,7 @@
 """The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | data prepare NAME --from DIR`."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words of the command line, by default those of the process.
 
     Returns:
-      the exit status: 0, or 2 for a mistake of the user's, told in one line.
+      the exit status: 0; 2 for a mistake of the user's, told in one line; 130 where the user stopped it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"list": _list, "run": _run, "plot": _plot, "data": _data}
@@ -186,8 +187,11 @@ def _use_all_cores() -> None:
     """Lets the lanes of a CPU run use every core; has to come before JAX starts."""
     import jax
 
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(RuntimeError):  # JAX has started already
+        jax.config.update("jax_num_cpu_devices", cores or 1)
 
 
 def _first_line(module: ModuleType) -> str:

@@ -124,12 +124,11 @@ class Method:
     options: Mapping[str, Any]
 
 
-def parse_method(text: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> Method:
+def parse_method(text: str) -> Method:
     """Reads a method: a learner's name and, after a colon, settings that differ from its defaults.
 
     Args:
       text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`.
-      defaults: settings by learner that take the place of those in `LEARNERS`.
 
     Returns:
       the method.
@@ -146,12 +145,14 @@ def parse_method(text: str, defaults: Mapping[str, Mapping[str, Any]] | None = N
     if name not in LEARNERS:
         raise ValueError(f"method {text!r}: the learner must be one of {list(LEARNERS)}, got {name!r}")
     spec = LEARNERS[name]
-    settings = {**spec.defaults, **spec.options, **(defaults or {}).get(name, {})}
+    settings = {**spec.defaults, **spec.options}
     changed = {}
     for item in given.split(",") if given else ():
         key, equals, value = item.partition("=")
         if not equals or key not in settings:
             raise ValueError(f"method {text!r}: expected setting=value with one of {list(settings)}, got {item!r}")
+        if key in changed:
+            raise ValueError(f"method {text!r}: {key} is given twice")
         changed[key] = _read(text, key, value, settings[key])
     settings |= changed
     _check(text, settings)
@@ -192,6 +193,10 @@ def _check(text: str, settings: Mapping[str, Any]) -> None:
                 check_scalar(key, value, **ranges.get(key, {"at_least": 0}))
         if "utility" in settings:
             get_utility(settings["utility"])
+        if (settings.get("max_replacements") or 1) < 1 or settings.get("max_replacements") == 0:
+            raise ValueError(f"max_replacements must be at least 1, got {settings['max_replacements']}")
+        if settings.get("noise") is not None and settings["step_size"] * settings["l2"] > 1:
+            raise ValueError("step_size times l2, the fraction lost at every step, must be at most 1")
     except ValueError as error:
         raise ValueError(f"method {text!r}: {error}") from error
 

@@ -170,13 +170,19 @@ def run(settings: Settings, out: Path, progress: Callable[[str, int, dict[str, f
         settings=settings,
         experiment=NAME,
     )
+    groups = [
+        (
+            group,
+            learners.make_learner(
+                group, settings.hidden, settings.activation, problem.input_shape, problem.num_classes
+            ),
+        )
+        for group in _compiled_together(methods)
+    ]
     report.save_results(results, out)
     saved = time.monotonic()
     try:
-        for group in _compiled_together(methods):
-            learner = learners.make_learner(
-                group, settings.hidden, settings.activation, problem.input_shape, problem.num_classes
-            )
+        for group, learner in groups:
             numbers = {
                 name: np.repeat([method.hyperparameters[name] for method in group], settings.seeds)
                 for name in group[0].hyperparameters

@@ -1,7 +1,7 @@
 """Continual backpropagation (Dohare et al., Nature 2024, Algorithm 1) as an optax transformation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -74,10 +74,11 @@ def continual_backprop(
       maturity_threshold: age in updates above which a unit may be replaced, >= 0. May be traced.
       utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random", or a
         function of a `GroupView` that returns an array [units]. Units of non-finite utility are not replaced.
-      initializer: `jax.nn.initializers` function for the incoming weights, by default `he_uniform()`; entries have
-        the distribution that it gives to the full kernel.
+      initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
+        gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
-      compensate_bias: add the mean contribution of a replaced unit to the bias of those that read it.
+      compensate_bias: add the mean contribution of a replaced unit to the bias of those that read it. Exact for dense
+        kernels; for convolutions, away from zero padding.
       max_replacements: bound on how many units of a group one update replaces, static; what is due beyond it waits.
         By default it follows from the replacement rate. A traced rate has no bound but the group's size, and then
         as many weights are drawn, which is slow: pass a bound.
@@ -118,11 +119,12 @@ def continual_backprop(
     check_scalar("replacement_rate", replacement_rate, at_least=0, at_most=1)
     check_scalar("decay_rate", decay_rate, at_least=0, below=1)
     check_scalar("maturity_threshold", maturity_threshold, at_least=0)
-    if max_replacements is not None and (not isinstance(max_replacements, int) or max_replacements < 1):
+    if max_replacements is not None and (type(max_replacements) is not int or max_replacements < 1):
         raise ValueError(f"max_replacements must be a positive int or None, got {max_replacements!r}")
     units = tuple(units)
     utility_fn = utility_lib.get_utility(utility)
-    initializer = jax.nn.initializers.he_uniform() if initializer is None else initializer
+    if initializer is not None and not callable(initializer):
+        raise TypeError(f"initializer must be a function of (key, shape, dtype) or None, got {initializer!r}")
     key_data, key_impl = keys.as_key_data(key)
     inner = optax.with_extra_args_support(inner)
 
@@ -148,13 +150,13 @@ def continual_backprop(
         return ContinualBackpropState(
             key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
             count=jnp.zeros([], jnp.int32),
-            utility={group.name: jnp.zeros(group.size) for group in checked},
+            utility={group.name: jnp.zeros(group.size, jnp.float32) for group in checked},
             age={group.name: jnp.zeros(group.size, jnp.int32) for group in checked},
             mean_activation={
-                group.name: tuple(jnp.zeros(consumer.kernel.index.shape) for consumer in group.operands())
+                group.name: tuple(jnp.zeros(consumer.kernel.index.shape, jnp.float32) for consumer in group.operands())
                 for group in checked
             },
-            budget={group.name: jnp.zeros([]) for group in checked},
+            budget={group.name: jnp.zeros([], jnp.float32) for group in checked},
             replaced={group.name: jnp.zeros(group.size, bool) for group in checked},
             inner_state=inner_state,
         )
@@ -194,7 +196,13 @@ def continual_backprop(
             view = utility_lib.GroupView(
                 group, h, corrected_means, surgery, grads, surgery.magnitude, random_key(number)
             )
-            utility_now = decay_rate * state.utility[name] + (1 - decay_rate) * utility_fn(view)
+            instantaneous = utility_fn(view)
+            if jnp.shape(instantaneous) != (group.size,):
+                raise ValueError(
+                    f"utility must return an array of shape ({group.size},) for group {name!r}, got "
+                    f"{jnp.shape(instantaneous)}"
+                )
+            utility_now = decay_rate * state.utility[name] + (1 - decay_rate) * instantaneous
 
             eligible = age > maturity_threshold
             budget = state.budget[name] + replacement_rate * jnp.sum(eligible, dtype=jnp.float32)
@@ -231,8 +239,8 @@ def continual_backprop(
 
 def _activations(group: units_lib.UnitGroup, features: units_lib.Features | None) -> tuple[chex.Array, ...]:
     """The group's activations, checked."""
-    if not isinstance(features, dict) or group.name not in features:
-        found = sorted(features) if isinstance(features, dict) else features
+    if not isinstance(features, Mapping) or group.name not in features:
+        found = sorted(features) if isinstance(features, Mapping) else features
         raise ValueError(
             f"features must hold the activations of group {group.name!r}: call "
             "`output, features = with_features(apply_fn, units)(params, x)` and pass them as "

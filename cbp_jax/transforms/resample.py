@@ -11,18 +11,27 @@ import numpy as np
 Initializer = Callable[[chex.PRNGKey, tuple[int, ...], jnp.dtype], chex.Array]
 
 
-def sample_rows(
+@functools.cache
+def he_uniform(ndim: int, axes: tuple[int, ...]) -> Initializer:
+    """He et al.'s uniform initializer of a kernel whose units stand along `axes`, all other axes leading to them."""
+    others = tuple(axis for axis in range(ndim) if axis not in axes)
+    return jax.nn.initializers.he_uniform(in_axis=others, out_axis=axes)
+
+
+def sample_units(
     initializer: Initializer,
     key: chex.PRNGKey,
     shape: tuple[int, ...],
     dtype: jnp.dtype,
     axes: tuple[int, ...],
+    positions: int,
     count: int,
 ) -> chex.Array:
-    """Draws `count` rows along `axes` of a kernel of the given shape.
+    """Draws the rows along `axes` of a kernel of the given shape that belong to `count` units.
 
     Random bits are dear, so that only the rows wanted are drawn. An initializer that scales by fans would take the
-    number drawn for the kernel's own; the scale that it uses for the full kernel is put back.
+    number drawn for the kernel's own; the scale that it uses for the full kernel is put back. The i-th unit's weights
+    do not depend on how many units are drawn.
 
     Args:
       initializer: a `jax.nn.initializers` function of (key, shape, dtype).
@@ -30,21 +39,30 @@ def sample_rows(
       shape: the full kernel's.
       dtype: the kernel's.
       axes: axes of the kernel that enumerate rows, flattened in this order.
-      count: how many rows.
+      positions: rows of a unit.
+      count: how many units.
 
     Returns:
-      array [other axes of the kernel in order..., count].
+      array [other axes of the kernel in order..., positions * count], position by position.
     """
-    rows = int(np.prod([shape[axis] for axis in axes]))
-    scale = _row_scale(initializer, shape, axes[0], count) if len(axes) == 1 and count < rows else None
-    if scale is None:  # its entries depend on the full shape in other ways, as orthogonal ones do
-        fresh = initializer(key, shape, dtype)
-    else:
-        drawn = initializer(key, (*shape[: axes[0]], count, *shape[axes[0] + 1 :]), dtype)
-        fresh = drawn if scale == 1 else (drawn * scale).astype(dtype)
     others = [axis for axis in range(len(shape)) if axis not in axes]
-    fresh = fresh.transpose(*others, *axes).reshape(*(shape[axis] for axis in others), -1)
-    return fresh[..., :count]
+
+    def rows_last(fresh):
+        return fresh.transpose(*others, *axes).reshape(*(shape[axis] for axis in others), -1)
+
+    scale = _row_scale(initializer, shape, axes[0], positions) if len(axes) == 1 else None
+    if scale is None:  # its entries depend on the full shape in other ways, as orthogonal ones do
+        fresh = rows_last(initializer(key, shape, dtype))[..., : count * positions]
+        fresh = jnp.swapaxes(fresh.reshape(*fresh.shape[:-1], count, positions), -1, -2)
+    else:
+
+        def draw(number):
+            drawn = (*shape[: axes[0]], positions, *shape[axes[0] + 1 :])
+            return rows_last(initializer(jax.random.fold_in(key, number), drawn, dtype))
+
+        fresh = jnp.moveaxis(jax.vmap(draw)(jnp.arange(count)), 0, -1)
+        fresh = fresh if scale == 1 else (fresh * scale).astype(dtype)
+    return fresh.reshape(*fresh.shape[:-2], -1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -56,7 +74,10 @@ def _row_scale(initializer: Initializer, shape: tuple[int, ...], axis: int, coun
     """
     with jax.ensure_compile_time_eval():
         key = jax.random.key(0, impl="threefry2x32")
-        few = initializer(key, (*shape[:axis], count, *shape[axis + 1 :]), jnp.float32).ravel()
+        try:
+            few = initializer(key, (*shape[:axis], count, *shape[axis + 1 :]), jnp.float32).ravel()
+        except ValueError:  # as of `delta_orthogonal`, which asks for more rows than columns
+            return None
         full = initializer(key, shape, jnp.float32).ravel()[: few.size]
         few, full = np.asarray(few, np.float64), np.asarray(full, np.float64)
     norm = float(few @ few)

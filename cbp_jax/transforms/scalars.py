@@ -38,6 +38,8 @@ def check_scalar(
     if isinstance(value, bool) or np.ndim(value) != 0 or not np.issubdtype(np.asarray(value).dtype, np.number):
         raise TypeError(f"{name} must be a scalar, got {value!r}")
     number = float(value)
+    if below is not None and number < below:
+        number = float(np.float32(number))  # 1 - 1e-9 is 1 in float32
     if (
         np.isnan(number)
         or (at_least is not None and number < at_least)

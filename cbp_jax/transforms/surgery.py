@@ -79,7 +79,7 @@ class Surgery(Mapping[str, Any]):
         self,
         groups: Sequence[units_lib.UnitGroup],
         chosen: Sequence[chex.Array],
-        initializer: resample.Initializer,
+        initializer: resample.Initializer | None,
         random_key: Callable[[], chex.PRNGKey],
     ) -> None:
         """Sets the updates such that chosen units start anew.
@@ -87,7 +87,7 @@ class Surgery(Mapping[str, Any]):
         Args:
           groups: all groups.
           chosen: for each group int [k], units, or the group's size for none.
-          initializer: of incoming weights.
+          initializer: of incoming weights; None for `he_uniform` by each kernel's own layout.
           random_key: makes the key of the draw.
         """
         chosen, fresh = self._draw(groups, chosen, initializer, random_key)
@@ -111,13 +111,14 @@ class Surgery(Mapping[str, Any]):
         def draw():
             keys = jax.random.split(random_key(), len(parts))
             columns = iter(
-                resample.sample_rows(
-                    initializer,
+                resample.sample_units(
+                    initializer or resample.he_uniform(self.params[part.path].ndim, part.axes),
                     keys[number],
                     self.params[part.path].shape,
                     self.params[part.path].dtype,
                     part.axes,
-                    count * part.positions,
+                    part.positions,
+                    count,
                 )
                 for number, (part, count) in enumerate(parts)
             )

@@ -19,7 +19,8 @@ class GroupView:
       features: its activations on this batch, one array [..., units] or [..., positions, units] for each distinct
         activation that its consumers read.
       mean_activation: running means of these, corrected for their start, each [positions, units].
-      params: arrays by path: the parameters after the inner update, groups in front already replaced.
+      params: arrays by path: the parameters after the inner update, the outgoing weights of units that were replaced in
+        groups in front being 0.
       grads: arrays by path: the gradients of this step.
       magnitude: gives the sum of the absolute weights in each row of a slice, float32 [positions, units].
       key: a typed key of this group and step.
@@ -110,6 +111,6 @@ def get_utility(utility: str | Utility) -> Utility:
     """
     if callable(utility):
         return utility
-    if utility not in UTILITIES:
+    if not isinstance(utility, str) or utility not in UTILITIES:
         raise ValueError(f"utility must be a callable or one of {sorted(UTILITIES)}, got {utility!r}")
     return UTILITIES[utility]

@@ -7,6 +7,7 @@ contracts labelled values, reads them. What the walk does not understand leaves 
 the reason.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,8 @@ from cbp_jax.units import groups, tracing
 _ELEMENTWISE = frozenset(
     """abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh
     digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt
-    max min mul ne neg nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt select_n sign
-    sin sinh sqrt square sub tan tanh xor""".split()
+    max min mul name ne neg nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt select_n
+    sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )
 _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum reduce_window".split())
@@ -35,6 +36,7 @@ class _Weight:
 
     path: str
     axes: tuple[int | None, ...]
+    plain: bool = True  # not scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Contraction:
       operand: the array it is applied to.
       operand_axes: the axes of that array that are summed over, matching `in_axes`.
       labels: the units of the operand's contracted elements, [in_axes...]; None if it carries none.
-      bias: path and axes of a parameter added to the output, the axes being the kernel's.
+      out_places: the output's axes that `out_axes` make.
+      plain: whether the kernel is applied as it is, not scaled.
+      bias: path of a parameter that is added to the output as it is, and the kernel's axes that its axes stand for.
     """
 
     path: str
@@ -71,6 +75,8 @@ class Contraction:
     operand: core.Var
     operand_axes: tuple[int, ...]
     labels: np.ndarray | None
+    out_places: tuple[int, ...]
+    plain: bool
     bias: tuple[str, tuple[int, ...]] | None = None
 
 
@@ -113,6 +119,7 @@ class Walk:
         self.biases: list[tuple[str, tuple[int, ...], np.ndarray]] = []
         self.lost: list[tuple[np.ndarray, str]] = []  # labels that are left out, and why
         self.used_otherwise: dict[str, str] = {}  # parameters used in ways not followed
+        self.uses: collections.Counter[str] = collections.Counter()  # of parameters, in ways that are followed
         jaxpr = trace.jaxpr.jaxpr
         self.shapes = {trace.param_paths[var]: var.aval.shape for var in jaxpr.invars if var in trace.param_paths}
         inputs = [
@@ -163,7 +170,7 @@ class Walk:
         if len(weights) == 1 and isinstance(weights[0], _Weight):
             axes = _view_axes(eqn, values)
             if axes is not None:
-                return _Weight(weights[0].path, axes)
+                return _Weight(weights[0].path, axes, weights[0].plain and name not in ("mul", "div", "neg"))
         return self.not_followed(eqn, values)
 
     def not_followed(self, eqn: core.JaxprEqn, values: list[Any], reason: str | None = None) -> Any:
@@ -201,9 +208,10 @@ class Walk:
                     f"its activations meet a value computed from {', '.join(sorted(value.paths))}",
                 )
             if isinstance(value, _Weight):
-                varying = [axis for axis, size in enumerate(ids.shape) if size > 1]
+                varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
                 offset = len(ids.shape) - len(value.axes)
                 own = [a for a in varying if a >= offset and value.axes[a - offset] is not None]
+                self.uses[value.path] += 1
                 if not own:
                     continue  # a parameter shared by all units
                 if eqn.primitive.name not in ("add", "sub"):
@@ -212,10 +220,10 @@ class Walk:
                         values,
                         f"its activations meet the parameter {value.path} in `{eqn.primitive.name}`",
                     )
-                self.bias(eqn.invars[1 - position], value, ids)
+                self.bias(eqn, position, value, ids)
         return _Labels(ids)
 
-    def bias(self, source: Any, weight: _Weight, ids: np.ndarray) -> None:
+    def bias(self, eqn: core.JaxprEqn, position: int, weight: _Weight, ids: np.ndarray) -> None:
         """Records that `weight` is added to units, and to which contraction's output."""
         offset = ids.ndim - len(weight.axes)
         kept = [axis for axis in range(len(weight.axes)) if weight.axes[axis] is not None]
@@ -223,12 +231,16 @@ class Walk:
         merged = self.merge(ids, other)  # one bias for several units makes them one unit
         full = np.broadcast_to(merged, [self.shapes[weight.path][weight.axes[a]] for a in kept])
         self.biases.append((weight.path, tuple(weight.axes[a] for a in kept), full))
+        source = eqn.invars[1 - position]
         made = self.made_by.get(source) if isinstance(source, core.Var) else None
-        if made is not None and made.bias is None:
-            # The last axes of a dot's output are the kernel's free axes; a convolution has one.
-            aligned = source.aval.shape[-len(kept) :] if kept else ()
-            if len(kept) == len(made.out_axes) and tuple(full.shape) == tuple(aligned):
-                made.bias = (weight.path, made.out_axes)
+        if made is None or made.bias is not None or not (made.plain and weight.plain) or eqn.primitive.name != "add":
+            return
+        # The bias of a kernel: its axes are those that the kernel makes, in the kernel's order.
+        kernel_axis = dict(zip(made.out_places, made.out_axes, strict=True))
+        leaf_axis = {weight.axes[a]: kernel_axis.get(a + offset) for a in kept}
+        axes = [leaf_axis.get(axis) for axis in range(len(self.shapes[weight.path]))]
+        if None not in axes and len(axes) == len(kernel_axis) and axes == sorted(axes):
+            made.bias = (weight.path, tuple(axes))
 
     def merge(self, ids: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
         """Makes one unit of those that differ only along `axes`, which share weights, and drops these axes."""
@@ -257,19 +269,20 @@ class Walk:
             ids = value.ids.transpose(order)
             ids = self.merge(ids, tuple(range(len(operand_axes), ids.ndim)))
             labels = np.broadcast_to(ids, [operand.aval.shape[axis] for axis in operand_axes])
-        elif value is not None:
+        elif isinstance(value, _Weight):
             return self.not_followed(eqn, values, f"the kernel {weight.path} is applied to other parameters")
-        made = Contraction(weight.path, in_axes, out_axes, operand, operand_axes, labels)
+        places = tuple(out_positions.values())
+        made = Contraction(weight.path, in_axes, out_axes, operand, operand_axes, labels, places, weight.plain)
         self.contractions.append(made)
+        self.uses[weight.path] += 1
         self.made_by[eqn.outvars[0]] = made
         key = (weight.path, out_axes)
         if key not in self.producers:
             self.producers[key] = self.labels.new([self.shapes[weight.path][axis] for axis in out_axes])
-        ids = np.full((1,) * eqn.outvars[0].aval.ndim, -1)
-        shape = [1] * ids.ndim
-        for axis, position in zip(out_axes, out_positions.values(), strict=True):
-            shape[position] = self.shapes[weight.path][axis]
-        order = np.argsort(list(out_positions.values()))
+        shape = [1] * eqn.outvars[0].aval.ndim
+        for axis, place in zip(out_axes, places, strict=True):
+            shape[place] = self.shapes[weight.path][axis]
+        order = np.argsort(places)
         return _Labels(self.producers[key].transpose(order).reshape(shape))
 
     def concatenate(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
@@ -354,6 +367,8 @@ def _reshape_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
     if eqn.params["dimensions"] is not None:
         return None
     old, new = list(eqn.invars[0].aval.shape), list(eqn.outvars[0].aval.shape)
+    if 0 in old:
+        return None
     pieces_old, pieces_new = [], []
     i = j = 0
     while i < len(old) or j < len(new):  # cut both shapes into the smallest pieces of equal size
@@ -481,10 +496,6 @@ def _build(walk: Walk) -> groups.Units:
     for ids, reason in walk.lost:
         for root in walk.labels.roots(ids).tolist():
             lost.setdefault(owner[root], reason)
-    times: dict[str, int] = {}
-    for contraction in walk.contractions:
-        times[contraction.path] = times.get(contraction.path, 0) + 1
-
     found, left_out = [], []
     for number, keys in enumerate(members):
         if not keys:
@@ -494,10 +505,12 @@ def _build(walk: Walk) -> groups.Units:
         try:
             if number in lost:
                 raise _LeaveOut(lost[number])
+            if len(units) == 1 and sum(roots[key].size for key in keys) > len(keys):
+                raise _LeaveOut("all its columns are one unit: they share weights or are mixed element by element")
             group = _group(walk, name, units, keys)
             for part in group.slices():
-                if times.get(part.path, 1) > 1:
-                    raise _LeaveOut(f"the kernel {part.path} is used more than once")
+                if walk.uses[part.path] > 1:
+                    raise _LeaveOut(f"{part.path} is used more than once")
                 if part.path in walk.used_otherwise:
                     raise _LeaveOut(f"{part.path} is also used in `{walk.used_otherwise[part.path]}`")
             found.append(group)
@@ -542,6 +555,8 @@ def _group(walk: Walk, name: str, units: list[int], keys: list[tuple[str, tuple[
         if kernel is not None:
             operand = operands.setdefault((contraction.operand, contraction.operand_axes), len(operands))
             bias, bias_axes = contraction.bias or (None, ())
+            if bias is not None and (walk.uses[bias] > 1 or bias in walk.used_otherwise):
+                bias, bias_axes = None, ()
             outgoing.append(groups.Consumer(kernel, bias, bias_axes, operand))
     if not outgoing:
         raise _LeaveOut("no kernel reads it")

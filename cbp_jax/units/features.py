@@ -21,7 +21,8 @@ def with_features(
     """Makes a network return the activations of its units as well.
 
     The activation of a unit is what its outgoing weights see: after the nonlinearity, pooling and dropout.
-    Outputs and gradients are bit for bit those of `apply_fn`.
+    Under `jit`, outputs and gradients are bit for bit those of `apply_fn`. (Outside of it, layers that are jitted on
+    their own are evaluated operation by operation here, which rounds differently.)
 
     Args:
       apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`.
@@ -34,7 +35,8 @@ def with_features(
       arguments are not traced.
 
     Raises:
-      ValueError: when called, if a group's outgoing kernel is not applied by this function.
+      ValueError: when called, if a group's outgoing kernel is not applied by this function exactly once, along the
+        axes that the group says.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,12 +53,18 @@ def with_features(
     @functools.wraps(apply_fn)
     def apply(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Features]:
         trace = tracing.trace_network(functools.partial(apply_fn, **kwargs), params, *inputs)
-        contractions = {item.path: item for item in discovery.Walk(trace).contractions}
+        contractions = discovery.Walk(trace).contractions
         wanted = [(group, consumer.kernel) for group in units for consumer in group.operands()]
+        read = []
         for group, kernel in wanted:
-            if kernel.path not in contractions:
-                raise ValueError(f"group {group.name!r}: the network applies no kernel {kernel.path!r}")
-        read = [contractions[kernel.path] for _, kernel in wanted]
+            found = [item for item in contractions if item.path == kernel.path]
+            if len(found) != 1 or found[0].in_axes != kernel.axes:
+                applied = f"{len(found)} times" if len(found) != 1 else f"along axes {found[0].in_axes}"
+                raise ValueError(
+                    f"group {group.name!r} is read by {kernel.path!r} along axes {kernel.axes}, once; the network "
+                    f"applies that kernel {applied}"
+                )
+            read += found
         leaves = jax.tree.leaves((params, *inputs))
         outputs, operands = tracing.evaluate(trace.jaxpr, leaves, keep=[item.operand for item in read])
         arrays: dict[str, list[chex.Array]] = {group.name: [] for group in units}

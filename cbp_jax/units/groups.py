@@ -174,6 +174,12 @@ class UnitGroup:
                     f"group {self.name!r} has {self.size} units, but the index of its slice of {part.path!r} "
                     f"has shape {part.index.shape}; it must be [positions, {self.size}]"
                 )
+            flat = np.sort(part.index, None)
+            if flat[0] < 0 or flat[-1] >= part.rows or (np.diff(flat) == 0).any():
+                raise ValueError(
+                    f"group {self.name!r}: the index of its slice of {part.path!r} must hold different rows from 0 to "
+                    f"{part.rows - 1}; it is {part.index.tolist()}"
+                )
 
     def slices(self) -> tuple[ParamSlice, ...]:
         """All slices of the group: incoming, biases, outgoing."""
@@ -248,8 +254,18 @@ def join_path(key_path: tuple[Any, ...]) -> str:
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their joined path, in the tree's order."""
-    return {join_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """The leaves of a tree by their joined path, in the tree's order.
+
+    Raises:
+      ValueError: two leaves have one path, as those of `{"a/b": x, "a": {"b": y}}`.
+    """
+    leaves: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = join_path(key_path)
+        if path in leaves:
+            raise ValueError(f"two parameters have the path {path!r}; rename one of them")
+        leaves[path] = leaf
+    return leaves
 
 
 def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
@@ -273,6 +289,15 @@ def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
     for group in units:
         if not isinstance(group, UnitGroup):
             raise TypeError(f"units must be a sequence of UnitGroup; found {group!r}")
+        operands = {consumer.operand for consumer in group.outgoing}
+        if not group.incoming or operands != set(range(len(operands))) or not operands:
+            raise ValueError(
+                f"group {group.name!r} needs incoming and outgoing kernels, whose operands are numbered from 0; it has "
+                f"{len(group.incoming)} incoming, and outgoing ones with operands {sorted(operands)}"
+            )
+        for consumer in group.outgoing:
+            if consumer.bias is not None and consumer.bias not in leaves:
+                raise ValueError(f"units do not match the params: group {group.name!r} needs {consumer.bias!r}")
         for part in group.slices():
             leaf = leaves.get(part.path)
             if leaf is None or not hasattr(leaf, "shape"):
@@ -280,8 +305,8 @@ def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
                     f"units do not match the params: group {group.name!r} needs {part.path!r}, "
                     f"but the params have {sorted(leaves)}"
                 )
-            rows = int(np.prod([leaf.shape[axis] for axis in part.axes if axis < leaf.ndim]))
-            if max(part.axes) >= leaf.ndim or rows != part.rows:
+            rows = int(np.prod([leaf.shape[axis] for axis in part.axes if 0 <= axis < leaf.ndim]))
+            if min(part.axes) < 0 or max(part.axes) >= leaf.ndim or rows != part.rows:
                 raise ValueError(
                     f"units do not match the params: group {group.name!r} expects {part.rows} rows along "
                     f"axes {part.axes} of {part.path!r}, whose shape is {tuple(leaf.shape)}"

@@ -28,7 +28,7 @@ def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Tr
     if any(eqn.primitive.name in _INLINED and _holds_contraction(eqn) for eqn in closed.jaxpr.eqns):
         closed = jax.make_jaxpr(lambda *args: evaluate(closed, args)[0])(*leaves)
     paths = list(groups.leaves_by_path(params))
-    return Trace(closed, dict(zip(closed.jaxpr.invars, paths, strict=False)), out_tree)
+    return Trace(closed, dict(zip(closed.jaxpr.invars[: len(paths)], paths, strict=True)), out_tree)
 
 
 def evaluate(

@@ -61,7 +61,7 @@ SETTINGS = {
     "mlp-adam": (TANH_MLP, (7,), "adam", SLOW),
     "mlp-adam-fast": (RELU_MLP, (7,), "adam", FAST),
     "conv-sgd": (TANH_CONV, (6, 5, 2), "sgd", SLOW),
-    "conv-sgd-fast": (TANH_CONV, (6, 5, 2), "sgd", FAST),
+    "conv-sgd-fast": (TANH_CONV, (6, 5, 2), "sgd", FAST | dict(replacement_rate=0.6713)),
     "conv-adam": (RELU_CONV, (6, 5, 2), "adam", SLOW),
 }
 UTILITIES = ["contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight"]
