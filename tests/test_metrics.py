@@ -19,9 +19,7 @@ def numpy_ranks(x, threshold=0.99):
     p = p[p > 0]
     return {
         "effective": np.exp(-(p * np.log(p)).sum()),
-        "approximate": next(
-            k for k in range(1, len(s) + 1) if (s[:k] ** 2).sum() >= threshold * (s**2).sum()
-        ),
+        "approximate": next(k for k in range(1, len(s) + 1) if (s[:k] ** 2).sum() >= threshold * (s**2).sum()),
         "stable": next(k for k in range(1, len(s) + 1) if s[:k].sum() >= threshold * s.sum()),
     }
 
@@ -73,9 +71,7 @@ def test_a_threshold_reached_exactly_is_reached(rank):
     # k of 100 equal singular values are k/100 of the sum, whatever the last bit of the sum says.
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(150, 100)))
     k = np.arange(1, 101)
-    ranks = jax.vmap(rank, in_axes=(None, 0))(
-        jnp.asarray(basis, jnp.float32), jnp.asarray(k / 100, jnp.float32)
-    )
+    ranks = jax.vmap(rank, in_axes=(None, 0))(jnp.asarray(basis, jnp.float32), jnp.asarray(k / 100, jnp.float32))
     np.testing.assert_array_equal(ranks, k)
 
 
@@ -140,9 +136,7 @@ def test_dormant_scores_are_normalised_by_their_own_layer_and_include_the_thresh
         assert float(metrics.dormant_fraction(h * scale, 0.5)) == 0.5
         assert float(metrics.dormant_fraction(h * scale, 0.49)) == 0
     groups = {"a": h, "b": 1e-3 * h}
-    assert (
-        float(metrics.dormant_fraction(groups, 0.49)) == 0
-    )  # normalised together, all of b would be dormant
+    assert float(metrics.dormant_fraction(groups, 0.49)) == 0  # normalised together, all of b would be dormant
     assert float(metrics.dormant_fraction({"a": h, "b": jnp.zeros((2, 6))}, 0.49)) == pytest.approx(6 / 8)
 
 
@@ -188,9 +182,7 @@ def test_weight_magnitude_counts_every_float_entry_once():
 def test_plasticity_is_clipped_per_sample():
     before, after = jnp.array([1.0, 1.0, 0.0, 1e-12, 2.0]), jnp.array([0.25, 3.0, 0.0, 1.0, 0.0])
     assert metrics.plasticity(before, after).tolist() == [0.75, 0.0, 1.0, 0.0, 1.0]
-    assert float(metrics.plasticity(0.1, 0.1, epsilon=0.2)) == pytest.approx(
-        0.5
-    )  # the denominator is max(0.1, 0.2)
+    assert float(metrics.plasticity(0.1, 0.1, epsilon=0.2)) == pytest.approx(0.5)  # the denominator is max(0.1, 0.2)
     # A half-precision loss has no 1e-8, so the division must not happen there.
     assert float(metrics.plasticity(jnp.float16(0), jnp.float16(0))) == 1.0
     with pytest.raises(ValueError, match="same shape"):

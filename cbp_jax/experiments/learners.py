@@ -193,7 +193,7 @@ def _check(text: str, settings: Mapping[str, Any]) -> None:
                 check_scalar(key, value, **ranges.get(key, {"at_least": 0}))
         if "utility" in settings:
             get_utility(settings["utility"])
-        if (settings.get("max_replacements") or 1) < 1 or settings.get("max_replacements") == 0:
+        if settings.get("max_replacements") is not None and settings["max_replacements"] < 1:
             raise ValueError(f"max_replacements must be at least 1, got {settings['max_replacements']}")
         if settings.get("noise") is not None and settings["step_size"] * settings["l2"] > 1:
             raise ValueError("step_size times l2, the fraction lost at every step, must be at most 1")

@@ -227,6 +227,8 @@ def check(settings: Settings) -> list[learners.Method]:
     if not settings.hidden or min(settings.hidden) < 1:
         raise ValueError(f"hidden must be sizes of at least one hidden layer, got {settings.hidden}")
     get_activation(settings.activation)
+    if settings.lanes not in ("auto", "vmap", "map"):
+        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
     if not settings.methods:
         raise ValueError(f"methods must name at least one of {list(learners.LEARNERS)}")
     methods = [learners.parse_method(text) for text in settings.methods]

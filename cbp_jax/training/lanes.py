@@ -57,7 +57,13 @@ class Lanes:
         """Spreads arrays [count, ...] over the devices: one tree for each call that it takes to run all lanes.
 
         Where the devices do not divide the lanes, the last lane is repeated.
+
+        Raises:
+          ValueError: an array has another number of rows.
         """
+        for array in jax.tree.leaves(tree):
+            if array.shape[:1] != (self.count,):
+                raise ValueError(f"arrays must have {self.count} rows, one for each lane, got shape {array.shape}")
         rows = np.minimum(np.arange(self._padded), self.count - 1).reshape(-1, self._chunk)
         return tuple(
             jax.device_put(jax.tree.map(lambda array: array[chunk], tree), self._sharding("lane"))  # noqa: B023

@@ -24,9 +24,7 @@ def write_idx():
         for split, arrays in splits.items():
             for file, array in zip(FILES[split], arrays, strict=True):
                 content = idx_bytes(array)
-                (folder / (f"{file}.gz" if gz else file)).write_bytes(
-                    gzip.compress(content) if gz else content
-                )
+                (folder / (f"{file}.gz" if gz else file)).write_bytes(gzip.compress(content) if gz else content)
         return folder
 
     return write

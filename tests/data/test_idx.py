@@ -34,9 +34,7 @@ def test_the_result_is_an_ordinary_dataset_of_tensorflow_datasets(tmp_path, writ
     assert type(builder) is tfds.builder_cls("fashion_mnist")  # the stand-in is not registered
     assert builder.is_prepared() and builder.info.features["label"].int2str(9) == "Ankle boot"
     examples = list(tfds.builder_from_directory(path).as_data_source("test"))
-    assert {int(e["image"][0, 0, 0]): int(e["label"]) for e in examples} == dict(
-        enumerate(tiny_splits["test"][1])
-    )
+    assert {int(e["image"][0, 0, 0]): int(e["label"]) for e in examples} == dict(enumerate(tiny_splits["test"][1]))
 
 
 def test_a_prepared_dataset_is_left_as_it_is(tmp_path, write_idx, tiny_splits):
@@ -89,9 +87,7 @@ LABELS = "train-labels-idx1-ubyte"
         (LABELS, lambda b: bytes((0, 0, 8, 3)) + b[4:], "with 1 axes"),
     ],
 )  # fmt: skip
-def test_bad_files_are_named_before_anything_is_written(
-    tmp_path, write_idx, tiny_splits, file, change, message
-):
+def test_bad_files_are_named_before_anything_is_written(tmp_path, write_idx, tiny_splits, file, change, message):
     source = write_idx(tmp_path / "source", tiny_splits)
     (source / file).write_bytes(change((source / file).read_bytes()))
     with pytest.raises(ValueError, match=message) as error:
@@ -141,6 +137,4 @@ def test_real_files_whole(name, real_data, tmp_path):
         "fashion_mnist": [6000] * 10,
     }
     assert np.bincount(train.labels).tolist() == counts[name]
-    np.testing.assert_array_equal(
-        load(name, "train", data_dir=tmp_path).images, train.images
-    )  # from the cache
+    np.testing.assert_array_equal(load(name, "train", data_dir=tmp_path).images, train.images)  # from the cache

@@ -53,10 +53,7 @@ def test_colour_images_and_many_classes(tmp_path):
     write_tiny(
         "cifar100",
         tmp_path,
-        [
-            {"id": str(i), "image": Image.fromarray(images[i]), "label": 90 + i, "coarse_label": 1}
-            for i in range(6)
-        ],
+        [{"id": str(i), "image": Image.fromarray(images[i]), "label": 90 + i, "coarse_label": 1} for i in range(6)],
     )
     dataset = load("cifar100", data_dir=tmp_path)
     assert dataset.num_classes == 100
@@ -123,9 +120,7 @@ def test_a_cache_that_cannot_be_written_leaves_nothing_behind(mnist, monkeypatch
         assert len(load("mnist", data_dir=mnist)) == 10
     assert set(mnist.rglob("*")) == before
     with monkeypatch.context() as patch:  # a directory without write permission
-        patch.setattr(
-            tempfile, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(PermissionError("read-only"))
-        )
+        patch.setattr(tempfile, "NamedTemporaryFile", lambda **_: (_ for _ in ()).throw(PermissionError("read-only")))
         assert len(load("mnist", data_dir=mnist)) == 10
     assert set(mnist.rglob("*")) == before
 
@@ -212,7 +207,4 @@ def test_a_missing_extra_says_how_to_install_it(module, use, mnist, monkeypatch)
 
 def test_importing_needs_no_extra():
     code = "import sys, cbp_jax.data; print({'tensorflow_datasets', 'sklearn', 'PIL'} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "set()\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -117,9 +117,7 @@ def test_small_tasks_draw_their_own_examples(dataset):
     for index in range(3):
         task, (x, _) = whole_task(problem, jax.random.key(0), index)
         assert x.shape == (6, 1, PIXELS)
-        shown.append(
-            frozenset(indices_of(dataset, np.asarray(x)[:, 0], np.asarray(task.permutation)).tolist())
-        )
+        shown.append(frozenset(indices_of(dataset, np.asarray(x)[:, 0], np.asarray(task.permutation)).tolist()))
         assert len(shown[-1]) == 6
     assert len(set(shown)) == 3
 
@@ -129,9 +127,7 @@ def test_evaluation_is_distinct_random_examples_of_the_task(dataset):
     draws = []
     for index in range(2):
         task = problem.make_task(problem.data, jax.random.key(0), index)
-        x, y = jax.jit(problem.evaluation, static_argnums=2)(
-            problem.data, task, 9
-        )  # more than a small task shows
+        x, y = jax.jit(problem.evaluation, static_argnums=2)(problem.data, task, 9)  # more than a small task shows
         assert x.shape == (9, PIXELS) and x.dtype == jnp.float32 and y.dtype == jnp.int32
         indices = indices_of(dataset, np.asarray(x), np.asarray(task.permutation))
         assert len(set(indices)) == 9

@@ -62,9 +62,7 @@ def test_four_panels_with_a_line_and_a_band_for_each_method():
         np.testing.assert_array_equal(task, [1, 2, 3, 4, 5, 6])
         np.testing.assert_allclose(mean, scale * (0.555 + 0.01 * np.arange(6)), rtol=1e-6)
         band = ax.collections[1].get_paths()[0].vertices[:, 1]
-        assert band.max() == pytest.approx(scale * (0.605 + 0.005), rel=1e-6), (
-            "the error of seeds 0.01 apart is 0.005"
-        )
+        assert band.max() == pytest.approx(scale * (0.605 + 0.005), rel=1e-6), "the error of seeds 0.01 apart is 0.005"
         assert band.min() == pytest.approx(scale * (0.555 - 0.005), rel=1e-6)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Backprop", "Continual backprop"]
     assert any("standard error of 2 seeds" in text.get_text() for text in figure.texts)
@@ -76,9 +74,7 @@ def test_lines_are_told_apart_without_their_colours():
         for line in plot_tasks(results_of(SEVEN)).axes[0].lines
     ]
     drawn = plot_tasks(results_of(SEVEN, tasks=60)).axes[0].lines
-    assert len({line.get_markevery() for line in drawn}) == len(SEVEN), (
-        "markers of lines that coincide alternate"
-    )
+    assert len({line.get_markevery() for line in drawn}) == len(SEVEN), "markers of lines that coincide alternate"
     markers = [marker for *_, marker in styles]
     assert len(set(markers)) == len(SEVEN)
     assert len(set(styles)) == len(SEVEN) and len({style[:2] for style in styles}) >= len(SEVEN) - 1
@@ -205,9 +201,7 @@ def test_sensitivity_has_a_panel_for_each_hyperparameter_that_was_swept():
     results = swept()
     assert [ax.get_xlabel() for ax in plot_sensitivity(results).axes] == ["Replacement rate", "Decay"]
     assert [ax.get_xscale() for ax in plot_sensitivity(results).axes] == ["symlog", "log"]
-    with pytest.raises(
-        ValueError, match=r"hyperparameter: got 'step_size'; .*\['replacement_rate', 'decay'\]"
-    ):
+    with pytest.raises(ValueError, match=r"hyperparameter: got 'step_size'; .*\['replacement_rate', 'decay'\]"):
         plot_sensitivity(results, hyperparameter="step_size")
     with pytest.raises(ValueError, match="no learner has finished tasks with several values"):
         plot_sensitivity(results_of(["bp", "cbp"]))

@@ -45,9 +45,7 @@ def test_blocks_cover_the_tasks_and_the_last_is_a_tenth_rounded_up(tasks):
     blocks = blocks_of_tasks(tasks)
     assert np.concatenate([np.arange(tasks)[block] for block in blocks]).tolist() == list(range(tasks))
     sizes = [block.stop - block.start for block in blocks]
-    assert (
-        len(sizes) == min(10, tasks) and max(sizes) - min(sizes) <= 1 and sizes[-1] == math.ceil(tasks / 10)
-    )
+    assert len(sizes) == min(10, tasks) and max(sizes) - min(sizes) <= 1 and sizes[-1] == math.ceil(tasks / 10)
 
 
 def test_finished_tasks_are_those_that_all_begun_seeds_have_finished():

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import cbp_jax
 
+OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
+
 
 @jax.custom_jvp
 def straight_through(x):

@@ -23,6 +23,8 @@ from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
 from cbp_jax.units import discover_units
 
+OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
+
 STEPS = 6
 
 

@@ -6,6 +6,8 @@ from scipy import stats
 
 from cbp_jax.transforms import noise
 
+OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
+
 KEY = jnp.array([3, 4], jnp.uint32)
 draw = jax.jit(lambda key, step: noise.normal(key, step, jnp.zeros((1 << 20,))))
 

@@ -1,0 +1,219 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cbp_jax import metrics, nets
+from cbp_jax.experiments.learners import LEARNERS, make_learner, parse_method
+from cbp_jax.problems import Problem
+from cbp_jax.training import init_state, run_tasks
+
+CLASSES, PIXELS, HIDDEN, TASKS = 4, 6, (7,), 3
+
+# Settings with which each number matters within a few steps, and by what it is then multiplied.
+STRONG = {
+    "step_size": 0.1,
+    "l2": 0.01,
+    "l1": 0.01,
+    "noise": 0.01,
+    "replacement_rate": 0.05,
+    "maturity_threshold": 4,
+    "decay_rate": 0.5,
+}
+FACTOR = {"replacement_rate": 2, "b1": 0.5, "b2": 0.5, "decay_rate": 1.98, "maturity_threshold": 2}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """The same few noisy examples in every task, one at a time, in an order that the key gives."""
+    rng = np.random.default_rng(0)
+    y = np.tile(np.arange(CLASSES), 10)
+    x = np.eye(CLASSES, PIXELS)[y] + rng.normal(0, 0.2, (y.size, PIXELS))
+    data = (jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32))
+
+    def take(data, indices):
+        return jax.tree.map(lambda array: array[indices], data)
+
+    return Problem(
+        data=data,
+        input_shape=(PIXELS,),
+        num_classes=CLASSES,
+        steps_per_task=y.size,
+        make_task=lambda data, key, index: jax.random.permutation(jax.random.fold_in(key, index), y.size),
+        batch=lambda data, task, step: take(data, task[step][None]),
+        evaluation=lambda data, task, n: take(data, task[:n]),
+    )
+
+
+@pytest.fixture(scope="module")
+def start(problem):
+    """What any learner of seed 0 is before its first step: the symptoms of its weights on its first examples."""
+
+    @jax.jit
+    def symptoms():
+        params_key, problem_key, _, _ = jax.random.split(jax.random.key(0), 4)
+        params = nets.MLP(HIDDEN, CLASSES).init(params_key, jnp.zeros((1, PIXELS)))
+        x, _ = problem.evaluation(problem.data, problem.make_task(problem.data, problem_key, 0), 5)
+        layer = params["params"]["Dense_0"]
+        h = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+        return {
+            "weight_magnitude": metrics.weight_magnitude(params),
+            "dead_units": metrics.dead_fraction(h),
+            "effective_rank": metrics.effective_rank(h) / h.shape[1],
+        }
+
+    return symptoms()
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learner_learns_and_heeds_its_numbers(problem, start, name):
+    strong = {**STRONG, "step_size": 0.01} if "adam" in name else STRONG
+    base = {key: strong.get(key, default) for key, default in LEARNERS[name].defaults.items()}
+    lanes = [base] + [{**base, key: value * FACTOR.get(key, 3)} for key, value in base.items()]
+    given = [parse_method(f"{name}:" + ",".join(f"{key}={value}" for key, value in lane.items())) for lane in lanes]
+    learner = make_learner(given, HIDDEN, "relu", problem.input_shape, problem.num_classes)
+    numbers = {key: np.array([lane[key] for lane in lanes]) for key in base}
+    rows = list(run_tasks(learner, problem, np.zeros(len(lanes)), numbers, TASKS, measured_examples=5))
+    loss = np.stack([row["loss"] for row in rows])
+    assert loss.shape == (TASKS, len(lanes)) and np.isfinite(loss).all()
+    assert loss[-1, 0] < 0.8 * loss[0, 0], loss  # of the base: other numbers may well be worse
+    weights = rows[-1]["weight_magnitude"]
+    for number, key in enumerate(base, start=1):
+        assert abs(weights[number] - weights[0]) > 1e-5 * weights[0], f"{key} makes no difference"
+    for measure, value in start.items():
+        np.testing.assert_allclose(rows[0][measure], value, rtol=1e-5, err_msg=measure)
+    replaced = np.stack([row["replaced_units"] for row in rows])
+    assert (replaced.sum(0) > 3).all() if "cbp" in name else not replaced.any()
+
+
+def direction(name, at):
+    """Initial weights, others, and these after an update of the learner's optimizer with gradients of 0."""
+    method = parse_method(f"{name}:{at}")
+    learner = make_learner([method], HIDDEN, "relu", (PIXELS,), CLASSES)
+
+    @jax.jit
+    def step(numbers):
+        state = init_state(learner, 0, numbers)
+        tx = learner.optimizer(numbers, jax.random.key(0))
+        before = jax.tree.map(lambda w: w + 0.5, state.params)
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, before), state.opt_state, before)
+        return state.params, before, optax.apply_updates(before, updates)
+
+    return step(dict(method.hyperparameters))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (("l2", "step_size=0.5,l2=0.1"), lambda first, w: w - 0.5 * 0.1 * w),
+        (("l1", "step_size=0.5,l1=0.1"), lambda first, w: w - 0.5 * 0.1 * jnp.sign(w)),
+        (("l2_init", "step_size=0.5,l2=0.1"), lambda first, w: w - 0.5 * 0.1 * (w - first)),
+        (("shrink_and_perturb", "step_size=0.5,l2=0.1,noise=0"), lambda first, w: w - 0.5 * 0.1 * w),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_pulls_on_the_weights_is_scaled_by_the_step_size(method, expected):
+    first, before, after = direction(*method)
+    jax.tree.map(
+        lambda w0, w, new: np.testing.assert_allclose(new, expected(w0, w), rtol=1e-5, atol=1e-7), first, before, after
+    )
+
+
+def test_the_noise_of_shrink_and_perturb_has_the_given_size():
+    _, before, after = direction("shrink_and_perturb", "step_size=0.5,l2=0,noise=0.2")
+    noise = np.concatenate([np.ravel(b - a) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)])
+    assert abs(noise.std() / 0.2 - 1) < 0.3 and abs(noise.mean()) < 0.08
+
+
+def test_dropout_is_in_training_alone_and_differs_by_key():
+    method = parse_method("dropout:dropout_rate=0.5")
+    learner = make_learner([method], (40,), "relu", (PIXELS,), CLASSES)
+    params, x = jax.jit(learner.init)(jax.random.key(0)), jnp.ones((1, PIXELS))
+    plain, features = learner.predict(params, x)
+    layers = params["params"]
+    h = jax.nn.relu(x @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"])
+    np.testing.assert_allclose(plain, h @ layers["Dense_1"]["kernel"], rtol=1e-5)
+    dropped = [learner.train(params, x, jax.random.key(number))[1]["params/Dense_0"] for number in (0, 0, 1)]
+    active = np.asarray(features["params/Dense_0"]) > 0
+    kept = [float((h[active] > 0).mean()) for h in dropped]
+    assert all(0.2 < fraction < 0.8 for fraction in kept)
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert not np.array_equal(dropped[0], dropped[2])
+
+
+def test_the_network_is_the_papers():
+    learner = make_learner([parse_method("bp")], (200, 100), "relu", (50,), 10)
+    layers = jax.jit(learner.init)(jax.random.key(0))["params"]
+    assert [layers[f"Dense_{i}"]["kernel"].shape for i in range(3)] == [(50, 200), (200, 100), (100, 10)]
+    for layer in layers.values():
+        bound = (6 / layer["kernel"].shape[0]) ** 0.5  # Kaiming uniform for ReLU
+        assert 0.95 * bound < np.abs(layer["kernel"]).max() <= bound
+        assert abs(np.std(layer["kernel"]) / (bound / 3**0.5) - 1) < 0.05
+        assert not layer["bias"].any()
+    assert [group.size for group in learner.units] == [200, 100]
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "numbers", "options"),
+    [
+        ("bp", "bp", {"step_size": 0.01}, {}),
+        ("bp:step_size=3e-3", "bp(step_size=0.003)", {"step_size": 0.003}, {}),
+        ("bp:step_size=1", "bp(step_size=1)", {"step_size": 1.0}, {}),
+        (
+            "cbp:utility=weight,compensate_bias=true,max_replacements=3,replacement_rate=1e-5",
+            "cbp(utility=weight, compensate_bias=True, max_replacements=3, replacement_rate=1e-05)",
+            {"step_size": 0.01, "replacement_rate": 1e-5, "decay_rate": 0.99, "maturity_threshold": 100.0},
+            {"utility": "weight", "compensate_bias": True, "max_replacements": 3},
+        ),
+        ("dropout:dropout_rate=0.2", "dropout(dropout_rate=0.2)", {"step_size": 0.01}, {"dropout_rate": 0.2}),
+    ],
+)
+def test_parse_method(text, label, numbers, options):
+    method = parse_method(text)
+    assert (method.label, method.learner) == (label, text.partition(":")[0])
+    assert method.hyperparameters == numbers and method.options == options
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"method '': the learner must be one of \['bp', 'adam'.*, got ''"),
+        ("sgd", r"the learner must be one of \['bp', 'adam'.*, got 'sgd'"),
+        ("bp:rate=1", r"method 'bp:rate=1': expected setting=value with one of \['step_size'\], got 'rate=1'"),
+        ("bp:step_size", r"expected setting=value with one of \['step_size'\], got 'step_size'"),
+        ("bp:step_size=", r"step_size must be a number, got ''"),
+        ("bp:step_size=fast", r"step_size must be a number, got 'fast'"),
+        ("bp:step_size=-1", r"method 'bp:step_size=-1': step_size must be in \[0, inf\), got -1"),
+        ("bp:step_size=nan", r"step_size must be in \[0, inf\), got nan"),
+        ("adam:b1=1", r"b1 must be in \[0, 1\), got 1"),
+        ("adam:b2=-0.1", r"b2 must be in \[0, 1\), got -0.1"),
+        ("dropout:dropout_rate=1", r"dropout_rate must be in \[0, 1\), got 1"),
+        ("cbp:replacement_rate=1.5", r"replacement_rate must be in \[0, 1\], got 1.5"),
+        ("cbp:decay_rate=1", r"decay_rate must be in \[0, 1\), got 1"),
+        ("cbp:maturity_threshold=-1", r"maturity_threshold must be in \[0, inf\), got -1"),
+        ("cbp:utility=best", r"utility must be a callable or one of \['adaptable_contribution'.*, got 'best'"),
+        ("cbp:compensate_bias=2", r"compensate_bias must be true or false, got '2'"),
+        ("cbp:max_replacements=many", r"max_replacements must be a number, got 'many'"),
+        ("cbp:max_replacements=0", "max_replacements must be at least 1, got 0"),
+        ("cbp:max_replacements=-1", "max_replacements must be at least 1, got -1"),
+        ("bp:step_size=1,step_size=2", "step_size is given twice"),
+        ("shrink_and_perturb:step_size=2,l2=1", "step_size times l2.*must be at most 1"),
+    ],
+)
+def test_parse_method_refuses(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_method(text)
+
+
+@pytest.mark.parametrize(("rates", "most"), [((0.01,), 1), ((0.05, 0.2, 0.01), 3), ((1.0, 0.0), 11), ((0.1,), 2)])
+def test_the_largest_rate_of_a_grid_bounds_the_replacements_of_a_step(monkeypatch, rates, most):
+    seen = {}
+    monkeypatch.setattr("cbp_jax.continual_backprop", lambda *args, **kwargs: seen.update(kwargs))
+    methods = [parse_method(f"cbp:replacement_rate={rate}") for rate in rates]
+    learner = make_learner(methods, (4, 10, 6), "relu", (PIXELS,), CLASSES)  # the widest layer has 10 units
+    learner.optimizer(methods[0].hyperparameters, jax.random.key(0))
+    assert seen["max_replacements"] == most  # floor(rate * 10) at a time, and one for the fractions that add up
+    given = parse_method("cbp:max_replacements=4")
+    make_learner([given], (10,), "relu", (PIXELS,), CLASSES).optimizer(given.hyperparameters, jax.random.key(0))
+    assert seen["max_replacements"] == 4

@@ -1,0 +1,336 @@
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cbp_jax import cli, load_results, report
+from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted
+from cbp_jax.experiments.online_permuted import Settings, preset
+
+TINY = (
+    *("--preset", "smoke", "--dataset", "mnist", "--methods", "bp:step_size=0.02"),
+    *("--seeds", "2", "--tasks", "2", "--examples-per-task", "None", "--hidden", "5", "4"),
+)
+
+
+USE_ALL_CORES = cli._use_all_cores
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """All tests of a process have the same devices, whichever comes first."""
+    monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
+
+
+@pytest.fixture
+def fake_run(monkeypatch):
+    """Stands in for the experiment: remembers its settings and makes results."""
+    calls = []
+
+    def run(settings, out, progress=None):
+        calls.append((settings, out))
+        labels = [learners.parse_method(text).label for text in settings.methods]
+        results = report.new_results(
+            labels,
+            labels,
+            [{}] * len(labels),
+            seeds=settings.seeds,
+            tasks=settings.tasks,
+            settings=settings,
+            experiment=online_permuted.NAME,
+        )
+        for task in range(settings.tasks):
+            ones = np.full((len(labels), settings.seeds), 0.5)
+            report.record_task(results, task, {name: ones for name in results.data_vars})
+        report.save_results(results, out)
+        return results
+
+    monkeypatch.setattr(online_permuted, "run", run)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A dataset `mnist` of ten images, prepared through the command line from IDX files."""
+    source, target = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("tensorflow_datasets")
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 10), ("t10k", 4)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        for name, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+            (source / f"{prefix}-{name}").write_bytes(header + array.tobytes())
+    assert cli.main(["data", "prepare", "mnist", "--from", str(source), "--data-dir", str(target)]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The folder of a run by the command itself, in a process of its own, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    command = [sys.executable, "-m", "cbp_jax.cli", "run", "online_permuted", *TINY]
+    process = subprocess.run(
+        [*command, "--data-dir", str(data_dir), "--out", str(out)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+def refused(capsys, *words):
+    """The one line that a mistake gets."""
+    assert cli.main(list(words)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("cbp-jax: error: ")
+    return printed.err.removeprefix("cbp-jax: error: ")
+
+
+def refused_in_one_line(capsys, *words):
+    message = refused(capsys, *words)
+    assert message.count("\n") == 1 and message.endswith("\n")
+    return message
+
+
+def test_a_run_ends_with_the_paths_of_its_picture_and_results(finished):
+    out, process = finished
+    *_, picture, results = process.stdout.splitlines()
+    assert picture.startswith(f"picture: {out}") and results == f"results: {out / 'results.nc'}"
+    picture = picture.removeprefix("picture: ")
+    with open(picture, "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    loaded = load_results(out)
+    assert dict(loaded.sizes) == {"method": 1, "seed": 2, "task": 2}
+    assert np.isfinite(loaded.accuracy).all()
+    assert json.loads(loaded.attrs["settings"])["hidden"] == [5, 4]
+    assert "bp(step_size=0.02)" in process.stdout  # the table
+    assert "100%" in process.stderr and "4/4" in process.stderr  # the bar
+
+
+def test_plot_draws_a_run_again_where_and_how_it_is_asked_to(finished, tmp_path, capsys):
+    out, _ = finished
+    assert cli.main(["plot", str(out), "--out", str(tmp_path / "pictures"), "--formats", "svg"]) == 0
+    *table, picture = capsys.readouterr().out.splitlines()
+    assert any("bp(step_size=0.02)" in line for line in table)
+    assert picture.startswith(f"picture: {tmp_path / 'pictures'}") and picture.endswith(".svg")
+    assert "<svg" in (tmp_path / "pictures" / os.path.basename(picture)).read_text()
+
+
+def test_data_prepare_says_what_it_made(data_dir, capsys):
+    # Prepared already: left as it is.
+    source = data_dir / "absent"
+    message = refused_in_one_line(
+        capsys, "data", "prepare", "mnist", "--from", str(source), "--data-dir", str(data_dir)
+    )
+    assert "train-images-idx3-ubyte" in message and str(source) in message
+    assert "name must be one of mnist" in refused_in_one_line(capsys, "data", "prepare", "cifar10", "--from", "x")
+
+
+def test_list_shows_experiments_learners_and_datasets(capsys):
+    assert cli.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*EXPERIMENTS, *learners.LEARNERS, *online_permuted.PRESETS, "digits", "mnist", "fashion_mnist"):
+        assert name in shown
+    assert "replacement_rate=0.0001" in shown
+
+
+def test_the_console_script_is_this_command():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="cbp-jax")
+    assert script.load() is cli.main
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--help"], ["list", "run", "plot", "data"]),
+        (["list", "--help"], ["Lists"]),
+        (["run", "online_permuted", "--help"], ["--preset", "--out", "--quiet", "--methods", "--examples-per-task"]),
+        (["run", "--help"], ["EXPERIMENT", "--preset"]),
+        (["plot", "--help"], ["run_dir", "--formats"]),
+        (["data", "--help"], ["prepare"]),
+        (["data", "prepare", "--help"], ["--from", "--data-dir", "IDX"]),
+    ],
+    ids=" ".join,
+)
+def test_help(words, expected, capsys):
+    try:
+        assert cli.main(words) == 0
+    except SystemExit as stopped:
+        assert stopped.code in (0, None)
+    shown = capsys.readouterr().out
+    for word in expected:
+        assert word in shown
+
+
+def test_help_shows_the_presets_values(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "online_permuted", "--preset", "paper", "--help"])
+    shown = capsys.readouterr().out
+    assert "2000 2000 2000" in shown and "800" in shown and "60000" in shown
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["data"], ["data", "prepare", "mnist"], ["plot"], ["list", "all"]])
+def test_words_that_are_no_command_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2 and "usage: cbp-jax" in capsys.readouterr().err
+
+
+def test_options_change_the_presets_settings(fake_run, tmp_path, capsys):
+    words = ["run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path / "run"), "--quiet"]
+    words += [
+        "--methods",
+        "bp",
+        "adam",
+        "cbp:replacement_rate=1e-5",
+        "--seeds",
+        "3",
+        "--hidden",
+        "8",
+        "--lanes",
+        "vmap",
+    ]
+    assert cli.main(words) == 0
+    ((settings, out),) = fake_run
+    assert out == tmp_path / "run"
+    assert settings == dataclasses.replace(
+        preset("smoke"), methods=("bp", "adam", "cbp:replacement_rate=1e-5"), seeds=3, hidden=(8,), lanes="vmap"
+    )
+    assert f"results: {out / 'results.nc'}" in capsys.readouterr().out
+
+
+def test_the_presets_sizes_follow_the_dataset(fake_run, tmp_path):
+    for name, dataset in (("laptop", "mnist"), ("smoke", "digits")):
+        words = ["run", "online_permuted", "--preset", name, "--dataset", dataset, "--quiet"]
+        assert cli.main([*words, "--tasks", "2", "--out", str(tmp_path / name)]) == 0
+    assert [settings for settings, _ in fake_run] == [
+        dataclasses.replace(preset("laptop", "mnist"), tasks=2),
+        dataclasses.replace(preset("smoke", "digits"), tasks=2),
+    ]
+
+
+def test_a_run_without_a_folder_gets_one_of_its_settings(fake_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "online_permuted", "--preset", "smoke", "--quiet"]
+    for more in ([], ["--seeds", "4"], []):
+        assert cli.main([*words, *more]) == 0
+    first, other, again = (out for _, out in fake_run)
+    assert first == again != other
+    assert first.parent == other.parent and first.parent.name == "runs"
+    assert first.name.startswith("online_permuted-smoke-")
+
+
+def test_a_folder_with_the_same_run_is_taken_again(fake_run, tmp_path):
+    words = ["run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path), "--quiet"]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 0
+    assert len(fake_run) == 2
+
+
+def test_a_folder_with_a_run_of_other_settings_is_refused(fake_run, finished, capsys):
+    out, _ = finished
+    before = (out / "results.nc").read_bytes()
+    message = refused_in_one_line(
+        capsys, "run", "online_permuted", *TINY, "--out", str(out), "--seeds", "3", "--hidden", "5", "5"
+    )
+    assert str(out) in message and "other settings" in message
+    assert "hidden" in message and "seeds" in message and "tasks" not in message
+    assert not fake_run and (out / "results.nc").read_bytes() == before
+
+
+def test_a_folder_with_another_experiment_is_refused(fake_run, tmp_path, capsys):
+    settings = preset("smoke")
+    other = report.new_results(["bp"], ["bp"], [{}], seeds=1, tasks=1, settings=settings, experiment="slippery_ant")
+    report.save_results(other, tmp_path)
+    message = refused_in_one_line(capsys, "run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path))
+    assert "another experiment, 'slippery_ant'" in message and str(tmp_path) in message
+    assert not fake_run and load_results(tmp_path).identical(other)
+
+
+def test_a_folder_of_other_things_is_refused(fake_run, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    message = refused_in_one_line(capsys, "run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path))
+    assert "not empty" in message and str(tmp_path) in message
+    message = refused_in_one_line(
+        capsys, "run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path / "thesis.tex")
+    )
+    assert "thesis.tex" in message
+    assert not fake_run and [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "experiment must be one of ['online_permuted'], got 'nothing'"),
+        (["online_permuted", "--preset", "large"], "preset must be one of ['smoke', 'laptop', 'paper'], got 'large'"),
+        (["online_permuted", "--methods", "bp", "sgd"], "method 'sgd': the learner must be one of ['bp', 'adam'"),
+        (
+            ["online_permuted", "--methods", "cbp:replacement_rate=2"],
+            "method 'cbp:replacement_rate=2': replacement_rate must be in [0, 1], got 2",
+        ),
+        (["online_permuted", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["online_permuted", "--activation", "step"], "got 'step'"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_is_run(words, message, fake_run, tmp_path, capsys):
+    assert message in refused_in_one_line(capsys, "run", *words, "--out", str(tmp_path / "run"))
+    assert not fake_run and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--speed", "9"], ["--seeds", "many"], ["--lanes", "pmap"], ["extra"]])
+def test_unknown_options_are_refused(words, fake_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path / "run"), *words])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert words[-1] in printed.err + printed.out or words[0] in printed.err + printed.out
+    assert not fake_run and not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there_is_told_with_the_ways_to_get_it(tmp_path, capsys):
+    words = ["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]
+    words += ["--data-dir", str(tmp_path / "data")]
+    assert cli.main([*words, "--dataset", "mnist"]) == 2
+    message = capsys.readouterr().err
+    assert "dataset 'mnist' is not prepared in" in message and str(tmp_path / "data") in message
+    assert "cbp-jax data prepare mnist --from DIR" in message
+    assert cli.main([*words, "--dataset", "mnits"]) == 2
+    assert "unknown dataset 'mnits' (did you mean mnist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_plot_of_no_run_is_refused(tmp_path, capsys):
+    assert "has no results.nc" in refused_in_one_line(capsys, "plot", str(tmp_path))
+    assert "does not exist" in refused_in_one_line(capsys, "plot", str(tmp_path / "absent"))
+
+
+def test_an_interrupted_run_says_that_its_results_are_kept(monkeypatch, tmp_path, capsys):
+    def run(settings, out, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(online_permuted, "run", run)
+    assert cli.main(["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]) == 130
+    assert "stopped" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_can_be_called_where_jax_runs(fake_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_use_all_cores", USE_ALL_CORES)
+    jax.devices()  # starts JAX, if no test has
+    assert cli.main(["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path)]) == 0
+
+
+def test_help_says_what_every_setting_is(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["run", "online_permuted", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')} " in shown
+    assert "Examples of each task, all of the dataset by default." in shown

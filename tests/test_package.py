@@ -1,0 +1,123 @@
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import cbp_jax
+
+ROOT = pathlib.Path(cbp_jax.__file__).parent
+
+# The extras, and packages that come with one of them.
+EXTRAS = (
+    *("tensorflow_datasets", "tensorflow", "sklearn", "PIL", "array_record", "importlib_resources"),
+    *("xarray", "matplotlib", "h5netcdf", "h5py", "tyro", "tqdm", "brax", "orbax.checkpoint"),
+)
+
+# From the ground up. A room imports from its own and from those below; rooms of one floor do not know each other.
+FLOORS = (
+    {"units", "metrics", "nets", "data", "curvature"},
+    {"transforms"},
+    {"cbp_jax"},  # the public names
+    {"problems", "envs"},
+    {"training"},
+    {"rl", "tickets"},
+    {"report"},
+    {"experiments"},
+    {"cli"},
+)
+
+
+def floor_of(room):
+    found = [number for number, rooms in enumerate(FLOORS) if room in rooms]
+    assert found, f"{room} is in no floor of this test: say what it may import"
+    return found[0]
+
+
+def room_of(module):
+    """cbp_jax.training.loop is in training, cbp_jax itself in cbp_jax, cli_progress in cli."""
+    _, _, rest = module.partition(".")
+    return "cli" if rest.startswith("cli") else rest.partition(".")[0] or "cbp_jax"
+
+
+def imports(path):
+    """Modules of cbp_jax that a file imports anywhere, in functions too."""
+    package = ".".join((ROOT.name, *path.relative_to(ROOT).parent.parts))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == ROOT.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module == ROOT.name:  # from cbp_jax import metrics
+                yield from (f"{module}.{a.name}" if is_module(a.name) else module for a in node.names)
+            elif module.partition(".")[0] == ROOT.name:
+                yield module
+
+
+def is_module(name):
+    return (ROOT / name).is_dir() or (ROOT / f"{name}.py").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downward(path):
+    room = room_of(".".join((ROOT.name, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"))
+    if room == "cbp_jax":
+        # The public names come from the lowest floors; report is imported by the function that needs it.
+        assert {room_of(module) for module in imports(path)} <= {"units", "metrics", "transforms", "report"}
+        return
+    for module in imports(path):
+        other = room_of(module)
+        assert other == room or floor_of(other) < floor_of(room), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_the_import_test_sees_imports():
+    assert set(imports(ROOT / "cli.py")) >= {"cbp_jax.report", "cbp_jax.cli_progress", "cbp_jax.data"}
+    assert set(imports(ROOT / "training" / "loop.py")) >= {"cbp_jax.problems", "cbp_jax.metrics"}
+
+
+def test_the_core_needs_no_extra():
+    script = f"""
+import sys
+for name in {EXTRAS!r}:
+    sys.modules[name] = None  # as if it were not installed
+import cbp_jax
+for name in cbp_jax.__all__:
+    getattr(cbp_jax, name)
+import cbp_jax.training, cbp_jax.problems, cbp_jax.nets, cbp_jax.experiments, cbp_jax.data
+imported = [name for name in {EXTRAS!r} if sys.modules[name] is not None]
+assert not imported, imported
+try:
+    cbp_jax.load_results("somewhere")
+except ImportError as error:
+    assert 'pip install "cbp-jax[report]"' in str(error), error
+else:
+    raise AssertionError("load_results needs xarray")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_importing_the_package_leaves_the_extras_alone():
+    script = f"import sys, cbp_jax; print([name for name in {EXTRAS!r} if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True, text=True)
+    assert printed.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", cbp_jax.__all__)
+def test_public_names_are_there_and_documented(name):
+    value = getattr(cbp_jax, name)
+    doc = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
+    assert doc and doc.strip()
+    # What dataclasses and named tuples write by themselves, "UnitGroup(name, size, ...)", explains nothing.
+    assert not doc.startswith(f"{name}(")
+
+
+def test_public_names_are_sorted_and_complete():
+    assert cbp_jax.__all__ == sorted(set(cbp_jax.__all__))
+    contract = {
+        *("discover_units", "with_features", "UnitGroup", "ParamSlice", "continual_backprop"),
+        *("adam", "shrink_and_perturb", "metrics", "load_results"),
+    }
+    assert contract <= set(cbp_jax.__all__)
