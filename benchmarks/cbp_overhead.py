@@ -4,7 +4,8 @@
     python benchmarks/cbp_overhead.py --widths 1000 --batches 1 16 --optimizers sgd --seeds 1
 
 Both run inside a `lax.scan` on the 784-w-w-w-10 ReLU network, calls of the two interleaved; the ratio is the
-median over the rounds. `untouched` is CBP without the utility pass (utility "none"), to show what bounds the rest.
+median over the rounds. `untouched` is CBP with a utility that looks at no weight, to show what the pass over the
+outgoing weights costs.
 """
 
 import argparse

@@ -181,13 +181,14 @@ def continual_backprop(
             key = jax.random.wrap_key_data(state.key, impl=key_impl)
             return jax.random.fold_in(jax.random.fold_in(key, state.count), stream)
 
+        log_decay = jnp.log(jnp.asarray(decay_rate, jnp.float32))
         new: dict[str, dict[str, Any]] = {field: {} for field in state._fields}
         picked = []
 
         for number, group in enumerate(checked):
             name, h = group.name, activations[group.name]
             age = state.age[name] + 1
-            start = 1.0 - jnp.power(jnp.asarray(decay_rate, jnp.float32), age)
+            start = -jnp.expm1(age * log_decay)  # 1 - decay_rate**age; powers of scalars are slow on CPU
             means = tuple(
                 decay_rate * old + (1 - decay_rate) * utility_lib.batch_mean(values, old.shape[0])
                 for old, values in zip(state.mean_activation[name], h, strict=True)
@@ -205,8 +206,11 @@ def continual_backprop(
             utility_now = decay_rate * state.utility[name] + (1 - decay_rate) * instantaneous
 
             eligible = age > maturity_threshold
-            budget = state.budget[name] + replacement_rate * jnp.sum(eligible, dtype=jnp.float32)
-            chosen, budget = _choose(utility_now / start, eligible, budget, most_replacements(group))
+            # As a product, which is one operation on CPU where a sum is three.
+            mature = jnp.dot(eligible.astype(jnp.float32), jnp.ones(group.size, jnp.float32), precision="highest")
+            budget = state.budget[name] + replacement_rate * mature
+            most = most_replacements(group)
+            chosen, budget = _choose(utility_now / start, eligible, budget, most, max_replacements is not None)
             replaced = surgery_lib.as_mask(chosen, group.size)
 
             if compensate_bias:
@@ -261,7 +265,9 @@ def _activations(group: units_lib.UnitGroup, features: units_lib.Features | None
     return found
 
 
-def _choose(utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int) -> tuple[chex.Array, chex.Array]:
+def _choose(
+    utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int, bounded: bool
+) -> tuple[chex.Array, chex.Array]:
     """Spends the budget on the eligible units of least utility.
 
     Args:
@@ -269,6 +275,7 @@ def _choose(utility: chex.Array, eligible: chex.Array, budget: chex.Array, most:
       eligible: bool [units].
       budget: float32 [].
       most: bound on the number of units.
+      bounded: whether more than that may be due.
 
     Returns:
       int32 [most], the chosen units, with the number of units for those that are not due; the rest of the budget.
@@ -279,5 +286,5 @@ def _choose(utility: chex.Array, eligible: chex.Array, budget: chex.Array, most:
     ranked = jnp.argmin(score)[None] if most == 1 else jax.lax.top_k(-score, most)[1]
     chosen = jnp.where((jnp.arange(most) < due) & jnp.isfinite(score[ranked]), ranked, size)
     # What `most` holds back stays due. Units of non-finite utility leave no debt.
-    rest = jnp.maximum(budget - due, 0) + jnp.clip(due - most, 0, size)
+    rest = jnp.maximum(budget - due, 0) + (jnp.clip(due - most, 0, size) if bounded else 0)
     return chosen, rest
