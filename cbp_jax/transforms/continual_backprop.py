@@ -283,7 +283,10 @@ def _choose(
     size = utility.shape[0]
     due = jnp.floor(budget + _ROUNDING)
     score = jnp.where(eligible & jnp.isfinite(utility), utility, jnp.inf)
-    ranked = jnp.argmin(score)[None] if most == 1 else jax.lax.top_k(-score, most)[1]
+    if most == 1:  # the first of the least; on CPU two minima take half the time of an argmin
+        ranked = jnp.min(jnp.where(score == jnp.min(score), jnp.arange(size), size - 1))[None]
+    else:
+        ranked = jax.lax.top_k(-score, most)[1]
     chosen = jnp.where((jnp.arange(most) < due) & jnp.isfinite(score[ranked]), ranked, size)
     # What `most` holds back stays due. Units of non-finite utility leave no debt.
     rest = jnp.maximum(budget - due, 0) + (jnp.clip(due - most, 0, size) if bounded else 0)
