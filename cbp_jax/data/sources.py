@@ -1,8 +1,9 @@
 """The datasets by name, and how each is read.
 
-Everything but the digits goes through tensorflow-datasets, which reads a dataset that has been prepared once
-(see ``DatasetUnavailable`` for how) without TensorFlow. Decoding 60,000 images takes seconds, so the arrays
-are kept in an npz file beside the prepared ones; deleting the prepared dataset deletes them too.
+Everything but the digits and a user's own array files goes through tensorflow-datasets, which reads a dataset
+that has been prepared once (see ``DatasetUnavailable`` for how) without TensorFlow. Decoding 60,000 images takes
+seconds, so the arrays are kept in an npz file beside the prepared ones; deleting the prepared dataset deletes
+them too.
 """
 
 import difflib
@@ -18,10 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from cbp_jax.data import arrays
 from cbp_jax.data.dataset import Dataset, DatasetUnavailable
 
-# Datasets whose official files are four IDX files of 28 x 28 images; `prepare` reads these.
-IDX_NAMES = ("mnist", "fashion_mnist", "kmnist")
+# Datasets that `prepare` makes from local copies of their official files, and what these are.
+LOCAL_FILES = {
+    "mnist": "four IDX files",
+    "fashion_mnist": "four IDX files",
+    "kmnist": "four IDX files",
+    "cifar10": "six binary batch files",
+}
 
 # Name, config and version, as tensorflow-datasets writes them.
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
@@ -33,19 +40,20 @@ def names() -> tuple[str, ...]:
     """Names that ``load`` is tested with; it takes any image classification dataset of tensorflow-datasets.
 
     >>> names()
-    ('digits', 'mnist', 'fashion_mnist', 'kmnist')
+    ('digits', 'mnist', 'fashion_mnist', 'kmnist', 'cifar10', 'cifar100', 'emnist/balanced')
     """
-    return ("digits", *IDX_NAMES)
+    return ("digits", *LOCAL_FILES, "cifar100", "emnist/balanced")
 
 
-def load(name: str, split: str = "train", *, data_dir: str | os.PathLike | None = None) -> Dataset:
+def load(name: str | os.PathLike, split: str = "train", *, data_dir: str | os.PathLike | None = None) -> Dataset:
     """Loads one split of a dataset into memory; never downloads.
 
     Args:
       name: "digits" (scikit-learn's 1,797 images of 8 x 8 pixels, which need no files and have the split
-        "train" only), or an image classification dataset of tensorflow-datasets: "mnist", "fashion_mnist",
-        "emnist/balanced", "cifar100:3.0.2", ... with features "image" (of one size) and "label".
-      split: "train", "test", or a slice such as "train[:5000]" or "test[50%:]".
+        "train" only); an image classification dataset of tensorflow-datasets: "mnist", "fashion_mnist",
+        "emnist/balanced", "cifar100:3.0.2", ... with features "image" (of one size) and "label"; or the path of
+        a file of your own arrays that ends in .npz or .npy.
+      split: "train", "test", or, of tensorflow-datasets, a slice such as "train[:5000]" or "test[50%:]".
       data_dir: where tensorflow-datasets keeps its datasets; by default ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``.
 
@@ -55,22 +63,37 @@ def load(name: str, split: str = "train", *, data_dir: str | os.PathLike | None 
     Raises:
       DatasetUnavailable: if the dataset is known but not prepared in ``data_dir``; says how to get it there.
       ValueError: if the dataset or the split is unknown, or it does not hold labelled images of one size.
+      FileNotFoundError: if there is no such file.
       ImportError: if the extra ``cbp-jax[data]`` is not installed.
+
+    A file of arrays holds, under these names, images or features and their labels:
+
+    - "image", "images", "x", "features" or "data": uint8 [n, height, width] or [n, height, width, channels], with
+      values up to 255, or floats [n, features];
+    - "label", "labels", "y", "target" or "targets": integers [n] from 0 on;
+    - if wanted, "label_names" or "class_names": [classes], which says how many classes there are; without it
+      these are as many as the largest label of the split says.
+
+    They are the split "train"; or each split has its own arrays, "x_train", "y_train", "x_test" and so on. Of an npy
+    file, whose one array is structured, these are the fields. The file's name without its ending is the dataset's.
 
     >>> load("digits")
     Dataset(digits: 1797 images of 8x8x1, 10 classes)
     """
+    name = os.fspath(name)
+    if name.endswith(arrays.ENDINGS):
+        return arrays.load_arrays(Path(name).expanduser(), split)
     if name == "digits":
         return _load_digits(split)
     builder = find_builder(name, data_dir)
     _require_labelled_images(builder, name)
     require_readable(builder, name)
     cache = Path(builder.data_dir) / f"cbp_jax.{urllib.parse.quote(split, safe='')}.npz"
-    arrays = _read_cache(cache)
-    if arrays is None:
-        arrays = _read_split(builder, name, split)
-        _write_cache(cache, arrays)
-    return Dataset(arrays["images"], arrays["labels"], int(arrays["num_classes"]), name)
+    stored = _read_cache(cache)
+    if stored is None:
+        stored = _read_split(builder, name, split)
+        _write_cache(cache, stored)
+    return Dataset(stored["images"], stored["labels"], int(stored["num_classes"]), name)
 
 
 def require(module: str, purpose: str) -> ModuleType:
@@ -86,7 +109,10 @@ def require(module: str, purpose: str) -> ModuleType:
 def find_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
     """The tensorflow-datasets builder of that name, prepared or not."""
     tfds = require("tensorflow_datasets", f"dataset {name!r}")
-    known = f"known are {', '.join(names())}, and the image classification datasets of tensorflow-datasets"
+    known = (
+        f"known are {', '.join(names())}, and the image classification datasets of tensorflow-datasets; "
+        "the path of a file of arrays must end in .npz or .npy"
+    )
     if _NAME.fullmatch(name) is None:  # such as "huggingface:mnist", which would reach for the network
         raise ValueError(f"unknown dataset {name!r}; {known}")
     try:
@@ -123,8 +149,9 @@ def _ways_out(builder: Any, name: str, reason: str) -> str:
         "name the directory that holds it: data_dir=..., or the environment variable TFDS_DATA_DIR",
         "use the dataset 'digits', which comes with scikit-learn",
     ]
-    if builder.name in IDX_NAMES:
-        local = "prepare it from copies of its four IDX files, without TensorFlow and without network:\n"
+    if builder.name in LOCAL_FILES:
+        files = LOCAL_FILES[builder.name]
+        local = f"prepare it from copies of its {files}, without TensorFlow and without network:\n"
         ways.insert(1, f"{local}       cbp-jax data prepare {name} --from DIR")
     listed = "\n".join(f"  {i}. {way}" for i, way in enumerate(ways, start=1))
     where = f"{reason} in {builder.data_dir}, and nothing is downloaded unasked"
@@ -170,13 +197,13 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _write_cache(path: Path, stored: dict[str, np.ndarray]) -> None:
     """Writes the whole file or none; a directory that cannot be written to costs time, not the run."""
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = file.name
-            np.savez(file, **arrays)
+            np.savez(file, **stored)
         os.chmod(temporary, 0o644)  # temporary files are private, and datasets are shared
         os.replace(temporary, path)
     except OSError:

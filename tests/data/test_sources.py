@@ -148,7 +148,9 @@ def test_an_absent_dataset_names_itself_its_directory_and_the_ways_out(tmp_path,
 
     with pytest.raises(DatasetUnavailable) as error:
         load("cifar100", data_dir=tmp_path)
-    assert "data prepare" not in str(error.value)  # which knows IDX files only
+    assert "data prepare" not in str(error.value)  # which does not know its files
+    with pytest.raises(DatasetUnavailable, match="six binary batch files, without TensorFlow"):
+        load("cifar10", data_dir=tmp_path)
 
 
 def test_the_home_directory_is_expanded(tmp_path, monkeypatch, write_idx, tiny_splits):

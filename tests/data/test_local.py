@@ -97,9 +97,73 @@ def test_bad_files_are_named_before_anything_is_written(tmp_path, write_idx, tin
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar100", "nonsense"])
-def test_only_idx_datasets_can_be_prepared(name, tmp_path):
-    with pytest.raises(ValueError, match="name must be one of mnist, fashion_mnist, kmnist"):
+def test_only_these_datasets_can_be_prepared(name, tmp_path):
+    with pytest.raises(ValueError, match="name must be one of mnist, fashion_mnist, kmnist, cifar10"):
         prepare(name, tmp_path)
+
+
+BATCHES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
+
+
+@pytest.fixture
+def batches(tmp_path):
+    """Folder with six batches of 2 images; in red, pixel [0, 1] of each is its number and [1, 0] its batch."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number, file in enumerate(BATCHES):
+        records = rng.integers(0, 256, (2, 3073), dtype=np.uint8)
+        records[:, 0] = [number, 9 - number]
+        records[:, 1 + 1] = [0, 1]
+        records[:, 1 + 32] = number
+        (folder / file).write_bytes(records.tobytes())
+    return folder
+
+
+def test_cifar10_from_its_batches(batches, tmp_path):
+    import tensorflow_datasets as tfds
+
+    zipped = batches / "data_batch_3.bin"
+    (batches / "data_batch_3.bin.gz").write_bytes(gzip.compress(zipped.read_bytes()))
+    zipped.unlink()
+    path = prepare("cifar10", batches, tmp_path / "data")
+    train, test = (load("cifar10", split, data_dir=tmp_path / "data") for split in ("train", "test"))
+    assert (train.images.shape, test.images.shape) == ((10, 32, 32, 3), (2, 32, 32, 3))
+    assert (train.name, train.num_classes, train.max_value) == ("cifar10", 10, 255)
+    numbers = zip(train.images[:, 1, 0, 0].tolist(), train.images[:, 0, 1, 0].tolist(), strict=True)
+    found = dict(zip(numbers, train.labels.tolist(), strict=True))
+    assert found == {(batch, i): (batch, 9 - batch)[i] for batch in range(5) for i in range(2)}
+    # Every pixel: red, green and blue planes, row by row.
+    record = np.frombuffer((batches / "test_batch.bin").read_bytes(), np.uint8).reshape(2, 3073)[1]
+    image = test.images[test.images[:, 0, 1, 0].tolist().index(1)]
+    for y, x, colour in ((0, 0, 0), (0, 31, 1), (17, 5, 2), (31, 31, 2)):
+        assert image[y, x, colour] == record[1 + 1024 * colour + 32 * y + x]
+    builder = tfds.builder_from_directory(path)
+    assert builder.info.features["label"].int2str(9) == "truck"
+    assert {example["id"].decode() for example in builder.as_data_source("test")} == {"test_00000", "test_00001"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b[:-1], "records of 3073 bytes, .* it has 6145 bytes"),
+        (lambda b: b"", "it has 0 bytes"),
+        (lambda b: b"\x0a" + b[1:], "labels from 0 to 9; got 10"),
+    ],
+)
+def test_bad_batches_are_named_before_anything_is_written(batches, tmp_path, change, message):
+    file = batches / "data_batch_2.bin"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        prepare("cifar10", batches, tmp_path / "data")
+    assert str(file) in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_batches_are_listed(batches, tmp_path):
+    (batches / "test_batch.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"six binary batch files of cifar10, .* missing: test_batch.bin$"):
+        prepare("cifar10", batches, tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
