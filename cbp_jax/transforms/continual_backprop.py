@@ -1,7 +1,7 @@
 """Continual backpropagation (Dohare et al., Nature 2024, Algorithm 1) as an optax transformation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -14,6 +14,7 @@ from cbp_jax.transforms import inner_state as inner_state_lib
 from cbp_jax.transforms import keys, resample
 from cbp_jax.transforms import surgery as surgery_lib
 from cbp_jax.transforms import utility as utility_lib
+from cbp_jax.transforms.activations import group_activations
 from cbp_jax.transforms.scalars import check_scalar
 
 # Sums of float32 fractions fall short of an integer by a rounding error: a hundred times 0.01 is 0.99999934.
@@ -139,7 +140,8 @@ def continual_backprop(
         inner_state = inner.init(params)
         if reset_inner_state:
             paths = {part.path for group in checked for part in group.slices()}
-            inner_state_lib.check(inner, inner_state, params, paths)
+            sizes = {group.name: group.size for group in checked}
+            inner_state_lib.check(inner, inner_state, params, paths, sizes)
         for group in checked:
             for consumer in group.outgoing if compensate_bias else ():
                 if consumer.bias is None:
@@ -172,7 +174,7 @@ def continual_backprop(
         if params is None:
             raise ValueError("continual_backprop needs the params: tx.update(grads, state, params, features=features)")
         checked = units_lib.check_units(units, params)
-        activations = {group.name: _activations(group, features) for group in checked}
+        activations = {group.name: group_activations(group, features) for group in checked}
         grads = units_lib.leaves_by_path(updates)
         inner_updates, inner_state = inner.update(updates, state.inner_state, params, features=features, **extra_args)
         surgery = surgery_lib.Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(inner_updates))
@@ -230,7 +232,7 @@ def continual_backprop(
         )
         if reset_inner_state:
             new_params = optax.apply_updates(params, new_updates)
-            inner_state = inner_state_lib.reset(inner, inner_state, new_params, surgery.masks)
+            inner_state = inner_state_lib.reset(inner, inner_state, new_params, surgery.masks, new["replaced"])
         new_state = state._replace(
             count=optax.safe_increment(state.count),
             inner_state=inner_state,
@@ -239,30 +241,6 @@ def continual_backprop(
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _activations(group: units_lib.UnitGroup, features: units_lib.Features | None) -> tuple[chex.Array, ...]:
-    """The group's activations, checked."""
-    if not isinstance(features, Mapping) or group.name not in features:
-        found = sorted(features) if isinstance(features, Mapping) else features
-        raise ValueError(
-            f"features must hold the activations of group {group.name!r}: call "
-            "`output, features = with_features(apply_fn, units)(params, x)` and pass them as "
-            f"`tx.update(grads, state, params, features=features)`; got {found!r}"
-        )
-    found = features[group.name]
-    found = found if isinstance(found, tuple) else (found,)
-    expected = [consumer.kernel.index.shape for consumer in group.operands()]
-    if len(found) != len(expected):
-        raise ValueError(f"features[{group.name!r}] must hold {len(expected)} arrays, got {len(found)}")
-    for values, (positions, size) in zip(found, expected, strict=True):
-        trailing = (size,) if positions == 1 else (positions, size)
-        if jnp.shape(values)[-len(trailing) :] != trailing:
-            raise ValueError(
-                f"features[{group.name!r}] must be of shape [..., {', '.join(map(str, trailing))}], "
-                f"got {jnp.shape(values)}"
-            )
-    return found
 
 
 def _choose(
