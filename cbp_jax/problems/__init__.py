@@ -1,6 +1,16 @@
 """Streams of tasks, made on the device from explicit keys."""
 
+from cbp_jax.problems.label_permuted import LabelPermutedTask, label_permuted
 from cbp_jax.problems.permuted import PermutedTask, online_permuted
 from cbp_jax.problems.problem import Problem
+from cbp_jax.problems.regression import RegressionTask, slowly_changing_regression
 
-__all__ = ["PermutedTask", "Problem", "online_permuted"]
+__all__ = [
+    "LabelPermutedTask",
+    "PermutedTask",
+    "Problem",
+    "RegressionTask",
+    "label_permuted",
+    "online_permuted",
+    "slowly_changing_regression",
+]

@@ -6,14 +6,13 @@ where a task ends. All tasks are equally hard, so a learner that gets worse over
 plasticity.
 """
 
-import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cbp_jax.data import Dataset
+from cbp_jax.problems import sampling
 from cbp_jax.problems.problem import Problem
 
 
@@ -25,19 +24,30 @@ class PermutedTask(NamedTuple):
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
 
-def online_permuted(dataset: Dataset, *, examples_per_task: int | None = None, batch_size: int = 1) -> Problem:
+def online_permuted(
+    dataset: Dataset,
+    *,
+    examples_per_task: int | None = None,
+    batch_size: int = 1,
+    normalize: sampling.Normalization | None = None,
+) -> Problem:
     """A stream of tasks that differ in the permutation of the input's pixels.
 
     Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and which examples it
     shows in which order (each at most once; all of them by default). Inputs are flat vectors with values in
     [0, 1]. Images stay uint8 on the device; each batch is gathered, scaled and permuted as it is asked for.
 
+    Input-permuted MNIST of Elsayed & Mahmood (ICLR 2024) is this with ``examples_per_task=5000`` and
+    ``normalize=cbp_jax.data.normalization(dataset)``.
+
     Args:
-      dataset: images and labels, as ``cbp_jax.data.load`` returns them.
+      dataset: images, or features, and labels, as ``cbp_jax.data.load`` returns them.
       examples_per_task: number of examples in a task, at most ``len(dataset)``, which is the default. Each
         task draws its own.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
+        each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are.
 
     Returns:
       A ``Problem`` whose inputs are float32 [pixels], pixels = height * width * channels. Its ``evaluation``
@@ -45,7 +55,8 @@ def online_permuted(dataset: Dataset, *, examples_per_task: int | None = None, b
       tasks too.
 
     Raises:
-      ValueError: if ``examples_per_task`` or ``batch_size`` is not an integer in its range.
+      ValueError: if ``examples_per_task`` or ``batch_size`` is not an integer in its range, or ``normalize`` not
+        of this form.
 
     >>> import jax, cbp_jax.data
     >>> problem = online_permuted(cbp_jax.data.load("digits"), batch_size=16)
@@ -55,11 +66,12 @@ def online_permuted(dataset: Dataset, *, examples_per_task: int | None = None, b
     ((16, 64), (16,), 112)
     """
     size = len(dataset)
-    examples = _integer("examples_per_task", size if examples_per_task is None else examples_per_task, size)
-    batch_size = _integer("batch_size", batch_size, examples)
+    examples = sampling.check_integer(
+        "examples_per_task", size if examples_per_task is None else examples_per_task, size
+    )
+    batch_size = sampling.check_integer("batch_size", batch_size, examples)
     pixels = dataset.images[0].size
-    # A factor, because jit turns a division by a constant into one, and results must not depend on jit.
-    scale = np.float32(1 / dataset.max_value)
+    scale = sampling.scaling(dataset, normalize)
     data = {
         "images": jnp.array(dataset.images.reshape(size, pixels)),  # a copy, which nobody can write to
         "labels": jnp.array(dataset.labels),
@@ -69,19 +81,19 @@ def online_permuted(dataset: Dataset, *, examples_per_task: int | None = None, b
         del data
         permutation_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         permutation = jax.random.permutation(permutation_key, pixels).astype(jnp.int32)
-        return PermutedTask(permutation, _distinct(order_key, size, examples), evaluation_key)
+        return PermutedTask(permutation, sampling.distinct(order_key, size, examples), evaluation_key)
 
     def gather(data, task, indices):
         # Rows first and then pixels: one gather with both indices costs 5 us instead of 0.7 us at batch 1. To
         # float before permuting: XLA's gather of bytes costs 60 us instead of 12 us at batch 16.
-        rows = data["images"][indices].astype(jnp.float32) * scale
+        rows = scale(data["images"][indices])
         return rows[:, task.permutation], data["labels"][indices]
 
     def batch(data: dict[str, jax.Array], task: PermutedTask, step: jax.typing.ArrayLike):
         return gather(data, task, jax.lax.dynamic_slice(task.order, (step * batch_size,), (batch_size,)))
 
     def evaluation(data: dict[str, jax.Array], task: PermutedTask, n: int):
-        return gather(data, task, _distinct(task.evaluation_key, size, _integer("n", n, size)))
+        return gather(data, task, sampling.distinct(task.evaluation_key, size, sampling.check_integer("n", n, size)))
 
     return Problem(
         data=data,
@@ -92,21 +104,3 @@ def online_permuted(dataset: Dataset, *, examples_per_task: int | None = None, b
         batch=batch,
         evaluation=evaluation,
     )
-
-
-def _distinct(key: jax.Array, size: int, count: int) -> jax.Array:
-    """int32 [count], distinct random indices below size, in random order."""
-    if count == size:
-        return jax.random.permutation(key, size).astype(jnp.int32)
-    # Where the largest of `size` random numbers are: 1 ms for 1,000 of 60,000; shuffling all takes 24 ms.
-    return jax.lax.top_k(jax.random.uniform(key, (size,)), count)[1].astype(jnp.int32)
-
-
-def _integer(name: str, value: Any, largest: int) -> int:
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        integer = None
-    if integer is None or not 1 <= integer <= largest:
-        raise ValueError(f"{name} must be an integer from 1 to {largest}; got {value!r}")
-    return integer

@@ -9,6 +9,8 @@ import jax
 Task = Any  # a small pytree of arrays
 Data = Any  # a pytree of device arrays
 
+LOSSES = ("softmax_cross_entropy", "squared_error")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
@@ -21,16 +23,22 @@ class Problem:
     Attributes:
       data: pytree of device arrays that all tasks of all seeds share.
       input_shape: shape of one input.
-      num_classes: number of classes of the labels.
+      num_classes: number of classes of the labels, or of targets where the loss is "squared_error": in either
+        case how many outputs the network has.
       steps_per_task: batches in a task.
       make_task: ``(data, key, index) -> task``, the task number ``index`` (int or int32 scalar, may be
         traced) of the stream that ``key`` (a jax key) stands for. A pure function of both: tasks can be made
         in any order.
       batch: ``(data, task, step) -> (inputs, labels)``, float32 [batch, *input_shape] and int32 [batch], for
-        step from 0 to steps_per_task - 1 (may be traced).
-      evaluation: ``(data, task, n) -> (inputs, labels)``, float32 [n, *input_shape] and int32 [n]: n distinct
+        step from 0 to steps_per_task - 1 (may be traced). Where the loss is "squared_error", labels are the
+        targets, float32 [batch, num_classes].
+      evaluation: ``(data, task, n) -> (inputs, labels)``, as `batch` returns them, with n rows: n distinct
         random examples of the task, independent of the order in which batches come, for measuring a network
         before it is trained. n is a Python int; a ValueError says so where the task has fewer examples.
+      loss: "softmax_cross_entropy" or "squared_error", what the network is trained on.
+
+    Raises:
+      ValueError: if the loss is another.
     """
 
     data: Data
@@ -40,3 +48,8 @@ class Problem:
     make_task: Callable[[Data, jax.Array, jax.typing.ArrayLike], Task]
     batch: Callable[[Data, Task, jax.typing.ArrayLike], tuple[jax.Array, jax.Array]]
     evaluation: Callable[[Data, Task, int], tuple[jax.Array, jax.Array]]
+    loss: str = "softmax_cross_entropy"
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")

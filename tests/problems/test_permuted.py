@@ -148,9 +148,33 @@ def test_evaluation_is_distinct_random_examples_of_the_task(dataset):
         ({"examples_per_task": 5.0}, "examples_per_task must be an integer from 1 to 23; got 5.0"),
         ({"batch_size": 0}, "batch_size must be an integer from 1 to 23; got 0"),
         ({"batch_size": 24}, "batch_size must be an integer from 1 to 23; got 24"),
+        ({"normalize": (0.5, 0.0)}, r"standard deviations above 0; got \(0.5, 0.0\)"),
+        ({"normalize": (float("nan"), 1.0)}, "finite means"),
+        ({"normalize": ((0.5, 0.5, 0.5), 1.0)}, r"one number, or one for each of 2 channels; got \(0.5, 0.5, 0.5\)"),
+        ({"normalize": (0.5,)}, r"must be a mean and a standard deviation; got \(0.5,\)"),
         ({"batch_size": 7, "examples_per_task": 6}, "batch_size must be an integer from 1 to 6; got 7"),
     ],
 )
 def test_bad_settings_are_refused(dataset, settings, message):
     with pytest.raises(ValueError, match=message):
         online_permuted(dataset, **settings)
+
+
+def test_normalisation_of_each_channel(dataset, problem):
+    normalize = ((0.25, 0.5), (0.5, 0.125))  # exact in binary
+    normalized = online_permuted(dataset, batch_size=4, normalize=normalize)
+    task = problem.make_task(problem.data, jax.random.key(0), 0)
+    x, _ = normalized.batch(normalized.data, task, 1)
+    plain = dataset.images[task.order[4:8]].astype(np.float64) / 200
+    expected = ((plain - normalize[0]) / normalize[1]).reshape(4, PIXELS)[:, task.permutation]
+    np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(jax.jit(normalized.batch)(normalized.data, task, 1)[0], x)
+
+
+def test_features_are_permuted_too():
+    features = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    dataset = Dataset(features, np.arange(5, dtype=np.int32), 5, "vectors")
+    problem = online_permuted(dataset, batch_size=5)
+    task = problem.make_task(problem.data, jax.random.key(0), 0)
+    x, y = problem.batch(problem.data, task, 0)
+    np.testing.assert_array_equal(x, features[y][:, task.permutation])

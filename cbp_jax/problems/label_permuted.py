@@ -1,0 +1,101 @@
+"""Label-permuted classification: the same images with the names of their classes exchanged in every task.
+
+Elsayed & Mahmood, "Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning", ICLR 2024:
+every 2,500 examples a permutation of the classes changes all labels, without telling the learner. What tells the
+classes apart stays the same, so a learner that keeps its features gets better over tasks.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cbp_jax.data import Dataset
+from cbp_jax.problems import sampling
+from cbp_jax.problems.problem import Problem
+
+
+class LabelPermutedTask(NamedTuple):
+    """One task of ``label_permuted``."""
+
+    labels: jax.Array  # int32 [num_classes], a permutation; examples of class c are labelled labels[c]
+    order: jax.Array  # int32 [examples_per_task], indices of examples in the order of presentation
+    evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
+
+
+def label_permuted(
+    dataset: Dataset,
+    *,
+    examples_per_task: int = 2500,
+    batch_size: int = 1,
+    normalize: sampling.Normalization | None = None,
+    flatten: bool = True,
+) -> Problem:
+    """A stream of tasks that differ in the permutation of the class labels.
+
+    Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, which is uniform and
+    independent of those before it (as is the composition of uniform permutations, which the paper takes), from
+    the first task on; and which examples it shows in which order. Where a task asks for more examples than there are,
+    it goes through the dataset again in another order.
+
+    Args:
+      dataset: images, or features, and labels, as ``cbp_jax.data.load`` returns them.
+      examples_per_task: number of examples in a task. Each task draws its own.
+      batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
+        are not shown.
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
+        each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are. The
+        paper's is ``cbp_jax.data.normalization(dataset)``.
+      flatten: whether images are vectors; otherwise they keep their height, width and channels.
+
+    Returns:
+      A ``Problem`` whose inputs are float32 [pixels], or [height, width, channels] where not flattened. Its
+      ``evaluation`` draws from the whole dataset, so n may be up to ``len(dataset)``.
+
+    Raises:
+      ValueError: if ``examples_per_task`` or ``batch_size`` is not an integer in its range, or ``normalize`` not
+        of this form.
+
+    >>> import jax, cbp_jax.data
+    >>> problem = label_permuted(cbp_jax.data.load("digits"), batch_size=10, flatten=False)
+    >>> task = problem.make_task(problem.data, jax.random.key(0), 3)
+    >>> x, y = problem.batch(problem.data, task, 0)
+    >>> x.shape, y.shape, problem.steps_per_task
+    ((10, 8, 8, 1), (10,), 250)
+    """
+    size = len(dataset)
+    examples = sampling.check_integer("examples_per_task", examples_per_task)
+    batch_size = sampling.check_integer("batch_size", batch_size, examples)
+    scale = sampling.scaling(dataset, normalize)
+    pixels = dataset.images[0].size
+    input_shape = (pixels,) if flatten else dataset.image_shape
+    data = {
+        "images": jnp.array(dataset.images.reshape(size, pixels)),  # a copy, which nobody can write to
+        "labels": jnp.array(dataset.labels),
+    }
+
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> LabelPermutedTask:
+        del data
+        label_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
+        labels = jax.random.permutation(label_key, dataset.num_classes).astype(jnp.int32)
+        return LabelPermutedTask(labels, sampling.passes(order_key, size, examples), evaluation_key)
+
+    def gather(data, task, indices):
+        inputs = scale(data["images"][indices]).reshape(-1, *input_shape)
+        return inputs, task.labels[data["labels"][indices]]
+
+    def batch(data: dict[str, jax.Array], task: LabelPermutedTask, step: jax.typing.ArrayLike):
+        return gather(data, task, jax.lax.dynamic_slice(task.order, (step * batch_size,), (batch_size,)))
+
+    def evaluation(data: dict[str, jax.Array], task: LabelPermutedTask, n: int):
+        return gather(data, task, sampling.distinct(task.evaluation_key, size, sampling.check_integer("n", n, size)))
+
+    return Problem(
+        data=data,
+        input_shape=input_shape,
+        num_classes=dataset.num_classes,
+        steps_per_task=examples // batch_size,
+        make_task=make_task,
+        batch=batch,
+        evaluation=evaluation,
+    )
