@@ -4,9 +4,13 @@ from typing import Any
 
 from cbp_jax import metrics
 from cbp_jax.transforms.adam import adam
+from cbp_jax.transforms.consolidation import ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
+from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
+from cbp_jax.transforms.redo import redo
 from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.transforms.weight_clipping import clip_weights
 from cbp_jax.units import Consumer, ParamSlice, UnitGroup, Units, discover_units, with_features
 
 __version__ = "0.1.0"
@@ -20,11 +24,19 @@ __all__ = [
     "adam",
     "add_l1",
     "add_l2_init",
+    "add_noise",
+    "clip_weights",
     "continual_backprop",
     "discover_units",
+    "ewc",
     "load_results",
+    "mas",
     "metrics",
+    "perturbed_gradient_descent",
+    "redo",
+    "rwalk",
     "shrink_and_perturb",
+    "synaptic_intelligence",
     "with_features",
 ]
 
