@@ -246,7 +246,7 @@ def test_a_schedule_of_learning_rates():
 
 @pytest.mark.parametrize("kind", ["ewc", *PATH])
 def test_replaced_units_start_over(kind):
-    """As the inner optimizer of continual backpropagation: no pull to the old weights, and no change from old to new."""
+    """Inside continual backpropagation: no pull to the old weights, and no change from old to new ones."""
     apply_fn = lambda params, x: jax.nn.relu(x @ params["w1"]) @ params["w2"]
     params = {"w1": jnp.ones((4, 8)).at[:, 3].set(-1.0), "w2": jnp.ones((8, 2))}
     x = jnp.ones((5, 4))
