@@ -10,8 +10,9 @@ from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_g
 from cbp_jax.transforms.redo import redo
 from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 from cbp_jax.transforms.weight_clipping import clip_weights
-from cbp_jax.units import Consumer, ParamSlice, UnitGroup, Units, discover_units, with_features
+from cbp_jax.units import Consumer, ParamSlice, UnitGroup, Units, discover_units, reset_batch_stats, with_features
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "UnitGroup",
     "Units",
     "adam",
+    "adaptive_upgd",
     "add_l1",
     "add_l2_init",
     "add_noise",
@@ -34,9 +36,12 @@ __all__ = [
     "metrics",
     "perturbed_gradient_descent",
     "redo",
+    "reset_batch_stats",
     "rwalk",
+    "scale_by_upgd",
     "shrink_and_perturb",
     "synaptic_intelligence",
+    "upgd",
     "with_features",
 ]
 

@@ -16,30 +16,41 @@ def reset(
     state: optax.OptState,
     params: optax.Params,
     masks: Mapping[str, chex.Array],
+    replaced: Mapping[str, chex.Array] | None = None,
 ) -> optax.OptState:
     """Sets entries of an optimizer's state to what `inner.init` gives for the new parameters.
 
     Every copy of the parameters' tree in the state (moments, per-weight counts, accumulated gradients, anchors),
-    however deeply nested in chains and wrappers, is set; everything else stays.
+    however deeply nested in chains and wrappers, is set, and so is what is kept for each unit, which are arrays [units]
+    under the name of a group; everything else stays.
 
     Args:
       inner: the optimizer whose state it is.
       state: its state.
       params: the parameters after the replacement.
       masks: for the path of a parameter, a bool array that broadcasts to it: which entries are new.
+      replaced: for the name of a group, bool [units]: which units are new.
 
     Returns:
       the state, of the same structure.
     """
 
-    def back_to_initial(leaf, path, initial):
-        return jnp.where(masks[path], initial, leaf) if path in masks else leaf
+    def back_to_initial(key_path, leaf, path, initial):
+        if path in masks:
+            return jnp.where(masks[path], initial, leaf)
+        mask = None if path else (replaced or {}).get(_last_key(key_path))
+        return leaf if mask is None or mask.shape != jnp.shape(leaf) else jnp.where(mask, initial, leaf)
 
-    return jax.tree.map(back_to_initial, state, _paths_in_state(inner, state, params), inner.init(params))
+    paths = _paths_in_state(inner, state, params)
+    return jax.tree_util.tree_map_with_path(back_to_initial, state, paths, inner.init(params))
 
 
 def check(
-    inner: optax.GradientTransformation, state: optax.OptState, params: optax.Params, paths: Collection[str]
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    paths: Collection[str],
+    sizes: Mapping[str, int] | None = None,
 ) -> None:
     """Raises if a state holds arrays of which it is unknown what they say about a weight.
 
@@ -48,10 +59,11 @@ def check(
       state: its state.
       params: the parameters.
       paths: the parameters whose entries will have to be reset.
+      sizes: number of units by name of group.
 
     Raises:
-      ValueError: there is an array that is neither a scalar, nor a random key, nor of its parameter's shape, such
-        as the factored moments of Adafactor; or optax cannot tell the parameters' entries from others.
+      ValueError: there is an array that is neither a scalar, nor a random key, nor of its parameter's shape, nor one
+        of a group's units, such as the factored moments of Adafactor; or optax cannot tell the parameters' entries from others.
     """
     leaves = groups.leaves_by_path(params)
 
@@ -59,6 +71,8 @@ def check(
         if path in leaves:
             if path not in paths or jnp.shape(leaf) == leaves[path].shape:
                 return
+        elif jnp.shape(leaf) == ((sizes or {}).get(_last_key(key_path)),):
+            return
         elif jnp.ndim(leaf) == 0 or (leaf.dtype == jnp.uint32 and jnp.ndim(leaf) == 1):  # scalar or raw key
             return
         raise ValueError(
@@ -68,6 +82,10 @@ def check(
         )
 
     jax.tree_util.tree_map_with_path(known, state, _paths_in_state(inner, state, params))
+
+
+def _last_key(key_path: tuple[Any, ...]) -> Any:
+    return getattr(key_path[-1], "key", None) if key_path else None
 
 
 def _paths_in_state(inner: optax.GradientTransformation, state: optax.OptState, params: optax.Params) -> optax.OptState:
