@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cbp_jax import metrics
+from cbp_jax import curvature, metrics
 from cbp_jax.transforms.adam import adam
 from cbp_jax.transforms.consolidation import ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
@@ -29,6 +29,7 @@ __all__ = [
     "add_noise",
     "clip_weights",
     "continual_backprop",
+    "curvature",
     "discover_units",
     "ewc",
     "load_results",
