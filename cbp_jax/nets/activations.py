@@ -3,17 +3,44 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 Activation = Callable[[jax.Array], jax.Array]
 
+
+def crelu(x: jax.Array) -> jax.Array:
+    """Concatenated ReLU: the positive part of every unit and then the negative part, side by side.
+
+    The next layer has twice as many inputs; a unit has two positions, of which one is active, so that it cannot die.
+
+    Args:
+      x: [..., units].
+
+    Returns:
+      [..., 2 units].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> crelu(jnp.array([-1.0, 2.0])).tolist()
+      [0.0, 2.0, 1.0, 0.0]
+
+    References:
+      Shang et al., `Understanding and Improving Convolutional Neural Networks via Concatenated Rectified Linear Units
+      <https://arxiv.org/abs/1603.05201>`_, ICML 2016
+    """
+    return jnp.concatenate([nn.relu(x), nn.relu(-x)], axis=-1)
+
+
 _ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.relu,
+    "crelu": crelu,
     "leaky_relu": nn.leaky_relu,
     "elu": nn.elu,
     "selu": nn.selu,
     "gelu": nn.gelu,
     "silu": nn.silu,
+    "swish": nn.silu,
     "softplus": nn.softplus,
     "sigmoid": nn.sigmoid,
     "tanh": nn.tanh,
@@ -22,11 +49,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(activation: str | Activation) -> Activation:
-    """The elementwise function of a name; a function is returned as it is.
+    """The function of a name, elementwise but for "crelu"; a function is returned as it is.
 
     Args:
-      activation: "relu", "leaky_relu", "elu", "selu", "gelu", "silu", "softplus", "sigmoid", "tanh", "identity", or
-        a function of one array.
+      activation: "relu", "crelu", "leaky_relu", "elu", "selu", "gelu", "silu" or "swish", which are one, "softplus",
+        "sigmoid", "tanh", "identity", or a function of one array.
 
     Returns:
       a function of one array.

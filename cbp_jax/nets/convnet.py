@@ -1,11 +1,13 @@
 """Convolutional network for small images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
 
 from cbp_jax.nets.activations import Activation, get_activation
+from cbp_jax.nets.initializers import BiasInit, bias_initializer, check_bias_init, fan_in_uniform
 from cbp_jax.nets.mlp import check_dropout_rate
 
 
@@ -13,7 +15,7 @@ class ConvNet(nn.Module):
     """Convolutions, each followed by an activation and 2x2 max pooling, then dense layers.
 
     The default sizes are those of the Nature paper's network for Continual ImageNet (images of 32x32x3). Layers are
-    named `Conv_0`, ..., `Dense_0`, ... from the input on. Biases start at 0.
+    named `Conv_0`, ..., `Dense_0`, ... from the input on.
 
     Attributes:
       num_outputs: number of outputs of the last layer, which has no activation.
@@ -25,6 +27,8 @@ class ConvNet(nn.Module):
       dropout_rate: fraction of the hidden dense units dropped in training, in [0, 1). Above 0 a call with
         `deterministic=False` needs `rngs={"dropout": key}`.
       kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
+      bias_init: a `jax.nn.initializers` function, 0 by default; or "fan_in", uniform in ±1 / sqrt(inputs of a unit).
+      conv_activation: activation of the convolutions, where it is to be another than that of the dense layers.
 
     Raises:
       ValueError: an attribute is out of range; in a call, the images are too small for the convolutions.
@@ -55,10 +59,14 @@ class ConvNet(nn.Module):
     activation: str | Activation = "relu"
     dropout_rate: float = 0.0
     kernel_init: nn.initializers.Initializer = nn.initializers.he_uniform()
+    bias_init: BiasInit = nn.initializers.zeros
+    conv_activation: str | Activation | None = None
 
     def __post_init__(self):
         get_activation(self.activation)
+        get_activation(self.activation if self.conv_activation is None else self.conv_activation)
         check_dropout_rate(self.dropout_rate)
+        check_bias_init(self.bias_init)
         if len(self.channels) != len(self.kernel_sizes):
             raise ValueError(
                 f"channels and kernel_sizes must be of one length, got {self.channels} and {self.kernel_sizes}"
@@ -77,6 +85,7 @@ class ConvNet(nn.Module):
             raise ValueError(f"x must be images [batch, height, width, channels], got shape {x.shape}")
         images = x.shape
         activation = get_activation(self.activation)
+        conv_activation = activation if self.conv_activation is None else get_activation(self.conv_activation)
         for channels, size in zip(self.channels, self.kernel_sizes, strict=True):
             shrink = size - 1 if self.padding == "VALID" else 0
             if min(x.shape[1:3]) - shrink < 2:
@@ -84,11 +93,49 @@ class ConvNet(nn.Module):
                     f"images of {images[1]}x{images[2]} are too small for kernel_sizes={tuple(self.kernel_sizes)} "
                     f"with padding={self.padding!r}: nothing would be left after pooling"
                 )
-            x = nn.Conv(channels, (size, size), padding=self.padding, kernel_init=self.kernel_init)(x)
-            x = nn.max_pool(activation(x), (2, 2), strides=(2, 2))
+            init = self._init(size * size * x.shape[-1])
+            x = nn.Conv(channels, (size, size), padding=self.padding, **init)(x)
+            x = nn.max_pool(conv_activation(x), (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         for size in self.hidden:
-            x = activation(nn.Dense(size, kernel_init=self.kernel_init)(x))
+            x = activation(nn.Dense(size, **self._init(x.shape[-1]))(x))
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
-        return nn.Dense(self.num_outputs, kernel_init=self.kernel_init)(x)
+        return nn.Dense(self.num_outputs, **self._init(x.shape[-1]))(x)
+
+    def _init(self, fan_in: int) -> dict[str, nn.initializers.Initializer]:
+        return {"kernel_init": self.kernel_init, "bias_init": bias_initializer(self.bias_init, fan_in)}
+
+
+def lenet(num_outputs: int, **settings: Any) -> ConvNet:
+    """LeNet-5's sizes with ReLU and max pooling, the network of label-permuted CIFAR-10.
+
+    Two convolutions of 6 and 16 channels with kernels of 5x5, then dense layers of 120 and 84 units; weights and
+    biases start as PyTorch's do. The public code of the paper has no activation after its convolutions:
+    `conv_activation="identity"` is that.
+
+    Args:
+      num_outputs: number of outputs of the last layer.
+      **settings: attributes of `ConvNet` that are to be others.
+
+    Returns:
+      a `ConvNet`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = jax.eval_shape(lenet(10).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+      >>> [layer["kernel"].shape for layer in params["params"].values()]
+      [(5, 5, 3, 6), (5, 5, 6, 16), (400, 120), (120, 84), (84, 10)]
+
+    References:
+      Elsayed & Mahmood, `Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning
+      <https://openreview.net/forum?id=sKPzAXoylB>`_, ICLR 2024
+    """
+    paper = {
+        "channels": (6, 16),
+        "kernel_sizes": (5, 5),
+        "hidden": (120, 84),
+        "kernel_init": fan_in_uniform(),
+        "bias_init": "fan_in",
+    }
+    return ConvNet(num_outputs, **{**paper, **settings})

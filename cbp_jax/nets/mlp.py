@@ -1,17 +1,22 @@
 """Multilayer perceptron."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 from flax import linen as nn
 
 from cbp_jax.nets.activations import Activation, get_activation
+from cbp_jax.nets.initializers import BiasInit, bias_initializer, check_bias_init
+from cbp_jax.nets.online_norm import OnlineNorm
 
 
 class MLP(nn.Module):
-    """Dense layers with an activation, and dropout where wanted, after each but the last.
+    """Dense layers with an activation, and normalization before it and dropout after it where wanted, but the last.
 
-    The layers are named `Dense_0`, `Dense_1`, ... from the input on. Biases start at 0.
+    The layers are named `Dense_0`, `Dense_1`, ... from the input on, and those that normalise `LayerNorm_0` or
+    `OnlineNorm_0`, ... The network of Elsayed & Mahmood (ICLR 2024) is `MLP((300, 150), num_outputs,
+    kernel_init=fan_in_uniform(), bias_init="fan_in")`.
 
     Attributes:
       hidden: number of units of each hidden layer.
@@ -20,6 +25,11 @@ class MLP(nn.Module):
       dropout_rate: fraction of the hidden units dropped in training, in [0, 1). Above 0 a call with
         `deterministic=False` needs `rngs={"dropout": key}`.
       kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
+      normalization: of the hidden layers before their activation: "layer" with a learned scale and offset (Ba et al.
+        2016); "online", for which see `OnlineNorm`: its statistics are variables besides the parameters, and the
+        optimizer wants `keep_online_stats` around it; or None.
+      bias_init: a `jax.nn.initializers` function, 0 by default; or "fan_in", uniform in ±1 / sqrt(inputs of the layer).
+      output_init: `kernel_init` of the last layer, where it is to be another, such as `kaiming_uniform("identity")`.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -37,21 +47,35 @@ class MLP(nn.Module):
     activation: str | Activation = "relu"
     dropout_rate: float = 0.0
     kernel_init: nn.initializers.Initializer = nn.initializers.he_uniform()
+    normalization: Literal["layer", "online"] | None = None
+    bias_init: BiasInit = nn.initializers.zeros
+    output_init: nn.initializers.Initializer | None = None
 
     def __post_init__(self):
         get_activation(self.activation)
         check_dropout_rate(self.dropout_rate)
+        check_bias_init(self.bias_init)
+        if self.normalization not in (None, *_NORMALIZATIONS):
+            raise ValueError(f"normalization must be None or one of {[*_NORMALIZATIONS]}, got {self.normalization!r}")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Maps features [..., inputs] to outputs [..., num_outputs]; `deterministic=False` turns dropout on."""
         for size in self.hidden:
-            x = nn.Dense(size, kernel_init=self.kernel_init)(x)
+            x = self._dense(size, x.shape[-1], self.kernel_init)(x)
+            if self.normalization is not None:
+                x = _NORMALIZATIONS[self.normalization]()(x)
             x = get_activation(self.activation)(x)
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
-        return nn.Dense(self.num_outputs, kernel_init=self.kernel_init)(x)
+        return self._dense(self.num_outputs, x.shape[-1], self.output_init or self.kernel_init)(x)
+
+    def _dense(self, size: int, inputs: int, kernel_init: nn.initializers.Initializer) -> nn.Dense:
+        return nn.Dense(size, kernel_init=kernel_init, bias_init=bias_initializer(self.bias_init, inputs))
+
+
+_NORMALIZATIONS = {"layer": nn.LayerNorm, "online": OnlineNorm}
 
 
 def check_dropout_rate(rate: float) -> None:

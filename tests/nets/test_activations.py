@@ -15,6 +15,8 @@ X = np.linspace(-3, 3, 13)
         ("tanh", np.tanh(X)),
         ("sigmoid", 1 / (1 + np.exp(-X))),
         ("silu", X / (1 + np.exp(-X))),
+        ("swish", X / (1 + np.exp(-X))),
+        ("crelu", np.concatenate([np.maximum(X, 0), np.maximum(-X, 0)])),
         ("softplus", np.log1p(np.exp(X))),
         ("elu", np.where(X > 0, X, np.expm1(X))),
         ("identity", X),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbp_jax.nets import ConvNet
+from cbp_jax.nets import ConvNet, lenet
 from cbp_jax.units import discover_units
 
 SMALL = {"channels": (3, 4), "kernel_sizes": (3, 2), "hidden": (5,)}
@@ -47,6 +47,31 @@ def test_computes_what_it_says():
         assert (layer["bias"] == 0).all()
 
 
+def test_the_network_of_label_permuted_cifar10():
+    assert shapes(lenet(10), (32, 32, 3)) == {
+        "Conv_0": (5, 5, 3, 6),
+        "Conv_1": (5, 5, 6, 16),
+        "Dense_0": (400, 120),
+        "Dense_1": (120, 84),
+        "Dense_2": (84, 10),
+    }
+    assert lenet(47, activation="tanh", hidden=(7,)).hidden == (7,)
+    params = jax.jit(lenet(10).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    for name, fan_in in (("Conv_0", 75), ("Conv_1", 150), ("Dense_0", 400), ("Dense_1", 120), ("Dense_2", 84)):
+        for array in params[name].values():
+            assert 0.5 / fan_in**0.5 < jnp.abs(array).max() <= 1 / fan_in**0.5
+
+
+def test_convolutions_may_have_another_activation():
+    net, same = ConvNet(num_outputs=2, **SMALL, conv_activation="identity"), ConvNet(num_outputs=2, **SMALL)
+    params = net.init(jax.random.key(0), X)
+    layers = params["params"]
+    linear = {**layers, "Conv_0": {"kernel": -layers["Conv_0"]["kernel"], "bias": layers["Conv_0"]["bias"] - 100}}
+    linear["Conv_1"] = {"kernel": -layers["Conv_1"]["kernel"], "bias": layers["Conv_1"]["bias"]}
+    assert np.ptp(net.apply({"params": linear}, X), axis=0).all()  # a negative channel still says something
+    assert not np.ptp(same.apply({"params": linear}, X), axis=0).any()
+
+
 def test_dropout_is_off_until_asked_for():
     net = ConvNet(num_outputs=2, **SMALL, dropout_rate=0.5)
     params = net.init(jax.random.key(0), X)
@@ -70,6 +95,8 @@ def test_its_units_are_found():
         ({"channels": (3, 4, 5)}, "channels and kernel_sizes must be of one length"),
         ({"dropout_rate": -0.1}, r"dropout_rate must be in \[0, 1\), got -0.1"),
         ({"activation": "rleu"}, "activation must be .* got 'rleu'"),
+        ({"conv_activation": "rleu"}, "activation must be .* got 'rleu'"),
+        ({"bias_init": 0.0}, "bias_init must be a function or 'fan_in', got 0.0"),
     ],
 )
 def test_bad_settings(settings, words):
