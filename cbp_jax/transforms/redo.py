@@ -101,7 +101,8 @@ def redo(
         inner_state = inner.init(params)
         if reset_inner_state:
             paths = {part.path for group in checked for part in group.slices()}
-            inner_state_lib.check(inner, inner_state, params, paths)
+            sizes = {group.name: group.size for group in checked}
+            inner_state_lib.check(inner, inner_state, params, paths, sizes)
         return RedoState(
             key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
             count=jnp.zeros([], jnp.int32),
@@ -140,7 +141,8 @@ def redo(
             if not reset_inner_state:
                 return new_updates, inner_state, replaced
             new_params = optax.apply_updates(params, new_updates)
-            return new_updates, inner_state_lib.reset(inner, inner_state, new_params, surgery.masks), replaced
+            new_state = inner_state_lib.reset(inner, inner_state, new_params, surgery.masks, replaced)
+            return new_updates, new_state, replaced
 
         def keep():
             return inner_updates, inner_state, {group.name: jnp.zeros(group.size, bool) for group in checked}

@@ -1,0 +1,321 @@
+"""redo against an independent float64 NumPy implementation, and its edge cases."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from reference import Conv, Dense
+
+import cbp_jax
+from cbp_jax import metrics
+from cbp_jax.units import Consumer, ParamSlice, UnitGroup
+
+STEPS = 70
+MLP = (Dense(12, "relu"), Dense(10, "relu"), Dense(3))
+CONVNET = (Conv(6, 3, "SAME", "relu", 2), Conv(5, 2, "VALID", "relu"), Dense(3))
+CASES = {
+    "mlp-adam": (MLP, (7,), (cbp_jax.adam(2e-3), reference.PerWeightAdam(2e-3)), {"threshold": 0.5, "every": 10}),
+    "conv-sgd": (CONVNET, (6, 5, 2), (optax.sgd(0.05), reference.SGD(0.05)), {"threshold": 0.7, "every": 6}),
+}
+
+
+class Net(nn.Module):
+    layers: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        for number, layer in enumerate(self.layers):
+            name = f"layer{number}"
+            if isinstance(layer, Conv):
+                x = nn.Conv(layer.features, (layer.kernel,) * 2, padding=layer.padding, name=name)(x)
+            else:
+                x = nn.Dense(layer.features, name=name)(x.reshape(x.shape[0], -1))
+            x = nn.relu(x) if layer.activation else x
+            if isinstance(layer, Conv) and layer.pool > 1:
+                x = nn.max_pool(x, (layer.pool,) * 2, (layer.pool,) * 2)
+        return x
+
+
+def pairs(tree):
+    return [(layer["kernel"], layer["bias"]) for _, layer in sorted(tree["params"].items())]
+
+
+class Redo:
+    """ReDo of a feed-forward network in float64; fresh weights are read from what the tested run arrived at."""
+
+    def __init__(self, layers, params, optimizer, *, threshold, every):
+        self.layers, self.optimizer, self.threshold, self.every = layers, optimizer, threshold, every
+        self.params = [[np.array(leaf, np.float64) for leaf in pair] for pair in params]
+        self.count, self.margin = 0, np.inf
+        optimizer.init(self.params)
+
+    def rows(self, k, dormant):
+        """Which entries of kernel k + 1 the dormant units of layer k feed; units vary fastest along its input axes."""
+        kernel = self.params[k + 1][0]
+        inputs = np.tile(dormant, kernel.shape[-2] // dormant.size)
+        return np.broadcast_to(inputs[:, None], kernel.shape)
+
+    def step(self, x, labels, arrived):
+        logits, tape = reference.forward(self.layers, self.params, x)
+        grads = reference.backward(self.layers, self.params, tape, reference.cross_entropy_gradient(logits, labels))
+        for pair, steps in zip(self.params, self.optimizer.updates(grads), strict=True):
+            pair[0] += steps[0]
+            pair[1] += steps[1]
+        self.count += 1
+        masks = [np.zeros(layer.features, bool) for layer in self.layers[:-1]]
+        if self.count % self.every:
+            return masks
+        for k in range(len(masks)):
+            size = np.abs(tape[k]["h"]).reshape(-1, masks[k].size).mean(0)
+            score = size / size.mean()
+            self.margin = min(self.margin, np.abs(score - self.threshold).min())
+            masks[k] = score <= self.threshold
+        for k, mask in enumerate(masks):
+            self.params[k][1][mask] = 0.0
+            self.params[k + 1][0][self.rows(k, mask)] = 0.0
+            self.optimizer.reset(k, 0, (..., mask))
+            self.optimizer.reset(k, 1, mask)
+            self.optimizer.reset(k + 1, 0, self.rows(k, mask))
+        for k, mask in enumerate(masks):  # after all outgoing weights: from one new unit to another they are fresh
+            self.params[k][0][..., mask] = arrived[k][0][..., mask]
+        return masks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_follows_the_numpy_reference(case):
+    layers, input_shape, (inner, optimizer), settings = CASES[case]
+    model, rng = Net(layers), np.random.default_rng(3)
+    xs = rng.normal(size=(STEPS, 6, *input_shape)).astype(np.float32)
+    labels = rng.integers(3, size=(STEPS, 6))
+    draw = lambda leaf: jnp.asarray(rng.uniform(-0.5, 0.5, leaf.shape), jnp.float32)
+    params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), xs[0]))
+    units = cbp_jax.discover_units(model.apply, params, xs[0])
+    apply = cbp_jax.with_features(model.apply, units)
+    tx = cbp_jax.redo(inner, units, key=5, **settings)
+
+    def loss(params, x, y):
+        logits, features = apply(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), features
+
+    def step(carry, batch):
+        params, state = carry
+        grads, features = jax.grad(loss, has_aux=True)(params, *batch)
+        updates, state = tx.update(grads, state, params, features=features)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, state.replaced)
+
+    _, history = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), (xs, labels)))(params)
+    after, replaced = jax.device_get(history)
+    expected = Redo(layers, jax.device_get(pairs(params)), optimizer, **settings)
+    total = 0
+    for t in range(STEPS):
+        before = [pair[0].copy() for pair in expected.params]
+        arrived = [(kernel[t], bias[t]) for kernel, bias in pairs(after)]
+        masks = expected.step(xs[t], labels[t], arrived)
+        assert expected.margin > 1e-4, f"step {t}: take another seed"
+        for k, mask in enumerate(masks):
+            np.testing.assert_array_equal(replaced[f"params/layer{k}"][t], mask, err_msg=f"step {t}, layer {k}")
+            fresh = arrived[k][0][..., mask]
+            assert np.abs(fresh).max(initial=0) <= np.sqrt(6 / np.prod(fresh.shape[:-1])) * (1 + 1e-5)
+            assert (fresh != before[k][..., mask].astype(np.float32)).all()
+            total += mask.sum()
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5, err_msg=f"step {t}"),
+            arrived,
+            [tuple(pair) for pair in expected.params],
+        )
+    assert total >= 12
+
+
+# A network whose parameters and activations are made up.
+SIZE = 8
+PARAMS = {
+    name: jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    for name, shape in {"w1": (4, SIZE), "b1": (SIZE,), "w2": (SIZE, 2)}.items()
+}
+UNITS = (
+    UnitGroup(
+        "hidden",
+        SIZE,
+        incoming=(ParamSlice.whole_axis("w1", 1, SIZE),),
+        biases=(ParamSlice.whole_axis("b1", 0, SIZE),),
+        outgoing=(Consumer(ParamSlice.whole_axis("w2", 0, SIZE)),),
+    ),
+)
+RNG = np.random.default_rng(2)
+FEATURES = jnp.asarray(RNG.normal(size=(5, SIZE)) * np.geomspace(0.01, 3, SIZE), jnp.float32)
+
+
+def one_update(tx, features, params=PARAMS, units_grads=PARAMS):
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(units_grads, state, params, features={"hidden": features})
+    return optax.apply_updates(params, updates), state
+
+
+@jax.jit
+def recycled(features, threshold):
+    tx = cbp_jax.redo(optax.sgd(0.1), UNITS, threshold=threshold, every=1, reset_inner_state=False)
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS, features={"hidden": features})[1].replaced["hidden"]
+
+
+def test_counts_as_the_metric_does():
+    for threshold in (0.0, 0.1, 0.5, 2.0):
+        share = recycled(FEATURES, threshold).mean()
+        np.testing.assert_allclose(share, metrics.dormant_fraction(FEATURES, threshold))
+    assert 0 < recycled(FEATURES, 0.5).mean() < 1
+
+
+def test_a_score_of_the_threshold_is_dormant():
+    h = jnp.tile(jnp.asarray([2.0, 0.5, 0.0, -1.5, 1.0, -1.0, 1.0, 1.0]), (5, 1))  # of mean 1 in absolute value
+    np.testing.assert_array_equal(np.flatnonzero(recycled(h, 0.5)), [1, 2])
+    np.testing.assert_array_equal(np.flatnonzero(recycled(h, np.nextafter(np.float32(0.5), 0))), [2])
+    np.testing.assert_array_equal(np.flatnonzero(recycled(h, 0.0)), [2])
+
+
+def test_silent_and_infinite_groups():
+    assert recycled(jnp.zeros((5, SIZE)), 0.0).all()
+    for value in (jnp.inf, jnp.nan):
+        assert not recycled(FEATURES.at[0, 2].set(value), 10.0).any()
+
+
+def test_averages_over_positions_and_over_what_consumers_read():
+    """One unit of the first kernel has two rows in the second; a third kernel reads another array of the same units."""
+    params = {**PARAMS, "w2": jnp.ones((2 * SIZE, 2)), "w3": jnp.ones((SIZE, 3))}
+    rows = np.arange(2 * SIZE).reshape(2, SIZE)
+    outgoing = (
+        Consumer(ParamSlice("w2", (0,), rows, 2 * SIZE), operand=0),
+        Consumer(ParamSlice.whole_axis("w3", 0, SIZE), operand=1),
+    )
+    units = (UnitGroup("hidden", SIZE, UNITS[0].incoming, UNITS[0].biases, outgoing),)
+    first, second = RNG.normal(size=(5, 2, SIZE)) * np.geomspace(0.1, 2, SIZE), 100 * RNG.normal(size=(5, SIZE)) ** 4
+    features = (jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32))
+    score = [np.abs(h).reshape(-1, SIZE).mean(0) / np.abs(h).mean() for h in (first, second)]
+    expected = (score[0] + score[1]) / 2 <= 0.7
+    assert 0 < expected.sum() < SIZE and (expected != (score[0] <= 0.7)).any() and (expected != (score[1] <= 0.7)).any()
+    tx = cbp_jax.redo(optax.sgd(0.1), units, threshold=0.7, every=1)
+    new, state = one_update(tx, features, params, params)
+    np.testing.assert_array_equal(state.replaced["hidden"], expected)
+    np.testing.assert_array_equal((new["w2"] == 0).all(1), np.tile(expected, 2))
+    np.testing.assert_array_equal((new["w3"] == 0).all(1), expected)
+    np.testing.assert_array_equal(new["b1"] == 0, expected)
+
+
+def test_happens_every_so_many_updates_and_else_changes_nothing():
+    """Bit for bit, in the updates and in the inner state."""
+    inner = optax.adam(0.01)
+    tx = cbp_jax.redo(inner, UNITS, threshold=0.5, every=3)
+    state, expected = tx.init(PARAMS), inner.init(PARAMS)
+    step, inner_step = jax.jit(tx.update), jax.jit(inner.update)
+    for number in range(1, 8):
+        if number in (4, 7):
+            expected = state.inner_state
+        updates, state = step(PARAMS, state, PARAMS, features={"hidden": FEATURES})
+        inner_updates, expected = inner_step(PARAMS, expected, PARAMS)
+        if number % 3:
+            assert not state.replaced["hidden"].any()
+            jax.tree.map(np.testing.assert_array_equal, (updates, state.inner_state), (inner_updates, expected))
+        else:
+            np.testing.assert_array_equal(state.replaced["hidden"], recycled(FEATURES, 0.5))
+            assert state.replaced["hidden"].any()
+    assert int(state.count) == 7
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_moments_of_recycled_units_alone_are_reset(reset):
+    tx = cbp_jax.redo(optax.sgd(0.1, momentum=0.9), UNITS, threshold=0.5, every=1, reset_inner_state=reset)
+    _, state = one_update(tx, FEATURES)
+    trace, new = state.inner_state[0].trace, np.asarray(state.replaced["hidden"]) & reset
+    for name, where in (("w1", new[None]), ("b1", new), ("w2", new[:, None])):
+        np.testing.assert_array_equal(trace[name], np.where(where, 0, PARAMS[name]))
+
+
+def test_fresh_noise_at_every_recycling_from_the_given_initializer():
+    tx = cbp_jax.redo(optax.sgd(0.0), UNITS, threshold=0.5, every=1, initializer=jax.nn.initializers.normal(100.0))
+    state, drawn, step = tx.init(PARAMS), [], jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = step(PARAMS, state, PARAMS, features={"hidden": FEATURES})
+        drawn.append((PARAMS["w1"] + updates["w1"])[:, state.replaced["hidden"]])
+    assert drawn[0].shape[1] >= 2 and (drawn[0] != drawn[1]).all()
+    assert all(30 < np.std(fresh) < 300 for fresh in drawn)
+
+
+def test_coarse_updates_still_zero_exactly():
+    """bfloat16 gradients of float32 params: `-param` would be rounded."""
+    grads = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    tx = cbp_jax.redo(optax.sgd(0.1), UNITS, threshold=0.5, every=1)
+    new, state = one_update(tx, FEATURES, units_grads=grads)
+    assert state.replaced["hidden"].any()
+    np.testing.assert_array_equal((new["w2"] == 0).all(1), state.replaced["hidden"])
+
+
+def test_seeds_recycle_when_they_are_due():
+    """In one vmap over params and intervals every row is what it is alone."""
+    params = jax.tree.map(lambda w: jnp.stack([w, w + 1, w - 1]), PARAMS)
+    every = jnp.asarray([1, 2, 3])
+
+    def run(params, every):
+        tx = cbp_jax.redo(optax.sgd(0.1), UNITS, threshold=0.5, every=every)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params, features={"hidden": FEATURES})
+            return (optax.apply_updates(params, updates), state), state.replaced["hidden"]
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, 4)
+
+    (together, _), replaced = jax.jit(jax.vmap(run))(params, every)
+    np.testing.assert_array_equal(replaced.any(-1), [[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0]])
+    alone = jax.jit(run)
+    for row in range(3):
+        (expected, _), _ = alone(jax.tree.map(lambda w, row=row: w[row], params), every[row])
+        jax.tree.map(
+            lambda a, b, row=row: np.testing.assert_allclose(a[row], b, rtol=1e-6, atol=1e-7), together, expected
+        )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_under_vmap_the_branch_stays_a_branch(depth):
+    """As a select, whole kernels would be drawn at every step."""
+    tx = cbp_jax.redo(optax.sgd(0.1), UNITS)
+    update = lambda params, state: tx.update(params, state, params, features={"hidden": FEATURES})
+    init = tx.init
+    params = PARAMS
+    for _ in range(depth):
+        update, init = jax.vmap(update), jax.vmap(init)
+        params = jax.tree.map(lambda w: jnp.stack([w, w]), params)
+    jaxpr = jax.make_jaxpr(update)(params, init(params)).jaxpr
+    assert [eqn.invars[0].aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "cond"] == [()]
+    assert not [eqn for eqn in jaxpr.eqns if eqn.primitive.name.startswith("random_bits")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"threshold": -0.1}, r"threshold must be in \[0, inf\), got -0.1"),
+        ({"every": 0}, r"every must be in \[1, inf\), got 0"),
+        ({"every": 2.5}, "every must be a whole number, got 2.5"),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
+        cbp_jax.redo(optax.sgd(0.1), UNITS, **settings)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(TypeError, match="initializer must be a function"):
+        cbp_jax.redo(optax.sgd(0.1), UNITS, initializer="he")
+    tx = cbp_jax.redo(optax.sgd(0.1), UNITS)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="redo needs the params"):
+        tx.update(PARAMS, state, features={"hidden": FEATURES})
+    with pytest.raises(ValueError, match="features must hold the activations of group 'hidden'"):
+        tx.update(PARAMS, state, PARAMS)
+    with pytest.raises(ValueError, match="units do not match the params"):
+        tx.init({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="reset_inner_state=False"):
+        cbp_jax.redo(optax.adafactor(0.1, min_dim_size_to_factor=2), UNITS).init(PARAMS)
