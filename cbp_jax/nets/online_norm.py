@@ -106,8 +106,8 @@ class OnlineNorm(nn.Module):
 def keep_online_stats(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Lets a transformation update a network's weights, and its statistics of `OnlineNorm` change as they say.
 
-    This must be the outermost transformation: whatever comes outside of it, such as clipping by the global norm, takes
-    the changes of statistics for gradients.
+    Whatever comes outside of it, such as clipping by the global norm, takes the changes of statistics for gradients.
+    Only `continual_backprop` belongs there: a unit that it replaces gets the initial mean and variance.
 
     Args:
       inner: any optax transformation.
@@ -116,9 +116,11 @@ def keep_online_stats(inner: optax.GradientTransformation) -> optax.GradientTran
       a transformation of all variables, as `init` of a Flax module returns them.
     """
 
-    def labels(variables):
-        return {name: "change" if name == COLLECTION else "gradient" for name in variables}
+    def label(path, _):
+        return "change" if COLLECTION in (getattr(key, "key", None) for key in path) else "gradient"
 
+    # Path by path, because optax also asks for the labels of a tree without leaves that stands for the parameters.
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
     return optax.partition({"gradient": inner, "change": optax.identity()}, labels)
 
 

@@ -57,11 +57,11 @@ def label_permuted(
         of this form.
 
     >>> import jax, cbp_jax.data
-    >>> problem = label_permuted(cbp_jax.data.load("digits"), batch_size=10, flatten=False)
+    >>> problem = label_permuted(cbp_jax.data.load("digits"), examples_per_task=900, batch_size=10, flatten=False)
     >>> task = problem.make_task(problem.data, jax.random.key(0), 3)
     >>> x, y = problem.batch(problem.data, task, 0)
     >>> x.shape, y.shape, problem.steps_per_task
-    ((10, 8, 8, 1), (10,), 250)
+    ((10, 8, 8, 1), (10,), 90)
     """
     size = len(dataset)
     examples = sampling.check_integer("examples_per_task", examples_per_task)

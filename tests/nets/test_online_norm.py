@@ -5,6 +5,7 @@ import optax
 import pytest
 from flax import linen as nn
 
+import cbp_jax
 from cbp_jax.nets import MLP, OnlineNorm, keep_online_stats
 
 UNITS = 3
@@ -144,6 +145,35 @@ def test_seeds_under_vmap_are_the_solo_runs(training):
     for seed in range(2):
         alone = jax.jit(run)(seed)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[seed], b, rtol=2e-4, atol=1e-5), together, alone)  # noqa: B023
+
+
+def test_continual_backprop_around_it_restarts_a_replaced_units_statistics():
+    net, x = (
+        MLP((5,), 2, normalization="online"),
+        jnp.asarray(np.random.default_rng(0).normal(3, 1, (4, 6)), jnp.float32),
+    )
+    variables = net.init(jax.random.key(0), x)
+    units = cbp_jax.discover_units(net.apply, variables, x)
+    apply = cbp_jax.with_features(net.apply, units)
+    tx = cbp_jax.continual_backprop(
+        keep_online_stats(cbp_jax.adam(0.01)), units, replacement_rate=0.2, maturity_threshold=3, utility="weight"
+    )
+
+    @jax.jit
+    def step(variables, state):
+        loss = lambda variables: (jnp.mean(apply(variables, x)[0] ** 2), apply(variables, x)[1])
+        grads, features = jax.grad(loss, has_aux=True)(variables)
+        updates, state = tx.update(grads, state, variables, features=features)
+        return optax.apply_updates(variables, updates), state
+
+    state = tx.init(variables)
+    for _ in range(4):
+        variables, state = step(variables, state)
+    replaced = np.asarray(state.replaced["params/Dense_0"])
+    stats = jax.tree.map(np.asarray, variables["online_stats"]["OnlineNorm_0"])
+    assert replaced.sum() == 1
+    np.testing.assert_array_equal(stats["mean"] == 0, replaced)
+    np.testing.assert_array_equal(stats["var"] == 1, replaced)
 
 
 def test_a_forward_pass_changes_nothing():

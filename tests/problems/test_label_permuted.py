@@ -60,7 +60,8 @@ def test_more_examples_than_there_are_go_through_all_in_fresh_orders(dataset, pr
 
 def test_fewer_examples_are_distinct_and_each_task_draws_its_own(dataset):
     problem = label_permuted(dataset, examples_per_task=7)
-    shown = [tuple(indices_of(dataset, whole_task(problem, jax.random.key(0), index)[1])) for index in range(3)]
+    orders = jax.jit(jax.vmap(lambda index: problem.make_task(problem.data, jax.random.key(0), index).order))
+    shown = orders(jnp.arange(3)).tolist()
     assert all(len(set(some)) == 7 for some in shown)
     assert len({frozenset(some) for some in shown}) == 3
 
@@ -79,8 +80,10 @@ def test_permutations_are_uniform_from_the_first_task_on(problem):
     assert len(np.unique(one_stream, axis=0)) > 15  # and tasks of a stream differ
 
 
-def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(problem):
+def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(dataset):
+    problem = label_permuted(dataset, examples_per_task=9, batch_size=3)
     keys = jax.random.split(jax.random.key(0), 3)
+    make = jax.jit(problem.make_task)
 
     @jax.jit
     def batches(data, keys):
@@ -89,7 +92,7 @@ def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(problem):
 
     tasks, (x, y) = batches(problem.data, keys)
     for row, key in enumerate(keys):
-        task = problem.make_task(problem.data, key, 1)
+        task = make(problem.data, key, 1)
         np.testing.assert_array_equal(tasks.labels[row], task.labels)
         np.testing.assert_array_equal(tasks.order[row], task.order)
         alone = problem.batch(problem.data, task, 2)
@@ -99,9 +102,9 @@ def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(problem):
 
 
 def test_images_for_convolutions_are_the_same_images(dataset):
-    flat = label_permuted(dataset, batch_size=4)
-    square = label_permuted(dataset, batch_size=4, flatten=False)
-    assert square.input_shape == (2, 3, 2) and flat.steps_per_task == 625
+    flat = label_permuted(dataset, examples_per_task=9, batch_size=4)
+    square = label_permuted(dataset, examples_per_task=9, batch_size=4, flatten=False)
+    assert square.input_shape == (2, 3, 2) and flat.steps_per_task == 2
     task = flat.make_task(flat.data, jax.random.key(0), 0)
     x, y = square.batch(square.data, task, 1)
     np.testing.assert_array_equal(x, dataset.images[task.order[4:8]] * np.float32(1 / 200))
@@ -110,7 +113,7 @@ def test_images_for_convolutions_are_the_same_images(dataset):
 
 
 def test_normalisation(dataset):
-    problem = label_permuted(dataset, normalize=normalization(dataset), flatten=False)
+    problem = label_permuted(dataset, examples_per_task=9, normalize=normalization(dataset), flatten=False)
     task = problem.make_task(problem.data, jax.random.key(0), 0)
     x, _ = problem.evaluation(problem.data, task, EXAMPLES)
     assert x.min() >= -1 and x.max() < 1
@@ -120,7 +123,7 @@ def test_normalisation(dataset):
 def test_features_of_many_classes():
     features = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     dataset = Dataset(features, np.array([0, 344, 17, 3, 344], np.int32), 345, "vectors")
-    problem = label_permuted(dataset, batch_size=5, normalize=normalization(dataset))
+    problem = label_permuted(dataset, examples_per_task=5, batch_size=5, normalize=normalization(dataset))
     task = problem.make_task(problem.data, jax.random.key(0), 0)
     x, y = problem.batch(problem.data, task, 0)
     assert task.labels.shape == (345,)

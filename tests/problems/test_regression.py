@@ -9,13 +9,14 @@ PAPER = slowly_changing_regression()
 SMALL = slowly_changing_regression(
     num_inputs=6, flipping_bits=4, examples_per_task=12, target_units=9, beta=0.5, batch_size=3
 )
+MAKE, MAKE_SMALL = jax.jit(PAPER.make_task), jax.jit(SMALL.make_task)
 
 
 @pytest.fixture(scope="module")
 def tasks():
     """The first 601 tasks of a stream, which is more than two blocks of flips."""
     make = jax.jit(jax.vmap(lambda index: PAPER.make_task((), jax.random.key(0), index)))
-    return jax.tree.map(lambda array: array, make(jnp.arange(601)))
+    return make(jnp.arange(601))
 
 
 def test_the_papers_sizes():
@@ -39,13 +40,13 @@ def test_one_bit_flips_between_tasks(tasks):
 
 def test_streams_start_from_random_bits():
     keys = jax.random.split(jax.random.key(1), 400)
-    first = jax.vmap(lambda key: PAPER.make_task((), key, 0).bits)(keys)
+    first = jax.jit(jax.vmap(lambda key: PAPER.make_task((), key, 0).bits))(keys)
     assert (np.abs(np.asarray(first).mean(0) - 0.5) < 0.1).all()  # 4 standard deviations
 
 
 def test_a_task_can_be_made_alone(tasks):
     for index in (0, 255, 256, 257, 600):
-        alone = PAPER.make_task((), jax.random.key(0), index)
+        alone = MAKE((), jax.random.key(0), index)
         for ours, theirs in zip(alone[:4], tasks[:4], strict=True):
             np.testing.assert_array_equal(ours, theirs[index])
 
@@ -53,10 +54,11 @@ def test_a_task_can_be_made_alone(tasks):
 def test_counting_flips_in_blocks(monkeypatch):
     monkeypatch.setattr(regression, "_BLOCK", 4)
     key = jax.random.key(3)
+    drawn = [jax.random.randint(jax.random.fold_in(key, number), (4, 1), 0, 5).ravel() for number in range(3)]
+    flips = jax.jit(regression._flips, static_argnums=2)
     for count in (0, 1, 3, 4, 5, 9):
-        drawn = [jax.random.randint(jax.random.fold_in(key, number), (4, 1), 0, 5).ravel() for number in range(3)]
         expected = np.bincount(np.concatenate(drawn)[:count], minlength=5)
-        np.testing.assert_array_equal(regression._flips(key, count, 5), expected)
+        np.testing.assert_array_equal(flips(key, count, 5), expected)
 
 
 def test_the_target_network_is_fixed_and_of_signs(tasks):
@@ -68,18 +70,20 @@ def test_the_target_network_is_fixed_and_of_signs(tasks):
     assert set(np.unique(weights)) == set(np.unique(tasks.output_weights[0])) == {-1, 1}
     assert abs(weights.mean()) < 0.1  # 4.6 standard deviations
     np.testing.assert_allclose(tasks.thresholds[0], 21 * 0.7 - (weights < 0).sum(0), rtol=1e-6)
-    other = PAPER.make_task((), jax.random.key(1), 0)
+    other = MAKE((), jax.random.key(1), 0)
     assert (np.asarray(other.input_weights) != weights).mean() > 0.4
 
 
 def test_examples_of_a_task():
-    task = SMALL.make_task((), jax.random.key(4), 2)
+    task = MAKE_SMALL((), jax.random.key(4), 2)
     batches = [jax.jit(SMALL.batch)((), task, step) for step in range(SMALL.steps_per_task)]
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     assert x.shape == (12, 7) and y.shape == (12, 1) and x.dtype == y.dtype == np.float32
     assert (x[:, :4] == np.asarray(task.bits)).all()
     assert (x[:, -1] == 1).all()
-    np.testing.assert_array_equal(batches[1][0], SMALL.batch((), task, 1)[0])
+    eager = SMALL.batch((), SMALL.make_task((), jax.random.key(4), 2), 1)
+    np.testing.assert_array_equal(batches[1][0], eager[0])
+    np.testing.assert_array_equal(batches[1][1], eager[1])
     # One unit at a time: on where more of its inputs agree with it than beta * 7 = 3.5.
     v, w = np.asarray(task.input_weights), np.asarray(task.output_weights)
     for example, target in zip(x, y[:, 0], strict=True):
@@ -89,21 +93,22 @@ def test_examples_of_a_task():
 
 
 def test_random_bits_are_uniform_and_independent():
-    task = PAPER.make_task((), jax.random.key(0), 0)
+    task = MAKE((), jax.random.key(0), 0)
     x, y = jax.jit(PAPER.evaluation, static_argnums=2)((), task, 3200)
     numbers = np.asarray(x)[:, 15:20] @ (2 ** np.arange(5))
     counts = np.bincount(numbers.astype(int), minlength=32)
     assert ((counts - 100) ** 2 / 100).sum() < 61.1  # chi-squared with 31 degrees of freedom: 1 in 1,000
     np.testing.assert_array_equal(x[:, :15], np.broadcast_to(task.bits, (3200, 15)))
-    steps = jax.vmap(lambda step: PAPER.batch((), task, step)[0])(jnp.arange(3200))
+    steps = jax.jit(jax.vmap(lambda step: PAPER.batch((), task, step)[0]))(jnp.arange(3200))
     counts = np.bincount((np.asarray(steps)[:, 0, 15:20] @ (2 ** np.arange(5))).astype(int), minlength=32)
     assert ((counts - 100) ** 2 / 100).sum() < 61.1
     assert y.shape == (3200, 1)
 
 
 def test_tasks_draw_their_own_bits():
-    make = lambda index: SMALL.make_task((), jax.random.key(0), index)
-    random_bits = [np.asarray(SMALL.evaluation((), make(index), 20)[0])[:, 4:6] for index in range(2)]
+    make = lambda index: MAKE_SMALL((), jax.random.key(0), index)
+    evaluation = jax.jit(SMALL.evaluation, static_argnums=2)
+    random_bits = [np.asarray(evaluation((), make(index), 20)[0])[:, 4:6] for index in range(2)]
     assert (random_bits[0] != random_bits[1]).any()
 
 
@@ -116,8 +121,9 @@ def test_seeds_give_the_rows_of_the_solo_runs():
         return jax.vmap(SMALL.batch, in_axes=(None, 0, None))((), tasks, 2)
 
     x, y = batches(keys, indices)
+    batch = jax.jit(SMALL.batch)
     for row in range(3):
-        alone = SMALL.batch((), SMALL.make_task((), keys[row], indices[row]), 2)
+        alone = batch((), MAKE_SMALL((), keys[row], indices[row]), 2)
         np.testing.assert_array_equal(x[row], alone[0])
         np.testing.assert_array_equal(y[row], alone[1])
 
