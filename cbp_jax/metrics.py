@@ -32,6 +32,7 @@ __all__ = [
     "ranks",
     "stable_rank",
     "weight_magnitude",
+    "weight_rank",
 ]
 
 # Ties in the integer ranks are decided up to this relative error, a few times that of a float32 sum.
@@ -234,6 +235,34 @@ def weight_magnitude(params: Any) -> jax.Array:
     if count == 0:
         raise ValueError(f"params must hold at least one float array; got {jax.tree.structure(params)}")
     return sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves) / count
+
+
+def weight_rank(params: Any) -> jax.Array:
+    """Rank of the kernels over the largest that it could be.
+
+    The sum of the ranks of all kernels over the sum of their smaller sides, as in Elsayed & Mahmood, ICLR 2024. A
+    kernel of more than two axes is the matrix of its last axis, the outputs, by all others. Singular values count
+    above NumPy's threshold, float32's epsilon times the larger side times the largest of them.
+
+    Args:
+      params: pytree of arrays; leaves that have fewer than two axes, or are not of a float type, are left out.
+
+    Returns:
+      float32 scalar in [0, 1].
+
+    Raises:
+      ValueError: if there is no kernel.
+
+    >>> import jax.numpy as jnp
+    >>> float(weight_rank({"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}))
+    0.5
+    """
+    leaves = [w for w in map(_as_array, jax.tree.leaves(params)) if jnp.issubdtype(w.dtype, jnp.floating)]
+    kernels = [w.astype(jnp.float32).reshape(-1, w.shape[-1]) for w in leaves if w.ndim > 1 and w.size]
+    if not kernels:
+        raise ValueError(f"params must hold at least one kernel; got {jax.tree.structure(params)}")
+    ranks = sum(jnp.linalg.matrix_rank(w) for w in kernels)
+    return ranks / np.float32(sum(min(w.shape) for w in kernels))
 
 
 def plasticity(loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLike, epsilon: float = 1e-8) -> jax.Array:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cbp_jax import metrics
+from cbp_jax import curvature, metrics
+from cbp_jax.nets import online_norm
 from cbp_jax.problems import Problem
+from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.units import Features, UnitGroup
 
@@ -24,6 +26,7 @@ class Learner(NamedTuple):
     train: Callable[[optax.Params, chex.Array, chex.PRNGKey], tuple[chex.Array, Features]]  # the same with dropout
     optimizer: Callable[[Hyperparameters, chex.PRNGKey], optax.GradientTransformation]
     units: tuple[UnitGroup, ...]
+    curvature: bool = False  # whether the optimizer wants the diagonal of the Hessian, from HesScale
 
 
 class TrainState(NamedTuple):
@@ -63,26 +66,45 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
     return TrainState(params, opt_state, key, hyperparameters, jnp.zeros([], jnp.int32))
 
 
-def measure(learner: Learner, params: optax.Params, x: chex.Array) -> dict[str, chex.Array]:
+def measure(learner: Learner, params: optax.Params, x: chex.Array, *, matrices: bool = False) -> dict[str, chex.Array]:
     """The symptoms of lost plasticity, on examples x [examples, ...].
+
+    Args:
+      learner: whose network it is.
+      params: its parameters.
+      x: examples.
+      matrices: whether to measure the weights too.
 
     Returns:
       scalars: `dead_units`, `weight_magnitude`, and `effective_rank` and `stable_rank`, each over the number of
-      units of a hidden layer and averaged over layers.
+      units of a hidden layer and averaged over layers. With `matrices` also `weight_rank`, over the largest possible,
+      `weight_l1` and `weight_l2`.
     """
     _, features = learner.predict(params, x)
+    weights = _weights(params)
     layers = [metrics.ranks(h.reshape(-1, h.shape[-1])) for h in jax.tree.leaves(features)]
     widths = [h.shape[-1] for h in jax.tree.leaves(features)]
-    return {
+    measures = {
         "dead_units": metrics.dead_fraction(features),
-        "weight_magnitude": metrics.weight_magnitude(params),
+        "weight_magnitude": metrics.weight_magnitude(weights),
         "effective_rank": sum(rank.effective / n for rank, n in zip(layers, widths, strict=True)) / len(layers),
         "stable_rank": sum(rank.stable / n for rank, n in zip(layers, widths, strict=True)) / len(layers),
     }
+    if matrices:
+        measures["weight_rank"] = metrics.weight_rank(weights)
+        measures["weight_l1"] = optax.tree.norm(weights, ord=1)
+        measures["weight_l2"] = optax.tree.norm(weights)
+    return measures
 
 
 def run_task(
-    learner: Learner, problem: Problem, data: Any, state: TrainState, *, measured_examples: int = 2000
+    learner: Learner,
+    problem: Problem,
+    data: Any,
+    state: TrainState,
+    *,
+    measured_examples: int = 2000,
+    measure_every: int | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Measures a network on the task to come and trains it on that task, one lane.
 
@@ -92,39 +114,92 @@ def run_task(
       data: `problem.data`, an argument so that lanes share it.
       state: the lane's.
       measured_examples: how many examples of the task the network is measured on before the task.
+      measure_every: every so many steps plasticity and gradients are measured, which takes another forward pass;
+        at most the steps of a task. By default they are not.
 
     Returns:
-      the state after the task; scalars: `accuracy` and `loss`, means over the task's examples, each taken before
-      learning from it, `replaced_units`, and those of `measure`.
+      the state after the task; scalars: `loss`, and `accuracy` where the task is a classification, means over the
+      task's examples, each taken before learning from it, `replaced_units`, and those of `measure`. With
+      `measure_every` also means over the steps measured: `plasticity`, of each example by the loss before and after
+      the update, and of the gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
     """
     keys = _keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
-    measures = measure(learner, state.params, problem.evaluation(data, task, measured_examples)[0])
+    measures = measure(
+        learner,
+        state.params,
+        problem.evaluation(data, task, measured_examples)[0],
+        matrices=measure_every is not None,
+    )
     tx = optax.with_extra_args_support(learner.optimizer(state.hyperparameters, keys.optimizer))
     task_key = jax.random.fold_in(keys.dropout, state.task)
+    losses_of = _LOSSES[problem.loss]
 
-    def loss_fn(params, x, y, step):
-        logits, features = learner.train(params, x, jax.random.fold_in(task_key, step))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        correct = jnp.mean(jnp.argmax(logits, -1) == y, dtype=jnp.float32)
-        return jnp.mean(losses), (features, correct)
+    def loss_fn(params, x, y, key):
+        outputs, features = learner.train(params, x, key)
+        losses = losses_of(outputs, y)
+        return jnp.mean(losses), (features, outputs, losses)
 
-    def step(carry, number):
+    def step(carry, number, measured=False):
         params, opt_state, totals = carry
         x, y = problem.batch(data, task, number)
-        (loss, (features, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, y, number)
-        updates, opt_state = tx.update(grads, opt_state, params, features=features)
+        key = jax.random.fold_in(task_key, number)
+        extra = {}
+        if learner.curvature:
+            outputs_of = lambda params, x: learner.train(params, x, key)[0]
+            extra["hessian_diag"] = curvature.hesscale(outputs_of, params, x, y, problem.loss)[2]
+        (loss, (features, outputs, losses)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, y, key)
+        updates, opt_state = tx.update(grads, opt_state, params, features=features, **extra)
         params = optax.apply_updates(params, updates)
-        totals = jax.tree.map(jnp.add, totals, (correct, loss, _replaced(opt_state)))
+        found = {"loss": loss, "replaced_units": _replaced(opt_state)}
+        if problem.loss == "softmax_cross_entropy":
+            found["accuracy"] = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
+        if measured:
+            after = losses_of(learner.train(params, x, key)[0], y)
+            grads = _weights(grads)
+            found["plasticity"] = jnp.mean(metrics.plasticity(losses, after))
+            nonzero = sum(jnp.count_nonzero(g) for g in jax.tree.leaves(grads))
+            found["gradient_l0"] = nonzero / optax.tree.size(grads)
+            found["gradient_l1"] = optax.tree.norm(grads, ord=1)
+            found["gradient_l2"] = optax.tree.norm(grads)
+        totals = totals | {name: totals[name] + value for name, value in found.items()}
         return (params, opt_state, totals), None
 
-    totals = (jnp.zeros([]), jnp.zeros([]), jnp.zeros([]))
-    carry = (state.params, state.opt_state, totals)
-    (params, opt_state, totals), _ = jax.lax.scan(step, carry, jnp.arange(problem.steps_per_task))
-    measures["accuracy"] = totals[0] / problem.steps_per_task
-    measures["loss"] = totals[1] / problem.steps_per_task
-    measures["replaced_units"] = totals[2]
+    def plain_then_measured(carry, numbers):
+        carry, _ = jax.lax.scan(step, carry, numbers[:-1])
+        return step(carry, numbers[-1], measured=True)
+
+    steps, every = problem.steps_per_task, measure_every or problem.steps_per_task
+    names = ["loss", "replaced_units"] + (["accuracy"] if problem.loss == "softmax_cross_entropy" else [])
+    if measure_every is not None:
+        names += ["plasticity", "gradient_l0", "gradient_l1", "gradient_l2"]
+    carry = (state.params, state.opt_state, {name: jnp.zeros([]) for name in names})
+    numbers = jnp.arange(steps)
+    if measure_every is not None:
+        whole = steps // every * every
+        carry, _ = jax.lax.scan(plain_then_measured, carry, numbers[:whole].reshape(-1, every))
+        numbers = numbers[whole:]
+    if numbers.size:
+        carry, _ = jax.lax.scan(step, carry, numbers)
+    params, opt_state, totals = carry
+    for name, total in totals.items():
+        count = steps if name in ("accuracy", "loss") else 1 if name == "replaced_units" else steps // every
+        measures[name] = total / count
     return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
+
+
+# Of each example, [batch].
+_LOSSES: dict[str, Callable[[chex.Array, chex.Array], chex.Array]] = {
+    "softmax_cross_entropy": optax.softmax_cross_entropy_with_integer_labels,
+    "squared_error": lambda outputs, targets: jnp.sum(optax.squared_error(outputs, targets), -1),
+}
+
+
+def _weights(tree: optax.Params) -> optax.Params:
+    """What is learned of a network's variables: all but statistics."""
+    if isinstance(tree, dict):
+        return {name: leaves for name, leaves in tree.items() if name != online_norm.COLLECTION}
+    return tree
 
 
 def _replaced(opt_state: optax.OptState) -> chex.Array:
@@ -145,6 +220,8 @@ def run_tasks(
     *,
     mode: str = "auto",
     measured_examples: int = 2000,
+    measure_every: int | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains all lanes on a stream of tasks.
 
@@ -156,6 +233,8 @@ def run_tasks(
       tasks: how many tasks.
       mode: how the lanes of a device run, see `Lanes`.
       measured_examples: how many examples of a task the networks are measured on before the task.
+      measure_every: as in `run_task`.
+      checkpoint: where the state is kept. A run goes on from the state found there, after `checkpoint.tasks` tasks.
 
     Yields:
       after each task, NumPy arrays [lanes] of what `run_task` measures.
@@ -164,11 +243,19 @@ def run_tasks(
     data = lanes.share(problem.data)
     start = lanes.jit(lambda _, seed, values: init_state(learner, seed, values))
     go_on = lanes.jit(
-        lambda data, state: run_task(learner, problem, data, state, measured_examples=measured_examples),
+        lambda data, state: run_task(
+            learner, problem, data, state, measured_examples=measured_examples, measure_every=measure_every
+        ),
         donate_lane=0,
     )
     hyperparameters = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
     state = start(data, lanes.scatter(jnp.asarray(seeds, jnp.int32)), lanes.scatter(hyperparameters))
-    for _ in range(tasks):
+    done = 0
+    if checkpoint is not None and checkpoint.tasks:
+        done = checkpoint.tasks
+        state = lanes.scatter(checkpoint.restore(lanes.gather(state)))
+    for task in range(done, tasks):
         state, measures = zip(*go_on(data, state), strict=True)
         yield lanes.gather(measures)
+        if checkpoint is not None:
+            checkpoint.save(task + 1, lambda: lanes.gather(state))  # noqa: B023
