@@ -56,8 +56,9 @@ def continual_backprop(
     2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
        times their number;
     3. as many eligible units as the budget has whole replacements, those of least `u / (1 - d**age)`, are replaced:
-       incoming weights are drawn anew, biases and outgoing weights become 0, and so do utility, age and mean
-       activation. The fraction of the budget stays for later.
+       incoming weights are drawn anew, scales of normalisation become 1, biases and outgoing weights 0, and so do
+       utility, age and mean activation. The fraction of the budget stays for later. (Running statistics are no
+       parameters: `reset_batch_stats` resets them.)
 
     A replacement is an update like any other, `fresh - param`, so that the transformation composes with all others.
     Where two adjacent groups replace units in one step, the weight from the one new unit to the other ends drawn anew,
@@ -144,7 +145,7 @@ def continual_backprop(
             inner_state_lib.check(inner, inner_state, params, paths, sizes)
         for group in checked:
             for consumer in group.outgoing if compensate_bias else ():
-                if consumer.bias is None:
+                if consumer.bias is None and not consumer.absorbed:
                     raise ValueError(
                         f"compensate_bias=True, but {consumer.kernel.path!r}, which reads group {group.name!r}, "
                         "has no bias"

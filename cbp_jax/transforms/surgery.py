@@ -60,12 +60,16 @@ class Surgery(Mapping[str, Any]):
     def compensate(self, group: units_lib.UnitGroup, chosen: chex.Array, means: tuple[chex.Array, ...]) -> None:
         """Lets the biases of the consumers take over what the chosen units give on average.
 
+        A consumer without bias whose mean is subtracted from its output needs none.
+
         Args:
           group: the group.
           chosen: int [k], units.
           means: mean activation of the units, [positions, units], for each distinct activation.
         """
         for consumer in group.outgoing:
+            if consumer.bias is None and consumer.absorbed:
+                continue
             kernel = consumer.kernel
             weights = kernel.rows_last(self[kernel.path]).at[..., kernel.columns(chosen)].get(mode="fill", fill_value=0)
             mean = means[consumer.operand].at[:, chosen].get(mode="fill", fill_value=0).ravel()
@@ -95,6 +99,8 @@ class Surgery(Mapping[str, Any]):
         for group, mask in zip(groups, masks, strict=True):
             for part in (*group.biases, *(consumer.kernel for consumer in group.outgoing)):
                 self._set(part, mask, -self.params[part.path])
+            for part in group.scales:
+                self._set(part, mask, part.reset - self.params[part.path])
         # After all zeroing: a weight from one new unit to another ends resampled.
         for group, mask, units, columns in zip(groups, masks, chosen, fresh, strict=True):
             for part, column in zip(group.incoming, columns, strict=True):

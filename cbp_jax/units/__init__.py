@@ -1,17 +1,10 @@
 """Units: hidden features of a network, the weights that write them and the weights that read them."""
 
+from cbp_jax.units.collection import LeftOut, Units, check_units
 from cbp_jax.units.discovery import discover_units
 from cbp_jax.units.features import Features, with_features
-from cbp_jax.units.groups import (
-    Consumer,
-    LeftOut,
-    ParamSlice,
-    UnitGroup,
-    Units,
-    check_units,
-    join_path,
-    leaves_by_path,
-)
+from cbp_jax.units.groups import Consumer, ParamSlice, UnitGroup, join_path, leaves_by_path
+from cbp_jax.units.statistics import reset_batch_stats
 
 __all__ = [
     "Consumer",
@@ -24,5 +17,6 @@ __all__ = [
     "discover_units",
     "join_path",
     "leaves_by_path",
+    "reset_batch_stats",
     "with_features",
 ]

@@ -7,8 +7,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cbp_jax.units import discovery, groups, tracing
+from cbp_jax.units import groups, tracing, walk
+from cbp_jax.units.values import Contraction
 
 # Activations of each group, [..., units] or [..., positions, units]; several arrays where its kernels read
 # several.
@@ -31,19 +33,21 @@ def with_features(
     Returns:
       a function of the same arguments that returns `(outputs, features)`. `features` maps the name of each group
       to an array [..., units] (leading axes: batch and positions). Where each position of a unit has outgoing
-      weights of its own, as from a convolution to a dense layer, it is [batch, positions, units]. Keyword
-      arguments are not traced.
+      weights of its own, as from a convolution to a dense layer, it is [batch, positions, units]. Where a kernel
+      is applied several times, the activations that it reads are stacked along a new leading axis, or joined along
+      the batch if their shapes differ. Keyword arguments are not traced.
 
     Raises:
-      ValueError: when called, if a group's outgoing kernel is not applied by this function exactly once, along the
-        axes that the group says.
+      ValueError: when called, if a group's outgoing kernel is not applied by this function along the axes that the
+        group says.
 
     Example:
       >>> import jax.numpy as jnp
       >>> def apply(params, x):
       ...   return jnp.maximum(x @ params["w1"], 0) @ params["w2"]
       >>> params = {"w1": jnp.ones((4, 3)), "w2": jnp.ones((3, 2))}
-      >>> units = discovery.discover_units(apply, params, jnp.ones((1, 4)))
+      >>> import cbp_jax
+      >>> units = cbp_jax.discover_units(apply, params, jnp.ones((1, 4)))
       >>> output, features = with_features(apply, units)(params, jnp.ones((5, 4)))
       >>> output.shape, features["w1"].shape
       ((5, 2), (5, 3))
@@ -53,35 +57,55 @@ def with_features(
     @functools.wraps(apply_fn)
     def apply(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Features]:
         trace = tracing.trace_network(functools.partial(apply_fn, **kwargs), params, *inputs)
-        contractions = discovery.Walk(trace).contractions
+        contractions = walk.Walk(trace).contractions
         wanted = [(group, consumer.kernel) for group in units for consumer in group.operands()]
-        read = []
+        read: list[list[Contraction]] = []
         for group, kernel in wanted:
             found = [item for item in contractions if item.path == kernel.path]
-            if len(found) != 1 or found[0].in_axes != kernel.axes:
-                applied = f"{len(found)} times" if len(found) != 1 else f"along axes {found[0].in_axes}"
+            if not found or any(item.in_axes != kernel.axes for item in found):
+                applied = f"applies it along axes {found[0].in_axes}" if found else "does not apply that kernel"
                 raise ValueError(
-                    f"group {group.name!r} is read by {kernel.path!r} along axes {kernel.axes}, once; the network "
-                    f"applies that kernel {applied}"
+                    f"group {group.name!r} is read by {kernel.path!r} along axes {kernel.axes}, "
+                    f"but the network {applied}"
                 )
-            read += found
+            read.append(found)
         leaves = jax.tree.leaves((params, *inputs))
-        outputs, operands = tracing.evaluate(trace.jaxpr, leaves, keep=[item.operand for item in read])
+        keep = dict.fromkeys(item.operand for found in read for item in found)
+        outputs, operands = tracing.evaluate(trace.jaxpr, leaves, list(keep))
         arrays: dict[str, list[chex.Array]] = {group.name: [] for group in units}
-        for (group, kernel), contraction, operand in zip(wanted, read, operands, strict=True):
-            arrays[group.name].append(_per_unit(operand, contraction.operand_axes, kernel))
+        for (group, kernel), found in zip(wanted, read, strict=True):
+            arrays[group.name].append(
+                _join([_per_unit(operands[item.operand], item, kernel) for item in found], kernel)
+            )
         features = {name: found[0] if len(found) == 1 else tuple(found) for name, found in arrays.items()}
         return jax.tree.unflatten(jax.tree.structure(trace.out_tree), outputs), features
 
     return apply
 
 
-def _per_unit(operand: chex.Array, axes: tuple[int, ...], kernel: groups.ParamSlice) -> chex.Array:
+def _per_unit(operand: chex.Array, use: Contraction, kernel: groups.ParamSlice) -> chex.Array:
     """Brings the axes that a kernel contracts to the end, as [units] or [positions, units]."""
+    axes = use.operand_axes
     if axes != tuple(range(operand.ndim - len(axes), operand.ndim)):
         operand = jnp.moveaxis(operand, axes, range(-len(axes), 0))
     shape = operand.shape[: operand.ndim - len(axes)]
     index = kernel.index if kernel.positions > 1 else kernel.index[0]
-    if kernel.is_whole:
-        return operand.reshape(*shape, *index.shape)
-    return operand.reshape(*shape, kernel.rows)[..., index]
+    operand = operand.reshape(*shape, -1)
+    if use.operand_rows is None:
+        return operand.reshape(*shape, *index.shape) if kernel.is_whole else operand[..., index]
+    channels = use.operand_rows[kernel.index]
+    if not (channels == channels[0]).all():
+        return operand[..., use.operand_rows[index]]
+    # A grouped convolution reads a channel by several rows: they share its activation, which XLA does not copy.
+    read = operand if np.array_equal(channels[0], np.arange(operand.shape[-1])) else operand[..., channels[0]]
+    return jnp.broadcast_to(jnp.expand_dims(read, -2), (*shape, *channels.shape)) if kernel.positions > 1 else read
+
+
+def _join(arrays: list[chex.Array], kernel: groups.ParamSlice) -> chex.Array:
+    """The activations that several applications of one kernel read."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if len({array.shape for array in arrays}) == 1:
+        return jnp.stack(arrays)
+    trailing = 1 if kernel.positions == 1 else 2
+    return jnp.concatenate([array.reshape(-1, *array.shape[array.ndim - trailing :]) for array in arrays])

@@ -1,7 +1,6 @@
 """What a unit is made of: the rows of parameters that write it and the rows that read it."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import chex
@@ -11,6 +10,8 @@ import numpy as np
 
 # Sums over kernels of this many entries are folded; below it the extra loop costs more than it saves.
 _FOLD_FROM, _FOLDS = 2**17, 4
+# Flax's name for the collection of running statistics.
+STATISTICS = "batch_stats"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,12 +27,14 @@ class ParamSlice:
       axes: the axes of the array that enumerate rows.
       index: int array [positions, units], rows of each unit.
       rows: how many rows the axes have in all; other groups or none may own the rest.
+      reset: the value that the rows of a replaced unit get, where they are neither drawn nor outgoing weights.
     """
 
     path: str
     axes: tuple[int, ...]
     index: np.ndarray
     rows: int
+    reset: float = 0.0
 
     @classmethod
     def whole_axis(cls, path: str, axis: int, size: int) -> "ParamSlice":
@@ -130,28 +133,33 @@ class Consumer:
       bias: path of the bias added to what the kernel computes, or None.
       bias_axes: the kernel's axes that the axes of that bias stand for.
       operand: which of the group's captured activations this kernel reads; consumers of one array share it.
+      absorbed: whether the mean over the batch is subtracted from what the kernel computes, as batch normalisation
+        does: it needs no compensation for what a unit gave on average.
     """
 
     kernel: ParamSlice
     bias: str | None = None
     bias_axes: tuple[int, ...] = ()
     operand: int = 0
+    absorbed: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnitGroup:
-    """Units of one layer: dense neurons or convolution channels that are made and read by the same arrays.
+    """Units that are made and read by the same arrays: neurons, channels, attention heads.
 
     Groups come from `discover_units` or are written by hand:
 
+    >>> import cbp_jax
     >>> group = UnitGroup(
     ...     "hidden", 3,
     ...     incoming=(ParamSlice.whole_axis("w1", 1, 3),),
     ...     biases=(ParamSlice.whole_axis("b1", 0, 3),),
-    ...     outgoing=(Consumer(ParamSlice.whole_axis("w2", 0, 3), bias="b2", bias_axes=(1,)),))
-    >>> print(Units((group,)))
-    group   size  incoming  bias  outgoing
-    hidden     3  w1        b1    w2
+    ...     outgoing=(Consumer(ParamSlice.whole_axis("w2", 0, 3), bias="b2", bias_axes=(1,)),),
+    ...     kind="dense")
+    >>> print(cbp_jax.Units((group,)))
+    group   size  kind   incoming  bias  outgoing
+    hidden     3  dense  w1        b1    w2
 
     Attributes:
       name: the path of the layer of its (first) kernel, joined by "/".
@@ -159,6 +167,11 @@ class UnitGroup:
       incoming: kernels that write the units; resampled when a unit is replaced.
       biases: parameters added to the units; zeroed when a unit is replaced.
       outgoing: kernels that read the units; zeroed when a unit is replaced.
+      scales: parameters multiplied with the units, as those of normalisation; set to `reset` when a unit is replaced,
+        which is the value at which the multiplication changes nothing: 1, or 0 for a scale that is used as `1 + scale`.
+      statistics: running statistics of the units, which are no parameters; see `reset_batch_stats`.
+      kind: "dense", "conv" or "embedding" for the layer that makes the units; "residual" for those that several layers
+        write into by a sum; "head" for attention heads; "" if unknown.
     """
 
     name: str
@@ -166,9 +179,12 @@ class UnitGroup:
     incoming: tuple[ParamSlice, ...]
     biases: tuple[ParamSlice, ...]
     outgoing: tuple[Consumer, ...]
+    scales: tuple[ParamSlice, ...] = ()
+    statistics: tuple[ParamSlice, ...] = ()
+    kind: str = ""
 
     def __post_init__(self):
-        for part in self.slices():
+        for part in (*self.slices(), *self.statistics):
             if part.index.ndim != 2 or part.index.shape[1] != self.size:
                 raise ValueError(
                     f"group {self.name!r} has {self.size} units, but the index of its slice of {part.path!r} "
@@ -182,8 +198,8 @@ class UnitGroup:
                 )
 
     def slices(self) -> tuple[ParamSlice, ...]:
-        """All slices of the group: incoming, biases, outgoing."""
-        return (*self.incoming, *self.biases, *(consumer.kernel for consumer in self.outgoing))
+        """All slices of parameters of the group: incoming, biases, scales, outgoing."""
+        return (*self.incoming, *self.biases, *self.scales, *(consumer.kernel for consumer in self.outgoing))
 
     def operands(self) -> tuple[Consumer, ...]:
         """The first consumer of each distinct activation that is read."""
@@ -191,61 +207,6 @@ class UnitGroup:
         for consumer in self.outgoing:
             first.setdefault(consumer.operand, consumer)
         return tuple(first[number] for number in sorted(first))
-
-
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """A layer whose units cannot be replaced, and why."""
-
-    name: str
-    size: int
-    reason: str
-
-
-class Units(tuple[UnitGroup, ...]):
-    """The unit groups of a network, in forward order; printing it gives a table.
-
-    Attributes:
-      left_out: layers that are not groups, with the reason.
-    """
-
-    left_out: tuple[LeftOut, ...]
-
-    def __new__(cls, groups: Iterable[UnitGroup] = (), left_out: Iterable[LeftOut] = ()):
-        """Makes the tuple of groups."""
-        self = super().__new__(cls, groups)
-        self.left_out = tuple(left_out)
-        return self
-
-    def __str__(self) -> str:
-        """A table of the groups and of what is left out."""
-        table = [("group", "size", "incoming", "bias", "outgoing")]
-        for group in self:
-            table.append(
-                (
-                    group.name,
-                    str(group.size),
-                    ", ".join(_describe(part) for part in group.incoming),
-                    ", ".join(_describe(part) for part in group.biases) or "-",
-                    ", ".join(_describe(consumer.kernel) for consumer in group.outgoing),
-                )
-            )
-        widths = [max(len(row[column]) for row in table) for column in range(5)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column == 1 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
-        lines += [f"left out: {item.name} ({item.size} units): {item.reason}" for item in self.left_out]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-
-def _describe(part: ParamSlice) -> str:
-    return part.path if part.positions == 1 else f"{part.path} (x{part.positions} positions)"
 
 
 def join_path(key_path: tuple[Any, ...]) -> str:
@@ -268,50 +229,6 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
-    """Checks that every slice of the groups exists in the params.
-
-    Args:
-      units: groups.
-      params: pytree of arrays.
-
-    Returns:
-      the groups, as `Units`.
-
-    Raises:
-      TypeError: something in units is not a `UnitGroup`.
-      ValueError: no groups, two groups of one name, or a slice that the params do not have.
-    """
-    units = units if isinstance(units, Units) else Units(units)
-    if not units:
-        raise ValueError("units is empty: there is nothing to replace; pass the groups of discover_units")
-    leaves = leaves_by_path(params)
-    for group in units:
-        if not isinstance(group, UnitGroup):
-            raise TypeError(f"units must be a sequence of UnitGroup; found {group!r}")
-        operands = {consumer.operand for consumer in group.outgoing}
-        if not group.incoming or operands != set(range(len(operands))) or not operands:
-            raise ValueError(
-                f"group {group.name!r} needs incoming and outgoing kernels, whose operands are numbered from 0; it has "
-                f"{len(group.incoming)} incoming, and outgoing ones with operands {sorted(operands)}"
-            )
-        for consumer in group.outgoing:
-            if consumer.bias is not None and consumer.bias not in leaves:
-                raise ValueError(f"units do not match the params: group {group.name!r} needs {consumer.bias!r}")
-        for part in group.slices():
-            leaf = leaves.get(part.path)
-            if leaf is None or not hasattr(leaf, "shape"):
-                raise ValueError(
-                    f"units do not match the params: group {group.name!r} needs {part.path!r}, "
-                    f"but the params have {sorted(leaves)}"
-                )
-            rows = int(np.prod([leaf.shape[axis] for axis in part.axes if 0 <= axis < leaf.ndim]))
-            if min(part.axes) < 0 or max(part.axes) >= leaf.ndim or rows != part.rows:
-                raise ValueError(
-                    f"units do not match the params: group {group.name!r} expects {part.rows} rows along "
-                    f"axes {part.axes} of {part.path!r}, whose shape is {tuple(leaf.shape)}"
-                )
-    names = [group.name for group in units]
-    if len(set(names)) != len(names):
-        raise ValueError(f"units must have distinct names; found {names}")
-    return units
+def statistics_name(path: str) -> str:
+    """The path of a running statistic without the name of Flax's collection."""
+    return path.removeprefix(f"{STATISTICS}/")

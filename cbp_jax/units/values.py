@@ -1,0 +1,147 @@
+"""What is known about an array while a network is walked: which units its elements belong to."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter, perhaps cast, scaled, transposed or broadcast.
+
+    Attributes:
+      path: the leaf.
+      axes: the leaf's axis behind each axis, None where there is none.
+      plain: whether it is not scaled.
+      state: whether it is no parameter but part of the network's state, as running statistics are.
+      steps: elementwise equations with scalars that were applied to it, each with the operand that it was.
+    """
+
+    path: str
+    axes: tuple[int | None, ...]
+    plain: bool = True
+    state: bool = False
+    steps: tuple[tuple[core.JaxprEqn, int], ...] = ()
+
+    def identity(self) -> float:
+        """The value of the leaf at which what was made of it is 1; where neither 1 nor 0 does that, 1."""
+        with jax.ensure_compile_time_eval():
+            for value in (1.0, 0.0):
+                made = value
+                for eqn, position in self.steps:
+                    operands = [made if n == position else atom.val for n, atom in enumerate(eqn.invars)]
+                    made = eqn.primitive.bind(*(np.asarray(operand, np.float32) for operand in operands), **eqn.params)
+                if np.isclose(float(made), 1.0, rtol=1e-3):
+                    return value
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vector:
+    """An elementwise function of parameters, constants and statistics that mix units; it is of no unit.
+
+    Attributes:
+      parts: the parameters, each with its axes.
+      sources: the units that its statistics mix.
+      inverse: whether it falls as these grow, so that what is multiplied with it is normalised.
+    """
+
+    parts: tuple[Weight, ...] = ()
+    sources: tuple[np.ndarray, ...] = ()
+    inverse: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A value computed from parameters alone in ways that are not followed."""
+
+    paths: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labels:
+    """Units of an array's elements.
+
+    Attributes:
+      ids: numbers of units, broadcastable to the array's shape; -1 where an element is of no unit.
+      reduced: whether it is a sum over batch or positions.
+      running: the running statistics that it is the update of, or "".
+    """
+
+    ids: np.ndarray
+    reduced: bool = False
+    running: str = ""
+
+
+@dataclasses.dataclass
+class Contraction:
+    """A kernel applied to an array.
+
+    Attributes:
+      path: the kernel.
+      in_axes: its axes that enumerate the rows which read units. (Those that are summed over; in a grouped
+        convolution the output axis too, since a channel is read by one group's outputs only.)
+      out_axes: its axes that make the output.
+      operand: the array it is applied to.
+      operand_axes: the axes of that array that are summed over.
+      operand_rows: for each row of `in_axes`, the element of `operand_axes` that it reads; None if the same.
+      labels: the units that the rows read, [in_axes...]; None if there are none.
+      out_places: the output's axes that `out_axes` make.
+      plain: whether the kernel is applied as it is, not scaled.
+      bias: path of a parameter that is added to the output as it is, and the kernel's axes that its axes stand for.
+      absorbed: whether the output's mean over batch and positions is subtracted from it.
+    """
+
+    path: str
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    operand: core.Var
+    operand_axes: tuple[int, ...]
+    operand_rows: np.ndarray | None
+    labels: np.ndarray | None
+    out_places: tuple[int, ...]
+    plain: bool
+    bias: tuple[str, tuple[int, ...]] | None = None
+    absorbed: bool = False
+
+
+class UnionFind:
+    """Numbers that can be made one; the least number of each set stands for it."""
+
+    def __init__(self):
+        self._parent = np.zeros(0, np.int64)
+        self._count = 0
+
+    def new(self, shape: tuple[int, ...]) -> np.ndarray:
+        """New numbers."""
+        start, self._count = self._count, self._count + int(np.prod(shape))
+        if self._count > self._parent.size:
+            more = max(self._count, 2 * self._parent.size)
+            self._parent = np.concatenate([self._parent, np.arange(self._parent.size, more)])
+        return np.arange(start, self._count).reshape(shape)
+
+    def roots(self, ids: np.ndarray) -> np.ndarray:
+        """The number that stands for each, -1 for -1."""
+        found = np.where(ids >= 0, self._parent[ids], -1) if self._count else ids
+        while True:
+            above = np.where(found >= 0, self._parent[found], -1) if self._count else found
+            if np.array_equal(above, found):
+                return found
+            found = above
+
+    def union(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Makes those one that stand in the same place, unless one is -1."""
+        a, b = np.broadcast_arrays(a, b)
+        keep = (a != b) & (a >= 0) & (b >= 0)
+        a, b = a[keep], b[keep]
+        while a.size:
+            a, b = self.roots(a), self.roots(b)
+            differ = a != b
+            a, b = a[differ], b[differ]
+            # Of several numbers below one root the least stays its parent; the others are met in the next round.
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+
+    def __len__(self) -> int:
+        return self._count

@@ -1,0 +1,474 @@
+"""Walks through a traced network and labels every element of every array with its unit.
+
+The labels of an array are integers of a shape that broadcasts to the array's, so that reshapes, transposes,
+concatenations and sums of arrays are the same operations on their labels. A kernel that is contracted makes new labels
+along its free axes and, where it contracts labelled values, reads them. What the walk does not understand leaves the
+labels it met out, with the reason.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from cbp_jax.units import groups, rules, tracing
+from cbp_jax.units.values import Contraction, Derived, Labels, UnionFind, Vector, Weight
+
+
+@dataclasses.dataclass
+class Claim:
+    """A parameter that is added to units or multiplied with them.
+
+    Attributes:
+      path, axes: the leaf and its axes that enumerate rows.
+      role: "bias" or "scale".
+      ids: the units of each row, [axes..., uses].
+      weight: the parameter as it met them.
+    """
+
+    path: str
+    axes: tuple[int, ...]
+    role: str
+    ids: np.ndarray
+    weight: Weight
+
+
+class Walk:
+    """One pass over a traced network; `contractions` in forward order is what `with_features` needs of it."""
+
+    def __init__(self, trace: tracing.Trace):
+        self.contractions: list[Contraction] = []
+        self.labels = UnionFind()
+        self.producers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # kernel and free axes -> labels
+        self.readers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # kernel and row axes -> labels
+        self.claims: list[Claim] = []
+        self.uses: dict[str, set[Any]] = {}  # the ways in which a parameter is used
+        self.kinds: dict[str, str] = {}  # "dense", "conv" or "embedding", by kernel
+        self.made_by: dict[core.Var, Contraction] = {}  # outputs of contractions, for their biases
+        self.lost: list[tuple[np.ndarray, str]] = []  # labels that are left out, and why
+        self.normalised: list[tuple[np.ndarray, np.ndarray]] = []  # units mixed by statistics, and those they meet
+        self.sums: list[np.ndarray] = []  # units that were added to others
+        self.products: list[np.ndarray] = []  # units whose activations are contracted with each other
+        self.used_otherwise: dict[str, str] = {}  # parameters used in ways not followed
+        jaxpr = trace.jaxpr.jaxpr
+        self.paths = trace.param_paths
+        self.shapes = {path: var.aval.shape for var, path in trace.param_paths.items()}
+        self.states = {trace.param_paths[var] for var in trace.states}
+        inputs = [
+            Weight(self.paths[var], tuple(range(var.aval.ndim)), state=var in trace.states)
+            if var in self.paths
+            else None
+            for var in jaxpr.invars
+        ]
+        outputs = self.run(trace.jaxpr, inputs, nested=False)
+        for (key_path, _), value in zip(jax.tree_util.tree_leaves_with_path(trace.out_tree), outputs, strict=True):
+            # New running statistics leave by the name that the old ones came in by.
+            if isinstance(value, Labels) and value.running:
+                name = f"/{groups.join_path(key_path)}"
+                if name.endswith(f"/{groups.statistics_name(value.running)}"):
+                    continue
+            self.lose(value, "it is part of the network's output")
+
+    def run(self, closed: core.ClosedJaxpr, inputs: list[Any], nested: bool) -> list[Any]:
+        """Labels the outputs of a jaxpr whose inputs are labelled."""
+        env: dict[core.Var, Any] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+
+        def read(atom):
+            return None if isinstance(atom, core.Literal) else env.get(atom)
+
+        for eqn in tracing.live_equations(closed.jaxpr):
+            values = [read(atom) for atom in eqn.invars]
+            if all(value is None for value in values):
+                continue
+            body = tracing.call_body(eqn)
+            if body is not None:
+                results = self.run(body, values, nested or not tracing.is_remat(eqn))
+            elif nested and eqn.primitive.name in tracing.CONTRACTIONS:
+                results = [self.not_followed(eqn, values)] * len(eqn.outvars)
+            else:
+                results = self.step(eqn, values)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def step(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
+        """Labels the outputs of one equation."""
+        name = eqn.primitive.name
+        if name in tracing.CONTRACTIONS:
+            return [self.contraction(eqn, values)]
+        if name == "split":
+            return self.split(eqn, values)
+        if len(eqn.outvars) != 1:
+            return [self.not_followed(eqn, values)] * len(eqn.outvars)
+        if rules.labelled(values):
+            return [self.labelled(eqn, values)]
+        return [self.unlabelled(eqn, values)]
+
+    def labelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """The output of an equation with one output and a labelled operand."""
+        name, first = eqn.primitive.name, values[0]
+        if name in rules.ELEMENTWISE:
+            return self.elementwise(eqn, values)
+        if name == "concatenate":
+            return self.concatenate(eqn, values)
+        rule = rules.LABEL_RULES.get(name)
+        if rule is None or any(value is not None for value in values[1:]):
+            return self.not_followed(eqn, values)
+        ids = rule(eqn, first.ids)
+        if ids is not None:
+            reduced = first.reduced or name == "reduce_sum"
+            return Labels(ids, reduced, first.running)
+        if name == "reduce_sum":  # over units: a statistic that mixes them
+            return Vector(sources=(np.unique(first.ids[first.ids >= 0]),))
+        return self.not_followed(eqn, values)
+
+    def unlabelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """The output of an equation with one output on parameters and statistics that mix units."""
+        name = eqn.primitive.name
+        known = [(position, value) for position, value in enumerate(values) if value is not None]
+        if any(isinstance(value, Derived) for _, value in known):
+            return self.not_followed(eqn, values)
+        position, value = known[0]
+        if len(known) == 1 and isinstance(value, Weight):
+            if name == "gather" and position == 0:
+                return self.lookup(eqn, value)
+            if rules.is_scaling(eqn, position):
+                plain = value.plain and name not in ("mul", "div", "neg")
+                return dataclasses.replace(_after(eqn, position, value), plain=plain)
+            axes = rules.view_axes(eqn, value.axes) if position == 0 else None
+            if axes is not None:
+                return dataclasses.replace(value, axes=axes)
+        if name in rules.ELEMENTWISE:
+            return _combine(eqn, values)
+        vectors = [value for _, value in known if isinstance(value, Vector)]
+        if len(vectors) == len(known) and (name in rules.LABEL_RULES or name == "concatenate"):
+            axes = [rules.view_axes(eqn, part.axes) for vector in vectors for part in vector.parts]
+            if not axes or (len(known) == 1 and None not in axes):
+                parts = tuple(
+                    dataclasses.replace(part, axes=new) for part, new in zip(vectors[0].parts, axes, strict=True)
+                )
+                sources = tuple(ids for vector in vectors for ids in vector.sources)
+                return Vector(parts, sources, any(vector.inverse for vector in vectors))
+        return self.not_followed(eqn, values)
+
+    def split(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
+        """Labels the parts of an array that is cut along one axis."""
+        (value,) = values
+        axis, count = eqn.params["axis"], len(eqn.outvars)
+        if isinstance(value, Labels):
+            return [dataclasses.replace(value, ids=ids) for ids in rules.split_labels(eqn, value.ids)]
+        if isinstance(value, Weight):
+            axes = tuple(None if place == axis else leaf for place, leaf in enumerate(value.axes))
+            return [dataclasses.replace(value, axes=axes)] * count
+        if isinstance(value, Vector) and not value.parts:
+            return [value] * count
+        return [self.not_followed(eqn, values)] * count
+
+    def not_followed(self, eqn: core.JaxprEqn, values: list[Any], reason: str | None = None) -> Any:
+        """Leaves every labelled operand out and marks parameters as used in another way."""
+        reason = reason or f"its activations pass through `{eqn.primitive.name}`, which is not followed"
+        for value in values:
+            self.lose(value, reason)
+        paths = _paths(values)
+        for path in paths:
+            self.used_otherwise.setdefault(path, eqn.primitive.name)
+        return Derived(paths) if paths and not rules.labelled(values) else None
+
+    def lose(self, value: Any, reason: str) -> None:
+        """Leaves the units of a value out."""
+        if isinstance(value, Labels):
+            self.lost.append((np.unique(value.ids[value.ids >= 0]), reason))
+        elif isinstance(value, Vector):
+            self.lost += [(ids, f"it is summed with other units (`reduce_sum`), and {reason}") for ids in value.sources]
+
+    def elementwise(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """Units that meet in one element become one unit; parameters that meet them are their biases and scales."""
+        name, found = eqn.primitive.name, rules.labelled(values)
+        ids = found[0].ids
+        for other in found[1:]:
+            if name in ("add", "sub"):
+                self.sums.append(self.meeting(ids, other.ids))
+            ids = self.join(ids, other.ids)
+        if name == "sub" and isinstance(values[0], Labels) and isinstance(values[1], Labels) and values[1].reduced:
+            made = self.made_by.get(eqn.invars[0])
+            if made is not None and not values[0].reduced:
+                made.absorbed = True
+        if name == "convert_element_type" and eqn.invars[0] in self.made_by:
+            self.made_by[eqn.outvars[0]] = self.made_by[eqn.invars[0]]
+        running = found[0].running if len(values) == 1 else ""
+        for position, value in enumerate(values):
+            if isinstance(value, Derived):
+                reason = f"its activations meet a value computed from {', '.join(sorted(value.paths))}"
+                return self.not_followed(eqn, values, reason)
+            if isinstance(value, Weight | Vector):
+                if not self.meet(eqn, position, value, ids):
+                    return self.not_followed(
+                        eqn, values, f"its activations meet the parameter {', '.join(_paths([value]))} in `{name}`"
+                    )
+                states = [part.path for part in _as_vector(value, ids.ndim).parts if part.state]
+                running = states[0] if states and name in ("add", "sub") else running
+        return Labels(ids, all(value.reduced for value in found), running)
+
+    def meeting(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The units that meet others in one element."""
+        a, b = np.broadcast_arrays(self.labels.roots(a), self.labels.roots(b))
+        differ = (a != b) & (a >= 0) & (b >= 0)
+        return np.unique(np.concatenate([a[differ], b[differ]]))
+
+    def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Makes units one that meet in one element, and gives the labels of all elements."""
+        self.labels.union(a, b)
+        a, b = np.broadcast_arrays(a, b)
+        return np.where(a >= 0, a, b)
+
+    def meet(self, eqn: core.JaxprEqn, position: int, value: Weight | Vector, ids: np.ndarray) -> bool:
+        """Records what a parameter or a statistic does to units; False if that is not understood."""
+        name, vector = eqn.primitive.name, _as_vector(value, ids.ndim)
+        divides = name == "div" and position == 1
+        if vector.sources:
+            normalises = (name == "sub" and position == 1 and not vector.inverse) or (
+                not vector.inverse if divides else name == "mul" and vector.inverse
+            )
+            if normalises:
+                self.normalised.append((np.concatenate(vector.sources), np.unique(ids[ids >= 0])))
+            else:
+                self.lose(vector, f"the sum meets activations in `{name}`, which is no normalisation")
+        role = {"add": "bias", "sub": "bias", "mul": "scale"}.get(name, "scale" if divides else "")
+        # The axes along which units differ; a unit of its own may stand on an axis of length 1.
+        varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
+        for part in vector.parts:
+            own = [axis for axis in varying if part.axes[axis] is not None]
+            if not own:
+                continue  # a parameter shared by all units
+            if not role:
+                return False
+            leaf_axes = tuple(part.axes[axis] for axis in own)
+            rows = ids.transpose(*own, *(axis for axis in range(ids.ndim) if axis not in own))
+            rows = rows.reshape(*rows.shape[: len(own)], -1)
+            lengths = [self.shapes[part.path][axis] for axis in leaf_axes]
+            rows = np.broadcast_to(rows, (*lengths, rows.shape[-1]))
+            if not part.state:
+                self.uses.setdefault(part.path, set()).add((role, leaf_axes))
+            self.claims.append(Claim(part.path, leaf_axes, role, rows, part))
+            if role == "bias" and isinstance(value, Weight):
+                self.bias(eqn, position, value)
+        return True
+
+    def bias(self, eqn: core.JaxprEqn, position: int, weight: Weight) -> None:
+        """Records that `weight` is the bias of the kernel whose output it is added to, if it is."""
+        source = eqn.invars[1 - position]
+        made = self.made_by.get(source) if isinstance(source, core.Var) else None
+        if made is None or made.bias is not None or not (made.plain and weight.plain) or eqn.primitive.name != "add":
+            return
+        # Its axes are those that the kernel makes, in the kernel's order.
+        kernel_axis = dict(zip(made.out_places, made.out_axes, strict=True))
+        leaf_axis = {axis: kernel_axis.get(place) for place, axis in enumerate(weight.axes) if axis is not None}
+        axes = [leaf_axis.get(axis) for axis in range(len(self.shapes[weight.path]))]
+        if None not in axes and len(axes) == len(kernel_axis) and axes == sorted(axes):
+            made.bias = (weight.path, tuple(axes))
+            self.made_by[eqn.outvars[0]] = made
+
+    def merge(self, ids: np.ndarray, axes: tuple[int, ...], keep: bool = False) -> np.ndarray:
+        """Makes one unit of those that differ only along `axes`, which share weights, and drops these axes."""
+        for axis in axes:
+            whole = ids
+            ids = whole.max(axis, keepdims=True)
+            self.labels.union(ids, whole)
+            mixed = np.broadcast_to((whole < 0).any(axis, keepdims=True) & (ids >= 0), ids.shape)
+            if mixed.any():
+                self.lost.append((np.unique(ids[mixed]), "it shares weights with values that are not units"))
+        return ids if keep else ids.squeeze(axes)
+
+    def contraction(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """A kernel reads labelled units, if its operand has them, and makes new ones."""
+        if rules.labelled(values) and all(value is None or isinstance(value, Labels) for value in values):
+            return self.product(eqn, values)
+        use = rules.KernelUse(eqn, values)
+        if use.reason:
+            return self.not_followed(eqn, values, use.reason)
+        weight, value, operand = values[use.kernel], values[use.operand], eqn.invars[use.operand]
+        path, shape = weight.path, self.shapes[weight.path]
+        in_axes = tuple(weight.axes[axis] for axis in use.kernel_axes)
+        out_axes = tuple(weight.axes[axis] for axis in use.places)
+        if any(axis is None for axis in (*in_axes, *out_axes)):
+            return self.not_followed(eqn, values, f"the kernel {path} is cut or broadcast before it is used")
+        if isinstance(value, Weight):
+            return self.not_followed(eqn, values, f"the kernel {path} is applied to other parameters")
+        if not isinstance(value, Labels):
+            self.not_followed(eqn, [value], "a kernel reads the sum")
+        labels = rows = coupled = None
+        if isinstance(value, Labels):
+            order = (*use.operand_axes, *(a for a in range(value.ids.ndim) if a not in use.operand_axes))
+            ids = value.ids.transpose(order)
+            ids = self.merge(ids, tuple(range(len(use.operand_axes), ids.ndim)))
+            labels = np.broadcast_to(ids, [operand.aval.shape[axis] for axis in use.operand_axes])
+        if use.groups > 1:
+            inside, outside = shape[in_axes[0]], shape[out_axes[0]]
+            group = np.arange(outside) // (outside // use.groups)
+            rows = group * inside + np.arange(inside)[:, None]  # the channel that each [in, out] reads
+            if labels is not None and inside == 1:  # depthwise: a channel goes on as itself
+                coupled, labels = labels[rows[0]], None
+            elif labels is not None:
+                labels, in_axes = labels[rows], (*in_axes, *out_axes)
+        places = tuple(use.places.values())
+        rows = rows.ravel() if use.groups > 1 else None
+        made = Contraction(path, in_axes, out_axes, operand, use.operand_axes, rows, labels, places, weight.plain)
+        self.contractions.append(made)
+        self.made_by[eqn.outvars[0]] = made
+        self.uses.setdefault(path, set()).add(("kernel", in_axes, out_axes, use.groups))
+        self.kinds.setdefault(path, "dense" if eqn.primitive.name == "dot_general" else "conv")
+        if labels is not None:
+            known = self.readers.setdefault((path, in_axes), labels)
+            self.labels.union(known, labels)  # units that are read by the same weights are one
+            mixed = (known < 0) != (labels < 0)
+            if mixed.any():
+                lost = np.concatenate([known[mixed], labels[mixed]])
+                self.lost.append((np.unique(lost[lost >= 0]), "it shares weights with values that are not units"))
+        return Labels(self.produce(path, out_axes, places, eqn.outvars[0].aval.ndim, coupled))
+
+    def produce(
+        self,
+        path: str,
+        axes: tuple[int, ...],
+        places: tuple[int, ...],
+        ndim: int,
+        coupled: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The labels that the free axes of a kernel make on an array, at the given places.
+
+        Args:
+          path: the kernel.
+          axes: its free axes.
+          places: the array's axes that these make.
+          ndim: the array's number of axes.
+          coupled: units that go on as themselves, or -1 for new ones; None for all new.
+        """
+        key, sizes = (path, axes), [self.shapes[path][axis] for axis in axes]
+        if key not in self.producers:
+            new = self.labels.new(sizes)
+            self.producers[key] = new if coupled is None else np.where(coupled >= 0, coupled, new)
+        if coupled is not None:
+            self.labels.union(self.producers[key], coupled)
+        shape = [1] * ndim
+        for size, place in zip(sizes, places, strict=True):
+            shape[place] = size
+        return self.producers[key].transpose(np.argsort(places)).reshape(shape)
+
+    def lookup(self, eqn: core.JaxprEqn, table: Weight) -> Any:
+        """Rows of a table that are taken by number: the rest of its axes make units."""
+        axes = rules.lookup_axes(eqn, table.axes)
+        found = () if axes is None else tuple((axis, place) for place, axis in enumerate(axes) if axis is not None)
+        if not found or len(found) == len(self.shapes[table.path]):
+            return self.not_followed(eqn, [table])
+        own = tuple(axis for axis, _ in found)
+        self.uses.setdefault(table.path, set()).add(("lookup", own))
+        self.kinds.setdefault(table.path, "embedding")
+        places = tuple(place for _, place in found)
+        return Labels(self.produce(table.path, own, places, eqn.outvars[0].aval.ndim))
+
+    def product(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """Activations times activations: those that are summed over, and all that meet, become one unit."""
+        if eqn.primitive.name != "dot_general":
+            return self.not_followed(eqn, values, "it is convolved with something that is not a parameter")
+        contracted, batch = eqn.params["dimension_numbers"]
+        sides = []
+        rest = [atom.aval.ndim - len(c) - len(b) for atom, c, b in zip(eqn.invars, contracted, batch, strict=True)]
+        for side, (value, summed, shared) in enumerate(zip(values, contracted, batch, strict=True)):
+            if value is None:
+                continue
+            if values[1 - side] is None and any(value.ids.shape[axis] > 1 for axis in summed):
+                return self.not_followed(eqn, values, "its activations are multiplied with values that are no kernel")
+            ids = self.merge(value.ids, tuple(summed), keep=True)
+            others = [axis for axis in range(ids.ndim) if axis not in shared and axis not in summed]
+            ids = ids.transpose(*shared, *others, *summed)
+            sizes = ids.shape[: len(shared)], ids.shape[len(shared) : len(shared) + len(others)]
+            after = (1,) * rest[1] if side == 0 else ()
+            before = (1,) * rest[0] if side == 1 else ()
+            sides.append(ids.reshape(*sizes[0], *before, *sizes[1], *after))
+        ids = sides[0]
+        for other in sides[1:]:
+            self.products.append(np.unique(np.concatenate([ids[ids >= 0], other[other >= 0]])))
+            ids = self.join(ids, other)
+        return Labels(ids)
+
+    def concatenate(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """Labels side by side; a parameter beside units, as a class token beside patches, is a bias of its own."""
+        axis = eqn.params["dimension"]
+        parts = []
+        for atom, value in zip(eqn.invars, values, strict=True):
+            ids = np.full((1,) * atom.aval.ndim, -1)
+            if isinstance(value, Weight):
+                own = [(leaf, place) for place, leaf in enumerate(value.axes) if leaf is not None and place != axis]
+                leaf_axes = tuple(leaf for leaf, place in own if atom.aval.shape[place] > 1)
+                places = tuple(place for _, place in own if atom.aval.shape[place] > 1)
+                if not places:
+                    return self.not_followed(eqn, values)
+                new = self.labels.new([self.shapes[value.path][leaf] for leaf in leaf_axes])
+                shape = [1] * atom.aval.ndim
+                for place in places:
+                    shape[place] = atom.aval.shape[place]
+                ids = new.transpose(np.argsort(places)).reshape(shape)
+                self.uses.setdefault(value.path, set()).add(("bias", leaf_axes))
+                self.claims.append(Claim(value.path, leaf_axes, "bias", new[..., None], value))
+            elif isinstance(value, Labels):
+                ids = value.ids
+            elif value is not None:
+                return self.not_followed(eqn, values)
+            shape = list(ids.shape)
+            shape[axis] = atom.aval.shape[axis]
+            parts.append(np.broadcast_to(ids, shape))
+        shape = np.broadcast_shapes(*(np.take(part, [0], axis).shape for part in parts))
+        whole = [np.broadcast_to(p, (*shape[:axis], p.shape[axis], *shape[axis + 1 :])) for p in parts]
+        if _alike(whole, axis):
+            return Labels(np.take(whole[0], [0], axis))
+        return Labels(np.concatenate(whole, axis))
+
+
+def _alike(parts: list[np.ndarray], axis: int) -> bool:
+    """Whether all parts hold the same labels all along an axis."""
+    first = np.take(parts[0], [0], axis)
+    return all(np.array_equal(part, np.broadcast_to(first, part.shape)) for part in parts)
+
+
+def _as_vector(value: Weight | Vector, ndim: int) -> Vector:
+    """A parameter as the vector that it is on an array of `ndim` axes."""
+    if isinstance(value, Vector):
+        return value
+    return Vector((value if len(value.axes) == ndim else dataclasses.replace(value, axes=(None,) * ndim),))
+
+
+def _after(eqn: core.JaxprEqn, position: int, weight: Weight) -> Weight:
+    """A parameter after an elementwise equation."""
+    if eqn.primitive.name in ("convert_element_type", "copy", "copy_p") or not rules.is_scalar_step(eqn, position):
+        return weight
+    return dataclasses.replace(weight, steps=(*weight.steps, (eqn, position)))
+
+
+def _combine(eqn: core.JaxprEqn, values: list[Any]) -> Vector:
+    """An elementwise function of parameters and statistics."""
+    name, ndim = eqn.primitive.name, eqn.outvars[0].aval.ndim
+    parts, sources = [], []
+    inverse = name == "rsqrt" or (name == "integer_pow" and eqn.params["y"] < 0)
+    if name == "pow" and isinstance(eqn.invars[1], core.Literal):
+        inverse = eqn.invars[1].val < 0
+    for position, value in enumerate(values):
+        if value is None:
+            continue
+        vector = _as_vector(value, ndim)
+        parts += [_after(eqn, position, part) for part in vector.parts]
+        sources += vector.sources
+        inverse = inverse or vector.inverse or (name == "div" and position == 1 and bool(vector.sources))
+    return Vector(tuple(parts), tuple(sources), inverse)
+
+
+def _paths(values: list[Any]) -> frozenset[str]:
+    paths: set[str] = set()
+    for value in values:
+        if isinstance(value, Weight):
+            paths.add(value.path)
+        elif isinstance(value, Vector):
+            paths.update(part.path for part in value.parts)
+        elif isinstance(value, Derived):
+            paths.update(value.paths)
+    return frozenset(paths)
