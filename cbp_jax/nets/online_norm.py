@@ -55,11 +55,11 @@ class OnlineNorm(nn.Module):
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> net = nn.Sequential([nn.Dense(8), OnlineNorm(), nn.relu, nn.Dense(1)])
-      >>> variables = net.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> variables = jax.jit(net.init)(jax.random.key(0), jnp.ones((1, 3)))
       >>> tx = keep_online_stats(optax.sgd(0.01))
       >>> state = tx.init(variables)
       >>> loss = lambda variables: jnp.mean(net.apply(variables, jnp.ones((1, 3))) ** 2)
-      >>> updates, state = tx.update(jax.grad(loss)(variables), state, variables)
+      >>> updates, state = tx.update(jax.jit(jax.grad(loss))(variables), state, variables)
       >>> variables = optax.apply_updates(variables, updates)
       >>> bool((variables["online_stats"]["layers_1"]["mean"] != 0).any())
       True

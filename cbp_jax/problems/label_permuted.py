@@ -58,8 +58,8 @@ def label_permuted(
 
     >>> import jax, cbp_jax.data
     >>> problem = label_permuted(cbp_jax.data.load("digits"), examples_per_task=900, batch_size=10, flatten=False)
-    >>> task = problem.make_task(problem.data, jax.random.key(0), 3)
-    >>> x, y = problem.batch(problem.data, task, 0)
+    >>> task = jax.jit(problem.make_task)(problem.data, jax.random.key(0), 3)
+    >>> x, y = jax.jit(problem.batch)(problem.data, task, 0)
     >>> x.shape, y.shape, problem.steps_per_task
     ((10, 8, 8, 1), (10,), 90)
     """

@@ -69,8 +69,8 @@ def slowly_changing_regression(
 
     >>> import jax
     >>> problem = slowly_changing_regression()
-    >>> task = problem.make_task(problem.data, jax.random.key(0), 300)
-    >>> x, y = problem.batch(problem.data, task, 0)
+    >>> task = jax.jit(problem.make_task)(problem.data, jax.random.key(0), 300)
+    >>> x, y = jax.jit(problem.batch)(problem.data, task, 0)
     >>> x.shape, y.shape, problem.num_classes, problem.loss
     ((1, 21), (1, 1), 1, 'squared_error')
 

@@ -152,7 +152,7 @@ def test_continual_backprop_around_it_restarts_a_replaced_units_statistics():
         MLP((5,), 2, normalization="online"),
         jnp.asarray(np.random.default_rng(0).normal(3, 1, (4, 6)), jnp.float32),
     )
-    variables = net.init(jax.random.key(0), x)
+    variables = jax.jit(net.init)(jax.random.key(0), x)
     units = cbp_jax.discover_units(net.apply, variables, x)
     apply = cbp_jax.with_features(net.apply, units)
     tx = cbp_jax.continual_backprop(
@@ -166,7 +166,7 @@ def test_continual_backprop_around_it_restarts_a_replaced_units_statistics():
         updates, state = tx.update(grads, state, variables, features=features)
         return optax.apply_updates(variables, updates), state
 
-    state = tx.init(variables)
+    state = jax.jit(tx.init)(variables)
     for _ in range(4):
         variables, state = step(variables, state)
     replaced = np.asarray(state.replaced["params/Dense_0"])

@@ -81,7 +81,7 @@ def test_examples_of_a_task():
     assert x.shape == (12, 7) and y.shape == (12, 1) and x.dtype == y.dtype == np.float32
     assert (x[:, :4] == np.asarray(task.bits)).all()
     assert (x[:, -1] == 1).all()
-    eager = SMALL.batch((), SMALL.make_task((), jax.random.key(4), 2), 1)
+    eager = SMALL.batch((), task, 1)
     np.testing.assert_array_equal(batches[1][0], eager[0])
     np.testing.assert_array_equal(batches[1][1], eager[1])
     # One unit at a time: on where more of its inputs agree with it than beta * 7 = 3.5.
