@@ -58,7 +58,8 @@ def _list(argv: list[str]) -> None:
         settings = ", ".join(f"{key}={value}" for key, value in {**spec.defaults, **spec.options}.items())
         print(f"  {name:20} {spec.about} ({settings})")
     print("datasets")
-    print(f"  {', '.join(data.names())}, and image datasets of tensorflow-datasets that are prepared")
+    print(f"  {', '.join(data.names())}, other image datasets of tensorflow-datasets that are prepared,")
+    print("  and array files: the path of an .npz with images, or features, and labels")
 
 
 def _run(argv: list[str]) -> None:
@@ -92,11 +93,9 @@ def _run(argv: list[str]) -> None:
     from cbp_jax.cli_progress import Bar
 
     print(f"{given.experiment}: {_first_line(module)} {settings}", file=sys.stderr)
-    with Bar(len(settings.methods) * settings.seeds * settings.tasks, given.quiet) as bar:
+    with Bar(module.total(settings), given.quiet) as bar:
         results = module.run(settings, out, bar)
-    print(report.summary(results))
-    for picture in report.plot_run(results, out):
-        print(f"picture: {picture}")
+    _show(results, out)
     print(f"results: {out / report.results.FILE_NAME}")
 
 
@@ -110,22 +109,31 @@ def _plot(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from cbp_jax import report
 
-    print(report.summary(report.load_results(args.run_dir)))
-    for picture in report.plot_run(args.run_dir, args.out, formats=tuple(args.formats)):
+    out = args.out or (args.run_dir if args.run_dir.is_dir() else args.run_dir.parent)
+    _show(report.load_results(args.run_dir), out, tuple(args.formats))
+
+
+def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",)) -> None:
+    """Prints the table of a run and draws its pictures, as its experiment would have them."""
+    from cbp_jax import experiments
+
+    experiment = experiments.EXPERIMENTS.get(results.attrs["experiment"], experiments.stream)
+    print(experiment.summary(results))
+    for picture in experiment.plot(results, out, formats):
         print(f"picture: {picture}")
 
 
 def _data(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="cbp-jax data", description="Prepares datasets from files on this machine.")
     actions = parser.add_subparsers(dest="action", required=True)
-    prepare = actions.add_parser("prepare", help="makes a tensorflow-datasets dataset of local IDX files")
-    prepare.add_argument("name", help="mnist, fashion_mnist or kmnist")
+    prepare = actions.add_parser("prepare", help="makes a tensorflow-datasets dataset of local files")
+    prepare.add_argument("name", help="mnist, fashion_mnist, kmnist or cifar10")
     prepare.add_argument(
         "--from",
         dest="source",
         type=Path,
         required=True,
-        help="folder with the four IDX files, gzipped or not",
+        help="folder with the four IDX files, gzipped or not, or the six binary batches of CIFAR-10",
     )
     prepare.add_argument(
         "--data-dir",

@@ -23,8 +23,11 @@ class Bar:
         self._bar.close()
 
     def __call__(self, methods: str, lanes: int, measures: dict[str, float]) -> None:
-        """Counts one task of `lanes` lanes of some methods."""
+        """Counts tasks of some methods: one of each of `lanes` lanes, or those found done, without measures."""
         shown = methods if len(methods) <= 30 else methods[:27] + "..."
         self._bar.set_description_str(shown, refresh=False)
-        self._bar.set_postfix_str(f"accuracy {100 * measures['accuracy']:.1f}%", refresh=False)
+        if "accuracy" in measures:
+            self._bar.set_postfix_str(f"accuracy {100 * measures['accuracy']:.1f}%", refresh=False)
+        elif "loss" in measures:
+            self._bar.set_postfix_str(f"loss {measures['loss']:.4g}", refresh=False)
         self._bar.update(lanes)

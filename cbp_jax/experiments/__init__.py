@@ -1,12 +1,20 @@
 """Experiments by name: each is one file with a dataclass of settings, presets and a function."""
 
-from collections.abc import Callable
 from types import ModuleType
 
-from cbp_jax.experiments import online_permuted
+from cbp_jax.experiments import (
+    input_permuted,
+    label_permuted,
+    online_permuted,
+    slowly_changing_regression,
+    stream,
+    utility_quality,
+)
+from cbp_jax.experiments.stream import Progress
 
-EXPERIMENTS: dict[str, ModuleType] = {module.NAME: module for module in (online_permuted,)}
+EXPERIMENTS: dict[str, ModuleType] = {
+    module.NAME: module
+    for module in (online_permuted, input_permuted, label_permuted, slowly_changing_regression, utility_quality)
+}
 
-Progress = Callable[[str, int, dict[str, float]], None]
-
-__all__ = ["EXPERIMENTS", "Progress"]
+__all__ = ["EXPERIMENTS", "Progress", "stream"]

@@ -1,10 +1,11 @@
-"""The learners that experiments compare, by name; each is an optax chain or a layer of the network."""
+"""The learners that experiments compare, by name; each is an optax chain, or a choice of the network."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,7 +30,7 @@ class Spec:
       about: one line for lists.
       build: makes its optimizer.
       defaults: its numeric hyperparameters; runs that differ in these alone share one compilation.
-      options: settings that are not traced.
+      options: settings that are not traced; of these, `NETWORK_OPTIONS` are the network's.
     """
 
     about: str
@@ -38,15 +39,29 @@ class Spec:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# Attributes of the network that any method may choose for itself.
+NETWORK_OPTIONS: dict[str, Any] = {"activation": "relu", "normalization": "", "dropout_rate": 0.0}
+
+
+def _sgd(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: chex.PRNGKey):
+    return optax.sgd(h["step_size"])
+
+
+def _keeping_statistics(options: Mapping[str, Any], tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets the statistics of online normalization change beside the weights; has to be what replaces units wraps."""
+    return nets.keep_online_stats(tx) if options.get("normalization") == "online" else tx
+
+
 def _cbp(inner: Callable[[chex.Numeric], optax.GradientTransformation]) -> Build:
     def build(h, options, units, key):
         return cbp_jax.continual_backprop(
-            inner(h["step_size"]),
+            _keeping_statistics(options, inner(h["step_size"])),
             units,
             replacement_rate=h["replacement_rate"],
             decay_rate=h["decay_rate"],
             maturity_threshold=h["maturity_threshold"],
             utility=options["utility"],
+            initializer=options.get("kernel_init"),
             compensate_bias=options["compensate_bias"],
             max_replacements=options["max_replacements"],
             key=key,
@@ -55,15 +70,33 @@ def _cbp(inner: Callable[[chex.Numeric], optax.GradientTransformation]) -> Build
     return build
 
 
+def _upgd(transformation: Callable[..., optax.GradientTransformation], *numbers: str) -> Build:
+    def build(h, options, units, key):
+        return transformation(
+            h["step_size"],
+            **{name: h[name] for name in (*_UPGD, *numbers)},
+            order=options["order"],
+            scope=options["scope"],
+            protect=options["protect"],
+            units=units if options["featurewise"] else None,
+            key=key,
+        )
+
+    return build
+
+
+def _consolidation(transformation: Callable[..., optax.GradientTransformation]) -> Build:
+    return lambda h, options, units, key: transformation(h["step_size"], **{name: h[name] for name in _CONSOLIDATION})
+
+
+_UPGD = {"weight_decay": 0.0, "beta_utility": 0.999, "sigma": 0.01}
+_UPGD_OPTIONS = {"order": 1, "scope": "global", "protect": True, "featurewise": False}
+_CONSOLIDATION = {"strength": 0.1, "beta_weight": 0.999, "beta_importance": 0.999}
 _CBP = {"replacement_rate": 1e-4, "decay_rate": 0.99, "maturity_threshold": 100.0}
 _CBP_OPTIONS = {"utility": "contribution", "compensate_bias": False, "max_replacements": None}
 
 LEARNERS: dict[str, Spec] = {
-    "bp": Spec(
-        "backpropagation, plain SGD",
-        lambda h, options, units, key: optax.sgd(h["step_size"]),
-        {"step_size": 0.01},
-    ),
+    "bp": Spec("backpropagation, plain SGD", _sgd, {"step_size": 0.01}),
     "adam": Spec(
         "Adam",
         lambda h, options, units, key: optax.adam(h["step_size"], b1=h["b1"], b2=h["b2"]),
@@ -91,12 +124,59 @@ LEARNERS: dict[str, Spec] = {
         ),
         {"step_size": 0.01, "l2": 1e-4, "noise": 1e-5},
     ),
-    "dropout": Spec(
-        "SGD with dropout of hidden units",
-        lambda h, options, units, key: optax.sgd(h["step_size"]),
-        {"step_size": 0.01},
-        {"dropout_rate": 0.1},
+    "pgd": Spec(
+        "perturbed gradient descent: SGD with noise on the gradients",
+        lambda h, options, units, key: cbp_jax.perturbed_gradient_descent(
+            h["step_size"], h["sigma"], weight_decay=h["weight_decay"], key=key
+        ),
+        {"step_size": 0.01, "sigma": 0.01, "weight_decay": 0.0},
     ),
+    "upgd": Spec(
+        "utility-gated perturbed gradient descent", _upgd(cbp_jax.upgd), {"step_size": 0.01, **_UPGD}, _UPGD_OPTIONS
+    ),
+    "adaptive_upgd": Spec(
+        "UPGD around Adam's moments",
+        _upgd(cbp_jax.adaptive_upgd, "b1", "b2"),
+        {"step_size": 1e-3, **_UPGD, "b1": 0.9, "b2": 0.999},
+        _UPGD_OPTIONS,
+    ),
+    "ewc": Spec(
+        "SGD with online elastic weight consolidation",
+        _consolidation(cbp_jax.ewc),
+        {"step_size": 0.01, **_CONSOLIDATION},
+    ),
+    "mas": Spec(
+        "SGD with online memory aware synapses",
+        _consolidation(cbp_jax.mas),
+        {"step_size": 0.01, **_CONSOLIDATION},
+    ),
+    "synaptic_intelligence": Spec(
+        "SGD with online synaptic intelligence",
+        _consolidation(cbp_jax.synaptic_intelligence),
+        {"step_size": 0.01, **_CONSOLIDATION},
+    ),
+    "rwalk": Spec("SGD with online RWalk", _consolidation(cbp_jax.rwalk), {"step_size": 0.01, **_CONSOLIDATION}),
+    "redo": Spec(
+        "SGD with recycling of dormant units",
+        lambda h, options, units, key: cbp_jax.redo(
+            _keeping_statistics(options, optax.sgd(h["step_size"])),
+            units,
+            threshold=h["threshold"],
+            every=h["every"],
+            initializer=options.get("kernel_init"),
+            key=key,
+        ),
+        {"step_size": 0.01, "threshold": 0.1, "every": 1000.0},
+    ),
+    "clip": Spec(
+        "SGD with weight clipping",
+        lambda h, options, units, key: cbp_jax.clip_weights(optax.sgd(h["step_size"]), h["bound"]),
+        {"step_size": 0.01, "bound": 2.0},
+    ),
+    "dropout": Spec("SGD with dropout of hidden units", _sgd, {"step_size": 0.01}, {"dropout_rate": 0.1}),
+    "layer_norm": Spec("SGD with layer normalization", _sgd, {"step_size": 0.01}, {"normalization": "layer"}),
+    "online_norm": Spec("SGD with online normalization", _sgd, {"step_size": 0.01}, {"normalization": "online"}),
+    "crelu": Spec("SGD with concatenated ReLU", _sgd, {"step_size": 0.01}, {"activation": "crelu"}),
     "cbp": Spec("continual backpropagation around SGD", _cbp(optax.sgd), {"step_size": 0.01, **_CBP}, _CBP_OPTIONS),
     "cbp_adam": Spec(
         "continual backpropagation around Adam with a step count per weight",
@@ -105,6 +185,9 @@ LEARNERS: dict[str, Spec] = {
         _CBP_OPTIONS,
     ),
 }
+
+
+_REPLACING = ("cbp", "cbp_adam", "redo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +211,8 @@ def parse_method(text: str) -> Method:
     """Reads a method: a learner's name and, after a colon, settings that differ from its defaults.
 
     Args:
-      text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`.
+      text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
+        `activation`, `normalization` and `dropout_rate`.
 
     Returns:
       the method.
@@ -145,12 +229,17 @@ def parse_method(text: str) -> Method:
     if name not in LEARNERS:
         raise ValueError(f"method {text!r}: the learner must be one of {list(LEARNERS)}, got {name!r}")
     spec = LEARNERS[name]
-    settings = {**spec.defaults, **spec.options}
+    own = {**spec.defaults, **spec.options}
+    settings = {**NETWORK_OPTIONS, **own}
     changed = {}
     for item in given.split(",") if given else ():
         key, equals, value = item.partition("=")
         if not equals or key not in settings:
-            raise ValueError(f"method {text!r}: expected setting=value with one of {list(settings)}, got {item!r}")
+            others = [name for name in NETWORK_OPTIONS if name not in own]
+            raise ValueError(
+                f"method {text!r}: expected setting=value with one of {list(own)}, got {item!r}; "
+                f"of the network {', '.join(others)} can be set too"
+            )
         if key in changed:
             raise ValueError(f"method {text!r}: {key} is given twice")
         changed[key] = _read(text, key, value, settings[key])
@@ -163,7 +252,7 @@ def parse_method(text: str) -> Method:
         label=f"{name}({shown})" if shown else name,
         learner=name,
         hyperparameters={key: float(settings[key]) for key in spec.defaults},
-        options={key: settings[key] for key in spec.options},
+        options={key: settings[key] for key in (*spec.options, *(k for k in changed if k not in own))},
     )
 
 
@@ -173,7 +262,7 @@ def _read(text: str, key: str, value: str, default: Any) -> Any:
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[value.lower()]
-        return int(value) if default is None else float(value)
+        return int(value) if default is None or isinstance(default, int) else float(value)
     except (KeyError, ValueError) as error:
         kind = "true or false" if isinstance(default, bool) else "a number"
         raise ValueError(f"method {text!r}: {key} must be {kind}, got {value!r}") from error
@@ -185,6 +274,10 @@ def _check(text: str, settings: Mapping[str, Any]) -> None:
         "decay_rate": {"at_least": 0, "below": 1},
         "b1": {"at_least": 0, "below": 1},
         "b2": {"at_least": 0, "below": 1},
+        "beta_utility": {"at_least": 0, "below": 1},
+        "beta_weight": {"at_least": 0, "below": 1},
+        "beta_importance": {"at_least": 0, "below": 1},
+        "every": {"at_least": 1},
         "dropout_rate": {"at_least": 0, "below": 1},
     }
     try:
@@ -193,6 +286,11 @@ def _check(text: str, settings: Mapping[str, Any]) -> None:
                 check_scalar(key, value, **ranges.get(key, {"at_least": 0}))
         if "utility" in settings:
             get_utility(settings["utility"])
+        nets.get_activation(settings["activation"])
+        choices = {"order": (1, 2), "scope": ("global", "local"), "normalization": ("", *nets.NORMALIZATIONS)}
+        for key, allowed in choices.items():
+            if key in settings and settings[key] not in allowed:
+                raise ValueError(f"{key} must be one of {allowed}, got {settings[key]!r}")
         if settings.get("max_replacements") is not None and settings["max_replacements"] < 1:
             raise ValueError(f"max_replacements must be at least 1, got {settings['max_replacements']}")
         if settings.get("noise") is not None and settings["step_size"] * settings["l2"] > 1:
@@ -207,19 +305,36 @@ def make_learner(
     activation: str,
     input_shape: tuple[int, ...],
     num_classes: int,
+    *,
+    network: Callable[..., nn.Module] = nets.MLP,
+    init_of_activation: Callable[[str], nn.initializers.Initializer] | None = None,
+    **attributes: Any,
 ) -> Learner:
     """Makes the learner of methods that differ in their numbers alone.
 
     Args:
       methods: of one learner and with the same options.
       hidden: sizes of the hidden layers.
-      activation: name of the activation.
+      activation: name of the activation, where the methods do not choose one.
       input_shape: of one example.
       num_classes: outputs.
+      network: makes the network of keyword arguments `hidden`, `num_outputs`, `activation`, and those below.
+      init_of_activation: gives the network's `kernel_init` for the name of its activation.
+      **attributes: further attributes of the network, such as `kernel_init`, which is then also what replaced units
+        start from.
     """
     first = methods[0]
-    options = dict(first.options)
-    net = nets.MLP(tuple(hidden), num_classes, activation, dropout_rate=options.get("dropout_rate", 0.0))
+    activation = first.options.get("activation", activation)
+    if init_of_activation is not None:
+        attributes["kernel_init"] = init_of_activation(activation)
+    options = {**attributes, **first.options}
+    own = {name: options[name] or None for name in ("normalization", "dropout_rate") if options.get(name)}
+    net = network(
+        hidden=tuple(hidden),
+        num_outputs=num_classes,
+        activation=activation,
+        **{**attributes, **own},
+    )
     example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     params = jax.eval_shape(net.init, jax.random.key(0), example)
     units = cbp_jax.discover_units(net.apply, params, example)
@@ -230,14 +345,19 @@ def make_learner(
     apply = cbp_jax.with_features(net.apply, units)
 
     def train(params, x, key):
-        if not net.dropout_rate:
+        if not options.get("dropout_rate"):
             return apply(params, x)
         return apply(params, x, deterministic=False, rngs={"dropout": key})
+
+    def optimizer(h, key):
+        tx = LEARNERS[first.learner].build(h, options, units, key)
+        return tx if first.learner in _REPLACING else _keeping_statistics(options, tx)
 
     return Learner(
         init=lambda key: net.init(key, jnp.zeros((1, *input_shape))),
         predict=apply,
         train=train,
-        optimizer=lambda h, key: LEARNERS[first.learner].build(h, options, units, key),
+        optimizer=optimizer,
         units=units,
+        curvature=options.get("order") == 2,
     )

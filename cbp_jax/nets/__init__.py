@@ -3,13 +3,19 @@
 from cbp_jax.nets.activations import crelu, get_activation
 from cbp_jax.nets.convnet import ConvNet, lenet
 from cbp_jax.nets.initializers import fan_in_uniform, kaiming_uniform
-from cbp_jax.nets.mlp import MLP
+from cbp_jax.nets.mlp import MLP, NORMALIZATIONS
 from cbp_jax.nets.online_norm import OnlineNorm, keep_online_stats
+from cbp_jax.nets.resnet import ResNet
+from cbp_jax.nets.transformer import Encoder, ViT
 
 __all__ = [
     "MLP",
+    "NORMALIZATIONS",
     "ConvNet",
+    "Encoder",
     "OnlineNorm",
+    "ResNet",
+    "ViT",
     "crelu",
     "fan_in_uniform",
     "get_activation",

@@ -55,8 +55,8 @@ class MLP(nn.Module):
         get_activation(self.activation)
         check_dropout_rate(self.dropout_rate)
         check_bias_init(self.bias_init)
-        if self.normalization not in (None, *_NORMALIZATIONS):
-            raise ValueError(f"normalization must be None or one of {[*_NORMALIZATIONS]}, got {self.normalization!r}")
+        if self.normalization not in (None, *NORMALIZATIONS):
+            raise ValueError(f"normalization must be None or one of {[*NORMALIZATIONS]}, got {self.normalization!r}")
         super().__post_init__()
 
     @nn.compact
@@ -65,7 +65,7 @@ class MLP(nn.Module):
         for size in self.hidden:
             x = self._dense(size, x.shape[-1], self.kernel_init)(x)
             if self.normalization is not None:
-                x = _NORMALIZATIONS[self.normalization]()(x)
+                x = NORMALIZATIONS[self.normalization]()(x)
             x = get_activation(self.activation)(x)
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
@@ -75,7 +75,7 @@ class MLP(nn.Module):
         return nn.Dense(size, kernel_init=kernel_init, bias_init=bias_initializer(self.bias_init, inputs))
 
 
-_NORMALIZATIONS = {"layer": nn.LayerNorm, "online": OnlineNorm}
+NORMALIZATIONS = {"layer": nn.LayerNorm, "online": OnlineNorm}
 
 
 def check_dropout_rate(rate: float) -> None:

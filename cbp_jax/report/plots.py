@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cbp_jax.report.results import load_results, require
-from cbp_jax.report.statistics import finished_tasks, last_tenth, mean_and_error
+from cbp_jax.report.statistics import finished_tasks, last_tenth, mean_and_error, performance
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -32,11 +32,28 @@ class _Panel(NamedTuple):
     zero: bool  # whether the axis starts at 0
 
 
+_PERFORMANCE = {
+    "accuracy": _Panel("accuracy", "Correct (%)", 100.0, False),
+    "loss": _Panel("loss", "Loss", 1.0, False),
+}
 _PANELS = (
-    _Panel("accuracy", "Correct (%)", 100.0, False),
     _Panel("dead_units", "Dead units (%)", 100.0, True),
     _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
     _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
+)
+
+
+# As Figure 5 of Elsayed & Mahmood, ICLR 2024.
+_UPDATE_PANELS = (
+    _Panel("plasticity", "Plasticity", 1.0, False),
+    _Panel("loss", "Loss", 1.0, False),
+    _Panel("dead_units", "Dead units (%)", 100.0, True),
+    _Panel("weight_rank", "Weight rank (%)", 100.0, False),
+    _Panel("weight_l1", "L1 norm of weights", 1.0, False),
+    _Panel("weight_l2", "L2 norm of weights", 1.0, False),
+    _Panel("gradient_l0", "Gradients not 0 (%)", 100.0, False),
+    _Panel("gradient_l1", "L1 norm of gradients", 1.0, False),
+    _Panel("gradient_l2", "L2 norm of gradients", 1.0, False),
 )
 
 
@@ -58,6 +75,8 @@ _STYLES = {
     "l2_init": _Style("#E69F00", (0, (1, 1)), "P"),
     "l1": _Style("#56B4E9", (0, (6, 1, 1, 1, 1, 1)), "X"),
     "dropout": _Style("#882255", (0, (9, 2)), "p"),
+    "upgd": _Style("#A6341B", "-", "*"),
+    "pgd": _Style("#6B6B6B", (0, (4, 1, 1, 1)), "<"),
 }
 
 _NAMES = {
@@ -72,6 +91,10 @@ _NAMES = {
     "upgd": "UPGD",
     "ewc": "EWC",
     "mas": "MAS",
+    "rwalk": "RWalk",
+    "pgd": "PGD",
+    "clip": "Weight clipping",
+    "crelu": "CReLU",
     "adaptive_upgd": "Adaptive UPGD",
 }
 
@@ -109,7 +132,9 @@ def plot_run(
     bin_size: int | None = None,
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:
-    """Draws the pictures of a run: ``tasks``, and ``sensitivity`` where a learner has several variants.
+    """Draws the pictures of a run.
+
+    ``tasks``, ``updates`` where these were measured, and ``sensitivity`` where a learner has several variants.
 
     Args:
       run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
@@ -133,6 +158,8 @@ def plot_run(
         raise ValueError("out must name a folder for the pictures when run is a dataset; got None")
     out = Path(out)
     figures = {"tasks": plot_tasks(results, bin_size=bin_size)}
+    if "plasticity" in results:
+        figures["updates"] = plot_updates(results, bin_size=bin_size)
     if _swept(results):
         figures["sensitivity"] = plot_sensitivity(results)
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +173,7 @@ def plot_run(
 
 
 def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
-    """Draws accuracy, dead units, weight magnitude and effective rank over the tasks.
+    """Draws performance, dead units, weight magnitude and effective rank over the tasks.
 
     One line a method: the mean over seeds, in a band of one standard error to either side. Tasks are averaged
     in bins, within each seed first. An axis is logarithmic where its lines span more than a factor of 30.
@@ -162,8 +189,33 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
       A Matplotlib figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-      ValueError: an unknown method, a bin size under 1, no finished task, or no accuracy in the results.
+      ValueError: an unknown method, a bin size under 1, no finished task, or neither accuracy nor loss in the results.
     """
+    return _plot_panels(results, (_PERFORMANCE[performance(results)], *_PANELS), methods, bin_size, columns=2)
+
+
+def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
+    """Draws plasticity, and the sizes of weights and gradients, over the tasks.
+
+    Args:
+      results: results of a run that measured updates.
+      methods: as in :func:`plot_tasks`.
+      bin_size: as in :func:`plot_tasks`.
+
+    Returns:
+      A Matplotlib figure.
+
+    Raises:
+      ValueError: as :func:`plot_tasks`, or the run has not measured updates.
+    """
+    if "plasticity" not in results:
+        raise ValueError("results: updates were not measured; run with measure_every")
+    return _plot_panels(results, _UPDATE_PANELS, methods, bin_size, columns=3)
+
+
+def _plot_panels(
+    results: xr.Dataset, panels: Sequence[_Panel], methods: Sequence[str] | None, bin_size: int | None, columns: int
+) -> Figure:
     require("matplotlib")
     from matplotlib.figure import Figure
 
@@ -176,7 +228,7 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
         methods = [method for method in methods if method in _started(results)]
     if not methods:
         raise ValueError("results: no task has finished, so there is nothing to draw")
-    panels = [panel for panel in _PANELS if panel.measure in results]
+    panels = [panel for panel in panels if panel.measure in results]
     tasks = results.sizes["task"]
     bin_size = _default_bin(tasks) if bin_size is None else bin_size
     if bin_size < 1:
@@ -184,14 +236,16 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
 
     styles = _styles(results, methods)
     with _rc():
-        columns = min(2, len(panels))
+        columns = min(columns, len(panels))
         rows = math.ceil(len(panels) / columns)
+        width = 3.6 * columns if columns < 3 else 3.0 * columns
         names = [_name(results, method) for method in methods]
-        legend_columns = _legend_columns(names, width=3.6 * columns)
+        legend_columns = _legend_columns(names, width=width)
         legend_rows = math.ceil(len(methods) / legend_columns)
-        figure = Figure(figsize=(3.6 * columns, 2.25 * rows + 0.17 * legend_rows + 0.25), layout="constrained")
+        height = 2.25 if columns < 3 else 1.9
+        figure = Figure(figsize=(width, height * rows + 0.17 * legend_rows + 0.25), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
-        for letter, ax, panel in zip("abcd", axes, panels, strict=False):
+        for letter, ax, panel in zip("abcdefghi", axes, panels, strict=False):
             _draw_panel(ax, results, panel, methods, styles, bin_size)
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
         for ax in axes[len(panels) - columns : len(panels)]:
@@ -216,9 +270,9 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
 
 
 def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) -> Figure:
-    """Draws the final accuracy against the values that were tried of a hyperparameter.
+    """Draws the final performance against the values that were tried of a hyperparameter.
 
-    One line a learner; the mean over seeds of the accuracy over the last tenth of the tasks, with one
+    One line a learner; the mean over seeds of the accuracy, or the loss, over the last tenth of the tasks, with one
     standard error. Where a learner was run with several other settings at one value, the best of them is
     drawn. A variant that has not finished its tasks is drawn hollow. The axis of the hyperparameter is
     logarithmic, but for 0.
@@ -243,6 +297,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     if not swept:
         raise ValueError("results: no learner has finished tasks with several values of a hyperparameter")
     all_learners = [learner for learners in swept.values() for learner in learners]
+    label = {"accuracy": "Correct, last tenth of tasks (%)", "loss": "Loss, last tenth of tasks"}[performance(results)]
     styles = _learner_styles(list(dict.fromkeys(all_learners)))
     with _rc():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
@@ -251,7 +306,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for i, (name, learners) in enumerate(swept.items()):
             _draw_sensitivity(axes[i], results, name, learners, styles)
-            axes[i].set_ylabel("Correct, last tenth of tasks (%)" if i % columns == 0 else "")
+            axes[i].set_ylabel(label if i % columns == 0 else "")
         for ax in axes[len(swept) :]:
             ax.remove()
         swept_methods = [method for method in _started(results) if _learner(results, method) in all_learners]
@@ -263,7 +318,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
 
 
 def best_variants(results: xr.Dataset) -> list[str]:
-    """For each learner its variant of the highest final accuracy, that over the last tenth of the tasks.
+    """For each learner its variant of the best final performance, that over the last tenth of the tasks.
 
     Args:
       results: results of a run. In an unfinished one, the variants of a learner that have come furthest are
@@ -272,9 +327,10 @@ def best_variants(results: xr.Dataset) -> list[str]:
     Returns:
       Labels of methods, in the results' order of learners.
     """
+    sign = 1 if performance(results) == "accuracy" else -1
     best: dict[str, tuple[tuple[int, float], str]] = {}
     for method in _started(results):
-        score = (finished_tasks(results, method)[1], float(last_tenth(results, method).mean()))
+        score = (finished_tasks(results, method)[1], sign * float(last_tenth(results, method).mean()))
         learner = _learner(results, method)
         if learner not in best or score > best[learner][0]:
             best[learner] = (score, method)
@@ -328,14 +384,16 @@ def _draw_sensitivity(
 ) -> None:
     smallest = math.inf
     zero = False
+    panel = _PERFORMANCE[performance(results)]
+    sign = 1 if panel.measure == "accuracy" else -1
     for learner in learners:
         points: dict[float, tuple[float, float, bool]] = {}
         for method in _started(results):
             x = float(results[hyperparameter].loc[{"method": method}])
             if _learner(results, method) != learner or math.isnan(x):
                 continue
-            mean, error = mean_and_error(100 * last_tenth(results, method))
-            if x not in points or mean > points[x][0]:
+            mean, error = mean_and_error(panel.scale * last_tenth(results, method))
+            if x not in points or sign * mean > sign * points[x][0]:
                 points[x] = (float(mean), float(np.nan_to_num(error)), _unfinished(results, method))
         x = np.array(sorted(points))
         y, error, unfinished = map(np.array, zip(*(points[value] for value in x), strict=True))

@@ -35,7 +35,36 @@ MEASURES: dict[str, str] = {
     "replaced_units": "units replaced during the task",
 }
 
+#: What is measured besides where updates are measured too: see :func:`stream_measures`.
+UPDATE_MEASURES: dict[str, str] = {
+    "plasticity": "1 - loss after / loss before the update, clipped to [0, 1], mean over examples",
+    "gradient_l0": "fraction of gradients that are not 0, mean over measured updates",
+    "gradient_l1": "L1 norm of the gradient, mean over measured updates",
+    "gradient_l2": "L2 norm of the gradient, mean over measured updates",
+    "weight_rank": "sum of the kernels' ranks over the largest possible, before the task",
+    "weight_l1": "L1 norm of the weights, before the task",
+    "weight_l2": "L2 norm of the weights, before the task",
+}
+
 _DIMS = ("method", "seed", "task")
+
+
+def stream_measures(*, accuracy: bool = True, updates: bool = False) -> dict[str, str]:
+    """What is measured on a stream of tasks.
+
+    Args:
+      accuracy: whether tasks are classifications.
+      updates: whether plasticity and gradients are measured, and the weights as matrices.
+
+    Returns:
+      name of each measure, and its meaning.
+
+    Example:
+      >>> [name for name in stream_measures(accuracy=False) if "accuracy" in name]
+      []
+    """
+    measures = {name: meaning for name, meaning in MEASURES.items() if accuracy or name != "accuracy"}
+    return measures | UPDATE_MEASURES if updates else measures
 
 
 def require(module: str) -> ModuleType:

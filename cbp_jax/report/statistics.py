@@ -55,6 +55,19 @@ def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
+def performance(results: xr.Dataset) -> str:
+    """What the methods of a run are judged by: "accuracy", or "loss" where the tasks are regressions.
+
+    Raises:
+      ValueError: the results have neither along [method, seed, task].
+    """
+    for name in ("accuracy", "loss"):
+        if name in results and set(results[name].dims) == {"method", "seed", "task"}:
+            return name
+    have = {name: variable.dims for name, variable in results.data_vars.items()}
+    raise ValueError(f"results must have an accuracy or a loss [method, seed, task]; got {have}")
+
+
 def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
     """How far a method has come.
 
@@ -67,37 +80,36 @@ def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
       finished.
 
     Raises:
-      ValueError: no ``accuracy`` [method, seed, task] in the results, by which to know a finished task.
+      ValueError: no ``accuracy`` or ``loss`` [method, seed, task] in the results, by which to know a finished task.
     """
-    if "accuracy" not in results or set(results.accuracy.dims) != {"method", "seed", "task"}:
-        have = {name: variable.dims for name, variable in results.data_vars.items()}
-        raise ValueError(f"results must have an accuracy [method, seed, task]; got {have}")
-    done = np.isfinite(results.accuracy.loc[{"method": method}].transpose("seed", "task").values)
+    values = results[performance(results)]
+    done = np.isfinite(values.loc[{"method": method}].transpose("seed", "task").values)
     seeds = np.flatnonzero(done.any(1))
     return seeds, int(done[seeds].all(0).cumprod().sum()) if len(seeds) else 0
 
 
-def last_tenth(results: xr.Dataset, method: str, measure: str = "accuracy") -> np.ndarray:
+def last_tenth(results: xr.Dataset, method: str, measure: str | None = None) -> np.ndarray:
     """Mean of a measure over the last tenth of the tasks that a method has finished, for each seed.
 
     Args:
       results: results of a run.
       method: label of the method.
-      measure: name of the data variable.
+      measure: name of the data variable; by default the :func:`performance`.
 
     Returns:
       Array [seeds], float64, of the seeds that have run; empty if the method has finished no task.
     """
-    return _blocks(results, method, measure)[:, -1:].ravel()
+    return _blocks(results, method, measure or performance(results))[:, -1:].ravel()
 
 
 def summary(results: xr.Dataset) -> str:
     """The results of a run as a table of text.
 
-    For each method, the accuracy in the best and in the last tenth of the tasks it has finished (the best
-    being that of the highest mean over seeds), how much of the best was lost at the end (a difference within
-    each seed), and the dead units of the last tenth. All in percent; accuracies as the mean over seeds and
-    half the width of its 95% confidence interval (Student's t), which takes at least two seeds.
+    For each method, its performance, the accuracy in percent or the loss, in the first, the best and the last tenth of
+    the tasks it has finished (the best being that of the best mean over seeds), how much of the best was lost at the
+    end (a difference within each seed), the mean plasticity over all tasks where it was measured, and the dead units of
+    the last tenth in percent. Performances are the mean over seeds and half the width of its 95% confidence interval
+    (Student's t), which takes at least two seeds.
 
     Args:
       results: results of a run.
@@ -105,32 +117,39 @@ def summary(results: xr.Dataset) -> str:
     Returns:
       The table, without a newline at its end.
     """
-    total = results.sizes["task"]
-    table = [("method", "seeds", "tasks", "best tenth", "of tasks", "last tenth", "lost", "dead units")]
+    total, measure = results.sizes["task"], performance(results)
+    scale, sign = (100, 1) if measure == "accuracy" else (1, -1)
+    plasticity = ("plasticity",) if "plasticity" in results else ()
+    tenths = ("first tenth", "best tenth", "of tasks", "last tenth", "lost")
+    table = [("method", "seeds", "tasks", *tenths, *plasticity, "dead units")]
     for method in results.method.values.tolist():
         seeds, tasks = finished_tasks(results, method)
         progress = (method, str(len(seeds)), str(tasks) if tasks == total else f"{tasks}/{total}")
         if not tasks:
-            table.append((*progress, "-", "-", "-", "-", "-"))
+            table.append((*progress, *["-"] * (len(table[0]) - len(progress))))
             continue
-        accuracy = 100 * _blocks(results, method, "accuracy")
-        best = int(accuracy.mean(0).argmax())
+        values = scale * _blocks(results, method, measure)
+        best = int((sign * values.mean(0)).argmax())
         block = blocks_of_tasks(tasks)[best]
+        digits = 2 if measure == "accuracy" else 3
         dead = last_tenth(results, method, "dead_units") if "dead_units" in results else np.array([])
         table.append(
             (
                 *progress,
-                _interval(accuracy[:, best]),
+                _interval(values[:, 0], digits),
+                _interval(values[:, best], digits),
                 f"{block.start + 1}-{block.stop}" if block.stop - block.start > 1 else f"{block.stop}",
-                _interval(accuracy[:, -1]),
-                _interval(accuracy[:, best] - accuracy[:, -1]),
+                _interval(values[:, -1], digits),
+                _interval(sign * (values[:, best] - values[:, -1]), digits),
+                *(f"{_blocks(results, method, name).mean():.3f}" for name in plasticity),
                 f"{100 * np.nanmean(dead):.1f}" if np.isfinite(dead).any() else "-",
             )
         )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rows = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
     experiment = results.attrs.get("experiment", "run")
-    title = f"{experiment}: percent, mean over seeds ± half its 95% confidence interval"
+    what = "accuracy in percent" if measure == "accuracy" else "loss"
+    title = f"{experiment}: {what}, mean over seeds ± half its 95% confidence interval"
     return "\n".join([title, "", rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
@@ -142,11 +161,11 @@ def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
     return np.stack(means, 1) if means else np.zeros((len(seeds), 0))
 
 
-def _interval(values: np.ndarray) -> str:
+def _interval(values: np.ndarray, digits: int) -> str:
     """Mean and half the width of its 95% confidence interval over seeds; without the latter for one seed."""
     from scipy import stats
 
     mean, error = mean_and_error(values)
     if len(values) < 2:
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.2f}"
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.{digits}f}"

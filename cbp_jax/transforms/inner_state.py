@@ -63,7 +63,8 @@ def check(
 
     Raises:
       ValueError: there is an array that is neither a scalar, nor a random key, nor of its parameter's shape, nor one
-        of a group's units, such as the factored moments of Adafactor; or optax cannot tell the parameters' entries from others.
+        of a group's units, such as the factored moments of Adafactor; or optax cannot tell the parameters' entries
+        from others.
     """
     leaves = groups.leaves_by_path(params)
 

@@ -1,0 +1,251 @@
+"""What the experiments on streams of tasks share: settings, their checks, and the run itself."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cbp_jax import training
+from cbp_jax.experiments import learners
+from cbp_jax.nets import get_activation
+from cbp_jax.problems import Problem
+
+SAVE_EVERY = 2.0  # seconds between two writings of the results
+CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
+STATE_FILE = "state.msgpack"
+
+# labels of the methods that ran, lanes that finished a task, means of what was measured
+Progress = Callable[[str, int, dict[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSettings:
+    """Settings of every experiment on a stream of tasks."""
+
+    methods: tuple[str, ...] = ("bp", "cbp")
+    """Learners to compare, each a name, with settings if wanted: "cbp:replacement_rate=1e-5,utility=weight"."""
+    seeds: int = 3
+    """Number of runs of each method, seeds 0, 1, ..."""
+    tasks: int = 10
+    """Number of tasks."""
+    batch_size: int = 1
+    """Examples of an update."""
+    hidden: tuple[int, ...] = (100, 100, 100)
+    """Sizes of the hidden layers."""
+    activation: str = "relu"
+    """Activation of the hidden layers, where a method does not choose one."""
+    measured_examples: int = 2000
+    """Examples on which dead units and ranks are measured before each task."""
+    measure_every: int | None = None
+    """Every so many updates plasticity and gradients are measured; never if not given."""
+    lanes: Literal["auto", "vmap", "map"] = "auto"
+    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStreamSettings(StreamSettings):
+    """Settings of a stream of tasks made of a dataset."""
+
+    dataset: str = "digits"
+    """A name of `cbp_jax.data.names()` or of tensorflow-datasets, or the path of an array file (.npz)."""
+    examples_per_task: int | None = None
+    """Examples of each task, all of the dataset by default."""
+    data_dir: Path | None = None
+    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
+
+
+def check(settings: StreamSettings) -> list[learners.Method]:
+    """Checks settings before anything is computed.
+
+    Returns:
+      the methods.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+    """
+    for name in ("seeds", "tasks", "batch_size", "measured_examples", "measure_every"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not settings.hidden or min(settings.hidden) < 1:
+        raise ValueError(f"hidden must be sizes of at least one hidden layer, got {settings.hidden}")
+    get_activation(settings.activation)
+    if settings.lanes not in ("auto", "vmap", "map"):
+        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
+    if not settings.methods:
+        raise ValueError(f"methods must name at least one of {list(learners.LEARNERS)}")
+    methods = [learners.parse_method(text) for text in settings.methods]
+    labels = [method.label for method in methods]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"methods must differ, got {list(settings.methods)}")
+    return methods
+
+
+def preset(presets: dict[str, Callable[..., StreamSettings]], name: str, *args: Any) -> Any:
+    """The settings of a preset.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if name not in presets:
+        raise ValueError(f"preset must be one of {list(presets)}, got {name!r}")
+    return presets[name](*args)
+
+
+def total(settings: StreamSettings) -> int:
+    """How many tasks all lanes have to do, for a progress bar."""
+    return len(settings.methods) * settings.seeds * settings.tasks
+
+
+def summary(results: Any) -> str:
+    """The table of a run; see `report.summary`."""
+    from cbp_jax import report
+
+    return report.summary(results)
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws the pictures of a run; see `report.plot_run`."""
+    from cbp_jax import report
+
+    return report.plot_run(results, out, formats=formats)
+
+
+def run(
+    experiment: str,
+    settings: StreamSettings,
+    problem: Problem,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    measured_examples: int | None = None,
+    **network: Any,
+) -> Any:
+    """Trains all methods with all seeds on a stream of tasks.
+
+    All methods with the same seed see the same tasks and start from the same weights. Results are written as tasks
+    end, and the state every half minute, so that a run that is killed leaves the tasks that it finished and, started
+    again with the same settings, goes on as if nothing had been.
+
+    Args:
+      experiment: its name.
+      settings: what to run.
+      problem: the stream.
+      out: folder for the results.
+      progress: called after each task with the labels of the methods that ran, how many lanes (methods times seeds)
+        finished it, and the means of what was measured.
+      measured_examples: if not as in the settings.
+      **network: how to make the network, see `learners.make_learner`.
+
+    Returns:
+      the results, an `xarray.Dataset`; see `report.new_results`.
+
+    Raises:
+      ValueError: a setting is out of range or unknown, before anything is computed.
+    """
+    from cbp_jax import report
+
+    methods = check(settings)
+    every = settings.measure_every
+    if every is not None and every > problem.steps_per_task:
+        raise ValueError(f"measure_every must be at most the {problem.steps_per_task} updates of a task, got {every}")
+    results = report.new_results(
+        [method.label for method in methods],
+        [method.learner for method in methods],
+        [{**method.hyperparameters, **_numbers(method.options)} for method in methods],
+        seeds=settings.seeds,
+        tasks=settings.tasks,
+        settings=settings,
+        experiment=experiment,
+        measures=report.stream_measures(accuracy=problem.loss == "softmax_cross_entropy", updates=every is not None),
+    )
+    groups = [
+        (
+            group,
+            learners.make_learner(
+                group, settings.hidden, settings.activation, problem.input_shape, problem.num_classes, **network
+            ),
+        )
+        for group in _compiled_together(methods)
+    ]
+    out = Path(out)
+    results = _resumed(results, out)
+    report.save_results(results, out)
+    saved = time.monotonic()
+    try:
+        for group, learner in groups:
+            labels = [method.label for method in group]
+            if np.isfinite(results.loss.loc[{"method": labels}].values).all():
+                if progress is not None:
+                    progress(", ".join(labels), len(group) * settings.seeds * settings.tasks, {})
+                continue
+            checkpoint = training.Checkpoint(
+                out / STATE_FILE,
+                "; ".join(labels),
+                every=CHECKPOINT_EVERY,
+                before=lambda: report.save_results(results, out),
+            )
+            if progress is not None and checkpoint.tasks:
+                progress(", ".join(labels), len(group) * settings.seeds * checkpoint.tasks, {})
+            numbers = {
+                name: np.repeat([method.hyperparameters[name] for method in group], settings.seeds)
+                for name in group[0].hyperparameters
+            }
+            stream = training.run_tasks(
+                learner,
+                problem,
+                np.tile(np.arange(settings.seeds), len(group)),
+                numbers,
+                settings.tasks,
+                mode=settings.lanes,
+                measured_examples=measured_examples or settings.measured_examples,
+                measure_every=every,
+                checkpoint=checkpoint,
+            )
+            for task, measures in enumerate(stream, start=checkpoint.tasks):
+                rows = {name: values.reshape(len(group), -1) for name, values in measures.items()}
+                report.record_task(results, task, rows, methods=labels)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    report.save_results(results, out)
+                    saved = time.monotonic()
+                if progress is not None:
+                    means = {name: float(np.mean(values)) for name, values in measures.items()}
+                    progress(", ".join(labels), len(group) * settings.seeds, means)
+            checkpoint.delete()
+    finally:
+        report.save_results(results, out)
+    return results
+
+
+def _resumed(results: Any, out: Path) -> Any:
+    """The results on disk, where they are of a run of the same settings; else these, and no state is left there."""
+    from cbp_jax import report
+
+    try:
+        found = report.load_results(out)
+    except FileNotFoundError:
+        found = None
+    same = lambda name: found is not None and found.attrs.get(name) == results.attrs[name]
+    if same("experiment") and same("settings") and list(found.data_vars) == list(results.data_vars):
+        return found
+    (out / STATE_FILE).unlink(missing_ok=True)
+    return results
+
+
+def _numbers(options: dict[str, Any]) -> dict[str, float]:
+    return {
+        key: float(value)
+        for key, value in options.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _compiled_together(methods: list[learners.Method]) -> list[list[learners.Method]]:
+    """Methods of one learner that differ in their numbers alone run as lanes of one program."""
+    groups: dict[Any, list[learners.Method]] = {}
+    for method in methods:
+        groups.setdefault((method.learner, tuple(sorted(method.options.items()))), []).append(method)
+    return list(groups.values())
