@@ -47,13 +47,15 @@ class Importance:
 class ConsolidationState(NamedTuple):
     """State of consolidation: trees of the params' structure and shapes, float32 (float64 for float64 params).
 
-    Counts are discounted, 1 + beta + beta**2 + ..., and belong to a weight each, so that a replaced weight starts over.
+    A rate is the share of the last update in a running mean that is corrected for its start,
+    (1 - beta) / (1 - beta**n) after n updates, and 0 before the first. There is one for each weight, so that a replaced
+    weight starts over.
     """
 
     params_mean: optax.Params  # running mean of the weights, corrected for its start
-    params_count: optax.Updates  # updates in that mean
+    params_rate: optax.Updates  # of that mean
     importance_means: tuple[optax.Updates, ...]  # running means of what the importance observes, corrected
-    importance_count: optax.Updates  # updates in these means
+    importance_rate: optax.Updates  # of these means
     previous: tuple[optax.Updates, ...]  # weights and gradient of the last update, or () where no path is followed
 
 
@@ -108,9 +110,9 @@ def add_consolidation(
         copy = lambda w: jnp.array(w, _wide(w), copy=True)
         return ConsolidationState(
             params_mean=jax.tree.map(zeros, params),
-            params_count=jax.tree.map(zeros, params),
+            params_rate=jax.tree.map(zeros, params),
             importance_means=tuple(jax.tree.map(zeros, params) for _ in range(importance.means)),
-            importance_count=jax.tree.map(zeros, params),
+            importance_rate=jax.tree.map(zeros, params),
             previous=(jax.tree.map(copy, params), jax.tree.map(zeros, params)) if importance.follows_path else (),
         )
 
@@ -128,18 +130,17 @@ def add_consolidation(
         sensitivity = updates if sensitivity is None else sensitivity
         _check_like(sensitivity, updates)
 
-        def consolidate(update, sensitive, param, params_mean, params_count, importance_count, *rest):
+        def consolidate(update, sensitive, param, params_mean, params_rate, importance_rate, *rest):
             old_means, previous = rest[: importance.means], rest[importance.means :]
             g, s, w = (x.astype(params_mean.dtype) for x in (update, sensitive, param))
             change, cause = (w - previous[0], previous[1]) if importance.follows_path else (jnp.zeros_like(w),) * 2
-            params_count = (1 + beta_weight * params_count).astype(w.dtype)
-            importance_count = (1 + beta_importance * importance_count).astype(w.dtype)
-            params_mean = params_mean + (w - params_mean) / params_count
+            params_rate, importance_rate = _next(params_rate, beta_weight), _next(importance_rate, beta_importance)
+            params_mean = params_mean + _rounded(params_rate * (w - params_mean))
             observed = importance.observe(Step(g, s, change, cause, old_means))
-            means = tuple(m + (y - m) / importance_count for m, y in zip(old_means, observed, strict=True))
-            new_update = (g + strength * importance.combine(*means) * (w - params_mean)).astype(update.dtype)
+            means = tuple(m + _rounded(importance_rate * (y - m)) for m, y in zip(old_means, observed, strict=True))
+            new_update = (g + _rounded(strength * importance.combine(*means) * (w - params_mean))).astype(update.dtype)
             previous = (w, g) if importance.follows_path else ()
-            return new_update, ConsolidationState(params_mean, params_count, means, importance_count, previous)
+            return new_update, ConsolidationState(params_mean, params_rate, means, importance_rate, previous)
 
         results = jax.tree.map(
             consolidate,
@@ -147,8 +148,8 @@ def add_consolidation(
             sensitivity,
             params,
             state.params_mean,
-            state.params_count,
-            state.importance_count,
+            state.params_rate,
+            state.importance_rate,
             *state.importance_means,
             *state.previous,
         )
@@ -373,7 +374,7 @@ def rwalk(
     return _descend(rwalk_importance(epsilon), learning_rate, strength, beta_weight, beta_importance)
 
 
-EWC = Importance(observe=lambda step: (step.gradient**2,), combine=lambda fisher: fisher, means=1)
+EWC = Importance(observe=lambda step: (_rounded(step.gradient**2),), combine=lambda fisher: fisher, means=1)
 MAS = Importance(observe=lambda step: (jnp.abs(step.sensitivity),), combine=lambda sensitivity: sensitivity, means=1)
 
 
@@ -381,8 +382,8 @@ def synaptic_intelligence_importance(epsilon: chex.Numeric = 1e-3) -> Importance
     """The importance of :func:`synaptic_intelligence`."""
     _check_epsilon(epsilon)
     return Importance(
-        observe=lambda step: (-step.cause * step.change, step.change),
-        combine=lambda gain, change: gain / (change**2 + epsilon),
+        observe=lambda step: (_rounded(-step.cause * step.change), step.change),
+        combine=lambda gain, change: gain / (_rounded(change**2) + epsilon),
         means=2,
         follows_path=True,
     )
@@ -394,8 +395,8 @@ def rwalk_importance(epsilon: chex.Numeric = 1e-3) -> Importance:
 
     def observe(step: Step) -> tuple[chex.Array, chex.Array]:
         fisher, _ = step.means  # this one holds the cause of the change, and not yet the present gradient
-        distance = 0.5 * fisher * step.change**2 + epsilon
-        return step.gradient**2, jnp.maximum(0, -step.cause * step.change) / distance
+        distance = _rounded(0.5 * fisher * step.change**2) + epsilon
+        return _rounded(step.gradient**2), jnp.maximum(0, -step.cause * step.change) / distance
 
     return Importance(observe, combine=lambda fisher, score: fisher + score, means=2, follows_path=True)
 
@@ -407,6 +408,17 @@ def _descend(importance, learning_rate, strength, beta_weight, beta_importance):
         add_consolidation(importance, strength, beta_weight=beta_weight, beta_importance=beta_importance),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _next(rate: chex.Array, beta: chex.Numeric) -> chex.Array:
+    """The rate of an update after that of the one before; no power, and no sum of products for a compiler to fuse."""
+    return jnp.where(rate == 0, 1, rate / (rate + beta)).astype(rate.dtype)
+
+
+def _rounded(product: chex.Array) -> chex.Array:
+    """A product that no compiler contracts with the sum around it, so that vmapped rows give what they give alone."""
+    largest = jnp.finfo(product.dtype).max
+    return jnp.clip(product, -largest, largest)
 
 
 def _wide(param: chex.Array) -> jnp.dtype:

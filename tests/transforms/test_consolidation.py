@@ -268,9 +268,9 @@ def test_replaced_units_start_over(kind):
     first = state.inner_state[0]
     params, state = step(params, state)
     later = state.inner_state[0]
-    np.testing.assert_array_equal(first.params_count["w1"][:, 3], 0)
-    np.testing.assert_array_equal(later.params_count["w1"][:, 3], 1)
-    assert (later.params_count["w1"][:, :3] > 2).all()
+    np.testing.assert_array_equal(first.params_rate["w1"][:, 3], 0)
+    np.testing.assert_array_equal(later.params_rate["w1"][:, 3], 1)
+    assert (later.params_rate["w1"][:, :3] < 0.5).all()
     np.testing.assert_array_equal(later.params_mean["w1"][:, 3], params["w1"][:, 3])
     if kind in PATH:
         for mean in (later.importance_means[1]["w1"], later.importance_means[1]["w2"].T):
