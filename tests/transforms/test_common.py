@@ -18,9 +18,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cbp_jax.transforms.adam import adam
+from cbp_jax.transforms.consolidation import ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import continual_backprop
+from cbp_jax.transforms.perturbed_gradient_descent import perturbed_gradient_descent
+from cbp_jax.transforms.redo import redo
 from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.transforms.weight_clipping import clip_weights
 from cbp_jax.units import discover_units
 
 OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
@@ -69,6 +73,10 @@ class Row:
         return optax.with_extra_args_support(self.wrap(tx))
 
 
+CONSOLIDATE = {"learning_rate": 0.1, "strength": 1.0, "beta_weight": 0.9, "beta_importance": 0.8}
+CONSOLIDATE_OTHERWISE = {"learning_rate": 0.2, "strength": 2.0, "beta_weight": 0.5, "beta_importance": 0.9}
+
+
 def before_sgd(tx):
     return optax.chain(tx, optax.sgd(0.1))
 
@@ -111,7 +119,44 @@ ROWS = [
         {"max_replacements": 2},
         noisy=True,
     ),
+    Row("ewc", ewc, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
+    Row("mas", mas, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
+    Row(
+        "synaptic_intelligence",
+        synaptic_intelligence,
+        (),
+        {**CONSOLIDATE, "epsilon": 0.1},
+        {**CONSOLIDATE_OTHERWISE, "epsilon": 0.2},
+    ),
+    Row("rwalk", rwalk, (), {**CONSOLIDATE, "epsilon": 0.1}, {**CONSOLIDATE_OTHERWISE, "epsilon": 0.2}),
+    Row(
+        "perturbed_gradient_descent",
+        perturbed_gradient_descent,
+        (),
+        {"learning_rate": 0.1, "sigma": 0.3, "weight_decay": 0.1},
+        {"learning_rate": 0.2, "sigma": 0.1, "weight_decay": 0.2},
+        noisy=True,
+    ),
+    Row(
+        "redo of sgd",
+        redo,
+        (optax.sgd(0.1), UNITS),
+        {"threshold": 0.7, "every": 2},
+        {"threshold": 1.0, "every": 3},
+        noisy=True,
+    ),
+    Row(
+        "clip_weights of sgd",
+        clip_weights,
+        (optax.sgd(0.1),),
+        {"bound": 1.0},
+        {"bound": 2.0},
+        {"scale": lambda path, param: 0.5 if path == "w1" else 0.7},
+    ),
 ]
+
+
+EVERYWHERE = (shrink_and_perturb, perturbed_gradient_descent)  # add noise to all weights; replacements draw only w1
 
 
 @pytest.fixture(params=ROWS, ids=lambda row: row.name)
@@ -299,7 +344,7 @@ def test_vmap_over_seeds(row):
     for seed in range(4):
         assert_same(at(together, seed), compiled(row)(at(params, seed)))
     for name in ("w1", "b1", "w2"):
-        if row.noisy and (name == "w1" or row.factory is shrink_and_perturb):  # replacements draw only w1
+        if row.noisy and (name == "w1" or row.factory in EVERYWHERE):
             assert all_differ(together[0][name][1:])
         elif not row.noisy:
             assert_same(together[0][name][1], together[0][name][2])
@@ -339,7 +384,9 @@ def test_noise_changes_from_step_to_step(row):
         return updates["w1"]
 
     state = solo(row)[1]
-    count = lambda state, n: state._replace(count=jnp.asarray(n, jnp.int32))
+    counts = lambda node: hasattr(node, "key") and hasattr(node, "count")  # of a chain, the part that draws
+    set_count = lambda node, n: node._replace(count=jnp.asarray(n, jnp.int32)) if counts(node) else node
+    count = lambda state, n: jax.tree.map(lambda node: set_count(node, n), state, is_leaf=counts)
     assert differ(fresh(count(state, 20)), fresh(count(state, 21)))
     assert_same(fresh(count(state, 20)), fresh(count(state, 20)))
 
