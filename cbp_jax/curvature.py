@@ -63,7 +63,7 @@ _SELECTIONS = frozenset(
 )
 
 
-def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk_size: int = 128) -> Any:
+def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk_size: int = 256) -> Any:
     """The exact diagonal of a loss' Hessian, for small networks.
 
     Takes the second derivative of the loss along every entry, forward over forward: about three evaluations of the
@@ -105,6 +105,8 @@ def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk
             return _second_order(loss, (leaf,), (direction,), (jnp.zeros_like(leaf),))[1]
 
         entries = jnp.arange(leaf.size)
+        if leaf.size <= chunk_size:
+            return jax.vmap(second_derivative)(entries).reshape(leaf.shape)
         return jax.lax.map(second_derivative, entries, batch_size=chunk_size).reshape(leaf.shape)
 
     return treedef.unflatten([of_leaf(number) for number in range(len(leaves))])

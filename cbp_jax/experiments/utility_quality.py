@@ -19,7 +19,7 @@ evaluated at the same parameters on the same sample, and ties share a rank.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,10 +130,21 @@ def check(settings: Settings) -> list[str]:
     return list(settings.activations)
 
 
+def total(settings: Settings) -> int:
+    """How many measurements the experiment makes, counted once for each activation and seed.
+
+    Example:
+      >>> total(Settings(seeds=20, steps=2000, measure_every=20, activations=("tanh", "relu")))
+      4000
+    """
+    return len(settings.activations) * settings.seeds * (settings.steps // settings.measure_every)
+
+
 def run(settings: Settings, out: Path, progress: Callable[[str, int, dict[str, float]], None] | None = None) -> Any:
     """Runs the experiment.
 
-    Results are written as measurements are made, so that a run that is killed leaves those that it finished.
+    Results are written as measurements are made, so that a run that is killed leaves those that it finished; run again,
+    it starts anew.
 
     Args:
       settings: what to run.
@@ -429,7 +440,7 @@ def summary(results: Any) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Any, out: Path) -> list[Path]:
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Draws the global correlations over time: a column for each activation, weights above features.
 
     One line a utility: the mean over seeds, in a band of one standard error to either side.
@@ -437,9 +448,10 @@ def plot(results: Any, out: Path) -> list[Path]:
     Args:
       results: results of a run, finished or not.
       out: folder for the picture.
+      formats: kinds of file to write, as Matplotlib names them.
 
     Returns:
-      the picture's path, in a list.
+      paths of the picture, one for each format.
     """
     from cbp_jax.report import plots
     from cbp_jax.report.results import require
@@ -486,6 +498,7 @@ def plot(results: Any, out: Path) -> list[Path]:
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "utility_quality.png"
-        figure.savefig(path)
-    return [path]
+        paths = [out / f"{NAME}.{kind}" for kind in formats]
+        for path in paths:
+            figure.savefig(path)
+    return paths
