@@ -1,5 +1,7 @@
 """Resets units as the transformations do, and asks what that did to the network."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,67 +33,94 @@ def entries(parts, units, params):
     return found
 
 
-def edit(params, masks, values):
-    """Params with entries set: masks and values by path."""
-
-    def set_entries(path, leaf):
-        name = units_lib.join_path(path)
-        return jnp.where(masks[name], values(name, leaf), leaf) if name in masks else leaf
-
-    return jax.tree_util.tree_map_with_path(set_entries, params)
-
-
-def reset(groups, params, chosen, seed=0, features=None):
-    """Params after a reset of units, as `continual_backprop` does it with an inner optimizer that does nothing.
+def make_reset(groups):
+    """A jitted function that resets units as `continual_backprop` does, with an inner optimizer that does nothing.
 
     Args:
       groups: all groups.
-      params: parameters.
-      chosen: units by name of group.
-      seed: of the fresh weights.
-      features: activations; given, biases are compensated.
+
+    Returns:
+      a function of the params, units by name of group, a seed of the fresh weights, features, and whether these
+      compensate the biases, where all kernels that read a group have one.
     """
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    work = surgery.Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(zeros))
-    numbers = [jnp.asarray(chosen.get(group.name, [group.size]), jnp.int32) for group in groups]
-    for group, units in zip(groups, numbers, strict=True):
-        if features is not None:
-            arrays = features[group.name] if isinstance(features[group.name], tuple) else (features[group.name],)
-            shapes = [consumer.kernel.index.shape for consumer in group.operands()]
-            means = tuple(utility.batch_mean(a, shape[0]) for a, shape in zip(arrays, shapes, strict=True))
-            work.compensate(group, units, means)
-        work.drop(group, surgery.as_mask(units, group.size))
-    normal = jax.nn.initializers.normal(1.0)
-    work.replace(groups, numbers, normal, lambda: jax.random.key(seed))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf + work.updates[units_lib.join_path(path)], params
-    )  # fmt: skip
+
+    @jax.jit
+    def run(params, numbers, seed, features, compensate):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        work = surgery.Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(zeros))
+        for group, units in zip(groups, numbers, strict=True):
+            if features is not None and can_compensate(group):
+                arrays = features[group.name] if isinstance(features[group.name], tuple) else (features[group.name],)
+                shapes = [consumer.kernel.index.shape for consumer in group.operands()]
+                means = [utility.batch_mean(a, shape[0]) for a, shape in zip(arrays, shapes, strict=True)]
+                work.compensate(group, units, tuple(mean * compensate for mean in means))
+            work.drop(group, surgery.as_mask(units, group.size))
+        work.replace(groups, numbers, jax.nn.initializers.normal(1.0), lambda: jax.random.key(seed))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf + work.updates[units_lib.join_path(path)], params
+        )
+
+    def reset(params, chosen, seed=0, features=None, compensate=True):
+        numbers = [jnp.asarray(chosen.get(group.name, [group.size]), jnp.int32) for group in groups]
+        return run(params, numbers, seed, features, 1.0 * compensate)
+
+    return reset
 
 
-def check_resets(groups, params, output, rtol=1e-4):
-    """Resets units of every group and asserts what must hold; returns how far the outputs moved.
+def can_compensate(group):
+    """Whether all kernels that read a group have a bias or need none."""
+    return all(consumer.bias or consumer.absorbed for consumer in group.outgoing)
+
+
+def without(params, masks):
+    """Params with entries set to 0: masks by path."""
+
+    def zero(path, leaf):
+        name = units_lib.join_path(path)
+        return np.where(masks[name], 0, leaf) if name in masks else leaf
+
+    return jax.tree_util.tree_map_with_path(zero, params)
+
+
+def check_resets(groups, params, apply, rtol=1e-4):
+    """Resets units of every group and asserts what must hold.
 
     Args:
       groups: units of a network.
       params: its parameters.
-      output: params -> array, whatever the network computes on a batch, with the statistics that mix units frozen.
+      apply: params -> (array, features), whatever the network computes on a batch, with the statistics that mix units
+        frozen; features may be None.
+      rtol: of outputs, relative to their largest.
+
+    Returns:
+      by group, how far the output moved at a reset, without and with compensation: mean squares.
     """
-    weigh = jax.jit(lambda params: jnp.sum(jnp.sin(output(params) * 3.0 + 0.5)))
-    gradient, run = jax.jit(jax.grad(weigh)), jax.jit(output)
-    before = units_lib.leaves_by_path(gradient(params))
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params):
+        out, features = apply(params)
+        return jnp.sum(jnp.sin(out * 3.0 + 0.5)), (out, features)
+
+    reset = make_reset(groups)
+    before, (out, features) = gradient(params)
+    before, moved = units_lib.leaves_by_path(before), {}
+    old = jax.tree.map(np.asarray, units_lib.leaves_by_path(params))
     for group in groups:
-        for unit in {0, group.size - 1}:
-            new = reset(groups, params, {group.name: [unit]})
+        for unit in (0, group.size - 1):
+            new = reset(params, {group.name: [unit]}, features=features, compensate=False)
             incoming = entries(group.incoming, [unit], params)
             outgoing = entries([consumer.kernel for consumer in group.outgoing], [unit], params)
             vectors = entries((*group.biases, *group.scales), [unit], params)
-            old, now = units_lib.leaves_by_path(params), units_lib.leaves_by_path(new)
+            now = jax.tree.map(np.asarray, units_lib.leaves_by_path(new))
             for path, leaf in now.items():
                 touched = incoming.get(path, False) | outgoing.get(path, False) | vectors.get(path, False)
                 np.testing.assert_array_equal(np.where(touched, 0, leaf), np.where(touched, 0, old[path]))
             for part in (*group.biases, *group.scales):
-                np.testing.assert_allclose(now[part.path][rows_of(part, [unit], now[part.path].shape)], part.reset)
-            after = units_lib.leaves_by_path(gradient(new))
+                values = now[part.path][rows_of(part, [unit], now[part.path].shape)]
+                np.testing.assert_allclose(values, part.reset, atol=1e-6)
+            gradients, (got, _) = gradient(new)
+            after = units_lib.leaves_by_path(gradients)
             for path, mask in incoming.items():
                 label = f"{group.name} unit {unit}: {path}"
                 assert mask.any() and np.all(np.asarray(after[path])[mask] == 0), f"{label} still matters"
@@ -99,7 +128,11 @@ def check_resets(groups, params, output, rtol=1e-4):
                 others &= ~outgoing.get(path, np.zeros_like(mask))
                 assert not others.any(), f"{label}: a neighbour is silenced"
             # Drawn again, nothing changes; what changed at first is what the outgoing weights carried.
-            got = run(new)
-            np.testing.assert_array_equal(got, run(reset(groups, params, {group.name: [unit]}, seed=1)))
-            removed = edit(params, {p: m & ~incoming.get(p, False) for p, m in outgoing.items()}, lambda *_: 0.0)
-            np.testing.assert_allclose(got, run(removed), rtol=rtol, atol=1e-5)
+            again = reset(params, {group.name: [unit]}, seed=1, features=features, compensate=False)
+            np.testing.assert_array_equal(got, gradient(again)[1][0])
+            removed = without(params, {path: m & ~incoming.get(path, False) for path, m in outgoing.items()})
+            np.testing.assert_allclose(got, gradient(removed)[1][0], atol=rtol * np.abs(out).max())
+        if can_compensate(group) and features is not None:
+            corrected = gradient(reset(params, {group.name: [unit]}, features=features))[1][0]
+            moved[group.name] = np.mean(np.square(got - out)), np.mean(np.square(corrected - out))
+    return moved

@@ -71,10 +71,17 @@ class Surgery(Mapping[str, Any]):
             if consumer.bias is None and consumer.absorbed:
                 continue
             kernel = consumer.kernel
-            weights = kernel.rows_last(self[kernel.path]).at[..., kernel.columns(chosen)].get(mode="fill", fill_value=0)
+            shape, columns = self.params[kernel.path].shape, kernel.columns(chosen)
+            weights = kernel.rows_last(self[kernel.path]).at[..., columns].get(mode="fill", fill_value=0)
+            weights = weights.astype(jnp.float32)
             mean = means[consumer.operand].at[:, chosen].get(mode="fill", fill_value=0).ravel()
-            gone = jnp.tensordot(weights.astype(jnp.float32), mean, 1)
-            others = [axis for axis in range(self.params[kernel.path].ndim) if axis not in kernel.axes]
+            others = [axis for axis in range(len(shape)) if axis not in kernel.axes]
+            if set(consumer.bias_axes) <= set(others):
+                gone = jnp.tensordot(weights, mean, 1)
+            else:  # in a grouped convolution the rows of a unit lead to different outputs
+                rows = jnp.zeros((*weights.shape[:-1], kernel.rows))
+                gone = kernel.undo_rows_last(rows.at[..., columns].set(weights * mean, mode="drop"), shape)
+                others = range(len(shape))
             gone = gone.sum(tuple(place for place, axis in enumerate(others) if axis not in consumer.bias_axes))
             bias = self.updates[consumer.bias]
             self.updates[consumer.bias] = bias + gone.astype(bias.dtype)

@@ -1,7 +1,6 @@
 """Cuts the labels of a walked network into groups of units."""
 
 import collections
-from typing import Any
 
 import numpy as np
 
@@ -14,37 +13,28 @@ _VARIANCES = ("var", "std", "variance", "second_moment")
 
 
 def build(walk: Walk) -> collection.Units:
-    """The groups of a network: kernels whose units were made one belong together."""
+    """The groups of a network: units that own rows of the same parameters, and as many, belong together."""
     _check_normalisation(walk)
-    roots = {key: walk.labels.roots(ids).ravel() for key, ids in walk.producers.items()}
-    names = _layer_names([path for path, _ in roots])
-    members = _members(roots, len(walk.labels))
-    owner = np.full(len(walk.labels) + 1, -1)  # number of the group of each root; the last is that of no unit
-    for number, keys in enumerate(members):
-        for key in keys:
-            owner[roots[key]] = number
-    lost: dict[int, str] = {}
-    for ids, reason in walk.lost:
-        for number in np.unique(owner[walk.labels.roots(ids)]).tolist():
-            lost.setdefault(number, reason)
-    shared = _Parameters(walk)
-    found, left_out = [], []
-    for number, keys in enumerate(members):
-        units = np.array(list(dict.fromkeys(root for key in keys for root in roots[key].tolist())))
-        name = names[keys[0][0]]
+    parts = _Parts(walk)
+    found, left_out, named = [], [], collections.Counter()
+    for units, reason in parts.split():
+        keys = [place for place in parts.producers if np.isin(parts.rows[place], units).any()]
+        name = parts.names[parts.places[keys[0]][0]]
         try:
-            if number in lost:
-                raise _LeaveOut(lost[number])
-            if len(units) == 1 and sum(roots[key].size for key in keys) > len(keys):
+            if reason:
+                raise _LeaveOut(reason)
+            if len(units) == 1 and sum(int((parts.rows[place] == units).sum()) for place in keys) > len(keys):
                 raise _LeaveOut(
                     "all its columns are one unit: they share weights, are mixed element by element or multiplied "
                     "with each other"
                 )
-            found.append(_group(walk, shared, name, units, keys))
-        except _LeaveOut as reason:
-            left_out.append(collection.LeftOut(name, len(units), str(reason)))
+            group = parts.group(name if not named[name] else f"{name}#{named[name] + 1}", units, keys)
+            named[name] += 1
+            found.append(group)
+        except _LeaveOut as error:
+            left_out.append(collection.LeftOut(name, len(units), str(error)))
     # Kernels that never made labels were met in equations that are not followed.
-    made = {path for path, _ in roots}
+    made = {path for path, _ in walk.producers}
     for path, primitive in walk.used_otherwise.items():
         if path not in made and path not in walk.states and len(walk.shapes[path]) > 1:
             reason = f"{path} is used in `{primitive}`, which is not followed"
@@ -68,36 +58,46 @@ def _check_normalisation(walk: Walk) -> None:
             walk.lost.append((outside, "a sum over units (`reduce_sum`) of which it is one normalises other units"))
 
 
-def _members(roots: dict[Any, np.ndarray], count: int) -> list[list[Any]]:
-    """Producing kernels that share units, together, in forward order."""
-    owner = np.full(count, -1)
-    members: list[list[Any]] = []
-    for key, ids in roots.items():
-        met = np.unique(owner[ids])
-        met = met[met >= 0].tolist()
-        number = met[0] if met else len(members)
-        if not met:
-            members.append([])
-        for other in met[1:]:
-            members[number] += members[other]
-            members[other] = []
-            owner[owner == other] = number
-        members[number].append(key)
-        owner[ids] = number
-    order = {key: place for place, key in enumerate(roots)}
-    return [sorted(keys, key=order.__getitem__) for keys in members if keys]
+class _Parts:
+    """Which rows of which parameters belong to which unit.
 
+    A *place* is a number that stands for a parameter, the axes that enumerate its rows, and what it is to its units.
 
-class _Parameters:
-    """What is known about each parameter over all of its uses."""
+    Attributes:
+      places: the path and the axes of each place.
+      rows: the unit of each row, by place, flat; -1 for none.
+      producers, vectors, readers: the places that are incoming, biases or scales or statistics, and outgoing.
+    """
 
     def __init__(self, walk: Walk):
-        self.claims: dict[tuple[str, tuple[int, ...]], list[Claim]] = {}
+        self.walk = walk
+        self.names = _layer_names([path for path, _ in walk.producers])
+        self.places: list[tuple[str, tuple[int, ...]]] = []
+        self.rows: list[np.ndarray] = []
+        self.producers = [self._place(path, axes, ids) for (path, axes), ids in walk.producers.items()]
+        self.vectors: dict[int, tuple[str, float]] = {}  # place -> role and value at a reset
+        claims: dict[tuple[str, tuple[int, ...]], list[Claim]] = {}
         for claim in walk.claims:
-            self.claims.setdefault((claim.path, claim.axes), []).append(claim)
-        self.readers: dict[str, list[Contraction]] = {}
+            claims.setdefault((claim.path, claim.axes), []).append(claim)
+        for (path, axes), uses in claims.items():
+            ids = walk.labels.roots(np.concatenate([claim.ids for claim in uses], -1))
+            own = ids.max(-1)
+            shared = ((ids != own[..., None]) & (ids >= 0)).any(-1)  # a row of several units belongs to none
+            role = "scale" if any(claim.role == "scale" for claim in uses) else "bias"
+            reset = 0.0
+            if uses[0].weight.state:
+                role, reset = "statistics", _statistic(path, role)
+            elif role == "scale":
+                reset = uses[0].weight.identity()
+            self.vectors[self._place(path, axes, np.where(shared, -1, own))] = role, reset
+        self.readers: dict[int, list[Contraction]] = {}
+        by_path: dict[str, list[Contraction]] = {}
         for contraction in walk.contractions:
-            self.readers.setdefault(contraction.path, []).append(contraction)
+            by_path.setdefault(contraction.path, []).append(contraction)
+        for path, uses in by_path.items():
+            if any(use.labels is not None for use in uses):
+                first = next(use for use in uses if use.labels is not None)
+                self.readers[self._place(path, first.in_axes, first.labels)] = uses
         self.conflicts = {
             path: "it is used in more than one way: " + ", ".join(sorted(str(use[0]) for use in uses))
             for path, uses in walk.uses.items()
@@ -105,84 +105,95 @@ class _Parameters:
         }
         for path, primitive in walk.used_otherwise.items():
             self.conflicts.setdefault(path, f"it is also used in `{primitive}`")
-        for path, readers in self.readers.items():
-            if len({reader.labels is None for reader in readers}) > 1:
-                self.conflicts.setdefault(path, "it is used more than once, and not always on units")
+        for uses in self.readers.values():
+            if any(use.labels is None for use in uses):
+                self.conflicts.setdefault(uses[0].path, "it is used more than once, and not always on units")
 
+    def _place(self, path: str, axes: tuple[int, ...], ids: np.ndarray) -> int:
+        self.places.append((path, axes))
+        self.rows.append(self.walk.labels.roots(ids).ravel())
+        return len(self.places) - 1
 
-def _group(
-    walk: Walk, known: _Parameters, name: str, units: np.ndarray, keys: list[tuple[str, tuple[int, ...]]]
-) -> groups.UnitGroup:
-    number = np.full(len(walk.labels) + 1, -1)
-    number[units] = np.arange(len(units))
+    def split(self) -> list[tuple[np.ndarray, str]]:
+        """Units that own equally many rows everywhere, in forward order, and why they are left out, if they are."""
+        size = len(self.walk.labels)
+        counts = np.array([np.bincount(rows[rows >= 0], minlength=size) for rows in self.rows], np.int32)
+        reasons = [""]
+        lost = np.zeros((1, size), np.int32)
+        for ids, reason in reversed(self.walk.lost):  # of several reasons the first stays
+            reasons.append(reason)
+            lost[0, self.walk.labels.roots(ids)] = len(reasons) - 1
+        everywhere = np.concatenate([self.rows[place] for place in self.producers])
+        units = np.array(list(dict.fromkeys(everywhere.tolist())), np.int64)
+        signatures = np.concatenate([counts, lost])[:, units]
+        _, kinds = np.unique(signatures, axis=1, return_inverse=True)
+        kinds = kinds.ravel()
+        return [(units[kinds == kind], reasons[lost[0, units[kinds == kind][0]]]) for kind in dict.fromkeys(kinds)]
 
-    def part(path: str, axes: tuple[int, ...], ids: np.ndarray, reset: float = 0.0) -> groups.ParamSlice | None:
-        unit_of_row = number[walk.labels.roots(ids).ravel()]
-        counts = np.bincount(unit_of_row[unit_of_row >= 0], minlength=len(units))
-        if counts.max() == 0:
+    def slice(self, place: int, units: np.ndarray, reset: float = 0.0) -> groups.ParamSlice | None:
+        """The rows of a parameter that belong to units, if any do."""
+        path, axes = self.places[place]
+        number = np.full(len(self.walk.labels) + 1, -1)  # the last is that of no unit
+        number[units] = np.arange(len(units))
+        unit_of_row = number[self.rows[place]]
+        count = np.count_nonzero(unit_of_row >= 0)
+        if not count:
             return None
-        if path in known.conflicts:
-            raise _LeaveOut(f"{path}: {known.conflicts[path]}")
-        if counts.min() != counts.max():
-            raise _LeaveOut(f"its units own different numbers of rows of {path}")
-        order = np.argsort(unit_of_row, kind="stable")[np.count_nonzero(unit_of_row < 0) :]
+        if path in self.conflicts:
+            raise _LeaveOut(f"{path}: {self.conflicts[path]}")
+        order = np.argsort(unit_of_row, kind="stable")[unit_of_row.size - count :]
         return groups.ParamSlice(path, axes, order.reshape(len(units), -1).T, unit_of_row.size, reset)
 
-    incoming = [part(path, axes, walk.producers[path, axes]) for path, axes in keys]
-    vectors: dict[str, list[groups.ParamSlice]] = collections.defaultdict(list)
-    for (path, axes), claims in known.claims.items():
-        ids = walk.labels.roots(np.concatenate([claim.ids for claim in claims], -1))
-        own = ids.max(-1, keepdims=True)
-        if ((ids != own) & (ids >= 0)).any():
-            continue  # it is shared by several units, and belongs to none
-        state, role = claims[0].weight.state, "scale" if any(claim.role == "scale" for claim in claims) else "bias"
-        found = part(path, axes, own[..., 0])
-        if found is not None:
-            reset = _statistic(path, role) if state else claims[0].weight.identity() if role == "scale" else 0.0
-            vectors["statistics" if state else role].append(
-                groups.ParamSlice(path, axes, found.index, found.rows, reset)
-            )
-    outgoing, operands = [], {}
-    for path, readers in known.readers.items():
-        labels = [reader.labels for reader in readers if reader.labels is not None]
-        kernel = part(path, readers[0].in_axes, labels[0]) if labels else None
-        if kernel is not None:
-            read = tuple((reader.operand, reader.operand_axes, reader.in_axes) for reader in readers)
+    def group(self, name: str, units: np.ndarray, keys: list[int]) -> groups.UnitGroup:
+        """The group of units that the places `keys` make."""
+        incoming = [self.slice(place, units) for place in keys]
+        vectors: dict[str, list[groups.ParamSlice]] = collections.defaultdict(list)
+        for place, (role, reset) in self.vectors.items():
+            part = self.slice(place, units, reset)
+            if part is not None:
+                vectors[role].append(part)
+        outgoing, operands = [], {}
+        for place, uses in self.readers.items():
+            kernel = self.slice(place, units)
+            if kernel is None:
+                continue
+            read = tuple((use.operand, use.operand_axes, use.in_axes, kernel.index.tobytes()) for use in uses)
             operand = operands.setdefault(read, len(operands))
-            bias, bias_axes = readers[0].bias or (None, ())
-            if any(reader.bias != readers[0].bias for reader in readers) or bias in known.conflicts:
+            bias, bias_axes = uses[0].bias or (None, ())
+            if bias in self.conflicts or any(use.bias != uses[0].bias for use in uses):
                 bias, bias_axes = None, ()
-            absorbed = all(reader.absorbed for reader in readers)
+            absorbed = all(use.absorbed for use in uses)
             outgoing.append(groups.Consumer(kernel, bias, bias_axes, operand, absorbed))
-    if not outgoing:
-        raise _LeaveOut("no kernel reads it")
-    return groups.UnitGroup(
-        name,
-        len(units),
-        tuple(incoming),
-        tuple(vectors["bias"]),
-        tuple(outgoing),
-        tuple(vectors["scale"]),
-        tuple(vectors["statistics"]),
-        _kind(walk, units, keys),
-    )
+        if not outgoing:
+            raise _LeaveOut("no kernel reads it")
+        return groups.UnitGroup(
+            name,
+            len(units),
+            tuple(incoming),
+            tuple(vectors["bias"]),
+            tuple(outgoing),
+            tuple(vectors["scale"]),
+            tuple(vectors["statistics"]),
+            self.kind(units, keys),
+        )
+
+    def kind(self, units: np.ndarray, keys: list[int]) -> str:
+        """The kind of a group."""
+
+        def among(events: list[np.ndarray]) -> bool:
+            return any(np.isin(self.walk.labels.roots(ids), units).any() for ids in events)
+
+        if among(self.walk.products):
+            return "head"
+        if len(keys) > 1 and among(self.walk.sums):
+            return "residual"
+        return self.walk.kinds[self.places[keys[0]][0]]
 
 
 def _statistic(path: str, role: str) -> float:
     """What a running statistic starts at."""
     name = path.removesuffix("/value").rpartition("/")[2].lower()
     return 1.0 if role == "scale" or any(word in name for word in _VARIANCES) else 0.0
-
-
-def _kind(walk: Walk, units: np.ndarray, keys: list[tuple[str, tuple[int, ...]]]) -> str:
-    def among(events: list[np.ndarray]) -> bool:
-        return any(np.isin(walk.labels.roots(ids), units).any() for ids in events)
-
-    if among(walk.products):
-        return "head"
-    if len(keys) > 1 and among(walk.sums):
-        return "residual"
-    return walk.kinds[keys[0][0]]
 
 
 def _layer_names(paths: list[str]) -> dict[str, str]:

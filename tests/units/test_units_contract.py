@@ -384,7 +384,6 @@ LEFT_OUT = {
     "sum over units": (lambda h, p: h + h.sum(-1, keepdims=True), "reduce_sum|sum"),
     "divided by the greatest": (lambda h, p: h / jnp.max(h, axis=-1, keepdims=True), "reduce_max"),
     "scaled by their sum": (lambda h, p: h * h.sum(-1, keepdims=True), "reduce_sum"),
-    "normalised by others": (lambda h, p: jnp.tile(h[:, :3] / h[:, 3:].std(-1, keepdims=True), 2), "reduce_sum"),
     "read by a kernel after a sum": (lambda h, p: jnp.tile(h.mean(-1, keepdims=True), 6), "reduce_sum"),
     "sort": (lambda h, p: jnp.sort(h, axis=-1), "sort"),
     "cumulative sum": (lambda h, p: jnp.cumsum(h, axis=-1), "cumsum"),
@@ -423,6 +422,7 @@ CONSTRUCTS = {
     "used transposed": lambda h, p: jnp.tanh(jnp.tanh(h @ p["square"]) @ p["square"].T),
     # Statistics mix units, and are the only path that is left: they are frozen.
     "layer norm": lambda h, p: (h - jax.lax.stop_gradient(h.mean(-1, keepdims=True))) * p["vector"],
+    "normalised by others": lambda h, p: jnp.tile(h[:, :3] / h[:, 3:].std(-1, keepdims=True), 2),
     "batch norm": lambda h, p: (h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-3),
     "kernel of the kernel": lambda h, p: h @ (p["square"] * p["vector"]),
     "weight of activations": lambda h, p: h @ jnp.tanh(h.T @ h),
