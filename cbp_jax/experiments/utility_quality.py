@@ -13,8 +13,8 @@ each layer, averaged over layers.
 
 As in the authors' setting, inputs are uniform, the target is the sum of two of them, and SGD sees every sample once.
 Networks have two hidden layers here and one sample an update, where their published code has one hidden layer and by
-default batches of 32 (`hidden`, `batch_size`). That code also evaluates the true utility after the update with the loss,
-gradient and curvature from before it, and correlates the orders that sort the utilities instead of their ranks; here
+default batches of 32 (`hidden`, `batch_size`). That code also evaluates the true utility after the update with the
+loss, gradient and curvature from before it, and correlates the orders that sort the utilities, not their ranks; here
 everything is evaluated at the same parameters on the same samples, and ties share a rank.
 """
 
