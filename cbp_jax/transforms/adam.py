@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cbp_jax.transforms.rounding import rounded
 from cbp_jax.transforms.scalars import check_scalar
 
 # Interpolation at the Chebyshev nodes of (2**r - 1) / r on [-1/2, 1/2], relative error 5e-7. Least power first.
@@ -73,7 +74,7 @@ def scale_by_adam(
         def rescale(g: chex.Array, m: chex.Array, v: chex.Array, n: chex.Array) -> chex.Array:
             # Both corrections in one division, the dearest of these operations.
             start_m, start_v = _one_minus_power(b1, n, m.dtype), _one_minus_power(b2, n, v.dtype)
-            return (m * start_v / (start_m * (jnp.sqrt(v * start_v) + eps * start_v))).astype(g.dtype)
+            return (m * start_v / (start_m * (jnp.sqrt(v * start_v) + rounded(eps * start_v)))).astype(g.dtype)
 
         return jax.tree.map(rescale, updates, mu, nu, count), ScaleByAdamState(count, mu, nu)
 

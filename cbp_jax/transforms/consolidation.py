@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cbp_jax.transforms.rounding import rounded
 from cbp_jax.transforms.scalars import check_scalar
 
 
@@ -135,10 +136,10 @@ def add_consolidation(
             g, s, w = (x.astype(params_mean.dtype) for x in (update, sensitive, param))
             change, cause = (w - previous[0], previous[1]) if importance.follows_path else (jnp.zeros_like(w),) * 2
             params_rate, importance_rate = _next(params_rate, beta_weight), _next(importance_rate, beta_importance)
-            params_mean = params_mean + _rounded(params_rate * (w - params_mean))
+            params_mean = params_mean + rounded(params_rate * (w - params_mean))
             observed = importance.observe(Step(g, s, change, cause, old_means))
-            means = tuple(m + _rounded(importance_rate * (y - m)) for m, y in zip(old_means, observed, strict=True))
-            new_update = (g + _rounded(strength * importance.combine(*means) * (w - params_mean))).astype(update.dtype)
+            means = tuple(m + rounded(importance_rate * (y - m)) for m, y in zip(old_means, observed, strict=True))
+            new_update = (g + rounded(strength * importance.combine(*means) * (w - params_mean))).astype(update.dtype)
             previous = (w, g) if importance.follows_path else ()
             return new_update, ConsolidationState(params_mean, params_rate, means, importance_rate, previous)
 
@@ -374,7 +375,7 @@ def rwalk(
     return _descend(rwalk_importance(epsilon), learning_rate, strength, beta_weight, beta_importance)
 
 
-EWC = Importance(observe=lambda step: (_rounded(step.gradient**2),), combine=lambda fisher: fisher, means=1)
+EWC = Importance(observe=lambda step: (rounded(step.gradient**2),), combine=lambda fisher: fisher, means=1)
 MAS = Importance(observe=lambda step: (jnp.abs(step.sensitivity),), combine=lambda sensitivity: sensitivity, means=1)
 
 
@@ -382,8 +383,8 @@ def synaptic_intelligence_importance(epsilon: chex.Numeric = 1e-3) -> Importance
     """The importance of :func:`synaptic_intelligence`."""
     _check_epsilon(epsilon)
     return Importance(
-        observe=lambda step: (_rounded(-step.cause * step.change), step.change),
-        combine=lambda gain, change: gain / (_rounded(change**2) + epsilon),
+        observe=lambda step: (rounded(-step.cause * step.change), step.change),
+        combine=lambda gain, change: gain / (rounded(change**2) + epsilon),
         means=2,
         follows_path=True,
     )
@@ -395,8 +396,8 @@ def rwalk_importance(epsilon: chex.Numeric = 1e-3) -> Importance:
 
     def observe(step: Step) -> tuple[chex.Array, chex.Array]:
         fisher, _ = step.means  # this one holds the cause of the change, and not yet the present gradient
-        distance = _rounded(0.5 * fisher * step.change**2) + epsilon
-        return _rounded(step.gradient**2), jnp.maximum(0, -step.cause * step.change) / distance
+        distance = rounded(0.5 * fisher * step.change**2) + epsilon
+        return rounded(step.gradient**2), jnp.maximum(0, -step.cause * step.change) / distance
 
     return Importance(observe, combine=lambda fisher, score: fisher + score, means=2, follows_path=True)
 
@@ -413,12 +414,6 @@ def _descend(importance, learning_rate, strength, beta_weight, beta_importance):
 def _next(rate: chex.Array, beta: chex.Numeric) -> chex.Array:
     """The rate of an update after that of the one before; no power, and no sum of products for a compiler to fuse."""
     return jnp.where(rate == 0, 1, rate / (rate + beta)).astype(rate.dtype)
-
-
-def _rounded(product: chex.Array) -> chex.Array:
-    """A product that no compiler contracts with the sum around it, so that vmapped rows give what they give alone."""
-    largest = jnp.finfo(product.dtype).max
-    return jnp.clip(product, -largest, largest)
 
 
 def _wide(param: chex.Array) -> jnp.dtype:

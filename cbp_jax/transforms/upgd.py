@@ -11,6 +11,7 @@ import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.transforms import adam, keys, noise
+from cbp_jax.transforms.rounding import rounded
 from cbp_jax.transforms.scalars import check_scalar
 
 Scope = Literal["global", "local"]
@@ -139,7 +140,8 @@ def scale_by_upgd(
         def gated(d: chex.Array, x: chex.Array, a: chex.Array) -> chex.Array:
             if isinstance(protect, jax.Array):
                 return jnp.where(protect, (d + x) * a, d + x * a).astype(d.dtype)
-            return ((d + x) * a if protect else d + x * a).astype(d.dtype)
+            # Decay will be added.
+            return (rounded((d + x) * a) if protect else d + x * a).astype(d.dtype)
 
         new_updates = jax.tree.map(gated, direction, perturbation, gate)
         return new_updates, ScaleByUpgdState(state.key, optax.safe_increment(state.count), utility, inner_state)

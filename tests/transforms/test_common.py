@@ -24,6 +24,7 @@ from cbp_jax.transforms.perturbed_gradient_descent import perturbed_gradient_des
 from cbp_jax.transforms.redo import redo
 from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.transforms.upgd import adaptive_upgd, upgd
 from cbp_jax.transforms.weight_clipping import clip_weights
 from cbp_jax.units import discover_units
 
@@ -81,6 +82,18 @@ def before_sgd(tx):
     return optax.chain(tx, optax.sgd(0.1))
 
 
+def with_curvature(tx):
+    """Gives squared gradients where the diagonal of the Hessian is wanted."""
+
+    def update_fn(grads, state, params, **extra_args):
+        return tx.update(grads, state, params, hessian_diag=jax.tree.map(jnp.square, grads), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+GATE = {"learning_rate": 0.1, "weight_decay": 0.1, "beta_utility": 0.5, "sigma": 0.5}
+GATE_OTHERWISE = {"learning_rate": 0.2, "weight_decay": 0.3, "beta_utility": 0.9, "sigma": 0.9}
+
 ROWS = [
     Row("adam", adam, (), {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99}, {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9}),
     Row("add_l1", add_l1, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
@@ -129,6 +142,35 @@ ROWS = [
         {**CONSOLIDATE_OTHERWISE, "epsilon": 0.2},
     ),
     Row("rwalk", rwalk, (), {**CONSOLIDATE, "epsilon": 0.1}, {**CONSOLIDATE_OTHERWISE, "epsilon": 0.2}),
+    Row("upgd", upgd, (), GATE, GATE_OTHERWISE, noisy=True),
+    Row(
+        "upgd of order 2, local, unprotected",
+        upgd,
+        (),
+        GATE,
+        GATE_OTHERWISE,
+        {"order": 2, "scope": "local", "protect": False},
+        wrap=with_curvature,
+        noisy=True,
+    ),
+    Row("upgd of units", upgd, (), GATE, GATE_OTHERWISE, {"units": UNITS}, noisy=True),
+    Row(
+        "adaptive_upgd",
+        adaptive_upgd,
+        (),
+        {**GATE, "b1": 0.9, "b2": 0.99, "eps": 0.1},
+        {**GATE_OTHERWISE, "b1": 0.5, "b2": 0.9, "eps": 0.3},
+        noisy=True,
+    ),
+    Row(
+        "continual_backprop of upgd",
+        continual_backprop,
+        (upgd(0.1, sigma=0.5), UNITS),
+        REPLACE,
+        {"replacement_rate": 0.3, "decay_rate": 0.5, "maturity_threshold": 2},
+        {"max_replacements": 2},
+        noisy=True,
+    ),
     Row(
         "perturbed_gradient_descent",
         perturbed_gradient_descent,
