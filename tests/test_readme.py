@@ -14,6 +14,10 @@ def test_example_runs_and_prints_the_table(capsys):
     assert capsys.readouterr().out == example[2]
     assert int(namespace["state"][1].count) == 100
 
+    (later,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1:]
+    exec(compile(later, "README.md", "exec"), namespace)
+    assert set(namespace["both"].init(namespace["params"]).inner_state[0].utility) == set(namespace["params"])
+
 
 def test_commands_are_single_lines():
     text = README.read_text()
