@@ -9,6 +9,8 @@ import numpy as np
 from cbp_jax import units as units_lib
 from cbp_jax.transforms import surgery, utility
 
+_NORMAL = jax.nn.initializers.normal(1.0)
+
 
 def paths(parts):
     """Where the slices (or the kernels of the consumers) stand in the params."""
@@ -33,11 +35,12 @@ def entries(parts, units, params):
     return found
 
 
-def make_reset(groups):
+def make_reset(groups, initializer=_NORMAL):
     """A jitted function that resets units as `continual_backprop` does, with an inner optimizer that does nothing.
 
     Args:
       groups: all groups.
+      initializer: of fresh weights; None for the default.
 
     Returns:
       a function of the params, units by name of group, a seed of the fresh weights, features, and whether these
@@ -55,7 +58,7 @@ def make_reset(groups):
                 means = [utility.batch_mean(a, shape[0]) for a, shape in zip(arrays, shapes, strict=True)]
                 work.compensate(group, units, tuple(mean * compensate for mean in means))
             work.drop(group, surgery.as_mask(units, group.size))
-        work.replace(groups, numbers, jax.nn.initializers.normal(1.0), lambda: jax.random.key(seed))
+        work.replace(groups, numbers, initializer, lambda: jax.random.key(seed))
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf + work.updates[units_lib.join_path(path)], params
         )

@@ -77,7 +77,8 @@ def continual_backprop(
       utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random", or a
         function of a `GroupView` that returns an array [units]. Units of non-finite utility are not replaced.
       initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
-        gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout.
+        gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout, and for
+        embeddings a normal one of variance 1 / units.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
       compensate_bias: add the mean contribution of a replaced unit to the bias of those that read it. Exact for dense
         kernels; for convolutions, away from zero padding.

@@ -1,5 +1,6 @@
 """Replaces units by editing the inner optimizer's updates."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,16 @@ def as_mask(chosen: chex.Array, size: int) -> chex.Array:
     if chosen.size == 1:
         return jnp.arange(size) == chosen
     return jnp.zeros(size, bool).at[chosen].set(True, mode="drop")
+
+
+def _default_initializer(ndim: int, part: units_lib.ParamSlice) -> resample.Initializer:
+    return _embedding(ndim, part.axes) if part.lookup else resample.he_uniform(ndim, part.axes)
+
+
+@functools.cache
+def _embedding(ndim: int, axes: tuple[int, ...]) -> resample.Initializer:
+    others = tuple(axis for axis in range(ndim) if axis not in axes)
+    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=axes, out_axis=others)
 
 
 class Surgery(Mapping[str, Any]):
@@ -98,7 +109,8 @@ class Surgery(Mapping[str, Any]):
         Args:
           groups: all groups.
           chosen: for each group int [k], units, or the group's size for none.
-          initializer: of incoming weights; None for `he_uniform` by each kernel's own layout.
+          initializer: of incoming weights; None for `he_uniform` by each kernel's own layout, and for embeddings, of
+            which an input picks one entry, for normal ones of variance 1 / units.
           random_key: makes the key of the draw.
         """
         chosen, fresh = self._draw(groups, chosen, initializer, random_key)
@@ -125,7 +137,7 @@ class Surgery(Mapping[str, Any]):
             keys = jax.random.split(random_key(), len(parts))
             columns = iter(
                 resample.sample_units(
-                    initializer or resample.he_uniform(self.params[part.path].ndim, part.axes),
+                    initializer or _default_initializer(self.params[part.path].ndim, part),
                     keys[number],
                     self.params[part.path].shape,
                     self.params[part.path].dtype,

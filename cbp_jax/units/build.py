@@ -35,10 +35,10 @@ def build(walk: Walk) -> collection.Units:
             left_out.append(collection.LeftOut(name, len(units), str(error)))
     # Kernels that never made labels were met in equations that are not followed.
     made = {path for path, _ in walk.producers}
-    for path, primitive in walk.used_otherwise.items():
-        if path not in made and path not in walk.states and len(walk.shapes[path]) > 1:
-            reason = f"{path} is used in `{primitive}`, which is not followed"
-            left_out.append(collection.LeftOut(path, walk.shapes[path][-1], reason))
+    for path, shape in walk.shapes.items():
+        if path in walk.used_otherwise and path not in made and path not in walk.states and len(shape) > 1:
+            reason = f"it is used in `{walk.used_otherwise[path]}`, which is not followed"
+            left_out.append(collection.LeftOut(path, shape[-1], reason))
     if not found:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in left_out)
         raise ValueError(f"no units can be replaced in this network: {reasons or 'it applies no kernel'}")
@@ -130,7 +130,13 @@ class _Parts:
         kinds = kinds.ravel()
         return [(units[kinds == kind], reasons[lost[0, units[kinds == kind][0]]]) for kind in dict.fromkeys(kinds)]
 
-    def slice(self, place: int, units: np.ndarray, reset: float = 0.0) -> groups.ParamSlice | None:
+    def is_table(self, place: int) -> bool:
+        """Whether rows of a parameter are looked up by number."""
+        return self.walk.kinds[self.places[place][0]] == "embedding"
+
+    def slice(
+        self, place: int, units: np.ndarray, reset: float = 0.0, lookup: bool = False
+    ) -> groups.ParamSlice | None:
         """The rows of a parameter that belong to units, if any do."""
         path, axes = self.places[place]
         number = np.full(len(self.walk.labels) + 1, -1)  # the last is that of no unit
@@ -142,11 +148,11 @@ class _Parts:
         if path in self.conflicts:
             raise _LeaveOut(f"{path}: {self.conflicts[path]}")
         order = np.argsort(unit_of_row, kind="stable")[unit_of_row.size - count :]
-        return groups.ParamSlice(path, axes, order.reshape(len(units), -1).T, unit_of_row.size, reset)
+        return groups.ParamSlice(path, axes, order.reshape(len(units), -1).T, unit_of_row.size, reset, lookup)
 
     def group(self, name: str, units: np.ndarray, keys: list[int]) -> groups.UnitGroup:
         """The group of units that the places `keys` make."""
-        incoming = [self.slice(place, units) for place in keys]
+        incoming = [self.slice(place, units, lookup=self.is_table(place)) for place in keys]
         vectors: dict[str, list[groups.ParamSlice]] = collections.defaultdict(list)
         for place, (role, reset) in self.vectors.items():
             part = self.slice(place, units, reset)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cbp_jax.units.groups import ParamSlice, UnitGroup, leaves_by_path
+
+# How many parameters a cell of the table shows.
+_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +132,10 @@ class Units(tuple[UnitGroup, ...]):
     __repr__ = __str__
 
 
-def _describe(parts: Iterable[ParamSlice]) -> str:
+def _describe(parts: Sequence[ParamSlice]) -> str:
     texts = [part.path if part.positions == 1 else f"{part.path} (x{part.positions} positions)" for part in parts]
+    if len(texts) > _SHOWN:
+        texts = [*texts[: _SHOWN - 1], f"... ({len(texts)} in all)"]
     return ", ".join(texts) or "-"
 
 

@@ -1,4 +1,87 @@
-"""Finds the units of a network in its jaxpr."""
+r"""Finds the units of a network in its jaxpr.
+
+What a unit is
+--------------
+A unit is what one column of a kernel makes. It stays the same unit through elementwise maps, pooling, dropout,
+reshapes, casts, `jit`, `remat`, custom derivatives and normalisation. Where units meet element by element they become
+one unit, since neither can be replaced without the other. In each row, "kind" is that of the group:
+
+=============================  ======================================================================================
+construct                      units
+=============================  ======================================================================================
+dense, conv (strided,          one for each output: its column is incoming, the rows that read it, in however many
+dilated, transposed)           kernels and heads, are outgoing. Behind a flattened convolution a channel has a row for
+                               each position. Kinds "dense", "conv".
+residual sums, projections     the channels of a stage are one group, which all its blocks write into and read from; the
+                               inside of a block is a group of its own. Kind "residual".
+concatenation, slices, splits  stay what they were; a group is what owns rows of the same parameters, so that one layer
+                               may make several groups ("name", "name#2").
+batch normalisation            scale, offset and running statistics belong to the unit (`reset_batch_stats`).
+layer, group, RMS norm         scale and offset belong to the unit. The statistics mix units and are of none: they are
+                               the one way in which a fresh unit still acts on the output.
+products (GLU, gates, squeeze  both factors are one unit, with several incoming kernels.
+and excite)
+depthwise convolution          the channel goes on as itself; its filters are incoming.
+grouped convolution            new units; a channel is read by its own group's filters only.
+tied kernels                   one unit for all applications of the kernel, whose rows are read by one unit each.
+attention                      a head: its columns of query, key and value are incoming, its rows of the output
+                               projection outgoing. Query heads that share keys are one unit. Kind "head".
+residual stream                a dimension of it: everything writes and reads it. Embeddings are incoming, class tokens
+                               and positions added as parameters are its biases. Kind "residual".
+=============================  ======================================================================================
+
+A parameter that several units share (a scalar; a norm's scale over the dimensions of all heads) is
+of no unit, and is not reset.
+
+What is left out
+----------------
+Listed by name in `Units.left_out`, each with its reason; everything around is found all the same.
+
+- output layers: what they make is the network's output;
+- `scan`, `while`, `cond` (GRU and LSTM cells under `scan`; layers stacked by `scan`): a kernel in the loop is applied
+  to values of which each pass makes new ones, and its activations cannot be captured from outside. Unrolled in Python,
+  a cell is followed if its first state comes from a layer (not if it is zeros, which is no unit);
+- a table that embeds tokens and also makes the output ("tied embeddings"): the same entries would be incoming, to be
+  drawn anew, and outgoing, to be 0;
+- kernels that are computed (weight standardisation, spectral norm, LoRA), batched (one for each expert), cut or
+  masked;
+- activations that are multiplied as matrices other than in attention, sorted, maximised or soft-maxed over units, or
+  mixed over positions by a kernel (MLP-Mixer's token mixing): all units become one there;
+- sums over units that are used other than for normalisation by themselves.
+
+What is found in known networks
+-------------------------------
+`nets.ConvNet`: 5 groups, of 32, 64 and 128 channels (of these, each is read by 4 rows of the first dense kernel, one
+for each of 2x2 positions), 128 and 128 neurons.
+
+`nets.ResNet`, ResNet-18: 12 groups. For each of the 4 stages, of 64, 128, 256 and 512 channels, the channels of the
+stage, written by 3 kernels (the stem or a projection, and the second convolution of both blocks) and read by 4, 3, 3
+and 2 (first convolutions, the next stage's projection, the head); and the channels inside each of the 8 blocks.
+
+A 12-layer encoder, `nets.ViT(depth=12)`: 25 groups. The residual stream, written by 25 kernels and read by 49; for each
+layer its heads, and the hidden units of its perceptron.
+
+A GRU under `scan` between an embedding and dense layers: the hidden dense layer behind it; the cell's six kernels and
+the embedding are left out.
+
+By default all groups are replaced, as in the Nature paper, which replaces channels of all convolutions of ResNet-18.
+Its program lists them in order and sets only the next one's weights to 0; the other readers of a stage's channels, and
+the other kernels that write them, keep theirs, and projections have no units. Here a stage's channel is replaced as a
+whole. `Units.select` chooses groups by name and kind: without "residual", what is left are the insides of blocks.
+
+Running statistics
+------------------
+`reset_batch_stats` needs to know which statistics are whose. They are found in any input that is a tree of named
+arrays, and in the tree of variables under "batch_stats"::
+
+    apply_fn = lambda params, batch_stats, x: net.apply(
+        {"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"])
+    units = discover_units(apply_fn, variables["params"], variables["batch_stats"], x)
+    units = discover_units(net.apply, variables, x)  # the same, names with "params/" in front
+
+Statistics that a function holds as constants are unknown. A mean starts at 0; where it is used to divide, or its name
+says variance, a statistic starts at 1. New statistics may be among the outputs, under the same name.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +94,14 @@ def discover_units(apply_fn: Callable[..., Any], params: Any, *example_inputs: A
 
     The function is traced, not run. A unit is whatever a kernel makes along its free axis: its *incoming* weights
     are that column, and its *outgoing* weights are the rows of the kernels that contract the array it ends up
-    in, however many elementwise maps, poolings, dropouts, transposes and reshapes lie between.
+    in, whatever lies between. The documentation of this module tells what is found in which architectures.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`, any function that JAX can trace: `flax_model.apply`, a
         function that merges an NNX graph, bare JAX.
-      params: pytree of arrays (or of `jax.ShapeDtypeStruct`).
-      *example_inputs: arrays (or `jax.ShapeDtypeStruct`) of the shapes that the network takes.
+      params: pytree of arrays (or of `jax.ShapeDtypeStruct`); leaves under "batch_stats" are running statistics.
+      *example_inputs: arrays (or `jax.ShapeDtypeStruct`) of the shapes that the network takes; leaves of trees among
+        them, such as the "batch_stats" of Flax, may be running statistics.
 
     Returns:
       the groups in forward order, a tuple of `UnitGroup` that prints as a table. Its `left_out` names each layer

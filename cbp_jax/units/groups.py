@@ -28,6 +28,7 @@ class ParamSlice:
       index: int array [positions, units], rows of each unit.
       rows: how many rows the axes have in all; other groups or none may own the rest.
       reset: the value that the rows of a replaced unit get, where they are neither drawn nor outgoing weights.
+      lookup: whether the array is a table whose entries are looked up by number, as of an embedding.
     """
 
     path: str
@@ -35,6 +36,7 @@ class ParamSlice:
     index: np.ndarray
     rows: int
     reset: float = 0.0
+    lookup: bool = False
 
     @classmethod
     def whole_axis(cls, path: str, axis: int, size: int) -> "ParamSlice":
