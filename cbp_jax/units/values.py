@@ -68,11 +68,14 @@ class Labels:
       ids: numbers of units, broadcastable to the array's shape; -1 where an element is of no unit.
       reduced: whether it is a sum over batch or positions.
       running: the running statistics that it is the update of, or "".
+      joined: axes along which arrays were put side by side that do not differ along it, as a class token and patches: a
+        sum over them is a sum of these, not one over units.
     """
 
     ids: np.ndarray
     reduced: bool = False
     running: str = ""
+    joined: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass

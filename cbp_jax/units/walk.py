@@ -115,6 +115,8 @@ class Walk:
         rule = rules.LABEL_RULES.get(name)
         if rule is None or any(value is not None for value in values[1:]):
             return self.not_followed(eqn, values)
+        if name in ("reduce_sum", "reduce_max", "reduce_min"):
+            first = self.sum_joined(eqn, first)
         ids = rule(eqn, first.ids)
         if ids is not None:
             reduced = first.reduced or name == "reduce_sum"
@@ -122,6 +124,11 @@ class Walk:
         if name == "reduce_sum":  # over units: a statistic that mixes them
             return Vector(sources=(np.unique(first.ids[first.ids >= 0]),))
         return self.not_followed(eqn, values)
+
+    def sum_joined(self, eqn: core.JaxprEqn, value: Labels) -> Labels:
+        """Makes those units one that a reduction brings together from arrays that were put side by side."""
+        axes = [axis for axis in eqn.params["axes"] if axis in value.joined]
+        return dataclasses.replace(value, ids=self.merge(value.ids, tuple(axes), keep=True))
 
     def unlabelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """The output of an equation with one output on parameters and statistics that mix units."""
@@ -208,7 +215,12 @@ class Walk:
                     )
                 states = [part.path for part in _as_vector(value, ids.ndim).parts if part.state]
                 running = states[0] if states and name in ("add", "sub") else running
-        return Labels(ids, all(value.reduced for value in found), running)
+        joined = frozenset(
+            axis
+            for axis in frozenset().union(*(value.joined for value in found))
+            if all(axis in value.joined or value.ids.shape[axis] == 1 for value in found)
+        )
+        return Labels(ids, all(value.reduced for value in found), running, joined)
 
     def meeting(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The units that meet others in one element."""
@@ -395,7 +407,7 @@ class Walk:
     def concatenate(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """Labels side by side; a parameter beside units, as a class token beside patches, is a bias of its own."""
         axis = eqn.params["dimension"]
-        parts = []
+        parts, single = [], []
         for atom, value in zip(eqn.invars, values, strict=True):
             ids = np.full((1,) * atom.aval.ndim, -1)
             if isinstance(value, Weight):
@@ -415,14 +427,17 @@ class Walk:
                 ids = value.ids
             elif value is not None:
                 return self.not_followed(eqn, values)
+            single.append(ids.shape[axis] == 1 or (isinstance(value, Labels) and axis in value.joined))
             shape = list(ids.shape)
             shape[axis] = atom.aval.shape[axis]
             parts.append(np.broadcast_to(ids, shape))
+        several = any(size > 1 for part in parts for place, size in enumerate(part.shape) if place != axis)
+        joined = {axis} if several and all(single) else set()
         shape = np.broadcast_shapes(*(np.take(part, [0], axis).shape for part in parts))
         whole = [np.broadcast_to(p, (*shape[:axis], p.shape[axis], *shape[axis + 1 :])) for p in parts]
         if _alike(whole, axis):
             return Labels(np.take(whole[0], [0], axis))
-        return Labels(np.concatenate(whole, axis))
+        return Labels(np.concatenate(whole, axis), joined=frozenset(joined))
 
 
 def _alike(parts: list[np.ndarray], axis: int) -> bool:

@@ -449,3 +449,22 @@ def test_a_residual_network_trains_under_cbp_with_its_statistics():
         np.testing.assert_allclose(kernel[..., ~np.asarray(state.replaced[units[group].name])], 0, atol=1e-7)
         assert np.all(np.abs(np.asarray(new[reader]["kernel"])[:, :, ~dead]).max((0, 1)) > 1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, stats, state.utility)))
+
+
+def test_pooling_over_tokens_of_several_origins():
+    """A sum over a class token and patches is no sum over units, though they stand side by side."""
+    params = {
+        "token": jnp.ones((1, 1, 4)),
+        "patches": jnp.ones((3, 4)),
+        "hidden": jnp.ones((4, 5)),
+        "head": jnp.ones((5, 2)),
+    }
+
+    def apply_fn(params, x):
+        token = jnp.broadcast_to(params["token"], (x.shape[0], 1, 4))
+        x = jnp.tanh(jnp.concatenate([token, x @ params["patches"]], 1))
+        return jnp.tanh(x.mean(1) @ params["hidden"]) @ params["head"]
+
+    units = cbp_jax.discover_units(apply_fn, params, jnp.ones((2, 6, 3)))
+    assert summary(units) == [("patches", 4, "dense", 1, 1), ("hidden", 5, "dense", 1, 1)]
+    assert resets.paths(units[0].biases) == ["token"]
