@@ -30,7 +30,7 @@ class ResNet(nn.Module):
       >>> net = ResNet(num_outputs=100)
       >>> variables = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
       >>> sorted(variables), sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-      (['batch_stats', 'params'], 11225060)
+      (['batch_stats', 'params'], 11224932)
 
     References:
       He et al., `Deep residual learning for image recognition <https://arxiv.org/abs/1512.03385>`_, CVPR 2016;

@@ -259,6 +259,7 @@ def test_chosen_networks(images, tokens, vectors, flatten, heads):
 )
 def test_random_networks(images, tokens, vectors, flatten, heads):
     check(Net(images, tokens, vectors, flatten, heads))
+    jax.clear_caches()  # hundreds of compiled networks would fill the memory
 
 
 # ------------------------------------------------------------------------------------------- known networks
