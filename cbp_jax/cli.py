@@ -52,11 +52,11 @@ def _list(argv: list[str]) -> None:
 
     print("experiments")
     for name, module in experiments.EXPERIMENTS.items():
-        print(f"  {name:20} {_first_line(module)} Presets: {', '.join(module.PRESETS)}.")
+        print(f"  {name:26} {_first_line(module)} Presets: {', '.join(module.PRESETS)}.")
     print("learners (as in --methods bp cbp:replacement_rate=1e-5)")
     for name, spec in learners.LEARNERS.items():
         settings = ", ".join(f"{key}={value}" for key, value in {**spec.defaults, **spec.options}.items())
-        print(f"  {name:20} {spec.about} ({settings})")
+        print(f"  {name:26} {spec.about} ({settings})")
     print("datasets")
     print(f"  {', '.join(data.names())}, other image datasets of tensorflow-datasets that are prepared,")
     print("  and array files: the path of an .npz with images, or features, and labels")

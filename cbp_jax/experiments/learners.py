@@ -52,10 +52,10 @@ def _keeping_statistics(options: Mapping[str, Any], tx: optax.GradientTransforma
     return nets.keep_online_stats(tx) if options.get("normalization") == "online" else tx
 
 
-def _cbp(inner: Callable[[chex.Numeric], optax.GradientTransformation]) -> Build:
+def _cbp(inner: Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]) -> Build:
     def build(h, options, units, key):
         return cbp_jax.continual_backprop(
-            _keeping_statistics(options, inner(h["step_size"])),
+            _keeping_statistics(options, inner(h, jax.random.fold_in(key, 1))),
             units,
             replacement_rate=h["replacement_rate"],
             decay_rate=h["decay_rate"],
@@ -177,17 +177,28 @@ LEARNERS: dict[str, Spec] = {
     "layer_norm": Spec("SGD with layer normalization", _sgd, {"step_size": 0.01}, {"normalization": "layer"}),
     "online_norm": Spec("SGD with online normalization", _sgd, {"step_size": 0.01}, {"normalization": "online"}),
     "crelu": Spec("SGD with concatenated ReLU", _sgd, {"step_size": 0.01}, {"activation": "crelu"}),
-    "cbp": Spec("continual backpropagation around SGD", _cbp(optax.sgd), {"step_size": 0.01, **_CBP}, _CBP_OPTIONS),
+    "cbp": Spec(
+        "continual backpropagation around SGD",
+        _cbp(lambda h, key: optax.sgd(h["step_size"])),
+        {"step_size": 0.01, **_CBP},
+        _CBP_OPTIONS,
+    ),
     "cbp_adam": Spec(
         "continual backpropagation around Adam with a step count per weight",
-        _cbp(cbp_jax.adam),
+        _cbp(lambda h, key: cbp_jax.adam(h["step_size"])),
         {"step_size": 1e-3, **_CBP},
+        _CBP_OPTIONS,
+    ),
+    "cbp_upgd": Spec(
+        "continual backpropagation around UPGD",
+        _cbp(lambda h, key: cbp_jax.upgd(h["step_size"], **{name: h[name] for name in _UPGD}, key=key)),
+        {"step_size": 0.01, **_UPGD, **_CBP},
         _CBP_OPTIONS,
     ),
 }
 
 
-_REPLACING = ("cbp", "cbp_adam", "redo")
+_REPLACING = ("cbp", "cbp_adam", "cbp_upgd", "redo")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ STRONG = {
     "beta_importance": 0.9,
     "strength": 0.05,
     "threshold": 0.1,
-    "every": 15,
+    "every": 30,
     "bound": 1.0,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
