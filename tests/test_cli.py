@@ -131,7 +131,8 @@ def test_data_prepare_says_what_it_made(data_dir, capsys):
         capsys, "data", "prepare", "mnist", "--from", str(source), "--data-dir", str(data_dir)
     )
     assert "train-images-idx3-ubyte" in message and str(source) in message
-    assert "name must be one of mnist" in refused_in_one_line(capsys, "data", "prepare", "cifar10", "--from", "x")
+    assert "name must be one of mnist" in refused_in_one_line(capsys, "data", "prepare", "svhn", "--from", "x")
+    assert "six binary batch files" in refused_in_one_line(capsys, "data", "prepare", "cifar10", "--from", "x")
 
 
 def test_list_shows_experiments_learners_and_datasets(capsys):
@@ -269,7 +270,7 @@ def test_a_folder_of_other_things_is_refused(fake_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing"], "experiment must be one of ['online_permuted'], got 'nothing'"),
+        (["nothing"], f"experiment must be one of {list(EXPERIMENTS)}, got 'nothing'"),
         (["online_permuted", "--preset", "large"], "preset must be one of ['smoke', 'laptop', 'paper'], got 'large'"),
         (["online_permuted", "--methods", "bp", "sgd"], "method 'sgd': the learner must be one of ['bp', 'adam'"),
         (

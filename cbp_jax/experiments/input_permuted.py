@@ -31,7 +31,7 @@ def paper_grid() -> tuple[str, ...]:
 
     Where the paper leaves a value open (the strength of consolidation), it is a decade to either side of the default.
 
-    >>> len([method for method in paper_grid() if method.startswith("upgd:")])
+    >>> len([method for method in paper_grid() if method.startswith("upgd:step_size")])
     120
     """
     steps = {"step_size": ("1e-2", "1e-3", "1e-4", "1e-5")}

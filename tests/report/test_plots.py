@@ -11,8 +11,10 @@ from cbp_jax.report import (
     plot_run,
     plot_sensitivity,
     plot_tasks,
+    plot_updates,
     record_task,
     save_results,
+    stream_measures,
 )
 from cbp_jax.report.plots import _binned, _default_bin, _legend_columns
 
@@ -221,6 +223,59 @@ def test_plot_run_writes_beside_the_results_or_where_it_is_told(tmp_path):
         plot_run(tmp_path / "nowhere")
 
 
+def regression(methods=("bp", "cbp"), learners=None, hyperparameters=None):
+    """Losses that rise with the number of the method; plasticity, and nothing else of updates."""
+    results = new_results(
+        methods,
+        learners or methods,
+        hyperparameters or [{}] * len(methods),
+        seeds=2,
+        tasks=5,
+        settings={},
+        experiment="slowly_changing_regression",
+        measures=stream_measures(accuracy=False, updates=True),
+    )
+    for task in range(5):
+        loss = np.arange(1.0, 1 + len(methods))[:, None] + 0.1 * np.arange(2) + task
+        record_task(results, task, {"loss": loss, "plasticity": 0.1 / loss, "weight_rank": loss / 100})
+    return results
+
+
+def test_a_run_without_accuracy_is_drawn_and_judged_by_its_loss():
+    figure = plot_tasks(regression())
+    assert figure.axes[0].get_ylabel() == "Loss"
+    np.testing.assert_allclose(lines(figure.axes[0])["cbp"].get_ydata(), 2.05 + np.arange(5), rtol=1e-6)
+    methods, sizes = ["bp(1)", "bp(2)", "bp(3)"], [{"step_size": size} for size in (1, 2, 3)]
+    swept = regression(methods, ["bp"] * 3, sizes)
+    assert best_variants(swept) == ["bp(1)"]
+    (ax,) = plot_sensitivity(swept).axes
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [5.05, 6.05, 7.05], rtol=1e-6)
+    assert ax.get_ylabel() == "Loss, last tenth of tasks"
+
+
+def test_updates_have_a_panel_for_each_measure(tmp_path):
+    results = regression()
+    figure = plot_updates(results)
+    assert [ax.get_ylabel() for ax in figure.axes] == [
+        "Plasticity",
+        "Loss",
+        "Dead units (%)",
+        "Weight rank (%)",
+        "L1 norm of weights",
+        "L2 norm of weights",
+        "Gradients not 0 (%)",
+        "L1 norm of gradients",
+        "L2 norm of gradients",
+    ]
+    plasticity, _, _, rank = figure.axes[:4]
+    bp = np.mean([[0.1 / (1 + 0.1 * seed + task) for task in range(5)] for seed in range(2)], 0)
+    np.testing.assert_allclose(lines(plasticity)["bp"].get_ydata(), bp, rtol=1e-6)
+    np.testing.assert_allclose(lines(rank)["bp"].get_ydata(), 1.05 + np.arange(5), rtol=1e-6)
+    assert [path.name for path in plot_run(results, tmp_path)] == ["tasks.png", "updates.png"]
+    with pytest.raises(ValueError, match="updates were not measured; run with measure_every"):
+        plot_updates(results_of(["bp"]))
+
+
 def test_pyplot_and_the_users_settings_are_left_alone(tmp_path, monkeypatch):
     import matplotlib
 
@@ -244,8 +299,8 @@ def test_bad_bins_and_missing_matplotlib(monkeypatch):
     results = results_of(["bp"])
     with pytest.raises(ValueError, match="bin_size must be at least 1; got 0"):
         plot_tasks(results, bin_size=0)
-    for other in (results.rename(accuracy="reward"), results.isel(method=0)):
-        with pytest.raises(ValueError, match=r"results must have an accuracy \[method, seed, task\]; got"):
+    for other in (results.drop_vars(["accuracy", "loss"]), results.isel(method=0)):
+        with pytest.raises(ValueError, match=r"results must have an accuracy or a loss \[method, seed, task\]; got"):
             plot_tasks(other)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "cbp-jax\[report\]"'):

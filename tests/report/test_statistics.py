@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cbp_jax.report import blocks_of_tasks, finished_tasks, last_tenth, new_results, record_task, summary
+from cbp_jax.report import (
+    blocks_of_tasks,
+    finished_tasks,
+    last_tenth,
+    new_results,
+    record_task,
+    stream_measures,
+    summary,
+)
 from cbp_jax.report.statistics import mean_and_error
 
 
@@ -79,6 +87,7 @@ def test_summary_gives_best_last_and_lost_with_student_intervals():
         "a",
         "3",
         "20",
+        "50.00±0.00",
         f"92.00±{half[0]:.2f}",
         "5-6",
         f"82.00±{half[1]:.2f}",
@@ -90,5 +99,26 @@ def test_summary_gives_best_last_and_lost_with_student_intervals():
 
 def test_summary_of_one_seed_has_no_intervals_and_of_nothing_has_dashes():
     table = summary(results_of([[[0.5, 0.75]], [[np.nan, np.nan]]], tasks=7))
-    assert row(table, "a").split() == ["a", "1", "2/7", "75.00", "2", "75.00", "0.00", "-"]
-    assert row(table, "b").split() == ["b", "0", "0/7", "-", "-", "-", "-", "-"]
+    assert row(table, "a").split() == ["a", "1", "2/7", "50.00", "75.00", "2", "75.00", "0.00", "-"]
+    assert row(table, "b").split() == ["b", "0", "0/7", "-", "-", "-", "-", "-", "-"]
+
+
+def test_summary_of_losses_has_the_least_for_the_best():
+    results = new_results(
+        ["a"],
+        ["a"],
+        [{}],
+        seeds=1,
+        tasks=20,
+        settings={},
+        experiment="x",
+        measures=stream_measures(accuracy=False, updates=True),
+    )
+    for task in range(20):
+        record_task(
+            results, task, {"loss": [[abs(task - 7.0) / 8]], "plasticity": [[task / 20]], "dead_units": [[0.5]]}
+        )
+    table = summary(results)
+    assert table.startswith("x: loss, mean over seeds") and "plasticity" in table
+    expected = ["a", "1", "20", "0.812", "0.062", "7-8", "1.438", "1.375", "0.475", "50.0"]
+    assert row(table, "a").split() == expected
