@@ -36,6 +36,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, name: str, every: float = 30.0, before: Callable[[], Any] = lambda: None):
         self.path, self.name, self.every, self.before = Path(path), name, every, before
+        self._partial = self.path.with_name(f".{self.path.name}.part")
         self.tasks = 0  # done by the state that `restore` gives
         self._state: Any = None
         self._saved = time.monotonic()
@@ -75,15 +76,15 @@ class Checkpoint:
             return
         self.before()
         content = {"name": self.name, "tasks": tasks, "state": serialization.to_state_dict(jax.device_get(state()))}
-        partial = self.path.with_name(f".{self.path.name}.part")
         try:
-            partial.write_bytes(serialization.msgpack_serialize(content))
-            os.replace(partial, self.path)
+            self._partial.write_bytes(serialization.msgpack_serialize(content))
+            os.replace(self._partial, self.path)
         finally:
-            partial.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
         self._saved = time.monotonic()
         self.every = max(self.every, _MOST_OF_THE_TIME * (self._saved - start) if self.every else 0.0)
 
     def delete(self) -> None:
-        """Removes the file: what ran is done."""
+        """Removes the file, and what a save that was killed has left: what ran is done."""
         self.path.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
