@@ -178,7 +178,8 @@ def run(
     try:
         for group, learner in groups:
             labels = [method.label for method in group]
-            if np.isfinite(results.loss.loc[{"method": labels}].values).all():
+            # Of all measures the one that stays a number where training has diverged.
+            if np.isfinite(results.replaced_units.loc[{"method": labels}].values).all():
                 if progress is not None:
                     progress(", ".join(labels), len(group) * settings.seeds * settings.tasks, {})
                 continue
@@ -215,6 +216,7 @@ def run(
                     means = {name: float(np.mean(values)) for name, values in measures.items()}
                     progress(", ".join(labels), len(group) * settings.seeds, means)
             checkpoint.delete()
+        (out / STATE_FILE).unlink(missing_ok=True)  # of a run that was stopped when all tasks were done
     finally:
         report.save_results(results, out)
     return results

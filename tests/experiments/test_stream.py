@@ -1,0 +1,265 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from cbp_jax import load_results, report, training
+from cbp_jax.data import Dataset
+from cbp_jax.experiments import stream
+from cbp_jax.problems import label_permuted, slowly_changing_regression
+
+SETTINGS = stream.StreamSettings(
+    methods=(
+        "cbp:step_size=0.1,replacement_rate=0.2,maturity_threshold=3",
+        "upgd:step_size=0.05,sigma=0.1",
+        "cbp:step_size=0.05,replacement_rate=0.05,maturity_threshold=3",
+    ),
+    seeds=2,
+    tasks=4,
+    hidden=(4,),
+    measured_examples=6,
+    measure_every=4,
+)
+
+
+def tiny_problem():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 2, 3, 1), dtype=np.uint8)
+    labels = rng.integers(0, 3, 30).astype(np.int32)
+    return label_permuted(Dataset(images, labels, 3, "toy"), examples_per_task=12, batch_size=2)
+
+
+def run(out, progress=None, settings=SETTINGS, **changes):
+    return stream.run("toy", dataclasses.replace(settings, **changes), tiny_problem(), out, progress)
+
+
+def run_killed(out):
+    """Runs in a process that kills itself in the second method's third task; the state is of the second."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", True)
+    stream.SAVE_EVERY, stream.CHECKPOINT_EVERY = 1e9, 0.0
+    calls = Calls()
+
+    def progress(*args):
+        calls(*args)
+        if len(calls) == SETTINGS.tasks + 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(Path(out), progress)
+
+
+class Calls(list):
+    """A progress callback that remembers, and stops the run as Ctrl-C does when it has been called so often."""
+
+    def __init__(self, stop_after=None):
+        self.stop_after = stop_after
+
+    def __call__(self, *args):
+        self.append(args)
+        if len(self) == self.stop_after:
+            raise KeyboardInterrupt
+
+    def done(self):
+        return sum(lanes for _, lanes, _ in self)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """All runs of this module are of the same programs, which are compiled once and then read from a folder.
+
+    For other processes, the variables of the environment that say so.
+    """
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in values.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without an interruption."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return run(out), out
+
+
+def assert_is_whole(results, out, whole):
+    """To the last bit, in memory and on disk, and nothing else is left."""
+    expected, _ = whole
+    assert set(report.stream_measures(updates=True)) == set(expected.data_vars)
+    assert all(np.isfinite(values).all() for values in expected.data_vars.values())
+    assert results.identical(expected) and load_results(out).identical(expected)
+    assert [path.name for path in out.iterdir()] == ["results.nc"]
+
+
+def only_after(task):
+    """Saves of the state after that task of a group and no other."""
+    save = training.Checkpoint.save
+    return lambda self, tasks, state: save(self, tasks, state) if tasks == task else None
+
+
+def finished_tasks(out):
+    """Tasks of each method with results on disk; all measures and seeds of them."""
+    results = load_results(out)
+    done = np.stack([np.isfinite(values.values) for values in results.data_vars.values()])
+    assert (done.all((0, 2)) == done.any((0, 2))).all()
+    return done.all((0, 2)).sum(1).tolist()
+
+
+def told_at_once(calls):
+    """Lanes that were told without means, as they were found to be done."""
+    return [lanes for _, lanes, means in calls if not means]
+
+
+def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+    def interrupted(after):
+        calls = Calls(after)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, calls)
+        return calls
+
+    state = tmp_path / stream.STATE_FILE
+    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 1e9)
+    assert told_at_once(interrupted(after=2)) == []
+    assert finished_tasks(tmp_path) == [2, 0, 2] and not state.exists()
+    # Without a state all over again, and then with one that is two tasks behind the results.
+    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Checkpoint, "save", only_after(1))
+        assert told_at_once(interrupted(after=3)) == []
+    assert finished_tasks(tmp_path) == [3, 0, 3] and state.exists()
+    # One task of four lanes is done; then three that make the group complete, and two of the second method.
+    assert told_at_once(interrupted(after=1 + 3 + 2)) == [4]
+    assert finished_tasks(tmp_path) == [4, 2, 4] and state.exists()
+    calls = Calls()
+    assert_is_whole(run(tmp_path, calls), tmp_path, whole)
+    # A group that is complete, and the task of the second method whose state is kept: one before it was stopped.
+    assert told_at_once(calls) == [16, 2] and calls.done() == stream.total(SETTINGS) == whole[0].loss.size
+
+
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, tmp_path):
+    script = f"import runpy; runpy.run_path({__file__!r})['run_killed']({str(tmp_path)!r})"
+    process = subprocess.run([sys.executable, "-c", script], env={**os.environ, **compiled_once}, timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    # Results were not written on the way; those that the state needs came to disk with it.
+    assert finished_tasks(tmp_path) == [4, 2, 4] and (tmp_path / stream.STATE_FILE).exists()
+    calls = Calls()
+    assert_is_whole(run(tmp_path, calls), tmp_path, whole)
+    assert told_at_once(calls) == [16, 4] and calls.done() == stream.total(SETTINGS)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stands in for training: remembers what it was asked for, and makes a loss that tells lane and task.
+
+    Lanes have a state, the number of tasks that they have done, which is saved and restored as that of networks.
+    """
+    asked = []
+
+    def run_tasks(learner, problem, seeds, hyperparameters, tasks, *, checkpoint, **settings):
+        done = checkpoint.restore({"done": np.zeros(len(seeds), np.int32)})["done"]
+        asked.append((checkpoint.name, checkpoint.tasks, seeds.tolist(), tasks, settings))
+        names = report.stream_measures(accuracy=problem.loss == "softmax_cross_entropy")
+        for task in range(checkpoint.tasks, tasks):
+            assert (done == task).all()
+            done = done + 1
+            values = 10.0 * hyperparameters["step_size"] + seeds + 100 * task
+            diverged = np.where(hyperparameters["step_size"] == 7, np.nan, values)
+            yield {name: values if name == "replaced_units" else diverged for name in names}
+            checkpoint.save(task + 1, lambda done=done: {"done": done})
+
+    monkeypatch.setattr(training, "run_tasks", run_tasks)
+    monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
+    return asked
+
+
+FAKE = dataclasses.replace(
+    SETTINGS, methods=("bp:step_size=1", "adam:step_size=2", "bp:step_size=3"), tasks=3, measure_every=None
+)
+BP, ADAM = "bp(step_size=1); bp(step_size=3)", "adam(step_size=2)"
+
+
+def stop(out, after):
+    """Runs to the task after so many, and leaves the state of all that came before."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+        run(out, Calls(after), FAKE)
+    assert (out / stream.STATE_FILE).exists()
+
+
+def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(trained, tmp_path):
+    calls = Calls()
+    results = run(tmp_path, calls, FAKE)
+    assert [(name, seeds, tasks) for name, _, seeds, tasks, _ in trained] == [(BP, [0, 1, 0, 1], 3), (ADAM, [0, 1], 3)]
+    assert all(settings["measured_examples"] == 6 and settings["mode"] == "auto" for *_, settings in trained)
+    expected = 10.0 * np.array([1, 2, 3])[:, None, None] + np.arange(2)[:, None] + 100.0 * np.arange(3)
+    for name, values in results.data_vars.items():
+        np.testing.assert_array_equal(values, expected, err_msg=name)
+    assert [call[:2] for call in calls] == [(BP.replace("; ", ", "), 4)] * 3 + [(ADAM, 2)] * 3
+    assert calls[1][2]["loss"] == 120.5
+
+
+def test_a_finished_run_computes_nothing_more_and_keeps_its_results(trained, tmp_path):
+    # Of a diverged lane the losses are not numbers, and yet it is done.
+    settings = dataclasses.replace(FAKE, methods=(*FAKE.methods, "upgd:step_size=7"))
+    first = run(tmp_path, None, settings)
+    assert np.isnan(first.loss.values[-1]).all()
+    trained.clear()
+    calls = Calls()
+    again = run(tmp_path, calls, settings)
+    assert trained == [] and again.identical(first) and load_results(tmp_path).identical(first)
+    assert told_at_once(calls) == [12, 6, 6] and len(calls) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+
+
+def test_a_run_that_was_stopped_when_all_was_done_leaves_no_state_the_next_time(trained, tmp_path):
+    stop(tmp_path, after=6)
+    assert finished_tasks(tmp_path) == [3, 3, 3]
+    trained.clear()
+    run(tmp_path, None, FAKE)
+    assert trained == [] and [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+
+
+@pytest.mark.parametrize("changes", [{"seeds": 3}, {"tasks": 4}, {"hidden": (5,)}, {"batch_size": 2}], ids=str)
+def test_other_settings_in_the_same_folder_start_anew(trained, tmp_path, changes):
+    stop(tmp_path, after=2)
+    trained.clear()
+    results = run(tmp_path, None, FAKE, **changes)
+    assert [(name, done) for name, done, *_ in trained] == [(BP, 0), (ADAM, 0)]
+    assert load_results(tmp_path).identical(results) and np.isfinite(results.loss).all()
+
+
+def test_another_experiment_in_the_same_folder_starts_anew(trained, tmp_path):
+    stop(tmp_path, after=2)
+    trained.clear()
+    results = stream.run("other", FAKE, slowly_changing_regression(examples_per_task=8), tmp_path)
+    assert [done for _, done, *_ in trained] == [0, 0]
+    assert results.attrs["experiment"] == "other" and "accuracy" not in results and "loss" in results
+
+
+@pytest.mark.parametrize("without", ["results", "its name"])
+def test_a_state_without_results_or_of_other_methods_is_not_taken(trained, tmp_path, without):
+    stop(tmp_path, after=2)
+    if without == "results":
+        (tmp_path / "results.nc").unlink()
+    else:  # as a run leaves it that is killed before it deletes the state of the last group
+        state = training.Checkpoint(tmp_path / stream.STATE_FILE, ADAM, every=0.0)
+        state.save(2, lambda: {"done": np.full(2, 2, np.int32)})
+    trained.clear()
+    run(tmp_path, None, FAKE)
+    assert [done for _, done, *_ in trained] == [0, 0]
