@@ -215,3 +215,32 @@ def test_ranks_are_the_three_ranks():
     alone = (metrics.effective_rank(x), metrics.approximate_rank(x, 0.9), metrics.stable_rank(x, 0.9))
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert len({float(rank) for rank in together}) == 3
+
+
+def low_rank(rng, shape, rank):
+    rows = int(np.prod(shape[:-1]))
+    return (rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, shape[-1]))).astype(np.float32).reshape(shape)
+
+
+def test_weight_rank_is_numpys_over_the_largest_possible():
+    rng = np.random.default_rng(3)
+    kernels = {
+        "conv": low_rank(rng, (3, 2, 4, 7), 5),  # a matrix [24, 7]
+        "wide": low_rank(rng, (6, 20), 4),
+        "tall": low_rank(rng, (20, 6), 6),
+        "dead": np.zeros((5, 3), np.float32),
+    }
+    kernels["tall"][:, 2] = 0
+    params = {name: {"kernel": kernel, "bias": np.ones(kernel.shape[-1])} for name, kernel in kernels.items()}
+    params["count"] = np.int32(7)
+    matrices = [kernel.reshape(-1, kernel.shape[-1]) for kernel in kernels.values()]
+    assert [np.linalg.matrix_rank(w) for w in matrices] == [5, 4, 5, 0]
+    rank = jax.jit(metrics.weight_rank)(params)
+    assert rank.dtype == jnp.float32 and float(rank) == pytest.approx(14 / (7 + 6 + 6 + 3))
+    assert float(metrics.weight_rank(params["conv"])) == pytest.approx(5 / 7)
+
+
+def test_weight_rank_refuses_what_has_no_kernel():
+    for params in ({"bias": jnp.ones(3)}, {"count": jnp.ones((2, 2), jnp.int32)}, {}):
+        with pytest.raises(ValueError, match="params must hold at least one kernel; got PyTreeDef"):
+            metrics.weight_rank(params)

@@ -8,17 +8,19 @@ import optax
 import pytest
 
 import cbp_jax
-from cbp_jax import nets
+from cbp_jax import curvature, metrics, nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
-from cbp_jax.problems import online_permuted
-from cbp_jax.training import init_state, run_task, run_tasks
+from cbp_jax.problems import online_permuted, slowly_changing_regression
+from cbp_jax.training import init_state, measure, run_task, run_tasks
 
 EXAMPLES, CLASSES, HIDDEN, TASKS, MEASURED = 30, 3, (6, 5), 3, 9
 SETTINGS = "maturity_threshold=3,decay_rate=0.9"
 HIGH = parse_method(f"cbp:step_size=0.1,replacement_rate=0.2,{SETTINGS}")  # above 1 / width: two units in some steps
 LOW = parse_method(f"cbp:step_size=0.05,replacement_rate=0.05,{SETTINGS}")
 SYMPTOMS = ("dead_units", "weight_magnitude", "effective_rank", "stable_rank")
+OF_UPDATES = ("plasticity", "gradient_l0", "gradient_l1", "gradient_l2", "weight_rank", "weight_l1", "weight_l2")
+EVERY = 5  # of the 12 updates of a task the 5th and the 10th are measured
 LANES = ((0, HIGH), (1, HIGH), (0, LOW))
 
 
@@ -105,19 +107,22 @@ def reference(problem, seed, make_tx):
 
         grads, features = jax.grad(loss, has_aux=True)(params)
         updates, state = tx.update(grads, state, params, features=features)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state, grads
 
     rows = []
     for index in range(TASKS):
         evaluation, inputs, labels = examples(index)
         row = symptoms(params, evaluation) | {"replaced_units": 0}
-        scores = []
-        for x, y in zip(np.asarray(inputs), np.asarray(labels), strict=True):
-            before = score(params, x, y)
-            params, state = step(params, state, x, y)
+        scores, updates = [], []
+        for number, (x, y) in enumerate(zip(np.asarray(inputs), np.asarray(labels), strict=True), start=1):
+            before, losses = score(params, x, y), losses_of(params, x, y)
+            params, state, grads = step(params, state, x, y)
             row["replaced_units"] += sum(int(mask.sum()) for mask in getattr(state, "replaced", {}).values())
             scores.append((*before, *score(params, x, y)))
+            if number % EVERY == 0:
+                updates.append(update_measures(losses, losses_of(params, x, y), grads))
         row["loss"], row["accuracy"], row["loss_after"], row["accuracy_after"] = np.mean(scores, 0)
+        row |= {name: np.mean([update[name] for update in updates]) for name in updates[0]}
         rows.append(row)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
@@ -132,10 +137,24 @@ def forward(params, x):
     return h @ layers[-1]["kernel"] + layers[-1]["bias"], hidden
 
 
-def score(params, x, y):
+def losses_of(params, x, y):
     logits, _ = forward(params, x)
-    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
-    return losses.mean(), (logits.argmax(1) == np.asarray(y)).mean()
+    return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
+
+
+def score(params, x, y):
+    return losses_of(params, x, y).mean(), (forward(params, x)[0].argmax(1) == np.asarray(y)).mean()
+
+
+def update_measures(before, after, grads):
+    g = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]).astype(np.float64)
+    return {
+        "plasticity": np.clip(1 - after / before, 0, 1).mean(),
+        "plasticity_of_the_mean": np.clip(1 - after.mean() / before.mean(), 0, 1),
+        "gradient_l0": (g != 0).mean(),
+        "gradient_l1": np.abs(g).sum(),
+        "gradient_l2": np.sqrt((g**2).sum()),
+    }
 
 
 def symptoms(params, x):
@@ -147,7 +166,11 @@ def symptoms(params, x):
         share = share[share > 1e-12] / share.sum()
         effective.append(np.exp(-(share * np.log(share)).sum()) / h.shape[1])
         stable.append((1 + (np.cumsum(share) < 0.99).sum()) / h.shape[1])
+    kernels = [np.asarray(layer["kernel"]) for layer in params["params"].values()]
     return {
+        "weight_rank": sum(map(np.linalg.matrix_rank, kernels)) / sum(min(w.shape) for w in kernels),
+        "weight_l1": np.abs(weights).sum(),
+        "weight_l2": np.sqrt((weights**2).sum()),
         "dead_units": np.mean(np.concatenate([(h == 0).all(0) for h in hidden])),
         "weight_magnitude": np.abs(weights).mean(),
         "effective_rank": np.mean(effective),
@@ -166,9 +189,9 @@ def directly(method):
     return make_tx
 
 
-def assert_is(measured, expected):
+def assert_is(measured, expected, more=()):
     """Within rounding of float32; counts, and fractions of a few, to the last."""
-    assert set(measured) == {"accuracy", "loss", "replaced_units", *SYMPTOMS}
+    assert set(measured) == {"accuracy", "loss", "replaced_units", *SYMPTOMS, *more}
     for name, values in measured.items():
         np.testing.assert_allclose(values, expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
 
@@ -177,9 +200,14 @@ def lane(together, number):
     return {name: values[:, number] for name, values in together.items()}
 
 
-def test_a_lane_is_what_a_plain_loop_makes_of_its_seed_and_numbers(together, problem):
+@pytest.fixture(scope="module")
+def expected(problem):
+    """What a plain loop makes of the first lane."""
     seed, method = LANES[0]
-    expected = reference(problem, seed, directly(method))
+    return reference(problem, seed, directly(method))
+
+
+def test_a_lane_is_what_a_plain_loop_makes_of_its_seed_and_numbers(together, expected):
     assert_is(lane(together, 0), expected)
     # The reference tells measuring before the update from measuring after it, and sees symptoms and replacements.
     assert np.all(expected["loss"] > expected["loss_after"] + 0.02)
@@ -260,3 +288,80 @@ def test_a_run_goes_on_from_its_state(alone):
 def test_results_come_as_numpy_rows_of_lanes(together):
     for values in together.values():
         assert isinstance(values, np.ndarray) and values.shape == (TASKS, len(LANES)) and values.dtype == np.float32
+
+
+def measured_lane(problem, learner, method, every, tasks=TASKS):
+    """{measure: [tasks]} of seed 0, with updates measured."""
+    task = jax.jit(lambda data, s: run_task(learner, problem, data, s, measured_examples=MEASURED, measure_every=every))
+    numbers = jax.tree.map(jnp.float32, dict(method.hyperparameters))
+    state, rows = jax.jit(lambda numbers: init_state(learner, 0, numbers))(numbers), []
+    for _ in range(tasks):
+        state, row = task(problem.data, state)
+        rows.append(row)
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_updates_are_measured_on_the_sample_that_they_learned_from(together, problem, expected):
+    measured = measured_lane(problem, tiny_learner(problem, [HIGH, LOW]), HIGH, EVERY)
+    assert_is(measured, expected, OF_UPDATES)
+    # Measuring changes nothing of what is measured besides.
+    for name, values in lane(together, 0).items():
+        np.testing.assert_allclose(measured[name], values, rtol=1e-5, atol=1e-7, err_msg=name)
+    # The reference tells plasticity of each example from that of the mean loss, and no gradient is without zeros.
+    assert np.all(np.abs(expected["plasticity"] - expected["plasticity_of_the_mean"]) > 2e-4)
+    assert np.all((0.2 < expected["gradient_l0"]) & (expected["gradient_l0"] < 1))
+    for name in ("plasticity", "gradient_l0", "gradient_l1", "gradient_l2", "weight_l1", "weight_l2"):
+        assert len(set(np.round(expected[name], 6))) > 1, f"{name} stays: it could not tell tasks apart"
+
+
+def test_a_regression_with_curvature_is_what_a_plain_loop_makes_of_it():
+    problem = slowly_changing_regression(examples_per_task=8, batch_size=2)
+    method = parse_method("upgd:step_size=0.005,sigma=0.1,beta_utility=0.9,order=2,activation=tanh")
+    learner = make_learner([method], (3,), "relu", problem.input_shape, 1)
+    assert learner.curvature
+    measured = measured_lane(problem, learner, method, every=1, tasks=2)
+    assert "accuracy" not in measured and set(OF_UPDATES) <= set(measured)
+
+    params_key, problem_key, optimizer_key, _ = jax.random.split(jax.random.key(0), 4)
+    net = nets.MLP((3,), 1, "tanh")
+    params = jax.jit(net.init)(params_key, jnp.zeros((1, 21)))
+    tx = cbp_jax.upgd(0.005, beta_utility=0.9, sigma=0.1, order=2, key=optimizer_key)
+
+    @jax.jit
+    def step(params, state, index, number):
+        x, y = problem.batch((), problem.make_task((), problem_key, index), number)
+        losses = lambda params: jnp.square(net.apply(params, x) - y).sum(-1)
+        before = losses(params)
+        grads = jax.grad(lambda params: losses(params).mean())(params)
+        _, _, diagonal = curvature.hesscale(net.apply, params, x, y, "squared_error")
+        updates, state = tx.update(grads, state, params, hessian_diag=diagonal)
+        params = optax.apply_updates(params, updates)
+        return params, state, before.mean(), metrics.plasticity(before, losses(params)).mean()
+
+    state = tx.init(params)
+    for index in range(2):
+        rows = []
+        for number in range(problem.steps_per_task):
+            params, state, *row = step(params, state, index, number)
+            rows.append(row)
+        for name, values in zip(("loss", "plasticity"), np.transpose(rows), strict=True):
+            assert measured[name][index] == pytest.approx(values.mean(), rel=1e-4), name
+
+
+def test_plasticity_is_measured_with_the_dropout_that_was_trained_with(problem):
+    method = parse_method("dropout:step_size=0,dropout_rate=0.5")
+    measured = measured_lane(problem, tiny_learner(problem, [method]), method, every=1, tasks=1)
+    # Without a step the losses before and after are equal, unless other units are dropped or none.
+    assert measured["plasticity"] == 0 and measured["gradient_l2"] > 0.1
+
+
+def test_statistics_are_no_weights(problem):
+    method = parse_method("online_norm:step_size=0.01")
+    learner = tiny_learner(problem, [method])
+    params = jax.jit(learner.init)(jax.random.key(0))
+    x = jnp.ones((MEASURED, *problem.input_shape))
+    measured = jax.jit(lambda params: measure(learner, params, x, matrices=True))(params)
+    weights = {name: leaves for name, leaves in params.items() if name == "params"}
+    assert len(params) > 1 and weights
+    assert float(measured["weight_l2"]) == pytest.approx(float(optax.tree.norm(weights)), rel=1e-5)
+    assert float(measured["weight_magnitude"]) == pytest.approx(float(metrics.weight_magnitude(weights)), rel=1e-5)
