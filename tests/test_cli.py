@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cbp_jax import cli, load_results, report
-from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted
+from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted, slowly_changing_regression, utility_quality
 from cbp_jax.experiments.online_permuted import Settings, preset
 
 TINY = (
@@ -53,6 +53,37 @@ def fake_run(monkeypatch):
 
     monkeypatch.setattr(online_permuted, "run", run)
     return calls
+
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Stand in for the experiments whose results have no accuracy, and whose tables and pictures are others."""
+
+    def regression(settings, out, progress=None):
+        labels = [learners.parse_method(text).label for text in settings.methods]
+        results = report.new_results(
+            labels,
+            ["bp", "cbp"],
+            [{}, {}],
+            seeds=settings.seeds,
+            tasks=settings.tasks,
+            settings=settings,
+            experiment=slowly_changing_regression.NAME,
+            measures=report.stream_measures(accuracy=False),
+        )
+        for task in range(settings.tasks):
+            report.record_task(results, task, {"loss": np.full((2, settings.seeds), 1.5 - task / 8)})
+        report.save_results(results, out)
+        return results
+
+    def quality(settings, out, progress=None):
+        results = utility_quality._empty_results(settings, list(settings.activations))
+        results.correlation.values[:] = 0.25
+        report.save_results(results, out)
+        return results
+
+    monkeypatch.setattr(slowly_changing_regression, "run", regression)
+    monkeypatch.setattr(utility_quality, "run", quality)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +214,64 @@ def test_words_that_are_no_command_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
     assert stopped.value.code == 2 and "usage: cbp-jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("experiment", "words", "shown", "picture"),
+    [
+        (
+            "slowly_changing_regression",
+            ["--methods", "bp:activation=tanh", "cbp", "--tasks", "3", "--beta", "0.5"],
+            ["slowly_changing_regression: loss, mean over seeds", "bp(activation=tanh)", "1.250 ± 0.000"],
+            "tasks",
+        ),
+        (
+            "utility_quality",
+            ["--activations", "tanh", "relu"],
+            ["utility_quality: Spearman's rank correlation", "Second order", "0.250 ± 0.000"],
+            "utility_quality",
+        ),
+    ],
+    ids=["regression", "quality"],
+)
+def test_tables_and_pictures_are_those_of_the_experiment(
+    fake_runs, tmp_path, capsys, experiment, words, shown, picture
+):
+    out = tmp_path / "run"
+    assert cli.main(["run", experiment, "--preset", "smoke", *words, "--out", str(out), "--quiet"]) == 0
+    table, last = capsys.readouterr().out.rsplit("picture: ", 1)
+    assert all(text in table for text in shown)
+    assert last == f"{out / picture}.png\nresults: {out / 'results.nc'}\n"
+    kept = json.loads(load_results(out).attrs["settings"])
+    assert kept.get("beta", 0.5) == 0.5 and kept.get("activations", ["tanh", "relu"]) == ["tanh", "relu"]
+
+    assert cli.main(["plot", str(out), "--out", str(tmp_path / "again"), "--formats", "svg"]) == 0
+    assert capsys.readouterr().out == f"{table}picture: {tmp_path / 'again' / picture}.svg\n"
+    assert [path.name for path in (tmp_path / "again").iterdir()] == [f"{picture}.svg"]
+
+
+def test_results_of_an_experiment_that_is_not_known_here_are_shown_as_those_of_streams(tmp_path, capsys):
+    results = report.new_results(["bp"], ["bp"], [{}], seeds=1, tasks=1, settings={}, experiment="slippery_ant")
+    report.record_task(results, 0, {"accuracy": [[0.5]]})
+    report.save_results(results, tmp_path)
+    assert cli.main(["plot", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("slippery_ant: accuracy in percent") and f"picture: {tmp_path / 'tasks.png'}" in printed
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        (
+            "slowly_changing_regression",
+            "slowly_changing_regression draws its samples; it takes no dataset, got 'mnist'",
+        ),
+        ("utility_quality", "dataset must be left out"),
+    ],
+)
+def test_a_dataset_is_refused_where_there_is_none(fake_runs, tmp_path, capsys, experiment, message):
+    words = ["run", experiment, "--preset", "smoke", "--dataset", "mnist", "--out", str(tmp_path / "run")]
+    assert message in refused_in_one_line(capsys, *words) and not (tmp_path / "run").exists()
 
 
 def test_options_change_the_presets_settings(fake_run, tmp_path, capsys):

@@ -186,6 +186,18 @@ def test_the_network_is_the_papers():
             {"utility": "weight", "compensate_bias": True, "max_replacements": 3},
         ),
         ("dropout:dropout_rate=0.2", "dropout(dropout_rate=0.2)", {"step_size": 0.01}, {"dropout_rate": 0.2}),
+        (
+            "bp:activation=tanh,normalization=layer,dropout_rate=0.5",
+            "bp(activation=tanh, normalization=layer, dropout_rate=0.5)",
+            {"step_size": 0.01},
+            {"activation": "tanh", "normalization": "layer", "dropout_rate": 0.5},
+        ),
+        (
+            "upgd:order=2,scope=local,protect=false,sigma=0.1",
+            "upgd(order=2, scope=local, protect=False, sigma=0.1)",
+            {"step_size": 0.01, "weight_decay": 0.0, "beta_utility": 0.999, "sigma": 0.1},
+            {"order": 2, "scope": "local", "protect": False, "featurewise": False},
+        ),
     ],
 )
 def test_parse_method(text, label, numbers, options):
@@ -217,6 +229,13 @@ def test_parse_method(text, label, numbers, options):
         ("cbp:max_replacements=0", "max_replacements must be at least 1, got 0"),
         ("cbp:max_replacements=-1", "max_replacements must be at least 1, got -1"),
         ("bp:step_size=1,step_size=2", "step_size is given twice"),
+        ("bp:activation=step", "activation must be .*, got 'step'"),
+        ("bp:normalization=batch", r"normalization must be one of \('', .*\), got 'batch'"),
+        ("bp:dropout_rate=1", r"dropout_rate must be in \[0, 1\), got 1"),
+        ("upgd:order=3", r"order must be one of \(1, 2\), got 3"),
+        ("upgd:scope=layer", r"scope must be one of \('global', 'local'\), got 'layer'"),
+        ("upgd:beta_utility=1", r"beta_utility must be in \[0, 1\), got 1"),
+        ("upgd:protect=maybe", "protect must be true or false, got 'maybe'"),
         ("shrink_and_perturb:step_size=2,l2=1", "step_size times l2.*must be at most 1"),
     ],
 )
@@ -236,3 +255,41 @@ def test_the_largest_rate_of_a_grid_bounds_the_replacements_of_a_step(monkeypatc
     given = parse_method("cbp:max_replacements=4")
     make_learner([given], (10,), "relu", (PIXELS,), CLASSES).optimizer(given.hyperparameters, jax.random.key(0))
     assert seen["max_replacements"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "own"),
+    [
+        ("bp", {}, {"activation": "relu"}),
+        ("bp:activation=tanh", {"kernel_init": nets.fan_in_uniform()}, {"activation": "tanh"}),
+        ("bp:normalization=layer", {}, {"normalization": "layer"}),
+        ("bp:dropout_rate=0.25", {"bias_init": "fan_in"}, {"dropout_rate": 0.25}),
+        ("crelu", {}, {"activation": "crelu"}),
+    ],
+)
+def test_a_method_chooses_attributes_of_its_network(text, given, own):
+    made = []
+
+    def network(**attributes):
+        made.append(attributes)
+        return nets.MLP(**attributes)
+
+    learner = make_learner([parse_method(text)], HIDDEN, "relu", (PIXELS,), CLASSES, network=network, **given)
+    expected = {"hidden": HIDDEN, "num_outputs": CLASSES, "activation": "relu"}
+    assert made == [{**expected, **given, **own}] and not learner.curvature
+
+
+def test_what_replaced_units_start_from_is_what_the_network_does(monkeypatch):
+    seen = []
+    for name in ("continual_backprop", "redo"):
+        monkeypatch.setattr(f"cbp_jax.{name}", lambda *args, **kwargs: seen.append(kwargs["initializer"]))
+    init = nets.fan_in_uniform()
+    for text in ("cbp", "redo"):
+        method = parse_method(text)
+        learner = make_learner([method], HIDDEN, "relu", (PIXELS,), CLASSES, kernel_init=init)
+        learner.optimizer(method.hyperparameters, jax.random.key(0))
+    of_activation = {"tanh": nets.kaiming_uniform("tanh")}
+    method = parse_method("cbp:activation=tanh")
+    learner = make_learner([method], HIDDEN, "relu", (PIXELS,), CLASSES, init_of_activation=of_activation.__getitem__)
+    learner.optimizer(method.hyperparameters, jax.random.key(0))
+    assert seen == [init, init, of_activation["tanh"]]

@@ -164,7 +164,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, 
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def asked(monkeypatch):
     """Stands in for training: remembers what it was asked for, and makes a loss that tells lane and task.
 
     Lanes have a state, the number of tasks that they have done, which is saved and restored as that of networks.
@@ -202,11 +202,11 @@ def stop(out, after):
     assert (out / stream.STATE_FILE).exists()
 
 
-def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(trained, tmp_path):
+def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(asked, tmp_path):
     calls = Calls()
     results = run(tmp_path, calls, FAKE)
-    assert [(name, seeds, tasks) for name, _, seeds, tasks, _ in trained] == [(BP, [0, 1, 0, 1], 3), (ADAM, [0, 1], 3)]
-    assert all(settings["measured_examples"] == 6 and settings["mode"] == "auto" for *_, settings in trained)
+    assert [(name, seeds, tasks) for name, _, seeds, tasks, _ in asked] == [(BP, [0, 1, 0, 1], 3), (ADAM, [0, 1], 3)]
+    assert all(settings["measured_examples"] == 6 and settings["mode"] == "auto" for *_, settings in asked)
     expected = 10.0 * np.array([1, 2, 3])[:, None, None] + np.arange(2)[:, None] + 100.0 * np.arange(3)
     for name, values in results.data_vars.items():
         np.testing.assert_array_equal(values, expected, err_msg=name)
@@ -214,52 +214,52 @@ def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(t
     assert calls[1][2]["loss"] == 120.5
 
 
-def test_a_finished_run_computes_nothing_more_and_keeps_its_results(trained, tmp_path):
+def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_path):
     # Of a diverged lane the losses are not numbers, and yet it is done.
     settings = dataclasses.replace(FAKE, methods=(*FAKE.methods, "upgd:step_size=7"))
     first = run(tmp_path, None, settings)
     assert np.isnan(first.loss.values[-1]).all()
-    trained.clear()
+    asked.clear()
     calls = Calls()
     again = run(tmp_path, calls, settings)
-    assert trained == [] and again.identical(first) and load_results(tmp_path).identical(first)
+    assert asked == [] and again.identical(first) and load_results(tmp_path).identical(first)
     assert told_at_once(calls) == [12, 6, 6] and len(calls) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
-def test_a_run_that_was_stopped_when_all_was_done_leaves_no_state_the_next_time(trained, tmp_path):
+def test_a_run_that_was_stopped_when_all_was_done_leaves_no_state_the_next_time(asked, tmp_path):
     stop(tmp_path, after=6)
     assert finished_tasks(tmp_path) == [3, 3, 3]
-    trained.clear()
+    asked.clear()
     run(tmp_path, None, FAKE)
-    assert trained == [] and [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+    assert asked == [] and [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
 @pytest.mark.parametrize("changes", [{"seeds": 3}, {"tasks": 4}, {"hidden": (5,)}, {"batch_size": 2}], ids=str)
-def test_other_settings_in_the_same_folder_start_anew(trained, tmp_path, changes):
+def test_other_settings_in_the_same_folder_start_anew(asked, tmp_path, changes):
     stop(tmp_path, after=2)
-    trained.clear()
+    asked.clear()
     results = run(tmp_path, None, FAKE, **changes)
-    assert [(name, done) for name, done, *_ in trained] == [(BP, 0), (ADAM, 0)]
+    assert [(name, done) for name, done, *_ in asked] == [(BP, 0), (ADAM, 0)]
     assert load_results(tmp_path).identical(results) and np.isfinite(results.loss).all()
 
 
-def test_another_experiment_in_the_same_folder_starts_anew(trained, tmp_path):
+def test_another_experiment_in_the_same_folder_starts_anew(asked, tmp_path):
     stop(tmp_path, after=2)
-    trained.clear()
+    asked.clear()
     results = stream.run("other", FAKE, tiny_problem(), tmp_path)
-    assert [done for _, done, *_ in trained] == [0, 0]
+    assert [done for _, done, *_ in asked] == [0, 0]
     assert load_results(tmp_path).attrs["experiment"] == results.attrs["experiment"] == "other"
 
 
 @pytest.mark.parametrize("without", ["results", "its name"])
-def test_a_state_without_results_or_of_other_methods_is_not_taken(trained, tmp_path, without):
+def test_a_state_without_results_or_of_other_methods_is_not_taken(asked, tmp_path, without):
     stop(tmp_path, after=2)
     if without == "results":
         (tmp_path / "results.nc").unlink()
     else:  # as a run leaves it that is killed before it deletes the state of the last group
         state = training.Checkpoint(tmp_path / stream.STATE_FILE, ADAM, every=0.0)
         state.save(2, lambda: {"done": np.full(2, 2, np.int32)})
-    trained.clear()
+    asked.clear()
     run(tmp_path, None, FAKE)
-    assert [done for _, done, *_ in trained] == [0, 0]
+    assert [done for _, done, *_ in asked] == [0, 0]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from cbp_jax.report import load_results, new_results, record_task, save_results
-from cbp_jax.report.results import FILE_NAME, MEASURES
+from cbp_jax.report import load_results, new_results, record_task, save_results, stream_measures
+from cbp_jax.report.results import FILE_NAME, MEASURES, UPDATE_MEASURES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,20 @@ def test_new_results_are_all_nan_with_their_coordinates_and_settings():
         "limit": None,
     }
     assert {"jax", "python", "cbp-jax"} <= set(json.loads(results.attrs["versions"]))
+
+
+def test_measures_of_a_stream_follow_what_its_tasks_are():
+    assert stream_measures() == MEASURES
+    assert stream_measures(updates=True) == {**MEASURES, **UPDATE_MEASURES}
+    regression = stream_measures(accuracy=False, updates=True)
+    assert list(regression) == [name for name in (*MEASURES, *UPDATE_MEASURES) if name != "accuracy"]
+    results = small(measures=regression)
+    assert list(results.data_vars) == list(regression) and "accuracy" not in results
+    assert results.plasticity.attrs["long_name"] == UPDATE_MEASURES["plasticity"]
+    with pytest.raises(ValueError, match="unknown measure 'accuracy'"):
+        record_task(results, 0, {"accuracy": np.ones((3, 2))})
+    with pytest.raises(ValueError, match="the name 'plasticity' is taken"):
+        small(measures=regression, hyperparameters=[{"plasticity": 1.0}, {}, {}])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbp_jax import load_results
+from cbp_jax.experiments import EXPERIMENTS, slowly_changing_regression
+from cbp_jax.experiments.slowly_changing_regression import ACTIVATIONS, check, preset, run
+
+TINY = dataclasses.replace(preset("smoke"), seeds=1, tasks=2, examples_per_task=12, measured_examples=20)
+
+
+def test_the_papers_preset_has_the_papers_numbers():
+    paper = preset("paper")
+    assert (paper.num_inputs, paper.flipping_bits, paper.examples_per_task) == (20, 15, 10_000)
+    assert (paper.target_units, paper.beta, paper.hidden, paper.batch_size) == (100, 0.7, (5,), 1)
+    assert (paper.tasks * paper.examples_per_task, paper.seeds) == (3_000_000, 100)
+    methods = check(paper)
+    assert {method.learner for method in methods} == {"bp"} and len(methods) == 18
+    found = {(method.options["activation"], method.hyperparameters["step_size"]) for method in methods}
+    activations = ("sigmoid", "tanh", "elu", "leaky_relu", "relu", "swish")
+    assert found == {(activation, step) for activation in activations for step in (0.01, 0.003, 0.001)}
+    assert activations == ACTIVATIONS
+
+
+def test_the_other_presets_compare_what_they_promise():
+    for name in ("smoke", "laptop"):
+        settings = preset(name)
+        fields = ("num_inputs", "flipping_bits", "target_units", "beta", "hidden")
+        assert all(getattr(settings, field) == getattr(preset("paper"), field) for field in fields)
+    laptop = check(preset("laptop"))
+    assert {method.options["activation"] for method in laptop if method.learner == "bp"} == set(ACTIVATIONS)
+    assert {"cbp", "upgd"} <= {method.learner for method in laptop}
+    smoke = preset("smoke")
+    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
+    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper'\], got 'large'"):
+        preset("large")
+    with pytest.raises(ValueError, match="draws its samples; it takes no dataset, got 'mnist'"):
+        preset("smoke", "mnist")
+    assert EXPERIMENTS["slowly_changing_regression"] is slowly_changing_regression
+
+
+def test_networks_have_the_activation_and_the_gain_of_their_method(trained, tmp_path):
+    methods = ("bp:activation=tanh", "cbp:activation=sigmoid", "bp")
+    run(dataclasses.replace(TINY, methods=methods, hidden=(40,), num_inputs=24, flipping_bits=10), tmp_path)
+    x = 3 * jax.random.normal(jax.random.key(1), (4, 25))
+    gains = (5 / 3, 1.0, 2**0.5)
+    functions = (jnp.tanh, jax.nn.sigmoid, jax.nn.relu)
+    for group, gain, activation in zip(trained, gains, functions, strict=True):
+        params = jax.jit(group.learner.init)(jax.random.key(0))
+        hidden, output = params["params"].values()
+        assert hidden["kernel"].shape == (25, 40) and output["kernel"].shape == (40, 1)
+        # Kaiming uniform with the gain of the activation; none for the output.
+        for layer, of_layer in ((hidden, gain), (output, 1.0)):
+            bound = of_layer * (3 / layer["kernel"].shape[0]) ** 0.5
+            assert 0.9 * bound < np.abs(layer["kernel"]).max() <= bound and not layer["bias"].any()
+        _, features = group.learner.predict(params, x)
+        np.testing.assert_allclose(features["params/Dense_0"], activation(x @ hidden["kernel"]), atol=1e-5)
+    assert all(group.problem.loss == "squared_error" and group.measured_examples == 20 for group in trained)
+
+
+def test_settings_reach_the_stream(trained, tmp_path):
+    settings = dataclasses.replace(TINY, methods=("bp",), num_inputs=6, flipping_bits=4, target_units=9, beta=0.0)
+    run(settings, tmp_path / "all")
+    run(dataclasses.replace(settings, beta=1.0, batch_size=3), tmp_path / "none")
+    for group, steps in zip(trained, (12, 4), strict=True):
+        problem = group.problem
+        task = problem.make_task((), jax.random.key(0), 0)
+        assert task.bits.shape == (4,) and task.input_weights.shape == (7, 9)
+        x, _ = problem.evaluation((), task, 50)
+        assert (x[:, :4] == task.bits).all() and len(np.unique(x[:, 4:6], axis=0)) == 4 and (x[:, 6] == 1).all()
+        assert problem.steps_per_task == steps
+        batch, _ = problem.batch((), task, 0)
+        assert batch.shape[0] == 12 // steps
+    # A threshold unit is on where more than the fraction beta of the inputs agree: of 0 all, and of 1 none.
+    most = trained[0].problem.make_task((), jax.random.key(0), 0)
+    least = trained[1].problem.make_task((), jax.random.key(0), 0)
+    np.testing.assert_array_equal(least.thresholds - most.thresholds, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_inputs": 0}, "num_inputs must be an integer of at least 1; got 0"),
+        ({"flipping_bits": 21}, "flipping_bits must be an integer from 1 to 20; got 21"),
+        ({"target_units": 0}, "target_units must be an integer of at least 1; got 0"),
+        ({"beta": 1.5}, r"beta must be in \[0, 1\]; got 1.5"),
+        ({"batch_size": 13}, "batch_size must be an integer from 1 to 12; got 13"),
+        ({"measure_every": 13}, "measure_every must be at most the 12 updates of a task, got 13"),
+        ({"methods": ("bp:activation=step",)}, "activation must be .*, got 'step'"),
+        ({"methods": ("bp:activation=softplus",)}, "activation must be one of .*, got 'softplus'"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_before_anything_is_trained_or_written(trained, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(dataclasses.replace(TINY, **change), tmp_path / "run")
+    assert not trained and not (tmp_path / "run").exists()
+
+
+def test_a_run_from_end_to_end(tmp_path):
+    settings = dataclasses.replace(TINY, methods=("cbp:replacement_rate=0.2,maturity_threshold=3",), measure_every=5)
+    results = run(settings, tmp_path)
+    assert results.identical(load_results(tmp_path)) and results.attrs["experiment"] == "slowly_changing_regression"
+    assert "accuracy" not in results and {"loss", "plasticity", "gradient_l0", "weight_rank"} <= set(results.data_vars)
+    for name, values in results.data_vars.items():
+        assert np.isfinite(values).all() and values.shape == (1, 1, 2), name
+    assert (results.loss > 0).all() and (results.replaced_units > 0).all()
