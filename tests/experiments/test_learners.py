@@ -27,13 +27,14 @@ STRONG = {
     "beta_importance": 0.9,
     "strength": 0.05,
     "threshold": 0.1,
-    "every": 30,
+    "every": 60,
     "bound": 1.0,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
     **BETAS,
     "every": 2,
+    "threshold": 10,
     "bound": 0.5,
     "replacement_rate": 2,
     "b1": 0.5,
