@@ -34,7 +34,7 @@ BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
     **BETAS,
     "every": 2,
-    "threshold": 10,
+    "threshold": 20,
     "bound": 0.5,
     "replacement_rate": 2,
     "b1": 0.5,
