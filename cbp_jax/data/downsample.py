@@ -1,0 +1,38 @@
+"""Smaller images, for smaller networks."""
+
+import dataclasses
+
+import numpy as np
+
+from cbp_jax.data.dataset import Dataset
+
+
+def downsample(dataset: Dataset, factor: int) -> Dataset:
+    """Makes images smaller: each pixel is the mean of a square of the original's.
+
+    Args:
+      dataset: images.
+      factor: height and width of a square, which divides those of the images; 1 changes nothing.
+
+    Returns:
+      a `Dataset` of the same labels and name, with values rounded.
+
+    Raises:
+      ValueError: the factor is no integer of at least 1 that divides the images' height and width, or the dataset
+        holds features.
+
+    Example:
+      >>> from cbp_jax.data import load
+      >>> downsample(load("digits"), 2)
+      Dataset(digits: 1797 images of 4x4x1, 10 classes)
+    """
+    if isinstance(factor, int) and factor == 1:
+        return dataset
+    if dataset.has_features:
+        raise ValueError(f"dataset {dataset.name!r} must hold images to be made smaller; it holds features")
+    height, width, channels = dataset.image_shape
+    if not isinstance(factor, int | np.integer) or factor < 1 or height % factor or width % factor:
+        raise ValueError(f"factor must be an integer that divides {height} and {width}; got {factor!r}")
+    squares = dataset.images.reshape(-1, height // factor, factor, width // factor, factor, channels)
+    means = squares.sum(axis=(2, 4), dtype=np.uint32) / factor**2
+    return dataclasses.replace(dataset, images=np.rint(means).astype(np.uint8))
