@@ -1,15 +1,18 @@
 """Streams of tasks, made on the device from explicit keys."""
 
+from cbp_jax.problems.continual_images import ImageTask, continual_images
 from cbp_jax.problems.label_permuted import LabelPermutedTask, label_permuted
 from cbp_jax.problems.permuted import PermutedTask, online_permuted
 from cbp_jax.problems.problem import Problem
 from cbp_jax.problems.regression import RegressionTask, slowly_changing_regression
 
 __all__ = [
+    "ImageTask",
     "LabelPermutedTask",
     "PermutedTask",
     "Problem",
     "RegressionTask",
+    "continual_images",
     "label_permuted",
     "online_permuted",
     "slowly_changing_regression",

@@ -35,6 +35,8 @@ class Problem:
       evaluation: ``(data, task, n) -> (inputs, labels)``, as `batch` returns them, with n rows: n distinct
         random examples of the task, independent of the order in which batches come, for measuring a network
         before it is trained. n is a Python int; a ValueError says so where the task has fewer examples.
+      test: ``(data, task) -> (inputs, labels)``, as `batch` returns them: examples of the task that no batch holds, for
+        measuring a network after it is trained; None where there are none.
       loss: "softmax_cross_entropy" or "squared_error", what the network is trained on.
 
     Raises:
@@ -49,6 +51,7 @@ class Problem:
     batch: Callable[[Data, Task, jax.typing.ArrayLike], tuple[jax.Array, jax.Array]]
     evaluation: Callable[[Data, Task, int], tuple[jax.Array, jax.Array]]
     loss: str = "softmax_cross_entropy"
+    test: Callable[[Data, Task], tuple[jax.Array, jax.Array]] | None = None
 
     def __post_init__(self):
         if self.loss not in LOSSES:

@@ -26,6 +26,8 @@ class Learner(NamedTuple):
     train: Callable[[optax.Params, chex.Array, chex.PRNGKey], tuple[chex.Array, Features]]  # the same with dropout
     optimizer: Callable[[Hyperparameters, chex.PRNGKey], optax.GradientTransformation]
     units: tuple[UnitGroup, ...]
+    # optimizer, params, its state -> params, state: what happens before each task
+    begin_task: Callable[..., tuple[optax.Params, optax.OptState]] | None = None
     curvature: bool = False  # whether the optimizer wants the diagonal of the Hessian, from HesScale
 
 
@@ -66,7 +68,14 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
     return TrainState(params, opt_state, key, hyperparameters, jnp.zeros([], jnp.int32))
 
 
-def measure(learner: Learner, params: optax.Params, x: chex.Array, *, matrices: bool = False) -> dict[str, chex.Array]:
+def measure(
+    learner: Learner,
+    params: optax.Params,
+    x: chex.Array,
+    *,
+    matrices: bool = False,
+    dormant_threshold: float | None = None,
+) -> dict[str, chex.Array]:
     """The symptoms of lost plasticity, on examples x [examples, ...].
 
     Args:
@@ -74,11 +83,13 @@ def measure(learner: Learner, params: optax.Params, x: chex.Array, *, matrices: 
       params: its parameters.
       x: examples.
       matrices: whether to measure the weights too.
+      dormant_threshold: largest score of a unit that counts as dormant, see `metrics.dormant_fraction`; by default
+        they are not counted.
 
     Returns:
       scalars: `dead_units`, `weight_magnitude`, and `effective_rank` and `stable_rank`, each over the number of
       units of a hidden layer and averaged over layers. With `matrices` also `weight_rank`, over the largest possible,
-      `weight_l1` and `weight_l2`.
+      `weight_l1` and `weight_l2`; with a threshold `dormant_units`.
     """
     _, features = learner.predict(params, x)
     weights = _weights(params)
@@ -90,6 +101,8 @@ def measure(learner: Learner, params: optax.Params, x: chex.Array, *, matrices: 
         "effective_rank": sum(rank.effective / n for rank, n in zip(layers, widths, strict=True)) / len(layers),
         "stable_rank": sum(rank.stable / n for rank, n in zip(layers, widths, strict=True)) / len(layers),
     }
+    if dormant_threshold is not None:
+        measures["dormant_units"] = metrics.dormant_fraction(features, dormant_threshold)
     if matrices:
         measures["weight_rank"] = metrics.weight_rank(weights)
         measures["weight_l1"] = optax.tree.norm(weights, ord=1)
@@ -105,6 +118,7 @@ def run_task(
     *,
     measured_examples: int = 2000,
     measure_every: int | None = None,
+    dormant_threshold: float | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Measures a network on the task to come and trains it on that task, one lane.
 
@@ -116,11 +130,13 @@ def run_task(
       measured_examples: how many examples of the task the network is measured on before the task.
       measure_every: every so many steps plasticity and gradients are measured, which takes another forward pass;
         at most the steps of a task. By default they are not.
+      dormant_threshold: as in `measure`.
 
     Returns:
       the state after the task; scalars: `loss`, and `accuracy` where the task is a classification, means over the
-      task's examples, each taken before learning from it, `replaced_units`, and those of `measure`. With
-      `measure_every` also means over the steps measured: `plasticity`, of each example by the loss before and after
+      task's examples, each taken before learning from it, `replaced_units`, those of `measure`, and `test_accuracy`
+      and `test_loss` after the task, where the problem has test examples (of a classification). With `measure_every`
+      also means over the steps measured: `plasticity`, of each example by the loss before and after
       the update, and of the gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
     """
     keys = _keys(state.key)
@@ -130,6 +146,7 @@ def run_task(
         state.params,
         problem.evaluation(data, task, measured_examples)[0],
         matrices=measure_every is not None,
+        dormant_threshold=dormant_threshold,
     )
     tx = optax.with_extra_args_support(learner.optimizer(state.hyperparameters, keys.optimizer))
     task_key = jax.random.fold_in(keys.dropout, state.task)
@@ -170,10 +187,13 @@ def run_task(
         return step(carry, numbers[-1], measured=True)
 
     steps, every = problem.steps_per_task, measure_every or problem.steps_per_task
+    params, opt_state = state.params, state.opt_state
+    if learner.begin_task is not None:
+        params, opt_state = learner.begin_task(tx, params, opt_state)
     names = ["loss", "replaced_units"] + (["accuracy"] if problem.loss == "softmax_cross_entropy" else [])
     if measure_every is not None:
         names += ["plasticity", "gradient_l0", "gradient_l1", "gradient_l2"]
-    carry = (state.params, state.opt_state, {name: jnp.zeros([]) for name in names})
+    carry = (params, opt_state, {name: jnp.zeros([]) for name in names})
     numbers = jnp.arange(steps)
     if measure_every is not None:
         whole = steps // every * every
@@ -185,6 +205,12 @@ def run_task(
     for name, total in totals.items():
         count = steps if name in ("accuracy", "loss") else 1 if name == "replaced_units" else steps // every
         measures[name] = total / count
+    if problem.test is not None:
+        x, y = problem.test(data, task)
+        outputs, _ = learner.predict(params, x)
+        measures["test_loss"] = jnp.mean(losses_of(outputs, y))
+        if problem.loss == "softmax_cross_entropy":
+            measures["test_accuracy"] = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
     return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
 
 
@@ -221,6 +247,7 @@ def run_tasks(
     mode: str = "auto",
     measured_examples: int = 2000,
     measure_every: int | None = None,
+    dormant_threshold: float | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains all lanes on a stream of tasks.
@@ -234,6 +261,7 @@ def run_tasks(
       mode: how the lanes of a device run, see `Lanes`.
       measured_examples: how many examples of a task the networks are measured on before the task.
       measure_every: as in `run_task`.
+      dormant_threshold: as in `measure`.
       checkpoint: where the state is kept. A run goes on from the state found there, after `checkpoint.tasks` tasks.
 
     Yields:
@@ -244,7 +272,13 @@ def run_tasks(
     start = lanes.jit(lambda _, seed, values: init_state(learner, seed, values))
     go_on = lanes.jit(
         lambda data, state: run_task(
-            learner, problem, data, state, measured_examples=measured_examples, measure_every=measure_every
+            learner,
+            problem,
+            data,
+            state,
+            measured_examples=measured_examples,
+            measure_every=measure_every,
+            dormant_threshold=dormant_threshold,
         ),
         donate_lane=0,
     )

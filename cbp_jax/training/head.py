@@ -1,0 +1,86 @@
+"""The output layer: which one it is, and how it starts anew with a task."""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax.units import Units, join_path, leaves_by_path
+
+_IS_OUTPUT = "it is part of the network's output"  # the reason that `discover_units` gives
+
+
+def output_layers(units: Units) -> tuple[str, ...]:
+    """The layers that make a network's output, as discovery found them.
+
+    Args:
+      units: of `discover_units`.
+
+    Returns:
+      paths of layers, or of kernels that are alone.
+
+    Raises:
+      ValueError: none was found.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, cbp_jax
+      >>> net = cbp_jax.nets.MLP((5,), 2)
+      >>> params = jax.eval_shape(net.init, jax.random.key(0), jnp.ones((1, 3)))
+      >>> output_layers(cbp_jax.discover_units(net.apply, params, jnp.ones((1, 3))))
+      ('params/Dense_1',)
+    """
+    layers = tuple(item.name for item in units.left_out if item.reason == _IS_OUTPUT)
+    if not layers:
+        raise ValueError(
+            f"no layer was found that makes the network's output; name it instead; left out: {units.left_out}"
+        )
+    return layers
+
+
+def zero_layers(
+    tx: optax.GradientTransformation, params: optax.Params, opt_state: optax.OptState, layers: Collection[str]
+) -> tuple[optax.Params, optax.OptState]:
+    """Sets the weights and biases of layers to 0, and what the optimizer keeps of each of them to its start.
+
+    An array of the optimizer's state is taken for one about a parameter if its path in the state ends with the
+    parameter's and it has the parameter's shape, as moments in any chain or wrapper do. What is kept about units, their
+    utility and age, is not about the output's weights, and stays.
+
+    Args:
+      tx: the optimizer.
+      params: its parameters, a tree of named arrays.
+      opt_state: its state.
+      layers: paths of layers or of single parameters, such as "params/Dense_2".
+
+    Returns:
+      the parameters and the state.
+
+    Raises:
+      ValueError: the parameters have no such layer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.sgd(0.1, momentum=0.9)
+      >>> params = {"hidden": jnp.ones(2), "head": jnp.ones(2)}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> params, state = zero_layers(tx, params, state, ["head"])
+      >>> params["head"].tolist(), state[0].trace["head"].tolist(), state[0].trace["hidden"].tolist()
+      ([0.0, 0.0], [0.0, 0.0], [1.0, 1.0])
+    """
+    leaves = leaves_by_path(params)
+    paths = {path for path in leaves for layer in layers if path == layer or path.startswith(f"{layer}/")}
+    for layer in layers:
+        if not any(path == layer or path.startswith(f"{layer}/") for path in paths):
+            raise ValueError(f"the parameters have no layer {layer!r}; they are {sorted(leaves)}")
+    zero = lambda key_path, leaf: jnp.zeros_like(leaf) if join_path(key_path) in paths else leaf
+    params = jax.tree_util.tree_map_with_path(zero, params)
+
+    def parameter_of(key_path, leaf):
+        path = join_path(key_path)
+        ends = [own for own in leaves if path == own or path.endswith(f"/{own}")]
+        own = max(ends, key=len, default=None)
+        return own if own is not None and jnp.shape(leaf) == leaves[own].shape else None
+
+    back = lambda key_path, leaf, start: start if parameter_of(key_path, leaf) in paths else leaf
+    return params, jax.tree_util.tree_map_with_path(back, opt_state, tx.init(params))
