@@ -3,6 +3,7 @@
 from types import ModuleType
 
 from cbp_jax.experiments import (
+    continual_imagenet,
     input_permuted,
     label_permuted,
     online_permuted,
@@ -14,7 +15,14 @@ from cbp_jax.experiments.stream import Progress
 
 EXPERIMENTS: dict[str, ModuleType] = {
     module.NAME: module
-    for module in (online_permuted, input_permuted, label_permuted, slowly_changing_regression, utility_quality)
+    for module in (
+        online_permuted,
+        input_permuted,
+        label_permuted,
+        slowly_changing_regression,
+        utility_quality,
+        continual_imagenet,
+    )
 }
 
 __all__ = ["EXPERIMENTS", "Progress", "stream"]

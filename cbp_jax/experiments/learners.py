@@ -12,7 +12,7 @@ import optax
 
 import cbp_jax
 from cbp_jax import nets
-from cbp_jax.training import Learner
+from cbp_jax.training import Learner, output_layers, zero_layers
 from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.transforms.scalars import check_scalar
 from cbp_jax.transforms.utility import get_utility
@@ -31,20 +31,40 @@ class Spec:
       build: makes its optimizer.
       defaults: its numeric hyperparameters; runs that differ in these alone share one compilation.
       options: settings that are not traced; of these, `NETWORK_OPTIONS` are the network's.
+      further: more settings that are not traced, which belong to a method only where they are given.
     """
 
     about: str
     build: Build
     defaults: Mapping[str, float]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    further: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 # Attributes of the network that any method may choose for itself.
 NETWORK_OPTIONS: dict[str, Any] = {"activation": "relu", "normalization": "", "dropout_rate": 0.0}
 
 
+def _momentum_sgd(h: Mapping[str, Any], options: Mapping[str, Any]) -> optax.GradientTransformation:
+    # Without momentum there is no trace, which costs memory and time.
+    return optax.sgd(h["step_size"], momentum=options.get("momentum") or None)
+
+
 def _sgd(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: chex.PRNGKey):
-    return optax.sgd(h["step_size"])
+    return _momentum_sgd(h, options)
+
+
+def _l2(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: chex.PRNGKey):
+    return optax.chain(optax.add_decayed_weights(h["l2"]), _momentum_sgd(h, options))
+
+
+def _shrink_and_perturb(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: chex.PRNGKey):
+    if options.get("momentum"):
+        # The decay goes through the momentum, as in the Nature paper, where it is SGD's own.
+        return cbp_jax.shrink_and_perturb(_l2(h, options, units, key), shrink=0.0, perturb=h["noise"], key=key)
+    return cbp_jax.shrink_and_perturb(
+        optax.sgd(h["step_size"]), shrink=h["step_size"] * h["l2"], perturb=h["noise"], key=key
+    )
 
 
 def _keeping_statistics(options: Mapping[str, Any], tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -52,10 +72,12 @@ def _keeping_statistics(options: Mapping[str, Any], tx: optax.GradientTransforma
     return nets.keep_online_stats(tx) if options.get("normalization") == "online" else tx
 
 
-def _cbp(inner: Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]) -> Build:
+def _cbp(
+    inner: Callable[[Mapping[str, Any], Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation],
+) -> Build:
     def build(h, options, units, key):
         return cbp_jax.continual_backprop(
-            _keeping_statistics(options, inner(h, jax.random.fold_in(key, 1))),
+            _keeping_statistics(options, inner(h, options, jax.random.fold_in(key, 1))),
             units,
             replacement_rate=h["replacement_rate"],
             decay_rate=h["decay_rate"],
@@ -89,6 +111,7 @@ def _consolidation(transformation: Callable[..., optax.GradientTransformation]) 
     return lambda h, options, units, key: transformation(h["step_size"], **{name: h[name] for name in _CONSOLIDATION})
 
 
+_MOMENTUM = {"momentum": 0.0}
 _UPGD = {"weight_decay": 0.0, "beta_utility": 0.999, "sigma": 0.01}
 _UPGD_OPTIONS = {"order": 1, "scope": "global", "protect": True, "featurewise": False}
 _CONSOLIDATION = {"strength": 0.1, "beta_weight": 0.999, "beta_importance": 0.999}
@@ -96,7 +119,7 @@ _CBP = {"replacement_rate": 1e-4, "decay_rate": 0.99, "maturity_threshold": 100.
 _CBP_OPTIONS = {"utility": "contribution", "compensate_bias": False, "max_replacements": None}
 
 LEARNERS: dict[str, Spec] = {
-    "bp": Spec("backpropagation, plain SGD", _sgd, {"step_size": 0.01}),
+    "bp": Spec("backpropagation, plain SGD", _sgd, {"step_size": 0.01}, further=_MOMENTUM),
     "adam": Spec(
         "Adam",
         lambda h, options, units, key: optax.adam(h["step_size"], b1=h["b1"], b2=h["b2"]),
@@ -104,8 +127,9 @@ LEARNERS: dict[str, Spec] = {
     ),
     "l2": Spec(
         "SGD with L2 toward zero",
-        lambda h, options, units, key: optax.chain(optax.add_decayed_weights(h["l2"]), optax.sgd(h["step_size"])),
+        _l2,
         {"step_size": 0.01, "l2": 1e-4},
+        further=_MOMENTUM,
     ),
     "l1": Spec(
         "SGD with L1 toward zero",
@@ -119,10 +143,9 @@ LEARNERS: dict[str, Spec] = {
     ),
     "shrink_and_perturb": Spec(
         "SGD with weight decay and noise on the weights at every step",
-        lambda h, options, units, key: cbp_jax.shrink_and_perturb(
-            optax.sgd(h["step_size"]), shrink=h["step_size"] * h["l2"], perturb=h["noise"], key=key
-        ),
+        _shrink_and_perturb,
         {"step_size": 0.01, "l2": 1e-4, "noise": 1e-5},
+        further=_MOMENTUM,
     ),
     "pgd": Spec(
         "perturbed gradient descent: SGD with noise on the gradients",
@@ -179,19 +202,20 @@ LEARNERS: dict[str, Spec] = {
     "crelu": Spec("SGD with concatenated ReLU", _sgd, {"step_size": 0.01}, {"activation": "crelu"}),
     "cbp": Spec(
         "continual backpropagation around SGD",
-        _cbp(lambda h, key: optax.sgd(h["step_size"])),
+        _cbp(lambda h, options, key: _momentum_sgd(h, options)),
         {"step_size": 0.01, **_CBP},
         _CBP_OPTIONS,
+        _MOMENTUM,
     ),
     "cbp_adam": Spec(
         "continual backpropagation around Adam with a step count per weight",
-        _cbp(lambda h, key: cbp_jax.adam(h["step_size"])),
+        _cbp(lambda h, options, key: cbp_jax.adam(h["step_size"])),
         {"step_size": 1e-3, **_CBP},
         _CBP_OPTIONS,
     ),
     "cbp_upgd": Spec(
         "continual backpropagation around UPGD",
-        _cbp(lambda h, key: cbp_jax.upgd(h["step_size"], **{name: h[name] for name in _UPGD}, key=key)),
+        _cbp(lambda h, options, key: cbp_jax.upgd(h["step_size"], **{name: h[name] for name in _UPGD}, key=key)),
         {"step_size": 0.01, **_UPGD, **_CBP},
         _CBP_OPTIONS,
     ),
@@ -223,7 +247,8 @@ def parse_method(text: str) -> Method:
 
     Args:
       text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
-        `activation`, `normalization` and `dropout_rate`.
+        `activation`, `normalization` and `dropout_rate`, and those around SGD that say so (see `Spec.further`)
+        `momentum`.
 
     Returns:
       the method.
@@ -241,15 +266,15 @@ def parse_method(text: str) -> Method:
         raise ValueError(f"method {text!r}: the learner must be one of {list(LEARNERS)}, got {name!r}")
     spec = LEARNERS[name]
     own = {**spec.defaults, **spec.options}
-    settings = {**NETWORK_OPTIONS, **own}
+    settings = {**NETWORK_OPTIONS, **spec.further, **own}
     changed = {}
     for item in given.split(",") if given else ():
         key, equals, value = item.partition("=")
         if not equals or key not in settings:
-            others = [name for name in NETWORK_OPTIONS if name not in own]
+            others = [name for name in settings if name not in own]
             raise ValueError(
                 f"method {text!r}: expected setting=value with one of {list(own)}, got {item!r}; "
-                f"of the network {', '.join(others)} can be set too"
+                f"{', '.join(others)} can be set too"
             )
         if key in changed:
             raise ValueError(f"method {text!r}: {key} is given twice")
@@ -290,6 +315,7 @@ def _check(text: str, settings: Mapping[str, Any]) -> None:
         "beta_importance": {"at_least": 0, "below": 1},
         "every": {"at_least": 1},
         "dropout_rate": {"at_least": 0, "below": 1},
+        "momentum": {"at_least": 0, "below": 1},
     }
     try:
         for key, value in settings.items():
@@ -318,6 +344,7 @@ def make_learner(
     num_classes: int,
     *,
     network: Callable[..., nn.Module] = nets.MLP,
+    reset_head: bool = False,
     init_of_activation: Callable[[str], nn.initializers.Initializer] | None = None,
     **attributes: Any,
 ) -> Learner:
@@ -330,6 +357,7 @@ def make_learner(
       input_shape: of one example.
       num_classes: outputs.
       network: makes the network of keyword arguments `hidden`, `num_outputs`, `activation`, and those below.
+      reset_head: whether the output layer starts each task from zero.
       init_of_activation: gives the network's `kernel_init` for the name of its activation.
       **attributes: further attributes of the network, such as `kernel_init`, which is then also what replaced units
         start from.
@@ -364,11 +392,14 @@ def make_learner(
         tx = LEARNERS[first.learner].build(h, options, units, key)
         return tx if first.learner in _REPLACING else _keeping_statistics(options, tx)
 
+    head = output_layers(units) if reset_head else ()
+
     return Learner(
         init=lambda key: net.init(key, jnp.zeros((1, *input_shape))),
         predict=apply,
         train=train,
         optimizer=optimizer,
         units=units,
+        begin_task=(lambda tx, params, state: zero_layers(tx, params, state, head)) if reset_head else None,
         curvature=options.get("order") == 2,
     )

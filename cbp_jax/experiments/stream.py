@@ -122,6 +122,7 @@ def run(
     progress: Progress | None = None,
     *,
     measured_examples: int | None = None,
+    dormant_threshold: float | None = None,
     **network: Any,
 ) -> Any:
     """Trains all methods with all seeds on a stream of tasks.
@@ -138,6 +139,7 @@ def run(
       progress: called after each task with the labels of the methods that ran, how many lanes (methods times seeds)
         finished it, and the means of what was measured.
       measured_examples: if not as in the settings.
+      dormant_threshold: largest score of a dormant unit; by default these are not counted.
       **network: how to make the network, see `learners.make_learner`.
 
     Returns:
@@ -160,7 +162,12 @@ def run(
         tasks=settings.tasks,
         settings=settings,
         experiment=experiment,
-        measures=report.stream_measures(accuracy=problem.loss == "softmax_cross_entropy", updates=every is not None),
+        measures=report.stream_measures(
+            accuracy=problem.loss == "softmax_cross_entropy",
+            updates=every is not None,
+            test=problem.test is not None,
+            dormant=dormant_threshold is not None,
+        ),
     )
     groups = [
         (
@@ -204,6 +211,7 @@ def run(
                 mode=settings.lanes,
                 measured_examples=measured_examples or settings.measured_examples,
                 measure_every=every,
+                dormant_threshold=dormant_threshold,
                 checkpoint=checkpoint,
             )
             for task, measures in enumerate(stream, start=checkpoint.tasks):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cbp_jax.report.results import load_results, require
-from cbp_jax.report.statistics import finished_tasks, last_tenth, mean_and_error, performance
+from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,6 +33,7 @@ class _Panel(NamedTuple):
 
 
 _PERFORMANCE = {
+    "test_accuracy": _Panel("test_accuracy", "Correct, test examples (%)", 100.0, False),
     "accuracy": _Panel("accuracy", "Correct (%)", 100.0, False),
     "loss": _Panel("loss", "Loss", 1.0, False),
 }
@@ -40,6 +41,18 @@ _PANELS = (
     _Panel("dead_units", "Dead units (%)", 100.0, True),
     _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
     _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
+)
+
+# Of tasks with test examples.
+_TEST_PANELS = (
+    _PERFORMANCE["test_accuracy"],
+    _Panel("accuracy", "Correct in training (%)", 100.0, False),
+    _Panel("dead_units", "Dead units (%)", 100.0, True),
+    _Panel("dormant_units", "Dormant units (%)", 100.0, True),
+    _Panel("stable_rank", "Stable rank (scaled, 0-100)", 100.0, False),
+    _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
+    _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
+    _Panel("loss", "Loss in training", 1.0, False),
 )
 
 
@@ -173,7 +186,7 @@ def plot_run(
 
 
 def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
-    """Draws performance, dead units, weight magnitude and effective rank over the tasks.
+    """Draws performance, dead units, weight magnitude and effective rank over the tasks; with test examples, more.
 
     One line a method: the mean over seeds, in a band of one standard error to either side. Tasks are averaged
     in bins, within each seed first. An axis is logarithmic where its lines span more than a factor of 30.
@@ -191,7 +204,9 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
     Raises:
       ValueError: an unknown method, a bin size under 1, no finished task, or neither accuracy nor loss in the results.
     """
-    return _plot_panels(results, (_PERFORMANCE[performance(results)], *_PANELS), methods, bin_size, columns=2)
+    judged_by = performance(results)
+    panels = _TEST_PANELS if judged_by == "test_accuracy" else (_PERFORMANCE[judged_by], *_PANELS)
+    return _plot_panels(results, panels, methods, bin_size, columns=2)
 
 
 def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
@@ -297,7 +312,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     if not swept:
         raise ValueError("results: no learner has finished tasks with several values of a hyperparameter")
     all_learners = [learner for learners in swept.values() for learner in learners]
-    label = {"accuracy": "Correct, last tenth of tasks (%)", "loss": "Loss, last tenth of tasks"}[performance(results)]
+    label = "Correct, last tenth of tasks (%)" if is_accuracy(performance(results)) else "Loss, last tenth of tasks"
     styles = _learner_styles(list(dict.fromkeys(all_learners)))
     with _rc():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
@@ -327,7 +342,7 @@ def best_variants(results: xr.Dataset) -> list[str]:
     Returns:
       Labels of methods, in the results' order of learners.
     """
-    sign = 1 if performance(results) == "accuracy" else -1
+    sign = 1 if is_accuracy(performance(results)) else -1
     best: dict[str, tuple[tuple[int, float], str]] = {}
     for method in _started(results):
         score = (finished_tasks(results, method)[1], sign * float(last_tenth(results, method).mean()))
@@ -385,7 +400,7 @@ def _draw_sensitivity(
     smallest = math.inf
     zero = False
     panel = _PERFORMANCE[performance(results)]
-    sign = 1 if panel.measure == "accuracy" else -1
+    sign = 1 if is_accuracy(panel.measure) else -1
     for learner in learners:
         points: dict[float, tuple[float, float, bool]] = {}
         for method in _started(results):

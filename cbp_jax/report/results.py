@@ -46,15 +46,30 @@ UPDATE_MEASURES: dict[str, str] = {
     "weight_l2": "L2 norm of the weights, before the task",
 }
 
+#: What is measured besides where tasks have examples that are not trained on.
+TEST_MEASURES: dict[str, str] = {
+    "test_accuracy": "fraction of the task's test examples classified correctly, after the task",
+    "test_loss": "mean loss of the task's test examples, after the task",
+}
+
+#: What is measured besides where a threshold of dormancy is given.
+DORMANT_MEASURES: dict[str, str] = {
+    "dormant_units": "fraction of hidden units of small activation, relative to their layer's, before the task",
+}
+
 _DIMS = ("method", "seed", "task")
 
 
-def stream_measures(*, accuracy: bool = True, updates: bool = False) -> dict[str, str]:
+def stream_measures(
+    *, accuracy: bool = True, updates: bool = False, test: bool = False, dormant: bool = False
+) -> dict[str, str]:
     """What is measured on a stream of tasks.
 
     Args:
       accuracy: whether tasks are classifications.
       updates: whether plasticity and gradients are measured, and the weights as matrices.
+      test: whether tasks have test examples.
+      dormant: whether dormant units are counted.
 
     Returns:
       name of each measure, and its meaning.
@@ -63,8 +78,9 @@ def stream_measures(*, accuracy: bool = True, updates: bool = False) -> dict[str
       >>> [name for name in stream_measures(accuracy=False) if "accuracy" in name]
       []
     """
-    measures = {name: meaning for name, meaning in MEASURES.items() if accuracy or name != "accuracy"}
-    return measures | UPDATE_MEASURES if updates else measures
+    measures = MEASURES | (TEST_MEASURES if test else {}) | (DORMANT_MEASURES if dormant else {})
+    measures |= UPDATE_MEASURES if updates else {}
+    return {name: meaning for name, meaning in measures.items() if accuracy or "accuracy" not in name}
 
 
 def require(module: str) -> ModuleType:

@@ -56,16 +56,23 @@ def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
 
 
 def performance(results: xr.Dataset) -> str:
-    """What the methods of a run are judged by: "accuracy", or "loss" where the tasks are regressions.
+    """What the methods of a run are judged by.
+
+    That is "test_accuracy" where tasks have test examples, else "accuracy", or "loss" where the tasks are regressions.
 
     Raises:
-      ValueError: the results have neither along [method, seed, task].
+      ValueError: the results have none of these along [method, seed, task].
     """
-    for name in ("accuracy", "loss"):
+    for name in ("test_accuracy", "accuracy", "loss"):
         if name in results and set(results[name].dims) == {"method", "seed", "task"}:
             return name
     have = {name: variable.dims for name, variable in results.data_vars.items()}
     raise ValueError(f"results must have an accuracy or a loss [method, seed, task]; got {have}")
+
+
+def is_accuracy(measure: str) -> bool:
+    """Whether more of a measure of performance is better, and it is shown in percent."""
+    return measure in ("accuracy", "test_accuracy")
 
 
 def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
@@ -118,7 +125,7 @@ def summary(results: xr.Dataset) -> str:
       The table, without a newline at its end.
     """
     total, measure = results.sizes["task"], performance(results)
-    scale, sign = (100, 1) if measure == "accuracy" else (1, -1)
+    scale, sign = (100, 1) if is_accuracy(measure) else (1, -1)
     plasticity = ("plasticity",) if "plasticity" in results else ()
     tenths = ("first tenth", "best tenth", "of tasks", "last tenth", "lost")
     table = [("method", "seeds", "tasks", *tenths, *plasticity, "dead units")]
@@ -131,7 +138,7 @@ def summary(results: xr.Dataset) -> str:
         values = scale * _blocks(results, method, measure)
         best = int((sign * values.mean(0)).argmax())
         block = blocks_of_tasks(tasks)[best]
-        digits = 2 if measure == "accuracy" else 3
+        digits = 2 if is_accuracy(measure) else 3
         dead = last_tenth(results, method, "dead_units") if "dead_units" in results else np.array([])
         table.append(
             (
@@ -148,7 +155,7 @@ def summary(results: xr.Dataset) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rows = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
     experiment = results.attrs.get("experiment", "run")
-    what = "accuracy in percent" if measure == "accuracy" else "loss"
+    what = f"{measure.replace('_', ' ')} in percent" if is_accuracy(measure) else "loss"
     title = f"{experiment}: {what}, mean over seeds ± half its 95% confidence interval"
     return "\n".join([title, "", rows[0], "-" * len(rows[0]), *rows[1:]])
 

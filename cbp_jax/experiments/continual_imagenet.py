@@ -1,0 +1,228 @@
+"""Continual ImageNet (Dohare et al., Nature 2024): one pair of classes after the other, for many epochs each."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from cbp_jax import data, nets, problems
+from cbp_jax.experiments import learners, stream
+from cbp_jax.experiments.stream import summary, total
+
+__all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
+
+NAME = "continual_imagenet"
+PROCEDURAL = "procedural"
+BIN = 50  # tasks that the paper averages in its picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(stream.StreamSettings):
+    """Continual ImageNet, or the same with other images of many classes: a task is to tell two classes apart."""
+
+    batch_size: int = 100
+    """Examples of an update."""
+    hidden: tuple[int, ...] = (128, 128)
+    """Sizes of the hidden dense layers."""
+    dataset: str = PROCEDURAL
+    """"procedural" for images made here, a name of tensorflow-datasets, or the path of an array file (.npz)."""
+    data_dir: Path | None = None
+    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
+    procedural_classes: int = 1000
+    """Classes of procedural images."""
+    procedural_size: int = 32
+    """Height and width of procedural images, before they are made smaller."""
+    downsample: int = 1
+    """Factor by which images are made smaller; it divides their height and width."""
+    train_per_class: int = 600
+    """Training examples of each class."""
+    test_per_class: int = 100
+    """Test examples of each class."""
+    epochs: int = 250
+    """How often a task shows each of its training examples."""
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Channels of the convolutions, each followed by 2x2 max pooling."""
+    kernel_sizes: tuple[int, ...] = (5, 3, 3)
+    """Height and width of the kernels of the convolutions."""
+    padding: Literal["VALID", "SAME"] = "VALID"
+    """Padding of the convolutions."""
+    dormant_threshold: float = 0.01
+    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+
+
+def preset(name: str, dataset: str | None = None) -> Settings:
+    """The settings of a preset.
+
+    Args:
+      name: "smoke" (seconds), "laptop" (the comparison on 2 cores in minutes) or "paper".
+      dataset: images of many classes; by default procedural ones, and ImageNet in the paper's preset.
+
+    Returns:
+      the settings.
+
+    Raises:
+      ValueError: there is no such preset.
+
+    Example:
+      >>> preset("paper").dataset, preset("paper").channels
+      ('imagenet_resized/32x32', (32, 64, 128))
+    """
+    return stream.preset(PRESETS, name, dataset)
+
+
+def _smoke(dataset: str | None) -> Settings:
+    return Settings(
+        dataset=dataset or PROCEDURAL,
+        methods=("bp:step_size=0.01,momentum=0.9", "cbp:step_size=0.01,momentum=0.9,replacement_rate=1e-2"),
+        seeds=2,
+        tasks=3,
+        batch_size=10,
+        procedural_classes=6,
+        procedural_size=16,
+        train_per_class=20,
+        test_per_class=10,
+        epochs=2,
+        channels=(4, 8),
+        kernel_sizes=(5, 3),
+        hidden=(10,),
+        measured_examples=20,
+    )
+
+
+def _laptop(dataset: str | None) -> Settings:
+    return Settings(
+        dataset=dataset or PROCEDURAL,
+        methods=(
+            "bp:step_size=0.01,momentum=0.9",
+            "l2:step_size=0.01,momentum=0.9,l2=1e-3",
+            "shrink_and_perturb:step_size=0.01,momentum=0.9,l2=1e-3,noise=1e-4",
+            "cbp:step_size=0.01,momentum=0.9,replacement_rate=1e-3,utility=adaptable_contribution",
+        ),
+        seeds=3,
+        tasks=300,
+        batch_size=20,
+        procedural_classes=400,
+        procedural_size=28,
+        downsample=2,
+        train_per_class=80,
+        test_per_class=20,
+        epochs=50,
+        channels=(8, 16),
+        kernel_sizes=(5, 3),
+        hidden=(32, 32),
+        measured_examples=100,
+    )
+
+
+def _paper(dataset: str | None) -> Settings:
+    momentum = "momentum=0.9"
+    return Settings(
+        dataset=dataset or "imagenet_resized/32x32",
+        methods=(
+            *(f"bp:step_size={step},{momentum}" for step in (0.01, 0.001, 0.0001)),
+            f"l2:step_size=0.03,{momentum},l2=3e-6",
+            f"shrink_and_perturb:step_size=0.01,{momentum},l2=1e-5,noise=1e-5",
+            f"cbp:step_size=0.01,{momentum},replacement_rate=3e-4,decay_rate=0.99,maturity_threshold=100,"
+            "utility=adaptable_contribution",
+        ),
+        seeds=30,
+        tasks=5000,
+        measured_examples=1200,
+    )
+
+
+PRESETS: dict[str, Callable[[str | None], Settings]] = {"smoke": _smoke, "laptop": _laptop, "paper": _paper}
+
+
+def check(settings: Settings) -> list[learners.Method]:
+    """Checks settings before anything is computed, all but those that depend on the images.
+
+    Args:
+      settings: what to run.
+
+    Returns:
+      the methods.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+    """
+    for name in ("procedural_classes", "procedural_size", "downsample", "train_per_class", "test_per_class", "epochs"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if not settings.dormant_threshold >= 0:
+        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
+    nets.ConvNet(2, settings.channels, settings.kernel_sizes, settings.hidden, padding=settings.padding)
+    return stream.check(settings)
+
+
+def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
+    """Runs the experiment; as `cbp_jax.experiments.stream.run`, with the accuracy on test images after each task.
+
+    The output layer starts each task from zero, and so does what the optimizer keeps of it. Pixels are brought to
+    [-1, 1], as `cbp_jax.data.normalization` says; the paper's images come normalised in a file of its own. As in its
+    program, the decay of shrink-and-perturb goes through the momentum.
+
+    Args:
+      settings: what to run.
+      out: folder for the results.
+      progress: called after each task.
+
+    Returns:
+      the results, an `xarray.Dataset`; see `report.new_results`. `accuracy` and `loss` are those of training, means
+      over all epochs; dead and dormant units and ranks are measured on images of the task to come.
+
+    Raises:
+      ValueError: a setting is out of range or unknown, before anything is computed.
+      cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
+    """
+    check(settings)
+    images = _images(settings)
+    problem = problems.continual_images(
+        images,
+        train_per_class=settings.train_per_class,
+        test_per_class=settings.test_per_class,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        normalize=data.normalization(images),
+    )
+    return stream.run(
+        NAME,
+        settings,
+        problem,
+        out,
+        progress,
+        measured_examples=min(settings.measured_examples, 2 * settings.train_per_class),
+        dormant_threshold=settings.dormant_threshold,
+        reset_head=True,
+        network=nets.ConvNet,
+        channels=settings.channels,
+        kernel_sizes=settings.kernel_sizes,
+        padding=settings.padding,
+    )
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws the pictures of a run; see `report.plot_run`. Four bins of 50 tasks or more are drawn as such.
+
+    Args:
+      results: as `run` returns them.
+      out: folder for the pictures.
+      formats: kinds of file.
+
+    Returns:
+      paths of the pictures.
+    """
+    from cbp_jax import report
+
+    return report.plot_run(results, out, bin_size=BIN if results.sizes["task"] >= 4 * BIN else None, formats=formats)
+
+
+def _images(settings: Settings) -> data.Dataset:
+    if settings.dataset == PROCEDURAL:
+        per_class = settings.train_per_class + settings.test_per_class
+        images = data.procedural(settings.procedural_classes, per_class, size=settings.procedural_size)
+    else:
+        images = data.load(settings.dataset, data_dir=settings.data_dir)
+    if images.has_features:
+        raise ValueError(f"dataset must hold images, and {settings.dataset!r} holds features")
+    return data.downsample(images, settings.downsample)
