@@ -146,6 +146,55 @@ def test_the_noise_of_shrink_and_perturb_has_the_given_size():
     assert abs(noise.std() / 0.2 - 1) < 0.3 and abs(noise.mean()) < 0.08
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "decay"),
+    [("bp", "", 0.0), ("l2", ",l2=0.1", 0.1), ("shrink_and_perturb", ",l2=0.1,noise=0", 0.1), ("cbp", "", 0.0)],
+)
+def test_momentum_sums_gradients_and_decay_goes_through_it(name, at, decay):
+    method = parse_method(f"{name}:step_size=0.5,momentum=0.9{at}")
+    learner = make_learner([method], (3,), "relu", (PIXELS,), CLASSES)
+
+    @jax.jit
+    def two_steps(numbers):
+        params = learner.init(jax.random.key(0))
+        tx = optax.with_extra_args_support(learner.optimizer(numbers, jax.random.key(0)))
+        features = {group.name: jnp.ones((1, group.size)) for group in learner.units}
+        at, state = params, tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(jax.tree.map(jnp.ones_like, at), state, at, features=features)
+            at = optax.apply_updates(at, updates)
+        return params, at
+
+    def expected(w):
+        first = 1 + decay * w
+        second = 1 + decay * (w - 0.5 * first) + 0.9 * first
+        return w - 0.5 * first - 0.5 * second
+
+    before, after = two_steps(dict(method.hyperparameters))
+    jax.tree.map(lambda w, new: np.testing.assert_allclose(new, expected(w), rtol=1e-5, atol=1e-6), before, after)
+
+
+def test_momentum_is_of_methods_that_give_it():
+    given = parse_method("cbp:momentum=0.9")
+    assert given.label == "cbp(momentum=0.9)" and given.options["momentum"] == 0.9
+    assert "momentum" not in parse_method("cbp").options
+    learner = make_learner([parse_method("bp")], (3,), "relu", (PIXELS,), CLASSES)
+    state = jax.eval_shape(lambda: init_state(learner, 0, {"step_size": 0.1}))
+    assert not jax.tree.leaves(state.opt_state)  # no trace that takes memory and time
+
+
+def test_a_head_that_is_reset_is_the_output_layer():
+    plain, reset = (
+        make_learner([parse_method("bp")], (3, 4), "relu", (PIXELS,), CLASSES, reset_head=given)
+        for given in (False, True)
+    )
+    assert plain.begin_task is None
+    params = jax.jit(reset.init)(jax.random.key(0))
+    after, _ = reset.begin_task(optax.sgd(0.1), params, optax.sgd(0.1).init(params))
+    assert not after["params"]["Dense_2"]["kernel"].any() and params["params"]["Dense_2"]["kernel"].any()
+    jax.tree.map(np.testing.assert_array_equal, after["params"]["Dense_1"], params["params"]["Dense_1"])
+
+
 def test_dropout_is_in_training_alone_and_differs_by_key():
     method = parse_method("dropout:dropout_rate=0.5")
     learner = make_learner([method], (40,), "relu", (PIXELS,), CLASSES)
@@ -216,6 +265,8 @@ def test_parse_method(text, label, numbers, options):
         ("bp:step_size", r"expected setting=value with one of \['step_size'\], got 'step_size'"),
         ("bp:step_size=", r"step_size must be a number, got ''"),
         ("bp:step_size=fast", r"step_size must be a number, got 'fast'"),
+        ("bp:momentum=1", r"momentum must be in \[0, 1\), got 1"),
+        ("adam:momentum=0.9", r"with one of \['step_size', 'b1', 'b2'\], got 'momentum=0\.9'; activation"),
         ("bp:step_size=-1", r"method 'bp:step_size=-1': step_size must be in \[0, inf\), got -1"),
         ("bp:step_size=nan", r"step_size must be in \[0, inf\), got nan"),
         ("adam:b1=1", r"b1 must be in \[0, 1\), got 1"),

@@ -253,6 +253,18 @@ def test_a_run_without_accuracy_is_drawn_and_judged_by_its_loss():
     assert ax.get_ylabel() == "Loss, last tenth of tasks"
 
 
+def test_tasks_with_test_examples_have_panels_of_these_and_of_dormant_units():
+    measures = stream_measures(test=True, dormant=True)
+    results = new_results(["bp"], ["bp"], [{}], seeds=2, tasks=3, settings={}, experiment="x", measures=measures)
+    for task in range(3):
+        record_task(results, task, {name: np.array([[0.5, 0.7]]) for name in measures})
+    figure = plot_tasks(results)
+    labels = [ax.get_ylabel().split(" (")[0] for ax in figure.axes]
+    assert labels[:4] == ["Correct, test examples", "Correct in training", "Dead units", "Dormant units"]
+    assert {"Stable rank", "Effective rank", "Mean weight magnitude", "Loss in training"} == set(labels[4:])
+    np.testing.assert_allclose(lines(figure.axes[0])["bp"].get_ydata(), 60, rtol=1e-6)
+
+
 def test_updates_have_a_panel_for_each_measure(tmp_path):
     results = regression()
     figure = plot_updates(results)

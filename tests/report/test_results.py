@@ -59,6 +59,9 @@ def test_new_results_are_all_nan_with_their_coordinates_and_settings():
 def test_measures_of_a_stream_follow_what_its_tasks_are():
     assert stream_measures() == MEASURES
     assert stream_measures(updates=True) == {**MEASURES, **UPDATE_MEASURES}
+    tested = stream_measures(test=True, dormant=True)
+    assert set(tested) - set(MEASURES) == {"test_accuracy", "test_loss", "dormant_units"}
+    assert set(stream_measures(accuracy=False, test=True)) - set(MEASURES) == {"test_loss"}
     regression = stream_measures(accuracy=False, updates=True)
     assert list(regression) == [name for name in (*MEASURES, *UPDATE_MEASURES) if name != "accuracy"]
     results = small(measures=regression)

@@ -13,7 +13,7 @@ from cbp_jax.report import (
     stream_measures,
     summary,
 )
-from cbp_jax.report.statistics import mean_and_error
+from cbp_jax.report.statistics import mean_and_error, performance
 
 
 def results_of(accuracy, tasks=None, **measures):
@@ -122,3 +122,16 @@ def test_summary_of_losses_has_the_least_for_the_best():
     assert table.startswith("x: loss, mean over seeds") and "plasticity" in table
     expected = ["a", "1", "20", "0.812", "0.062", "7-8", "1.438", "1.375", "0.475", "50.0"]
     assert row(table, "a").split() == expected
+
+
+def test_tasks_with_test_examples_are_judged_by_these():
+    measures = stream_measures(test=True, dormant=True)
+    results = new_results(["a"], ["a"], [{}], seeds=2, tasks=10, settings={}, experiment="x", measures=measures)
+    for task in range(10):
+        test = (0.9 - 0.01 * task) * np.ones((1, 2))
+        record_task(results, task, {"accuracy": 0.99 * np.ones((1, 2)), "test_accuracy": test})
+    assert performance(results) == "test_accuracy"
+    np.testing.assert_allclose(last_tenth(results, "a"), [0.81, 0.81], rtol=1e-6)
+    table = summary(results)
+    assert table.startswith("x: test accuracy in percent")
+    assert row(table, "a").replace(" ± ", "±").split()[3:7] == ["90.00±0.00", "90.00±0.00", "1", "81.00±0.00"]
