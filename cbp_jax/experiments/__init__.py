@@ -3,6 +3,7 @@
 from types import ModuleType
 
 from cbp_jax.experiments import (
+    class_incremental,
     continual_imagenet,
     input_permuted,
     label_permuted,
@@ -22,6 +23,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
         slowly_changing_regression,
         utility_quality,
         continual_imagenet,
+        class_incremental,
     )
 }
 

@@ -1,6 +1,7 @@
 """The learners that experiments compare, by name; each is an optax chain, or a choice of the network."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax
 
 import cbp_jax
 from cbp_jax import nets
-from cbp_jax.training import Learner, output_layers, zero_layers
+from cbp_jax.training import Learner, output_layers, reset_layers
 from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.transforms.scalars import check_scalar
 from cbp_jax.transforms.utility import get_utility
@@ -56,6 +57,12 @@ def _sgd(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: ch
 
 def _l2(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: chex.PRNGKey):
     return optax.chain(optax.add_decayed_weights(h["l2"]), _momentum_sgd(h, options))
+
+
+def _momentum_sgd_with_decay(h: Mapping[str, Any], options: Mapping[str, Any], key: chex.PRNGKey):
+    if options.get("l2"):
+        return optax.chain(optax.add_decayed_weights(options["l2"]), _momentum_sgd(h, options))
+    return _momentum_sgd(h, options)
 
 
 def _shrink_and_perturb(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: chex.PRNGKey):
@@ -111,7 +118,7 @@ def _consolidation(transformation: Callable[..., optax.GradientTransformation]) 
     return lambda h, options, units, key: transformation(h["step_size"], **{name: h[name] for name in _CONSOLIDATION})
 
 
-_MOMENTUM = {"momentum": 0.0}
+_SGD = {"momentum": 0.0, "reset": ""}
 _UPGD = {"weight_decay": 0.0, "beta_utility": 0.999, "sigma": 0.01}
 _UPGD_OPTIONS = {"order": 1, "scope": "global", "protect": True, "featurewise": False}
 _CONSOLIDATION = {"strength": 0.1, "beta_weight": 0.999, "beta_importance": 0.999}
@@ -119,7 +126,7 @@ _CBP = {"replacement_rate": 1e-4, "decay_rate": 0.99, "maturity_threshold": 100.
 _CBP_OPTIONS = {"utility": "contribution", "compensate_bias": False, "max_replacements": None}
 
 LEARNERS: dict[str, Spec] = {
-    "bp": Spec("backpropagation, plain SGD", _sgd, {"step_size": 0.01}, further=_MOMENTUM),
+    "bp": Spec("backpropagation, plain SGD", _sgd, {"step_size": 0.01}, further=_SGD),
     "adam": Spec(
         "Adam",
         lambda h, options, units, key: optax.adam(h["step_size"], b1=h["b1"], b2=h["b2"]),
@@ -129,7 +136,7 @@ LEARNERS: dict[str, Spec] = {
         "SGD with L2 toward zero",
         _l2,
         {"step_size": 0.01, "l2": 1e-4},
-        further=_MOMENTUM,
+        further=_SGD,
     ),
     "l1": Spec(
         "SGD with L1 toward zero",
@@ -145,7 +152,7 @@ LEARNERS: dict[str, Spec] = {
         "SGD with weight decay and noise on the weights at every step",
         _shrink_and_perturb,
         {"step_size": 0.01, "l2": 1e-4, "noise": 1e-5},
-        further=_MOMENTUM,
+        further=_SGD,
     ),
     "pgd": Spec(
         "perturbed gradient descent: SGD with noise on the gradients",
@@ -202,10 +209,10 @@ LEARNERS: dict[str, Spec] = {
     "crelu": Spec("SGD with concatenated ReLU", _sgd, {"step_size": 0.01}, {"activation": "crelu"}),
     "cbp": Spec(
         "continual backpropagation around SGD",
-        _cbp(lambda h, options, key: _momentum_sgd(h, options)),
+        _cbp(_momentum_sgd_with_decay),
         {"step_size": 0.01, **_CBP},
         _CBP_OPTIONS,
-        _MOMENTUM,
+        {**_SGD, "l2": 0.0},
     ),
     "cbp_adam": Spec(
         "continual backpropagation around Adam with a step count per weight",
@@ -248,7 +255,7 @@ def parse_method(text: str) -> Method:
     Args:
       text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
         `activation`, `normalization` and `dropout_rate`, and those around SGD that say so (see `Spec.further`)
-        `momentum`.
+        `momentum`, and `reset`, "head" or "network", for what is drawn anew before each task but the first.
 
     Returns:
       the method.
@@ -324,7 +331,12 @@ def _check(text: str, settings: Mapping[str, Any]) -> None:
         if "utility" in settings:
             get_utility(settings["utility"])
         nets.get_activation(settings["activation"])
-        choices = {"order": (1, 2), "scope": ("global", "local"), "normalization": ("", *nets.NORMALIZATIONS)}
+        choices = {
+            "order": (1, 2),
+            "scope": ("global", "local"),
+            "normalization": ("", *nets.NORMALIZATIONS),
+            "reset": ("", "head", "network"),
+        }
         for key, allowed in choices.items():
             if key in settings and settings[key] not in allowed:
                 raise ValueError(f"{key} must be one of {allowed}, got {settings[key]!r}")
@@ -376,30 +388,47 @@ def make_learner(
     )
     example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     params = jax.eval_shape(net.init, jax.random.key(0), example)
-    units = cbp_jax.discover_units(net.apply, params, example)
+    batch_stats = "batch_stats" in params
+    in_training = functools.partial(net.apply, train=True, mutable=["batch_stats"]) if batch_stats else net.apply
+    units = cbp_jax.discover_units(in_training, params, example)
     if options.get("max_replacements", 0) is None:
         # The rate is traced; its largest value bounds how many units one step can replace.
         largest = max(method.hyperparameters["replacement_rate"] for method in methods)
         options["max_replacements"] = int(largest * max(group.size for group in units) + 1e-5) + 1
     apply = cbp_jax.with_features(net.apply, units)
+    apply_in_training = cbp_jax.with_features(in_training, units)
 
     def train(params, x, key):
         if not options.get("dropout_rate"):
-            return apply(params, x)
+            return apply_in_training(params, x)
         return apply(params, x, deterministic=False, rngs={"dropout": key})
 
     def optimizer(h, key):
         tx = LEARNERS[first.learner].build(h, options, units, key)
         return tx if first.learner in _REPLACING else _keeping_statistics(options, tx)
 
-    head = output_layers(units) if reset_head else ()
+    init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
+    reset = options.get("reset", "")
+    head = output_layers(units) if reset_head or reset == "head" else ()
+
+    def begin_task(tx, key, task, params, opt_state):
+        start = params, opt_state
+        if reset == "head":
+            start = reset_layers(tx, params, opt_state, head, init(key))
+        elif reset == "network":
+            fresh = init(key)
+            start = fresh, tx.init(fresh)
+        # In the first task the weights are fresh, and those that all methods start from.
+        start = jax.tree.map(lambda new, old: jnp.where(task == 0, old, new), start, (params, opt_state))
+        return reset_layers(tx, *start, head) if reset_head else start
 
     return Learner(
-        init=lambda key: net.init(key, jnp.zeros((1, *input_shape))),
+        init=init,
         predict=apply,
         train=train,
         optimizer=optimizer,
         units=units,
-        begin_task=(lambda tx, params, state: zero_layers(tx, params, state, head)) if reset_head else None,
+        begin_task=begin_task if reset_head or reset else None,
+        batch_stats=batch_stats,
         curvature=options.get("order") == 2,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,6 +123,8 @@ def run(
     *,
     measured_examples: int | None = None,
     dormant_threshold: float | None = None,
+    train: Callable[..., Iterator[dict[str, Any]]] | None = None,
+    measures: Mapping[str, str] | None = None,
     **network: Any,
 ) -> Any:
     """Trains all methods with all seeds on a stream of tasks.
@@ -140,6 +142,8 @@ def run(
         finished it, and the means of what was measured.
       measured_examples: if not as in the settings.
       dormant_threshold: largest score of a dormant unit; by default these are not counted.
+      train: what takes the place of `training.run_tasks`.
+      measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
       **network: how to make the network, see `learners.make_learner`.
 
     Returns:
@@ -162,7 +166,8 @@ def run(
         tasks=settings.tasks,
         settings=settings,
         experiment=experiment,
-        measures=report.stream_measures(
+        measures=measures
+        or report.stream_measures(
             accuracy=problem.loss == "softmax_cross_entropy",
             updates=every is not None,
             test=problem.test is not None,
@@ -202,7 +207,7 @@ def run(
                 name: np.repeat([method.hyperparameters[name] for method in group], settings.seeds)
                 for name in group[0].hyperparameters
             }
-            stream = training.run_tasks(
+            stream = (train or training.run_tasks)(
                 learner,
                 problem,
                 np.tile(np.arange(settings.seeds), len(group)),
@@ -214,14 +219,14 @@ def run(
                 dormant_threshold=dormant_threshold,
                 checkpoint=checkpoint,
             )
-            for task, measures in enumerate(stream, start=checkpoint.tasks):
-                rows = {name: values.reshape(len(group), -1) for name, values in measures.items()}
+            for task, measured in enumerate(stream, start=checkpoint.tasks):
+                rows = {name: values.reshape(len(group), -1) for name, values in measured.items()}
                 report.record_task(results, task, rows, methods=labels)
                 if time.monotonic() - saved > SAVE_EVERY:
                     report.save_results(results, out)
                     saved = time.monotonic()
                 if progress is not None:
-                    means = {name: float(np.mean(values)) for name, values in measures.items()}
+                    means = {name: float(np.mean(values)) for name, values in measured.items()}
                     progress(", ".join(labels), len(group) * settings.seeds, means)
             checkpoint.delete()
         (out / STATE_FILE).unlink(missing_ok=True)  # of a run that was stopped when all tasks were done

@@ -1,10 +1,18 @@
 """From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
 
 from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates
-from cbp_jax.report.results import load_results, new_results, record_task, save_results, stream_measures
+from cbp_jax.report.results import (
+    VALIDATION_MEASURES,
+    load_results,
+    new_results,
+    record_task,
+    save_results,
+    stream_measures,
+)
 from cbp_jax.report.statistics import blocks_of_tasks, finished_tasks, last_tenth, summary
 
 __all__ = [
+    "VALIDATION_MEASURES",
     "best_variants",
     "blocks_of_tasks",
     "finished_tasks",

@@ -46,6 +46,7 @@ _PANELS = (
 # Of tasks with test examples.
 _TEST_PANELS = (
     _PERFORMANCE["test_accuracy"],
+    _Panel("relative_accuracy", "Correct, less retrained (%)", 100.0, False),
     _Panel("accuracy", "Correct in training (%)", 100.0, False),
     _Panel("dead_units", "Dead units (%)", 100.0, True),
     _Panel("dormant_units", "Dormant units (%)", 100.0, True),

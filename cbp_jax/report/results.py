@@ -52,6 +52,11 @@ TEST_MEASURES: dict[str, str] = {
     "test_loss": "mean loss of the task's test examples, after the task",
 }
 
+#: What is measured besides where weights are chosen by examples that are neither trained on nor tested on.
+VALIDATION_MEASURES: dict[str, str] = {
+    "validation_accuracy": "fraction of the task's validation examples classified correctly, after the task",
+}
+
 #: What is measured besides where a threshold of dormancy is given.
 DORMANT_MEASURES: dict[str, str] = {
     "dormant_units": "fraction of hidden units of small activation, relative to their layer's, before the task",

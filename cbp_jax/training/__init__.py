@@ -1,7 +1,8 @@
 """The training loop: seeds and hyperparameters as lanes, tasks as compiled scans."""
 
 from cbp_jax.training.checkpoint import Checkpoint
-from cbp_jax.training.head import output_layers, zero_layers
+from cbp_jax.training.head import output_layers, reset_layers
+from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.training.loop import Learner, TrainState, init_state, measure, run_task, run_tasks
 
@@ -13,7 +14,10 @@ __all__ = [
     "init_state",
     "measure",
     "output_layers",
+    "reset_layers",
+    "run_increment",
+    "run_increments",
     "run_task",
     "run_tasks",
-    "zero_layers",
+    "step_size_factor",
 ]

@@ -38,10 +38,14 @@ def output_layers(units: Units) -> tuple[str, ...]:
     return layers
 
 
-def zero_layers(
-    tx: optax.GradientTransformation, params: optax.Params, opt_state: optax.OptState, layers: Collection[str]
+def reset_layers(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    layers: Collection[str],
+    fresh: optax.Params | None = None,
 ) -> tuple[optax.Params, optax.OptState]:
-    """Sets the weights and biases of layers to 0, and what the optimizer keeps of each of them to its start.
+    """Sets the weights and biases of layers to 0, or to others, and what the optimizer keeps of each to its start.
 
     An array of the optimizer's state is taken for one about a parameter if its path in the state ends with the
     parameter's and it has the parameter's shape, as moments in any chain or wrapper do. What is kept about units, their
@@ -52,6 +56,7 @@ def zero_layers(
       params: its parameters, a tree of named arrays.
       opt_state: its state.
       layers: paths of layers or of single parameters, such as "params/Dense_2".
+      fresh: parameters, of which the layers take theirs; by default they are 0.
 
     Returns:
       the parameters and the state.
@@ -64,7 +69,7 @@ def zero_layers(
       >>> tx = optax.sgd(0.1, momentum=0.9)
       >>> params = {"hidden": jnp.ones(2), "head": jnp.ones(2)}
       >>> _, state = tx.update(params, tx.init(params), params)
-      >>> params, state = zero_layers(tx, params, state, ["head"])
+      >>> params, state = reset_layers(tx, params, state, ["head"])
       >>> params["head"].tolist(), state[0].trace["head"].tolist(), state[0].trace["hidden"].tolist()
       ([0.0, 0.0], [0.0, 0.0], [1.0, 1.0])
     """
@@ -73,8 +78,9 @@ def zero_layers(
     for layer in layers:
         if not any(path == layer or path.startswith(f"{layer}/") for path in paths):
             raise ValueError(f"the parameters have no layer {layer!r}; they are {sorted(leaves)}")
-    zero = lambda key_path, leaf: jnp.zeros_like(leaf) if join_path(key_path) in paths else leaf
-    params = jax.tree_util.tree_map_with_path(zero, params)
+    fresh = jax.tree.map(jnp.zeros_like, params) if fresh is None else fresh
+    new = lambda key_path, leaf, value: value if join_path(key_path) in paths else leaf
+    params = jax.tree_util.tree_map_with_path(new, params, fresh)
 
     def parameter_of(key_path, leaf):
         path = join_path(key_path)

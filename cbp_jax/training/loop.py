@@ -26,8 +26,9 @@ class Learner(NamedTuple):
     train: Callable[[optax.Params, chex.Array, chex.PRNGKey], tuple[chex.Array, Features]]  # the same with dropout
     optimizer: Callable[[Hyperparameters, chex.PRNGKey], optax.GradientTransformation]
     units: tuple[UnitGroup, ...]
-    # optimizer, params, its state -> params, state: what happens before each task
+    # optimizer, key, number of the task, params, state of the optimizer -> params, state; before each task
     begin_task: Callable[..., tuple[optax.Params, optax.OptState]] | None = None
+    batch_stats: bool = False  # whether outputs of `train` are (logits, new running statistics), see `run_increment`
     curvature: bool = False  # whether the optimizer wants the diagonal of the Hessian, from HesScale
 
 
@@ -50,7 +51,8 @@ class _Keys(NamedTuple):
     dropout: chex.PRNGKey
 
 
-def _keys(data: chex.Array) -> _Keys:
+def stream_keys(data: chex.Array) -> _Keys:
+    """The streams of a seed, from its raw key data."""
     return _Keys(*jax.random.split(jax.random.wrap_key_data(data), len(_Keys._fields)))
 
 
@@ -63,8 +65,8 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
       hyperparameters: scalars by name, as the learner's optimizer takes them.
     """
     key = jax.random.key_data(jax.random.key(seed))
-    params = learner.init(_keys(key).params)
-    opt_state = learner.optimizer(hyperparameters, _keys(key).optimizer).init(params)
+    params = learner.init(stream_keys(key).params)
+    opt_state = learner.optimizer(hyperparameters, stream_keys(key).optimizer).init(params)
     return TrainState(params, opt_state, key, hyperparameters, jnp.zeros([], jnp.int32))
 
 
@@ -139,7 +141,7 @@ def run_task(
       also means over the steps measured: `plasticity`, of each example by the loss before and after
       the update, and of the gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
     """
-    keys = _keys(state.key)
+    keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
     measures = measure(
         learner,
@@ -168,7 +170,7 @@ def run_task(
         (loss, (features, outputs, losses)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, y, key)
         updates, opt_state = tx.update(grads, opt_state, params, features=features, **extra)
         params = optax.apply_updates(params, updates)
-        found = {"loss": loss, "replaced_units": _replaced(opt_state)}
+        found = {"loss": loss, "replaced_units": replaced_units(opt_state)}
         if problem.loss == "softmax_cross_entropy":
             found["accuracy"] = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
         if measured:
@@ -189,7 +191,8 @@ def run_task(
     steps, every = problem.steps_per_task, measure_every or problem.steps_per_task
     params, opt_state = state.params, state.opt_state
     if learner.begin_task is not None:
-        params, opt_state = learner.begin_task(tx, params, opt_state)
+        task_params_key = jax.random.fold_in(keys.params, state.task)
+        params, opt_state = learner.begin_task(tx, task_params_key, state.task, params, opt_state)
     names = ["loss", "replaced_units"] + (["accuracy"] if problem.loss == "softmax_cross_entropy" else [])
     if measure_every is not None:
         names += ["plasticity", "gradient_l0", "gradient_l1", "gradient_l2"]
@@ -228,7 +231,7 @@ def _weights(tree: optax.Params) -> optax.Params:
     return tree
 
 
-def _replaced(opt_state: optax.OptState) -> chex.Array:
+def replaced_units(opt_state: optax.OptState) -> chex.Array:
     """How many units the last update replaced, whatever the optimizer state is nested in."""
     masks = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
     return sum(
@@ -267,21 +270,48 @@ def run_tasks(
     Yields:
       after each task, NumPy arrays [lanes] of what `run_task` measures.
     """
-    lanes = Lanes(len(seeds), mode)
-    data = lanes.share(problem.data)
-    start = lanes.jit(lambda _, seed, values: init_state(learner, seed, values))
-    go_on = lanes.jit(
-        lambda data, state: run_task(
-            learner,
-            problem,
-            data,
-            state,
-            measured_examples=measured_examples,
-            measure_every=measure_every,
-            dormant_threshold=dormant_threshold,
-        ),
-        donate_lane=0,
+    go_on = lambda data, state: run_task(
+        learner,
+        problem,
+        data,
+        state,
+        measured_examples=measured_examples,
+        measure_every=measure_every,
+        dormant_threshold=dormant_threshold,
     )
+    return run_lanes(learner, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+
+
+def run_lanes(
+    learner: Learner,
+    go_on: Callable[[Any, TrainState], tuple[TrainState, dict[str, chex.Array]]],
+    data: Any,
+    seeds: chex.Array,
+    hyperparameters: dict[str, chex.Array],
+    tasks: int,
+    *,
+    mode: str = "auto",
+    checkpoint: Checkpoint | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Runs task after task on all lanes.
+
+    Args:
+      learner: what is trained.
+      go_on: what one lane does in a task, `(data, state) -> (state, measures)`.
+      data: what all lanes share.
+      seeds: as in `run_tasks`, like what follows.
+      hyperparameters: arrays [lanes] by name.
+      tasks: how many tasks.
+      mode: how the lanes of a device run.
+      checkpoint: where the state is kept.
+
+    Yields:
+      after each task, NumPy arrays [lanes] of what was measured.
+    """
+    lanes = Lanes(len(seeds), mode)
+    data = lanes.share(data)
+    start = lanes.jit(lambda _, seed, values: init_state(learner, seed, values))
+    step = lanes.jit(go_on, donate_lane=0)
     hyperparameters = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
     state = start(data, lanes.scatter(jnp.asarray(seeds, jnp.int32)), lanes.scatter(hyperparameters))
     done = 0
@@ -289,7 +319,7 @@ def run_tasks(
         done = checkpoint.tasks
         state = lanes.scatter(checkpoint.restore(lanes.gather(state)))
     for task in range(done, tasks):
-        state, measures = zip(*go_on(data, state), strict=True)
+        state, measures = zip(*step(data, state), strict=True)
         yield lanes.gather(measures)
         if checkpoint is not None:
             checkpoint.save(task + 1, lambda: lanes.gather(state))  # noqa: B023

@@ -190,7 +190,7 @@ def test_a_head_that_is_reset_is_the_output_layer():
     )
     assert plain.begin_task is None
     params = jax.jit(reset.init)(jax.random.key(0))
-    after, _ = reset.begin_task(optax.sgd(0.1), params, optax.sgd(0.1).init(params))
+    after, _ = reset.begin_task(optax.sgd(0.1), jax.random.key(1), 0, params, optax.sgd(0.1).init(params))
     assert not after["params"]["Dense_2"]["kernel"].any() and params["params"]["Dense_2"]["kernel"].any()
     jax.tree.map(np.testing.assert_array_equal, after["params"]["Dense_1"], params["params"]["Dense_1"])
 

@@ -11,7 +11,7 @@ from cbp_jax import nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.problems import continual_images
-from cbp_jax.training import init_state, output_layers, run_task, zero_layers
+from cbp_jax.training import init_state, output_layers, run_task, reset_layers
 
 HIDDEN, LABELS = (5,), 2
 HEAD = "params/Dense_1"
@@ -47,7 +47,7 @@ def test_the_head_starts_anew_and_nothing_else_changes(network, name):
         state = tx.init(params)
         for _ in range(2):
             _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params, features=features)
-        return state, zero_layers(tx, params, state, [HEAD])
+        return state, reset_layers(tx, params, state, [HEAD])
 
     state, (new_params, new_state) = after_two(params)
     head = {"kernel": jnp.zeros((5, LABELS)), "bias": jnp.zeros(LABELS)}
@@ -68,7 +68,7 @@ def test_a_path_that_ends_like_another_is_not_mistaken_for_it():
     params = {"head": jnp.ones(3), "torso": {"head": jnp.ones(3)}}
     tx = optax.sgd(0.1, momentum=0.9)
     _, state = tx.update(params, tx.init(params), params)
-    new_params, new_state = zero_layers(tx, params, state, ["head"])
+    new_params, new_state = reset_layers(tx, params, state, ["head"])
     for tree in (new_params, new_state[0].trace):
         assert not tree["head"].any() and tree["torso"]["head"].all()
 
@@ -79,7 +79,7 @@ def test_output_layers_are_found_or_named(network):
     with pytest.raises(ValueError, match="no layer was found that makes the network's output; name it instead"):
         output_layers(types.SimpleNamespace(left_out=units.select(HEAD.replace("1", "0")).left_out[1:]))
     with pytest.raises(ValueError, match=r"the parameters have no layer 'params/Dense_2'; they are \['params/Dense_0"):
-        zero_layers(optax.sgd(0.1), params, optax.sgd(0.1).init(params), ["params/Dense_2"])
+        reset_layers(optax.sgd(0.1), params, optax.sgd(0.1).init(params), ["params/Dense_2"])
 
 
 def test_a_run_is_what_a_plain_loop_makes_of_it():

@@ -1,0 +1,279 @@
+"""Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cbp_jax import data, nets, problems, training
+from cbp_jax.experiments import learners, stream
+from cbp_jax.experiments.stream import summary, total
+
+__all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
+
+NAME = "class_incremental"
+PROCEDURAL = "procedural"
+# Of CIFAR-100's training images, as the public program of the paper has them.
+CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(stream.StreamSettings):
+    """Class-incremental CIFAR-100, or the same with other images: a task is an increment of the classes."""
+
+    tasks: int = 20
+    """Number of increments."""
+    batch_size: int = 90
+    """Examples of an update."""
+    hidden: tuple[int, ...] = (64, 128, 256, 512)
+    """Channels of each stage of the residual network."""
+    measured_examples: int = 1000
+    """Examples of the classes to come on which dead and dormant units and ranks are measured before each increment."""
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    """Blocks of each stage."""
+    dataset: str = PROCEDURAL
+    """"procedural" for images made here, a name of tensorflow-datasets, or the path of an array file (.npz)."""
+    test_split: str | None = None
+    """Split of the dataset for test examples; by default these follow the training examples in the split "train"."""
+    data_dir: Path | None = None
+    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
+    procedural_size: int = 32
+    """Height and width of procedural images, before they are made smaller."""
+    downsample: int = 1
+    """Factor by which images are made smaller; it divides their height and width."""
+    classes_per_increment: int = 5
+    """Classes that each increment adds."""
+    train_per_class: int = 450
+    """Training examples of each class."""
+    validation_per_class: int = 50
+    """Validation examples of each class, by which the weights that an increment ends with are chosen."""
+    test_per_class: int = 100
+    """Test examples of each class."""
+    epochs: int = 200
+    """Epochs of each increment; the step size falls by a factor of 5 after 0.3, 0.6 and 0.8 of them."""
+    flip: bool = True
+    """Whether training images are flipped from left to right at random."""
+    padding: int = 4
+    """Pixels of reflection around a training image, of which a crop is taken at random."""
+    max_rotation: float = 15.0
+    """Largest random rotation of training images, in degrees."""
+    early_stopping: bool = True
+    """Whether an increment ends with the weights of its best validation accuracy."""
+    dormant_threshold: float = 0.01
+    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+
+
+def preset(name: str, dataset: str | None = None) -> Settings:
+    """The settings of a preset.
+
+    Args:
+      name: "smoke" (seconds), "laptop" (the comparison on 2 cores in minutes) or "paper".
+      dataset: images of many classes; by default procedural ones, and CIFAR-100 in the paper's preset.
+
+    Returns:
+      the settings.
+
+    Raises:
+      ValueError: there is no such preset.
+
+    Example:
+      >>> preset("paper").dataset, preset("paper").tasks * preset("paper").epochs
+      ('cifar100', 4000)
+    """
+    return stream.preset(PRESETS, name, dataset)
+
+
+def _methods(replacement_rate: str, maturity_threshold: int, noise: str) -> tuple[str, ...]:
+    base = "step_size=0.1,momentum=0.9,l2=5e-4"
+    return (
+        f"l2:{base}",
+        f"l2:{base},reset=head",
+        f"shrink_and_perturb:{base},noise={noise}",
+        f"cbp:{base},replacement_rate={replacement_rate},maturity_threshold={maturity_threshold}",
+        f"l2:{base},reset=network",
+    )
+
+
+def _smoke(dataset: str | None) -> Settings:
+    return Settings(
+        dataset=dataset or PROCEDURAL,
+        methods=("l2:step_size=0.1,momentum=0.9", "l2:step_size=0.1,momentum=0.9,reset=network"),
+        seeds=1,
+        tasks=2,
+        batch_size=10,
+        procedural_size=8,
+        classes_per_increment=2,
+        train_per_class=20,
+        validation_per_class=5,
+        test_per_class=10,
+        epochs=2,
+        padding=1,
+        hidden=(4,),
+        blocks=(1,),
+        measured_examples=20,
+    )
+
+
+def _laptop(dataset: str | None) -> Settings:
+    return Settings(
+        dataset=dataset or PROCEDURAL,
+        methods=_methods(replacement_rate="1e-4", maturity_threshold=100, noise="1e-5"),
+        seeds=3,
+        tasks=10,
+        batch_size=50,
+        procedural_size=28,
+        downsample=2,
+        train_per_class=70,
+        validation_per_class=10,
+        test_per_class=20,
+        epochs=10,
+        padding=2,
+        hidden=(8, 16, 32),
+        blocks=(1, 1, 1),
+        measured_examples=300,
+    )
+
+
+def _paper(dataset: str | None) -> Settings:
+    return Settings(
+        dataset=dataset or "cifar100",
+        test_split="test" if dataset in (None, "cifar100") else None,
+        methods=_methods(replacement_rate="1e-5", maturity_threshold=1000, noise="1e-5"),
+        seeds=15,
+    )
+
+
+PRESETS: dict[str, Callable[[str | None], Settings]] = {"smoke": _smoke, "laptop": _laptop, "paper": _paper}
+
+
+def check(settings: Settings) -> list[learners.Method]:
+    """Checks settings before anything is computed, all but those that depend on the images.
+
+    Args:
+      settings: what to run.
+
+    Returns:
+      the methods.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+    """
+    for name in ("procedural_size", "downsample", "classes_per_increment", "train_per_class", "epochs"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if not settings.dormant_threshold >= 0:
+        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
+    if settings.measure_every is not None:
+        raise ValueError(f"measure_every cannot be given for {NAME}, got {settings.measure_every}")
+    if settings.activation != "relu":
+        raise ValueError(f"activation must be 'relu', that of the residual network, got {settings.activation!r}")
+    methods = stream.check(settings)
+    for text, method in zip(settings.methods, methods, strict=True):
+        others = [name for name in learners.NETWORK_OPTIONS if method.options.get(name)]
+        if others or method.options.get("order") == 2:
+            raise ValueError(f"method {text!r}: the residual network has no {', '.join(others) or 'curvature'}")
+    nets.ResNet(1, settings.hidden, settings.blocks)
+    return methods
+
+
+def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
+    """Runs the experiment; as `cbp_jax.experiments.stream.run`, where a task is an increment of the classes.
+
+    Images of CIFAR-100 are normalised as the paper's, others as `cbp_jax.data.normalization` says. A method with
+    `reset=network` is trained from scratch in each increment: it is what the others are compared with.
+
+    Args:
+      settings: what to run.
+      out: folder for the results.
+      progress: called after each increment.
+
+    Returns:
+      the results, an `xarray.Dataset`; see `report.new_results`. `accuracy` and `loss` are those of training, means
+      over all epochs; dead and dormant units and ranks are measured on images of the classes to come.
+
+    Raises:
+      ValueError: a setting is out of range or unknown, before anything is computed.
+      cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
+    """
+    from cbp_jax import report
+
+    check(settings)
+    images, test = _images(settings)
+    problem = problems.class_incremental(
+        images,
+        test,
+        classes_per_increment=settings.classes_per_increment,
+        num_classes=settings.tasks * settings.classes_per_increment,
+        train_per_class=settings.train_per_class,
+        validation_per_class=settings.validation_per_class,
+        test_per_class=settings.test_per_class,
+        batch_size=settings.batch_size,
+        flip=settings.flip,
+        padding=settings.padding,
+        max_rotation=settings.max_rotation,
+        normalize=CIFAR100 if images.name.split(":")[0] == "cifar100" else data.normalization(images),
+    )
+
+    def train(*args: Any, measure_every: None, **given: Any) -> Iterator[dict[str, Any]]:
+        del measure_every
+        return training.run_increments(*args, epochs=settings.epochs, early_stopping=settings.early_stopping, **given)
+
+    return stream.run(
+        NAME,
+        settings,
+        problem,
+        out,
+        progress,
+        measured_examples=min(settings.measured_examples, settings.classes_per_increment * settings.train_per_class),
+        dormant_threshold=settings.dormant_threshold,
+        train=train,
+        measures=report.stream_measures(test=True, dormant=True) | report.VALIDATION_MEASURES,
+        network=_network,
+        blocks=settings.blocks,
+        kernel_init=jax.nn.initializers.he_normal(),
+    )
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws the pictures of a run; see `report.plot_run`.
+
+    Where a method was trained from scratch in each increment, the accuracy of all less that of this one is drawn too.
+
+    Args:
+      results: as `run` returns them.
+      out: folder for the pictures.
+      formats: kinds of file.
+
+    Returns:
+      paths of the pictures.
+    """
+    from cbp_jax import report
+
+    for label in results.method.values.tolist():
+        if "reset=network" in label:
+            accuracy = results.test_accuracy
+            relative = accuracy.copy(data=accuracy.values - accuracy.loc[{"method": label}].values)
+            results = results.assign(relative_accuracy=relative)
+            break
+    return report.plot_run(results, out, formats=formats)
+
+
+def _network(num_outputs: int, hidden: tuple[int, ...], activation: str, **settings: Any) -> nets.ResNet:
+    del activation  # checked
+    return nets.ResNet(num_outputs, hidden, **settings)
+
+
+def _images(settings: Settings) -> tuple[data.Dataset, data.Dataset | None]:
+    if settings.dataset == PROCEDURAL:
+        per_class = settings.train_per_class + settings.validation_per_class + settings.test_per_class
+        classes = settings.tasks * settings.classes_per_increment
+        images, test = data.procedural(classes, per_class, size=settings.procedural_size), None
+    else:
+        load = lambda split: data.load(settings.dataset, split, data_dir=settings.data_dir)
+        images, test = load("train"), None if settings.test_split is None else load(settings.test_split)
+    if images.has_features:
+        raise ValueError(f"dataset must hold images, and {settings.dataset!r} holds features")
+    images = data.downsample(images, settings.downsample)
+    return images, None if test is None else data.downsample(test, settings.downsample)

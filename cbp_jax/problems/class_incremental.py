@@ -1,0 +1,214 @@
+"""Class-incremental CIFAR-100: ever more classes to tell apart.
+
+Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: a network learns 5 classes for 200 epochs,
+then 5 more together with the old ones, and so on up to 100. As the task grows harder, its accuracy says little by
+itself; it is compared with that of a network trained from scratch on the same classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cbp_jax.data import Dataset
+from cbp_jax.problems import sampling
+from cbp_jax.problems.augmentation import augment
+
+
+class Increment(NamedTuple):
+    """One stretch of ``class_incremental`` between two additions of classes."""
+
+    classes: jax.Array  # int32 [num_classes], in the order of their addition
+    count: jax.Array  # int32 [], how many of these there are by now
+    seen: jax.Array  # bool [num_classes]: which
+    key: jax.Array  # key, of orders and augmentations
+    evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IncrementalProblem:
+    """A growing classification, as data and pure functions, which take ``data`` as an argument; see ``Problem``.
+
+    Attributes:
+      data: pytree of device arrays that all increments of all seeds share.
+      input_shape: shape of one input.
+      num_classes: number of classes in the end, and of outputs.
+      increments: how many increments there are.
+      make_task: ``(data, key, index) -> Increment``, a pure function of both.
+      steps: ``(increment) -> int32 scalar``, batches in an epoch.
+      order: ``(data, increment, epoch) -> int32 [examples]``, the numbers of the training examples of the classes that
+        are there, in the order of that epoch; behind them those of the others.
+      batch: ``(data, increment, epoch, order, step) -> (inputs, labels)``, augmented, float32 [batch, *input_shape] and
+        int32 [batch], for the step-th batch of an epoch.
+      held_out: ``(data, split, class) -> (inputs, labels)``, all examples of a class (may be traced) of the split
+        "validation" or "test".
+      evaluation: ``(data, increment, n) -> (inputs, labels)``: n distinct random training examples of the classes that
+        this increment adds, without augmentation.
+      loss: "softmax_cross_entropy".
+    """
+
+    data: Any
+    input_shape: tuple[int, ...]
+    num_classes: int
+    increments: int
+    make_task: Callable[..., Increment]
+    steps: Callable[[Increment], jax.Array]
+    order: Callable[..., jax.Array]
+    batch: Callable[..., tuple[jax.Array, jax.Array]]
+    held_out: Callable[..., tuple[jax.Array, jax.Array]]
+    evaluation: Callable[..., tuple[jax.Array, jax.Array]]
+    loss: str = "softmax_cross_entropy"
+
+
+def class_incremental(
+    dataset: Dataset,
+    test: Dataset | None = None,
+    *,
+    classes_per_increment: int = 5,
+    num_classes: int | None = None,
+    train_per_class: int = 450,
+    validation_per_class: int = 50,
+    test_per_class: int = 100,
+    batch_size: int = 90,
+    flip: bool = True,
+    padding: int = 4,
+    max_rotation: float = 15.0,
+    normalize: sampling.Normalization | None = None,
+) -> IncrementalProblem:
+    """A classification to which classes are added, in an order that the key determines.
+
+    Labels are the classes' own numbers; a network's outputs of classes that are not there yet are to be left out. The
+    defaults are those of the Nature paper for CIFAR-100.
+
+    Args:
+      dataset: images, as ``cbp_jax.data.load`` returns them. Of each class the first examples, as they are stored, are
+        for validation and the next for training.
+      test: where test examples are from; by default those of ``dataset`` that follow.
+      classes_per_increment: classes that every increment adds.
+      num_classes: of the dataset, the first so many are used; by default all. A multiple of ``classes_per_increment``.
+      train_per_class: number of training examples of a class.
+      validation_per_class: number of validation examples of a class.
+      test_per_class: number of test examples of a class.
+      batch_size: examples in a batch, at most those of the first increment. Examples that do not fill the last batch of
+        an epoch are not shown in that epoch.
+      flip: see ``augment``, also for the following; drawings and digits should not be flipped.
+      padding: pixels of reflection, under the images' height and width.
+      max_rotation: degrees.
+      normalize: mean and standard deviation, of pixels in [0, 1], that inputs are normalised by; each one number, or
+        one for each channel. By default pixels stay in [0, 1].
+
+    Returns:
+      An ``IncrementalProblem``.
+
+    Raises:
+      ValueError: if a number is out of its range, a class has too few examples, the datasets hold features or differ
+        in size, or ``normalize`` is not of this form.
+
+    >>> import jax, cbp_jax.data
+    >>> images = cbp_jax.data.load("digits")
+    >>> problem = class_incremental(images, train_per_class=100, test_per_class=20, flip=False, padding=1)
+    >>> task = problem.make_task(problem.data, jax.random.key(0), 1)
+    >>> order = problem.order(problem.data, task, 0)
+    >>> x, y = problem.batch(problem.data, task, 0, order, 3)
+    >>> x.shape, int(task.count), int(problem.steps(task)), problem.increments
+    ((90, 8, 8, 1), 10, 11, 2)
+
+    References:
+      Dohare et al., `Loss of plasticity in deep continual learning
+      <https://doi.org/10.1038/s41586-024-07711-7>`_, Nature 2024, Methods
+    """
+    if dataset.has_features or (test is not None and test.image_shape != dataset.image_shape):
+        shapes = dataset.image_shape, None if test is None else test.image_shape
+        raise ValueError(f"dataset and test must hold images of one size; got {shapes[0]} and {shapes[1]}")
+    width = sampling.check_integer("classes_per_increment", classes_per_increment, dataset.num_classes)
+    total = sampling.check_integer(
+        "num_classes", dataset.num_classes if num_classes is None else num_classes, dataset.num_classes
+    )
+    if total % width:
+        raise ValueError(f"num_classes must be a multiple of classes_per_increment = {width}; got {total}")
+    train = sampling.check_integer("train_per_class", train_per_class)
+    validation = sampling.check_integer("validation_per_class", validation_per_class)
+    held = sampling.check_integer("test_per_class", test_per_class)
+    batch_size = sampling.check_integer("batch_size", batch_size, width * train)
+    sampling.check_integer("padding", padding, min(dataset.image_shape[:2]) - 1, smallest=0)
+    if not max_rotation >= 0:
+        raise ValueError(f"max_rotation must not be negative; got {max_rotation!r}")
+    scale = sampling.scaling(dataset, normalize)
+
+    def pixels(name, source, skip, each):
+        """Rows of pixels of each class, uint8 [classes * each, pixels]."""
+        rows = [np.flatnonzero(source.labels == number)[skip : skip + each] for number in range(total)]
+        few = min(range(total), key=lambda number: len(rows[number]))
+        if len(rows[few]) < each:
+            raise ValueError(
+                f"{name} must be at most what each class of {source.name!r} has; "
+                f"got {each}, and class {few} has {len(rows[few])} after the {skip} before them"
+            )
+        return jnp.array(source.images[np.concatenate(rows)].reshape(total * each, -1))
+
+    data = {
+        "validation": pixels("validation_per_class", dataset, 0, validation),
+        "train": pixels("train_per_class", dataset, validation, train),
+        "test": pixels("test_per_class", test or dataset, 0 if test else validation + train, held),
+    }
+    label_of = jnp.repeat(jnp.arange(total, dtype=jnp.int32), train)
+
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> Increment:
+        del data
+        class_key, task_key = jax.random.split(key)
+        classes = jax.random.permutation(class_key, total).astype(jnp.int32)
+        count = jnp.asarray((index + 1) * width, jnp.int32)
+        seen = jnp.zeros(total, bool).at[classes].set(jnp.arange(total) < count)
+        return Increment(classes, count, seen, *jax.random.split(jax.random.fold_in(task_key, index)))
+
+    def steps(task: Increment) -> jax.Array:
+        return task.count * train // batch_size
+
+    def order(data: dict[str, jax.Array], task: Increment, epoch: jax.typing.ArrayLike) -> jax.Array:
+        del data
+        order_key, _ = jax.random.split(jax.random.fold_in(task.key, epoch))
+        drawn = jax.random.uniform(order_key, label_of.shape)
+        return jnp.argsort(jnp.where(task.seen[label_of], drawn, 2.0)).astype(jnp.int32)
+
+    def images_of(rows):
+        return scale(rows).reshape(-1, *dataset.image_shape)
+
+    def batch(data: dict[str, jax.Array], task: Increment, epoch, order: jax.Array, step):
+        _, augmentation_key = jax.random.split(jax.random.fold_in(task.key, epoch))
+        shown = jax.lax.dynamic_slice(order, (step * batch_size,), (batch_size,))
+        inputs = augment(
+            jax.random.fold_in(augmentation_key, step),
+            images_of(data["train"][shown]),
+            flip=flip,
+            padding=padding,
+            max_rotation=max_rotation,
+        )
+        return inputs, label_of[shown]
+
+    def held_out(data: dict[str, jax.Array], split: str, number: jax.typing.ArrayLike):
+        each = {"validation": validation, "test": held}[split]
+        rows = jax.lax.dynamic_slice_in_dim(data[split], number * each, each)
+        return images_of(rows), jnp.full(each, number, jnp.int32)
+
+    def evaluation(data: dict[str, jax.Array], task: Increment, n: int):
+        n = sampling.check_integer("n", n, width * train)
+        new = jax.lax.dynamic_slice(task.classes, (task.count - width,), (width,))
+        chosen = sampling.distinct(task.evaluation_key, width * train, n)
+        labels = new[chosen // train]
+        return images_of(data["train"][labels * train + chosen % train]), labels
+
+    return IncrementalProblem(
+        data=data,
+        input_shape=dataset.image_shape,
+        num_classes=total,
+        increments=total // width,
+        make_task=make_task,
+        steps=steps,
+        order=order,
+        batch=batch,
+        held_out=held_out,
+        evaluation=evaluation,
+    )

@@ -1,0 +1,206 @@
+"""Trains a learner on a classification that grows, for many epochs an increment: one compiled program, all lanes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax import metrics
+from cbp_jax.problems import IncrementalProblem
+from cbp_jax.training import loop
+from cbp_jax.training.checkpoint import Checkpoint
+from cbp_jax.units import reset_batch_stats
+
+STATISTICS = "batch_stats"
+
+
+def step_size_factor(
+    epoch: chex.Numeric, epochs: int, falls_at: tuple[float, ...] = (0.3, 0.6, 0.8), factor: float = 0.2
+) -> chex.Array:
+    """What the step size is multiplied with in an epoch of an increment.
+
+    Args:
+      epoch: from 0, may be traced.
+      epochs: of the increment.
+      falls_at: fractions of the increment at which the step size falls; those of the Nature paper are its epochs 60,
+        120 and 160 of 200.
+      factor: by which it falls each time.
+
+    Example:
+      >>> [round(float(step_size_factor(epoch, 200)), 3) for epoch in (0, 59, 60, 120, 160)]
+      [1.0, 1.0, 0.2, 0.04, 0.008]
+    """
+    falls = jnp.round(jnp.asarray(falls_at) * epochs)
+    return jnp.float32(factor) ** jnp.sum(epoch >= falls)
+
+
+def run_increment(
+    learner: loop.Learner,
+    problem: IncrementalProblem,
+    data: Any,
+    state: loop.TrainState,
+    *,
+    epochs: int = 200,
+    measured_examples: int = 1000,
+    dormant_threshold: float = 0.01,
+    early_stopping: bool = True,
+    schedule: Callable[[chex.Numeric, int], chex.Array] = step_size_factor,
+) -> tuple[loop.TrainState, dict[str, chex.Array]]:
+    """Measures a network on the classes to come and trains it on these and those before, one lane.
+
+    After each epoch the accuracy on the validation examples is taken, and the increment ends with the weights (and
+    running statistics) of the epoch in which it was best, while the optimizer's state is that of the last epoch.
+    Where a network has running statistics, they are among its parameters, in the collection "batch_stats"; they are
+    learned by no gradient, and what training makes of them takes the place of what the optimizer made.
+
+    Args:
+      learner: what is trained; with `batch_stats`, its `train` returns the outputs and the new collection.
+      problem: the classes.
+      data: `problem.data`, an argument so that lanes share it.
+      state: the lane's.
+      epochs: how many epochs.
+      measured_examples: how many examples of the new classes the network is measured on before the increment.
+      dormant_threshold: largest score of a unit that counts as dormant, see `metrics.dormant_fraction`.
+      early_stopping: whether the best weights are kept, instead of the last.
+      schedule: `(epoch, epochs) -> factor` of the step size.
+
+    Returns:
+      the state after the increment; scalars: `loss` and `accuracy`, means over all updates; `validation_accuracy` and
+      `test_accuracy`, over the classes that are there, and `test_loss`, of the weights at the end; `replaced_units`;
+      and before the increment `dead_units`, `dormant_units` and `weight_magnitude`, and `effective_rank` and
+      `stable_rank` of the last hidden layer over its number of units.
+    """
+    keys = loop.stream_keys(state.key)
+    task = problem.make_task(data, keys.problem, state.task)
+    measures = _measure(learner, state.params, problem.evaluation(data, task, measured_examples)[0], dormant_threshold)
+    params, opt_state = state.params, state.opt_state
+
+    def optimizer(epoch):
+        step_size = state.hyperparameters["step_size"] * schedule(epoch, epochs)
+        return optax.with_extra_args_support(
+            learner.optimizer({**state.hyperparameters, "step_size": step_size}, keys.optimizer)
+        )
+
+    if learner.begin_task is not None:
+        fresh_key = jax.random.fold_in(keys.params, state.task)
+        params, opt_state = learner.begin_task(optimizer(0), fresh_key, state.task, params, opt_state)
+    train_key = jax.random.fold_in(keys.dropout, state.task)
+
+    def seen_only(outputs):
+        return jnp.where(task.seen, outputs, -jnp.inf)
+
+    def loss_fn(params, x, y, key):
+        outputs, features = learner.train(params, x, key)
+        outputs, statistics = outputs if learner.batch_stats else (outputs, None)
+        outputs = seen_only(outputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+        return jnp.mean(losses), (features, outputs, statistics)
+
+    def epoch_fn(epoch, carry):
+        tx = optimizer(epoch)
+        order = problem.order(data, task, epoch)
+        epoch_key = jax.random.fold_in(train_key, epoch)
+
+        def step_fn(step, carry):
+            params, opt_state, totals = carry
+            x, y = problem.batch(data, task, epoch, order, step)
+            key = jax.random.fold_in(epoch_key, step)
+            (loss, (features, outputs, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, x, y, key
+            )
+            updates, opt_state = tx.update(grads, opt_state, params, features=features)
+            params = optax.apply_updates(params, updates)
+            if learner.batch_stats:
+                params = {**params, **_without_replaced(learner, opt_state, statistics)}
+            correct = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
+            found = {"loss": loss, "accuracy": correct, "replaced_units": loop.replaced_units(opt_state)}
+            return params, opt_state, {name: totals[name] + value for name, value in found.items()}
+
+        params, opt_state, totals, best, best_accuracy = carry
+        params, opt_state, totals = jax.lax.fori_loop(0, problem.steps(task), step_fn, (params, opt_state, totals))
+        accuracy, _ = held_out("validation", params)
+        better = accuracy > best_accuracy
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
+        return params, opt_state, totals, best, jnp.maximum(accuracy, best_accuracy)
+
+    def held_out(split, params):
+        """Accuracy and loss over the classes that are there."""
+
+        def of_class(number, sums):
+            x, y = problem.held_out(data, split, task.classes[number])
+            outputs = seen_only(learner.predict(params, x)[0])
+            correct = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
+            loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y))
+            return sums[0] + correct, sums[1] + loss
+
+        correct, loss = jax.lax.fori_loop(0, task.count, of_class, (jnp.zeros([]), jnp.zeros([])))
+        return correct / task.count, loss / task.count
+
+    totals = {name: jnp.zeros([]) for name in ("loss", "accuracy", "replaced_units")}
+    carry = (params, opt_state, totals, params, jnp.float32(-1))
+    params, opt_state, totals, best, _ = jax.lax.fori_loop(0, epochs, epoch_fn, carry)
+    params = best if early_stopping else params
+    updates = epochs * problem.steps(task)
+    measures |= {name: totals[name] / updates for name in ("loss", "accuracy")}
+    measures["replaced_units"] = totals["replaced_units"]
+    measures["validation_accuracy"], _ = held_out("validation", params)
+    measures["test_accuracy"], measures["test_loss"] = held_out("test", params)
+    return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
+
+
+def run_increments(
+    learner: loop.Learner,
+    problem: IncrementalProblem,
+    seeds: chex.Array,
+    hyperparameters: dict[str, chex.Array],
+    tasks: int,
+    *,
+    mode: str = "auto",
+    checkpoint: Checkpoint | None = None,
+    **settings: Any,
+) -> Iterator[dict[str, Any]]:
+    """Trains all lanes on the first increments.
+
+    Args:
+      learner: what is trained.
+      problem: the classes.
+      seeds: int [lanes], the seed of each lane.
+      hyperparameters: arrays [lanes] by name.
+      tasks: how many increments.
+      mode: how the lanes of a device run, see `Lanes`.
+      checkpoint: where the state is kept. A run goes on from the state found there.
+      **settings: of `run_increment`.
+
+    Yields:
+      after each increment, NumPy arrays [lanes] of what `run_increment` measures.
+    """
+    go_on = lambda data, state: run_increment(learner, problem, data, state, **settings)
+    return loop.run_lanes(learner, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+
+
+def _measure(
+    learner: loop.Learner, params: optax.Params, x: chex.Array, dormant_threshold: float
+) -> dict[str, chex.Array]:
+    _, features = learner.predict(params, x)
+    # What a dense layer reads; where several do, the last is the output's.
+    last = [h for h in jax.tree.leaves(features) if h.ndim == 2][-1]
+    ranks = metrics.ranks(last)
+    weights = {name: leaves for name, leaves in params.items() if name != STATISTICS}
+    return {
+        "dead_units": metrics.dead_fraction(features),
+        "dormant_units": metrics.dormant_fraction(features, dormant_threshold),
+        "weight_magnitude": metrics.weight_magnitude(weights),
+        "effective_rank": ranks.effective / last.shape[1],
+        "stable_rank": ranks.stable / last.shape[1],
+    }
+
+
+def _without_replaced(learner: loop.Learner, opt_state: optax.OptState, statistics: Any) -> Any:
+    """The running statistics with those of replaced units at their start."""
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
+    if not found:
+        return statistics
+    return reset_batch_stats(statistics, learner.units, found[0][1])

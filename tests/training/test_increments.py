@@ -1,0 +1,167 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cbp_jax
+from cbp_jax import nets
+from cbp_jax.data import Dataset
+from cbp_jax.experiments.learners import make_learner, parse_method
+from cbp_jax.problems import class_incremental
+from cbp_jax.training import init_state, run_increment, step_size_factor
+
+CLASSES, EPOCHS, MEASURED = 4, 5, 8
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES, dtype=np.int32), 14)
+    images = (rng.integers(0, 130, (len(labels), 4, 4, 1)) + 30 * labels[:, None, None, None]).astype(np.uint8)
+    return class_incremental(
+        Dataset(images, labels, CLASSES, "toy"),
+        classes_per_increment=2,
+        train_per_class=6,
+        validation_per_class=4,
+        test_per_class=4,
+        batch_size=4,
+        padding=1,
+    )
+
+
+def tiny_resnet(num_outputs, hidden, activation, **settings):
+    return nets.ResNet(num_outputs, hidden, (1,), **settings)
+
+
+def start_and_task(problem, text, **settings):
+    method = parse_method(text)
+    learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES, network=tiny_resnet)
+    numbers = jax.tree.map(jnp.float32, dict(method.hyperparameters))
+    state = jax.jit(lambda: init_state(learner, 0, numbers))()
+    run = jax.jit(
+        lambda data, state: run_increment(
+            learner, problem, data, state, epochs=EPOCHS, measured_examples=MEASURED, **settings
+        )
+    )
+    return state, lambda state: run(problem.data, state)
+
+
+@pytest.fixture(scope="module")
+def carried(problem):
+    return start_and_task(problem, "l2:step_size=0.3,momentum=0.9,l2=1e-2")
+
+
+def test_the_step_size_falls_as_in_the_paper():
+    factors = np.array([step_size_factor(epoch, 200) for epoch in range(200)])
+    assert sorted(set(np.flatnonzero(np.diff(factors)) + 1)) == [60, 120, 160]
+    np.testing.assert_allclose(factors[[0, 60, 120, 160]], [1, 0.2, 0.04, 0.008], rtol=1e-5)
+    assert [round(float(step_size_factor(epoch, 5)), 3) for epoch in range(5)] == [1, 1, 0.2, 0.04, 0.008]
+
+
+def test_a_run_is_what_a_plain_loop_makes_of_it(problem, carried):
+    """Two increments: outputs of unseen classes left out, statistics carried, best weights kept, momentum going on."""
+    state, task_fn = carried
+    net = nets.ResNet(CLASSES, (4,), (1,))
+    params_key, problem_key, _, _ = jax.random.split(jax.random.key(0), 4)
+    variables = jax.jit(net.init)(params_key, jnp.zeros((1, 4, 4, 1)))
+    params, stats = variables["params"], variables["batch_stats"]
+    trace = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def step(params, stats, trace, x, y, classes, step_size):
+        def loss(params):
+            outputs, new = net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+            logits = outputs[:, classes]  # of the classes that are there, in their order
+            place = jnp.argmax(classes == y[:, None], 1)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, place).mean(), new["batch_stats"]
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        trace = jax.tree.map(lambda t, g, w: 0.9 * t + g + 1e-2 * w, trace, grads, params)
+        return jax.tree.map(lambda w, t: w - step_size * t, params, trace), stats, trace, value
+
+    def accuracy(split, params, stats, classes):
+        correct = []
+        for number in classes.tolist():
+            x, _ = problem.held_out(problem.data, split, number)
+            outputs = apply({"params": params, "batch_stats": stats}, x)[:, classes]
+            correct += (classes[jnp.argmax(outputs, 1)] == number).tolist()
+        return np.mean(correct)
+
+    apply, order_of, batch_of = jax.jit(net.apply), jax.jit(problem.order), jax.jit(problem.batch)
+    for index in range(2):
+        state, measures = task_fn(state)
+        task = problem.make_task(problem.data, problem_key, index)
+        classes = task.classes[: 2 * (index + 1)]
+        losses, best = [], (-1.0, None)
+        for epoch, factor in enumerate([1, 1, 0.2, 0.04, 0.008]):
+            order = order_of(problem.data, task, epoch)
+            for number in range(3 * (index + 1)):
+                x, y = batch_of(problem.data, task, epoch, order, number)
+                params, stats, trace, loss = step(params, stats, trace, x, y, classes, 0.3 * factor)
+                losses.append(float(loss))
+            found = accuracy("validation", params, stats, classes)
+            if found > best[0] + 1e-6:
+                best = found, (params, stats), epoch
+        params, stats = best[1]
+        assert measures["validation_accuracy"] == pytest.approx(best[0], abs=1e-6)
+        assert measures["test_accuracy"] == pytest.approx(accuracy("test", params, stats, classes), abs=1e-6)
+        assert measures["loss"] == pytest.approx(np.mean(losses), rel=2e-3)
+        assert measures["replaced_units"] == 0
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3)
+        jax.tree.map(close, state.params, {"params": params, "batch_stats": stats})
+        # The next increment starts from the same, lest rounding adds up.
+        params, stats = state.params["params"], state.params["batch_stats"]
+        trace = optax.tree.get(state.opt_state, "trace")["params"]
+    assert best[2] < EPOCHS - 1, "the best epoch is the last: the test could not tell early stopping from none"
+
+
+def test_networks_are_measured_before_each_increment_on_classes_to_come(problem, carried):
+    state, task_fn = carried
+    _, problem_key, _, _ = jax.random.split(jax.random.key(0), 4)
+    net = nets.ResNet(CLASSES, (4,), (1,))
+    after, measures = task_fn(state)
+    task = problem.make_task(problem.data, problem_key, 0)
+    x, _ = problem.evaluation(problem.data, task, MEASURED)
+    units = cbp_jax.discover_units(net.apply, state.params, x)
+    _, features = jax.jit(cbp_jax.with_features(net.apply, units))(state.params, x)
+    pooled = next(h for h in jax.tree.leaves(features) if h.ndim == 2)
+    assert pooled.shape == (MEASURED, 4)
+    singular = np.linalg.svd(np.float64(pooled), compute_uv=False)
+    expected = (1 + (np.cumsum(singular) < 0.99 * singular.sum()).sum()) / 4
+    assert measures["stable_rank"] == pytest.approx(expected)
+    weights = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params["params"])])
+    assert measures["weight_magnitude"] == pytest.approx(np.abs(weights).mean(), rel=1e-5)
+    assert int(after.task) == 1
+
+
+def test_statistics_of_replaced_channels_start_anew(problem):
+    text = "cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=1,maturity_threshold=0"
+    state, task_fn = start_and_task(problem, text, early_stopping=False)
+    state, measures = task_fn(state)
+    # With a rate of 1 all channels are replaced in every update, the last one too.
+    units = sum(mask.size for mask in jax.tree.leaves(state.opt_state.replaced))
+    assert all(mask.all() for mask in state.opt_state.replaced.values())
+    assert measures["replaced_units"] == units * EPOCHS * 3
+    for norm in state.params["batch_stats"].values():
+        np.testing.assert_array_equal(norm["mean"], np.zeros(4))
+        np.testing.assert_array_equal(norm["var"], np.ones(4))
+
+
+@pytest.mark.parametrize("reset", ["head", "network"])
+def test_what_is_reset_is_drawn_anew_before_each_increment_but_the_first(problem, reset):
+    method = parse_method(f"l2:step_size=0.3,momentum=0.9,reset={reset}")
+    learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES, network=tiny_resnet)
+    params = jax.jit(learner.init)(jax.random.key(0))
+    tx = optax.sgd(0.1, momentum=0.9)
+    state = jax.tree.map(lambda leaf: leaf + 1, tx.init(params))
+    begin = jax.jit(lambda key, task: learner.begin_task(tx, key, task, params, state))
+    jax.tree.map(np.testing.assert_array_equal, begin(jax.random.key(1), 0), (params, state))
+    after, after_state = begin(jax.random.key(1), 1)
+    fresh = jax.jit(learner.init)(jax.random.key(1))
+    old_or_new = lambda name: fresh if reset == "network" or name == "head" else params
+    for name, layer in after["params"].items():
+        jax.tree.map(np.testing.assert_array_equal, layer, old_or_new(name)["params"][name])
+        moments = jax.tree.leaves(after_state[0].trace["params"][name])
+        assert all((leaf == (old_or_new(name) is params)).all() for leaf in moments)
+    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], old_or_new("")["batch_stats"])
