@@ -93,13 +93,17 @@ def _laptop(dataset: str | None) -> Settings:
     return Settings(
         dataset=dataset or PROCEDURAL,
         methods=(
-            "bp:step_size=0.01,momentum=0.9",
-            "l2:step_size=0.01,momentum=0.9,l2=1e-3",
-            "shrink_and_perturb:step_size=0.01,momentum=0.9,l2=1e-3,noise=1e-4",
-            "cbp:step_size=0.01,momentum=0.9,replacement_rate=1e-3,utility=adaptable_contribution",
+            *(f"bp:step_size={step},momentum=0.9" for step in (0.003, 0.01, 0.03)),
+            # The best of a small search on one seed, at the step size at which plasticity is lost.
+            "l2:step_size=0.03,momentum=0.9,l2=1e-3",
+            "shrink_and_perturb:step_size=0.03,momentum=0.9,l2=1e-3,noise=1e-3",
+            *(
+                f"cbp:step_size={step},momentum=0.9,replacement_rate=1e-3,utility=adaptable_contribution"
+                for step in (0.01, 0.03)
+            ),
         ),
         seeds=3,
-        tasks=300,
+        tasks=200,
         batch_size=20,
         procedural_classes=400,
         procedural_size=28,
