@@ -120,7 +120,7 @@ def _laptop(dataset: str | None) -> Settings:
     return Settings(
         dataset=dataset or PROCEDURAL,
         methods=_methods(replacement_rate="1e-4", maturity_threshold=100, noise="1e-5"),
-        seeds=3,
+        seeds=2,
         tasks=10,
         batch_size=50,
         procedural_size=28,
