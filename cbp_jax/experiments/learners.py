@@ -51,6 +51,12 @@ def _momentum_sgd(h: Mapping[str, Any], options: Mapping[str, Any]) -> optax.Gra
     return optax.sgd(h["step_size"], momentum=options.get("momentum") or None)
 
 
+def _adam(adam: Callable[..., optax.GradientTransformation], h: Mapping[str, Any], options: Mapping[str, Any]):
+    tx = adam(h["step_size"], b1=h["b1"], b2=h["b2"])
+    # L2 as a part of the loss, so that it goes through Adam's moments.
+    return optax.chain(optax.add_decayed_weights(options["l2"]), tx) if options.get("l2") else tx
+
+
 def _sgd(h: Mapping[str, Any], options: Mapping[str, Any], units: Units, key: chex.PRNGKey):
     return _momentum_sgd(h, options)
 
@@ -99,6 +105,22 @@ def _cbp(
     return build
 
 
+def _redo(
+    inner: Callable[[Mapping[str, Any], Mapping[str, Any]], optax.GradientTransformation],
+) -> Build:
+    def build(h, options, units, key):
+        return cbp_jax.redo(
+            _keeping_statistics(options, inner(h, options)),
+            units,
+            threshold=h["threshold"],
+            every=h["every"],
+            initializer=options.get("kernel_init"),
+            key=key,
+        )
+
+    return build
+
+
 def _upgd(transformation: Callable[..., optax.GradientTransformation], *numbers: str) -> Build:
     def build(h, options, units, key):
         return transformation(
@@ -118,19 +140,29 @@ def _consolidation(transformation: Callable[..., optax.GradientTransformation]) 
     return lambda h, options, units, key: transformation(h["step_size"], **{name: h[name] for name in _CONSOLIDATION})
 
 
+_ADAM = {"step_size": 1e-3, "b1": 0.9, "b2": 0.999}
 _SGD = {"momentum": 0.0, "reset": ""}
 _UPGD = {"weight_decay": 0.0, "beta_utility": 0.999, "sigma": 0.01}
 _UPGD_OPTIONS = {"order": 1, "scope": "global", "protect": True, "featurewise": False}
 _CONSOLIDATION = {"strength": 0.1, "beta_weight": 0.999, "beta_importance": 0.999}
 _CBP = {"replacement_rate": 1e-4, "decay_rate": 0.99, "maturity_threshold": 100.0}
+_REDO = {"threshold": 0.1, "every": 1000.0}
 _CBP_OPTIONS = {"utility": "contribution", "compensate_bias": False, "max_replacements": None}
 
 LEARNERS: dict[str, Spec] = {
     "bp": Spec("backpropagation, plain SGD", _sgd, {"step_size": 0.01}, further=_SGD),
     "adam": Spec(
         "Adam",
-        lambda h, options, units, key: optax.adam(h["step_size"], b1=h["b1"], b2=h["b2"]),
-        {"step_size": 1e-3, "b1": 0.9, "b2": 0.999},
+        lambda h, options, units, key: _adam(optax.adam, h, options),
+        _ADAM,
+        further={"l2": 0.0},
+    ),
+    "shrink_and_perturb_adam": Spec(
+        "Adam with weight decay and noise on the weights at every step",
+        lambda h, options, units, key: cbp_jax.shrink_and_perturb(
+            _adam(optax.adam, h, options), shrink=h["step_size"] * h["l2"], perturb=h["noise"], key=key
+        ),
+        {**_ADAM, "l2": 1e-4, "noise": 1e-5},
     ),
     "l2": Spec(
         "SGD with L2 toward zero",
@@ -188,15 +220,14 @@ LEARNERS: dict[str, Spec] = {
     "rwalk": Spec("SGD with online RWalk", _consolidation(cbp_jax.rwalk), {"step_size": 0.01, **_CONSOLIDATION}),
     "redo": Spec(
         "SGD with recycling of dormant units",
-        lambda h, options, units, key: cbp_jax.redo(
-            _keeping_statistics(options, optax.sgd(h["step_size"])),
-            units,
-            threshold=h["threshold"],
-            every=h["every"],
-            initializer=options.get("kernel_init"),
-            key=key,
-        ),
-        {"step_size": 0.01, "threshold": 0.1, "every": 1000.0},
+        _redo(lambda h, options: optax.sgd(h["step_size"])),
+        {"step_size": 0.01, **_REDO},
+    ),
+    "redo_adam": Spec(
+        "Adam with a step count per weight, with recycling of dormant units",
+        _redo(lambda h, options: _adam(cbp_jax.adam, h, options)),
+        {**_ADAM, **_REDO},
+        further={"l2": 0.0},
     ),
     "clip": Spec(
         "SGD with weight clipping",
@@ -216,9 +247,10 @@ LEARNERS: dict[str, Spec] = {
     ),
     "cbp_adam": Spec(
         "continual backpropagation around Adam with a step count per weight",
-        _cbp(lambda h, options, key: cbp_jax.adam(h["step_size"])),
-        {"step_size": 1e-3, **_CBP},
+        _cbp(lambda h, options, key: _adam(cbp_jax.adam, h, options)),
+        {**_ADAM, **_CBP},
         _CBP_OPTIONS,
+        {"l2": 0.0},
     ),
     "cbp_upgd": Spec(
         "continual backpropagation around UPGD",
@@ -229,7 +261,7 @@ LEARNERS: dict[str, Spec] = {
 }
 
 
-_REPLACING = ("cbp", "cbp_adam", "cbp_upgd", "redo")
+_REPLACING = ("cbp", "cbp_adam", "cbp_upgd", "redo", "redo_adam")
 
 
 @dataclasses.dataclass(frozen=True)

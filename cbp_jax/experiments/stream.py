@@ -19,6 +19,8 @@ STATE_FILE = "state.msgpack"
 
 # labels of the methods that ran, lanes that finished a task, means of what was measured
 Progress = Callable[[str, int, dict[str, float]], None]
+# seeds [lanes], arrays [lanes] of hyperparameters, checkpoint -> arrays [lanes] of what was measured, for each task
+Train = Callable[[np.ndarray, dict[str, np.ndarray], training.Checkpoint], Iterator[dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +160,12 @@ def run(
     every = settings.measure_every
     if every is not None and every > problem.steps_per_task:
         raise ValueError(f"measure_every must be at most the {problem.steps_per_task} updates of a task, got {every}")
-    results = report.new_results(
-        [method.label for method in methods],
-        [method.learner for method in methods],
-        [{**method.hyperparameters, **_numbers(method.options)} for method in methods],
-        seeds=settings.seeds,
-        tasks=settings.tasks,
-        settings=settings,
-        experiment=experiment,
-        measures=measures
+    results = empty_results(
+        experiment,
+        settings,
+        methods,
+        settings.tasks,
+        measures
         or report.stream_measures(
             accuracy=problem.loss == "softmax_cross_entropy",
             updates=every is not None,
@@ -174,26 +173,83 @@ def run(
             dormant=dormant_threshold is not None,
         ),
     )
-    groups = [
-        (
-            group,
-            learners.make_learner(
-                group, settings.hidden, settings.activation, problem.input_shape, problem.num_classes, **network
-            ),
+
+    def make(group: list[learners.Method]) -> Train:
+        learner = learners.make_learner(
+            group, settings.hidden, settings.activation, problem.input_shape, problem.num_classes, **network
         )
-        for group in _compiled_together(methods)
-    ]
+        return lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
+            learner,
+            problem,
+            seeds,
+            numbers,
+            settings.tasks,
+            mode=settings.lanes,
+            measured_examples=measured_examples or settings.measured_examples,
+            measure_every=every,
+            dormant_threshold=dormant_threshold,
+            checkpoint=checkpoint,
+        )
+
+    return run_methods(results, methods, make, out, progress)
+
+
+def empty_results(
+    experiment: str,
+    settings: Any,
+    methods: Sequence[learners.Method],
+    tasks: int,
+    measures: Mapping[str, str],
+) -> Any:
+    """The results of methods before their first task; see `report.new_results`."""
+    from cbp_jax import report
+
+    return report.new_results(
+        [method.label for method in methods],
+        [method.learner for method in methods],
+        [{**method.hyperparameters, **_numbers(method.options)} for method in methods],
+        seeds=settings.seeds,
+        tasks=tasks,
+        settings=settings,
+        experiment=experiment,
+        measures=measures,
+    )
+
+
+def run_methods(
+    results: Any,
+    methods: Sequence[learners.Method],
+    make: Callable[[list[learners.Method]], Train],
+    out: Path,
+    progress: Progress | None = None,
+) -> Any:
+    """Runs methods with all seeds, fills the results, and keeps them and the state on disk.
+
+    Args:
+      results: empty, of `empty_results`; one of its measures is `replaced_units`, which tells what has been run.
+      methods: what to run.
+      make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them.
+      out: folder for the results.
+      progress: as in `run`.
+
+    Returns:
+      the results, of which those on disk are a part where they are of the same settings.
+    """
+    from cbp_jax import report
+
+    groups = [(group, make(group)) for group in _compiled_together(methods)]
     out = Path(out)
     results = _resumed(results, out)
     report.save_results(results, out)
+    seeds, tasks = results.seed.values, results.sizes["task"]
     saved = time.monotonic()
     try:
-        for group, learner in groups:
+        for group, train in groups:
             labels = [method.label for method in group]
             # Of all measures the one that stays a number where training has diverged.
             if np.isfinite(results.replaced_units.loc[{"method": labels}].values).all():
                 if progress is not None:
-                    progress(", ".join(labels), len(group) * settings.seeds * settings.tasks, {})
+                    progress(", ".join(labels), len(group) * len(seeds) * tasks, {})
                 continue
             checkpoint = training.Checkpoint(
                 out / STATE_FILE,
@@ -202,24 +258,13 @@ def run(
                 before=lambda: report.save_results(results, out),
             )
             if progress is not None and checkpoint.tasks:
-                progress(", ".join(labels), len(group) * settings.seeds * checkpoint.tasks, {})
+                progress(", ".join(labels), len(group) * len(seeds) * checkpoint.tasks, {})
             numbers = {
-                name: np.repeat([method.hyperparameters[name] for method in group], settings.seeds)
+                name: np.repeat([method.hyperparameters[name] for method in group], len(seeds))
                 for name in group[0].hyperparameters
             }
-            stream = (train or training.run_tasks)(
-                learner,
-                problem,
-                np.tile(np.arange(settings.seeds), len(group)),
-                numbers,
-                settings.tasks,
-                mode=settings.lanes,
-                measured_examples=measured_examples or settings.measured_examples,
-                measure_every=every,
-                dormant_threshold=dormant_threshold,
-                checkpoint=checkpoint,
-            )
-            for task, measured in enumerate(stream, start=checkpoint.tasks):
+            rows_of_tasks = train(np.tile(seeds, len(group)), numbers, checkpoint)
+            for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
                 rows = {name: values.reshape(len(group), -1) for name, values in measured.items()}
                 report.record_task(results, task, rows, methods=labels)
                 if time.monotonic() - saved > SAVE_EVERY:
@@ -227,7 +272,7 @@ def run(
                     saved = time.monotonic()
                 if progress is not None:
                     means = {name: float(np.mean(values)) for name, values in measured.items()}
-                    progress(", ".join(labels), len(group) * settings.seeds, means)
+                    progress(", ".join(labels), len(group) * len(seeds), means)
             checkpoint.delete()
         (out / STATE_FILE).unlink(missing_ok=True)  # of a run that was stopped when all tasks were done
     finally:
@@ -258,7 +303,7 @@ def _numbers(options: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _compiled_together(methods: list[learners.Method]) -> list[list[learners.Method]]:
+def _compiled_together(methods: Sequence[learners.Method]) -> list[list[learners.Method]]:
     """Methods of one learner that differ in their numbers alone run as lanes of one program."""
     groups: dict[Any, list[learners.Method]] = {}
     for method in methods:
