@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cbp_jax.report.results import load_results, require
-from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
+from cbp_jax.report.statistics import (
+    better,
+    bootstrap_interval,
+    finished_tasks,
+    last_tenth,
+    mean_and_error,
+    performance,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,6 +40,7 @@ class _Panel(NamedTuple):
 
 
 _PERFORMANCE = {
+    "episode_return": _Panel("episode_return", "Reward per episode", 1.0, False),
     "test_accuracy": _Panel("test_accuracy", "Correct, test examples (%)", 100.0, False),
     "accuracy": _Panel("accuracy", "Correct (%)", 100.0, False),
     "loss": _Panel("loss", "Loss", 1.0, False),
@@ -56,6 +64,13 @@ _TEST_PANELS = (
     _Panel("loss", "Loss in training", 1.0, False),
 )
 
+# Of agents: as Figures 3 and 4 of Dohare et al., Nature 2024.
+_AGENT_PANELS = (
+    _PERFORMANCE["episode_return"],
+    _Panel("dormant_units", "Dormant units of the policy (%)", 100.0, True),
+    _Panel("stable_rank", "Stable rank of the policy (scaled, 0-100)", 100.0, False),
+    _Panel("weight_magnitude", "Mean weight magnitude of the policy", 1.0, False),
+)
 
 # As Figure 5 of Elsayed & Mahmood, ICLR 2024.
 _UPDATE_PANELS = (
@@ -189,8 +204,9 @@ def plot_run(
 def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
     """Draws performance, dead units, weight magnitude and effective rank over the tasks; with test examples, more.
 
-    One line a method: the mean over seeds, in a band of one standard error to either side. Tasks are averaged
-    in bins, within each seed first. An axis is logarithmic where its lines span more than a factor of 30.
+    One line a method: the mean over seeds, in a band of one standard error to either side; for agents, over steps of
+    the environment, in a 95% interval of bootstrapped means. Tasks are averaged in bins, within each seed first. An
+    axis is logarithmic where its lines span more than a factor of 30.
 
     Args:
       results: results of a run; tasks not run yet, and methods not started, are left out.
@@ -206,7 +222,9 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
       ValueError: an unknown method, a bin size under 1, no finished task, or neither accuracy nor loss in the results.
     """
     judged_by = performance(results)
-    panels = _TEST_PANELS if judged_by == "test_accuracy" else (_PERFORMANCE[judged_by], *_PANELS)
+    panels = {"test_accuracy": _TEST_PANELS, "episode_return": _AGENT_PANELS}.get(
+        judged_by, (_PERFORMANCE[judged_by], *_PANELS)
+    )
     return _plot_panels(results, panels, methods, bin_size, columns=2)
 
 
@@ -265,7 +283,7 @@ def _plot_panels(
             _draw_panel(ax, results, panel, methods, styles, bin_size)
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
         for ax in axes[len(panels) - columns : len(panels)]:
-            ax.set_xlabel("Task")
+            ax.set_xlabel("Steps of the environment" if _over_steps(results) else "Task")
             ax.tick_params(labelbottom=True)
         for ax in axes[len(panels) :]:
             ax.remove()
@@ -279,7 +297,7 @@ def _plot_panels(
             columnspacing=1.6,
         )
         note = _seeds_note(results, methods)
-        note += f"; bins of {bin_size} tasks" if bin_size > 1 else ""
+        note += f"; bins of {bin_size} {'intervals' if _over_steps(results) else 'tasks'}" if bin_size > 1 else ""
         note += "; the best variant of each learner" if chosen else ""
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
@@ -313,7 +331,9 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     if not swept:
         raise ValueError("results: no learner has finished tasks with several values of a hyperparameter")
     all_learners = [learner for learners in swept.values() for learner in learners]
-    label = "Correct, last tenth of tasks (%)" if is_accuracy(performance(results)) else "Loss, last tenth of tasks"
+    label = _PERFORMANCE[performance(results)].label
+    last = "last tenth" if _over_steps(results) else "last tenth of tasks"
+    label = f"{label[:-4]}, {last} (%)" if label.endswith(" (%)") else f"{label}, {last}"
     styles = _learner_styles(list(dict.fromkeys(all_learners)))
     with _rc():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
@@ -343,7 +363,7 @@ def best_variants(results: xr.Dataset) -> list[str]:
     Returns:
       Labels of methods, in the results' order of learners.
     """
-    sign = 1 if is_accuracy(performance(results)) else -1
+    sign = better(performance(results))
     best: dict[str, tuple[tuple[int, float], str]] = {}
     for method in _started(results):
         score = (finished_tasks(results, method)[1], sign * float(last_tenth(results, method).mean()))
@@ -364,7 +384,9 @@ def _draw_panel(
     means = []
     for i, method in enumerate(methods):
         values = results[panel.measure].loc[{"method": method}].transpose("seed", "task").values
-        task, mean, error = _binned(panel.scale * values.astype(np.float64), bin_size)
+        task, mean, low, high = _binned(panel.scale * values.astype(np.float64), bin_size, _over_steps(results))
+        if _over_steps(results):
+            task = np.interp(task, results.task.values + 1.0, results.step.values)
         style, main = styles[method], _learner(results, method) == "cbp"
         every = max(1, math.ceil(len(task) / 6))
         ax.plot(
@@ -383,7 +405,7 @@ def _draw_panel(
             zorder=4 if main else 3,
             gid=method,
         )
-        ax.fill_between(task, mean - error, mean + error, color=style.colour, alpha=0.2, linewidth=0, zorder=2)
+        ax.fill_between(task, low, high, color=style.colour, alpha=0.2, linewidth=0, zorder=2)
         means.append(mean)
     means = np.concatenate(means)
     if panel.zero:
@@ -401,7 +423,7 @@ def _draw_sensitivity(
     smallest = math.inf
     zero = False
     panel = _PERFORMANCE[performance(results)]
-    sign = 1 if is_accuracy(panel.measure) else -1
+    sign = better(panel.measure)
     for learner in learners:
         points: dict[float, tuple[float, float, bool]] = {}
         for method in _started(results):
@@ -433,8 +455,13 @@ def _draw_sensitivity(
     ax.legend(handlelength=_HANDLE)
 
 
-def _binned(values: np.ndarray, bin_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bins of values [seeds, tasks]: their middles, tasks counting from 1, means and errors over seeds."""
+def _over_steps(results: xr.Dataset) -> bool:
+    """Whether what counts as tasks are intervals of an agent's life."""
+    return performance(results) == "episode_return"
+
+
+def _binned(values: np.ndarray, bin_size: int, bootstrap: bool = False) -> tuple[np.ndarray, ...]:
+    """Bins of values [seeds, tasks]: their middles, tasks counting from 1, means over seeds, and ends of the band."""
     seeds, tasks = values.shape
     bins = math.ceil(tasks / bin_size)
     # Padded with NaN, which the means leave out, as they do tasks that have not been run.
@@ -445,7 +472,8 @@ def _binned(values: np.ndarray, bin_size: int) -> tuple[np.ndarray, np.ndarray, 
     mean, error = mean_and_error(per_seed, axis=0)
     middle, _ = mean_and_error(task.reshape(seeds, bins, bin_size).swapaxes(0, 1).reshape(bins, -1), axis=1)
     some = np.isfinite(mean)
-    return middle[some], mean[some], error[some]
+    low, high = bootstrap_interval(per_seed) if bootstrap else (mean - error, mean + error)
+    return middle[some], mean[some], low[some], high[some]
 
 
 def _default_bin(tasks: int) -> int:
@@ -534,7 +562,8 @@ def _seeds_note(results: xr.Dataset, methods: Sequence[str]) -> str:
     if counts == {1}:
         return "One seed"
     seeds = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return f"Mean and one standard error of {seeds} seeds"
+    band = "a 95% bootstrap interval" if _over_steps(results) else "one standard error"
+    return f"Mean and {band} of {seeds} seeds"
 
 
 def _learner(results: xr.Dataset, method: str) -> str:

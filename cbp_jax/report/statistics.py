@@ -58,21 +58,27 @@ def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
 def performance(results: xr.Dataset) -> str:
     """What the methods of a run are judged by.
 
-    That is "test_accuracy" where tasks have test examples, else "accuracy", or "loss" where the tasks are regressions.
+    That is "test_accuracy" where tasks have test examples, else "accuracy", or "loss" where the tasks are regressions;
+    "episode_return" for agents.
 
     Raises:
       ValueError: the results have none of these along [method, seed, task].
     """
-    for name in ("test_accuracy", "accuracy", "loss"):
+    for name in ("episode_return", "test_accuracy", "accuracy", "loss"):
         if name in results and set(results[name].dims) == {"method", "seed", "task"}:
             return name
     have = {name: variable.dims for name, variable in results.data_vars.items()}
-    raise ValueError(f"results must have an accuracy or a loss [method, seed, task]; got {have}")
+    raise ValueError(f"results must have an accuracy, a loss or an episode_return [method, seed, task]; got {have}")
 
 
 def is_accuracy(measure: str) -> bool:
-    """Whether more of a measure of performance is better, and it is shown in percent."""
+    """Whether a measure of performance is shown in percent."""
     return measure in ("accuracy", "test_accuracy")
+
+
+def better(measure: str) -> int:
+    """1 if more of a measure of performance is better, -1 if less is."""
+    return -1 if measure == "loss" else 1
 
 
 def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
@@ -112,11 +118,11 @@ def last_tenth(results: xr.Dataset, method: str, measure: str | None = None) -> 
 def summary(results: xr.Dataset) -> str:
     """The results of a run as a table of text.
 
-    For each method, its performance, the accuracy in percent or the loss, in the first, the best and the last tenth of
-    the tasks it has finished (the best being that of the best mean over seeds), how much of the best was lost at the
-    end (a difference within each seed), the mean plasticity over all tasks where it was measured, and the dead units of
-    the last tenth in percent. Performances are the mean over seeds and half the width of its 95% confidence interval
-    (Student's t), which takes at least two seeds.
+    For each method, its performance, the accuracy in percent, the loss or the return, in the first, the best and the
+    last tenth of the tasks it has finished (the best being that of the best mean over seeds), how much of the best was
+    lost at the end (a difference within each seed), the mean plasticity over all tasks where it was measured, and the
+    dead units of the last tenth in percent, or dormant ones where only these were counted. Performances are the mean
+    over seeds and half the width of its 95% confidence interval (Student's t), which takes at least two seeds.
 
     Args:
       results: results of a run.
@@ -125,10 +131,12 @@ def summary(results: xr.Dataset) -> str:
       The table, without a newline at its end.
     """
     total, measure = results.sizes["task"], performance(results)
-    scale, sign = (100, 1) if is_accuracy(measure) else (1, -1)
+    scale, sign = 100 if is_accuracy(measure) else 1, better(measure)
+    digits = {"loss": 3, "episode_return": 0}.get(measure, 2)
+    useless = "dormant_units" if "dead_units" not in results and "dormant_units" in results else "dead_units"
     plasticity = ("plasticity",) if "plasticity" in results else ()
     tenths = ("first tenth", "best tenth", "of tasks", "last tenth", "lost")
-    table = [("method", "seeds", "tasks", *tenths, *plasticity, "dead units")]
+    table = [("method", "seeds", "tasks", *tenths, *plasticity, useless.replace("_", " "))]
     for method in results.method.values.tolist():
         seeds, tasks = finished_tasks(results, method)
         progress = (method, str(len(seeds)), str(tasks) if tasks == total else f"{tasks}/{total}")
@@ -138,8 +146,7 @@ def summary(results: xr.Dataset) -> str:
         values = scale * _blocks(results, method, measure)
         best = int((sign * values.mean(0)).argmax())
         block = blocks_of_tasks(tasks)[best]
-        digits = 2 if is_accuracy(measure) else 3
-        dead = last_tenth(results, method, "dead_units") if "dead_units" in results else np.array([])
+        dead = last_tenth(results, method, useless) if useless in results else np.array([])
         table.append(
             (
                 *progress,
@@ -155,9 +162,33 @@ def summary(results: xr.Dataset) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rows = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
     experiment = results.attrs.get("experiment", "run")
-    what = f"{measure.replace('_', ' ')} in percent" if is_accuracy(measure) else "loss"
+    what = measure.replace("_", " ") + (" in percent" if is_accuracy(measure) else "")
     title = f"{experiment}: {what}, mean over seeds ± half its 95% confidence interval"
     return "\n".join([title, "", rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """A 95% interval of the mean over seeds, from percentiles of the means of bootstrap samples of the seeds.
+
+    Args:
+      values: array [seeds, n]; what is not finite is left out.
+      resamples: how many bootstrap samples; they are the same ones at every call.
+
+    Returns:
+      lower and upper ends [n], float64; NaN where no seed has a value, or where there is but one.
+
+    Example:
+      >>> low, high = bootstrap_interval(np.array([[1.0, 5.0], [3.0, 5.0]]))
+      >>> low.tolist(), high.tolist()
+      ([1.0, 5.0], [3.0, 5.0])
+    """
+    values = np.asarray(values, np.float64)
+    chosen = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    means, _ = mean_and_error(values[chosen], axis=1)
+    some = np.isfinite(means).any(0) & (len(values) > 1)
+    ends = np.full((2, values.shape[1]), np.nan)
+    ends[:, some] = np.nanpercentile(means[:, some], [2.5, 97.5], axis=0)
+    return ends[0], ends[1]
 
 
 def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:

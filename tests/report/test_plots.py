@@ -102,11 +102,12 @@ def test_a_learner_keeps_its_style_and_variants_and_strangers_get_their_own():
 
 def test_bins_average_tasks_within_a_seed_and_then_seeds():
     values = np.array([[1.0, 3.0, 5.0, 7.0, 9.0], [3.0, 5.0, 7.0, np.nan, np.nan]])
-    task, mean, error = _binned(values, 2)
+    task, mean, low, high = _binned(values, 2)
     np.testing.assert_allclose(mean, [3.0, 6.5, 9.0])
-    np.testing.assert_allclose(error, [1.0, 0.5, np.nan])
+    np.testing.assert_allclose(high - mean, [1.0, 0.5, np.nan])
+    np.testing.assert_allclose(mean - low, [1.0, 0.5, np.nan])
     np.testing.assert_allclose(task, [1.5, 10 / 3, 5.0])
-    task, mean, _ = _binned(np.full((2, 4), np.nan), 3)
+    task, mean, *_ = _binned(np.full((2, 4), np.nan), 3)
     assert task.size == mean.size == 0
     assert [_default_bin(tasks) for tasks in (1, 100, 150, 800, 5000)] == [1, 1, 2, 20, 100]
 
@@ -312,7 +313,7 @@ def test_bad_bins_and_missing_matplotlib(monkeypatch):
     with pytest.raises(ValueError, match="bin_size must be at least 1; got 0"):
         plot_tasks(results, bin_size=0)
     for other in (results.drop_vars(["accuracy", "loss"]), results.isel(method=0)):
-        with pytest.raises(ValueError, match=r"results must have an accuracy or a loss \[method, seed, task\]; got"):
+        with pytest.raises(ValueError, match=r"results must have an accuracy, a loss or an episode_return \[method, seed, task\]; got"):
             plot_tasks(other)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "cbp-jax\[report\]"'):
