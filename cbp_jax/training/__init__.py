@@ -4,7 +4,7 @@ from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.head import output_layers, reset_layers
 from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
 from cbp_jax.training.lanes import Lanes
-from cbp_jax.training.loop import Learner, TrainState, init_state, measure, run_task, run_tasks
+from cbp_jax.training.loop import Learner, TrainState, init_state, measure, run_lanes, run_task, run_tasks
 
 __all__ = [
     "Checkpoint",
@@ -17,6 +17,7 @@ __all__ = [
     "reset_layers",
     "run_increment",
     "run_increments",
+    "run_lanes",
     "run_task",
     "run_tasks",
     "step_size_factor",

@@ -178,7 +178,8 @@ def run_increments(
       after each increment, NumPy arrays [lanes] of what `run_increment` measures.
     """
     go_on = lambda data, state: run_increment(learner, problem, data, state, **settings)
-    return loop.run_lanes(learner, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+    start = lambda seed, values: loop.init_state(learner, seed, values)
+    return loop.run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
 
 
 def _measure(

@@ -279,12 +279,13 @@ def run_tasks(
         measure_every=measure_every,
         dormant_threshold=dormant_threshold,
     )
-    return run_lanes(learner, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+    start = lambda seed, values: init_state(learner, seed, values)
+    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
 
 
 def run_lanes(
-    learner: Learner,
-    go_on: Callable[[Any, TrainState], tuple[TrainState, dict[str, chex.Array]]],
+    start: Callable[[chex.Array, Hyperparameters], Any],
+    go_on: Callable[[Any, Any], tuple[Any, dict[str, chex.Array]]],
     data: Any,
     seeds: chex.Array,
     hyperparameters: dict[str, chex.Array],
@@ -296,7 +297,7 @@ def run_lanes(
     """Runs task after task on all lanes.
 
     Args:
-      learner: what is trained.
+      start: the state of a lane before its first task, of its seed, int32 [], and hyperparameters.
       go_on: what one lane does in a task, `(data, state) -> (state, measures)`.
       data: what all lanes share.
       seeds: as in `run_tasks`, like what follows.
@@ -310,10 +311,10 @@ def run_lanes(
     """
     lanes = Lanes(len(seeds), mode)
     data = lanes.share(data)
-    start = lanes.jit(lambda _, seed, values: init_state(learner, seed, values))
+    first = lanes.jit(lambda _, seed, values: start(seed, values))
     step = lanes.jit(go_on, donate_lane=0)
     hyperparameters = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
-    state = start(data, lanes.scatter(jnp.asarray(seeds, jnp.int32)), lanes.scatter(hyperparameters))
+    state = first(data, lanes.scatter(jnp.asarray(seeds, jnp.int32)), lanes.scatter(hyperparameters))
     done = 0
     if checkpoint is not None and checkpoint.tasks:
         done = checkpoint.tasks
