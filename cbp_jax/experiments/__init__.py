@@ -8,7 +8,9 @@ from cbp_jax.experiments import (
     input_permuted,
     label_permuted,
     online_permuted,
+    slippery_ant,
     slowly_changing_regression,
+    stationary_ant,
     stream,
     utility_quality,
 )
@@ -24,6 +26,8 @@ EXPERIMENTS: dict[str, ModuleType] = {
         utility_quality,
         continual_imagenet,
         class_incremental,
+        slippery_ant,
+        stationary_ant,
     )
 }
 

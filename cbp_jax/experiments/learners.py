@@ -380,6 +380,32 @@ def _check(text: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(f"method {text!r}: {error}") from error
 
 
+def make_optimizer(
+    methods: Sequence[Method], units: Units, options: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
+    """The optimizer of methods that differ in their numbers alone.
+
+    Args:
+      methods: of one learner and with the same options.
+      units: of the network.
+      options: those of the methods, and `kernel_init`, what replaced units start from.
+
+    Returns:
+      a function of hyperparameters by name and of a key to an optax transformation.
+    """
+    learner, options = methods[0].learner, dict(options)
+    if options.get("max_replacements", 0) is None:
+        # The rate is traced; its largest value bounds how many units one step can replace.
+        largest = max(method.hyperparameters["replacement_rate"] for method in methods)
+        options["max_replacements"] = int(largest * max(group.size for group in units) + 1e-5) + 1
+
+    def optimizer(h: Mapping[str, Any], key: chex.PRNGKey) -> optax.GradientTransformation:
+        tx = LEARNERS[learner].build(h, options, units, key)
+        return tx if learner in _REPLACING else _keeping_statistics(options, tx)
+
+    return optimizer
+
+
 def make_learner(
     methods: Sequence[Method],
     hidden: Sequence[int],
@@ -423,10 +449,6 @@ def make_learner(
     batch_stats = "batch_stats" in params
     in_training = functools.partial(net.apply, train=True, mutable=["batch_stats"]) if batch_stats else net.apply
     units = cbp_jax.discover_units(in_training, params, example)
-    if options.get("max_replacements", 0) is None:
-        # The rate is traced; its largest value bounds how many units one step can replace.
-        largest = max(method.hyperparameters["replacement_rate"] for method in methods)
-        options["max_replacements"] = int(largest * max(group.size for group in units) + 1e-5) + 1
     apply = cbp_jax.with_features(net.apply, units)
     apply_in_training = cbp_jax.with_features(in_training, units)
 
@@ -434,10 +456,6 @@ def make_learner(
         if not options.get("dropout_rate"):
             return apply_in_training(params, x)
         return apply(params, x, deterministic=False, rngs={"dropout": key})
-
-    def optimizer(h, key):
-        tx = LEARNERS[first.learner].build(h, options, units, key)
-        return tx if first.learner in _REPLACING else _keeping_statistics(options, tx)
 
     init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
     reset = options.get("reset", "")
@@ -458,7 +476,7 @@ def make_learner(
         init=init,
         predict=apply,
         train=train,
-        optimizer=optimizer,
+        optimizer=make_optimizer(methods, units, options),
         units=units,
         begin_task=begin_task if reset_head or reset else None,
         batch_stats=batch_stats,

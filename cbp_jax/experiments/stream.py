@@ -77,12 +77,21 @@ def check(settings: StreamSettings) -> list[learners.Method]:
     get_activation(settings.activation)
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
-    if not settings.methods:
+    return check_methods(settings.methods)
+
+
+def check_methods(texts: Sequence[str]) -> list[learners.Method]:
+    """Reads methods that are to be compared; see `learners.parse_method`.
+
+    Raises:
+      ValueError: there are none, or two are the same, or one is unknown.
+    """
+    if not texts:
         raise ValueError(f"methods must name at least one of {list(learners.LEARNERS)}")
-    methods = [learners.parse_method(text) for text in settings.methods]
+    methods = [learners.parse_method(text) for text in texts]
     labels = [method.label for method in methods]
     if len(set(labels)) < len(labels):
-        raise ValueError(f"methods must differ, got {list(settings.methods)}")
+        raise ValueError(f"methods must differ, got {list(texts)}")
     return methods
 
 

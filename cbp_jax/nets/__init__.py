@@ -1,6 +1,7 @@
 """Networks of the experiments, as Flax linen modules."""
 
 from cbp_jax.nets.activations import crelu, get_activation
+from cbp_jax.nets.actor_critic import ActorCritic
 from cbp_jax.nets.convnet import ConvNet, lenet
 from cbp_jax.nets.initializers import fan_in_uniform, kaiming_uniform
 from cbp_jax.nets.mlp import MLP, NORMALIZATIONS
@@ -11,6 +12,7 @@ from cbp_jax.nets.transformer import Encoder, ViT
 __all__ = [
     "MLP",
     "NORMALIZATIONS",
+    "ActorCritic",
     "ConvNet",
     "Encoder",
     "OnlineNorm",

@@ -13,6 +13,7 @@ from cbp_jax.nets import online_norm
 from cbp_jax.problems import Problem
 from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.lanes import Lanes
+from cbp_jax.transforms.surgery import replaced_units
 from cbp_jax.units import Features, UnitGroup
 
 Hyperparameters = dict[str, chex.Numeric]
@@ -229,15 +230,6 @@ def _weights(tree: optax.Params) -> optax.Params:
     if isinstance(tree, dict):
         return {name: leaves for name, leaves in tree.items() if name != online_norm.COLLECTION}
     return tree
-
-
-def replaced_units(opt_state: optax.OptState) -> chex.Array:
-    """How many units the last update replaced, whatever the optimizer state is nested in."""
-    masks = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
-    return sum(
-        (jnp.sum(mask, dtype=jnp.float32) for mask in jax.tree.leaves([found for _, found in masks])),
-        jnp.zeros([]),
-    )
 
 
 def run_tasks(

@@ -7,6 +7,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.transforms import resample
@@ -17,6 +18,15 @@ def as_mask(chosen: chex.Array, size: int) -> chex.Array:
     if chosen.size == 1:
         return jnp.arange(size) == chosen
     return jnp.zeros(size, bool).at[chosen].set(True, mode="drop")
+
+
+def replaced_units(opt_state: optax.OptState) -> chex.Array:
+    """How many units the last update replaced, whatever the optimizer state is nested in: float32 []."""
+    masks = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
+    return sum(
+        (jnp.sum(mask, dtype=jnp.float32) for mask in jax.tree.leaves([found for _, found in masks])),
+        jnp.zeros([]),
+    )
 
 
 def _default_initializer(ndim: int, part: units_lib.ParamSlice) -> resample.Initializer:

@@ -1,0 +1,213 @@
+"""Brax's walkers on ground whose friction changes (Dohare et al., Nature 2024)."""
+
+import copy
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from cbp_jax.envs.episodes import Episodes, check_range, strong
+from cbp_jax.transforms.keys import as_key_data
+from cbp_jax.transforms.scalars import check_scalar
+
+#: Backends in which a sliding body is slowed as Coulomb's law says, with what it takes.
+BACKENDS = ("spring", "mjx")
+_REFUSED = {
+    "positional": "its gaits hardly respond to friction",
+    "generalized": "with its few solver iterations the ground is nearly frictionless below a coefficient of 0.3",
+}
+# Brax's own 1 and 4 iterations do not resolve friction.
+_MJX = {"opt.iterations": 10, "opt.ls_iterations": 20, "opt.disableflags": 0}
+
+
+class Slippery:
+    r"""A Brax environment whose friction changes at the ends of episodes, in its state.
+
+    Environments with the same key meet the same frictions: that of period i is log-uniform in `friction_range`, drawn
+    with `fold_in(key, i)`. A period ends with the first episode that ends after `change_every` steps of it. Friction is
+    an array of the state, `info["friction"]`, so that nothing is compiled again when it changes, and rows of a `vmap`
+    may differ.
+
+    Args:
+      env: Brax's name of the environment, such as "ant", "halfcheetah", "hopper", "walker2d" or "humanoid".
+      friction: coefficient that stays as it is; by default it changes.
+      change_every: steps after which it changes; of one environment, so that where n environments share the steps of a
+        run it is an nth of the run's.
+      friction_range: smallest and largest friction.
+      key: of the frictions; a seed or a key, which may be traced.
+      backend: Brax's physics: "spring", or "mjx", whose solver is then given 10 iterations and 20 of its line search:
+        closer to MuJoCo, and several times slower.
+      clip_actions: whether actions are clipped to [-1, 1] before the environment sees them.
+      **episodes: `episode_length`, `time_limit_is_terminal` and `random_reset` of :class:`Episodes`, whose states
+        these are, and which have besides `info["friction"]`, and `info["period"]` and `info["period_steps"]`.
+
+    Raises:
+      ValueError: an argument is out of range, or a backend or an environment that is not offered.
+      ImportError: Brax is not installed.
+
+    Example:
+      >>> env = Slippery("ant", change_every=1000, key=0)
+      >>> state = jax.jit(env.reset)(jax.random.key(1))
+      >>> state.obs.shape, 0.02 <= state.info["friction"] <= 2
+      ((27,), Array(True, dtype=bool))
+
+    References:
+      Dohare et al., `Loss of plasticity in deep continual learning
+      <https://doi.org/10.1038/s41586-024-07711-7>`_, Nature 2024
+    """
+
+    def __init__(
+        self,
+        env: str = "ant",
+        *,
+        friction: chex.Numeric | None = None,
+        change_every: int = 2_000_000,
+        friction_range: tuple[float, float] = (0.02, 2.0),
+        key: chex.PRNGKey | int = 0,
+        backend: str = "spring",
+        clip_actions: bool = False,
+        **episodes: Any,
+    ):
+        if friction is not None:
+            check_scalar("friction", friction, at_least=0)
+        if change_every < 1:
+            raise ValueError(f"change_every must be at least 1, got {change_every}")
+        check_range("friction_range", friction_range)
+        if backend not in BACKENDS:
+            reason = f": {_REFUSED[backend]}" if backend in _REFUSED else ""
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}{reason}")
+        self.env = make_brax_env(env, backend)
+        if backend == "mjx":
+            self.env.sys = self.env.sys.tree_replace(_MJX)
+        self.friction = friction
+        self.change_every = change_every
+        self.friction_range = friction_range
+        self.clip_actions = clip_actions
+        self._key, self._impl = as_key_data(key)
+        self._settings = episodes
+        Episodes(self.env, **episodes)  # checks them
+
+    @property
+    def observation_size(self) -> int:
+        """Number of observations."""
+        return self.env.observation_size
+
+    @property
+    def action_size(self) -> int:
+        """Number of actions."""
+        return self.env.action_size
+
+    def friction_of(self, period: chex.Numeric) -> chex.Array:
+        """The friction coefficient of a period, which is counted from 0: float32 []."""
+        if self.friction is not None:
+            return jnp.asarray(self.friction, jnp.float32)
+        key = jax.random.fold_in(jax.random.wrap_key_data(self._key, impl=self._impl), period)
+        low, high = jnp.log(jnp.asarray(self.friction_range))
+        return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+
+    def reset(self, key: chex.PRNGKey) -> Any:
+        """The first state, in the first period, of a key for the pose of the body."""
+        friction = self.friction_of(0)
+        state = self._episodes(friction).reset(key)
+        counts = {"period": jnp.int32(0), "period_steps": jnp.int32(0)}
+        return strong(state.replace(info=state.info | counts | {"friction": friction}))
+
+    def step(self, state: Any, action: chex.Array) -> Any:
+        """The state after an action [actions]."""
+        if self.clip_actions:
+            action = jnp.clip(action, -1, 1)
+        state = self._episodes(state.info["friction"]).step(state, action)
+        if self.friction is not None:
+            return state
+        steps = state.info["period_steps"] + 1
+        over = (state.done > 0) & (steps >= self.change_every)
+        period = state.info["period"] + over
+        changed = {
+            "period": period,
+            "period_steps": jnp.where(over, 0, steps),
+            "friction": jnp.where(over, self.friction_of(period), state.info["friction"]),
+        }
+        return strong(state.replace(info=state.info | changed))
+
+    def _episodes(self, friction: chex.Array) -> Episodes:
+        return Episodes(with_friction(self.env, friction), **self._settings)
+
+
+class SlipperyAnt(Slippery):
+    r"""Brax's ant on ground whose friction changes; see :class:`Slippery` for the arguments.
+
+    It differs from Gym's Ant-v3, with which the paper was made:
+
+    ====================  ==============================================  =====================================
+    \                     Ant-v3                                          here
+    ====================  ==============================================  =====================================
+    observations          111, 84 of them contact forces                  27: positions but x and y, velocities
+    contact cost          5e-4 times the squared contact forces           none
+    contacts              all parts with the ground and each other        four feet with the ground
+    healthy reward, cost  1 a step; 0.5 times the squared actions         the same
+    of control
+    forward reward        velocity of the torso along x                   the same
+    end of an episode     torso's height outside [0.2, 1] m, or not       height outside [0.2, 1] m
+                          a finite number
+    a step                0.05 s                                          0.05 s
+    start                 uniform and normal noise of scale 0.1           the same
+    physics               MuJoCo                                          Brax's spring, or MuJoCo's MJX
+    friction              of the floor                                    of the ground and all parts: a contact
+                                                                          takes the larger of the two
+    actions               clipped to [-1, 1] by the simulator             as they are, or clipped
+    ====================  ==============================================  =====================================
+
+    Example:
+      >>> env = SlipperyAnt(friction=1.0, backend="spring")
+      >>> env.observation_size, env.action_size
+      (27, 8)
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__("ant", **settings)
+
+
+def with_friction(env: Any, friction: chex.Numeric) -> Any:
+    """A copy of a Brax environment in which every contact has this coefficient of sliding friction.
+
+    It is set on all bodies, as a contact takes the larger of the two. What has been compiled need not be again: the
+    coefficient may be traced.
+
+    Args:
+      env: an environment of Brax, not wrapped.
+      friction: coefficient, float [].
+
+    Returns:
+      the copy; the environment itself stays as it is.
+    """
+    env = copy.copy(env)
+    env.sys = env.sys.tree_replace({"geom_friction": jnp.asarray(env.sys.geom_friction).at[:, 0].set(friction)})
+    return env
+
+
+def make_brax_env(name: str, backend: str) -> Any:
+    """A Brax environment by name.
+
+    Raises:
+      ValueError: there is none of that name.
+      ImportError: Brax is not installed.
+    """
+    envs = brax("envs")
+    if name not in envs._envs:
+        raise ValueError(f"env must be one of {sorted(envs._envs)}, got {name!r}")
+    with warnings.catch_warnings():
+        # Brax warns at every loading of a model that MuJoCo's own environments are where work goes on.
+        warnings.simplefilter("ignore")
+        return envs.get_environment(name, backend=backend)
+
+
+def brax(module: str) -> ModuleType:
+    """Imports a module of Brax, or says how to install it."""
+    try:
+        return importlib.import_module(f"brax.{module}")
+    except ImportError as error:
+        raise ImportError('environments need brax: pip install "cbp-jax[rl]"') from error

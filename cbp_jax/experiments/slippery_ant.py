@@ -1,0 +1,340 @@
+"""Slippery ant (Dohare et al., Nature 2024): PPO learns to walk while the friction of the ground changes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cbp_jax import envs, nets, training
+from cbp_jax.experiments import learners, stream
+from cbp_jax.experiments.stream import plot, summary
+from cbp_jax.rl import ppo
+
+__all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "run_experiment", "summary", "total"]
+
+NAME = "slippery_ant"
+
+#: What is measured of each interval, for each method and seed.
+MEASURES: dict[str, str] = {
+    "episode_return": "mean return of the episodes that ended in the interval",
+    "episode_length": "mean length of the episodes that ended in the interval, in steps",
+    "forward_velocity": "mean velocity forward, in metres a second",
+    "friction": "mean friction coefficient over environments and steps",
+    "dormant_units": "fraction of the policy's hidden units of small activation, relative to their layer's, at the end",
+    "stable_rank": "stable rank of the policy's last hidden layer over its number of units, at the end",
+    "weight_magnitude": "mean absolute weight of the policy, at the end",
+    "policy_loss": "mean of PPO's clipped surrogate loss",
+    "value_loss": "mean squared error of the value",
+    "entropy": "mean entropy of the policy, in nats",
+    "approx_kl": "mean estimate of the divergence of the policy from that of the rollout, in nats",
+    "clip_fraction": "fraction of ratios that were clipped",
+    "explained_variance": "fraction of the variance of returns that values explain, mean over updates",
+    "replaced_units": "units replaced during the interval",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """PPO on an ant, or another of Brax's environments, whose friction changes."""
+
+    methods: tuple[str, ...] = ("adam:step_size=1e-4",)
+    """Learners to compare, each a name, with settings if wanted: "adam:b1=0.99,b2=0.99"."""
+    seeds: int = 30
+    """Number of runs of each method, seeds 0, 1, ..."""
+    steps: int = 20_000_000
+    """Steps of the environment in all."""
+    interval: int = 102_400
+    """Steps of the environment in which a measurement is made; a multiple of those of a rollout."""
+    env: str = "ant"
+    """Brax's name of the environment."""
+    backend: str = "spring"
+    """Brax's physics."""
+    friction: float | None = None
+    """Friction coefficient that stays as it is; changing if not given."""
+    change_every: int = 2_000_000
+    """Steps of the environment after which friction changes, where the next episode ends."""
+    friction_range: tuple[float, float] = (0.02, 2.0)
+    """Frictions are log-uniform between these."""
+    episode_length: int = 1000
+    """Time limit of an episode, in steps."""
+    time_limit_is_terminal: bool = True
+    """Whether nothing is to be gained after the time limit, as in the paper, or it only cuts the episode."""
+    clip_actions: bool = False
+    """Whether actions are clipped to [-1, 1]."""
+    num_envs: int = 32
+    """Environments that a rollout goes through together."""
+    rollout_length: int = 64
+    """Steps of each environment in a rollout."""
+    epochs: int = 10
+    """How often a rollout is learned from."""
+    minibatches: int = 16
+    """Updates of an epoch."""
+    discount: float = 0.99
+    """Discount of a step."""
+    gae_lambda: float = 0.95
+    """Decay of generalised advantage estimation."""
+    clip: float = 0.2
+    """How far PPO lets ratios of probabilities go from 1."""
+    normalize_observations: bool = False
+    """Whether observations are normalised by their running mean and variance."""
+    hidden: tuple[int, ...] = (256, 256)
+    """Sizes of the hidden layers, of the policy and of the value."""
+    activation: str = "relu"
+    """Activation of the hidden layers, where a method does not choose one."""
+    initial_log_std: float = 0.0
+    """Logarithm of the policy's standard deviation at first."""
+    dormant_threshold: float = 0.01
+    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+    lanes: Literal["auto", "vmap", "map"] = "auto"
+    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+
+
+def preset(name: str, dataset: str | None = None) -> Settings:
+    """The settings of a preset.
+
+    Args:
+      name: "smoke" (a minute), "laptop" (the comparison on 2 cores in an hour) or "paper".
+      dataset: must be None.
+
+    Returns:
+      the settings.
+
+    Raises:
+      ValueError: there is no such preset, or a dataset is given.
+
+    Example:
+      >>> preset("paper").steps // preset("paper").change_every
+      10
+    """
+    return checked_preset(PRESETS, NAME, name, dataset)
+
+
+def checked_preset(
+    presets: dict[str, Callable[[], Settings]], experiment: str, name: str, dataset: str | None
+) -> Settings:
+    """The settings of a preset of an experiment that has no dataset."""
+    if dataset is not None:
+        raise ValueError(f"dataset must be left out: {experiment} has none; got {dataset!r}")
+    return stream.preset(presets, name)
+
+
+def comparison(step_size: float) -> tuple[str, ...]:
+    """The paper's learners: standard PPO, with Adam tuned against forgetting its past gradients, L2, CBP."""
+    tuned = f"step_size={step_size},b1=0.99,b2=0.99"
+    return (
+        f"adam:step_size={step_size}",
+        f"adam:{tuned}",
+        f"adam:{tuned},l2=1e-3",
+        f"cbp_adam:{tuned},l2=1e-4,replacement_rate=1e-4,maturity_threshold=10000",
+    )
+
+
+def others(step_size: float) -> tuple[str, ...]:
+    """Learners besides those of `comparison`."""
+    tuned = f"step_size={step_size},b1=0.99,b2=0.99"
+    return (
+        f"redo_adam:{tuned},threshold=0.1,every=100",
+        f"shrink_and_perturb_adam:{tuned},l2=1e-3,noise=1e-5",
+        f"adaptive_upgd:step_size={step_size},sigma=1e-3",
+        f"upgd:step_size={30 * step_size},sigma=1e-3",
+    )
+
+
+SMOKE = Settings(
+    methods=("adam:step_size=3e-4", "cbp_adam:step_size=3e-4,replacement_rate=1e-2,maturity_threshold=10"),
+    seeds=1,
+    steps=1024,
+    interval=512,
+    change_every=256,
+    episode_length=50,
+    num_envs=8,
+    rollout_length=16,
+    epochs=2,
+    minibatches=4,
+    hidden=(16, 16),
+)
+# Of a step size that learns in a tenth of the steps; see the measurements in the README.
+LAPTOP = Settings(
+    methods=comparison(3e-4),
+    seeds=3,
+    steps=1_638_400,
+    interval=40_960,
+    change_every=204_800,
+    clip_actions=True,
+    initial_log_std=-0.7,
+)
+PRESETS: dict[str, Callable[[], Settings]] = {
+    "smoke": lambda: SMOKE,
+    "laptop": lambda: LAPTOP,
+    "paper": lambda: Settings(methods=(*comparison(1e-4), *others(1e-4))),
+}
+
+
+def total(settings: Settings) -> int:
+    """How many intervals all lanes have to do, for a progress bar."""
+    return len(settings.methods) * settings.seeds * (settings.steps // settings.interval)
+
+
+def check(settings: Settings) -> list[learners.Method]:
+    """Checks settings before anything is computed.
+
+    Args:
+      settings: what to run.
+
+    Returns:
+      the methods.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+    """
+    methods = stream.check_methods(settings.methods)
+    for name in ("seeds", "steps", "interval", "change_every", "episode_length"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    rollout = ppo_settings(settings).steps
+    if settings.interval % rollout:
+        raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")
+    if settings.interval < settings.num_envs * settings.episode_length:
+        raise ValueError(
+            f"interval must be at least num_envs * episode_length = {settings.num_envs * settings.episode_length}, so "
+            f"that an episode ends in it; got {settings.interval}"
+        )
+    if settings.steps % settings.interval:
+        raise ValueError(f"steps must be a multiple of interval = {settings.interval}, got {settings.steps}")
+    if not settings.dormant_threshold >= 0:
+        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
+    if settings.lanes not in ("auto", "vmap", "map"):
+        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
+    nets.get_activation(settings.activation)
+    for text, method in zip(settings.methods, methods, strict=True):
+        unusable = [name for name in ("normalization", "dropout_rate", "reset") if method.options.get(name)]
+        if unusable or method.options.get("order") == 2:
+            raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")
+    return methods
+
+
+def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
+    """Trains agents with all methods and all seeds.
+
+    All methods with the same seed start from the same weights and meet the same frictions. Results are written as
+    intervals end, and the state every half minute: a run that is killed goes on from there as if nothing had been.
+
+    Args:
+      settings: what to run.
+      out: folder for the results.
+      progress: called after each interval with the labels of the methods that ran, how many lanes (methods times seeds)
+        finished it, and the means of what was measured.
+
+    Returns:
+      the results, an `xarray.Dataset`; see `report.new_results`. Tasks are intervals of steps; the coordinate `step`
+      counts the environment's steps up to their ends.
+
+    Raises:
+      ValueError: a setting is out of range or unknown, before anything is computed.
+      ImportError: Brax is not installed.
+    """
+    return run_experiment(NAME, settings, out, progress)
+
+
+def run_experiment(experiment: str, settings: Settings, out: Path, progress: stream.Progress | None) -> Any:
+    """As `run`, for any experiment with these settings."""
+    methods = check(settings)
+    intervals = settings.steps // settings.interval
+    results = stream.empty_results(experiment, settings, methods, intervals, MEASURES)
+    results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
+    make = lambda group: functools.partial(_train, settings, group, intervals)
+    return stream.run_methods(results, methods, make, out, progress)
+
+
+class _Lane(NamedTuple):
+    """The state of one agent."""
+
+    agent: ppo.State
+    key: chex.Array  # raw key data of the seed, constant
+    hyperparameters: dict[str, chex.Array]  # constant
+
+
+def _train(
+    settings: Settings,
+    group: list[learners.Method],
+    intervals: int,
+    seeds: np.ndarray,
+    numbers: dict[str, np.ndarray],
+    checkpoint: training.Checkpoint,
+) -> Iterator[dict[str, Any]]:
+    """Measures [lanes] of each interval, of methods that differ in their numbers alone."""
+    given = group[0].options
+    rules = ppo_settings(settings)
+    updates = settings.interval // rules.steps
+
+    def agent(key: chex.Array, hyperparameters: dict[str, chex.Array]):
+        frictions, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
+        env = make_env(settings, frictions)
+        network = make_network(settings, env.action_size, given)
+        options = {**given, "kernel_init": network.kernel_init}
+        make = lambda units: learners.make_optimizer(group, units, options)(hyperparameters, optimizer)
+        init, update = ppo.make(env, network, make, rules)
+        return network, start, init, update
+
+    def first(seed: chex.Array, hyperparameters: dict[str, chex.Array]) -> _Lane:
+        key = jax.random.key_data(jax.random.key(seed))
+        _, start, init, _ = agent(key, hyperparameters)
+        return _Lane(init(start), key, hyperparameters)
+
+    def go_on(_: Any, lane: _Lane) -> tuple[_Lane, dict[str, chex.Array]]:
+        network, _, _, update = agent(lane.key, lane.hyperparameters)
+        state, found = jax.lax.scan(lambda state, _: update(state), lane.agent, length=updates)
+        episodes = jnp.maximum(jnp.sum(found["episodes"]), 1)
+        measures = {name: jnp.mean(found[name]) for name in MEASURES if name in found}
+        measures |= {
+            "episode_return": jnp.sum(found["return_sum"]) / episodes,
+            "episode_length": jnp.sum(found["length_sum"]) / episodes,
+            "forward_velocity": jnp.mean(found["x_velocity"]),
+            "replaced_units": jnp.sum(found["replaced_units"]),
+        }
+        measures |= ppo.measure(
+            network,
+            state,
+            normalize_observations=settings.normalize_observations,
+            dormant_threshold=settings.dormant_threshold,
+        )
+        return lane._replace(agent=state), measures
+
+    return training.run_lanes(first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint)
+
+
+def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Slippery:
+    """The environment of a run, of a key for its frictions."""
+    return envs.Slippery(
+        settings.env,
+        friction=settings.friction,
+        change_every=max(1, settings.change_every // settings.num_envs),  # of each environment
+        friction_range=settings.friction_range,
+        key=key,
+        backend=settings.backend,
+        clip_actions=settings.clip_actions,
+        episode_length=settings.episode_length,
+        time_limit_is_terminal=settings.time_limit_is_terminal,
+    )
+
+
+def make_network(settings: Settings, action_size: int, options: Mapping[str, Any] = {}) -> nets.ActorCritic:
+    """The network of a run, of a method's options."""
+    return nets.ActorCritic(
+        action_size,
+        settings.hidden,
+        options.get("activation", settings.activation),
+        initial_log_std=settings.initial_log_std,
+    )
+
+
+def ppo_settings(settings: Settings) -> ppo.Settings:
+    """Those of the settings that are PPO's."""
+    names = [field.name for field in dataclasses.fields(ppo.Settings) if hasattr(settings, field.name)]
+    return ppo.Settings(**{name: getattr(settings, name) for name in names})

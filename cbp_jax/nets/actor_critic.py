@@ -1,0 +1,62 @@
+"""Policy and value of an agent with continuous actions."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import linen as nn
+
+from cbp_jax.nets.activations import Activation, get_activation
+
+
+class ActorCritic(nn.Module):
+    """A Gaussian policy and a value, two multilayer perceptrons that share nothing.
+
+    Layers are named `actor_0`, `actor_1`, ... and `actor_mean`, `critic_0`, `critic_1`, ... and `critic_value`. The
+    standard deviations do not depend on the observation; their logarithms are the parameter `actor_log_std`.
+
+    Attributes:
+      action_size: number of actions, which are continuous.
+      hidden: number of units of each hidden layer, of the policy and of the value.
+      activation: a name of `get_activation`, or a function of one array.
+      kernel_init: a `jax.nn.initializers` function, LeCun's by default; biases start at 0.
+      initial_log_std: logarithm of the standard deviation of each action at first.
+
+    Raises:
+      ValueError: an attribute is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> net = ActorCritic(action_size=8)
+      >>> params = net.init(jax.random.key(0), jnp.zeros((1, 27)))
+      >>> mean, log_std, value = net.apply(params, jnp.zeros((32, 27)))
+      >>> mean.shape, log_std.shape, value.shape
+      ((32, 8), (8,), (32,))
+    """
+
+    action_size: int
+    hidden: Sequence[int] = (256, 256)
+    activation: str | Activation = "relu"
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    initial_log_std: float = 0.0
+
+    def __post_init__(self):
+        if self.action_size < 1:
+            raise ValueError(f"action_size must be at least 1, got {self.action_size}")
+        if not self.hidden or min(self.hidden) < 1:
+            raise ValueError(f"hidden must be sizes of at least one hidden layer, got {self.hidden}")
+        get_activation(self.activation)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Maps observations [..., inputs] to means [..., actions], log-stds [actions] and values [...]."""
+        mean = self._torso("actor", obs, self.action_size, "actor_mean")
+        log_std = self.param("actor_log_std", nn.initializers.constant(self.initial_log_std), (self.action_size,))
+        value = self._torso("critic", obs, 1, "critic_value")
+        return mean, log_std, value[..., 0]
+
+    def _torso(self, name: str, x: jax.Array, outputs: int, head: str) -> jax.Array:
+        for number, size in enumerate(self.hidden):
+            x = nn.Dense(size, kernel_init=self.kernel_init, name=f"{name}_{number}")(x)
+            x = get_activation(self.activation)(x)
+        return nn.Dense(outputs, kernel_init=self.kernel_init, name=head)(x)
