@@ -1,6 +1,7 @@
 """Environments of Brax as the experiments need them; those of Brax need `pip install "cbp-jax[rl]"`."""
 
 from cbp_jax.envs.episodes import Episodes
+from cbp_jax.envs.render import episode, save_html
 from cbp_jax.envs.slippery import Slippery, SlipperyAnt, with_friction
 
-__all__ = ["Episodes", "Slippery", "SlipperyAnt", "with_friction"]
+__all__ = ["Episodes", "Slippery", "SlipperyAnt", "episode", "save_html", "with_friction"]

@@ -109,18 +109,24 @@ class Slippery:
         low, high = jnp.log(jnp.asarray(self.friction_range))
         return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
 
+    def episodes(self, friction: chex.Numeric) -> Episodes:
+        """The environment with a friction coefficient that stays as it is."""
+        return Episodes(with_friction(self.env, friction), **self._settings)
+
+    def clipped(self, action: chex.Array) -> chex.Array:
+        """The action that reaches the body."""
+        return jnp.clip(action, -1, 1) if self.clip_actions else action
+
     def reset(self, key: chex.PRNGKey) -> Any:
         """The first state, in the first period, of a key for the pose of the body."""
         friction = self.friction_of(0)
-        state = self._episodes(friction).reset(key)
+        state = self.episodes(friction).reset(key)
         counts = {"period": jnp.int32(0), "period_steps": jnp.int32(0)}
         return strong(state.replace(info=state.info | counts | {"friction": friction}))
 
     def step(self, state: Any, action: chex.Array) -> Any:
         """The state after an action [actions]."""
-        if self.clip_actions:
-            action = jnp.clip(action, -1, 1)
-        state = self._episodes(state.info["friction"]).step(state, action)
+        state = self.episodes(state.info["friction"]).step(state, self.clipped(action))
         if self.friction is not None:
             return state
         steps = state.info["period_steps"] + 1
@@ -132,9 +138,6 @@ class Slippery:
             "friction": jnp.where(over, self.friction_of(period), state.info["friction"]),
         }
         return strong(state.replace(info=state.info | changed))
-
-    def _episodes(self, friction: chex.Array) -> Episodes:
-        return Episodes(with_friction(self.env, friction), **self._settings)
 
 
 class SlipperyAnt(Slippery):

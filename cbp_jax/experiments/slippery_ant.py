@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -223,7 +224,8 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
     """Trains agents with all methods and all seeds.
 
     All methods with the same seed start from the same weights and meet the same frictions. Results are written as
-    intervals end, and the state every half minute: a run that is killed goes on from there as if nothing had been.
+    intervals end, and the state every half minute: a run that is killed goes on from there as if nothing had been. When
+    a method is done, a page is written that shows an episode of its first seed's agent.
 
     Args:
       settings: what to run.
@@ -248,7 +250,7 @@ def run_experiment(experiment: str, settings: Settings, out: Path, progress: str
     intervals = settings.steps // settings.interval
     results = stream.empty_results(experiment, settings, methods, intervals, MEASURES)
     results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-    make = lambda group: functools.partial(_train, settings, group, intervals)
+    make = lambda group: functools.partial(_train, settings, group, intervals, Path(out))
     return stream.run_methods(results, methods, make, out, progress)
 
 
@@ -264,6 +266,7 @@ def _train(
     settings: Settings,
     group: list[learners.Method],
     intervals: int,
+    out: Path,
     seeds: np.ndarray,
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
@@ -306,7 +309,38 @@ def _train(
         )
         return lane._replace(agent=state), measures
 
-    return training.run_lanes(first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint)
+    def finish(lanes: _Lane) -> None:
+        for number, method in enumerate(group):  # the first seed of each
+            state = jax.tree.map(lambda x, row=number * settings.seeds: x[row], lanes.agent)
+            save_episode(settings, method, state, out / f"episode-{_file_name(method.label)}.html")
+
+    return training.run_lanes(
+        first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint, finish=finish
+    )
+
+
+def save_episode(settings: Settings, method: learners.Method, state: ppo.State, path: Path) -> Path:
+    """Writes a page that shows an agent: an episode of its mean actions, at the friction that it trained on last.
+
+    Args:
+      settings: of the run.
+      method: what trained the agent.
+      state: the agent's.
+      path: of the page.
+
+    Returns:
+      the path.
+    """
+    env = make_env(settings)
+    network = make_network(settings, env.action_size, method.options)
+    statistics = state.statistics if settings.normalize_observations else None
+    policy = lambda obs: ppo.act(network, state.params, obs, statistics=statistics)
+    poses, _ = envs.episode(env, policy, jax.random.key(0), friction=state.env_state.info["friction"][0])
+    return envs.save_html(env, poses, path)
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", label).strip("_")
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Slippery:

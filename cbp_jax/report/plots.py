@@ -67,9 +67,9 @@ _TEST_PANELS = (
 # Of agents: as Figures 3 and 4 of Dohare et al., Nature 2024.
 _AGENT_PANELS = (
     _PERFORMANCE["episode_return"],
-    _Panel("dormant_units", "Dormant units of the policy (%)", 100.0, True),
-    _Panel("stable_rank", "Stable rank of the policy (scaled, 0-100)", 100.0, False),
-    _Panel("weight_magnitude", "Mean weight magnitude of the policy", 1.0, False),
+    _Panel("dormant_units", "Policy's dormant units (%)", 100.0, True),
+    _Panel("stable_rank", "Policy's stable rank (scaled, 0-100)", 100.0, False),
+    _Panel("weight_magnitude", "Policy's mean weight magnitude", 1.0, False),
 )
 
 # As Figure 5 of Elsayed & Mahmood, ICLR 2024.
@@ -283,7 +283,7 @@ def _plot_panels(
             _draw_panel(ax, results, panel, methods, styles, bin_size)
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
         for ax in axes[len(panels) - columns : len(panels)]:
-            ax.set_xlabel("Steps of the environment" if _over_steps(results) else "Task")
+            ax.set_xlabel("Steps of the environment (millions)" if _over_steps(results) else "Task")
             ax.tick_params(labelbottom=True)
         for ax in axes[len(panels) :]:
             ax.remove()
@@ -386,7 +386,7 @@ def _draw_panel(
         values = results[panel.measure].loc[{"method": method}].transpose("seed", "task").values
         task, mean, low, high = _binned(panel.scale * values.astype(np.float64), bin_size, _over_steps(results))
         if _over_steps(results):
-            task = np.interp(task, results.task.values + 1.0, results.step.values)
+            task = np.interp(task, results.task.values + 1.0, results.step.values / 1e6)
         style, main = styles[method], _learner(results, method) == "cbp"
         every = max(1, math.ceil(len(task) / 6))
         ax.plot(

@@ -285,6 +285,7 @@ def run_lanes(
     *,
     mode: str = "auto",
     checkpoint: Checkpoint | None = None,
+    finish: Callable[[Any], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Runs task after task on all lanes.
 
@@ -297,6 +298,7 @@ def run_lanes(
       tasks: how many tasks.
       mode: how the lanes of a device run.
       checkpoint: where the state is kept.
+      finish: called after the last task with the states [lanes, ...], on the host.
 
     Yields:
       after each task, NumPy arrays [lanes] of what was measured.
@@ -316,3 +318,5 @@ def run_lanes(
         yield lanes.gather(measures)
         if checkpoint is not None:
             checkpoint.save(task + 1, lambda: lanes.gather(state))  # noqa: B023
+    if finish is not None:
+        finish(lanes.gather(state))

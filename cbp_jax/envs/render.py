@@ -1,0 +1,63 @@
+"""An episode as a page to look at."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from cbp_jax.envs.slippery import Slippery, brax
+
+
+def episode(
+    env: Slippery,
+    policy: Callable[[chex.Array], chex.Array],
+    key: chex.PRNGKey,
+    *,
+    friction: chex.Numeric | None = None,
+) -> tuple[Any, float]:
+    """Goes through one episode.
+
+    Args:
+      env: the environment, one.
+      policy: maps an observation [observations] to an action [actions].
+      key: of the first state.
+      friction: coefficient, by default that of the environment's first period.
+
+    Returns:
+      poses of the bodies, Brax's pipeline states with leading axis [steps], on the host; and the episode's return.
+    """
+    episodes = env.episodes(env.friction_of(0) if friction is None else friction)
+
+    @jax.jit
+    def go_through(key):
+        def step(state, _):
+            after = episodes.step(state, env.clipped(policy(state.obs)))
+            return after, (state.pipeline_state, after.done, after.info["episode_return"])
+
+        return jax.lax.scan(step, episodes.reset(key), length=episodes.episode_length)[1]
+
+    poses, dones, returns = jax.device_get(go_through(key))
+    steps = int(np.argmax(dones > 0)) + 1
+    return jax.tree.map(lambda x: x[:steps], poses), float(returns[steps - 1])
+
+
+def save_html(env: Slippery, poses: Any, path: str | Path) -> Path:
+    """Writes a page that shows an episode in a browser, by Brax's viewer, which the page loads from the network.
+
+    Args:
+      env: the environment.
+      poses: as `episode` returns them.
+      path: of the page.
+
+    Returns:
+      the path.
+    """
+    steps = len(jax.tree.leaves(poses)[0])
+    frames = [jax.tree.map(lambda x, i=i: x[i], poses) for i in range(steps)]
+    system = env.env.sys.tree_replace({"opt.timestep": env.env.dt})
+    path = Path(path)
+    path.write_text(brax("io.html").render(system, frames, height="100vh", colab=False))
+    return path
