@@ -1,0 +1,165 @@
+"""The ant: its physics, and when its friction changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbp_jax import envs
+
+OPTIMIZED = True  # of short programs that run for long
+SETTINGS = {"change_every": 3, "episode_length": 2, "random_reset": False}
+
+
+def slide(env, friction):
+    """How far an ant that was pushed sideways slides in a second, in metres."""
+    env = envs.with_friction(env, friction)
+    still = jnp.zeros(env.action_size)
+    second = lambda state: jax.lax.scan(lambda s, _: (env.pipeline_step(s, still), None), state, length=20)[0]
+    landed = second(env.pipeline_init(env.sys.init_q, jnp.zeros(env.sys.qd_size())))
+    pushed = env.pipeline_init(landed.q, landed.qd.at[1].add(3.0))  # m/s
+    return second(pushed).q[1] - landed.q[1]
+
+
+@pytest.fixture(scope="module")
+def ant():
+    return envs.SlipperyAnt(**SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def traces():
+    return []
+
+
+@pytest.fixture(scope="module")
+def runs(ant, traces):
+    """Two seeds that take seven steps, as one run and in two calls of one function; all states [seeds, steps]."""
+
+    def go_on(state, schedule):
+        traces.append(1)
+        env = envs.SlipperyAnt(key=jax.random.wrap_key_data(schedule), **SETTINGS)
+
+        def step(state, _):
+            state = env.step(state, jnp.full(8, 0.5))
+            return state, state
+
+        return jax.lax.scan(step, state, length=4)
+
+    start = lambda schedule: envs.SlipperyAnt(key=jax.random.wrap_key_data(schedule), **SETTINGS).reset(
+        jax.random.key(5)
+    )
+    schedules = jax.random.key_data(jax.random.split(jax.random.key(7), 2))
+    first = jax.jit(jax.vmap(start))(schedules)
+    go_on = jax.jit(jax.vmap(go_on))
+    state, early = go_on(first, schedules)
+    _, late = go_on(state, schedules)
+    frictions = jax.vmap(
+        lambda s: jax.vmap(envs.SlipperyAnt(key=jax.random.wrap_key_data(s)).friction_of)(jnp.arange(3))
+    )
+    return first, jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), early, late), frictions(schedules)
+
+
+def test_a_pushed_ant_slides_as_far_as_friction_lets_it(ant):
+    slid = jax.jit(jax.vmap(lambda friction: slide(ant.env, friction)))(jnp.array([0.02, 0.3, 1.0]))
+    assert slid[0] > 2.5 and slid[2] < 1, slid
+    # Coulomb: v t - mu g t^2 / 2, and v^2 / (2 mu g) where it comes to rest.
+    np.testing.assert_allclose(slid, [2.90, 1.53, 0.46], atol=0.1)
+
+
+def test_friction_changes_with_the_first_episode_that_ends_late_enough(runs):
+    first, states, frictions = runs
+    # Episodes are of two steps, so that the end of the second is the first after three steps.
+    np.testing.assert_array_equal(states.done[0], [0, 1, 0, 1, 0, 1, 0, 1])
+    for seed in range(2):
+        np.testing.assert_allclose(first.info["friction"][seed], frictions[seed, 0], rtol=1e-6)
+        expected = frictions[seed, jnp.array([0, 0, 0, 1, 1, 1, 1, 2])]
+        np.testing.assert_allclose(states.info["friction"][seed], expected, rtol=1e-6)
+    assert len(set(np.asarray(frictions).ravel().tolist())) == 6, "seeds and periods have frictions of their own"
+
+
+def test_changes_are_not_traced_again(runs, traces):
+    assert len(traces) == 1
+
+
+def test_after_a_change_the_state_does_as_an_environment_built_with_that_friction(ant, runs):
+    _, states, frictions = runs
+    at = lambda step: jax.tree.map(lambda x: x[0, step], states)
+    # Step 4 is the first with the second friction.
+    built = envs.SlipperyAnt(friction=float(frictions[0, 1]), episode_length=2, random_reset=False)
+    after = jax.jit(built.step)(at(3), jnp.full(8, 0.5))
+    np.testing.assert_allclose(after.obs, at(4).obs, atol=1e-4)
+    other = jax.jit(built.step)(at(3).replace(info=at(3).info | {"friction": jnp.float32(0.02)}), jnp.full(8, 0.5))
+    assert jnp.abs(other.obs - after.obs).max() > 1e-3, "and friction matters to that step"
+
+
+def test_frictions_are_log_uniform_and_of_the_key_alone():
+    friction_of = jax.jit(jax.vmap(envs.SlipperyAnt(key=3).friction_of))
+    frictions = np.log(friction_of(jnp.arange(4000)))
+    low, high = np.log([0.02, 2.0])
+    assert low <= frictions.min() and frictions.max() <= high
+    counts, _ = np.histogram(frictions, bins=8, range=(low, high))
+    assert (abs(counts - 500) < 5 * np.sqrt(500)).all(), counts
+    np.testing.assert_array_equal(frictions, np.log(jax.vmap(envs.SlipperyAnt(key=3).friction_of)(jnp.arange(4000))))
+    assert envs.SlipperyAnt(key=4).friction_of(0) != envs.SlipperyAnt(key=3).friction_of(0)
+    assert envs.SlipperyAnt(friction=0.7, key=4).friction_of(5) == jnp.float32(0.7)
+
+
+def test_actions_are_clipped_where_asked():
+    action = jnp.array([-3.0, 0.5, 2.0])
+    assert envs.SlipperyAnt(clip_actions=True).clipped(action).tolist() == [-1.0, 0.5, 1.0]
+    assert envs.SlipperyAnt().clipped(action).tolist() == action.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"env": "antelope"}, r"env must be one of .*'ant'.*, got 'antelope'"),
+        ({"backend": "positional"}, r"backend must be one of \('spring', 'mjx'\), got 'positional': its gaits"),
+        ({"backend": "generalized"}, r"got 'generalized': with its few solver iterations"),
+        ({"backend": "bullet"}, r"got 'bullet'$"),
+        ({"friction": -1.0}, r"friction must be in \[0, inf\), got -1.0"),
+        ({"friction_range": (2.0, 0.02)}, r"friction_range must be two positive numbers in ascending order, got \(2.0"),
+        ({"change_every": 0}, r"change_every must be at least 1, got 0"),
+        ({"episode_length": 0}, r"episode_length must be at least 1, got 0"),
+        ({"key": 0.5}, r"key must be an int seed or a jax key"),
+    ],
+)
+def test_what_is_not_offered_is_refused(settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        envs.Slippery(**settings)
+
+
+def test_without_brax_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "brax.envs", None)
+    with pytest.raises(ImportError, match=r'pip install "cbp-jax\[rl\]"'):
+        envs.SlipperyAnt()
+
+
+@pytest.mark.slow
+def test_mjx_slides_likewise():
+    env = envs.SlipperyAnt(backend="mjx").env
+    slid = jax.jit(jax.vmap(lambda friction: slide(env, friction)))(jnp.array([0.02, 0.3, 1.0]))
+    np.testing.assert_allclose(slid, [2.90, 1.53, 0.46], atol=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["halfcheetah", "hopper", "walker2d", "humanoid"])
+def test_other_walkers_walk_on_slippery_ground(name):
+    env = envs.Slippery(name, change_every=1, episode_length=2)
+
+    def step(state, _):
+        state = env.step(state, jnp.zeros(env.action_size))
+        return state, (state.info["friction"], state.obs)
+
+    frictions, obs = jax.jit(lambda key: jax.lax.scan(step, env.reset(key), length=4)[1])(jax.random.key(0))
+    assert obs.shape == (4, env.observation_size) and jnp.isfinite(obs).all()
+    assert frictions[0] != frictions[1] == frictions[2] != frictions[3]
+
+
+@pytest.mark.slow
+def test_an_episode_becomes_a_page(tmp_path):
+    env = envs.SlipperyAnt(friction=1.0, episode_length=5)
+    poses, total = envs.episode(env, lambda obs: jnp.zeros(8), jax.random.key(0))
+    assert poses.q.shape == (5, env.env.sys.q_size()) and 4 < total < 7  # 1 a step for standing
+    page = envs.save_html(env, poses, tmp_path / "ant.html")
+    assert page.stat().st_size > 10_000 and "<html" in page.read_text()
