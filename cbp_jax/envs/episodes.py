@@ -31,8 +31,8 @@ class Episodes:
       ValueError: `episode_length` is less than 1.
 
     Example:
-      >>> from brax import envs
-      >>> env = Episodes(envs.get_environment("fast"), episode_length=2)
+      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> env = Episodes(make_brax_env("fast", "spring"), episode_length=2)
       >>> state = env.reset(jax.random.key(0))
       >>> for _ in range(3):
       ...   state = env.step(state, jnp.zeros(env.action_size))

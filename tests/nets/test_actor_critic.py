@@ -1,0 +1,48 @@
+"""The network of an agent, and its units."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cbp_jax
+from cbp_jax.nets import ActorCritic
+
+
+def test_policy_and_value_share_nothing_and_all_their_units_are_found():
+    net = ActorCritic(action_size=2, hidden=(8, 5), initial_log_std=-0.7)
+    obs = jax.random.normal(jax.random.key(1), (3, 4, 6))
+    params = net.init(jax.random.key(0), obs)
+    mean, log_std, value = net.apply(params, obs)
+    assert (mean.shape, value.shape) == ((3, 4, 2), (3, 4))
+    np.testing.assert_allclose(log_std, -0.7)
+    units = cbp_jax.discover_units(net.apply, params, obs)
+    assert {group.name: group.size for group in units} == {
+        "params/actor_0": 8,
+        "params/actor_1": 5,
+        "params/critic_0": 8,
+        "params/critic_1": 5,
+    }
+    grads = jax.grad(lambda p: net.apply(p, obs)[2].sum())(params)["params"]
+    assert all(
+        bool(jnp.any(grads[name]["kernel"])) == name.startswith("critic") for name in grads if "_log" not in name
+    )
+
+
+def test_kernels_are_of_lecuns_variance():
+    params = ActorCritic(action_size=2).init(jax.random.key(0), jnp.zeros((1, 400)))["params"]
+    np.testing.assert_allclose(params["actor_0"]["kernel"].std(), 1 / 20, rtol=0.02)
+    np.testing.assert_allclose(params["critic_1"]["kernel"].std(), 1 / 16, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"action_size": 0}, "action_size must be at least 1, got 0"),
+        ({"action_size": 1, "hidden": ()}, r"hidden must be sizes of at least one hidden layer, got \(\)"),
+        ({"action_size": 1, "activation": "rely"}, "activation must be .*'relu'.*, got 'rely'"),
+    ],
+)
+def test_attributes_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ActorCritic(**settings)

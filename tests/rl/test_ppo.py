@@ -1,0 +1,278 @@
+"""PPO on environments whose answers are known, and its promises to optimizers, seeds and settings."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+import cbp_jax
+from cbp_jax import nets
+from cbp_jax.rl import ppo
+
+PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action")
+SETTINGS = ppo.Settings(num_envs=8, rollout_length=16, epochs=4, minibatches=4, discount=0.8)
+
+
+@struct.dataclass
+class State:
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
+    info: dict[str, Any]
+    metrics: dict[str, jax.Array]
+
+
+class Probe:
+    """Five environments, of which a number, that may be traced, chooses one; all reward 1 at most a step.
+
+    0: one step with reward 1, then the end. 1: the same, cut. 2: two steps, of which the second has reward 1; the
+    observation tells which. 3: one step, whose reward is the observation, 1 or -1. 4: one step, whose reward is larger
+    the closer the action is to half of the observation.
+    """
+
+    observation_size = 1
+    action_size = 1
+
+    def __init__(self, probe):
+        self.probe = probe
+
+    def reset(self, key):
+        key, obs = self._first(key)
+        zero = jnp.zeros([])
+        info = {"truncation": zero, "final_obs": obs, "episode_return": zero, "episode_length": zero}
+        info |= {"key": jax.random.key_data(key)}
+        return State(obs, zero, zero, info, {"speed": zero})
+
+    def _first(self, key):
+        key, sign = jax.random.split(key)
+        either = jnp.where(jax.random.bernoulli(sign), 1.0, -1.0)
+        return key, jnp.array([0.0, 0.0, 0.0, 1.0, 1.0])[self.probe] * either[None]
+
+    def step(self, state, action):
+        obs = state.obs[0]
+        second = obs == 1
+        rewards = [1.0, 1.0, jnp.where(second, 1.0, 0.0), obs, -jnp.square(action[0] - obs / 2)]
+        done = jnp.where((self.probe == 2) & ~second, 0.0, 1.0)
+        key, fresh = self._first(jax.random.wrap_key_data(state.info["key"]))
+        final = jnp.where(self.probe == 2, 1.0, state.obs)
+        reward = jnp.stack([jnp.asarray(reward, jnp.float32) for reward in rewards])[self.probe]
+        began = state.done > 0
+        info = {
+            "truncation": jnp.where(self.probe == 1, 1.0, 0.0),
+            "final_obs": final,
+            "episode_return": jnp.where(began, 0.0, state.info["episode_return"]) + reward,
+            "episode_length": jnp.where(began, 0.0, state.info["episode_length"]) + 1,
+            "key": jax.random.key_data(key),
+        }
+        return State(jnp.where(done > 0, fresh, final), reward, done, info, {"speed": action[0]})
+
+
+NETWORK = nets.ActorCritic(action_size=1, hidden=(16, 16), activation="tanh", initial_log_std=-0.5)
+
+
+@pytest.fixture(scope="module")
+def probed():
+    """States, and metrics [updates], of an agent for each probe: one program."""
+    optimizer = lambda units: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    train = lambda probe, key: ppo.train(Probe(probe), NETWORK, optimizer, SETTINGS, updates=60)(key)
+    keys = jax.random.split(jax.random.key(0), len(PROBES))
+    states, metrics = jax.jit(jax.vmap(train))(jnp.arange(len(PROBES)), keys)
+    row = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    return {name: (row(states, i), row(metrics, i)) for i, name in enumerate(PROBES)}
+
+
+def outputs(state, obs):
+    mean, _, value = NETWORK.apply(state.params, jnp.array([[obs]]))
+    return float(mean[0, 0]), float(value[0])
+
+
+def test_the_value_of_a_constant_reward(probed):
+    assert outputs(probed["constant_terminated"][0], 0.0)[1] == pytest.approx(1, abs=0.05)
+
+
+def test_the_value_where_time_is_cut_goes_on(probed):
+    # V = 1 + 0.8 V
+    assert outputs(probed["constant_truncated"][0], 0.0)[1] == pytest.approx(5, abs=0.3)
+
+
+def test_a_later_reward_is_discounted(probed):
+    state, _ = probed["two_steps"]
+    assert outputs(state, 0.0)[1] == pytest.approx(0.8, abs=0.05)
+    assert outputs(state, 1.0)[1] == pytest.approx(1, abs=0.05)
+
+
+def test_the_value_depends_on_the_observation(probed):
+    state, metrics = probed["observation"]
+    assert outputs(state, 1.0)[1] == pytest.approx(1, abs=0.1)
+    assert outputs(state, -1.0)[1] == pytest.approx(-1, abs=0.1)
+    assert metrics["explained_variance"][-1] > 0.95 > metrics["explained_variance"][0]
+
+
+def test_the_action_follows_what_is_rewarded(probed):
+    state, metrics = probed["action"]
+    assert outputs(state, 1.0)[0] == pytest.approx(0.5, abs=0.15)
+    assert outputs(state, -1.0)[0] == pytest.approx(-0.5, abs=0.15)
+    assert metrics["entropy"][-1] < metrics["entropy"][0] - 0.5
+
+
+def test_metrics_count_the_episodes(probed):
+    steps = SETTINGS.steps
+    _, two = probed["two_steps"]
+    np.testing.assert_array_equal(two["episodes"], steps / 2)
+    np.testing.assert_array_equal(two["length_sum"], steps)
+    np.testing.assert_array_equal(two["return_sum"], steps / 2)
+    _, one = probed["constant_terminated"]
+    np.testing.assert_array_equal(one["return_sum"], steps)
+    assert jnp.abs(one["speed"]).max() > 0
+
+
+def test_a_row_of_seeds_and_settings_is_the_solo_run():
+    def train(key, step_size, clip, discount):
+        settings = ppo.Settings(4, 4, 1, 2, discount=discount, clip=clip)
+        return ppo.train(Probe(4), NETWORK, lambda units: cbp_jax.adam(step_size), settings, updates=2)(key)
+
+    rows = (jax.random.split(jax.random.key(1), 3), *jnp.array([[0.01, 0.02, 0.01], [0.2, 0.1, 0.3], [0.9, 0.5, 0.8]]))
+    together = jax.jit(jax.vmap(train))(*rows)
+    alone = jax.jit(train)
+    for i in range(3):
+        solo = alone(*(row[i] for row in rows))
+        for a, b in zip(jax.tree.leaves(solo), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(a, b[i], rtol=2e-4, atol=1e-5)
+    kernels = together[0].params["params"]["actor_0"]["kernel"]
+    assert jnp.abs(kernels[0] - kernels[1]).max() > 1e-3
+
+
+OPTIMIZERS = {
+    "continual_backprop": lambda units: cbp_jax.continual_backprop(
+        cbp_jax.adam(1e-3), units, replacement_rate=0.05, maturity_threshold=2
+    ),
+    "redo": lambda units: cbp_jax.redo(cbp_jax.adam(1e-3), units, threshold=0.5, every=2),
+    "shrink_and_perturb": lambda units: cbp_jax.shrink_and_perturb(optax.adam(1e-3), 1e-4, 1e-3, key=0),
+    "upgd": lambda units: cbp_jax.upgd(1e-2),
+    "adaptive_upgd": lambda units: cbp_jax.adaptive_upgd(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_transformation_trains_an_agent_without_being_traced_again(name):
+    seen, traces = [], []
+
+    def optimizer(units):
+        assert [group.name for group in units] == [
+            f"params/{part}_{layer}" for part in ("actor", "critic") for layer in (0, 1)
+        ]
+        tx = optax.with_extra_args_support(OPTIMIZERS[name](units))
+
+        def update(grads, state, params, features):
+            seen.append({group: values.shape for group, values in features.items()})
+            return tx.update(grads, state, params, features=features)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    init, update = ppo.make(Probe(4), NETWORK, optimizer, ppo.Settings(4, 8, 2, 2))
+
+    @jax.jit
+    def go_on(state):
+        traces.append(1)
+        return jax.lax.scan(lambda state, _: update(state), state, length=2)
+
+    state = init(jax.random.key(0))
+    first = state.params
+    for _ in range(2):
+        state, metrics = go_on(state)
+    assert len(traces) == 1
+    assert set(seen[0].values()) == {(16, 16)}, "a minibatch of 16, of 16 units"
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), first, state.params)
+    assert all(jax.tree.leaves(changed)) and all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    replaced = float(metrics["replaced_units"].sum())
+    assert replaced > 0 if name == "continual_backprop" else replaced >= 0
+
+
+def test_observations_are_normalised_by_all_before():
+    settings = ppo.Settings(4, 8, 1, 1, normalize_observations=True)
+    init, update = ppo.make(Probe(3), NETWORK, lambda units: optax.sgd(0.0), settings)
+    update, state, seen = jax.jit(update), init(jax.random.key(0)), []
+    for _ in range(3):
+        state, _ = update(state)
+        seen.append(np.asarray(state.obs).ravel())
+    seen = np.concatenate(seen)
+    assert state.statistics.count == 96
+    np.testing.assert_allclose(state.statistics.mean, [seen.mean()], atol=1e-6)
+    np.testing.assert_allclose(state.statistics.squares / 96, [seen.var()], rtol=1e-5)
+    obs = jnp.array([[1.0]])
+    expected = NETWORK.apply(state.params, (obs - seen.mean()) / seen.std())[0]
+    np.testing.assert_allclose(ppo.act(NETWORK, state.params, obs, statistics=state.statistics), expected, rtol=1e-5)
+
+
+def test_actions_are_the_mean_or_drawn(probed):
+    state, _ = probed["action"]
+    obs = jnp.ones((4000, 1))
+    mean, log_std, _ = NETWORK.apply(state.params, obs)
+    np.testing.assert_array_equal(ppo.act(NETWORK, state.params, obs), mean)
+    drawn = ppo.act(NETWORK, state.params, obs, jax.random.key(0))
+    np.testing.assert_allclose(drawn.std(), jnp.exp(log_std[0]), rtol=0.06)
+
+
+def test_measures_are_of_the_policy(probed):
+    state, _ = probed["action"]
+    found = ppo.measure(NETWORK, state)
+    actor = {name: leaves for name, leaves in state.params["params"].items() if name.startswith("actor")}
+    np.testing.assert_allclose(found["weight_magnitude"], cbp_jax.metrics.weight_magnitude(actor))
+    obs = state.obs.reshape(-1, 1)
+    first = jnp.tanh(obs @ actor["actor_0"]["kernel"] + actor["actor_0"]["bias"])
+    last = jnp.tanh(first @ actor["actor_1"]["kernel"] + actor["actor_1"]["bias"])
+    np.testing.assert_allclose(found["stable_rank"], cbp_jax.metrics.stable_rank(last) / 16)
+    scores = [np.abs(h).mean(0) / np.abs(h).mean() for h in map(np.asarray, (first, last))]
+    np.testing.assert_allclose(found["dormant_units"], (np.concatenate(scores) <= 0.01).mean())
+
+
+def test_the_loss_is_ppos():
+    rng = np.random.default_rng(0)
+    mean, actions = rng.normal(size=(2, 32, 2))
+    value, targets, advantages, old = rng.normal(size=(4, 32))
+    log_std = np.array([-0.3, 0.2])
+    std = np.exp(log_std)
+    log_prob = (-((actions - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))).sum(1)
+    old = log_prob + 0.3 * old
+    ratio = np.exp(log_prob - old)
+    surrogate = np.where(
+        advantages > 0, np.minimum(ratio, 1.2) * advantages, np.maximum(ratio, 0.8) * advantages
+    )  # the clip in its other form
+    batch = ppo._Steps(jnp.zeros((32, 1)), *map(jnp.asarray, (actions, old, advantages, targets)))
+    settings = ppo.Settings(value_coefficient=0.5, entropy_coefficient=0.01)
+    loss, terms = ppo._loss(settings, *map(jnp.asarray, (mean, log_std, value)), batch)
+    entropy = (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
+    np.testing.assert_allclose(terms["policy_loss"], -surrogate.mean(), rtol=1e-4)
+    np.testing.assert_allclose(terms["value_loss"], ((value - targets) ** 2).mean(), rtol=1e-5)
+    np.testing.assert_allclose(terms["entropy"], entropy, rtol=1e-5)
+    np.testing.assert_allclose(terms["clip_fraction"], (abs(ratio - 1) > 0.2).mean())
+    expected = -surrogate.mean() + 0.5 * ((value - targets) ** 2).mean() - 0.01 * entropy
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
+        ({"minibatches": 3}, "minibatches must divide the 32 x 64 = 2048 steps of a rollout, got 3"),
+        ({"discount": 1.5}, r"discount must be in \[0, 1\], got 1.5"),
+        ({"gae_lambda": -0.1}, r"gae_lambda must be in \[0, 1\], got -0.1"),
+        ({"clip": -1.0}, r"clip must be in \[0, inf\), got -1.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ppo.Settings(**settings)
+
+
+def test_networks_and_lengths_that_do_not_fit_are_refused():
+    train = functools.partial(ppo.train, Probe(0), optimizer=lambda units: optax.sgd(0.1))
+    with pytest.raises(ValueError, match="updates must be at least 1, got 0"):
+        train(NETWORK, updates=0)
+    with pytest.raises(ValueError, match=r"environment's 1 actions, got shape \(1, 3\)"):
+        train(nets.ActorCritic(3), updates=1)
