@@ -313,7 +313,9 @@ def test_bad_bins_and_missing_matplotlib(monkeypatch):
     with pytest.raises(ValueError, match="bin_size must be at least 1; got 0"):
         plot_tasks(results, bin_size=0)
     for other in (results.drop_vars(["accuracy", "loss"]), results.isel(method=0)):
-        with pytest.raises(ValueError, match=r"results must have an accuracy, a loss or an episode_return \[method, seed, task\]; got"):
+        with pytest.raises(
+            ValueError, match=r"results must have an accuracy, a loss or an episode_return \[method, seed, task\]; got"
+        ):
             plot_tasks(other)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "cbp-jax\[report\]"'):

@@ -11,7 +11,7 @@ from cbp_jax import nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.problems import continual_images
-from cbp_jax.training import init_state, output_layers, run_task, reset_layers
+from cbp_jax.training import init_state, output_layers, reset_layers, run_task
 
 HIDDEN, LABELS = (5,), 2
 HEAD = "params/Dense_1"

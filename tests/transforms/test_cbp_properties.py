@@ -1,11 +1,13 @@
 """What must hold after a reset in any feed-forward network, checked on random ones."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -152,9 +154,23 @@ def loss(apply_fn, params, x):
 
 
 # Every example compiles, so that shrinking a failure would take minutes.
-@settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
+quickly = functools.partial(settings, phases=(Phase.explicit, Phase.generate))
+
+
+@quickly(max_examples=4)
 @given(network=networks(), seed=st.integers(0, 2**31 - 1))
 def test_after_a_reset(network, seed):
+    check_a_reset(network, seed)
+
+
+@pytest.mark.slow
+@quickly(max_examples=50)
+@given(network=networks(), seed=st.integers(0, 2**31 - 1))
+def test_after_a_reset_of_many_networks(network, seed):
+    check_a_reset(network, seed)
+
+
+def check_a_reset(network, seed):
     params = network.init(seed)
     x = network.example(np.random.default_rng(seed + 1))
     units = cbp_jax.discover_units(network.apply, params, x)

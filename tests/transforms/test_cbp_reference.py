@@ -67,7 +67,8 @@ SETTINGS = {
 UTILITIES = ["contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight"]
 # Every utility under both optimizers for both kinds of network, with rates below and above 1/width.
 CASES = [
-    (setting, utility)
+    # A convolutional network under Adam takes longest; one of its cases is enough between changes.
+    pytest.param(setting, utility, marks=[pytest.mark.slow] if "conv-adam" in setting and i else [])
     for i, utility in enumerate(UTILITIES)
     for setting in (
         ("mlp-sgd", "mlp-adam-fast", "conv-sgd-fast", "conv-adam")

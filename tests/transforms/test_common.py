@@ -67,6 +67,7 @@ class Row:
     static: dict[str, Any] = dataclasses.field(default_factory=dict)
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
     noisy: bool = False  # takes a key
+    slow: bool = False  # to compile, and of parts that have rows of their own
 
     def make(self, key=0, factory=None, **hyper):
         keys = {"key": key} if self.noisy else {}
@@ -113,6 +114,7 @@ ROWS = [
         {"shrink": 0.01, "perturb": 0.1},
         {"shrink": 0.1, "perturb": 0.3},
         noisy=True,
+        slow=True,
     ),
     Row(
         "continual_backprop of sgd",
@@ -131,6 +133,7 @@ ROWS = [
         {"replacement_rate": 0.3, "decay_rate": 0.5, "maturity_threshold": 2},
         {"max_replacements": 2},
         noisy=True,
+        slow=True,
     ),
     Row("ewc", ewc, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
     Row("mas", mas, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
@@ -170,6 +173,7 @@ ROWS = [
         {"replacement_rate": 0.3, "decay_rate": 0.5, "maturity_threshold": 2},
         {"max_replacements": 2},
         noisy=True,
+        slow=True,
     ),
     Row(
         "perturbed_gradient_descent",
@@ -201,7 +205,7 @@ ROWS = [
 EVERYWHERE = (shrink_and_perturb, perturbed_gradient_descent)  # add noise to all weights; replacements draw only w1
 
 
-@pytest.fixture(params=ROWS, ids=lambda row: row.name)
+@pytest.fixture(params=[pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else []) for row in ROWS])
 def row(request):
     return request.param
 
