@@ -21,6 +21,7 @@ from cbp_jax.report.statistics import (
     better,
     bootstrap_interval,
     finished_tasks,
+    is_accuracy,
     last_tenth,
     mean_and_error,
     performance,
@@ -331,9 +332,10 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     if not swept:
         raise ValueError("results: no learner has finished tasks with several values of a hyperparameter")
     all_learners = [learner for learners in swept.values() for learner in learners]
-    label = _PERFORMANCE[performance(results)].label
-    last = "last tenth" if _over_steps(results) else "last tenth of tasks"
-    label = f"{label[:-4]}, {last} (%)" if label.endswith(" (%)") else f"{label}, {last}"
+    if is_accuracy(performance(results)):
+        label = "Correct, last tenth of tasks (%)"
+    else:
+        label = _PERFORMANCE[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
     styles = _learner_styles(list(dict.fromkeys(all_learners)))
     with _rc():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
@@ -450,6 +452,10 @@ def _draw_sensitivity(
         ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
     else:
         ax.set_xscale("log")
+    tried = sorted({x for line in ax.lines for x in line.get_xdata()})
+    if len(tried) <= 6:  # more would overlap, unlike the powers of ten
+        ax.set_xticks(tried, [f"{value:g}" for value in tried])
+        ax.set_xticks([], minor=True)
     ax.set_xlabel(_learner_name(hyperparameter))
     ax.margins(y=0.1)
     ax.legend(handlelength=_HANDLE)
