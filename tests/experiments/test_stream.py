@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from cbp_jax import load_results, report, training
 from cbp_jax.data import Dataset
 from cbp_jax.experiments import stream
 from cbp_jax.problems import label_permuted
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SETTINGS = stream.StreamSettings(
     methods=(
@@ -68,27 +69,6 @@ class Calls(list):
 
     def done(self):
         return sum(lanes for _, lanes, _ in self)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """All runs of this module are of the same programs, which are compiled once and then read from a folder.
-
-    For other processes, the variables of the environment that say so.
-    """
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield {name.upper(): str(value) for name, value in values.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

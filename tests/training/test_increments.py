@@ -9,7 +9,7 @@ from cbp_jax import nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.problems import class_incremental
-from cbp_jax.training import init_state, run_increment, step_size_factor
+from cbp_jax.training import Checkpoint, init_state, run_increment, run_increments, step_size_factor
 
 CLASSES, EPOCHS, MEASURED = 4, 5, 8
 
@@ -165,3 +165,26 @@ def test_what_is_reset_is_drawn_anew_before_each_increment_but_the_first(problem
         moments = jax.tree.leaves(after_state[0].trace["params"][name])
         assert all((leaf == (old_or_new(name) is params)).all() for leaf in moments)
     jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], old_or_new("")["batch_stats"])
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_path):
+    method = parse_method("cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=0.1,maturity_threshold=2")
+    learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES, network=tiny_resnet)
+    numbers = {name: np.full(2, value, np.float32) for name, value in method.hyperparameters.items()}
+
+    def run(name):
+        checkpoint = Checkpoint(tmp_path / name, "cbp", every=0.0)
+        settings = {"epochs": 2, "measured_examples": MEASURED}
+        return run_increments(learner, problem, np.arange(2), numbers, 2, checkpoint=checkpoint, **settings)
+
+    whole, broken_off = list(run("whole")), run("broken off")
+    for _ in range(2):
+        next(broken_off)
+    broken_off.close()  # the second increment is done, and its state is not on disk
+    (last,) = run("broken off")
+    for name, values in last.items():
+        np.testing.assert_array_equal(values, whole[1][name], name)
+    assert (tmp_path / "broken off").read_bytes() == (tmp_path / "whole").read_bytes()
+    # Lanes differ, and there was something to forget: units replaced in both increments, by utilities and ages.
+    assert all((row["replaced_units"] > 0).all() for row in whole) and len(set(last["loss"])) == 2
