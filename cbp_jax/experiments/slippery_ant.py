@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ class Settings:
     seeds: int = 30
     """Number of runs of each method, seeds 0, 1, ..."""
     steps: int = 20_000_000
-    """Steps of the environment in all."""
+    """Steps of the environment in all, rounded up to whole intervals."""
     interval: int = 102_400
     """Steps of the environment in which a measurement is made; a multiple of those of a rollout."""
     env: str = "ant"
@@ -179,7 +180,12 @@ PRESETS: dict[str, Callable[[], Settings]] = {
 
 def total(settings: Settings) -> int:
     """How many intervals all lanes have to do, for a progress bar."""
-    return len(settings.methods) * settings.seeds * (settings.steps // settings.interval)
+    return len(settings.methods) * settings.seeds * num_intervals(settings)
+
+
+def num_intervals(settings: Settings) -> int:
+    """How many intervals a run has."""
+    return math.ceil(settings.steps / settings.interval)
 
 
 def check(settings: Settings) -> list[learners.Method]:
@@ -206,8 +212,6 @@ def check(settings: Settings) -> list[learners.Method]:
             f"interval must be at least num_envs * episode_length = {settings.num_envs * settings.episode_length}, so "
             f"that an episode ends in it; got {settings.interval}"
         )
-    if settings.steps % settings.interval:
-        raise ValueError(f"steps must be a multiple of interval = {settings.interval}, got {settings.steps}")
     if not settings.dormant_threshold >= 0:
         raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
     if settings.lanes not in ("auto", "vmap", "map"):
@@ -247,7 +251,8 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
 def run_experiment(experiment: str, settings: Settings, out: Path, progress: stream.Progress | None) -> Any:
     """As `run`, for any experiment with these settings."""
     methods = check(settings)
-    intervals = settings.steps // settings.interval
+    make_env(settings)  # an error of its should come before anything is written
+    intervals = num_intervals(settings)
     results = stream.empty_results(experiment, settings, methods, intervals, MEASURES)
     results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
     make = lambda group: functools.partial(_train, settings, group, intervals, Path(out))
@@ -298,7 +303,7 @@ def _train(
         measures |= {
             "episode_return": jnp.sum(found["return_sum"]) / episodes,
             "episode_length": jnp.sum(found["length_sum"]) / episodes,
-            "forward_velocity": jnp.mean(found["x_velocity"]),
+            "forward_velocity": jnp.mean(found.get("x_velocity", jnp.nan)),  # which not every environment measures
             "replaced_units": jnp.sum(found["replaced_units"]),
         }
         measures |= ppo.measure(

@@ -1,0 +1,132 @@
+"""The experiments with the ant: settings, presets, a run, and its resumption. The notebook's test runs one in CI."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+import cbp_jax
+from cbp_jax.experiments import EXPERIMENTS, slippery_ant, stationary_ant, stream
+
+TINY = dataclasses.replace(
+    slippery_ant.SMOKE,
+    methods=("cbp_adam:step_size=3e-4,replacement_rate=1e-2,maturity_threshold=5",),
+    seeds=2,
+    steps=3 * 64 - 1,
+    interval=64,
+    change_every=32,
+    episode_length=8,
+    num_envs=4,
+    rollout_length=8,
+)
+
+
+@pytest.mark.parametrize("experiment", [slippery_ant, stationary_ant])
+def test_presets_are_complete(experiment):
+    assert EXPERIMENTS[experiment.NAME] is experiment and list(experiment.PRESETS) == ["smoke", "laptop", "paper"]
+    for name in experiment.PRESETS:
+        settings = experiment.preset(name)
+        assert experiment.check(settings)
+        changing = experiment is slippery_ant
+        assert settings.friction == (None if changing else 1.0)
+        intervals = math.ceil(settings.steps / settings.interval)
+        assert experiment.total(settings) == len(settings.methods) * settings.seeds * intervals
+    with pytest.raises(ValueError, match=r"preset must be one of .*'laptop'.*, got 'desktop'"):
+        experiment.preset("desktop")
+    with pytest.raises(ValueError, match=f"dataset must be left out: {experiment.NAME} has none; got 'mnist'"):
+        experiment.preset("smoke", "mnist")
+
+
+def test_the_papers_settings():
+    settings = slippery_ant.preset("paper")
+    rules = slippery_ant.ppo_settings(settings)
+    assert (settings.steps, settings.change_every, settings.friction_range) == (20_000_000, 2_000_000, (0.02, 2.0))
+    assert (rules.steps, rules.epochs, rules.minibatches) == (2048, 10, 16)
+    assert (rules.discount, rules.gae_lambda, rules.clip) == (0.99, 0.95, 0.2)
+    assert (rules.value_coefficient, rules.entropy_coefficient, rules.normalize_advantages) == (1, 0, True)
+    assert settings.time_limit_is_terminal and not settings.normalize_observations and not settings.clip_actions
+    assert (settings.hidden, settings.activation) == ((256, 256), "relu")
+    standard, tuned, l2, cbp, redo, *_ = slippery_ant.check(settings)
+    for method in (standard, tuned, l2, cbp, redo):
+        assert method.hyperparameters["step_size"] == 1e-4
+    betas = lambda method: (method.hyperparameters["b1"], method.hyperparameters["b2"])
+    assert betas(standard) == (0.9, 0.999) and betas(tuned) == betas(l2) == betas(cbp) == (0.99, 0.99)
+    assert (l2.options["l2"], cbp.options["l2"]) == (1e-3, 1e-4)
+    replacing = [cbp.hyperparameters[name] for name in ("replacement_rate", "maturity_threshold")]
+    assert replacing == [1e-4, 10_000] and cbp.options["utility"] == "contribution"
+    assert [redo.hyperparameters[name] for name in ("threshold", "every")] == [0.1, 100]
+    assert stationary_ant.preset("paper").steps == 50_000_000
+
+
+def test_environments_share_the_steps_between_two_frictions():
+    env = slippery_ant.make_env(slippery_ant.preset("paper"))
+    assert env.change_every == 2_000_000 // 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"interval": 60}, "interval must be a multiple of a rollout's 32 steps, got 60"),
+        ({"interval": 32, "episode_length": 9}, r"interval must be at least num_envs \* episode_length = 36"),
+        ({"minibatches": 5}, "minibatches must divide the 4 x 8 = 32 steps of a rollout, got 5"),
+        ({"discount": 2.0}, r"discount must be in \[0, 1\], got 2.0"),
+        ({"methods": ()}, "methods must name at least one"),
+        ({"methods": ("adam", "adam")}, "methods must differ"),
+        ({"methods": ("layer_norm",)}, "method 'layer_norm': the agent has no normalization"),
+        ({"methods": ("upgd:order=2",)}, "method 'upgd:order=2': the agent has no curvature"),
+        ({"activation": "rely"}, "activation must be .*, got 'rely'"),
+        ({"lanes": "rows"}, "lanes must be 'auto', 'vmap' or 'map', got 'rows'"),
+        ({"dormant_threshold": -1.0}, "dormant_threshold must not be negative, got -1.0"),
+        ({"backend": "generalized"}, "backend must be one of .*, got 'generalized'"),
+        ({"env": "antelope"}, "env must be one of .*, got 'antelope'"),
+        ({"friction_range": (0.0, 1.0)}, "friction_range must be two positive numbers"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        slippery_ant.run(dataclasses.replace(TINY, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    whole = slippery_ant.run(TINY, tmp_path / "whole")
+    assert np.isfinite(whole.to_array()).all() and whole.sizes == {"method": 1, "seed": 2, "task": 3}
+    assert whole.step.values.tolist() == [64, 128, 192] and (whole.replaced_units > 0).all()
+    assert whole.episode_length.max() <= 8 and len(np.unique(whole.friction)) > 2
+    assert len(list((tmp_path / "whole").glob("episode-*.html"))) == 1
+    assert not list((tmp_path / "whole").glob("*.msgpack"))
+
+    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+
+    class Kill(Exception):
+        pass
+
+    def die(methods, lanes, measures):
+        die.calls += 1
+        if die.calls == 2:
+            raise Kill
+
+    die.calls = 0
+    with pytest.raises(Kill):
+        slippery_ant.run(TINY, tmp_path / "killed", die)
+    assert np.isnan(cbp_jax.load_results(tmp_path / "killed").episode_return).any()
+    again = slippery_ant.run(TINY, tmp_path / "killed")
+    for name in whole.data_vars:
+        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+    assert json.loads(again.attrs["settings"])["steps"] == 191
+    assert "episode return" in slippery_ant.summary(again)
+    assert [path.name for path in slippery_ant.plot(again, tmp_path)] == ["tasks.png"]
+
+
+@pytest.mark.slow
+def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
+    runs = [
+        slippery_ant.run(dataclasses.replace(TINY, lanes=lanes, steps=64), tmp_path / lanes)
+        for lanes in ("map", "vmap")
+    ]
+    for name in ("friction", "episode_length", "weight_magnitude"):
+        np.testing.assert_allclose(runs[0][name], runs[1][name], rtol=1e-3, err_msg=name)
