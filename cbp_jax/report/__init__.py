@@ -1,5 +1,6 @@
 """From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
 
+from cbp_jax.report.network import plot_units
 from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates
 from cbp_jax.report.results import (
     VALIDATION_MEASURES,
@@ -22,6 +23,7 @@ __all__ = [
     "plot_run",
     "plot_sensitivity",
     "plot_tasks",
+    "plot_units",
     "plot_updates",
     "record_task",
     "save_results",

@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 
-from cbp_jax.units import collection, groups
+from cbp_jax.units import collection, groups, tracing
 from cbp_jax.units.values import Contraction
 from cbp_jax.units.walk import Claim, Walk
 
@@ -37,12 +37,12 @@ def build(walk: Walk) -> collection.Units:
     made = {path for path, _ in walk.producers}
     for path, shape in walk.shapes.items():
         if path in walk.used_otherwise and path not in made and path not in walk.states and len(shape) > 1:
-            reason = f"it is used in `{walk.used_otherwise[path]}`, which is not followed"
+            reason = f"it is used in {tracing.not_followed(walk.used_otherwise[path])}"
             left_out.append(collection.LeftOut(path, shape[-1], reason))
     if not found:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in left_out)
         raise ValueError(f"no units can be replaced in this network: {reasons or 'it applies no kernel'}")
-    return collection.Units(found, left_out)
+    return collection.Units(found, left_out, dict.fromkeys(path for path, _ in walk.producers))
 
 
 class _LeaveOut(Exception):

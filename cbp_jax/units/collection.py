@@ -27,14 +27,16 @@ class Units(tuple[UnitGroup, ...]):
 
     Attributes:
       left_out: layers that are not groups, with the reason.
+      kernels: the paths of all kernels that were found, in forward order; empty if the groups were written by hand.
     """
 
     left_out: tuple[LeftOut, ...]
+    kernels: tuple[str, ...]
 
-    def __new__(cls, groups: Iterable[UnitGroup] = (), left_out: Iterable[LeftOut] = ()):
+    def __new__(cls, groups: Iterable[UnitGroup] = (), left_out: Iterable[LeftOut] = (), kernels: Iterable[str] = ()):
         """Makes the tuple of groups."""
         self = super().__new__(cls, groups)
-        self.left_out = tuple(left_out)
+        self.left_out, self.kernels = tuple(left_out), tuple(kernels)
         return self
 
     def select(self, *names: str, kind: str | Iterable[str] | None = None) -> "Units":
@@ -72,7 +74,7 @@ class Units(tuple[UnitGroup, ...]):
             named = not names or any(fnmatch.fnmatchcase(group.name, name) for name in names)
             (chosen if named and (kinds is None or group.kind in kinds) else others).append(group)
         left = (LeftOut(group.name, group.size, "it was not selected") for group in others)
-        return Units(chosen, (*self.left_out, *left))
+        return Units(chosen, (*self.left_out, *left), self.kernels)
 
     def to_dot(self) -> str:
         """A drawing of the groups in Graphviz's language: boxes are groups, ellipses the kernels that join them.

@@ -11,6 +11,7 @@ from cbp_jax.units import groups
 # Calls whose body can stand in place of the call.
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _REMAT = frozenset({"remat", "remat2", "checkpoint"})
+_LOOPS = frozenset({"scan", "while"})
 CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
 
 
@@ -119,6 +120,12 @@ def call_body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     if eqn.primitive.name in _INLINED | _REMAT | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}:
         return _body(eqn)
     return None
+
+
+def not_followed(primitive: str) -> str:
+    """A primitive by name, and that labels do not pass through it; of a loop also why, and what to do."""
+    reason = f"`{primitive}`, which is not followed"
+    return f"{reason}: what a loop computes cannot be seen from outside; unroll it" if primitive in _LOOPS else reason
 
 
 def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:

@@ -174,7 +174,7 @@ class Walk:
 
     def not_followed(self, eqn: core.JaxprEqn, values: list[Any], reason: str | None = None) -> Any:
         """Leaves every labelled operand out and marks parameters as used in another way."""
-        reason = reason or f"its activations pass through `{eqn.primitive.name}`, which is not followed"
+        reason = reason or f"its activations pass through {tracing.not_followed(eqn.primitive.name)}"
         for value in values:
             self.lose(value, reason)
         paths = _paths(values)

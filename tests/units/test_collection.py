@@ -34,6 +34,8 @@ def test_groups_are_chosen_by_name_and_kind():
     assert names(units.select("*o*", kind="dense")) == ["body/first"]
     chosen = units.select("conv")
     assert ("body/first", "it was not selected") in [(item.name, item.reason) for item in chosen.left_out]
+    kernels = ("conv", "body/first", "body/second", "head")  # in forward order, which the names are not
+    assert chosen.kernels == units.kernels == kernels and cbp_jax.Units(tuple(units)).kernels == ()
     with pytest.raises(ValueError, match=r"nothing.*conv"):
         units.select("nothing")
     with pytest.raises(ValueError, match=r"dense.*head"):
