@@ -61,8 +61,8 @@ and 2 (first convolutions, the next stage's projection, the head); and the chann
 A 12-layer encoder, `nets.ViT(depth=12)`: 25 groups. The residual stream, written by 25 kernels and read by 49; for each
 layer its heads, and the hidden units of its perceptron.
 
-A GRU under `scan` between an embedding and dense layers: the hidden dense layer behind it; the cell's six kernels and
-the embedding are left out.
+A GRU under `scan` between an embedding and dense layers: 1 group, the hidden dense layer behind it; the cell's six
+kernels and the embedding are left out, by name.
 
 By default all groups are replaced, as in the Nature paper, which replaces channels of all convolutions of ResNet-18.
 Its program lists them in order and sets only the next one's weights to 0; the other readers of a stage's channels, and
