@@ -473,9 +473,9 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                 for utility in reversed(UTILITIES):
                     where = {"method": activation, "level": level, "scope": "global", "utility": utility}
                     values = results.correlation.loc[where].transpose("seed", "task").values
-                    task, mean, error = plots._binned(values.astype(np.float64), bin_size)
+                    task, mean, low, high = plots._binned(values.astype(np.float64), bin_size)
                     step, style = every * (task - 1), styles[utility]
-                    ax.fill_between(step, mean - error, mean + error, color=style.colour, alpha=0.2, linewidth=0)
+                    ax.fill_between(step, low, high, color=style.colour, alpha=0.2, linewidth=0)
                     ax.plot(
                         step,
                         mean,
