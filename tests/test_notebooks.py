@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
@@ -21,6 +22,7 @@ class Case(NamedTuple):
     sizes: dict[str, Any]  # take the place of those in the cell tagged "parameters"
     read_back: dict[str, str]  # expressions that are evaluated after the last cell
     check: Callable[[dict[str, Any], pathlib.Path], None]  # of their values, and of the folder it ran in
+    slow: bool = False
 
 
 def check_continual_backprop(found, folder):
@@ -45,6 +47,17 @@ def check_continual_backprop(found, folder):
     assert found["loaded"] == {"method": 3, "seed": 2, "task": 4}
     assert found["labels"] == ["bp", "cbp(replacement_rate=0.001)", "cbp(replacement_rate=0.05)"]
     assert (folder / "runs/01_continual_backprop/results.nc").is_file()
+
+
+def check_slippery_ant(found, folder):
+    np.testing.assert_allclose(found["slid"], found["law"], atol=0.12)
+    assert found["groups"] == ["params/actor_0", "params/actor_1", "params/critic_0", "params/critic_1"]
+    assert found["shapes"] == [2, 2] and found["differ"]
+    assert found["steps"] >= 1 and (folder / "ant.html").stat().st_size > 10_000
+    assert found["dims"] == {"method": 2, "seed": 1, "task": 2}
+    assert found["replaced"][0] == 0 < found["replaced"][1]
+    assert found["frictions"] > 1, "the ground has changed"
+    assert len(list((folder / "runs/04_slippery_ant").glob("episode-*.html"))) == 2
 
 
 CASES = {
@@ -77,6 +90,33 @@ CASES = {
         },
         check=check_continual_backprop,
     ),
+    "04_slippery_ant": Case(
+        sizes={
+            "FRICTIONS": 3,
+            "UPDATES": 2,
+            "STEPS": 128,
+            "INTERVAL": 64,
+            "CHANGE_EVERY": 32,
+            "EPISODE_LENGTH": 16,
+            "SEEDS": 1,
+            "ROLLOUT": {"num_envs": 4, "rollout_length": 8, "epochs": 2, "minibatches": 2},
+            "CBP": "cbp_adam:step_size=3e-4,replacement_rate=1e-2,maturity_threshold=3",
+        },
+        read_back={
+            "slid": "slid.tolist()",
+            "law": "law.tolist()",
+            "groups": "[group.name for group in units]",
+            "shapes": "list(metrics['policy_loss'].shape)",
+            "differ": "bool((states.params['params']['actor_0']['kernel'][0] !="
+            " states.params['params']['actor_0']['kernel'][1]).any())",
+            "steps": "len(poses.q)",
+            "dims": "dict(results.sizes)",
+            "replaced": "results.replaced_units.sum(('seed', 'task')).values.tolist()",
+            "frictions": "len(np.unique(results.friction))",
+        },
+        check=check_slippery_ant,
+        slow=True,  # five programs with Brax's physics in them, each of which compiles for long
+    ),
 }
 
 
@@ -94,7 +134,15 @@ def parameters_cell(notebook):
     return number
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=[pytest.mark.slow] if path.stem in CASES and CASES[path.stem].slow else []
+        )
+        for path in NOTEBOOKS
+    ],
+)
 def test_runs_at_a_tiny_size(path, tmp_path, monkeypatch):
     assert path.stem in CASES, "a notebook without a test: add its tiny size, and a check of what it finds"
     case = CASES[path.stem]
