@@ -1,13 +1,13 @@
 """Slowly-Changing Regression (Dohare et al., Nature 2024): a small network tracks a target as single inputs change."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cbp_jax import nets, problems
 from cbp_jax.experiments import stream
-from cbp_jax.experiments.stream import check, plot, summary, total
+from cbp_jax.experiments.stream import check, summary, total
 
 __all__ = ["ACTIVATIONS", "NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
 
@@ -114,3 +114,19 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
     # Hidden layers start with the gain of their activation, and the output layer with that of none.
     network = {"init_of_activation": nets.kaiming_uniform, "output_init": nets.kaiming_uniform("identity")}
     return stream.run(NAME, settings, problem, out, progress, **network)
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws the pictures of a run, with some 20 bins of tasks: how hard a task is varies more than what is lost.
+
+    Args:
+      results: results of a run, finished or not.
+      out: folder for the pictures.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      paths of the pictures; see `report.plot_run`.
+    """
+    from cbp_jax import report
+
+    return report.plot_run(results, out, bin_size=max(1, results.sizes["task"] // 20), formats=formats)

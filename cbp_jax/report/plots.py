@@ -510,7 +510,11 @@ def _swept(results: xr.Dataset) -> dict[str, list[str]]:
 
 
 def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
-    """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow."""
+    """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow.
+
+    More than three shades of a colour are hard to tell apart: there, variants take the styles of learners that are not
+    drawn, while these last.
+    """
     from matplotlib.colors import to_hex, to_rgb
 
     learners: dict[str, list[str]] = {}
@@ -518,8 +522,13 @@ def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
         learners.setdefault(_learner(results, method), []).append(method)
     base = _learner_styles(list(learners))
     dashes = list(dict.fromkeys(style.dashes for style in _STYLES.values()))
+    spare = [style for style in _STYLES.values() if style not in base.values()]
     styles = {}
     for learner, variants in learners.items():
+        if 3 < len(variants) <= 1 + len(spare):
+            styles |= dict(zip(variants, [base[learner], *spare], strict=False))
+            spare = spare[len(variants) - 1 :]
+            continue
         for i, method in enumerate(variants):
             pale = 0.5 * i / len(variants)
             colour = to_hex((1 - pale) * np.array(to_rgb(base[learner].colour)) + pale)

@@ -94,6 +94,10 @@ def test_a_learner_keeps_its_style_and_variants_and_strangers_get_their_own():
     assert len({line.get_marker() for line in variants}) == 1
     brightness = [sum(to_rgb(line.get_color())) for line in variants]
     assert brightness == sorted(brightness)
+    names, learners = ["a", "b", "c", "d", "cbp", "mine"], ["bp"] * 4 + ["cbp", "mine"]
+    some = lines(plot_tasks(results_of(names, learners=learners)).axes[0])
+    assert style(some["cbp"]) == style(alone)
+    assert len({line.get_color() for line in some.values()}) == len({line.get_marker() for line in some.values()}) == 6
     strangers = plot_tasks(results_of([*SEVEN, "mine"])).axes[0].lines
     assert len({style(line) for line in strangers}) == 8
     many = [f"learner_{i}" for i in range(12)]
