@@ -1,5 +1,6 @@
 """Resets units as the transformations do, and asks what that did to the network."""
 
+import collections
 import functools
 
 import jax
@@ -122,7 +123,7 @@ def check_resets(groups, params, apply, rtol=1e-4):
             for part in (*group.biases, *group.scales):
                 values = now[part.path][rows_of(part, [unit], now[part.path].shape)]
                 np.testing.assert_allclose(values, part.reset, atol=1e-6)
-            gradients, (got, _) = gradient(new)
+            gradients, (got, now_features) = gradient(new)
             after = units_lib.leaves_by_path(gradients)
             for path, mask in incoming.items():
                 label = f"{group.name} unit {unit}: {path}"
@@ -134,8 +135,64 @@ def check_resets(groups, params, apply, rtol=1e-4):
             again = reset(params, {group.name: [unit]}, seed=1, features=features, compensate=False)
             np.testing.assert_array_equal(got, gradient(again)[1][0])
             removed = without(params, {path: m & ~incoming.get(path, False) for path, m in outgoing.items()})
-            np.testing.assert_allclose(got, gradient(removed)[1][0], atol=rtol * np.abs(out).max())
+            expected, unit_removed = gradient(removed)[1]
+            np.testing.assert_allclose(got, expected, atol=rtol * np.abs(out).max())
+            if features is not None:  # all other units compute what they would without the one removed
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(a, b, atol=rtol * max(np.abs(b).max(), 1e-3)),
+                    without_unit(now_features, group.name, unit),
+                    without_unit(unit_removed, group.name, unit),
+                )
         if can_compensate(group) and features is not None:
-            corrected = gradient(reset(params, {group.name: [unit]}, features=features))[1][0]
+            compensated = reset(params, {group.name: [unit]}, features=features)
+            check_compensation(group, unit, params, compensated, features, vectors, rtol)
+            corrected = gradient(compensated)[1][0]
             moved[group.name] = np.mean(np.square(got - out)), np.mean(np.square(corrected - out))
     return moved
+
+
+def without_unit(features, name, unit):
+    """Features as float32 in NumPy, but for those of one unit of a group."""
+    drop = lambda array: np.delete(np.asarray(array, np.float32), unit, -1)
+    return {
+        group: jax.tree.map(drop if group == name else lambda array: np.asarray(array, np.float32), arrays)
+        for group, arrays in features.items()
+    }
+
+
+def check_compensation(group, unit, params, compensated, features, vectors, rtol):
+    """Asserts that biases took over the unit's mean contribution, and that what dense kernels compute moves less.
+
+    Args:
+      group, unit: the unit that was replaced.
+      params, compensated: before and after, the latter with compensation.
+      features: before.
+      vectors: by path, the entries of biases that are the unit's own.
+      rtol: of the biases.
+    """
+    arrays = features[group.name] if isinstance(features[group.name], tuple) else (features[group.name],)
+    old, new = (jax.tree.map(np.float64, units_lib.leaves_by_path(tree)) for tree in (params, compensated))
+    took, readers, grouped = {}, collections.defaultdict(list), set()
+    for consumer in group.outgoing:
+        if consumer.bias is None:
+            continue
+        kernel, weights = consumer.kernel, old[consumer.kernel.path]
+        others = [axis for axis in range(weights.ndim) if axis not in kernel.axes]
+        if not set(consumer.bias_axes) <= set(others):  # in a grouped convolution each row leads to another output
+            grouped.add(consumer.bias)
+            continue
+        rows = weights.transpose(*others, *kernel.axes).reshape(*(weights.shape[axis] for axis in others), -1)
+        h = np.float64(np.asarray(arrays[consumer.operand], np.float32))[..., unit].reshape(-1, kernel.positions)
+        gave = np.tensordot(h, rows[..., kernel.index[:, unit]], (1, -1))  # [batch and shared positions, others...]
+        window = tuple(place + 1 for place, axis in enumerate(others) if axis not in consumer.bias_axes)
+        mean = gave.mean(0, keepdims=True).sum(window)[0]
+        took[consumer.bias] = took.get(consumer.bias, 0) + mean
+        readers[consumer.bias].append(None if window else gave)
+    for path in took.keys() - grouped:
+        mean, own = took[path], vectors.get(path, np.zeros(new[path].shape, bool))
+        change = np.where(own, mean, new[path] - old[path])
+        np.testing.assert_allclose(change, mean, rtol=1e-3, atol=rtol * (np.abs(mean).max() + np.abs(old[path]).max()))
+        if len(readers[path]) == 1 and readers[path][0] is not None and not own.any():
+            (gave,) = readers[path]
+            left = gave - (new[path] - old[path])
+            assert np.mean(np.square(left)) <= np.mean(np.square(gave)) * 1.001 + 1e-9, (group.name, unit, path)
