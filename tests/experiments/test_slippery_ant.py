@@ -91,14 +91,23 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(slippery_ant, "save_episode", lambda *_: None)  # compiles for as long again; see below
+    seen = []
+    results = slippery_ant.run(TINY, tmp_path, lambda methods, lanes, measures: seen.append((lanes, set(measures))))
+    assert seen == [(2, set(slippery_ant.MEASURES))] * 3 and slippery_ant.total(TINY) == 6
+    assert np.isfinite(results.to_array()).all() and results.sizes == {"method": 1, "seed": 2, "task": 3}
+    assert results.step.values.tolist() == [64, 128, 192] and (results.replaced_units > 0).all()
+    assert results.episode_length.max() <= 8 and len(np.unique(results.friction)) > 2
+    assert cbp_jax.load_results(tmp_path).identical(results) and not list(tmp_path.glob("*.msgpack"))
+    assert "episode return" in slippery_ant.summary(results) and "dormant units" in slippery_ant.summary(results)
+    assert [path.name for path in slippery_ant.plot(results, tmp_path)] == ["tasks.png"]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     whole = slippery_ant.run(TINY, tmp_path / "whole")
-    assert np.isfinite(whole.to_array()).all() and whole.sizes == {"method": 1, "seed": 2, "task": 3}
-    assert whole.step.values.tolist() == [64, 128, 192] and (whole.replaced_units > 0).all()
-    assert whole.episode_length.max() <= 8 and len(np.unique(whole.friction)) > 2
     assert len(list((tmp_path / "whole").glob("episode-*.html"))) == 1
-    assert not list((tmp_path / "whole").glob("*.msgpack"))
 
     monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
 
@@ -118,8 +127,6 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch)
     for name in whole.data_vars:
         np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
     assert json.loads(again.attrs["settings"])["steps"] == 191
-    assert "episode return" in slippery_ant.summary(again)
-    assert [path.name for path in slippery_ant.plot(again, tmp_path)] == ["tasks.png"]
 
 
 @pytest.mark.slow
