@@ -11,14 +11,37 @@ OPTIMIZED = True  # of short programs that run for long
 SETTINGS = {"change_every": 3, "episode_length": 2, "random_reset": False}
 
 
-def slide(env, friction):
-    """How far an ant that was pushed sideways slides in a second, in metres."""
-    env = envs.with_friction(env, friction)
-    still = jnp.zeros(env.action_size)
-    second = lambda state: jax.lax.scan(lambda s, _: (env.pipeline_step(s, still), None), state, length=20)[0]
-    landed = second(env.pipeline_init(env.sys.init_q, jnp.zeros(env.sys.qd_size())))
-    pushed = env.pipeline_init(landed.q, landed.qd.at[1].add(3.0))  # m/s
-    return second(pushed).q[1] - landed.q[1]
+def slides(env, frictions):
+    """How far an ant that was pushed sideways slides in a second, in metres, at each of the frictions."""
+
+    @jax.jit
+    @jax.vmap
+    def second_later(friction, q, qd):
+        slippery = envs.with_friction(env, friction)
+        step = lambda state, _: (slippery.pipeline_step(state, jnp.zeros(env.action_size)), None)
+        state = jax.lax.scan(step, slippery.pipeline_init(q, qd), length=20)[0]
+        return state.q, state.qd
+
+    frictions = jnp.array(frictions)
+    start = jnp.tile(env.sys.init_q, (len(frictions), 1)), jnp.zeros((len(frictions), env.sys.qd_size()))
+    landed, speed = second_later(frictions, *start)
+    after, _ = second_later(frictions, landed, speed.at[:, 1].add(3.0))  # m/s
+    return after[:, 1] - landed[:, 1]
+
+
+def built_with(friction, monkeypatch):
+    """Brax's own ant, of a model that says so of its ground; nothing of ours."""
+    pytest.importorskip("brax")
+    from brax import envs as brax_envs
+    from brax.io import mjcf
+
+    def load(path):
+        text = path.read_text()
+        assert text.count('friction="1 0.5 0.5"') == 1, "the default of all its bodies"
+        return mjcf.loads(text.replace('friction="1 0.5 0.5"', f'friction="{friction} 0.5 0.5"'))
+
+    monkeypatch.setattr(mjcf, "load", load)
+    return brax_envs.get_environment("ant", backend="spring")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +56,7 @@ def traces():
 
 @pytest.fixture(scope="module")
 def runs(ant, traces):
-    """Two seeds that take seven steps, as one run and in two calls of one function; all states [seeds, steps]."""
+    """Two seeds that take eight steps in two calls of one function; all states [seeds, steps]."""
 
     def go_on(state, schedule):
         traces.append(1)
@@ -60,7 +83,7 @@ def runs(ant, traces):
 
 
 def test_a_pushed_ant_slides_as_far_as_friction_lets_it(ant):
-    slid = jax.jit(jax.vmap(lambda friction: slide(ant.env, friction)))(jnp.array([0.02, 0.3, 1.0]))
+    slid = slides(ant.env, [0.02, 0.3, 1.0])
     assert slid[0] > 2.5 and slid[2] < 1, slid
     # Coulomb: v t - mu g t^2 / 2, and v^2 / (2 mu g) where it comes to rest.
     np.testing.assert_allclose(slid, [2.90, 1.53, 0.46], atol=0.1)
@@ -81,15 +104,17 @@ def test_changes_are_not_traced_again(runs, traces):
     assert len(traces) == 1
 
 
-def test_after_a_change_the_state_does_as_an_environment_built_with_that_friction(ant, runs):
+def test_after_a_change_the_state_does_as_an_environment_built_with_that_friction(runs, monkeypatch):
     _, states, frictions = runs
-    at = lambda step: jax.tree.map(lambda x: x[0, step], states)
-    # Step 4 is the first with the second friction.
-    built = envs.SlipperyAnt(friction=float(frictions[0, 1]), episode_length=2, random_reset=False)
-    after = jax.jit(built.step)(at(3), jnp.full(8, 0.5))
-    np.testing.assert_allclose(after.obs, at(4).obs, atol=1e-4)
-    other = jax.jit(built.step)(at(3).replace(info=at(3).info | {"friction": jnp.float32(0.02)}), jnp.full(8, 0.5))
-    assert jnp.abs(other.obs - after.obs).max() > 1e-3, "and friction matters to that step"
+    # Step 4 is the first with the second friction, and the first of an episode: for both seeds the same but for it.
+    before = jax.tree.map(lambda x: x[:, 3], states.pipeline_state)
+    after = jax.tree.map(lambda x: x[:, 4], states.pipeline_state)
+    np.testing.assert_array_equal(before.q[0], before.q[1])
+    assert jnp.abs(after.qd[0] - after.qd[1]).max() > 1e-3, "friction matters to that step"
+    ant = built_with(float(frictions[0, 1]), monkeypatch)
+    built = jax.jit(ant.pipeline_step)(jax.tree.map(lambda x: x[0], before), jnp.full(8, 0.5))
+    np.testing.assert_allclose(built.q, after.q[0], atol=1e-4)
+    np.testing.assert_allclose(built.qd, after.qd[0], atol=1e-4)
 
 
 def test_frictions_are_log_uniform_and_of_the_key_alone():
@@ -138,7 +163,7 @@ def test_without_brax_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.slow
 def test_mjx_slides_likewise():
     env = envs.SlipperyAnt(backend="mjx").env
-    slid = jax.jit(jax.vmap(lambda friction: slide(env, friction)))(jnp.array([0.02, 0.3, 1.0]))
+    slid = slides(env, [0.02, 0.3, 1.0])
     np.testing.assert_allclose(slid, [2.90, 1.53, 0.46], atol=0.1)
 
 
