@@ -22,7 +22,7 @@ from cbp_jax.units import Units
 class Environment(Protocol):
     """One environment that starts episode after episode by itself, such as `cbp_jax.envs.Episodes` makes of any.
 
-    States have `obs`, `reward` and `done` as Brax's, and in `info` at least `truncation`, `final_obs`,
+    States have `obs`, `reward`, `done` and `metrics` as Brax's, and in `info` at least `truncation`, `final_obs`,
     `episode_return` and `episode_length`.
     """
 
@@ -117,6 +117,10 @@ class State(NamedTuple):
     obs: chex.Array  # [rollout_length, num_envs, observations], what the last rollout saw
 
 
+# What an environment tells of its episodes, in the info of its states.
+_EPISODE = ("truncation", "final_obs", "episode_return", "episode_length")
+
+
 class _Steps(NamedTuple):
     """Steps of a rollout, [rollout_length, num_envs, ...], or of a minibatch, [steps, ...]."""
 
@@ -144,7 +148,8 @@ def make(
 
     Args:
       env: one environment; it is vmapped over `num_envs`.
-      network: maps observations to (mean, log_std, value), as `nets.ActorCritic` does.
+      network: maps observations [..., observations] to (mean [..., actions], log_std [actions] or [..., actions],
+        value [...]), as `nets.ActorCritic` does.
       optimizer: makes, of the units of policy and value, an optax transformation. It is given `features` of the
         minibatch as an extra argument, so that continual backpropagation and recycling work. A limit of the
         gradient's norm is `optax.clip_by_global_norm` in a chain with it.
@@ -159,16 +164,19 @@ def make(
       explain before the updates; and `replaced_units`, how many the updates replaced.
 
     Raises:
-      ValueError: the network's means are not those of the environment's actions.
+      ValueError: the network's means are not those of the environment's actions, or, from `init`, the environment does
+        not start episodes by itself.
 
     Example:
       >>> from cbp_jax import nets
-      >>> from cbp_jax.rl import ppo
-      >>> def optimizer(units):
-      ...   return cbp_jax.continual_backprop(cbp_jax.adam(3e-4), units)
-      >>> def train(env):
-      ...   init, update = ppo.make(env, nets.ActorCritic(env.action_size), optimizer)
-      ...   return jax.lax.scan(lambda state, _: update(state), init(jax.random.key(0)), length=100)
+      >>> from cbp_jax.envs.episodes import Episodes
+      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> env = Episodes(make_brax_env("fast", "spring"))
+      >>> cbp = lambda units: cbp_jax.continual_backprop(cbp_jax.adam(3e-4), units)
+      >>> init, update = make(env, nets.ActorCritic(env.action_size), cbp)
+      >>> state, metrics = jax.eval_shape(lambda key: update(init(key)), jax.random.key(0))
+      >>> state.obs.shape, metrics["policy_loss"].shape
+      ((64, 32, 2), ())
 
     References:
       Schulman et al., `Proximal Policy Optimization Algorithms <https://arxiv.org/abs/1707.06347>`_, 2017; the settings
@@ -189,6 +197,8 @@ def make(
         params = network.init(params_key, jnp.zeros(example.shape))
         size = env.observation_size
         env_state = jax.vmap(env.reset)(jax.random.split(env_key, settings.num_envs))
+        if missing := [name for name in _EPISODE if name not in env_state.info]:
+            raise ValueError(f"env must have {missing} in its states' info, as cbp_jax.envs.Episodes(env) has")
         return State(
             params=params,
             opt_state=tx.init(params),
@@ -255,6 +265,17 @@ def train(
 
     Raises:
       ValueError: `updates` is less than 1, or as in `make`.
+
+    Example:
+      >>> from cbp_jax import nets
+      >>> from cbp_jax.envs.episodes import Episodes
+      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> env = Episodes(make_brax_env("fast", "spring"), episode_length=4)
+      >>> adam = lambda units: cbp_jax.adam(3e-4)
+      >>> run = train(env, nets.ActorCritic(env.action_size, (8,)), adam, Settings(2, 8, 1, 2), updates=3)
+      >>> state, metrics = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 2))
+      >>> metrics["episodes"].tolist()
+      [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
     if updates < 1:
         raise ValueError(f"updates must be at least 1, got {updates}")
@@ -332,7 +353,7 @@ def _rollout(
         actions = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
         env_state = strong(jax.vmap(env.step)(env_state, actions))
         info = env_state.info
-        kept = {name: info[name] for name in ("truncation", "final_obs", "episode_return", "episode_length")}
+        kept = {name: info[name] for name in _EPISODE}
         further = env_state.metrics | ({"friction": info["friction"]} if "friction" in info else {})
         ended = (env_state.reward, env_state.done)
         return env_state, (obs, actions, _log_prob(mean, log_std, actions), ended, kept, further)
@@ -370,7 +391,7 @@ def _loss(
     clipped = jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip)
     policy_loss = -jnp.mean(jnp.minimum(ratio * batch.advantages, clipped * batch.advantages))
     value_loss = jnp.mean(jnp.square(value - batch.targets))
-    entropy = jnp.sum(log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e))
+    entropy = jnp.mean(jnp.sum(log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e), -1))
     loss = policy_loss + settings.value_coefficient * value_loss - settings.entropy_coefficient * entropy
     return loss, {
         "policy_loss": policy_loss,
