@@ -14,7 +14,7 @@ import cbp_jax
 from cbp_jax import nets
 from cbp_jax.rl import ppo
 
-PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action")
+PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action", "cut_elsewhere")
 SETTINGS = ppo.Settings(num_envs=8, rollout_length=16, epochs=4, minibatches=4, discount=0.8)
 
 
@@ -28,11 +28,12 @@ class State:
 
 
 class Probe:
-    """Five environments, of which a number, that may be traced, chooses one; all reward 1 at most a step.
+    """Six environments, of which a number, that may be traced, chooses one; all reward 1 at most a step.
 
     0: one step with reward 1, then the end. 1: the same, cut. 2: two steps, of which the second has reward 1; the
     observation tells which. 3: one step, whose reward is the observation, 1 or -1. 4: one step, whose reward is larger
-    the closer the action is to half of the observation.
+    the closer the action is to half of the observation. 5: one step, from 1 to -1 with reward 1 or from -1 to 1 with
+    none, where it is cut.
     """
 
     observation_size = 1
@@ -51,19 +52,20 @@ class Probe:
     def _first(self, key):
         key, sign = jax.random.split(key)
         either = jnp.where(jax.random.bernoulli(sign), 1.0, -1.0)
-        return key, jnp.array([0.0, 0.0, 0.0, 1.0, 1.0])[self.probe] * either[None]
+        return key, jnp.array([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])[self.probe] * either[None]
 
     def step(self, state, action):
         obs = state.obs[0]
         second = obs == 1
-        rewards = [1.0, 1.0, jnp.where(second, 1.0, 0.0), obs, -jnp.square(action[0] - obs / 2)]
+        one_of = jnp.where(second, 1.0, 0.0)
+        rewards = [1.0, 1.0, one_of, obs, -jnp.square(action[0] - obs / 2), one_of]
         done = jnp.where((self.probe == 2) & ~second, 0.0, 1.0)
         key, fresh = self._first(jax.random.wrap_key_data(state.info["key"]))
-        final = jnp.where(self.probe == 2, 1.0, state.obs)
+        final = jnp.where(self.probe == 2, 1.0, jnp.where(self.probe == 5, -state.obs, state.obs))
         reward = jnp.stack([jnp.asarray(reward, jnp.float32) for reward in rewards])[self.probe]
         began = state.done > 0
         info = {
-            "truncation": jnp.where(self.probe == 1, 1.0, 0.0),
+            "truncation": jnp.where((self.probe == 1) | (self.probe == 5), 1.0, 0.0),
             "final_obs": final,
             "episode_return": jnp.where(began, 0.0, state.info["episode_return"]) + reward,
             "episode_length": jnp.where(began, 0.0, state.info["episode_length"]) + 1,
@@ -98,6 +100,13 @@ def test_the_value_of_a_constant_reward(probed):
 def test_the_value_where_time_is_cut_goes_on(probed):
     # V = 1 + 0.8 V
     assert outputs(probed["constant_truncated"][0], 0.0)[1] == pytest.approx(5, abs=0.3)
+
+
+def test_the_value_where_time_is_cut_is_that_of_where_it_led(probed):
+    # V(1) = 1 + 0.8 V(-1) and V(-1) = 0.8 V(1); from the next episode's start instead they would be 3 and 2.
+    state, _ = probed["cut_elsewhere"]
+    assert outputs(state, 1.0)[1] == pytest.approx(1 / 0.36, abs=0.12)
+    assert outputs(state, -1.0)[1] == pytest.approx(0.8 / 0.36, abs=0.12)
 
 
 def test_a_later_reward_is_discounted(probed):
@@ -194,6 +203,40 @@ def test_any_transformation_trains_an_agent_without_being_traced_again(name):
     assert replaced > 0 if name in REPLACING else replaced == 0
 
 
+class Drawn(Probe):
+    """Episodes of one step, each with an observation of its own."""
+
+    def _first(self, key):
+        key, draw = jax.random.split(key)
+        return key, jax.random.normal(draw, (1,))
+
+
+def test_an_epoch_learns_from_each_step_once_in_an_order_of_its_own():
+    settings = ppo.Settings(num_envs=4, rollout_length=8, epochs=2, minibatches=4)
+
+    def recorder(units):
+        init = lambda params: (jnp.zeros([], jnp.int32), jnp.zeros((8, 8, 16)))
+
+        def update(grads, state, params, features):
+            number, seen = state
+            seen = seen.at[number].set(features["params/actor_0"])
+            return jax.tree.map(jnp.zeros_like, grads), (number + 1, seen)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    init, update = ppo.make(Drawn(0), NETWORK, recorder, settings)
+    state, _ = jax.jit(lambda key: update(init(key)))(jax.random.key(0))
+    layer = state.params["params"]["actor_0"]
+    expected = jnp.tanh(state.obs.reshape(32, 1) @ layer["kernel"] + layer["bias"])
+    distances = np.abs(state.opt_state[1].reshape(2, 32, 1, 16) - expected).max(-1)
+    orders = distances.argmin(-1)  # [epochs, 32], which step each example was
+    assert distances.min(-1).max() < 1e-5, "features are those of the minibatch"
+    np.testing.assert_array_equal(np.sort(orders), [np.arange(32)] * 2)
+    assert (orders[0] != orders[1]).any()
+    for minibatch in orders.reshape(8, 8):
+        assert len(set(minibatch // 4)) > 2 and len(set(minibatch % 4)) > 1, "of several times and environments"
+
+
 def test_observations_are_normalised_by_all_before():
     settings = ppo.Settings(4, 8, 1, 1, normalize_observations=True)
     init, update = ppo.make(Probe(3), NETWORK, lambda units: optax.sgd(0.0), settings)
@@ -254,6 +297,8 @@ def test_the_loss_is_ppos():
     np.testing.assert_allclose(terms["clip_fraction"], (abs(ratio - 1) > 0.2).mean())
     expected = -surrogate.mean() + 0.5 * ((value - targets) ** 2).mean() - 0.01 * entropy
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    of_each = ppo._loss(settings, *map(jnp.asarray, (mean, np.tile(log_std, (32, 1)), value)), batch)
+    np.testing.assert_allclose(of_each[0], loss, rtol=1e-6)
 
 
 def test_the_sign_of_an_advantage_is_the_way_the_policy_goes_until_it_is_clipped():
@@ -292,3 +337,13 @@ def test_networks_and_lengths_that_do_not_fit_are_refused():
         train(NETWORK, updates=0)
     with pytest.raises(ValueError, match=r"environment's 1 actions, got shape \(1, 3\)"):
         train(nets.ActorCritic(3), updates=1)
+
+
+def test_an_environment_that_does_not_start_episodes_by_itself_is_refused():
+    class Bare(Probe):
+        def reset(self, key):
+            return super().reset(key).replace(info={"truncation": jnp.zeros([])})
+
+    init, _ = ppo.make(Bare(0), NETWORK, lambda units: optax.sgd(0.1), SETTINGS)
+    with pytest.raises(ValueError, match=r"env must have \['final_obs', 'episode_return', 'episode_length'\] in"):
+        init(jax.random.key(0))
