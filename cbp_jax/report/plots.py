@@ -105,7 +105,7 @@ _STYLES = {
     "l2_init": _Style("#E69F00", (0, (1, 1)), "P"),
     "l1": _Style("#56B4E9", (0, (6, 1, 1, 1, 1, 1)), "X"),
     "dropout": _Style("#882255", (0, (9, 2)), "p"),
-    "upgd": _Style("#A6341B", "-", "*"),
+    "upgd": _Style("#A6341B", "-", ">"),
     "pgd": _Style("#6B6B6B", (0, (4, 1, 1, 1)), "<"),
 }
 
@@ -126,6 +126,10 @@ _NAMES = {
     "clip": "Weight clipping",
     "crelu": "CReLU",
     "adaptive_upgd": "Adaptive UPGD",
+    "cbp_adam": "Continual backprop, Adam",
+    "cbp_upgd": "Continual backprop, UPGD",
+    "redo_adam": "ReDo, Adam",
+    "shrink_and_perturb_adam": "Shrink and perturb, Adam",
 }
 
 _MOST_LINES = 8  # beyond this, lines cannot be told apart: one variant of each learner is drawn
