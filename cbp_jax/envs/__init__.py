@@ -2,6 +2,6 @@
 
 from cbp_jax.envs.episodes import Episodes
 from cbp_jax.envs.render import episode, save_html
-from cbp_jax.envs.slippery import Slippery, SlipperyAnt, with_friction
+from cbp_jax.envs.slippery import Slippery, SlipperyAnt, set_friction, with_friction
 
-__all__ = ["Episodes", "Slippery", "SlipperyAnt", "episode", "save_html", "with_friction"]
+__all__ = ["Episodes", "Slippery", "SlipperyAnt", "episode", "save_html", "set_friction", "with_friction"]

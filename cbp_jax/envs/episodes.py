@@ -63,7 +63,14 @@ class Episodes:
         return self.env.action_size
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The first state of the first episode, of a key."""
+        """The first state of the first episode, of a key.
+
+        Raises:
+          ValueError: the key is not of JAX's default generator, whose raw data the state carries.
+        """
+        generator, default = (str(jax.random.key_impl(key)) for key in (key, jax.random.key(0)))
+        if generator != default:
+            raise ValueError(f"key must be of the default generator {default!r}, got one of {generator!r}")
         key, first_key = jax.random.split(key)
         state = self.env.reset(first_key)
         zero = jnp.zeros([])
@@ -82,7 +89,10 @@ class Episodes:
         """The state after an action [actions]."""
         begun = state.done > 0  # the step before was the last of an episode
         so_far = lambda name: jnp.where(begun, 0.0, state.info[name])
-        after = self.env.step(state, action)
+        # Environments that never end of themselves, such as halfcheetah, hand `done` on as they got it; and all
+        # of Brax's write into the metrics of the state that they are given.
+        given = state.replace(done=jnp.zeros_like(state.done), metrics=dict(state.metrics))
+        after = self.env.step(given, action)
         length = so_far("episode_length") + 1
         at_limit = length >= self.episode_length
         ended = after.done > 0

@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cbp_jax.envs.episodes import Episodes, check_range, strong
 from cbp_jax.transforms.keys import as_key_data
@@ -29,10 +30,10 @@ _MJX = {"opt.iterations": 10, "opt.ls_iterations": 20, "opt.disableflags": 0}
 class Slippery:
     r"""A Brax environment whose friction changes at the ends of episodes, in its state.
 
-    Environments with the same key meet the same frictions: that of period i is log-uniform in `friction_range`, drawn
-    with `fold_in(key, i)`. A period ends with the first episode that ends after `change_every` steps of it. Friction is
-    an array of the state, `info["friction"]`, so that nothing is compiled again when it changes, and rows of a `vmap`
-    may differ.
+    Environments with the same key meet the same frictions: that of period i, counted from 0, is log-uniform in
+    `friction_range`, drawn with `fold_in(key, i)`. A period ends with the first episode that ends after `change_every`
+    steps of it. Friction is an array of the state, `info["friction"]`, so that nothing is compiled again when it
+    changes, and rows of a `vmap` may differ.
 
     Args:
       env: Brax's name of the environment, such as "ant", "halfcheetah", "hopper", "walker2d" or "humanoid".
@@ -43,7 +44,8 @@ class Slippery:
       key: of the frictions; a seed or a key, which may be traced.
       backend: Brax's physics: "spring", or "mjx", whose solver is then given 10 iterations and 20 of its line search:
         closer to MuJoCo, and several times slower.
-      clip_actions: whether actions are clipped to [-1, 1] before the environment sees them.
+      clip_actions: whether actions are clipped to [-1, 1] before the environment sees them. The ant's motors clip
+        theirs in any case: what changes is the cost of control, which otherwise grows with the action as sampled.
       **episodes: `episode_length`, `time_limit_is_terminal` and `random_reset` of :class:`Episodes`, whose states
         these are, and which have besides `info["friction"]`, and `info["period"]` and `info["period_steps"]`.
 
@@ -85,6 +87,8 @@ class Slippery:
             reason = f": {_REFUSED[backend]}" if backend in _REFUSED else ""
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}{reason}")
         self.env = make_brax_env(env, backend)
+        if not hasattr(self.env, "sys"):
+            raise ValueError(f"env must be of bodies on a ground, got {env!r}")
         if backend == "mjx":
             self.env.sys = self.env.sys.tree_replace(_MJX)
         self.friction = friction
@@ -153,19 +157,22 @@ class SlipperyAnt(Slippery):
     \                     Ant-v3                                          here
     ====================  ==============================================  =====================================
     observations          111, 84 of them contact forces                  27: positions but x and y, velocities
-    contact cost          5e-4 times the squared contact forces           none
-    contacts              all parts with the ground and each other        four feet with the ground
+    contact cost          5e-4 times the squared contact forces, each     none
+                          clipped to [-1, 1]
+    contacts              all parts with the ground                       four feet with the ground
     healthy reward, cost  1 a step; 0.5 times the squared actions         the same
     of control
     forward reward        velocity of the torso along x                   the same
     end of an episode     torso's height outside [0.2, 1] m, or not       height outside [0.2, 1] m
                           a finite number
     a step                0.05 s                                          0.05 s
-    start                 uniform and normal noise of scale 0.1           the same
+    first pose            torso at 0.75 m, all joints at 0                torso at 0.55 m, ankles bent by 1 rad
+    noise of the start    uniform in [-0.1, 0.1] on positions, normal     the same
+                          of deviation 0.1 on velocities
     physics               MuJoCo                                          Brax's spring, or MuJoCo's MJX
-    friction              of the floor                                    of the ground and all parts: a contact
-                                                                          takes the larger of the two
-    actions               clipped to [-1, 1] by the simulator             as they are, or clipped
+    friction              of the ground and all parts                     the same
+    actions               clipped to [-1, 1] by the motors, but not in    the same, or clipped in both
+                          the cost of control
     ====================  ==============================================  =====================================
 
     Example:
@@ -196,11 +203,40 @@ def with_friction(env: Any, friction: chex.Numeric) -> Any:
     return env
 
 
+def set_friction(state: Any, friction: chex.Numeric) -> Any:
+    """The state of a :class:`Slippery` environment with another friction, which holds until its period ends.
+
+    Where friction stays as it is, it holds for good.
+
+    Args:
+      state: as `reset` and `step` return it, of one environment or a batch.
+      friction: coefficient, float [] or with the leading axes of the state.
+
+    Returns:
+      the state.
+
+    Raises:
+      ValueError: `friction` is negative or not finite, or not of a shape that the state's can take.
+
+    Example:
+      >>> env = SlipperyAnt(friction=1.0)
+      >>> state = set_friction(env.reset(jax.random.key(0)), 0.02)
+      >>> print(state.info["friction"])
+      0.02
+    """
+    old = state.info["friction"]
+    if not isinstance(friction, jax.core.Tracer) and not np.all((np.asarray(friction) >= 0) & np.isfinite(friction)):
+        raise ValueError(f"friction must be in [0, inf), got {friction}")
+    if jnp.ndim(friction) and jnp.shape(friction) != old.shape:
+        raise ValueError(f"friction must be a number or of shape {old.shape}, got shape {jnp.shape(friction)}")
+    return state.replace(info=state.info | {"friction": jnp.full_like(old, friction)})
+
+
 def make_brax_env(name: str, backend: str) -> Any:
     """A Brax environment by name.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is none of that name, or not with that backend.
       ImportError: Brax is not installed.
     """
     envs = brax("envs")
@@ -209,7 +245,10 @@ def make_brax_env(name: str, backend: str) -> Any:
     with warnings.catch_warnings():
         # Brax warns at every loading of a model that MuJoCo's own environments are where work goes on.
         warnings.simplefilter("ignore")
-        return envs.get_environment(name, backend=backend)
+        try:
+            return envs.get_environment(name, backend=backend)
+        except ValueError as error:
+            raise ValueError(f"env must be one that Brax has with backend {backend!r}, got {name!r}") from error
 
 
 def brax(module: str) -> ModuleType:

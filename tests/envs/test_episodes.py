@@ -34,13 +34,13 @@ class Walk:
 
     def step(self, state, action):
         position = state.pipeline_state + action
+        state.metrics.update(speed=action[0])  # in place, as Brax's do
         # Weakly typed, as some of Brax's are.
         return state.replace(
             pipeline_state=position,
             obs=position,
             reward=action[0] * 1.0,
             done=jnp.where(position[0] > 10, 1.0, 0.0),
-            metrics={"speed": action[0]},
         )
 
 
@@ -73,6 +73,16 @@ def test_a_cut_and_an_end_are_told_apart_and_the_next_episode_begins():
     np.testing.assert_allclose(final[5], obs[4] + 1, rtol=1e-6)
 
 
+def test_an_environment_that_says_nothing_of_ends_goes_on_after_a_cut():
+    class Endless(Walk):
+        def step(self, state, action):
+            return super().step(state, action).replace(done=state.done)
+
+    states = go(Episodes(Endless(), episode_length=2), [1] * 5)
+    assert states.done.tolist() == [0, 1, 0, 1, 0] and states.info["truncation"].tolist() == [0, 1, 0, 1, 0]
+    assert states.info["episode_return"].tolist() == [1, 2, 1, 2, 1]
+
+
 def test_a_fall_at_the_time_limit_is_a_fall():
     states = go(Episodes(Walk(), episode_length=2), [1, 10])
     assert states.done.tolist() == [0, 1] and states.info["truncation"].tolist() == [0, 0]
@@ -96,6 +106,7 @@ def test_a_state_that_steps_lead_to_is_of_the_types_of_the_first():
         after = env.step(first, jnp.ones(1))
         kind = lambda x: (x.shape, x.dtype, x.weak_type)
         assert jax.tree.map(kind, first) == jax.tree.map(kind, after)
+        assert (first.metrics["speed"], after.metrics["speed"]) == (0, 1), "a step leaves the state that it is given"
 
 
 def test_rows_of_a_batch_are_the_solo_runs():
@@ -103,6 +114,11 @@ def test_rows_of_a_batch_are_the_solo_runs():
     keys = jax.random.split(jax.random.key(0), 3)
     step = lambda key: env.step(env.step(env.reset(key), jnp.ones(1)), jnp.ones(1)).obs
     np.testing.assert_array_equal(jax.vmap(step)(keys), jnp.stack([step(key) for key in keys]))
+
+
+def test_a_key_of_another_generator_is_refused():
+    with pytest.raises(ValueError, match="key must be of the default generator 'threefry2x32', got one of 'rbg'"):
+        Episodes(Walk()).reset(jax.random.key(0, impl="rbg"))
 
 
 def test_a_time_limit_of_no_steps_is_refused():

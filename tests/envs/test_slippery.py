@@ -117,6 +117,21 @@ def test_after_a_change_the_state_does_as_an_environment_built_with_that_frictio
     np.testing.assert_allclose(built.qd, after.qd[0], atol=1e-4)
 
 
+def test_friction_can_be_set_by_hand(runs):
+    _, states, _ = runs
+    at = jax.tree.map(lambda x: x[:, 3], states)
+    kind = lambda x: (x.shape, x.dtype, x.weak_type)
+    for friction, expected in ((0.5, [0.5, 0.5]), (jnp.array([0.1, 2.0]), [0.1, 2.0])):
+        changed = envs.set_friction(at, friction)
+        np.testing.assert_allclose(changed.info["friction"], expected, rtol=1e-6)
+        assert jax.tree.map(kind, changed) == jax.tree.map(kind, at), "and what was compiled for it serves"
+    for wrong in (-1, jnp.nan, jnp.array([1.0, jnp.inf])):
+        with pytest.raises(ValueError, match=r"friction must be in \[0, inf\), got"):
+            envs.set_friction(at, wrong)
+    with pytest.raises(ValueError, match=r"friction must be a number or of shape \(2,\), got shape \(3,\)"):
+        envs.set_friction(at, jnp.ones(3))
+
+
 def test_frictions_are_log_uniform_and_of_the_key_alone():
     friction_of = jax.jit(jax.vmap(envs.SlipperyAnt(key=3).friction_of))
     frictions = np.log(friction_of(jnp.arange(4000)))
@@ -139,6 +154,8 @@ def test_actions_are_clipped_where_asked():
     ("settings", "message"),
     [
         ({"env": "antelope"}, r"env must be one of .*'ant'.*, got 'antelope'"),
+        ({"env": "fast"}, r"env must be of bodies on a ground, got 'fast'"),
+        ({"env": "swimmer"}, r"env must be one that Brax has with backend 'spring', got 'swimmer'"),
         ({"backend": "positional"}, r"backend must be one of \('spring', 'mjx'\), got 'positional': its gaits"),
         ({"backend": "generalized"}, r"got 'generalized': with its few solver iterations"),
         ({"backend": "bullet"}, r"got 'bullet'$"),
