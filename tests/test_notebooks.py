@@ -49,6 +49,21 @@ def check_continual_backprop(found, folder):
     assert (folder / "runs/01_continual_backprop/results.nc").is_file()
 
 
+def check_upgd(found, folder):
+    assert found["last_loss"] < found["first_loss"]
+    # Where the utility is largest, phi(1) is held back; and the quotients of the updates are what the equation says.
+    np.testing.assert_allclose(found["lowest"], 1 / (1 + np.e), rtol=1e-4)
+    np.testing.assert_allclose(found["gate_errors"], 0, atol=1e-4)
+    weights, of_units = found["quality"]["weights"], found["quality"]["units"]
+    assert weights["second_order"] > 0.8 > weights["magnitude"]
+    assert of_units["second_order"] > 0.3  # of 14 units
+    before, after = found["reborn"]
+    assert before > 0 == after
+    assert found["labels"] == ["cbp_upgd(replacement_rate=0.02)"] and found["dims"]["task"] == 3
+    assert found["accuracy"] > 0
+    assert (folder / "runs/02_upgd/results.nc").is_file()
+
+
 def check_slippery_ant(found, folder):
     np.testing.assert_allclose(found["slid"], found["law"], atol=0.12)
     assert found["groups"] == ["params/actor_0", "params/actor_1", "params/critic_0", "params/critic_1"]
@@ -89,6 +104,32 @@ CASES = {
             "labels": "results.method.values.tolist()",
         },
         check=check_continual_backprop,
+    ),
+    "02_upgd": Case(
+        sizes={
+            "HIDDEN": (8, 6),
+            "STEPS": 300,
+            "MEASURED": 20,
+            "REPLACEMENT_RATE": 0.02,
+            "WINDOW": 20,
+            "METHODS": ("cbp_upgd:replacement_rate=0.02",),
+            "STREAM_TASKS": 3,
+            "STREAM_EXAMPLES": 50,
+            "STREAM_SEEDS": 2,
+        },
+        read_back={
+            "first_loss": "float(first.mean())",
+            "last_loss": "float(last.mean())",
+            "lowest": "[float(np.nanmin(flat(gate))) for name, gate in gates.items() if 'local' not in name]",
+            "gate_errors": "[float(np.nanmax(abs(gate * (1 + np.exp(scaled[scope])) - 1)))"
+            " for scope, gate in measured.items()]",
+            "quality": "quality",
+            "reborn": "[float(incoming[step, unit]) for step in (t - 1, t)]",
+            "labels": "results.method.values.tolist()",
+            "dims": "dict(results.sizes)",
+            "accuracy": "float(results.accuracy.min())",
+        },
+        check=check_upgd,
     ),
     "04_slippery_ant": Case(
         sizes={
