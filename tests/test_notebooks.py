@@ -75,6 +75,23 @@ def check_slippery_ant(found, folder):
     assert len(list((folder / "runs/04_slippery_ant").glob("episode-*.html"))) == 2
 
 
+def check_any_network(found, folder):
+    assert found["resnet"] == 12 and found["vit"] == ["residual", "head", "dense", "head", "dense"]
+    assert found["drawn"] == 21  # kernels of ResNet-18
+    assert found["streams"] == ["stem", "stage2_block1_conv2"]
+    # What belongs to the replaced channel: drawn anew, or at its start, or 0; and nothing feels it.
+    before, after = (dict.fromkeys(found["roles"], 0.0) for _ in range(2))
+    for role, (old, new) in zip(found["roles"], found["entries"], strict=True):
+        before[role], after[role] = max(before[role], old), max(after[role], new)
+    assert after["reads it"] == 0 < before["reads it"] and after["offset"] == pytest.approx(0, abs=1e-7)
+    assert after["scale"] == pytest.approx(1) and after["statistics"] == 1 and before["statistics"] != 1
+    assert after["writes it"] not in (0, before["writes it"])
+    whole, forgotten = found["proof"]  # with all readers reset, and with one that was not
+    assert whole == [0, 0] and min(forgotten) > 0
+    assert found["dims"] == {"method": 2, "seed": 1, "task": 2}
+    assert (folder / "runs/03_any_network/results.nc").is_file()
+
+
 CASES = {
     "01_continual_backprop": Case(
         sizes={
@@ -130,6 +147,32 @@ CASES = {
             "accuracy": "float(results.accuracy.min())",
         },
         check=check_upgd,
+    ),
+    "03_any_network": Case(
+        sizes={
+            "WIDTHS": (4, 6),
+            "SIZE": 8,
+            "BATCH": 8,
+            "REPLACEMENT_RATE": 0.05,
+            "MATURITY": 3,
+            "TASKS": 2,
+            "SEEDS": 1,
+            "CLASSES": 4,
+            "EPOCHS": 1,
+            "TRAIN_PER_CLASS": 10,
+            "TEST_PER_CLASS": 5,
+        },
+        read_back={
+            "resnet": "len(units)",
+            "vit": "[group.kind for group in vit_units]",
+            "drawn": "len(report.plot_units(units).axes[0].get_yticklabels())",
+            "streams": "[group.name for group in streams]",
+            "roles": "[role for role, _ in found]",
+            "entries": "list(found.values())",
+            "proof": "list(proof.values())",
+            "dims": "dict(results.sizes)",
+        },
+        check=check_any_network,
     ),
     "04_slippery_ant": Case(
         sizes={
