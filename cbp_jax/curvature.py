@@ -59,7 +59,8 @@ _MEETINGS = frozenset("add add_any max min select_n sub".split())
 # Every output element is a sum of operand elements, or one that is selected: coefficients are their own squares.
 _SELECTIONS = frozenset(
     """broadcast_in_dim concatenate cumsum dynamic_slice expand_dims gather pad reduce_max reduce_min reduce_sum
-    reduce_window_max reduce_window_min reduce_window_sum reshape rev slice split squeeze transpose""".split()
+    reduce_window_max reduce_window_min reduce_window_sum reshape rev slice split squeeze stack tile
+    transpose""".split()
 )
 
 

@@ -289,6 +289,25 @@ def test_branches_are_added_and_cross_terms_dropped():
     close(diagonal, {"a": np.square(x).T @ d2_h, "b": (both**2).T @ d2_y})
 
 
+@pytest.mark.parametrize(
+    ("twice", "as_concatenation"),
+    [
+        (lambda h: jnp.tile(h, (1, 2)), lambda h: jnp.concatenate([h, h], 1)),
+        (lambda h: jnp.stack([h, h**2], 1), lambda h: jnp.concatenate([h[:, None], h[:, None] ** 2], 1)),
+    ],
+    ids=["tile", "stack"],
+)
+def test_stacking_and_tiling_are_concatenations(twice, as_concatenation):
+    x, targets = problem("squared_error", inputs=3, outputs=2)
+    params = {"a": jax.random.normal(jax.random.key(0), (3, 4)), "b": jax.random.normal(jax.random.key(1), (8, 2))}
+
+    def diagonal(doubled):
+        apply = lambda p, x: doubled(jnp.tanh(x @ p["a"])).reshape(len(x), 8) @ p["b"]
+        return hesscale(apply, params, x, targets, "squared_error")[2]
+
+    close(diagonal(twice), diagonal(as_concatenation))
+
+
 def test_pooling_by_means_sums_and_the_maximum_of_a_whole_map():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 2)), jnp.float32)
     targets = jnp.zeros((3, 2))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from cbp_jax.transforms.rounding import rounded
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.transforms.scalars import check_like, check_scalar
 
 
 class Step(NamedTuple):
@@ -129,7 +129,7 @@ def add_consolidation(
         if params is None:
             raise ValueError("consolidation needs the params: tx.update(grads, state, params), got params=None")
         sensitivity = updates if sensitivity is None else sensitivity
-        _check_like(sensitivity, updates)
+        check_like("sensitivity", sensitivity, updates)
 
         def consolidate(update, sensitive, param, params_mean, params_rate, importance_rate, *rest):
             old_means, previous = rest[: importance.means], rest[importance.means :]
@@ -423,13 +423,3 @@ def _wide(param: chex.Array) -> jnp.dtype:
 def _check_epsilon(epsilon: chex.Numeric) -> None:
     # Positive in float32: where a weight does not move, all else in the denominator is 0.
     check_scalar("epsilon", epsilon, at_least=float(np.finfo(np.float32).tiny))
-
-
-def _check_like(sensitivity: Any, updates: optax.Updates) -> None:
-    if jax.tree.structure(sensitivity) == jax.tree.structure(updates):
-        if [jnp.shape(leaf) for leaf in jax.tree.leaves(sensitivity)] == [
-            jnp.shape(leaf) for leaf in jax.tree.leaves(updates)
-        ]:
-            return
-    found, wanted = (jax.tree.map(lambda leaf: str(jnp.shape(leaf)), tree) for tree in (sensitivity, updates))
-    raise ValueError(f"sensitivity must be a tree of the gradients' shapes, {wanted}, got {found}")

@@ -1,4 +1,4 @@
-"""Checks of scalar settings that may also be tracers."""
+"""Checks of arguments: scalar settings that may also be tracers, and trees that go with the gradients."""
 
 from typing import Any
 
@@ -49,3 +49,25 @@ def check_scalar(
         low = "(-inf" if at_least is None else f"[{at_least:g}"
         high = f"{at_most:g}]" if at_most is not None else f"{below:g})" if below is not None else "inf)"
         raise ValueError(f"{name} must be in {low}, {high}, got {value}")
+
+
+def check_like(name: str, tree: Any, updates: Any) -> None:
+    """Raises if an extra argument of an update has not the gradients' structure and shapes.
+
+    Args:
+      name: the argument's name, for the message.
+      tree: the argument, a pytree of arrays.
+      updates: the gradients, a pytree of arrays.
+
+    Raises:
+      ValueError: they differ.
+
+    Example:
+      >>> check_like("hessian_diag", {"w": np.ones(3)}, {"w": np.ones(2)})
+      Traceback (most recent call last):
+      ...
+      ValueError: hessian_diag must be a tree of the gradients' shapes, {'w': '(2,)'}, got {'w': '(3,)'}
+    """
+    found, wanted = (jax.tree.map(lambda leaf: str(np.shape(leaf)), each) for each in (tree, updates))
+    if jax.tree.structure(found) != jax.tree.structure(wanted) or jax.tree.leaves(found) != jax.tree.leaves(wanted):
+        raise ValueError(f"{name} must be a tree of the gradients' shapes, {wanted}, got {found}")

@@ -12,7 +12,7 @@ import optax
 from cbp_jax import units as units_lib
 from cbp_jax.transforms import adam, keys, noise
 from cbp_jax.transforms.rounding import rounded
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.transforms.scalars import check_like, check_scalar
 
 Scope = Literal["global", "local"]
 IncomingAxes = Callable[[str, chex.Array], tuple[int, ...]]  # (path, leaf) -> the leaf's axes that lead to one unit
@@ -66,7 +66,7 @@ def scale_by_upgd(
 
     Raises:
       ValueError: a setting is out of range, or units do not match the params; in `update`, params or
-        `hessian_diag` are missing.
+        `hessian_diag` are missing, or the latter is no tree of the gradients' shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -119,8 +119,12 @@ def scale_by_upgd(
             )
         instantaneous = jax.tree.map(_first_order, updates, params)
         if hessian_diag is not None:
-            curved = lambda m, h, w: m + 0.5 * (order - 1) * h.astype(jnp.float32) * jnp.square(w.astype(jnp.float32))
-            instantaneous = jax.tree.map(curved, instantaneous, hessian_diag, params)
+            check_like("hessian_diag", hessian_diag, updates)
+        if hessian_diag is not None and (isinstance(order, jax.Array) or order == 2):
+            curved = lambda m, h, w: m + 0.5 * h.astype(jnp.float32) * jnp.square(w.astype(jnp.float32))
+            second = jax.tree.map(curved, instantaneous, hessian_diag, params)
+            chosen = lambda m, s: jnp.where(order == 2, s, m) if isinstance(order, jax.Array) else s
+            instantaneous = jax.tree.map(chosen, instantaneous, second)
         if units is not None:
             instantaneous = _unit_utility(units, instantaneous)
         # One product a sum, not two of which a compiler may fuse either: vmapped seeds give what they give alone.

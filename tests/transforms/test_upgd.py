@@ -393,3 +393,19 @@ def test_missing_params_and_curvature():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match="UPGD needs the params"):
         tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("of", [lambda w: w.reshape(1, *w.shape), lambda w: w.sum(), lambda w: {"of": w}])
+def test_a_curvature_that_only_broadcasts_to_the_gradients_is_refused(of):
+    tx = scale_by_upgd(order=2)
+    with pytest.raises(ValueError, match="hessian_diag must be a tree of the gradients' shapes"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_diag=jax.tree.map(of, PARAMS))
+
+
+@pytest.mark.parametrize("order", [1, jnp.float32(1)])
+def test_to_first_order_curvature_does_not_count_even_where_it_is_infinite(order):
+    tx, first = (scale_by_upgd(sigma=0.0, order=order) for order in (order, 1))
+    infinite = jax.tree.map(lambda w: jnp.full(w.shape, jnp.inf), PARAMS)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_diag=infinite)
+    expected, _ = first.update(PARAMS, first.init(PARAMS), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
