@@ -516,7 +516,7 @@ def _swept(results: xr.Dataset) -> dict[str, list[str]]:
 def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
     """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow.
 
-    More than three shades of a colour are hard to tell apart: there, variants take the styles of learners that are not
+    More than two shades of a colour are hard to tell apart: there, variants take the styles of learners that are not
     drawn, while these last.
     """
     from matplotlib.colors import to_hex, to_rgb
@@ -529,7 +529,7 @@ def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
     spare = [style for style in _STYLES.values() if style not in base.values()]
     styles = {}
     for learner, variants in learners.items():
-        if 3 < len(variants) <= 1 + len(spare):
+        if 2 < len(variants) <= 1 + len(spare):
             styles |= dict(zip(variants, [base[learner], *spare], strict=False))
             spare = spare[len(variants) - 1 :]
             continue
