@@ -1,5 +1,10 @@
 """The ant: its physics, and when its friction changes."""
 
+import base64
+import json
+import re
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,5 +208,8 @@ def test_an_episode_becomes_a_page(tmp_path):
     env = envs.SlipperyAnt(friction=1.0, episode_length=5)
     poses, total = envs.episode(env, lambda obs: jnp.zeros(8), jax.random.key(0))
     assert poses.q.shape == (5, env.env.sys.q_size()) and 4 < total < 7  # 1 a step for standing
-    page = envs.save_html(env, poses, tmp_path / "ant.html")
-    assert page.stat().st_size > 10_000 and "<html" in page.read_text()
+    page = envs.save_html(env, poses, tmp_path / "ant.html").read_text()
+    (packed,) = re.findall(r'var system = "(.+)";', page)
+    shown = json.loads(zlib.decompress(base64.b64decode(packed)))
+    np.testing.assert_allclose([state["pos"] for state in shown["states"]["x"]], poses.x.pos, atol=1e-3)
+    assert shown["opt"]["timestep"] == pytest.approx(0.05), "the page shows it in time"
