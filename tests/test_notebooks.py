@@ -173,6 +173,7 @@ CASES = {
             "dims": "dict(results.sizes)",
         },
         check=check_any_network,
+        slow=True,  # compiles a dozen networks
     ),
     "04_slippery_ant": Case(
         sizes={
