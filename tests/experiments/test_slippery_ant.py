@@ -91,6 +91,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # as what follows: PPO and the ant's physics in one program compile for long
 def test_a_run_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(slippery_ant, "save_episode", lambda *_: None)  # compiles for as long again; see below
     seen = []

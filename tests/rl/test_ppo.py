@@ -168,7 +168,13 @@ OPTIMIZERS = {
 REPLACING = ("continual_backprop", "redo")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("shrink_and_perturb", "adaptive_upgd") else [])
+        for name in OPTIMIZERS
+    ],
+)
 def test_any_transformation_trains_an_agent_without_being_traced_again(name):
     seen, traces = [], []
 

@@ -67,7 +67,7 @@ class Row:
     static: dict[str, Any] = dataclasses.field(default_factory=dict)
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
     noisy: bool = False  # takes a key
-    slow: bool = False  # to compile, and of parts that have rows of their own
+    slow: bool = False  # to compile, and close to other rows
 
     def make(self, key=0, factory=None, **hyper):
         keys = {"key": key} if self.noisy else {}
@@ -155,6 +155,7 @@ ROWS = [
         {"order": 2, "scope": "local", "protect": False},
         wrap=with_curvature,
         noisy=True,
+        slow=True,
     ),
     Row("upgd of units", upgd, (), GATE, GATE_OTHERWISE, {"units": UNITS}, noisy=True),
     Row(
