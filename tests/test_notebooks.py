@@ -147,6 +147,7 @@ CASES = {
             "accuracy": "float(results.accuracy.min())",
         },
         check=check_upgd,
+        slow=True,  # CI has the time for one notebook
     ),
     "03_any_network": Case(
         sizes={
