@@ -1,6 +1,7 @@
 """Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,19 @@ from typing import Any
 import jax
 
 from cbp_jax import data, nets, problems, training
-from cbp_jax.experiments import learners, stream
+from cbp_jax.experiments import learners, pools, stream
+from cbp_jax.experiments.pools import PROCEDURAL
 from cbp_jax.experiments.stream import summary, total
 
 __all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
 
 NAME = "class_incremental"
-PROCEDURAL = "procedural"
 # Of CIFAR-100's training images, as the public program of the paper has them.
 CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(stream.StreamSettings):
+class Settings(pools.PoolSettings):
     """Class-incremental CIFAR-100, or the same with other images: a task is an increment of the classes."""
 
     tasks: int = 20
@@ -33,24 +34,12 @@ class Settings(stream.StreamSettings):
     """Examples of the classes to come on which dead and dormant units and ranks are measured before each increment."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Blocks of each stage."""
-    dataset: str = PROCEDURAL
-    """"procedural" for images made here, a name of tensorflow-datasets, or the path of an array file (.npz)."""
     test_split: str | None = None
     """Split of the dataset for test examples; by default these follow the training examples in the split "train"."""
-    data_dir: Path | None = None
-    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
-    procedural_size: int = 32
-    """Height and width of procedural images, before they are made smaller."""
-    downsample: int = 1
-    """Factor by which images are made smaller; it divides their height and width."""
     classes_per_increment: int = 5
     """Classes that each increment adds."""
-    train_per_class: int = 450
-    """Training examples of each class."""
     validation_per_class: int = 50
     """Validation examples of each class, by which the weights that an increment ends with are chosen."""
-    test_per_class: int = 100
-    """Test examples of each class."""
     epochs: int = 200
     """Epochs of each increment; the step size falls by a factor of 5 after 0.3, 0.6 and 0.8 of them."""
     flip: bool = True
@@ -61,8 +50,6 @@ class Settings(stream.StreamSettings):
     """Largest random rotation of training images, in degrees."""
     early_stopping: bool = True
     """Whether an increment ends with the weights of its best validation accuracy."""
-    dormant_threshold: float = 0.01
-    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
 
 
 def preset(name: str, dataset: str | None = None) -> Settings:
@@ -160,16 +147,15 @@ def check(settings: Settings) -> list[learners.Method]:
     Raises:
       ValueError: a setting is out of range or unknown.
     """
-    for name in ("procedural_size", "downsample", "classes_per_increment", "train_per_class", "epochs"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    if not settings.dormant_threshold >= 0:
-        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
+    if settings.classes_per_increment < 1:
+        raise ValueError(f"classes_per_increment must be at least 1, got {settings.classes_per_increment}")
+    if settings.test_split is not None and settings.dataset == PROCEDURAL:
+        raise ValueError(f"test_split must be left out: procedural images have one split; got {settings.test_split!r}")
     if settings.measure_every is not None:
         raise ValueError(f"measure_every cannot be given for {NAME}, got {settings.measure_every}")
     if settings.activation != "relu":
         raise ValueError(f"activation must be 'relu', that of the residual network, got {settings.activation!r}")
-    methods = stream.check(settings)
+    methods = pools.check(settings)
     for text, method in zip(settings.methods, methods, strict=True):
         others = [name for name in learners.NETWORK_OPTIONS if method.options.get(name)]
         if others or method.options.get("order") == 2:
@@ -200,7 +186,13 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
     from cbp_jax import report
 
     check(settings)
-    images, test = _images(settings)
+    load = functools.partial(
+        pools.load,
+        settings,
+        classes=settings.tasks * settings.classes_per_increment,
+        per_class=settings.train_per_class + settings.validation_per_class + settings.test_per_class,
+    )
+    images, test = load(), None if settings.test_split is None else load(settings.test_split)
     problem = problems.class_incremental(
         images,
         test,
@@ -263,17 +255,3 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 def _network(num_outputs: int, hidden: tuple[int, ...], activation: str, **settings: Any) -> nets.ResNet:
     del activation  # checked
     return nets.ResNet(num_outputs, hidden, **settings)
-
-
-def _images(settings: Settings) -> tuple[data.Dataset, data.Dataset | None]:
-    if settings.dataset == PROCEDURAL:
-        per_class = settings.train_per_class + settings.validation_per_class + settings.test_per_class
-        classes = settings.tasks * settings.classes_per_increment
-        images, test = data.procedural(classes, per_class, size=settings.procedural_size), None
-    else:
-        load = lambda split: data.load(settings.dataset, split, data_dir=settings.data_dir)
-        images, test = load("train"), None if settings.test_split is None else load(settings.test_split)
-    if images.has_features:
-        raise ValueError(f"dataset must hold images, and {settings.dataset!r} holds features")
-    images = data.downsample(images, settings.downsample)
-    return images, None if test is None else data.downsample(test, settings.downsample)

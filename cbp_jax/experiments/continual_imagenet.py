@@ -6,38 +6,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cbp_jax import data, nets, problems
-from cbp_jax.experiments import learners, stream
+from cbp_jax.experiments import learners, pools, stream
+from cbp_jax.experiments.pools import PROCEDURAL
 from cbp_jax.experiments.stream import summary, total
 
 __all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
 
 NAME = "continual_imagenet"
-PROCEDURAL = "procedural"
 BIN = 50  # tasks that the paper averages in its picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(stream.StreamSettings):
+class Settings(pools.PoolSettings):
     """Continual ImageNet, or the same with other images of many classes: a task is to tell two classes apart."""
 
     batch_size: int = 100
     """Examples of an update."""
     hidden: tuple[int, ...] = (128, 128)
     """Sizes of the hidden dense layers."""
-    dataset: str = PROCEDURAL
-    """"procedural" for images made here, a name of tensorflow-datasets, or the path of an array file (.npz)."""
-    data_dir: Path | None = None
-    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
     procedural_classes: int = 1000
     """Classes of procedural images."""
-    procedural_size: int = 32
-    """Height and width of procedural images, before they are made smaller."""
-    downsample: int = 1
-    """Factor by which images are made smaller; it divides their height and width."""
     train_per_class: int = 600
     """Training examples of each class."""
-    test_per_class: int = 100
-    """Test examples of each class."""
     epochs: int = 250
     """How often a task shows each of its training examples."""
     channels: tuple[int, ...] = (32, 64, 128)
@@ -46,8 +36,6 @@ class Settings(stream.StreamSettings):
     """Height and width of the kernels of the convolutions."""
     padding: Literal["VALID", "SAME"] = "VALID"
     """Padding of the convolutions."""
-    dormant_threshold: float = 0.01
-    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
 
 
 def preset(name: str, dataset: str | None = None) -> Settings:
@@ -150,13 +138,10 @@ def check(settings: Settings) -> list[learners.Method]:
     Raises:
       ValueError: a setting is out of range or unknown.
     """
-    for name in ("procedural_classes", "procedural_size", "downsample", "train_per_class", "test_per_class", "epochs"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    if not settings.dormant_threshold >= 0:
-        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
+    if settings.procedural_classes < 1:
+        raise ValueError(f"procedural_classes must be at least 1, got {settings.procedural_classes}")
     nets.ConvNet(2, settings.channels, settings.kernel_sizes, settings.hidden, padding=settings.padding)
-    return stream.check(settings)
+    return pools.check(settings)
 
 
 def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
@@ -180,7 +165,8 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
       cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
     """
     check(settings)
-    images = _images(settings)
+    per_class = settings.train_per_class + settings.test_per_class
+    images = pools.load(settings, classes=settings.procedural_classes, per_class=per_class)
     problem = problems.continual_images(
         images,
         train_per_class=settings.train_per_class,
@@ -219,14 +205,3 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     from cbp_jax import report
 
     return report.plot_run(results, out, bin_size=BIN if results.sizes["task"] >= 4 * BIN else None, formats=formats)
-
-
-def _images(settings: Settings) -> data.Dataset:
-    if settings.dataset == PROCEDURAL:
-        per_class = settings.train_per_class + settings.test_per_class
-        images = data.procedural(settings.procedural_classes, per_class, size=settings.procedural_size)
-    else:
-        images = data.load(settings.dataset, data_dir=settings.data_dir)
-    if images.has_features:
-        raise ValueError(f"dataset must hold images, and {settings.dataset!r} holds features")
-    return data.downsample(images, settings.downsample)

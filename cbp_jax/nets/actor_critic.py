@@ -20,6 +20,9 @@ class ActorCritic(nn.Module):
       activation: a name of `get_activation`, or a function of one array.
       kernel_init: a `jax.nn.initializers` function, LeCun's by default; biases start at 0.
       initial_log_std: logarithm of the standard deviation of each action at first.
+      policy_scale: factor of the first weights of `actor_mean`. A small one starts with actions around 0 whatever the
+        observation, which matters most to how PPO learns to walk of all choices about networks, say Andrychowicz et
+        al., `What Matters In On-Policy Reinforcement Learning? <https://arxiv.org/abs/2006.05990>`_, 2020.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -38,6 +41,7 @@ class ActorCritic(nn.Module):
     activation: str | Activation = "relu"
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     initial_log_std: float = 0.0
+    policy_scale: float = 1.0
 
     def __post_init__(self):
         if self.action_size < 1:
@@ -45,18 +49,23 @@ class ActorCritic(nn.Module):
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must be sizes of at least one hidden layer, got {self.hidden}")
         get_activation(self.activation)
+        if not self.policy_scale >= 0:
+            raise ValueError(f"policy_scale must not be negative, got {self.policy_scale}")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Maps observations [..., inputs] to means [..., actions], log-stds [actions] and values [...]."""
-        mean = self._torso("actor", obs, self.action_size, "actor_mean")
+        scaled = lambda *args: self.policy_scale * self.kernel_init(*args)
+        mean = self._torso("actor", obs, self.action_size, "actor_mean", scaled)
         log_std = self.param("actor_log_std", nn.initializers.constant(self.initial_log_std), (self.action_size,))
-        value = self._torso("critic", obs, 1, "critic_value")
+        value = self._torso("critic", obs, 1, "critic_value", self.kernel_init)
         return mean, log_std, value[..., 0]
 
-    def _torso(self, name: str, x: jax.Array, outputs: int, head: str) -> jax.Array:
+    def _torso(
+        self, name: str, x: jax.Array, outputs: int, head: str, head_init: nn.initializers.Initializer
+    ) -> jax.Array:
         for number, size in enumerate(self.hidden):
             x = nn.Dense(size, kernel_init=self.kernel_init, name=f"{name}_{number}")(x)
             x = get_activation(self.activation)(x)
-        return nn.Dense(outputs, kernel_init=self.kernel_init, name=head)(x)
+        return nn.Dense(outputs, kernel_init=head_init, name=head)(x)

@@ -124,6 +124,7 @@ def test_the_network_and_images_are_those_of_the_settings(tmp_path, monkeypatch)
         ({"downsample": 0}, "downsample must be at least 1, got 0"),
         ({"dormant_threshold": -0.1}, r"dormant_threshold must not be negative, got -0\.1"),
         ({"measure_every": 5}, "measure_every cannot be given for class_incremental, got 5"),
+        ({"test_split": "test"}, "test_split must be left out: procedural images have one split; got 'test'"),
         ({"activation": "tanh"}, "activation must be 'relu', that of the residual network, got 'tanh'"),
         ({"blocks": (1, 1)}, "widths and blocks must be of one length"),
         ({"methods": ("dropout",)}, "method 'dropout': the residual network has no dropout_rate"),
