@@ -163,8 +163,8 @@ SMOKE = Settings(
     minibatches=4,
     hidden=(16, 16),
 )
-# Of a step size that learns in a tenth of the steps, and first actions around 0, without which some seeds learn to fall;
-# see the measurements in the README.
+# Of a step size that learns in a tenth of the steps, and of first actions around 0, without which some seeds learn to
+# fall; see the measurements in the README.
 LAPTOP = Settings(
     methods=comparison(3e-4),
     seeds=3,
