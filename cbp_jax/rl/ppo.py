@@ -117,6 +117,8 @@ class State(NamedTuple):
     obs: chex.Array  # [rollout_length, num_envs, observations], what the last rollout saw
 
 
+_LARGEST_LOG_RATIO = 20.0
+
 # What an environment tells of its episodes, in the info of its states.
 _EPISODE = ("truncation", "final_obs", "episode_return", "episode_length")
 
@@ -387,7 +389,8 @@ def _loss(
     settings: Settings, mean: chex.Array, log_std: chex.Array, value: chex.Array, batch: _Steps
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
     log_ratio = _log_prob(mean, log_std, batch.actions) - batch.log_probs
-    ratio = jnp.exp(log_ratio)
+    # A policy that has become nearly deterministic can go past the largest float, and one such step would end the run.
+    ratio = jnp.exp(jnp.minimum(log_ratio, _LARGEST_LOG_RATIO))
     clipped = jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip)
     policy_loss = -jnp.mean(jnp.minimum(ratio * batch.advantages, clipped * batch.advantages))
     value_loss = jnp.mean(jnp.square(value - batch.targets))

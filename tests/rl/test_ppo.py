@@ -322,6 +322,14 @@ def test_the_sign_of_an_advantage_is_the_way_the_policy_goes_until_it_is_clipped
     np.testing.assert_allclose(towards, [0.125, -0.125, 0, 0], rtol=1e-5)  # A (a - mean) / 4
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_no_ratio_of_probabilities_is_past_the_largest_float(advantage):
+    actions, zeros = jnp.zeros((1, 1)), jnp.zeros(1)
+    batch = ppo._Steps(actions, actions, jnp.full(1, -1e6), jnp.full(1, advantage), zeros)
+    loss, grad = jax.value_and_grad(lambda mean: ppo._loss(SETTINGS, mean, zeros, zeros, batch)[0])(actions + 1)
+    assert jnp.isfinite(loss) and jnp.isfinite(grad).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
