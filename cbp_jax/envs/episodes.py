@@ -19,6 +19,9 @@ class Episodes:
     - `info["final_obs"]` is what the step led to, before any reset;
     - `info["episode_return"]` and `info["episode_length"]` are sums over the episode up to and with this step.
 
+    A step that leads to observations or a reward that are not finite ends the episode as a fall does, with reward 0, and
+    its `final_obs` and `metrics` are those of the step before: the agent never sees them.
+
     Args:
       env: with Brax's `reset(key) -> state`, `step(state, action) -> state`, `observation_size` and `action_size`.
       episode_length: time limit in steps.
@@ -93,12 +96,17 @@ class Episodes:
         # of Brax's write into the metrics of the state that they are given.
         given = state.replace(done=jnp.zeros_like(state.done), metrics=dict(state.metrics))
         after = self.env.step(given, action)
+        lost = ~(jnp.isfinite(after.obs).all() & jnp.isfinite(after.reward))
+        after = after.replace(
+            reward=jnp.where(lost, 0.0, after.reward),
+            metrics=jax.tree.map(lambda old, new: jnp.where(lost, old, new), state.metrics, after.metrics),
+        )
         length = so_far("episode_length") + 1
         at_limit = length >= self.episode_length
-        ended = after.done > 0
+        ended = (after.done > 0) | lost
         info = after.info | {
             "truncation": jnp.where(at_limit & ~ended & (not self.time_limit_is_terminal), 1.0, 0.0),
-            "final_obs": after.obs,
+            "final_obs": jnp.where(lost, state.obs, after.obs),
             "episode_return": so_far("episode_return") + after.reward,
             "episode_length": length,
         }

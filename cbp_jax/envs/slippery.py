@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import io
+import math
 import warnings
 from types import ModuleType
 from typing import Any
@@ -79,7 +80,7 @@ class Slippery:
         **episodes: Any,
     ):
         if friction is not None:
-            check_scalar("friction", friction, at_least=0)
+            check_scalar("friction", friction, at_least=0, below=math.inf)
         if change_every < 1:
             raise ValueError(f"change_every must be at least 1, got {change_every}")
         check_range("friction_range", friction_range)

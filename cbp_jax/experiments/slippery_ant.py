@@ -143,9 +143,10 @@ def others(step_size: float) -> tuple[str, ...]:
     """Learners besides those of `comparison`."""
     tuned = f"step_size={step_size},b1=0.99,b2=0.99"
     return (
-        f"redo_adam:{tuned},threshold=0.1,every=100",
+        f"redo_adam:{tuned},l2=1e-4,threshold=0.1,every=100",
         f"shrink_and_perturb_adam:{tuned},l2=1e-3,noise=1e-5",
         f"adaptive_upgd:step_size={step_size},sigma=1e-3",
+        # Gradients as they are, unlike Adam's, are far below 1.
         f"upgd:step_size={30 * step_size},sigma=1e-3",
     )
 
@@ -170,7 +171,7 @@ LAPTOP = Settings(
     seeds=3,
     steps=1_638_400,
     interval=40_960,
-    change_every=204_800,
+    change_every=192_000,  # so that eight periods, each of which waits for the end of an episode, fit
     clip_actions=True,
     initial_log_std=-0.7,
     policy_scale=0.01,
@@ -220,7 +221,9 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
-    nets.get_activation(settings.activation)
+    if not math.isfinite(settings.initial_log_std):
+        raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
+    make_network(settings, 1)
     for text, method in zip(settings.methods, methods, strict=True):
         unusable = [name for name in ("normalization", "dropout_rate", "reset") if method.options.get(name)]
         if unusable or method.options.get("order") == 2:

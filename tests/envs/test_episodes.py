@@ -88,6 +88,16 @@ def test_a_fall_at_the_time_limit_is_a_fall():
     assert states.done.tolist() == [0, 1] and states.info["truncation"].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("step", [np.nan, np.inf])
+def test_what_is_not_finite_ends_an_episode_and_is_never_seen(step):
+    states = go(Episodes(Walk(), episode_length=5), [1, step, 1, 1])
+    assert states.done.tolist() == [0, 1, 0, 0] and not states.info["truncation"].any()
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(states))
+    assert states.reward.tolist() == [1, 0, 1, 1] and states.info["episode_return"].tolist() == [1, 1, 1, 2]
+    np.testing.assert_array_equal(states.info["final_obs"][1], states.obs[0])
+    assert 0 <= states.obs[1] < 1
+
+
 def test_a_terminal_time_limit_never_cuts():
     states = go(Episodes(Walk(), episode_length=2, time_limit_is_terminal=True), [1] * 4)
     assert states.done.tolist() == [0, 1, 0, 1] and not states.info["truncation"].any()

@@ -52,8 +52,9 @@ def test_the_papers_settings():
     for method in (standard, tuned, l2, cbp, redo):
         assert method.hyperparameters["step_size"] == 1e-4
     betas = lambda method: (method.hyperparameters["b1"], method.hyperparameters["b2"])
-    assert betas(standard) == (0.9, 0.999) and betas(tuned) == betas(l2) == betas(cbp) == (0.99, 0.99)
-    assert (l2.options["l2"], cbp.options["l2"]) == (1e-3, 1e-4)
+    assert betas(standard) == (0.9, 0.999) and betas(tuned) == (0.99, 0.99)
+    assert betas(l2) == betas(cbp) == betas(redo) == (0.99, 0.99)
+    assert [method.options["l2"] for method in (l2, cbp, redo)] == [1e-3, 1e-4, 1e-4]
     replacing = [cbp.hyperparameters[name] for name in ("replacement_rate", "maturity_threshold")]
     assert replacing == [1e-4, 10_000] and cbp.options["utility"] == "contribution"
     assert [redo.hyperparameters[name] for name in ("threshold", "every")] == [0.1, 100]
@@ -78,6 +79,10 @@ def test_environments_share_the_steps_between_two_frictions():
         ({"methods": ("layer_norm",)}, "method 'layer_norm': the agent has no normalization"),
         ({"methods": ("upgd:order=2",)}, "method 'upgd:order=2': the agent has no curvature"),
         ({"activation": "rely"}, "activation must be .*, got 'rely'"),
+        ({"hidden": ()}, r"hidden must be sizes of at least one hidden layer, got \(\)"),
+        ({"policy_scale": -1.0}, "policy_scale must not be negative, got -1.0"),
+        ({"initial_log_std": np.nan}, "initial_log_std must be finite, got nan"),
+        ({"friction": np.inf}, r"friction must be in \[0, inf\), got inf"),
         ({"lanes": "rows"}, "lanes must be 'auto', 'vmap' or 'map', got 'rows'"),
         ({"dormant_threshold": -1.0}, "dormant_threshold must not be negative, got -1.0"),
         ({"backend": "generalized"}, "backend must be one of .*, got 'generalized'"),
