@@ -19,8 +19,8 @@ class Episodes:
     - `info["final_obs"]` is what the step led to, before any reset;
     - `info["episode_return"]` and `info["episode_length"]` are sums over the episode up to and with this step.
 
-    A step that leads to observations or a reward that are not finite ends the episode as a fall does, with reward 0, and
-    its `final_obs` and `metrics` are those of the step before: the agent never sees them.
+    A step that leads to observations or a reward that are not finite ends the episode as a fall does, with reward 0,
+    and its `final_obs` and `metrics` are those of the step before: the agent never sees them.
 
     Args:
       env: with Brax's `reset(key) -> state`, `step(state, action) -> state`, `observation_size` and `action_size`.

@@ -28,6 +28,16 @@ def episode(
 
     Returns:
       poses of the bodies, Brax's pipeline states with leading axis [steps], on the host; and the episode's return.
+
+    Raises:
+      ValueError: `friction` is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> env = Slippery("ant", friction=1.0)
+      >>> still = lambda obs: jnp.zeros(env.action_size)
+      >>> poses, total = episode(env, still, jax.random.key(0))  # doctest: +SKIP
+      >>> path = save_html(env, poses, "ant.html")  # doctest: +SKIP
     """
     episodes = env.episodes(env.friction_of(0) if friction is None else friction)
 
@@ -53,7 +63,7 @@ def save_html(env: Slippery, poses: Any, path: str | Path) -> Path:
       path: of the page.
 
     Returns:
-      the path.
+      the path. See :func:`episode` for an example.
     """
     steps = len(jax.tree.leaves(poses)[0])
     frames = [jax.tree.map(lambda x, i=i: x[i], poses) for i in range(steps)]

@@ -194,11 +194,22 @@ def with_friction(env: Any, friction: chex.Numeric) -> Any:
 
     Args:
       env: an environment of Brax, not wrapped.
-      friction: coefficient, float [].
+      friction: coefficient, float [], >= 0, may be traced.
 
     Returns:
       the copy; the environment itself stays as it is.
+
+    Raises:
+      ValueError: `friction` is negative or not finite, or the environment has no bodies that touch a ground.
+
+    Example:
+      >>> env = make_brax_env("ant", "spring")
+      >>> with_friction(env, 0.5).sys.geom_friction[:, 0].min().item(), env.sys.geom_friction[:, 0].min().item()
+      (0.5, 1.0)
     """
+    check_scalar("friction", friction, at_least=0, below=math.inf)
+    if not hasattr(env, "sys"):
+        raise ValueError(f"env must be one of Brax's with bodies on a ground, not wrapped; got {type(env).__name__}")
     env = copy.copy(env)
     env.sys = env.sys.tree_replace({"geom_friction": jnp.asarray(env.sys.geom_friction).at[:, 0].set(friction)})
     return env

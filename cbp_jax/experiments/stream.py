@@ -255,17 +255,19 @@ def run_methods(
     try:
         for group, train in groups:
             labels = [method.label for method in group]
-            # Of all measures the one that stays a number where training has diverged.
-            if np.isfinite(results.replaced_units.loc[{"method": labels}].values).all():
-                if progress is not None:
-                    progress(", ".join(labels), len(group) * len(seeds) * tasks, {})
-                continue
             checkpoint = training.Checkpoint(
                 out / STATE_FILE,
                 "; ".join(labels),
                 every=CHECKPOINT_EVERY,
                 before=lambda: report.save_results(results, out),
             )
+            # Of all measures the one that stays a number where training has diverged. A state of these methods is
+            # left where they were stopped after their last task and before all was done.
+            recorded = np.isfinite(results.replaced_units.loc[{"method": labels}].values).all()
+            if recorded and not checkpoint.tasks:
+                if progress is not None:
+                    progress(", ".join(labels), len(group) * len(seeds) * tasks, {})
+                continue
             if progress is not None and checkpoint.tasks:
                 progress(", ".join(labels), len(group) * len(seeds) * checkpoint.tasks, {})
             numbers = {
@@ -283,7 +285,6 @@ def run_methods(
                     means = {name: float(np.mean(values)) for name, values in measured.items()}
                     progress(", ".join(labels), len(group) * len(seeds), means)
             checkpoint.delete()
-        (out / STATE_FILE).unlink(missing_ok=True)  # of a run that was stopped when all tasks were done
     finally:
         report.save_results(results, out)
     return results

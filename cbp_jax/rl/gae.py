@@ -39,6 +39,9 @@ def gae(
     Returns:
       advantages [steps, ...]; with `values` added they are what values are to learn.
 
+    Raises:
+      ValueError: the arrays are not all of one shape.
+
     Example:
       >>> zero, one = jnp.zeros(2), jnp.ones(2)
       >>> gae(one, zero, zero, zero, zero, discount=0.5, gae_lambda=1.0).tolist()
@@ -48,6 +51,9 @@ def gae(
       Schulman et al., `High-Dimensional Continuous Control Using Generalized Advantage Estimation
       <https://arxiv.org/abs/1506.02438>`_, ICLR 2016
     """
+    shapes = [jnp.shape(array) for array in (rewards, values, next_values, terminations, truncations)]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"rewards, values, next_values, terminations, truncations must be of one shape, got {shapes}")
     errors = rewards + discount * (1 - terminations) * next_values - values
     decays = discount * gae_lambda * (1 - jnp.maximum(terminations, truncations))
 

@@ -166,8 +166,8 @@ def make(
       explain before the updates; and `replaced_units`, how many the updates replaced.
 
     Raises:
-      ValueError: the network's means are not those of the environment's actions, or, from `init`, the environment does
-        not start episodes by itself.
+      ValueError: the network's means, log-stds or values are not of these shapes for the environment, or, from `init`,
+        the environment does not start episodes by itself.
 
     Example:
       >>> from cbp_jax import nets
@@ -187,9 +187,13 @@ def make(
     """
     example = jax.ShapeDtypeStruct((1, env.observation_size), jnp.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), example)
-    means = jax.eval_shape(network.apply, shapes, example)[0].shape
-    if means != (1, env.action_size):
-        raise ValueError(f"network must give means of the environment's {env.action_size} actions, got shape {means}")
+    mean, log_std, value = (array.shape for array in jax.eval_shape(network.apply, shapes, example))
+    if mean != (1, env.action_size):
+        raise ValueError(f"network must give means of the environment's {env.action_size} actions, got shape {mean}")
+    if log_std not in ((env.action_size,), (1, env.action_size)):
+        raise ValueError(f"network must give a log_std for each of {env.action_size} actions, got shape {log_std}")
+    if value != (1,):
+        raise ValueError(f"network must give one value for each observation, of shape (1,) for one, got shape {value}")
     units = cbp_jax.discover_units(network.apply, shapes, example)
     apply = cbp_jax.with_features(network.apply, units)
     tx = optax.with_extra_args_support(optimizer(units))
@@ -303,6 +307,13 @@ def act(
 
     Returns:
       actions [..., actions].
+
+    Example:
+      >>> from cbp_jax import nets
+      >>> network = nets.ActorCritic(action_size=8)
+      >>> params = network.init(jax.random.key(0), jnp.zeros((1, 27)))
+      >>> act(network, params, jnp.zeros(27)).shape, act(network, params, jnp.zeros((4, 27)), jax.random.key(1)).shape
+      ((8,), (4, 8))
     """
     mean, log_std, _ = network.apply(params, obs if statistics is None else _normalized(obs, statistics))
     return mean if key is None else mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
@@ -313,6 +324,10 @@ def measure(
 ) -> dict[str, chex.Array]:
     """The symptoms of lost plasticity in a policy, on the observations of its last rollout.
 
+    Two are defined otherwise by the program of Dohare et al.: it counts units that are active in at most 1% of steps,
+    where `metrics.dormant_fraction` compares mean activations with the layer's; and its weight magnitude is of the
+    second layer's kernel, here it is of all of the policy's parameters.
+
     Args:
       network: as in `make`, with the policy's parameters named "actor..." as in `nets.ActorCritic`.
       state: after an update.
@@ -322,6 +337,16 @@ def measure(
     Returns:
       scalars: `dormant_units` and `weight_magnitude` of the policy, and `stable_rank` of its last hidden layer over
       that layer's number of units.
+
+    Example:
+      >>> from cbp_jax import nets
+      >>> from cbp_jax.envs.episodes import Episodes
+      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> env = Episodes(make_brax_env("fast", "spring"))
+      >>> network = nets.ActorCritic(env.action_size, hidden=(8, 8))
+      >>> init, _ = make(env, network, lambda units: cbp_jax.adam(3e-4))
+      >>> sorted(jax.eval_shape(lambda key: measure(network, init(key)), jax.random.key(0)))
+      ['dormant_units', 'stable_rank', 'weight_magnitude']
     """
     obs = state.obs.reshape(-1, state.obs.shape[-1])
     obs = _normalized(obs, state.statistics) if normalize_observations else obs

@@ -64,15 +64,16 @@ class Checkpoint:
                 )
         return state
 
-    def save(self, tasks: int, state: Callable[[], Any]) -> None:
+    def save(self, tasks: int, state: Callable[[], Any], now: bool = False) -> None:
         """Writes the state after so many tasks, if it is time.
 
         Args:
           tasks: how many tasks are done.
           state: gives the state, arrays on the host; called where it is time.
+          now: whether it is time, whenever the last save was.
         """
         start = time.monotonic()
-        if start - self._saved < self.every:
+        if not now and start - self._saved < self.every:
             return
         self.before()
         content = {"name": self.name, "tasks": tasks, "state": serialization.to_state_dict(jax.device_get(state()))}

@@ -298,7 +298,8 @@ def run_lanes(
       tasks: how many tasks.
       mode: how the lanes of a device run.
       checkpoint: where the state is kept.
-      finish: called after the last task with the states [lanes, ...], on the host.
+      finish: called after the last task with the states [lanes, ...], on the host; again, where the run was stopped
+        before it came back.
 
     Yields:
       after each task, NumPy arrays [lanes] of what was measured.
@@ -317,6 +318,8 @@ def run_lanes(
         state, measures = zip(*step(data, state), strict=True)
         yield lanes.gather(measures)
         if checkpoint is not None:
-            checkpoint.save(task + 1, lambda: lanes.gather(state))  # noqa: B023
+            # What comes after the last task can fail, or be killed, as well.
+            last = finish is not None and task + 1 == tasks
+            checkpoint.save(task + 1, lambda: lanes.gather(state), now=last)  # noqa: B023
     if finish is not None:
         finish(lanes.gather(state))

@@ -90,7 +90,7 @@ def assert_is_whole(results, out, whole):
 def only_after(task):
     """Saves of the state after that task of a group and no other."""
     save = training.Checkpoint.save
-    return lambda self, tasks, state: save(self, tasks, state) if tasks == task else None
+    return lambda self, tasks, state, **when: save(self, tasks, state, **when) if tasks == task else None
 
 
 def finished_tasks(out):
@@ -207,12 +207,14 @@ def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
-def test_a_run_that_was_stopped_when_all_was_done_leaves_no_state_the_next_time(asked, tmp_path):
+def test_a_run_that_was_stopped_after_its_last_task_does_what_was_left_and_leaves_no_state(asked, tmp_path):
     stop(tmp_path, after=6)
     assert finished_tasks(tmp_path) == [3, 3, 3]
+    recorded = load_results(tmp_path)
     asked.clear()
-    run(tmp_path, None, FAKE)
-    assert asked == [] and [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+    again = run(tmp_path, None, FAKE)
+    assert [(name, done) for name, done, *_ in asked] == [(ADAM, 2)] and again.identical(recorded)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
 @pytest.mark.parametrize("changes", [{"seeds": 3}, {"tasks": 4}, {"hidden": (5,)}, {"batch_size": 2}], ids=str)

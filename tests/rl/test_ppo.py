@@ -1,6 +1,7 @@
 """PPO on environments whose answers are known, and its promises to optimizers, seeds and settings."""
 
 import functools
+import types
 from typing import Any
 
 import jax
@@ -143,7 +144,10 @@ def test_metrics_count_the_episodes(probed):
 def test_a_row_of_seeds_and_settings_is_the_solo_run():
     def train(key, step_size, clip, discount):
         settings = ppo.Settings(4, 4, 1, 2, discount=discount, clip=clip)
-        return ppo.train(Probe(4), NETWORK, lambda units: cbp_jax.adam(step_size), settings, updates=2)(key)
+        optimizer = lambda units: cbp_jax.continual_backprop(
+            cbp_jax.adam(step_size), units, replacement_rate=0.05, maturity_threshold=1
+        )
+        return ppo.train(Probe(4), NETWORK, optimizer, settings, updates=2)(key)
 
     rows = (jax.random.split(jax.random.key(1), 3), *jnp.array([[0.01, 0.02, 0.01], [0.2, 0.1, 0.3], [0.9, 0.5, 0.8]]))
     together = jax.jit(jax.vmap(train))(*rows)
@@ -152,6 +156,7 @@ def test_a_row_of_seeds_and_settings_is_the_solo_run():
         solo = alone(*(row[i] for row in rows))
         for a, b in zip(jax.tree.leaves(solo), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(a, b[i], rtol=2e-4, atol=1e-5)
+    assert (together[1]["replaced_units"].sum(1) > 0).all()
     kernels = together[0].params["params"]["actor_0"]["kernel"]
     assert jnp.abs(kernels[0] - kernels[1]).max() > 1e-3
 
@@ -351,6 +356,14 @@ def test_networks_and_lengths_that_do_not_fit_are_refused():
         train(NETWORK, updates=0)
     with pytest.raises(ValueError, match=r"environment's 1 actions, got shape \(1, 3\)"):
         train(nets.ActorCritic(3), updates=1)
+    outputs = lambda mean, log_std, value: types.SimpleNamespace(
+        init=NETWORK.init, apply=lambda params, obs: (mean(obs), log_std(obs), value(obs))
+    )
+    one = lambda obs: obs[:, :1]
+    with pytest.raises(ValueError, match=r"log_std for each of 1 actions, got shape \(2,\)"):
+        train(outputs(one, lambda obs: jnp.zeros(2), lambda obs: obs[:, 0]), updates=1)
+    with pytest.raises(ValueError, match=r"one value for each observation.*got shape \(1, 1\)"):
+        train(outputs(one, one, one), updates=1)
 
 
 def test_an_environment_that_does_not_start_episodes_by_itself_is_refused():

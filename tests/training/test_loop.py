@@ -12,7 +12,8 @@ from cbp_jax import curvature, metrics, nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.problems import online_permuted, slowly_changing_regression
-from cbp_jax.training import init_state, measure, run_task, run_tasks
+from cbp_jax.training import Checkpoint, init_state, measure, run_task, run_tasks
+from cbp_jax.training import run_lanes as run_any
 
 EXAMPLES, CLASSES, HIDDEN, TASKS, MEASURED = 30, 3, (6, 5), 3, 9
 SETTINGS = "maturity_threshold=3,decay_rate=0.9"
@@ -283,6 +284,27 @@ def test_a_run_goes_on_from_its_state(alone):
         rest, measures = task(rest)
         jax.tree.map(np.testing.assert_array_equal, measures, measured[index])
     jax.tree.map(np.testing.assert_array_equal, rest, whole)
+
+
+def test_what_follows_the_last_task_is_done_again_where_it_was_stopped(tmp_path):
+    tasks, finished = [], []
+
+    def run(finish):
+        start = lambda seed, numbers: seed + numbers["offset"]
+        go_on = lambda _, state: (state + 1, {"state": state})
+        checkpoint = Checkpoint(tmp_path / "state", "lanes")
+        numbers = {"offset": np.array([10, 20])}
+        tasks.extend(run_any(start, go_on, None, np.arange(2), numbers, 3, checkpoint=checkpoint, finish=finish))
+
+    def stop(state):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop)
+    assert len(tasks) == 3 and (tmp_path / "state").is_file()
+    run(finished.append)
+    assert len(tasks) == 3, "no task is run again"
+    np.testing.assert_array_equal(finished, [[13, 24]])
 
 
 def test_results_come_as_numpy_rows_of_lanes(together):
