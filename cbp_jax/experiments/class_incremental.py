@@ -177,7 +177,9 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
 
     Returns:
       the results, an `xarray.Dataset`; see `report.new_results`. `accuracy` and `loss` are those of training, means
-      over all epochs; dead and dormant units and ranks are measured on images of the classes to come.
+      over all epochs; dead and dormant units and ranks are measured on images of the classes to come. Dormant
+      units are those of `metrics.dormant_fraction`, by their mean activation; the paper's program counts units that are
+      active on less than 1% of the examples.
 
     Raises:
       ValueError: a setting is out of range or unknown, before anything is computed.

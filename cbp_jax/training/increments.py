@@ -72,6 +72,9 @@ def run_increment(
       `test_accuracy`, over the classes that are there, and `test_loss`, of the weights at the end; `replaced_units`;
       and before the increment `dead_units`, `dormant_units` and `weight_magnitude`, and `effective_rank` and
       `stable_rank` of the last hidden layer over its number of units.
+
+    Raises:
+      ValueError: no group of the learner's units is without positions, as what a dense layer reads is.
     """
     keys = loop.stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
@@ -186,8 +189,15 @@ def _measure(
     learner: loop.Learner, params: optax.Params, x: chex.Array, dormant_threshold: float
 ) -> dict[str, chex.Array]:
     _, features = learner.predict(params, x)
-    # What a dense layer reads; where several do, the last is the output's.
-    last = [h for h in jax.tree.leaves(features) if h.ndim == 2][-1]
+    # What a dense layer reads; where several do, the last is the output's. A dict of features is not in forward order.
+    forward = jax.tree.leaves([features[group.name] for group in learner.units])
+    read = [h for h in forward if h.ndim == 2]
+    if not read:
+        raise ValueError(
+            "learner must have a group of units without positions, [examples, units], of which ranks are measured; got "
+            f"features of shapes {[h.shape for h in forward]}"
+        )
+    last = read[-1]
     ranks = metrics.ranks(last)
     weights = {name: leaves for name, leaves in params.items() if name != STATISTICS}
     return {

@@ -64,6 +64,9 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
       learner: what is trained.
       seed: int32 [].
       hyperparameters: scalars by name, as the learner's optimizer takes them.
+
+    Returns:
+      the state.
     """
     key = jax.random.key_data(jax.random.key(seed))
     params = learner.init(stream_keys(key).params)
@@ -141,7 +144,12 @@ def run_task(
       and `test_loss` after the task, where the problem has test examples (of a classification). With `measure_every`
       also means over the steps measured: `plasticity`, of each example by the loss before and after
       the update, and of the gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
+
+    Raises:
+      ValueError: the learner's network has running statistics, which `run_increment` carries.
     """
+    if learner.batch_stats:
+        raise ValueError("learner must have no running statistics, got batch_stats=True: train it by run_increment")
     keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
     measures = measure(
@@ -261,6 +269,20 @@ def run_tasks(
 
     Yields:
       after each task, NumPy arrays [lanes] of what `run_task` measures.
+
+    Raises:
+      ValueError: there are no lanes, the mode is unknown, the checkpoint is of another run, or as in `run_task`.
+
+    Example:
+      >>> from cbp_jax import data, problems
+      >>> from cbp_jax.experiments.learners import make_learner, parse_method
+      >>> problem = problems.online_permuted(data.load("digits"), examples_per_task=20)
+      >>> method = parse_method("cbp:step_size=0.01")
+      >>> learner = make_learner([method], (8,), "relu", problem.input_shape, problem.num_classes)
+      >>> numbers = {name: jnp.full(2, value) for name, value in method.hyperparameters.items()}
+      >>> tasks = run_tasks(learner, problem, jnp.arange(2), numbers, 3, measured_examples=20)
+      >>> [measured["accuracy"].shape for measured in tasks]
+      [(2,), (2,), (2,)]
     """
     go_on = lambda data, state: run_task(
         learner,

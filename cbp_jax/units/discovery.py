@@ -47,7 +47,13 @@ Listed by name in `Units.left_out`, each with its reason; everything around is f
   masked;
 - activations that are multiplied as matrices other than in attention, sorted, maximised or soft-maxed over units, or
   mixed over positions by a kernel (MLP-Mixer's token mixing): all units become one there;
-- sums over units that are used other than for normalisation by themselves.
+- sums over units that are used other than for normalisation by themselves;
+- activations that are taken by an index of each example (`take_along_axis`, `vmap` of `h[i]`; `h[rows, i]` is
+  followed), written into (`at[...].set`, `dynamic_update_slice`), summed by segment (graph networks) or
+  Fourier-transformed;
+- what meets a parameter other than by sums, products and quotients, such as `clip(h, -p, p)`, and layers in front of a
+  computed kernel, such as that of a cosine classifier;
+- networks with derivatives by their inputs inside, whose kernels are used in two ways.
 
 What is found in known networks
 -------------------------------
@@ -72,7 +78,8 @@ whole. `Units.select` chooses groups by name and kind: without "residual", what 
 Running statistics
 ------------------
 `reset_batch_stats` needs to know which statistics are whose. They are found in any input that is a tree of named
-arrays, and in the tree of variables under "batch_stats"::
+arrays, by their use - a number for each unit, added to it or multiplied with it, and nothing else; the rest of such a
+tree is data - and in the tree of variables under "batch_stats"::
 
     apply_fn = lambda params, batch_stats, x: net.apply(
         {"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"])
@@ -122,4 +129,4 @@ def discover_units(apply_fn: Callable[..., Any], params: Any, *example_inputs: A
     """
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function of (params, *inputs); found {type(apply_fn).__name__}")
-    return build.build(walk.Walk(tracing.trace_network(apply_fn, params, *example_inputs)))
+    return build.build(walk.walk(tracing.trace_network(apply_fn, params, *example_inputs)))

@@ -57,7 +57,7 @@ def with_features(
     @functools.wraps(apply_fn)
     def apply(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Features]:
         trace = tracing.trace_network(functools.partial(apply_fn, **kwargs), params, *inputs)
-        contractions = walk.Walk(trace).contractions
+        contractions = walk.walk(trace).contractions
         wanted = [(group, consumer.kernel) for group in units for consumer in group.operands()]
         read: list[list[Contraction]] = []
         for group, kernel in wanted:

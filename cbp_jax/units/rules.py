@@ -10,10 +10,10 @@ from cbp_jax.units.values import Labels, Weight
 
 # Primitives that act element by element: each output element depends on the same element of every operand.
 ELEMENTWISE = frozenset(
-    """abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt
-    max min mul name ne neg nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt select_n
-    sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos
+    cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic
+    lt max min mul name ne neg nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt
+    select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )
 REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum reduce_window".split())
@@ -166,6 +166,12 @@ def split_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
     if ids.shape[axis] == 1:
         return [ids] * len(eqn.outvars)
     return np.split(ids, np.cumsum(eqn.params["sizes"])[:-1], axis)
+
+
+def unstack_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
+    """The labels of the arrays that an array is taken apart into."""
+    axis = eqn.params["axis"]
+    return [ids.take(number if ids.shape[axis] > 1 else 0, axis) for number in range(len(eqn.outvars))]
 
 
 # Where a rule has no answer, the labels are not followed. The first operand is labelled, the others are not.

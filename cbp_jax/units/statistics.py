@@ -21,13 +21,15 @@ def reset_batch_stats(batch_stats: Any, units: Iterable[groups.UnitGroup], repla
     Args:
       batch_stats: tree of running statistics, with or without "batch_stats" at its top; other leaves stay.
       units: groups of `discover_units`.
-      replaced: for the name of each group a bool [units]; that of `ContinualBackpropState`.
+      replaced: by name of group a bool [units]; that of `ContinualBackpropState`. Of groups that are not there, as
+        where the transformation has only some of the units, none is replaced.
 
     Returns:
       the tree with these entries reset.
 
     Raises:
-      ValueError: a group has running statistics that the tree does not hold, or no group has any.
+      ValueError: a group has running statistics that the tree does not hold, or no group has any; `replaced` has none
+        of the groups, or one of another shape.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cbp_jax
@@ -47,10 +49,18 @@ def reset_batch_stats(batch_stats: Any, units: Iterable[groups.UnitGroup], repla
             "no group has running statistics; discover the units with them among the arguments: "
             "discover_units(lambda params, batch_stats, x: ..., params, batch_stats, x)"
         )
+    sizes = {group.name: group.size for group in units}
+    if not sizes.keys() & replaced.keys():
+        raise ValueError(f"replaced must have some of the groups {list(sizes)}, got {list(replaced)}")
+    for name in sizes.keys() & replaced.keys():
+        if jnp.shape(replaced[name]) != (sizes[name],):
+            raise ValueError(f"replaced[{name!r}] must be of shape {(sizes[name],)}, got {jnp.shape(replaced[name])}")
     names = {groups.statistics_name(path): path for path in groups.leaves_by_path(batch_stats)}
     masks: dict[str, list[tuple[chex.Array, float]]] = {}
     leaves = groups.leaves_by_path(batch_stats)
     for group, part in wanted:
+        if group.name not in replaced:
+            continue
         path = names.get(groups.statistics_name(part.path))
         if path is None:
             raise ValueError(

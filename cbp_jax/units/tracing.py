@@ -23,6 +23,12 @@ class Trace(NamedTuple):
     states: frozenset[core.Var]  # those of them that are no parameters: running statistics, as far as is known
     out_tree: Any  # tree of the outputs' ShapeDtypeStructs
 
+    def with_data(self, paths: Collection[str]) -> "Trace":
+        """The same network, of whose state the leaves at these paths are data."""
+        data = {var for var in self.states if self.param_paths[var] in paths}
+        named = {var: path for var, path in self.param_paths.items() if var not in data}
+        return self._replace(param_paths=named, states=self.states - data)
+
 
 def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
     """Traces `apply_fn(params, *inputs)` and inlines the calls that hold kernels."""
@@ -34,11 +40,12 @@ def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Tr
     paths = list(groups.leaves_by_path(params))
     named = dict(zip(closed.jaxpr.invars, paths, strict=False))
     states = {var for var, path in named.items() if path.startswith(f"{groups.STATISTICS}/")}
-    # An input that is a tree of named arrays, such as running statistics, is state; plain arrays are data.
+    # An input that is a tree of named arrays may be running statistics; plain arrays are data, and so is what cannot be
+    # a statistic: masks, numbers of tokens, keys.
     others = [groups.join_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs)]
     for var, path in zip(closed.jaxpr.invars[len(paths) :], others, strict=True):
         name = path.partition("/")[2]
-        if name and name not in named.values():
+        if name and name not in named.values() and jax.numpy.issubdtype(var.aval.dtype, jax.numpy.floating):
             named[var] = name
             states.add(var)
     return Trace(closed, named, frozenset(states), out_tree)

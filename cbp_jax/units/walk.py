@@ -35,6 +35,13 @@ class Claim:
     weight: Weight
 
 
+def walk(trace: tracing.Trace) -> "Walk":
+    """Walks through a network; what turns out not to be used as running statistics are is data."""
+    while data := (found := Walk(trace)).data():
+        trace = trace.with_data(data)
+    return found
+
+
 class Walk:
     """One pass over a traced network; `contractions` in forward order is what `with_features` needs of it."""
 
@@ -71,6 +78,19 @@ class Walk:
                     continue
             self.lose(value, "it is part of the network's output")
 
+    def data(self) -> set[str]:
+        """Leaves of inputs that came as state and are none: a statistic is a number for each unit, and no more.
+
+        What stands under "batch_stats" is taken for it.
+        """
+        inputs = {path for path in self.states if not path.startswith(f"{groups.STATISTICS}/")}
+        found = inputs & (self.uses.keys() | self.used_otherwise.keys())
+        for claim in self.claims:
+            other = [size for axis, size in enumerate(self.shapes[claim.path]) if axis not in claim.axes]
+            if claim.path in inputs and max(other, default=1) > 1:
+                found.add(claim.path)
+        return found
+
     def run(self, closed: core.ClosedJaxpr, inputs: list[Any], nested: bool) -> list[Any]:
         """Labels the outputs of a jaxpr whose inputs are labelled."""
         env: dict[core.Var, Any] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
@@ -97,7 +117,7 @@ class Walk:
         name = eqn.primitive.name
         if name in tracing.CONTRACTIONS:
             return [self.contraction(eqn, values)]
-        if name == "split":
+        if name in ("split", "unstack"):
             return self.split(eqn, values)
         if len(eqn.outvars) != 1:
             return [self.not_followed(eqn, values)] * len(eqn.outvars)
@@ -111,7 +131,10 @@ class Walk:
         if name in rules.ELEMENTWISE:
             return self.elementwise(eqn, values)
         if name == "concatenate":
-            return self.concatenate(eqn, values)
+            shapes = [atom.aval.shape for atom in eqn.invars]
+            return self.concatenate(eqn, values, eqn.params["dimension"], shapes)
+        if name == "stack":
+            return self.stack(eqn, values)
         rule = rules.LABEL_RULES.get(name)
         if rule is None or any(value is not None for value in values[1:]):
             return self.not_followed(eqn, values)
@@ -160,17 +183,32 @@ class Walk:
         return self.not_followed(eqn, values)
 
     def split(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
-        """Labels the parts of an array that is cut along one axis."""
+        """Labels the parts of an array that is cut, or taken apart, along one axis."""
         (value,) = values
-        axis, count = eqn.params["axis"], len(eqn.outvars)
+        axis, count, cut = eqn.params["axis"], len(eqn.outvars), eqn.primitive.name == "split"
         if isinstance(value, Labels):
-            return [dataclasses.replace(value, ids=ids) for ids in rules.split_labels(eqn, value.ids)]
+            parts = rules.split_labels(eqn, value.ids) if cut else rules.unstack_labels(eqn, value.ids)
+            joined = value.joined if cut else frozenset(a - (a > axis) for a in value.joined if a != axis)
+            return [dataclasses.replace(value, ids=ids, joined=joined) for ids in parts]
         if isinstance(value, Weight):
-            axes = tuple(None if place == axis else leaf for place, leaf in enumerate(value.axes))
-            return [dataclasses.replace(value, axes=axes)] * count
+            here = (None,) if cut else ()
+            return [dataclasses.replace(value, axes=(*value.axes[:axis], *here, *value.axes[axis + 1 :]))] * count
         if isinstance(value, Vector) and not value.parts:
             return [value] * count
         return [self.not_followed(eqn, values)] * count
+
+    def stack(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """Labels arrays that are put together along a new axis: each gets it, and then they are put side by side."""
+        axis, grown, shapes = eqn.params["axis"], [], []
+        for atom, value in zip(eqn.invars, values, strict=True):
+            shapes.append((*atom.aval.shape[:axis], 1, *atom.aval.shape[axis:]))
+            if isinstance(value, Labels):
+                joined = frozenset(place + (place >= axis) for place in value.joined)
+                value = dataclasses.replace(value, ids=np.expand_dims(value.ids, axis), joined=joined)
+            elif isinstance(value, Weight):
+                value = dataclasses.replace(value, axes=(*value.axes[:axis], None, *value.axes[axis:]))
+            grown.append(value)
+        return self.concatenate(eqn, grown, axis, shapes)
 
     def not_followed(self, eqn: core.JaxprEqn, values: list[Any], reason: str | None = None) -> Any:
         """Leaves every labelled operand out and marks parameters as used in another way."""
@@ -178,7 +216,10 @@ class Walk:
         for value in values:
             self.lose(value, reason)
         paths = _paths(values)
+        derived = any(isinstance(value, Derived) for value in values)  # then nothing is said of a statistic beside it
         for path in paths:
+            if derived and path in self.states:
+                continue
             self.used_otherwise.setdefault(path, eqn.primitive.name)
         return Derived(paths) if paths and not rules.labelled(values) else None
 
@@ -194,7 +235,7 @@ class Walk:
         name, found = eqn.primitive.name, rules.labelled(values)
         ids = found[0].ids
         for other in found[1:]:
-            if name in ("add", "sub"):
+            if name in ("add", "add_any", "sub"):
                 self.sums.append(self.meeting(ids, other.ids))
             ids = self.join(ids, other.ids)
         if name == "sub" and isinstance(values[0], Labels) and isinstance(values[1], Labels) and values[1].reduced:
@@ -404,23 +445,22 @@ class Walk:
             ids = self.join(ids, other)
         return Labels(ids)
 
-    def concatenate(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+    def concatenate(self, eqn: core.JaxprEqn, values: list[Any], axis: int, shapes: list[tuple[int, ...]]) -> Any:
         """Labels side by side; a parameter beside units, as a class token beside patches, is a bias of its own."""
-        axis = eqn.params["dimension"]
         parts, single = [], []
-        for atom, value in zip(eqn.invars, values, strict=True):
-            ids = np.full((1,) * atom.aval.ndim, -1)
+        for shape, value in zip(shapes, values, strict=True):
+            if shape[axis] == 0:
+                continue
+            ids = np.full((1,) * len(shape), -1)
             if isinstance(value, Weight):
                 own = [(leaf, place) for place, leaf in enumerate(value.axes) if leaf is not None and place != axis]
-                leaf_axes = tuple(leaf for leaf, place in own if atom.aval.shape[place] > 1)
-                places = tuple(place for _, place in own if atom.aval.shape[place] > 1)
+                leaf_axes = tuple(leaf for leaf, place in own if shape[place] > 1)
+                places = tuple(place for _, place in own if shape[place] > 1)
                 if not places:
                     return self.not_followed(eqn, values)
                 new = self.labels.new([self.shapes[value.path][leaf] for leaf in leaf_axes])
-                shape = [1] * atom.aval.ndim
-                for place in places:
-                    shape[place] = atom.aval.shape[place]
-                ids = new.transpose(np.argsort(places)).reshape(shape)
+                along = [shape[place] if place in places else 1 for place in range(len(shape))]
+                ids = new.transpose(np.argsort(places)).reshape(along)
                 self.uses.setdefault(value.path, set()).add(("bias", leaf_axes))
                 self.claims.append(Claim(value.path, leaf_axes, "bias", new[..., None], value))
             elif isinstance(value, Labels):
@@ -428,9 +468,9 @@ class Walk:
             elif value is not None:
                 return self.not_followed(eqn, values)
             single.append(ids.shape[axis] == 1 or (isinstance(value, Labels) and axis in value.joined))
-            shape = list(ids.shape)
-            shape[axis] = atom.aval.shape[axis]
-            parts.append(np.broadcast_to(ids, shape))
+            parts.append(np.broadcast_to(ids, (*ids.shape[:axis], shape[axis], *ids.shape[axis + 1 :])))
+        if not parts:  # of no elements
+            return None
         several = any(size > 1 for part in parts for place, size in enumerate(part.shape) if place != axis)
         joined = {axis} if several and all(single) else set()
         shape = np.broadcast_shapes(*(np.take(part, [0], axis).shape for part in parts))

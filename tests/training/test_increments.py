@@ -9,7 +9,7 @@ from cbp_jax import nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.problems import class_incremental
-from cbp_jax.training import Checkpoint, init_state, run_increment, run_increments, step_size_factor
+from cbp_jax.training import Checkpoint, increments, init_state, run_increment, run_increments, step_size_factor
 
 CLASSES, EPOCHS, MEASURED = 4, 5, 8
 
@@ -188,3 +188,16 @@ def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_pat
     assert (tmp_path / "broken off").read_bytes() == (tmp_path / "whole").read_bytes()
     # Lanes differ, and there was something to forget: units replaced in both increments, by utilities and ages.
     assert all((row["replaced_units"] > 0).all() for row in whole) and len(set(last["loss"])) == 2
+
+
+def test_the_last_hidden_layer_is_the_last_in_forward_order():
+    """Of more than ten layers the last by name is another; and ranks are of what has no positions."""
+    method = parse_method("bp")
+    deep = make_learner([method], (2,) * 10 + (5,), "relu", (4,), CLASSES)
+    state = init_state(deep, 0, {"step_size": 0.1})
+    x = jnp.ones((3, 4))
+    found = increments._measure(deep, state.params, x, 0.01)
+    assert deep.units[-1].size == 5
+    np.testing.assert_allclose(found["stable_rank"], 1 / 5)  # of one example thrice the rank is 1
+    with pytest.raises(ValueError, match="learner must have a group of units without positions"):
+        increments._measure(deep._replace(units=()), state.params, x, 0.01)

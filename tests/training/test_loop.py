@@ -286,6 +286,13 @@ def test_a_run_goes_on_from_its_state(alone):
     jax.tree.map(np.testing.assert_array_equal, rest, whole)
 
 
+def test_a_learner_with_running_statistics_is_refused(problem):
+    learner = tiny_learner(problem, [HIGH, LOW])._replace(batch_stats=True)
+    state = init_state(learner, 0, HIGH.hyperparameters)
+    with pytest.raises(ValueError, match="train it by run_increment"):
+        run_task(learner, problem, problem.data, state)
+
+
 def test_what_follows_the_last_task_is_done_again_where_it_was_stopped(tmp_path):
     tasks, finished = [], []
 

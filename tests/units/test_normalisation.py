@@ -127,12 +127,28 @@ def test_running_statistics_are_found_and_reset(train, given):
 def test_statistics_that_are_missing_are_named():
     params, stats, x, apply_fn = setup(Net("batch"))
     units = cbp_jax.discover_units(apply_fn, params, stats, x)
+    replaced = {group.name: jnp.arange(group.size) == 2 for group in units}
     with pytest.raises(ValueError, match="BatchNorm_0/mean"):
-        cbp_jax.reset_batch_stats({"other": stats}, units, {})
+        cbp_jax.reset_batch_stats({"other": stats}, units, replaced)
     closed = cbp_jax.discover_units(lambda params, x: apply_fn(params, stats, x), params, x)
     assert [group.size for group in closed] == [6, 4] and resets.paths(closed[0].scales) == ["BatchNorm_0/scale"]
     with pytest.raises(ValueError, match="discover_units"):
         cbp_jax.reset_batch_stats(stats, closed, {})
+
+
+def test_groups_that_were_not_for_replacement_keep_their_statistics():
+    params, stats, x, apply_fn = setup(Net("batch"))
+    units = cbp_jax.discover_units(apply_fn, params, stats, x)
+    mask = jnp.arange(4) == 2
+    new = cbp_jax.reset_batch_stats(stats, units, {"Conv_1": mask})
+    jax.tree.map(np.testing.assert_array_equal, new["BatchNorm_0"], stats["BatchNorm_0"])
+    np.testing.assert_array_equal(new["BatchNorm_1"]["mean"], np.where(mask, 0, stats["BatchNorm_1"]["mean"]))
+    with pytest.raises(
+        ValueError, match=r"replaced must have some of the groups \['Conv_0', 'Conv_1'\], got \['conv'\]"
+    ):
+        cbp_jax.reset_batch_stats(stats, units, {"conv": mask})
+    with pytest.raises(ValueError, match=r"replaced\['Conv_0'\] must be of shape \(6,\), got \(4,\)"):
+        cbp_jax.reset_batch_stats(stats, units, {"Conv_0": mask})
 
 
 SCALES = {
