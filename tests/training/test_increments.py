@@ -193,7 +193,7 @@ def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_pat
 def test_the_last_hidden_layer_is_the_last_in_forward_order():
     """Of more than ten layers the last by name is another; and ranks are of what has no positions."""
     method = parse_method("bp")
-    deep = make_learner([method], (2,) * 10 + (5,), "relu", (4,), CLASSES)
+    deep = make_learner([method], (2,) * 10 + (5,), "tanh", (4,), CLASSES)
     state = init_state(deep, 0, {"step_size": 0.1})
     x = jnp.ones((3, 4))
     found = increments._measure(deep, state.params, x, 0.01)
