@@ -380,7 +380,17 @@ MAS = Importance(observe=lambda step: (jnp.abs(step.sensitivity),), combine=lamb
 
 
 def synaptic_intelligence_importance(epsilon: chex.Numeric = 1e-3) -> Importance:
-    """The importance of :func:`synaptic_intelligence`."""
+    """The importance of :func:`synaptic_intelligence`, for :func:`add_consolidation`.
+
+    Args:
+      epsilon: as there, > 0.
+
+    Returns:
+      the importance.
+
+    Raises:
+      ValueError: `epsilon` is not positive.
+    """
     _check_epsilon(epsilon)
     return Importance(
         observe=lambda step: (rounded(-step.cause * step.change), step.change),
@@ -391,7 +401,17 @@ def synaptic_intelligence_importance(epsilon: chex.Numeric = 1e-3) -> Importance
 
 
 def rwalk_importance(epsilon: chex.Numeric = 1e-3) -> Importance:
-    """The importance of :func:`rwalk`."""
+    """The importance of :func:`rwalk`, for :func:`add_consolidation`.
+
+    Args:
+      epsilon: as there, > 0.
+
+    Returns:
+      the importance.
+
+    Raises:
+      ValueError: `epsilon` is not positive.
+    """
     _check_epsilon(epsilon)
 
     def observe(step: Step) -> tuple[chex.Array, chex.Array]:
