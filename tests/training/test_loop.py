@@ -252,6 +252,7 @@ def test_vmap_gives_what_map_gives(together, quick_compilation):
         np.testing.assert_allclose(values, together[name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow  # starts another process; test_lanes.py has two devices too
 def test_two_devices_give_what_one_gives(together, tmp_path):
     script = f"""
 import jax, runpy, numpy

@@ -136,7 +136,7 @@ ROWS = [
         slow=True,
     ),
     Row("ewc", ewc, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
-    Row("mas", mas, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
+    Row("mas", mas, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE, slow=True),
     Row(
         "synaptic_intelligence",
         synaptic_intelligence,

@@ -86,7 +86,10 @@ class Redo:
         return masks
 
 
-@pytest.mark.parametrize("case", CASES)
+# A convolutional network takes as long again to compile.
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case.startswith("conv") else []) for case in CASES]
+)
 def test_follows_the_numpy_reference(case):
     layers, input_shape, (inner, optimizer), settings = CASES[case]
     model, rng = Net(layers), np.random.default_rng(3)
