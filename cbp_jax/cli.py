@@ -54,9 +54,10 @@ def _list(argv: list[str]) -> None:
     for name, module in experiments.EXPERIMENTS.items():
         print(f"  {name:26} {_first_line(module)} Presets: {', '.join(module.PRESETS)}.")
     print("learners (as in --methods bp cbp:replacement_rate=1e-5)")
-    for name, spec in learners.LEARNERS.items():
-        settings = ", ".join(f"{key}={value}" for key, value in {**spec.defaults, **spec.options}.items())
-        print(f"  {name:26} {spec.about} ({settings})")
+    for name, learner in learners.LEARNERS.items():
+        settings = ", ".join(f"{key}={value}" for key, value in learners.defaults_of(learner).items())
+        print(f"  {name:26} {learner.about} ({settings})")
+    print("  and a function of your own that makes an optax transformation: my_module:my_factory(learning_rate=0.01)")
     print("datasets")
     print(f"  {', '.join(data.names())}, other image datasets of tensorflow-datasets that are prepared,")
     print("  and array files: the path of an .npz with images, or features, and labels")
@@ -116,7 +117,9 @@ def _plot(argv: list[str]) -> None:
 def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",)) -> None:
     """Prints the table of a run and draws its pictures, as its experiment would have them."""
     from cbp_jax import experiments
+    from cbp_jax.experiments import learners
 
+    results = learners.with_looks(results)
     experiment = experiments.EXPERIMENTS.get(results.attrs["experiment"], experiments.stream)
     print(experiment.summary(results))
     for picture in experiment.plot(results, out, formats):

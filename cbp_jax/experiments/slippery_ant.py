@@ -205,7 +205,7 @@ def check(settings: Settings) -> list[learners.Method]:
     Raises:
       ValueError: a setting is out of range or unknown.
     """
-    methods = stream.check_methods(settings.methods)
+    methods = stream.check_methods(settings.methods, settings.activation)
     for name in ("seeds", "steps", "interval", "change_every", "episode_length"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")

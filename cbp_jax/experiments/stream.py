@@ -28,7 +28,8 @@ class StreamSettings:
     """Settings of every experiment on a stream of tasks."""
 
     methods: tuple[str, ...] = ("bp", "cbp")
-    """Learners to compare, each a name, with settings if wanted: "cbp:replacement_rate=1e-5,utility=weight"."""
+    """Learners to compare, each a name, with settings if wanted: "cbp:replacement_rate=1e-5,utility=weight", or a
+    function that makes an optax transformation: "my_module:my_factory(learning_rate=0.01)"."""
     seeds: int = 3
     """Number of runs of each method, seeds 0, 1, ..."""
     tasks: int = 10
@@ -77,22 +78,16 @@ def check(settings: StreamSettings) -> list[learners.Method]:
     get_activation(settings.activation)
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
-    return check_methods(settings.methods)
+    return check_methods(settings.methods, settings.activation)
 
 
-def check_methods(texts: Sequence[str]) -> list[learners.Method]:
-    """Reads methods that are to be compared; see `learners.parse_method`.
+def check_methods(methods: Sequence[Any], activation: str) -> list[learners.Method]:
+    """Reads methods that are to be compared, on networks of an activation; see `learners.read_methods`.
 
     Raises:
       ValueError: there are none, or two are the same, or one is unknown.
     """
-    if not texts:
-        raise ValueError(f"methods must name at least one of {list(learners.LEARNERS)}")
-    methods = [learners.parse_method(text) for text in texts]
-    labels = [method.label for method in methods]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"methods must differ, got {list(texts)}")
-    return methods
+    return learners.read_methods(methods, activation=activation)
 
 
 def preset(presets: dict[str, Callable[..., StreamSettings]], name: str, *args: Any) -> Any:
@@ -213,15 +208,21 @@ def empty_results(
     """The results of methods before their first task; see `report.new_results`."""
     from cbp_jax import report
 
+    # Functions and methods are kept as texts, which are the same in every process.
+    texts = tuple(
+        given if isinstance(given, str) else method.text
+        for given, method in zip(settings.methods, methods, strict=True)
+    )
     return report.new_results(
         [method.label for method in methods],
         [method.learner for method in methods],
         [{**method.hyperparameters, **_numbers(method.options)} for method in methods],
         seeds=settings.seeds,
         tasks=tasks,
-        settings=settings,
+        settings=dataclasses.replace(settings, methods=texts),
         experiment=experiment,
         measures=measures,
+        looks=learners.looks_by_learner(methods),
     )
 
 

@@ -454,13 +454,13 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Returns:
       paths of the picture, one for each format.
     """
-    from cbp_jax.report import plots
+    from cbp_jax.report import looks, plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    styles = dict(zip(UTILITIES, plots._STYLES.values(), strict=False))
+    styles = dict(zip(UTILITIES, looks.PALETTE, strict=False))
     activations = results.method.values.tolist()
     bin_size = max(1, results.sizes["task"] // 25)
     every = int(results.step.values[1] - results.step.values[0]) if results.sizes["task"] > 1 else 1
@@ -475,11 +475,11 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                     values = results.correlation.loc[where].transpose("seed", "task").values
                     task, mean, low, high = plots._binned(values.astype(np.float64), bin_size)
                     step, style = every * (task - 1), styles[utility]
-                    ax.fill_between(step, low, high, color=style.colour, alpha=0.2, linewidth=0)
+                    ax.fill_between(step, low, high, color=style.color, alpha=0.2, linewidth=0)
                     ax.plot(
                         step,
                         mean,
-                        color=style.colour,
+                        color=style.color,
                         linestyle=style.dashes,
                         linewidth=1.3,
                         marker=style.marker,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cbp_jax.report.looks import PALETTE, Look, Style, looks_of, readable
 from cbp_jax.report.results import load_results, require
 from cbp_jax.report.statistics import (
     better,
@@ -86,51 +87,6 @@ _UPDATE_PANELS = (
     _Panel("gradient_l2", "L2 norm of gradients", 1.0, False),
 )
 
-
-class _Style(NamedTuple):
-    colour: str
-    dashes: str | tuple
-    marker: str
-    hollow: bool = False
-
-
-# Okabe and Ito's palette, which the colour-blind can tell apart, with wine red for its yellow, lost on
-# white. Some of the colours are alike in grey: there, dashes and markers carry the difference alone.
-_STYLES = {
-    "cbp": _Style("#0072B2", "-", "o"),
-    "bp": _Style("#000000", "-", "s"),
-    "adam": _Style("#D55E00", (0, (5, 1.5)), "^"),
-    "l2": _Style("#009E73", (0, (6, 1.5, 1, 1.5)), "D"),
-    "shrink_and_perturb": _Style("#CC79A7", (0, (2.5, 1)), "v"),
-    "l2_init": _Style("#E69F00", (0, (1, 1)), "P"),
-    "l1": _Style("#56B4E9", (0, (6, 1, 1, 1, 1, 1)), "X"),
-    "dropout": _Style("#882255", (0, (9, 2)), "p"),
-    "upgd": _Style("#A6341B", "-", ">"),
-    "pgd": _Style("#6B6B6B", (0, (4, 1, 1, 1)), "<"),
-}
-
-_NAMES = {
-    "cbp": "Continual backprop",
-    "bp": "Backprop",
-    "sgd": "SGD",
-    "adam": "Adam",
-    "l1": "L1",
-    "l2": "L2",
-    "l2_init": "L2 init",
-    "redo": "ReDo",
-    "upgd": "UPGD",
-    "ewc": "EWC",
-    "mas": "MAS",
-    "rwalk": "RWalk",
-    "pgd": "PGD",
-    "clip": "Weight clipping",
-    "crelu": "CReLU",
-    "adaptive_upgd": "Adaptive UPGD",
-    "cbp_adam": "Continual backprop, Adam",
-    "cbp_upgd": "Continual backprop, UPGD",
-    "redo_adam": "ReDo, Adam",
-    "shrink_and_perturb_adam": "Shrink and perturb, Adam",
-}
 
 _MOST_LINES = 8  # beyond this, lines cannot be told apart: one variant of each learner is drawn
 _HANDLE = 3.6  # length of a line in the legend, in ems, so that its dashes repeat
@@ -278,7 +234,7 @@ def _plot_panels(
         columns = min(columns, len(panels))
         rows = math.ceil(len(panels) / columns)
         width = 3.6 * columns if columns < 3 else 3.0 * columns
-        names = [_name(results, method) for method in methods]
+        names = _names(results, methods)
         legend_columns = _legend_columns(names, width=width)
         legend_rows = math.ceil(len(methods) / legend_columns)
         height = 2.25 if columns < 3 else 1.9
@@ -340,7 +296,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
         label = "Correct, last tenth of tasks (%)"
     else:
         label = _PERFORMANCE[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
-    styles = _learner_styles(list(dict.fromkeys(all_learners)))
+    styles = _learner_styles(results, list(dict.fromkeys(all_learners)))
     with _rc():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
         rows = math.ceil(len(swept) / columns)
@@ -384,7 +340,7 @@ def _draw_panel(
     results: xr.Dataset,
     panel: _Panel,
     methods: Sequence[str],
-    styles: dict[str, _Style],
+    styles: dict[str, Style],
     bin_size: int,
 ) -> None:
     means = []
@@ -393,25 +349,25 @@ def _draw_panel(
         task, mean, low, high = _binned(panel.scale * values.astype(np.float64), bin_size, _over_steps(results))
         if _over_steps(results):
             task = np.interp(task, results.task.values + 1.0, results.step.values / 1e6)
-        style, main = styles[method], _learner(results, method) == "cbp"
+        style, main = styles[method], _look(results, _learner(results, method)).strong
         every = max(1, math.ceil(len(task) / 6))
         ax.plot(
             task,
             mean,
-            color=style.colour,
+            color=style.color,
             linestyle=style.dashes,
             linewidth=1.8 if main else 1.2,
             marker=style.marker,
             markersize=4.5 if main else 4,
-            markerfacecolor="white" if style.hollow else style.colour,
-            markeredgecolor=style.colour if style.hollow else "white",
+            markerfacecolor="white" if style.hollow else style.color,
+            markeredgecolor=style.color if style.hollow else "white",
             markeredgewidth=1 if style.hollow else 0.5,
             # Staggered, so that where lines lie on each other every one of them still shows its marker.
             markevery=(round(every * i / len(methods)) if len(task) > every else 0, every),
             zorder=4 if main else 3,
             gid=method,
         )
-        ax.fill_between(task, low, high, color=style.colour, alpha=0.2, linewidth=0, zorder=2)
+        ax.fill_between(task, low, high, color=style.color, alpha=0.2, linewidth=0, zorder=2)
         means.append(mean)
     means = np.concatenate(means)
     if panel.zero:
@@ -424,7 +380,7 @@ def _draw_panel(
 
 
 def _draw_sensitivity(
-    ax: Axes, results: xr.Dataset, hyperparameter: str, learners: Sequence[str], styles: dict[str, _Style]
+    ax: Axes, results: xr.Dataset, hyperparameter: str, learners: Sequence[str], styles: dict[str, Style]
 ) -> None:
     smallest = math.inf
     zero = False
@@ -442,14 +398,14 @@ def _draw_sensitivity(
         x = np.array(sorted(points))
         y, error, unfinished = map(np.array, zip(*(points[value] for value in x), strict=True))
         style = styles[learner]
-        line = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.2}
-        marker = {"marker": style.marker, "markersize": 4.5, "markeredgecolor": style.colour}
+        line = {"color": style.color, "linestyle": style.dashes, "linewidth": 1.2}
+        marker = {"marker": style.marker, "markersize": 4.5, "markeredgecolor": style.color}
         ax.plot(x, y, **line, zorder=3)
-        ax.errorbar(x, y, error, color=style.colour, linestyle="none", linewidth=1, capsize=4, zorder=3)
+        ax.errorbar(x, y, error, color=style.color, linestyle="none", linewidth=1, capsize=4, zorder=3)
         for hollow in (False, True):
-            some, face = unfinished == hollow, "white" if hollow else style.colour
+            some, face = unfinished == hollow, "white" if hollow else style.color
             ax.plot(x[some], y[some], **marker, markerfacecolor=face, linestyle="none", zorder=4)
-        ax.plot([], [], **line, **marker, label=_learner_name(learner))
+        ax.plot([], [], **line, **marker, label=_look(results, learner).title)
         zero |= x[0] <= 0
         smallest = min(smallest, *np.abs(x[x != 0]))
     if zero:
@@ -460,7 +416,7 @@ def _draw_sensitivity(
     if len(tried) <= 6:  # more would overlap, unlike the powers of ten
         ax.set_xticks(tried, [f"{value:g}" for value in tried])
         ax.set_xticks([], minor=True)
-    ax.set_xlabel(_learner_name(hyperparameter))
+    ax.set_xlabel(readable(hyperparameter))
     ax.margins(y=0.1)
     ax.legend(handlelength=_HANDLE)
 
@@ -513,10 +469,10 @@ def _swept(results: xr.Dataset) -> dict[str, list[str]]:
     return swept
 
 
-def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
+def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
     """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow.
 
-    More than two shades of a colour are hard to tell apart: there, variants take the styles of learners that are not
+    More than two shades of a color are hard to tell apart: there, variants take the styles of learners that are not
     drawn, while these last.
     """
     from matplotlib.colors import to_hex, to_rgb
@@ -524,9 +480,9 @@ def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
     learners: dict[str, list[str]] = {}
     for method in methods:
         learners.setdefault(_learner(results, method), []).append(method)
-    base = _learner_styles(list(learners))
-    dashes = list(dict.fromkeys(style.dashes for style in _STYLES.values()))
-    spare = [style for style in _STYLES.values() if style not in base.values()]
+    base = _learner_styles(results, list(learners))
+    dashes = list(dict.fromkeys(style.dashes for style in (*PALETTE, *base.values())))
+    spare = [style for style in PALETTE if style not in base.values()]
     styles = {}
     for learner, variants in learners.items():
         if 2 < len(variants) <= 1 + len(spare):
@@ -535,34 +491,40 @@ def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, _Style]:
             continue
         for i, method in enumerate(variants):
             pale = 0.5 * i / len(variants)
-            colour = to_hex((1 - pale) * np.array(to_rgb(base[learner].colour)) + pale)
+            color = to_hex((1 - pale) * np.array(to_rgb(base[learner].color)) + pale)
             first = dashes.index(base[learner].dashes)
             styles[method] = base[learner]._replace(
-                colour=colour,
+                color=color,
                 dashes=dashes[(first + i) % len(dashes)],
                 hollow=base[learner].hollow ^ (i % 2 == 1),
             )
     return styles
 
 
-def _learner_styles(learners: Sequence[str]) -> dict[str, _Style]:
+def _learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
     """The learner's own style, so that it looks alike in every picture; for others, what is left over."""
-    unused = [style for learner, style in _STYLES.items() if learner not in learners]
-    spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in _STYLES.values())])
-    return {learner: _STYLES[learner] if learner in _STYLES else next(spare) for learner in learners}
+    own = {learner: _look(results, learner).style for learner in learners}
+    unused = [style for style in PALETTE if style not in own.values()]
+    spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
+    return {learner: style or next(spare) for learner, style in own.items()}
+
+
+def _names(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
+    """Different labels for readers: "Continual backprop (replacement rate 1e-5)" for "cbp(replacement_rate=1e-05)"."""
+    names = [_name(results, method) for method in methods]
+    return [name if names.count(name) == 1 else method for name, method in zip(names, methods, strict=True)]
 
 
 def _name(results: xr.Dataset, method: str) -> str:
-    """A label for readers: "Continual backprop (replacement rate 1e-5)" for "cbp(replacement_rate=1e-05)"."""
     learner = _learner(results, method)
     if not method.startswith(learner):
-        return _learner_name(method)
+        return readable(method)
     rest = re.sub(r"e([+-])0+(\d)", r"e\1\2", method[len(learner) :])
-    return f"{_learner_name(learner)} {rest.replace('_', ' ').replace('=', ' ')}".strip()
+    return f"{_look(results, learner).title} {rest.replace('_', ' ').replace('=', ' ')}".strip()
 
 
-def _learner_name(name: str) -> str:
-    return _NAMES.get(name) or name[:1].upper() + name[1:].replace("_", " ")
+def _look(results: xr.Dataset, learner: str) -> Look:
+    return looks_of(results).get(learner) or Look(readable(learner))
 
 
 def _legend_columns(names: Sequence[str], width: float) -> int:

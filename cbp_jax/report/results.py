@@ -19,8 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbp_jax.report import looks as looks_lib
+
 if TYPE_CHECKING:
     import xarray as xr
+
+    from cbp_jax.report.looks import Look
 
 FILE_NAME = "results.nc"
 
@@ -117,6 +121,7 @@ def new_results(
     settings: Any,
     experiment: str,
     measures: Mapping[str, str] = MEASURES,
+    looks: Mapping[str, Look] | None = None,
 ) -> xr.Dataset:
     """Allocates the results of a run, NaN everywhere.
 
@@ -130,12 +135,14 @@ def new_results(
       settings: the settings of the experiment, a dataclass or a mapping; kept as JSON.
       experiment: the experiment's name.
       measures: what is measured of a task: names of the data variables, and their meaning.
+      looks: by learner, how it is named and drawn in pictures; others get a title of their name, and a style that is
+        left over.
 
     Returns:
       A dataset with a float32 variable [method, seed, task] for each measure; the coordinates ``method`` and
       ``learner`` (strings) and one float64 coordinate for each hyperparameter along ``method`` (NaN where a
       method has no such hyperparameter), ``seed`` and ``task`` (integers); and the attributes ``experiment``,
-      ``settings`` and ``versions`` (the last two are JSON).
+      ``settings``, ``versions`` and, where given, ``looks`` (the last three are JSON).
 
     Raises:
       ValueError: a label is given twice, the lengths differ, there is nothing to run, or a hyperparameter is
@@ -195,6 +202,7 @@ def new_results(
             "experiment": experiment,
             "settings": settings_json(settings),
             "versions": json.dumps(_versions(), sort_keys=True),
+            **({looks_lib.ATTRIBUTE: looks_lib.to_json(looks)} if looks else {}),
         },
     )
 

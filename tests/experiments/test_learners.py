@@ -89,7 +89,7 @@ def start(problem):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_learner_learns_and_heeds_its_numbers(problem, start, name):
     strong = {**STRONG, "step_size": 0.01} if "adam" in name else STRONG
-    base = {key: strong.get(key, default) for key, default in LEARNERS[name].defaults.items()}
+    base = {key: strong.get(key, default) for key, default in LEARNERS[name]().hyperparameters.items()}
     lanes = [base] + [{**base, key: value * FACTOR.get(key, 3)} for key, value in base.items()]
     given = [parse_method(f"{name}:" + ",".join(f"{key}={value}" for key, value in lane.items())) for lane in lanes]
     learner = make_learner(given, HIDDEN, "relu", problem.input_shape, problem.num_classes)
@@ -101,7 +101,7 @@ def test_a_learner_learns_and_heeds_its_numbers(problem, start, name):
     weights = rows[-1]["weight_magnitude"]
     for number, key in enumerate(base, start=1):
         assert abs(weights[number] - weights[0]) > 1e-5 * weights[0], f"{key} makes no difference"
-    for measure, value in start.items() if not set(LEARNERS[name].options) & {"normalization", "activation"} else ():
+    for measure, value in start.items() if not set(LEARNERS[name]().options) & {"normalization", "activation"} else ():
         np.testing.assert_allclose(rows[0][measure], value, rtol=1e-5, err_msg=measure)
     replaced = np.stack([row["replaced_units"] for row in rows])
     assert (replaced.sum(0) > 3).all() if "cbp" in name else replaced.any() == name.startswith("redo")

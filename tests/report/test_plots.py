@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from cbp_jax.experiments.learners import looks_by_learner
 from cbp_jax.report import (
     best_variants,
     new_results,
@@ -31,6 +32,7 @@ def results_of(methods, *, learners=None, hyperparameters=None, seeds=2, tasks=6
         tasks=tasks,
         settings={},
         experiment="online_permuted",
+        looks=looks_by_learner(learners or methods),
     )
     base = 0.5 + 0.05 * np.arange(len(methods))[:, None] + 0.01 * np.arange(seeds)
     for task in range(tasks if run is None else run):

@@ -1,0 +1,89 @@
+"""The learners that experiments compare: each makes an optax transformation, or chooses the network.
+
+A *learner* is a frozen dataclass, a file for each family of them; `LEARNERS` has them by name. Its fields are its
+settings: numbers that are traced, so that methods that differ in these alone are lanes of one program, and others. A
+*method* is a learner with its settings, an instance; `parse_method` reads one of its text, and `read_methods` what is
+to be compared. A function that makes a transformation is a method too; see `custom`.
+"""
+
+from cbp_jax.experiments.learners.consolidation import EWC, MAS, RWalk, SynapticIntelligence
+from cbp_jax.experiments.learners.continual_backprop import (
+    ContinualBackprop,
+    ContinualBackpropAdam,
+    ContinualBackpropUPGD,
+)
+from cbp_jax.experiments.learners.factory import Custom, custom
+from cbp_jax.experiments.learners.make import make_learner, make_optimizer
+from cbp_jax.experiments.learners.method import (
+    Method,
+    choice,
+    count,
+    defaults_of,
+    flag,
+    named,
+    ranged,
+    settings_of,
+)
+from cbp_jax.experiments.learners.networks import CReLU, Dropout, LayerNorm, OnlineNorm
+from cbp_jax.experiments.learners.pictures import looks_by_learner, with_looks
+from cbp_jax.experiments.learners.plain import Adam, Backprop
+from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam
+from cbp_jax.experiments.learners.registry import LEARNERS
+from cbp_jax.experiments.learners.regularization import (
+    L1,
+    L2,
+    L2Init,
+    ShrinkAndPerturb,
+    ShrinkAndPerturbAdam,
+    WeightClipping,
+)
+from cbp_jax.experiments.learners.text import parse_method, read_methods
+from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
+
+# Settings of the network that any method may choose for itself.
+NETWORK_OPTIONS: tuple[str, ...] = tuple(settings_of(Method))
+
+__all__ = [
+    "EWC",
+    "L1",
+    "L2",
+    "LEARNERS",
+    "MAS",
+    "NETWORK_OPTIONS",
+    "PGD",
+    "UPGD",
+    "Adam",
+    "AdaptiveUPGD",
+    "Backprop",
+    "CReLU",
+    "ContinualBackprop",
+    "ContinualBackpropAdam",
+    "ContinualBackpropUPGD",
+    "Custom",
+    "Dropout",
+    "L2Init",
+    "LayerNorm",
+    "Method",
+    "OnlineNorm",
+    "RWalk",
+    "ReDo",
+    "ReDoAdam",
+    "ShrinkAndPerturb",
+    "ShrinkAndPerturbAdam",
+    "SynapticIntelligence",
+    "WeightClipping",
+    "choice",
+    "count",
+    "custom",
+    "defaults_of",
+    "flag",
+    "looks_by_learner",
+    "make_learner",
+    "make_optimizer",
+    "named",
+    "parse_method",
+    "ranged",
+    "read_methods",
+    "settings_of",
+    "with_looks",
+]

@@ -1,0 +1,351 @@
+"""A user's own transformation as a method: a function, by its path or as it is."""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import inspect
+import operator
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import cbp_jax
+from cbp_jax.experiments.learners.method import Method, check_finite, settings_of
+from cbp_jax.report.looks import Look, readable
+from cbp_jax.units import Units
+
+# What a factory may ask for besides settings.
+GIVEN_BY_THE_RUN = ("units", "key")
+
+_PATH = re.compile(r"(?P<module>[\w.]+):(?P<attribute>[\w.]+)(?:\((?P<settings>.*)\))?", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Custom(Method):
+    """A method whose optimizer a function makes; `custom` makes it.
+
+    Attributes:
+      path: what it is called in results: "module:function".
+      factory: the function; what it is called with, and what it returns, is said in `custom`.
+      settings: all its keyword arguments but `units` and `key`, as pairs.
+      traced: names of those that are traced.
+    """
+
+    name = "custom"
+    about = "a function that makes an optax transformation"
+
+    path: str
+    factory: Callable[..., optax.GradientTransformation]
+    settings: tuple[tuple[str, Any], ...] = ()
+    traced: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def learner(self) -> str:
+        """See `Method`."""
+        return self.path
+
+    @property
+    def look(self) -> Look:
+        """See `Method`."""
+        return Look(readable(self.path.rpartition(":")[2].rpartition(".")[2]))
+
+    @property
+    def text(self) -> str:
+        """See `Method`."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self._values(self.given).items())
+        return f"{self.path}({given})"
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """See `Method`."""
+        return {name: float(value) for name, value in self.settings if name in self.traced}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """See `Method`."""
+        return super().options | {name: value for name, value in self.settings if name not in self.traced}
+
+    def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
+        """See `Method`."""
+        return dataclasses.replace(self, settings=tuple((dict(self.settings) | dict(numbers)).items()))
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        names = inspect.signature(self.factory).parameters
+        run = {name: value for name, value in (("units", units), ("key", key)) if name in names}
+        tx = self.factory(**dict(self.settings), **run)
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            raise TypeError(
+                f"{self.path} must return an optax transformation, with init and update, got {type(tx).__name__}"
+            )
+        return tx
+
+    def _values(self, names: tuple[str, ...]) -> dict[str, Any]:
+        settings = dict(self.settings)
+        return {name: settings[name] if name in settings else getattr(self, name) for name in names}
+
+
+def read_path(text: str) -> Method | None:
+    """Reads a method of the form `module:function(name=value, ...)`.
+
+    The module is imported; modules of the current directory are found. Values are numbers, text (quoted or a bare
+    word), true, false, None, and tuples of these.
+
+    Args:
+      text: such as `"my_package.my_module:my_factory(learning_rate=0.01)"`; without settings the parentheses may be
+        left out. In place of a function, a subclass of `Method` may stand.
+
+    Returns:
+      the method; None where the text has not this form.
+
+    Raises:
+      ValueError: there is no such module or function, or a setting is unknown or not allowed.
+
+    Example:
+      >>> read_path("optax:adam(learning_rate=1e-3)").hyperparameters["learning_rate"]
+      0.001
+    """
+    match = _PATH.fullmatch(text.strip())
+    if match is None:
+        return None
+    factory = _imported(match["module"], match["attribute"])
+    settings = _read_settings(match["settings"] or "")
+    if isinstance(factory, type) and issubclass(factory, Method):
+        known = {name: setting for name, setting in settings_of(factory).items() if setting.read is not None}
+        _check_known(settings, known)
+        return factory(**settings, given=tuple(settings))
+    return custom(factory, settings, path=f"{match['module']}:{match['attribute']}")
+
+
+def custom(
+    factory: Callable[..., optax.GradientTransformation],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    path: str | None = None,
+) -> Method:
+    """A method whose optimizer a function makes.
+
+    The function is called with settings by keyword, and, where its signature names them, with `units`, those of the
+    network (see `discover_units`), and `key`, a key of its own for each seed. It returns an
+    `optax.GradientTransformation`, whose `init` and `update` see all weights of the network. Where `update` takes extra
+    arguments, it gets `features`, the activations of the units by group.
+
+    Settings are the function's arguments that have a default, or are given here. Floating-point numbers, such as 0.1 or
+    1.0, are traced: methods that differ in these alone run as lanes of one program. If the function needs one of them
+    as a number of Python's, as in `if momentum > 0:`, a warning says so, and each of its values is compiled by itself.
+    Integers, text and so on are always as they are given. `activation`, `normalization` and `dropout_rate` are the
+    network's settings, as with any method, unless the function has arguments of these names.
+
+    Args:
+      factory: the function; a `functools.partial` is its function with settings.
+      settings: that are given, by name.
+      path: what it is called in results; by default its module and name.
+
+    Raises:
+      ValueError: it cannot be called with these settings, or returns no transformation.
+
+    Example:
+      >>> def signed(learning_rate, momentum=0.9):
+      ...     return optax.chain(optax.trace(momentum), optax.scale_by_sign(), optax.scale(-learning_rate))
+      >>> custom(functools.partial(signed, learning_rate=0.01)).hyperparameters
+      {'learning_rate': 0.01, 'momentum': 0.9}
+    """
+    settings = dict(settings or {})
+    if not callable(factory):
+        raise ValueError(f"{path or 'a method'} must be a function that makes a transformation, got {factory!r}")
+    while isinstance(factory, functools.partial):
+        settings = _bound(factory) | settings
+        factory = factory.func
+    path = path or f"{_own_name(factory, '__module__')}:{_own_name(factory, '__qualname__')}"
+    parameters = _parameters(factory, path)
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    own = {
+        name: each
+        for name, each in parameters.items()
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY) and name not in GIVEN_BY_THE_RUN
+    }
+    of_network = {name: settings[name] for name in settings_of(Method) if name in settings and name not in own}
+    given = {name: value for name, value in settings.items() if name not in of_network}
+    for name in GIVEN_BY_THE_RUN:
+        if name in given:
+            raise ValueError(f"{path}: {name} is given by the run, and is no setting")
+    if not anything:
+        _check_known(given, own)
+    missing = [name for name, each in own.items() if each.default is each.empty and name not in given]
+    if missing:
+        raise ValueError(f"{path} needs a value of {', '.join(missing)}")
+    for name, value in given.items():
+        if isinstance(value, float):
+            check_finite(name, value)
+        if not _hashable(value):
+            raise ValueError(f"{path}: {name} must be a number, text or a tuple, got {value!r}")
+    values = {name: given.get(name, each.default) for name, each in own.items()} | given
+    values = {name: value for name, value in values.items() if _hashable(value)}
+    method = Custom(path=path, factory=factory, settings=tuple(values.items()), given=tuple(settings), **of_network)
+    return dataclasses.replace(method, traced=_traceable(method))
+
+
+def _imported(module: str, attribute: str) -> Any:
+    # At the end, so that nothing there takes the place of what is installed.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"importing {module} failed: {error}") from error
+        raise ValueError(f"there is no module {error.name!r} to import, and no learner of that name") from error
+    except Exception as error:
+        raise ValueError(f"importing {module} failed: {type(error).__name__}: {error}") from error
+    try:
+        return operator.attrgetter(attribute)(found)
+    except AttributeError as error:
+        where = getattr(found, "__file__", None) or "built in"
+        raise ValueError(f"module {module!r} ({where}) has no {attribute!r}") from error
+
+
+def _read_settings(text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"expected settings as in (learning_rate=0.01, nesterov=true), got ({text})") from error
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+        raise ValueError(f"settings are given by name, as in (learning_rate=0.01), got ({text})")
+    settings = {}
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            raise ValueError(f"settings are given by name, as in (learning_rate=0.01), got ({text})")
+        if keyword.arg in settings:
+            raise ValueError(f"{keyword.arg} is given twice")
+        settings[keyword.arg] = _read_value(keyword.arg, keyword.value)
+    return settings
+
+
+def _read_value(name: str, node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):  # a bare word, which a shell needs no quotes around
+        if node.id.lower() in ("inf", "nan"):
+            check_finite(name, float(node.id))
+        return {"true": True, "false": False}.get(node.id, node.id)
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a number, text, true, false or a tuple, got {ast.unparse(node)}") from error
+
+
+def _bound(partial: functools.partial) -> dict[str, Any]:
+    """The settings that a partial holds, by name."""
+    if not partial.args:
+        return dict(partial.keywords)
+    return dict(inspect.signature(partial.func).bind_partial(*partial.args, **partial.keywords).arguments)
+
+
+def _own_name(factory: Callable[..., Any], attribute: str) -> str:
+    return getattr(factory, attribute, None) or getattr(type(factory), attribute)
+
+
+def _parameters(factory: Callable[..., Any], path: str) -> Mapping[str, inspect.Parameter]:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its arguments cannot be told ({error}); wrap it in a function") from error
+    for name, each in parameters.items():
+        if each.kind is each.POSITIONAL_ONLY and each.default is each.empty:
+            raise ValueError(f"{path}: its argument {name} cannot be given by name; wrap it in a function")
+    return parameters
+
+
+def _check_known(settings: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for name in settings:
+        if name not in known:
+            others = [other for other in settings_of(Method) if other not in known]
+            rest = f"; {', '.join(others)} can be set too" if others else ""
+            raise ValueError(f"expected settings of {list(known)}, got {name!r}{rest}")
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _traceable(method: Custom) -> tuple[str, ...]:
+    """Names of the numbers that the factory takes as tracers: tried on a small network, where nothing is computed.
+
+    Raises:
+      ValueError: the factory fails, or makes no transformation.
+    """
+    floats = {name: value for name, value in method.settings if isinstance(value, float) and np.isfinite(value)}
+    try:
+        _try(method, {})
+    except Exception as error:
+        made_for_any = "units" not in inspect.signature(method.factory).parameters
+        if made_for_any and _fails_at_once(method):
+            raise ValueError(f"{method.path} failed: {type(error).__name__}: {error}") from error
+        # It may be made for the experiment's network alone, so that there is nothing to try it on.
+        return ()
+    error = _error_of(method, floats)
+    if error is None:
+        return tuple(floats)
+    alone = {name: value for name, value in floats.items() if _error_of(method, {name: value}) is None}
+    traced = tuple(alone) if _error_of(method, alone) is None else ()
+    untraced = [name for name in floats if name in method.given and name not in traced]
+    if untraced:
+        warnings.warn(
+            f"{method.path} needs {', '.join(untraced)} as Python numbers ({type(error).__name__}): methods that "
+            "differ in these are compiled one by one",
+            stacklevel=3,
+        )
+    return traced
+
+
+def _error_of(method: Custom, numbers: Mapping[str, float]) -> Exception | None:
+    try:
+        _try(method, numbers)
+    except Exception as error:
+        return error
+    return None
+
+
+def _fails_at_once(method: Custom) -> bool:
+    try:
+        jax.eval_shape(lambda key: _none(method.build(_small_network()[1], key)), jax.random.key(0))
+    except Exception:
+        return True
+    return False
+
+
+def _none(_: Any) -> None:
+    return None
+
+
+def _try(method: Custom, numbers: Mapping[str, float]) -> None:
+    """Traces the start and an update of the method's transformation, with `numbers` as tracers."""
+    params, units = _small_network()
+    features = {group.name: jax.ShapeDtypeStruct((1, group.size), jnp.float32) for group in units}
+
+    def step(numbers, key, params, features):
+        tx = optax.with_extra_args_support(method.with_numbers(numbers).build(units, key))
+        return tx.update(params, tx.init(params), params, features=features)
+
+    jax.eval_shape(step, dict(numbers), jax.random.key(0), params, features)
+
+
+@functools.cache
+def _small_network() -> tuple[Any, Units]:
+    net = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(3), nn.relu, nn.Dense(2)])
+    x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    params = jax.eval_shape(net.init, jax.random.key(0), x)
+    return params, cbp_jax.discover_units(net.apply, params, x)

@@ -1,0 +1,112 @@
+"""From methods to what the training loop takes: a network, and how it learns."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import cbp_jax
+from cbp_jax import nets
+from cbp_jax.experiments.learners.method import Method
+from cbp_jax.training import Learner, output_layers, reset_layers
+from cbp_jax.units import Units
+
+
+def make_optimizer(
+    methods: Sequence[Method], units: Units, network: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
+    """The optimizer of methods that differ in their numbers alone.
+
+    Args:
+      methods: of one learner and with the same options.
+      units: of the network.
+      network: attributes of the network, such as `kernel_init`, what replaced units start from.
+
+    Returns:
+      a function of hyperparameters by name and of a key to an optax transformation.
+    """
+    method = methods[0].on(network, units, methods)
+    return lambda numbers, key: method.with_numbers(numbers).transformation(units, key)
+
+
+def make_learner(
+    methods: Sequence[Method],
+    hidden: Sequence[int],
+    activation: str,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    network: Callable[..., nn.Module] = nets.MLP,
+    reset_head: bool = False,
+    init_of_activation: Callable[[str], nn.initializers.Initializer] | None = None,
+    **attributes: Any,
+) -> Learner:
+    """Makes the learner of methods that differ in their numbers alone.
+
+    Args:
+      methods: of one learner and with the same options.
+      hidden: sizes of the hidden layers.
+      activation: name of the activation, where the methods do not choose one.
+      input_shape: of one example.
+      num_classes: outputs.
+      network: makes the network of keyword arguments `hidden`, `num_outputs`, `activation`, and those below.
+      reset_head: whether the output layer starts each task from zero.
+      init_of_activation: gives the network's `kernel_init` for the name of its activation.
+      **attributes: further attributes of the network, such as `kernel_init`, which is then also what replaced units
+        start from.
+    """
+    first = methods[0]
+    activation = first.options.get("activation", activation)
+    if init_of_activation is not None:
+        attributes["kernel_init"] = init_of_activation(activation)
+    options = {**attributes, **first.options}
+    own = {name: options[name] or None for name in ("normalization", "dropout_rate") if options.get(name)}
+    net = network(
+        hidden=tuple(hidden),
+        num_outputs=num_classes,
+        activation=activation,
+        **{**attributes, **own},
+    )
+    example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    params = jax.eval_shape(net.init, jax.random.key(0), example)
+    batch_stats = "batch_stats" in params
+    in_training = functools.partial(net.apply, train=True, mutable=["batch_stats"]) if batch_stats else net.apply
+    units = cbp_jax.discover_units(in_training, params, example)
+    apply = cbp_jax.with_features(net.apply, units)
+    apply_in_training = cbp_jax.with_features(in_training, units)
+
+    def train(params, x, key):
+        if not options.get("dropout_rate"):
+            return apply_in_training(params, x)
+        return apply(params, x, deterministic=False, rngs={"dropout": key})
+
+    init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
+    reset = options.get("reset", "")
+    head = output_layers(units) if reset_head or reset == "head" else ()
+
+    def begin_task(tx, key, task, params, opt_state):
+        start = params, opt_state
+        if reset == "head":
+            start = reset_layers(tx, params, opt_state, head, init(key))
+        elif reset == "network":
+            fresh = init(key)
+            start = fresh, tx.init(fresh)
+        # In the first task the weights are fresh, and those that all methods start from.
+        start = jax.tree.map(lambda new, old: jnp.where(task == 0, old, new), start, (params, opt_state))
+        return reset_layers(tx, *start, head) if reset_head else start
+
+    return Learner(
+        init=init,
+        predict=apply,
+        train=train,
+        optimizer=make_optimizer(methods, units, attributes),
+        units=units,
+        begin_task=begin_task if reset_head or reset else None,
+        batch_stats=batch_stats,
+        curvature=first.curvature,
+    )

@@ -1,0 +1,265 @@
+"""What a method is: a learner with its settings, as a frozen dataclass; and the kinds of settings."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import chex
+import jax
+import numpy as np
+import optax
+
+from cbp_jax import nets
+from cbp_jax.report.looks import Look
+from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.units import Units
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is known of a setting beside its field.
+
+    Attributes:
+      check: raises a ValueError, or a TypeError, of a name and a value that is not allowed.
+      read: makes the value of its text; None for what has no text and is given from Python alone.
+      kind: what `read` expects, for its error.
+      traced: whether methods that differ in it alone are lanes of one program.
+      optional: whether it belongs to a method, and to its results, only where it is given.
+    """
+
+    check: Callable[[str, Any], None]
+    read: Callable[[str], Any] | None = str
+    kind: str = "text"
+    traced: bool = False
+    optional: bool = False
+
+
+def ranged(
+    default: float,
+    *,
+    at_least: float | None = 0.0,
+    at_most: float | None = None,
+    below: float | None = None,
+    traced: bool = True,
+    optional: bool = False,
+) -> Any:
+    """A field for a finite number of a range.
+
+    Args:
+      default: its default.
+      at_least: smallest value allowed.
+      at_most: largest value allowed.
+      below: value that must not be reached.
+      traced: whether it is an argument of the compiled program, so that methods that differ in it share one.
+      optional: see `Setting`.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+      ... class Noisy(Method):
+      ...     name = "noisy"
+      ...     step_size: float = ranged(0.01)
+      ...     decay: float = ranged(0.9, below=1)
+      >>> Noisy(decay=1.5)
+      Traceback (most recent call last):
+      ...
+      ValueError: decay must be in [0, 1), got 1.5
+    """
+
+    def check(name: str, value: Any) -> None:
+        check_scalar(name, value, at_least=at_least, at_most=at_most, below=below)
+        if not isinstance(value, jax.core.Tracer):
+            check_finite(name, value)
+
+    return _field(default, Setting(check, float, "a number", traced=traced, optional=optional))
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises a ValueError if a number is not finite in float32, in which programs compute."""
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.float32(value)):
+            raise ValueError(f"{name} must be a finite number of float32, got {value:g}")
+
+
+def count(default: int | None) -> Any:
+    """A field for an integer from 1; where the default is None, also for None."""
+
+    def check(name: str, value: Any) -> None:
+        if value is None and default is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+    return _field(default, Setting(check, int, "a number"))
+
+
+def flag(default: bool) -> Any:
+    """A field for true or false."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+
+    return _field(default, Setting(check, lambda text: {"true": True, "false": False}[text.lower()], "true or false"))
+
+
+def choice(default: Any, *others: Any, optional: bool = False) -> Any:
+    """A field for one of some values, all strings or all integers."""
+    allowed = (default, *others)
+
+    def check(name: str, value: Any) -> None:
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+    kind = "text" if isinstance(default, str) else "a number"
+    return _field(default, Setting(check, type(default), kind, optional=optional))
+
+
+def named(default: str | None, get: Callable[[Any], Any], *, optional: bool = False) -> Any:
+    """A field for a name that a function knows, which raises a ValueError where it does not."""
+
+    def check(name: str, value: Any) -> None:
+        if value is not None:
+            get(value)
+
+    return _field(default, Setting(check, optional=optional))
+
+
+def of_python(default: Any = None) -> Any:
+    """A field for what is given from Python alone."""
+    return _field(default, Setting(lambda name, value: None, read=None, optional=True))
+
+
+def _field(default: Any, setting: Setting) -> Any:
+    return dataclasses.field(default=default, metadata={"setting": setting})
+
+
+def settings_of(learner: "type[Method] | Method") -> dict[str, Setting]:
+    """The settings of a learner by name: first its own, of these first what is traced, and then what is optional."""
+    found = {
+        field.name: field.metadata["setting"] for field in dataclasses.fields(learner) if "setting" in field.metadata
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[1].optional, not item[1].traced)))
+
+
+def defaults_of(learner: "type[Method]") -> dict[str, Any]:
+    """The defaults of a learner's own settings, by name."""
+    own = [name for name, setting in settings_of(learner).items() if not setting.optional]
+    return {name: learner.__dataclass_fields__[name].default for name in own}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A learner with its settings: the class is the learner, the fields are the settings.
+
+    A learner is added by a subclass: a frozen dataclass, whose arguments are given by keyword, with `name`, `about`,
+    `look`, a field for each setting (`ranged`, `choice`, ...; what these check is checked when a method is made), and
+    `build`. In a row of `learners.LEARNERS` it is a learner by that name.
+
+    Attributes:
+      activation: of the network's hidden layers; that of the experiment where it is None.
+      normalization: of the network's hidden layers.
+      dropout_rate: of the network's hidden units.
+      given: names of the settings that were given, which its label shows; by default all that differ from defaults.
+
+    Example:
+      >>> from cbp_jax.experiments.learners import ContinualBackprop
+      >>> method = ContinualBackprop(replacement_rate=1e-5)
+      >>> method.label, method.hyperparameters["step_size"]
+      ('cbp(replacement_rate=1e-05)', 0.01)
+    """
+
+    name: ClassVar[str]  # in texts and in results
+    about: ClassVar[str]  # one line for lists
+    look: ClassVar[Look]  # in pictures
+
+    activation: str | None = named(None, nets.get_activation, optional=True)
+    normalization: str = choice("", *nets.NORMALIZATIONS, optional=True)
+    dropout_rate: float = ranged(0.0, below=1, traced=False, optional=True)
+    given: tuple[str, ...] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self):
+        for name, setting in settings_of(self).items():
+            setting.check(name, getattr(self, name))
+        if self.given is None:
+            fields = self.__dataclass_fields__
+            changed = (name for name in settings_of(self) if getattr(self, name) != fields[name].default)
+            object.__setattr__(self, "given", tuple(changed))
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """Makes the optimizer of the network's weights.
+
+        Args:
+          units: of the network.
+          key: for what it draws.
+        """
+        raise NotImplementedError
+
+    @property
+    def learner(self) -> str:
+        """Its learner's name."""
+        return self.name
+
+    @property
+    def label(self) -> str:
+        """What it is called in results: its learner, and what was given besides."""
+        shown = ", ".join(f"{name}={_shown(value)}" for name, value in self._values(self.given).items())
+        return f"{self.learner}({shown})" if shown else self.learner
+
+    @property
+    def text(self) -> str:
+        """The text that `parse_method` makes it of."""
+        given = ",".join(f"{name}={value}" for name, value in self._values(self.given).items())
+        return f"{self.learner}:{given}" if given else self.learner
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """Its numbers, which are traced."""
+        traced = [name for name, setting in settings_of(self).items() if setting.traced]
+        return {name: float(value) for name, value in self._values(traced).items()}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its settings that are not traced; methods of one learner with the same run as lanes of one program."""
+        found = settings_of(self).items()
+        return self._values(
+            [name for name, setting in found if not setting.traced and (not setting.optional or name in self.given)]
+        )
+
+    @property
+    def curvature(self) -> bool:
+        """Whether its optimizer wants the diagonal of the Hessian."""
+        return False
+
+    def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
+        """The same with other numbers, which may be traced."""
+        return dataclasses.replace(self, **numbers)
+
+    def on(self, network: Mapping[str, Any], units: Units, methods: "Sequence[Method]") -> Self:
+        """The same for a network.
+
+        Args:
+          network: attributes of the network, which a method takes where it has not its own.
+          units: of the network.
+          methods: those that are compiled together, of which this is the first.
+        """
+        names = {field.name for field in dataclasses.fields(self)} & {"normalization", "kernel_init"}
+        taken = {name: network[name] for name in names if name in network and name not in self.options}
+        return dataclasses.replace(self, **taken)
+
+    def transformation(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """What `build` makes, for all variables of the network: statistics change beside the weights."""
+        return self._keeping_statistics(self.build(units, key))
+
+    def _keeping_statistics(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        return nets.keep_online_stats(tx) if self.normalization == "online" else tx
+
+    def _values(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return getattr(value, "__name__", None) or str(value)

@@ -1,0 +1,37 @@
+"""How methods look in the pictures of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cbp_jax.experiments.learners.method import Method
+from cbp_jax.experiments.learners.registry import LEARNERS
+from cbp_jax.report import looks
+from cbp_jax.report.looks import Look
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def looks_by_learner(methods: Sequence[Method | str]) -> dict[str, Look]:
+    """The looks of methods' learners, or of learners by name, as `report.new_results` takes them.
+
+    >>> looks_by_learner(["bp"])["bp"].title
+    'Backprop'
+    """
+    found = {}
+    for method in methods:
+        if isinstance(method, Method):
+            found[method.learner] = method.look
+        elif method in LEARNERS:
+            found[method] = LEARNERS[method].look
+    return found
+
+
+def with_looks(results: xr.Dataset) -> xr.Dataset:
+    """The results with the looks of their learners by name, where they have none with them."""
+    if "learner" not in results.coords:
+        return results
+    found = looks_by_learner(results.learner.values.tolist()) | looks.looks_of(results)
+    return results.assign_attrs({looks.ATTRIBUTE: looks.to_json(found)})

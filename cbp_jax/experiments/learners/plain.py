@@ -1,0 +1,86 @@
+"""Plain optimizers."""
+
+import dataclasses
+from collections.abc import Callable
+
+import chex
+import optax
+
+from cbp_jax.experiments.learners.method import Method, choice, ranged
+from cbp_jax.report import looks
+from cbp_jax.report.looks import Look
+from cbp_jax.units import Units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGD(Method):
+    """Around SGD."""
+
+    step_size: float = ranged(0.01)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return optax.sgd(self.step_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MomentumSGD(SGD):
+    """Around SGD that may have momentum.
+
+    Attributes:
+      momentum: decay of the sum of gradients.
+      reset: "head" or "network", for what is drawn anew before each task but the first.
+    """
+
+    momentum: float = ranged(0.0, below=1, traced=False, optional=True)
+    reset: str = choice("", "head", "network", optional=True)
+
+    def sgd(self) -> optax.GradientTransformation:
+        """SGD; without momentum there is no trace, which costs memory and time."""
+        return optax.sgd(self.step_size, momentum=self.momentum or None)
+
+    def decayed_sgd(self, l2: chex.Numeric) -> optax.GradientTransformation:
+        """SGD of the loss with L2 toward zero, whose gradient goes through the momentum."""
+        return optax.chain(optax.add_decayed_weights(l2), self.sgd())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moments(Method):
+    """Around Adam."""
+
+    step_size: float = ranged(1e-3)
+    b1: float = ranged(0.9, below=1)
+    b2: float = ranged(0.999, below=1)
+
+    def adam(self, make: Callable[..., optax.GradientTransformation], l2: float = 0.0) -> optax.GradientTransformation:
+        """Adam as `make` makes it, with L2 as a part of the loss, so that it goes through the moments."""
+        tx = make(self.step_size, b1=self.b1, b2=self.b2)
+        return optax.chain(optax.add_decayed_weights(l2), tx) if l2 else tx
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backprop(MomentumSGD):
+    """Backpropagation: SGD."""
+
+    name = "bp"
+    about = "backpropagation, plain SGD"
+    look = Look("Backprop", looks.BLACK)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return self.sgd()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adam(Moments):
+    """Adam."""
+
+    name = "adam"
+    about = "Adam"
+    look = Look("Adam", looks.VERMILION)
+
+    l2: float = ranged(0.0, traced=False, optional=True)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return self.adam(optax.adam, self.l2)

@@ -1,0 +1,60 @@
+"""Recycling of dormant units around several optimizers."""
+
+import dataclasses
+
+import chex
+import optax
+
+import cbp_jax
+from cbp_jax.experiments.learners.continual_backprop import Replacing
+from cbp_jax.experiments.learners.method import ranged
+from cbp_jax.experiments.learners.plain import SGD, Moments
+from cbp_jax.report.looks import Look
+from cbp_jax.units import Units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recycling(Replacing):
+    """Around the recycling of dormant units."""
+
+    threshold: float = ranged(0.1)
+    every: float = ranged(1000.0, at_least=1)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return cbp_jax.redo(
+            self._keeping_statistics(self.inner(key)),
+            units,
+            threshold=self.threshold,
+            every=self.every,
+            initializer=self.kernel_init,
+            key=key,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReDo(Recycling, SGD):
+    """SGD with recycling of dormant units."""
+
+    name = "redo"
+    about = "SGD with recycling of dormant units"
+    look = Look("ReDo")
+
+    def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Replacing`."""
+        return optax.sgd(self.step_size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReDoAdam(Recycling, Moments):
+    """Adam with recycling of dormant units."""
+
+    name = "redo_adam"
+    about = "Adam with a step count per weight, with recycling of dormant units"
+    look = Look("ReDo, Adam")
+
+    l2: float = ranged(0.0, traced=False, optional=True)
+
+    def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Replacing`."""
+        return self.adam(cbp_jax.adam, self.l2)

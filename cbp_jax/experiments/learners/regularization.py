@@ -1,0 +1,129 @@
+"""What pulls on the weights, bounds them, or adds noise to them."""
+
+import dataclasses
+
+import chex
+import jax
+import optax
+
+import cbp_jax
+from cbp_jax.experiments.learners.method import ranged
+from cbp_jax.experiments.learners.plain import SGD, Moments, MomentumSGD
+from cbp_jax.report import looks
+from cbp_jax.report.looks import Look
+from cbp_jax.transforms.regularization import add_l1, add_l2_init
+from cbp_jax.units import Units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class L2(MomentumSGD):
+    """SGD with L2 toward zero."""
+
+    name = "l2"
+    about = "SGD with L2 toward zero"
+    look = Look("L2", looks.GREEN)
+
+    l2: float = ranged(1e-4)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return self.decayed_sgd(self.l2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class L1(SGD):
+    """SGD with L1 toward zero."""
+
+    name = "l1"
+    about = "SGD with L1 toward zero"
+    look = Look("L1", looks.SKY)
+
+    l1: float = ranged(1e-5)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return optax.chain(add_l1(self.l1), optax.sgd(self.step_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class L2Init(SGD):
+    """SGD with L2 toward the initial weights."""
+
+    name = "l2_init"
+    about = "SGD with L2 toward the initial weights"
+    look = Look("L2 init", looks.ORANGE)
+
+    l2: float = ranged(1e-3)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return optax.chain(add_l2_init(self.l2), optax.sgd(self.step_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkAndPerturb(MomentumSGD):
+    """SGD with weight decay and noise on the weights at every step."""
+
+    name = "shrink_and_perturb"
+    about = "SGD with weight decay and noise on the weights at every step"
+    look = Look("Shrink and perturb", looks.PURPLE)
+
+    l2: float = ranged(1e-4)
+    noise: float = ranged(1e-5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_shrinking(self.step_size, self.l2)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        if self.momentum:
+            # The decay goes through the momentum, as in the Nature paper, where it is SGD's own.
+            return cbp_jax.shrink_and_perturb(self.decayed_sgd(self.l2), shrink=0.0, perturb=self.noise, key=key)
+        return cbp_jax.shrink_and_perturb(
+            optax.sgd(self.step_size), shrink=self.step_size * self.l2, perturb=self.noise, key=key
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkAndPerturbAdam(Moments):
+    """Adam with weight decay and noise on the weights at every step."""
+
+    name = "shrink_and_perturb_adam"
+    about = "Adam with weight decay and noise on the weights at every step"
+    look = Look("Shrink and perturb, Adam")
+
+    l2: float = ranged(1e-4)
+    noise: float = ranged(1e-5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_shrinking(self.step_size, self.l2)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return cbp_jax.shrink_and_perturb(
+            self.adam(optax.adam), shrink=self.step_size * self.l2, perturb=self.noise, key=key
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightClipping(SGD):
+    """SGD with weight clipping."""
+
+    name = "clip"
+    about = "SGD with weight clipping"
+    look = Look("Weight clipping")
+
+    bound: float = ranged(2.0)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return cbp_jax.clip_weights(optax.sgd(self.step_size), self.bound)
+
+
+def _check_shrinking(step_size: chex.Numeric, l2: chex.Numeric) -> None:
+    if not isinstance(step_size * l2, jax.core.Tracer) and step_size * l2 > 1:
+        raise ValueError(
+            f"step_size times l2, the fraction lost at every step, must be at most 1, got {step_size * l2:g}"
+        )

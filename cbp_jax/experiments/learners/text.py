@@ -1,0 +1,116 @@
+"""From what a user gives to methods: texts, functions, and methods themselves."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cbp_jax.experiments.learners.factory import custom, read_path
+from cbp_jax.experiments.learners.method import Method, Setting, settings_of
+from cbp_jax.experiments.learners.registry import LEARNERS
+
+
+def parse_method(text: str) -> Method:
+    """Reads a method: a learner's name and, after a colon, settings that differ from its defaults; or a path.
+
+    Args:
+      text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
+        `activation`, `normalization` and `dropout_rate`, and those around SGD that say so `momentum`, and `reset`,
+        "head" or "network", for what is drawn anew before each task but the first. A function of the user's is given
+        as `"my_package.my_module:my_factory(learning_rate=0.01)"`; see `custom`.
+
+    Returns:
+      the method.
+
+    Raises:
+      ValueError: an unknown learner or setting, or a value that does not fit it.
+
+    Example:
+      >>> method = parse_method("cbp:replacement_rate=1e-5")
+      >>> method.label, method.hyperparameters["replacement_rate"], method.options["utility"]
+      ('cbp(replacement_rate=1e-05)', 1e-05, 'contribution')
+    """
+    try:
+        return _parsed(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"method {text!r}: {error}") from error
+
+
+def _parsed(text: str) -> Method:
+    name, _, given = text.partition(":")
+    if name not in LEARNERS:
+        found = read_path(text)
+        if found is None:
+            raise ValueError(
+                f"the learner must be one of {list(LEARNERS)}, or a function's path as in "
+                f"my_module:my_factory(learning_rate=0.01), got {name!r}"
+            )
+        return found
+    settings = {name: setting for name, setting in settings_of(LEARNERS[name]).items() if setting.read is not None}
+    changed: dict[str, Any] = {}
+    for item in given.split(",") if given else ():
+        key, equals, value = item.partition("=")
+        if not equals or key not in settings:
+            own, others = ([name for name in settings if settings[name].optional == given] for given in (False, True))
+            raise ValueError(
+                f"expected setting=value with one of {own}, got {item!r}; {', '.join(others)} can be set too"
+            )
+        if key in changed:
+            raise ValueError(f"{key} is given twice")
+        changed[key] = _read(settings[key], key, value)
+    return LEARNERS[name](**changed, given=tuple(changed))
+
+
+def _read(setting: Setting, key: str, value: str) -> Any:
+    try:
+        return setting.read(value)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{key} must be {setting.kind}, got {value!r}") from error
+
+
+def read_methods(given: Sequence[str | Method | Callable[..., Any]], *, activation: str | None = None) -> list[Method]:
+    """Reads methods that are to be compared.
+
+    Args:
+      given: each a text (see `parse_method`), a method, or a function that makes an optax transformation (see
+        `custom`), such as `functools.partial(my_factory, learning_rate=0.01)`.
+      activation: of the experiment's network, where a method has not its own.
+
+    Returns:
+      the methods.
+
+    Raises:
+      ValueError: there are none, two are the same, or one is unknown.
+
+    Example:
+      >>> read_methods(["bp", "bp:step_size=0.01"])
+      Traceback (most recent call last):
+      ...
+      ValueError: methods must differ, and 'bp' and 'bp:step_size=0.01' have the same settings
+    """
+    if isinstance(given, str) or not given:
+        raise ValueError(f"methods must name at least one of {list(LEARNERS)}, got {given!r}")
+    methods = [_method(one) for one in given]
+    seen: dict[Any, int] = {}
+    for i, method in enumerate(methods):
+        settings = method if method.activation or not activation else dataclasses.replace(method, activation=activation)
+        for what, same in ((settings, "have the same settings"), (method.label, "have the same name in results")):
+            first = seen.setdefault(what, i)
+            if first != i:
+                raise ValueError(f"methods must differ, and {_told(given[first])} and {_told(given[i])} {same}")
+    return methods
+
+
+def _method(given: Any) -> Method:
+    if isinstance(given, str):
+        return parse_method(given)
+    if isinstance(given, Method):
+        return given
+    if isinstance(given, type) and issubclass(given, Method):
+        return given()
+    if callable(given):
+        return custom(given)
+    raise ValueError(f"a method must be a text, a Method, or a function, got {given!r}")
+
+
+def _told(given: Any) -> str:
+    return repr(given if isinstance(given, str) else _method(given).text)

@@ -1,0 +1,106 @@
+"""Perturbed gradient descent, with and without gates of utility."""
+
+import dataclasses
+from collections.abc import Callable
+
+import chex
+import optax
+
+import cbp_jax
+from cbp_jax.experiments.learners.method import Method, choice, flag, ranged
+from cbp_jax.experiments.learners.plain import SGD
+from cbp_jax.report import looks
+from cbp_jax.report.looks import Look
+from cbp_jax.units import Units
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PGD(SGD):
+    """SGD with noise on the gradients."""
+
+    name = "pgd"
+    about = "perturbed gradient descent: SGD with noise on the gradients"
+    look = Look("PGD", looks.GRAY)
+
+    sigma: float = ranged(0.01)
+    weight_decay: float = ranged(0.0)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return cbp_jax.perturbed_gradient_descent(self.step_size, self.sigma, weight_decay=self.weight_decay, key=key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gated(Method):
+    """Around UPGD."""
+
+    step_size: float = ranged(0.01)
+    weight_decay: float = ranged(0.0)
+    beta_utility: float = ranged(0.999, below=1)
+    sigma: float = ranged(0.01)
+
+    def upgd(
+        self,
+        make: Callable[..., optax.GradientTransformation],
+        key: chex.PRNGKey,
+        **settings: object,
+    ) -> optax.GradientTransformation:
+        """UPGD as `make` makes it."""
+        numbers = {"weight_decay": self.weight_decay, "beta_utility": self.beta_utility, "sigma": self.sigma}
+        return make(self.step_size, **numbers, **settings, key=key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UPGD(Gated):
+    """Utility-gated perturbed gradient descent.
+
+    Attributes:
+      order: of the expansion that utilities are; 2 takes the diagonal of the Hessian.
+      scope: what utilities are compared in.
+      protect: whether gradients are gated, and not the noise alone.
+      featurewise: whether utilities are those of units.
+    """
+
+    name = "upgd"
+    about = "utility-gated perturbed gradient descent"
+    look = Look("UPGD", looks.RUST)
+
+    order: int = choice(1, 2)
+    scope: str = choice("global", "local")
+    protect: bool = flag(True)
+    featurewise: bool = flag(False)
+
+    @property
+    def curvature(self) -> bool:
+        """See `Method`."""
+        return self.order == 2
+
+    def options_of_upgd(self, units: Units) -> dict[str, object]:
+        """What is not a number, as the transformation takes it."""
+        return {
+            "order": self.order,
+            "scope": self.scope,
+            "protect": self.protect,
+            "units": units if self.featurewise else None,
+        }
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return self.upgd(cbp_jax.upgd, key, **self.options_of_upgd(units))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveUPGD(UPGD):
+    """UPGD around Adam's moments."""
+
+    name = "adaptive_upgd"
+    about = "UPGD around Adam's moments"
+    look = Look("Adaptive UPGD")
+
+    step_size: float = ranged(1e-3)
+    b1: float = ranged(0.9, below=1)
+    b2: float = ranged(0.999, below=1)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return self.upgd(cbp_jax.adaptive_upgd, key, b1=self.b1, b2=self.b2, **self.options_of_upgd(units))
