@@ -157,9 +157,9 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"activation must be 'relu', that of the residual network, got {settings.activation!r}")
     methods = pools.check(settings)
     for text, method in zip(settings.methods, methods, strict=True):
-        others = [name for name in learners.NETWORK_OPTIONS if method.options.get(name)]
-        if others or method.options.get("order") == 2:
-            raise ValueError(f"method {text!r}: the residual network has no {', '.join(others) or 'curvature'}")
+        if method.network or method.curvature:
+            what = ", ".join(method.network) or "curvature"
+            raise ValueError(f"method {text!r}: the residual network has no {what}")
     nets.ResNet(1, settings.hidden, settings.blocks)
     return methods
 

@@ -225,8 +225,8 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
     make_network(settings, 1)
     for text, method in zip(settings.methods, methods, strict=True):
-        unusable = [name for name in ("normalization", "dropout_rate", "reset") if method.options.get(name)]
-        if unusable or method.options.get("order") == 2:
+        unusable = [name for name in ("normalization", "dropout_rate", "reset") if getattr(method, name)]
+        if unusable or method.curvature:
             raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")
     return methods
 
@@ -284,7 +284,7 @@ def _train(
     checkpoint: training.Checkpoint,
 ) -> Iterator[dict[str, Any]]:
     """Measures [lanes] of each interval, of methods that differ in their numbers alone."""
-    given = group[0].options
+    given = group[0].network
     rules = ppo_settings(settings)
     updates = settings.interval // rules.steps
 
@@ -292,8 +292,8 @@ def _train(
         frictions, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
         env = make_env(settings, frictions)
         network = make_network(settings, env.action_size, given)
-        options = {**given, "kernel_init": network.kernel_init}
-        make = lambda units: learners.make_optimizer(group, units, options)(hyperparameters, optimizer)
+        attributes = {"kernel_init": network.kernel_init}
+        make = lambda units: learners.make_optimizer(group, units, attributes)(hyperparameters, optimizer)
         init, update = ppo.make(env, network, make, rules)
         return network, start, init, update
 
@@ -344,7 +344,7 @@ def save_episode(settings: Settings, method: learners.Method, state: ppo.State, 
       the path.
     """
     env = make_env(settings)
-    network = make_network(settings, env.action_size, method.options)
+    network = make_network(settings, env.action_size, method.network)
     statistics = state.statistics if settings.normalize_observations else None
     policy = lambda obs: ppo.act(network, state.params, obs, statistics=statistics)
     poses, _ = envs.episode(env, policy, jax.random.key(0), friction=state.env_state.info["friction"][0])
@@ -371,7 +371,7 @@ def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Slippery:
 
 
 def make_network(settings: Settings, action_size: int, options: Mapping[str, Any] = {}) -> nets.ActorCritic:
-    """The network of a run, of a method's options."""
+    """The network of a run, of the attributes that a method chooses."""
     return nets.ActorCritic(
         action_size,
         settings.hidden,

@@ -1,11 +1,14 @@
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from cbp_jax import nets
-from cbp_jax.experiments.learners import LEARNERS, make_learner, parse_method
+from cbp_jax import load_results, nets
+from cbp_jax.experiments.learners import LEARNERS, make_learner, parse_method, with_looks
+from cbp_jax.report import looks, plot_tasks
 from cbp_jax.training import init_state
 from cbp_jax.transforms.surgery import replaced_units
 
@@ -101,7 +104,9 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     loss, after, replaced = train(learner, params, examples, numbers)
     assert loss.shape == (TASKS, len(lanes)) and np.isfinite(loss).all()
     assert loss[-1, 0] < 0.8 * loss[0, 0], loss  # of the base: other numbers may well be worse
-    weights = np.mean([np.abs(layer["kernel"]).mean((1, 2)) for layer in after["params"].values() if "kernel" in layer], 0)
+    weights = np.mean(
+        [np.abs(layer["kernel"]).mean((1, 2)) for layer in after["params"].values() if "kernel" in layer], 0
+    )
     for number, key in enumerate(base, start=1):
         assert abs(weights[number] - weights[0]) > 1e-5 * weights[0], f"{key} makes no difference"
     assert (replaced > 3).all() if "cbp" in name else replaced.any() == name.startswith("redo")
@@ -268,6 +273,10 @@ def test_parse_method(text, label, numbers, options):
         ("bp:momentum=1", r"momentum must be in \[0, 1\), got 1"),
         ("adam:momentum=0.9", r"with one of \['step_size', 'b1', 'b2'\], got 'momentum=0\.9'; activation"),
         ("bp:step_size=-1", r"method 'bp:step_size=-1': step_size must be in \[0, inf\), got -1"),
+        ("bp:step_size=inf", r"method 'bp:step_size=inf': step_size must be a finite number of float32, got inf"),
+        ("bp:step_size=1e39", "step_size must be a finite number of float32, got 1e\\+39"),
+        ("cbp:maturity_threshold=inf", "maturity_threshold must be a finite number of float32, got inf"),
+        ("adam:l2=inf", "l2 must be a finite number of float32, got inf"),
         ("bp:step_size=nan", r"step_size must be in \[0, inf\), got nan"),
         ("adam:b1=1", r"b1 must be in \[0, 1\), got 1"),
         ("adam:b2=-0.1", r"b2 must be in \[0, 1\), got -0.1"),
@@ -345,3 +354,24 @@ def test_what_replaced_units_start_from_is_what_the_network_does(monkeypatch):
     learner = make_learner([method], HIDDEN, "relu", (PIXELS,), CLASSES, init_of_activation=of_activation.__getitem__)
     learner.optimizer(method.hyperparameters, jax.random.key(0))
     assert seen == [init, init, of_activation["tanh"]]
+
+
+def test_results_that_were_saved_without_looks_are_drawn_as_ever():
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "online_permuted_mnist_laptop.nc"
+    assert looks.ATTRIBUTE not in load_results(path).attrs
+    figure = plot_tasks(with_looks(load_results(path)))
+    drawn = {line.get_gid().partition("(")[0]: line for line in figure.axes[0].lines}
+    assert {name: line.get_color().upper() for name, line in drawn.items()} == {
+        name: LEARNERS[name].look.style.color
+        for name in ("bp", "adam", "l2", "l2_init", "shrink_and_perturb", "dropout", "cbp")
+    }
+    assert [name for name, line in drawn.items() if line.get_linewidth() > 1.5] == ["cbp"]
+    titles = [text.get_text().partition(" (")[0] for text in figure.legends[0].get_texts()]
+    assert titles == ["Backprop", "Adam", "L2", "L2 init", "Shrink and perturb", "Dropout", "Continual backprop"]
+
+
+def test_names_titles_and_styles_of_learners_are_their_own():
+    found = [learner.look for learner in LEARNERS.values()]
+    styles = [look.style for look in found if look.style is not None]
+    assert len({look.title for look in found}) == len(found) and len(set(styles)) == len(styles)
+    assert [name for name, learner in LEARNERS.items() if learner.name != name or not learner.about] == []

@@ -40,16 +40,12 @@ from cbp_jax.experiments.learners.regularization import (
 from cbp_jax.experiments.learners.text import parse_method, read_methods
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
 
-# Settings of the network that any method may choose for itself.
-NETWORK_OPTIONS: tuple[str, ...] = tuple(settings_of(Method))
-
 __all__ = [
     "EWC",
     "L1",
     "L2",
     "LEARNERS",
     "MAS",
-    "NETWORK_OPTIONS",
     "PGD",
     "UPGD",
     "Adam",

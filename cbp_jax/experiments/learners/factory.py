@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import numbers
 import operator
 import os
 import re
@@ -31,6 +32,10 @@ GIVEN_BY_THE_RUN = ("units", "key")
 _PATH = re.compile(r"(?P<module>[\w.]+):(?P<attribute>[\w.]+)(?:\((?P<settings>.*)\))?", re.DOTALL)
 
 
+class NoTransformation(ValueError):
+    """What a function returned is no optax transformation."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Custom(Method):
     """A method whose optimizer a function makes; `custom` makes it.
@@ -40,6 +45,7 @@ class Custom(Method):
       factory: the function; what it is called with, and what it returns, is said in `custom`.
       settings: all its keyword arguments but `units` and `key`, as pairs.
       traced: names of those that are traced.
+      second_order: whether its update needs `hessian_diag`.
     """
 
     name = "custom"
@@ -49,6 +55,7 @@ class Custom(Method):
     factory: Callable[..., optax.GradientTransformation]
     settings: tuple[tuple[str, Any], ...] = ()
     traced: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    second_order: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def learner(self) -> str:
@@ -76,6 +83,11 @@ class Custom(Method):
         """See `Method`."""
         return super().options | {name: value for name, value in self.settings if name not in self.traced}
 
+    @property
+    def curvature(self) -> bool:
+        """See `Method`."""
+        return self.second_order
+
     def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
         """See `Method`."""
         return dataclasses.replace(self, settings=tuple((dict(self.settings) | dict(numbers)).items()))
@@ -86,9 +98,7 @@ class Custom(Method):
         run = {name: value for name, value in (("units", units), ("key", key)) if name in names}
         tx = self.factory(**dict(self.settings), **run)
         if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-            raise TypeError(
-                f"{self.path} must return an optax transformation, with init and update, got {type(tx).__name__}"
-            )
+            raise NoTransformation(f"it must return an optax transformation, with init and update, got {tx!r}")
         return tx
 
     def _values(self, names: tuple[str, ...]) -> dict[str, Any]:
@@ -139,13 +149,14 @@ def custom(
     The function is called with settings by keyword, and, where its signature names them, with `units`, those of the
     network (see `discover_units`), and `key`, a key of its own for each seed. It returns an
     `optax.GradientTransformation`, whose `init` and `update` see all weights of the network. Where `update` takes extra
-    arguments, it gets `features`, the activations of the units by group.
+    arguments, it gets `features`, the activations of the units by group, and, if it fails without, `hessian_diag`, the
+    diagonal of the Hessian, of the weights' structure (on streams of tasks, whose networks are feed-forward).
 
-    Settings are the function's arguments that have a default, or are given here. Floating-point numbers, such as 0.1 or
-    1.0, are traced: methods that differ in these alone run as lanes of one program. If the function needs one of them
-    as a number of Python's, as in `if momentum > 0:`, a warning says so, and each of its values is compiled by itself.
-    Integers, text and so on are always as they are given. `activation`, `normalization` and `dropout_rate` are the
-    network's settings, as with any method, unless the function has arguments of these names.
+    Settings are the function's arguments that have a default, or are given here. Floating-point numbers (0.1, 1.0, and
+    what is given where the default is one) are traced: methods that differ in these alone run as lanes of one program.
+    If the function needs one of them as a Python number, as in `if momentum > 0:`, each of its values is compiled by
+    itself, and a warning says so. Integers, text and so on are always as they are given. `activation`, `normalization`
+    and `dropout_rate` are the network's settings, as with any method, unless the function has arguments of these names.
 
     Args:
       factory: the function; a `functools.partial` is its function with settings.
@@ -186,14 +197,18 @@ def custom(
     if missing:
         raise ValueError(f"{path} needs a value of {', '.join(missing)}")
     for name, value in given.items():
+        if name in own and isinstance(own[name].default, float):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            given[name] = value = float(value)
         if isinstance(value, float):
             check_finite(name, value)
-        if not _hashable(value):
-            raise ValueError(f"{path}: {name} must be a number, text or a tuple, got {value!r}")
+        elif not _hashable(value):
+            raise ValueError(f"{name} must be a number, text or a tuple, got {value!r}")
     values = {name: given.get(name, each.default) for name, each in own.items()} | given
     values = {name: value for name, value in values.items() if _hashable(value)}
     method = Custom(path=path, factory=factory, settings=tuple(values.items()), given=tuple(settings), **of_network)
-    return dataclasses.replace(method, traced=_traceable(method))
+    return _tried(method)
 
 
 def _imported(module: str, attribute: str) -> Any:
@@ -281,66 +296,61 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def _traceable(method: Custom) -> tuple[str, ...]:
-    """Names of the numbers that the factory takes as tracers: tried on a small network, where nothing is computed.
+def _tried(method: Custom) -> Custom:
+    """The method, with what a small network tells of its transformation; nothing is computed.
 
     Raises:
       ValueError: the factory fails, or makes no transformation.
     """
+    _, units = _small_network()
+    made = _error_of(lambda key: method.build(units, key) and None, jax.random.key(0))
+    if isinstance(made, NoTransformation) or (made and "units" not in inspect.signature(method.factory).parameters):
+        raise ValueError(f"{method.path}: {made if isinstance(made, NoTransformation) else _told(made)}") from made
+    if _update_error(method, {}) is not None:
+        method = dataclasses.replace(method, second_order=True)
+        if _update_error(method, {}) is not None:
+            # It may be made for the experiment's network alone, so that there is nothing to try it on.
+            return dataclasses.replace(method, second_order=False)
     floats = {name: value for name, value in method.settings if isinstance(value, float) and np.isfinite(value)}
-    try:
-        _try(method, {})
-    except Exception as error:
-        made_for_any = "units" not in inspect.signature(method.factory).parameters
-        if made_for_any and _fails_at_once(method):
-            raise ValueError(f"{method.path} failed: {type(error).__name__}: {error}") from error
-        # It may be made for the experiment's network alone, so that there is nothing to try it on.
-        return ()
-    error = _error_of(method, floats)
-    if error is None:
-        return tuple(floats)
-    alone = {name: value for name, value in floats.items() if _error_of(method, {name: value}) is None}
-    traced = tuple(alone) if _error_of(method, alone) is None else ()
-    untraced = [name for name in floats if name in method.given and name not in traced]
-    if untraced:
-        warnings.warn(
-            f"{method.path} needs {', '.join(untraced)} as Python numbers ({type(error).__name__}): methods that "
-            "differ in these are compiled one by one",
-            stacklevel=3,
-        )
-    return traced
+    error = _update_error(method, floats)
+    traced = tuple(floats)
+    if error is not None:
+        alone = {name: value for name, value in floats.items() if _update_error(method, {name: value}) is None}
+        traced = tuple(alone) if _update_error(method, alone) is None else ()
+        untraced = [name for name in floats if name in method.given and name not in traced]
+        if untraced:
+            warnings.warn(
+                f"{method.path} needs {', '.join(untraced)} as Python numbers ({type(error).__name__}): methods that "
+                "differ in these are compiled one by one",
+                stacklevel=3,
+            )
+    return dataclasses.replace(method, traced=traced)
 
 
-def _error_of(method: Custom, numbers: Mapping[str, float]) -> Exception | None:
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _error_of(function: Callable[..., Any], *args: Any) -> Exception | None:
+    """What goes wrong when the function is traced."""
     try:
-        _try(method, numbers)
+        jax.eval_shape(function, *args)
     except Exception as error:
         return error
     return None
 
 
-def _fails_at_once(method: Custom) -> bool:
-    try:
-        jax.eval_shape(lambda key: _none(method.build(_small_network()[1], key)), jax.random.key(0))
-    except Exception:
-        return True
-    return False
-
-
-def _none(_: Any) -> None:
-    return None
-
-
-def _try(method: Custom, numbers: Mapping[str, float]) -> None:
-    """Traces the start and an update of the method's transformation, with `numbers` as tracers."""
+def _update_error(method: Custom, traced: Mapping[str, float]) -> Exception | None:
+    """What goes wrong when an update of the method's transformation is traced, and these numbers with it."""
     params, units = _small_network()
     features = {group.name: jax.ShapeDtypeStruct((1, group.size), jnp.float32) for group in units}
+    extra = {"hessian_diag": params} if method.curvature else {}
 
-    def step(numbers, key, params, features):
-        tx = optax.with_extra_args_support(method.with_numbers(numbers).build(units, key))
-        return tx.update(params, tx.init(params), params, features=features)
+    def step(traced, key, params, features, extra):
+        tx = optax.with_extra_args_support(method.with_numbers(traced).build(units, key))
+        return tx.update(params, tx.init(params), params, features=features, **extra)
 
-    jax.eval_shape(step, dict(numbers), jax.random.key(0), params, features)
+    return _error_of(step, dict(traced), jax.random.key(0), params, features, extra)
 
 
 @functools.cache

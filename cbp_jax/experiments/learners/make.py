@@ -61,17 +61,11 @@ def make_learner(
         start from.
     """
     first = methods[0]
-    activation = first.options.get("activation", activation)
+    attributes = {"activation": activation, **attributes}
     if init_of_activation is not None:
-        attributes["kernel_init"] = init_of_activation(activation)
-    options = {**attributes, **first.options}
-    own = {name: options[name] or None for name in ("normalization", "dropout_rate") if options.get(name)}
-    net = network(
-        hidden=tuple(hidden),
-        num_outputs=num_classes,
-        activation=activation,
-        **{**attributes, **own},
-    )
+        attributes["kernel_init"] = init_of_activation(first.activation or activation)
+    chosen = attributes | first.network
+    net = network(hidden=tuple(hidden), num_outputs=num_classes, **chosen)
     example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     params = jax.eval_shape(net.init, jax.random.key(0), example)
     batch_stats = "batch_stats" in params
@@ -81,19 +75,18 @@ def make_learner(
     apply_in_training = cbp_jax.with_features(in_training, units)
 
     def train(params, x, key):
-        if not options.get("dropout_rate"):
+        if not chosen.get("dropout_rate"):
             return apply_in_training(params, x)
         return apply(params, x, deterministic=False, rngs={"dropout": key})
 
     init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
-    reset = options.get("reset", "")
-    head = output_layers(units) if reset_head or reset == "head" else ()
+    head = output_layers(units) if reset_head or first.reset == "head" else ()
 
     def begin_task(tx, key, task, params, opt_state):
         start = params, opt_state
-        if reset == "head":
+        if first.reset == "head":
             start = reset_layers(tx, params, opt_state, head, init(key))
-        elif reset == "network":
+        elif first.reset == "network":
             fresh = init(key)
             start = fresh, tx.init(fresh)
         # In the first task the weights are fresh, and those that all methods start from.
@@ -106,7 +99,7 @@ def make_learner(
         train=train,
         optimizer=make_optimizer(methods, units, attributes),
         units=units,
-        begin_task=begin_task if reset_head or reset else None,
+        begin_task=begin_task if reset_head or first.reset else None,
         batch_stats=batch_stats,
         curvature=first.curvature,
     )

@@ -173,6 +173,7 @@ class Method:
     name: ClassVar[str]  # in texts and in results
     about: ClassVar[str]  # one line for lists
     look: ClassVar[Look]  # in pictures
+    reset: ClassVar[str] = ""  # what is drawn anew before each task but the first: "head" or "network"
 
     activation: str | None = named(None, nets.get_activation, optional=True)
     normalization: str = choice("", *nets.NORMALIZATIONS, optional=True)
@@ -226,6 +227,12 @@ class Method:
         return self._values(
             [name for name, setting in found if not setting.traced and (not setting.optional or name in self.given)]
         )
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """Attributes of the network that it chooses."""
+        chosen = {name: getattr(self, name) for name in settings_of(Method)}
+        return {name: value for name, value in chosen.items() if value}
 
     @property
     def curvature(self) -> bool:
