@@ -260,7 +260,7 @@ def test_every_tool_of_the_packages_networks_is_followed():
     labels = jnp.array([0, 2])
     net = ConvNet(num_outputs=3, channels=(3,), kernel_sizes=(3,), hidden=(5,), activation="gelu", dropout_rate=0.3)
     params = net.init(jax.random.key(0), x)
-    apply = lambda p, x: net.apply(p, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    apply = lambda p, x: net.apply(p, x, train=True, rngs={"dropout": jax.random.key(1)})
     value, grads, diagonal = scaled(apply, params, x, labels)
     loss = lambda p: LOSSES["softmax_cross_entropy"](apply(p, x), labels)
     close((value, grads), jax.jit(jax.value_and_grad(loss))(params))

@@ -2,19 +2,24 @@
 
 from cbp_jax.nets.activations import crelu, get_activation
 from cbp_jax.nets.actor_critic import ActorCritic
-from cbp_jax.nets.convnet import ConvNet, lenet
+from cbp_jax.nets.convnet import ConvNet
 from cbp_jax.nets.initializers import fan_in_uniform, kaiming_uniform
+from cbp_jax.nets.lenet import LeNet, lenet
 from cbp_jax.nets.mlp import MLP, NORMALIZATIONS
 from cbp_jax.nets.online_norm import OnlineNorm, keep_online_stats
+from cbp_jax.nets.registry import NETWORKS, Network, make, read
 from cbp_jax.nets.resnet import ResNet
 from cbp_jax.nets.transformer import Encoder, ViT
 
 __all__ = [
     "MLP",
+    "NETWORKS",
     "NORMALIZATIONS",
     "ActorCritic",
     "ConvNet",
     "Encoder",
+    "LeNet",
+    "Network",
     "OnlineNorm",
     "ResNet",
     "ViT",
@@ -24,4 +29,6 @@ __all__ = [
     "kaiming_uniform",
     "keep_online_stats",
     "lenet",
+    "make",
+    "read",
 ]

@@ -1,13 +1,12 @@
 """Convolutional network for small images."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import linen as nn
 
 from cbp_jax.nets.activations import Activation, get_activation
-from cbp_jax.nets.initializers import BiasInit, bias_initializer, check_bias_init, fan_in_uniform
+from cbp_jax.nets.initializers import BiasInit, bias_initializer, check_bias_init
 from cbp_jax.nets.mlp import check_dropout_rate
 
 
@@ -25,7 +24,7 @@ class ConvNet(nn.Module):
       padding: "VALID" (none) or "SAME", of the convolutions.
       activation: a name of `get_activation`, or a function of one array.
       dropout_rate: fraction of the hidden dense units dropped in training, in [0, 1). Above 0 a call with
-        `deterministic=False` needs `rngs={"dropout": key}`.
+        `train=True` needs `rngs={"dropout": key}`.
       kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
       bias_init: a `jax.nn.initializers` function, 0 by default; or "fan_in", uniform in ±1 / sqrt(inputs of a unit).
       conv_activation: activation of the convolutions, where it is to be another than that of the dense layers.
@@ -76,10 +75,10 @@ class ConvNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images [batch, height, width, channels] to outputs [batch, num_outputs].
 
-        `deterministic=False` turns dropout on.
+        `train=True` turns dropout on.
         """
         if x.ndim != 4:
             raise ValueError(f"x must be images [batch, height, width, channels], got shape {x.shape}")
@@ -100,42 +99,8 @@ class ConvNet(nn.Module):
         for size in self.hidden:
             x = activation(nn.Dense(size, **self._init(x.shape[-1]))(x))
             if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
+                x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_outputs, **self._init(x.shape[-1]))(x)
 
     def _init(self, fan_in: int) -> dict[str, nn.initializers.Initializer]:
         return {"kernel_init": self.kernel_init, "bias_init": bias_initializer(self.bias_init, fan_in)}
-
-
-def lenet(num_outputs: int, **settings: Any) -> ConvNet:
-    """LeNet-5's sizes with ReLU and max pooling, the network of label-permuted CIFAR-10.
-
-    Two convolutions of 6 and 16 channels with kernels of 5x5, then dense layers of 120 and 84 units; weights and
-    biases start as PyTorch's do. The public code of the paper has no activation after its convolutions:
-    `conv_activation="identity"` is that.
-
-    Args:
-      num_outputs: number of outputs of the last layer.
-      **settings: attributes of `ConvNet` that are to be others.
-
-    Returns:
-      a `ConvNet`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> params = jax.eval_shape(lenet(10).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-      >>> [layer["kernel"].shape for layer in params["params"].values()]
-      [(5, 5, 3, 6), (5, 5, 6, 16), (400, 120), (120, 84), (84, 10)]
-
-    References:
-      Elsayed & Mahmood, `Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning
-      <https://openreview.net/forum?id=sKPzAXoylB>`_, ICLR 2024
-    """
-    paper = {
-        "channels": (6, 16),
-        "kernel_sizes": (5, 5),
-        "hidden": (120, 84),
-        "kernel_init": fan_in_uniform(),
-        "bias_init": "fan_in",
-    }
-    return ConvNet(num_outputs, **{**paper, **settings})

@@ -23,13 +23,14 @@ class MLP(nn.Module):
       num_outputs: number of outputs of the last layer, which has no activation.
       activation: a name of `get_activation`, or a function of one array.
       dropout_rate: fraction of the hidden units dropped in training, in [0, 1). Above 0 a call with
-        `deterministic=False` needs `rngs={"dropout": key}`.
+        `train=True` needs `rngs={"dropout": key}`.
       kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
       normalization: of the hidden layers before their activation: "layer" with a learned scale and offset (Ba et al.
         2016); "online", for which see `OnlineNorm`: its statistics are variables besides the parameters, and the
         optimizer wants `keep_online_stats` around it; or None.
       bias_init: a `jax.nn.initializers` function, 0 by default; or "fan_in", uniform in ±1 / sqrt(inputs of the layer).
       output_init: `kernel_init` of the last layer, where it is to be another, such as `kaiming_uniform("identity")`.
+      flatten: whether inputs are images or the like, all of whose axes but the first are made one.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -50,6 +51,7 @@ class MLP(nn.Module):
     normalization: Literal["layer", "online"] | None = None
     bias_init: BiasInit = nn.initializers.zeros
     output_init: nn.initializers.Initializer | None = None
+    flatten: bool = False
 
     def __post_init__(self):
         get_activation(self.activation)
@@ -60,15 +62,17 @@ class MLP(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Maps features [..., inputs] to outputs [..., num_outputs]; `deterministic=False` turns dropout on."""
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps features [..., inputs] to outputs [..., num_outputs]; `train=True` turns dropout on."""
+        if self.flatten:
+            x = x.reshape(x.shape[0], -1)
         for size in self.hidden:
             x = self._dense(size, x.shape[-1], self.kernel_init)(x)
             if self.normalization is not None:
                 x = NORMALIZATIONS[self.normalization]()(x)
             x = get_activation(self.activation)(x)
             if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=deterministic)(x)
+                x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return self._dense(self.num_outputs, x.shape[-1], self.output_init or self.kernel_init)(x)
 
     def _dense(self, size: int, inputs: int, kernel_init: nn.initializers.Initializer) -> nn.Dense:

@@ -78,8 +78,9 @@ class ViT(nn.Module):
     hidden: int = 128
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs]."""
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs], in training as otherwise."""
+        del train
         if x.ndim != 4 or x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(f"x must be images whose sides are multiples of patch={self.patch}, got shape {x.shape}")
         size = (self.patch, self.patch)

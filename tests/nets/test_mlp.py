@@ -41,10 +41,10 @@ def test_dropout():
     ones = jnp.ones((50, 6))
     kept = net.apply(params, ones)
     assert (kept == 6).all()
-    dropped = net.apply(params, ones, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    dropped = net.apply(params, ones, train=True, rngs={"dropout": jax.random.key(1)})
     assert abs((dropped == 0).mean() - 0.25) < 0.03
     np.testing.assert_allclose(dropped[dropped != 0], 6 / 0.75, rtol=1e-6)
-    other = net.apply(params, ones, deterministic=False, rngs={"dropout": jax.random.key(2)})
+    other = net.apply(params, ones, train=True, rngs={"dropout": jax.random.key(2)})
     assert (dropped != other).any()
 
 
@@ -52,7 +52,7 @@ def test_dropout():
 def test_its_units_are_found(dropout_rate):
     net = MLP(hidden=(5, 4), num_outputs=3, dropout_rate=dropout_rate)
     params = net.init(jax.random.key(0), X)
-    apply_fn = lambda params, x: net.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    apply_fn = lambda params, x: net.apply(params, x, train=True, rngs={"dropout": jax.random.key(1)})
     units = discover_units(apply_fn, params, X)
     assert [(group.name, group.size) for group in units] == [("params/Dense_0", 5), ("params/Dense_1", 4)]
 

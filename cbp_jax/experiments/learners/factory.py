@@ -1,15 +1,9 @@
 """A user's own transformation as a method: a function, by its path or as it is."""
 
-import ast
 import dataclasses
 import functools
-import importlib
 import inspect
 import numbers
-import operator
-import os
-import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -22,14 +16,13 @@ import numpy as np
 import optax
 
 import cbp_jax
+from cbp_jax import by_path
 from cbp_jax.experiments.learners.method import Method, check_finite, settings_of
 from cbp_jax.report.looks import Look, readable
 from cbp_jax.units import Units
 
 # What a factory may ask for besides settings.
 GIVEN_BY_THE_RUN = ("units", "key")
-
-_PATH = re.compile(r"(?P<module>[\w.]+):(?P<attribute>[\w.]+)(?:\((?P<settings>.*)\))?", re.DOTALL)
 
 
 class NoTransformation(ValueError):
@@ -126,16 +119,15 @@ def read_path(text: str) -> Method | None:
       >>> read_path("optax:adam(learning_rate=1e-3)").hyperparameters["learning_rate"]
       0.001
     """
-    match = _PATH.fullmatch(text.strip())
-    if match is None:
+    found = by_path.read(text, "learner")
+    if found is None:
         return None
-    factory = _imported(match["module"], match["attribute"])
-    settings = _read_settings(match["settings"] or "")
+    path, factory, settings = found
     if isinstance(factory, type) and issubclass(factory, Method):
         known = {name: setting for name, setting in settings_of(factory).items() if setting.read is not None}
         _check_known(settings, known)
         return factory(**settings, given=tuple(settings))
-    return custom(factory, settings, path=f"{match['module']}:{match['attribute']}")
+    return custom(factory, settings, path=path)
 
 
 def custom(
@@ -209,53 +201,6 @@ def custom(
     values = {name: value for name, value in values.items() if _hashable(value)}
     method = Custom(path=path, factory=factory, settings=tuple(values.items()), given=tuple(settings), **of_network)
     return _tried(method)
-
-
-def _imported(module: str, attribute: str) -> Any:
-    # At the end, so that nothing there takes the place of what is installed.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise ValueError(f"importing {module} failed: {error}") from error
-        raise ValueError(f"there is no module {error.name!r} to import, and no learner of that name") from error
-    except Exception as error:
-        raise ValueError(f"importing {module} failed: {type(error).__name__}: {error}") from error
-    try:
-        return operator.attrgetter(attribute)(found)
-    except AttributeError as error:
-        where = getattr(found, "__file__", None) or "built in"
-        raise ValueError(f"module {module!r} ({where}) has no {attribute!r}") from error
-
-
-def _read_settings(text: str) -> dict[str, Any]:
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"expected settings as in (learning_rate=0.01, nesterov=true), got ({text})") from error
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        raise ValueError(f"settings are given by name, as in (learning_rate=0.01), got ({text})")
-    settings = {}
-    for keyword in call.keywords:
-        if keyword.arg is None:
-            raise ValueError(f"settings are given by name, as in (learning_rate=0.01), got ({text})")
-        if keyword.arg in settings:
-            raise ValueError(f"{keyword.arg} is given twice")
-        settings[keyword.arg] = _read_value(keyword.arg, keyword.value)
-    return settings
-
-
-def _read_value(name: str, node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):  # a bare word, which a shell needs no quotes around
-        if node.id.lower() in ("inf", "nan"):
-            check_finite(name, float(node.id))
-        return {"true": True, "false": False}.get(node.id, node.id)
-    try:
-        return ast.literal_eval(node)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a number, text, true, false or a tuple, got {ast.unparse(node)}") from error
 
 
 def _bound(partial: functools.partial) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def make_learner(
     def train(params, x, key):
         if not chosen.get("dropout_rate"):
             return apply_in_training(params, x)
-        return apply(params, x, deterministic=False, rngs={"dropout": key})
+        return apply(params, x, train=True, rngs={"dropout": key})
 
     init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
     head = output_layers(units) if reset_head or first.reset == "head" else ()
