@@ -7,7 +7,7 @@ import jax
 import optax
 
 import cbp_jax
-from cbp_jax.experiments.learners.method import ranged
+from cbp_jax.experiments.learners.method import Method, ranged
 from cbp_jax.experiments.learners.plain import SGD, Moments, MomentumSGD
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
@@ -61,50 +61,53 @@ class L2Init(SGD):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShrinkAndPerturb(MomentumSGD):
+class Shrinking(Method):
+    """Around what has a step size, with weight decay and noise on the weights at every step."""
+
+    l2: float = ranged(1e-4)
+    noise: float = ranged(1e-5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        fraction = self.shrink
+        if not isinstance(fraction, jax.core.Tracer) and fraction > 1:
+            raise ValueError(
+                f"step_size times l2, the fraction lost at every step, must be at most 1, got {fraction:g}"
+            )
+
+    @property
+    def shrink(self) -> chex.Numeric:
+        """The fraction of the weights that is lost at every step."""
+        return self.step_size * self.l2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkAndPerturb(Shrinking, MomentumSGD):
     """SGD with weight decay and noise on the weights at every step."""
 
     name = "shrink_and_perturb"
     about = "SGD with weight decay and noise on the weights at every step"
     look = Look("Shrink and perturb", looks.PURPLE)
 
-    l2: float = ranged(1e-4)
-    noise: float = ranged(1e-5)
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_shrinking(self.step_size, self.l2)
-
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
         if self.momentum:
             # The decay goes through the momentum, as in the Nature paper, where it is SGD's own.
             return cbp_jax.shrink_and_perturb(self.decayed_sgd(self.l2), shrink=0.0, perturb=self.noise, key=key)
-        return cbp_jax.shrink_and_perturb(
-            optax.sgd(self.step_size), shrink=self.step_size * self.l2, perturb=self.noise, key=key
-        )
+        return cbp_jax.shrink_and_perturb(optax.sgd(self.step_size), self.shrink, self.noise, key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShrinkAndPerturbAdam(Moments):
+class ShrinkAndPerturbAdam(Shrinking, Moments):
     """Adam with weight decay and noise on the weights at every step."""
 
     name = "shrink_and_perturb_adam"
     about = "Adam with weight decay and noise on the weights at every step"
     look = Look("Shrink and perturb, Adam")
 
-    l2: float = ranged(1e-4)
-    noise: float = ranged(1e-5)
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_shrinking(self.step_size, self.l2)
-
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        return cbp_jax.shrink_and_perturb(
-            self.adam(optax.adam), shrink=self.step_size * self.l2, perturb=self.noise, key=key
-        )
+        return cbp_jax.shrink_and_perturb(self.adam(optax.adam), self.shrink, self.noise, key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,10 +123,3 @@ class WeightClipping(SGD):
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
         return cbp_jax.clip_weights(optax.sgd(self.step_size), self.bound)
-
-
-def _check_shrinking(step_size: chex.Numeric, l2: chex.Numeric) -> None:
-    if not isinstance(step_size * l2, jax.core.Tracer) and step_size * l2 > 1:
-        raise ValueError(
-            f"step_size times l2, the fraction lost at every step, must be at most 1, got {step_size * l2:g}"
-        )
