@@ -160,6 +160,11 @@ def check(settings: Settings) -> list[learners.Method]:
         if method.network or method.curvature:
             what = ", ".join(method.network) or "curvature"
             raise ValueError(f"method {text!r}: the residual network has no {what}")
+        if not method.scheduled:
+            raise ValueError(
+                f"method {text!r}: its step size must be a floating-point setting called step_size or learning_rate, "
+                "because it falls in the course of an increment"
+            )
     nets.ResNet(1, settings.hidden, settings.blocks)
     return methods
 

@@ -82,9 +82,9 @@ def run_increment(
     params, opt_state = state.params, state.opt_state
 
     def optimizer(epoch):
-        step_size = state.hyperparameters["step_size"] * schedule(epoch, epochs)
+        step_size = state.hyperparameters[learner.scheduled] * schedule(epoch, epochs)
         return optax.with_extra_args_support(
-            learner.optimizer({**state.hyperparameters, "step_size": step_size}, keys.optimizer)
+            learner.optimizer({**state.hyperparameters, learner.scheduled: step_size}, keys.optimizer)
         )
 
     if learner.begin_task is not None:

@@ -31,6 +31,7 @@ class Learner(NamedTuple):
     begin_task: Callable[..., tuple[optax.Params, optax.OptState]] | None = None
     batch_stats: bool = False  # whether outputs of `train` are (logits, new running statistics), see `run_increment`
     curvature: bool = False  # whether the optimizer wants the diagonal of the Hessian, from HesScale
+    scheduled: str = "step_size"  # the hyperparameter that a schedule multiplies
 
 
 class TrainState(NamedTuple):

@@ -130,6 +130,10 @@ def test_the_network_and_images_are_those_of_the_settings(tmp_path, monkeypatch)
         ({"methods": ("dropout",)}, "method 'dropout': the residual network has no dropout_rate"),
         ({"methods": ("bp:normalization=layer",)}, "the residual network has no normalization"),
         ({"methods": ("upgd:order=2",)}, "the residual network has no curvature"),
+        (
+            {"methods": ("optax:sgd(learning_rate=1)",)},
+            "its step size must be a floating-point setting called step_size",
+        ),
         ({"methods": ("bp:reset=all",)}, r"reset must be one of \('', 'head', 'network'\), got 'all'"),
         ({"batch_size": 21}, "batch_size must be an integer from 1 to 20; got 21"),
     ],

@@ -190,6 +190,7 @@ def test_settings_of_a_path():
     assert method.hyperparameters == {"learning_rate": 0.1, "momentum": 0.9} and method.network == {
         "activation": "tanh"
     }
+    assert method.scheduled == "learning_rate" and parse_method("bp").scheduled == "step_size"
     assert method.options == {"nesterov": True, "accumulator_dtype": None, "activation": "tanh"}
     assert parse_method(method.text) == method == parse_method(method.text.replace("'tanh'", "tanh"))
     whole = parse_method("optax:adam(learning_rate=1, b1=0)")  # a whole number is traced in a float's place

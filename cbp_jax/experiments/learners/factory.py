@@ -149,6 +149,7 @@ def custom(
     If the function needs one of them as a Python number, as in `if momentum > 0:`, each of its values is compiled by
     itself, and a warning says so. Integers, text and so on are always as they are given. `activation`, `normalization`
     and `dropout_rate` are the network's settings, as with any method, unless the function has arguments of these names.
+    What an experiment's schedule multiplies is a setting that is called `learning_rate` or `step_size`.
 
     Args:
       factory: the function; a `functools.partial` is its function with settings.

@@ -102,4 +102,5 @@ def make_learner(
         begin_task=begin_task if reset_head or first.reset else None,
         batch_stats=batch_stats,
         curvature=first.curvature,
+        scheduled=first.scheduled,
     )

@@ -239,6 +239,11 @@ class Method:
         """Whether its optimizer wants the diagonal of the Hessian."""
         return False
 
+    @property
+    def scheduled(self) -> str:
+        """The number that a schedule of the experiment's multiplies; "" if there is none."""
+        return next((name for name in ("step_size", "learning_rate") if name in self.hyperparameters), "")
+
     def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
         """The same with other numbers, which may be traced."""
         return dataclasses.replace(self, **numbers)
