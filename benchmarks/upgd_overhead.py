@@ -22,7 +22,7 @@ from cbp_overhead import Net
 from timing import interleaved, ratio
 
 import cbp_jax
-from cbp_jax.transforms import noise
+from cbp_jax.numerics import noise
 
 STEP, SIGMA, BETA = 0.003, 1e-3, 0.999
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import units as units_lib
-from cbp_jax.transforms import surgery, utility
+from cbp_jax.replacement import edits, views
 
 _NORMAL = jax.nn.initializers.normal(1.0)
 
@@ -51,18 +51,19 @@ def make_reset(groups, initializer=_NORMAL):
     @jax.jit
     def run(params, numbers, seed, features, compensate):
         zeros = jax.tree.map(jnp.zeros_like, params)
-        work = surgery.Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(zeros))
+        after = views.UpdatedParams(units_lib.leaves_by_path(params), units_lib.leaves_by_path(zeros))
         for group, units in zip(groups, numbers, strict=True):
             if features is not None and can_compensate(group):
                 arrays = features[group.name] if isinstance(features[group.name], tuple) else (features[group.name],)
                 shapes = [consumer.kernel.index.shape for consumer in group.operands()]
-                means = [utility.batch_mean(a, shape[0]) for a, shape in zip(arrays, shapes, strict=True)]
-                work.compensate(group, units, tuple(mean * compensate for mean in means))
-            work.drop(group, surgery.as_mask(units, group.size))
-        work.replace(groups, numbers, initializer, lambda: jax.random.key(seed))
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf + work.updates[units_lib.join_path(path)], params
+                means = [views.batch_mean(a, shape[0]) for a, shape in zip(arrays, shapes, strict=True)]
+                means = tuple(mean * compensate for mean in means)
+                after = after.with_updates(edits.compensate(after, group, units, means))
+            after = after.without(group, edits.as_mask(units, group.size))
+        updates, _ = edits.start_anew(
+            after.params, after.updates, groups, numbers, initializer, lambda: jax.random.key(seed)
         )
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + updates[units_lib.join_path(path)], params)
 
     def reset(params, chosen, seed=0, features=None, compensate=True):
         numbers = [jnp.asarray(chosen.get(group.name, [group.size]), jnp.int32) for group in groups]

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax.envs.episodes import Episodes, check_range, strong
-from cbp_jax.transforms.keys import as_key_data
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.numerics.keys import as_key_data
+from cbp_jax.numerics.scalars import check_scalar
 
 #: Backends in which a sliding body is slowed as Coulomb's law says, with what it takes.
 BACKENDS = ("spring", "mjx")

@@ -13,9 +13,9 @@ import optax
 import cbp_jax
 from cbp_jax import metrics
 from cbp_jax.envs.episodes import strong
+from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.replacement import replaced_units
 from cbp_jax.rl.gae import gae
-from cbp_jax.transforms.scalars import check_scalar
-from cbp_jax.transforms.surgery import replaced_units
 from cbp_jax.units import Units
 
 

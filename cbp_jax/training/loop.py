@@ -11,9 +11,9 @@ import optax
 from cbp_jax import curvature, metrics
 from cbp_jax.nets import online_norm
 from cbp_jax.problems import Problem
+from cbp_jax.replacement import replaced_units
 from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.lanes import Lanes
-from cbp_jax.transforms.surgery import replaced_units
 from cbp_jax.units import Features, UnitGroup
 
 Hyperparameters = dict[str, chex.Numeric]

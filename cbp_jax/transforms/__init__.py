@@ -1,1 +1,34 @@
-"""Optax transformations that keep networks plastic."""
+"""Optax transformations that keep networks plastic, an algorithm a file."""
+
+from cbp_jax.transforms.adam import adam, scale_by_adam
+from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk, synaptic_intelligence
+from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
+from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
+from cbp_jax.transforms.redo import RedoState, redo
+from cbp_jax.transforms.regularization import add_l1, add_l2_init
+from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
+from cbp_jax.transforms.weight_clipping import clip_weights
+
+__all__ = [
+    "ContinualBackpropState",
+    "RedoState",
+    "adam",
+    "adaptive_upgd",
+    "add_consolidation",
+    "add_l1",
+    "add_l2_init",
+    "add_noise",
+    "clip_weights",
+    "continual_backprop",
+    "ewc",
+    "mas",
+    "perturbed_gradient_descent",
+    "redo",
+    "rwalk",
+    "scale_by_adam",
+    "scale_by_upgd",
+    "shrink_and_perturb",
+    "synaptic_intelligence",
+    "upgd",
+]

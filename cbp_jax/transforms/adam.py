@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cbp_jax.transforms.rounding import rounded
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.numerics.rounding import rounded
+from cbp_jax.numerics.scalars import check_scalar
 
 # Interpolation at the Chebyshev nodes of (2**r - 1) / r on [-1/2, 1/2], relative error 5e-7. Least power first.
 _EXP2 = (0.69314718, 0.24022349, 0.05550381, 0.00966637, 0.00133813)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cbp_jax.transforms.rounding import rounded
-from cbp_jax.transforms.scalars import check_like, check_scalar
+from cbp_jax.numerics.rounding import rounded
+from cbp_jax.numerics.scalars import check_like, check_scalar
 
 
 class Step(NamedTuple):

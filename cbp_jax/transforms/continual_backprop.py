@@ -1,5 +1,6 @@
 """Continual backpropagation (Dohare et al., Nature 2024, Algorithm 1) as an optax transformation."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cbp_jax import replacement
 from cbp_jax import units as units_lib
-from cbp_jax.transforms import inner_state as inner_state_lib
-from cbp_jax.transforms import keys, resample
-from cbp_jax.transforms import surgery as surgery_lib
-from cbp_jax.transforms import utility as utility_lib
-from cbp_jax.transforms.activations import group_activations
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.replacement import resample
+from cbp_jax.replacement.edits import as_mask
+from cbp_jax.replacement.views import batch_mean
 
 # Sums of float32 fractions fall short of an integer by a rounding error: a hundred times 0.01 is 0.99999934.
 _ROUNDING = 1e-5
@@ -41,7 +41,7 @@ def continual_backprop(
     replacement_rate: chex.Numeric = 1e-4,
     decay_rate: chex.Numeric = 0.99,
     maturity_threshold: chex.Numeric = 100,
-    utility: str | utility_lib.Utility = "contribution",
+    utility: str | replacement.Utility = "contribution",
     initializer: resample.Initializer | None = None,
     reset_inner_state: bool = True,
     compensate_bias: bool = False,
@@ -124,125 +124,80 @@ def continual_backprop(
     check_scalar("maturity_threshold", maturity_threshold, at_least=0)
     if max_replacements is not None and (type(max_replacements) is not int or max_replacements < 1):
         raise ValueError(f"max_replacements must be a positive int or None, got {max_replacements!r}")
-    units = tuple(units)
-    utility_fn = utility_lib.get_utility(utility)
-    if initializer is not None and not callable(initializer):
-        raise TypeError(f"initializer must be a function of (key, shape, dtype) or None, got {initializer!r}")
-    key_data, key_impl = keys.as_key_data(key)
-    inner = optax.with_extra_args_support(inner)
+    policy = _policy(replacement_rate, decay_rate, maturity_threshold, utility, compensate_bias, max_replacements)
+    return replacement.replace_units(
+        inner, units, policy, initializer=initializer, reset_inner_state=reset_inner_state, key=key
+    )
 
-    def most_replacements(group: units_lib.UnitGroup) -> int:
-        most = group.size if max_replacements is None else max_replacements
-        if not isinstance(replacement_rate, jax.core.Tracer):
-            most = min(most, math.floor(float(replacement_rate) * group.size + _ROUNDING) + 1)
-        return min(most, group.size)
 
-    def init_fn(params: optax.Params) -> ContinualBackpropState:
-        checked = units_lib.check_units(units, params)
-        inner_state = inner.init(params)
-        if reset_inner_state:
-            paths = {part.path for group in checked for part in group.slices()}
-            sizes = {group.name: group.size for group in checked}
-            inner_state_lib.check(inner, inner_state, params, paths, sizes)
-        for group in checked:
-            for consumer in group.outgoing if compensate_bias else ():
-                if consumer.bias is None and not consumer.absorbed:
-                    raise ValueError(
-                        f"compensate_bias=True, but {consumer.kernel.path!r}, which reads group {group.name!r}, "
-                        "has no bias"
-                    )
-        return ContinualBackpropState(
-            key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
-            count=jnp.zeros([], jnp.int32),
-            utility={group.name: jnp.zeros(group.size, jnp.float32) for group in checked},
-            age={group.name: jnp.zeros(group.size, jnp.int32) for group in checked},
-            mean_activation={
-                group.name: tuple(jnp.zeros(consumer.kernel.index.shape, jnp.float32) for consumer in group.operands())
-                for group in checked
-            },
-            budget={group.name: jnp.zeros([], jnp.float32) for group in checked},
-            replaced={group.name: jnp.zeros(group.size, bool) for group in checked},
-            inner_state=inner_state,
-        )
+def _policy(
+    replacement_rate: chex.Numeric,
+    decay_rate: chex.Numeric,
+    maturity_threshold: chex.Numeric,
+    utility: str | replacement.Utility,
+    compensate_bias: bool,
+    max_replacements: int | None,
+) -> replacement.Policy:
+    """Which units are due by Algorithm 1; the arguments are those of `continual_backprop`."""
+    utility_fn = replacement.get_utility(utility)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ContinualBackpropState,
-        params: optax.Params | None = None,
-        *,
-        features: units_lib.Features | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ContinualBackpropState]:
-        if params is None:
-            raise ValueError("continual_backprop needs the params: tx.update(grads, state, params, features=features)")
-        checked = units_lib.check_units(units, params)
-        activations = {group.name: group_activations(group, features) for group in checked}
-        grads = units_lib.leaves_by_path(updates)
-        inner_updates, inner_state = inner.update(updates, state.inner_state, params, features=features, **extra_args)
-        surgery = surgery_lib.Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(inner_updates))
-
-        def random_key(stream: chex.Numeric) -> chex.PRNGKey:
-            key = jax.random.wrap_key_data(state.key, impl=key_impl)
-            return jax.random.fold_in(jax.random.fold_in(key, state.count), stream)
-
-        log_decay = jnp.log(jnp.asarray(decay_rate, jnp.float32))
-        new: dict[str, dict[str, Any]] = {field: {} for field in state._fields}
-        picked = []
-
-        for number, group in enumerate(checked):
-            name, h = group.name, activations[group.name]
-            age = state.age[name] + 1
-            start = -jnp.expm1(age * log_decay)  # 1 - decay_rate**age; powers of scalars are slow on CPU
-            means = tuple(
-                decay_rate * old + (1 - decay_rate) * utility_lib.batch_mean(values, old.shape[0])
-                for old, values in zip(state.mean_activation[name], h, strict=True)
-            )
-            corrected_means = tuple(mean / start for mean in means)
-            view = utility_lib.GroupView(
-                group, h, corrected_means, surgery, grads, surgery.magnitude, random_key(number)
-            )
-            instantaneous = utility_fn(view)
-            if jnp.shape(instantaneous) != (group.size,):
+    def init(group: units_lib.UnitGroup, params: optax.Params) -> dict[str, Any]:
+        del params
+        for consumer in group.outgoing if compensate_bias else ():
+            if consumer.bias is None and not consumer.absorbed:
                 raise ValueError(
-                    f"utility must return an array of shape ({group.size},) for group {name!r}, got "
-                    f"{jnp.shape(instantaneous)}"
+                    f"compensate_bias=True, but {consumer.kernel.path!r}, which reads group {group.name!r}, has no bias"
                 )
-            utility_now = decay_rate * state.utility[name] + (1 - decay_rate) * instantaneous
+        return {
+            "utility": jnp.zeros(group.size, jnp.float32),
+            "age": jnp.zeros(group.size, jnp.int32),
+            "mean_activation": tuple(
+                jnp.zeros(consumer.kernel.index.shape, jnp.float32) for consumer in group.operands()
+            ),
+            "budget": jnp.zeros([], jnp.float32),
+        }
 
-            eligible = age > maturity_threshold
-            # As a product, which is one operation on CPU where a sum is three.
-            mature = jnp.dot(eligible.astype(jnp.float32), jnp.ones(group.size, jnp.float32), precision="highest")
-            budget = state.budget[name] + replacement_rate * mature
-            most = most_replacements(group)
-            chosen, budget = _choose(utility_now / start, eligible, budget, most, max_replacements is not None)
-            replaced = surgery_lib.as_mask(chosen, group.size)
+    def most_replacements(size: int) -> int:
+        most = size if max_replacements is None else max_replacements
+        if not isinstance(replacement_rate, jax.core.Tracer):
+            most = min(most, math.floor(float(replacement_rate) * size + _ROUNDING) + 1)
+        return min(most, size)
 
-            if compensate_bias:
-                surgery.compensate(group, chosen, corrected_means)
-            surgery.drop(group, replaced)
-
-            new["utility"][name] = jnp.where(replaced, 0, utility_now)
-            new["age"][name] = jnp.where(replaced, 0, age)
-            new["mean_activation"][name] = tuple(jnp.where(replaced, 0, mean) for mean in means)
-            new["budget"][name] = budget
-            new["replaced"][name] = replaced
-            picked.append(chosen)
-
-        surgery.replace(checked, picked, initializer, lambda: random_key(len(checked)))
-        new_updates = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: surgery.updates.get(units_lib.join_path(path), leaf), inner_updates
+    def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
+        size = view.group.size
+        age = memory["age"] + 1
+        # 1 - decay_rate**age; powers of scalars are slow on CPU
+        start = -jnp.expm1(age * jnp.log(jnp.asarray(decay_rate, jnp.float32)))
+        means = tuple(
+            decay_rate * old + (1 - decay_rate) * batch_mean(values, old.shape[0])
+            for old, values in zip(memory["mean_activation"], view.features, strict=True)
         )
-        if reset_inner_state:
-            new_params = optax.apply_updates(params, new_updates)
-            inner_state = inner_state_lib.reset(inner, inner_state, new_params, surgery.masks, new["replaced"])
-        new_state = state._replace(
-            count=optax.safe_increment(state.count),
-            inner_state=inner_state,
-            **{field: new[field] for field in ("utility", "age", "mean_activation", "budget", "replaced")},
-        )
-        return new_updates, new_state
+        view = dataclasses.replace(view, mean_activation=tuple(mean / start for mean in means))
+        instantaneous = utility_fn(view)
+        if jnp.shape(instantaneous) != (size,):
+            raise ValueError(
+                f"utility must return an array of shape ({size},) for group {view.group.name!r}, got "
+                f"{jnp.shape(instantaneous)}"
+            )
+        utility_now = decay_rate * memory["utility"] + (1 - decay_rate) * instantaneous
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        eligible = age > maturity_threshold
+        # As a product, which is one operation on CPU where a sum is three.
+        mature = jnp.dot(eligible.astype(jnp.float32), jnp.ones(size, jnp.float32), precision="highest")
+        budget = memory["budget"] + replacement_rate * mature
+        chosen, budget = _choose(
+            utility_now / start, eligible, budget, most_replacements(size), max_replacements is not None
+        )
+        replaced = as_mask(chosen, size)
+        memory = {
+            "utility": jnp.where(replaced, 0, utility_now),
+            "age": jnp.where(replaced, 0, age),
+            "mean_activation": tuple(jnp.where(replaced, 0, mean) for mean in means),
+            "budget": budget,
+        }
+        return replacement.Choice(chosen, memory, view.mean_activation if compensate_bias else None)
+
+    return replacement.Policy(choose, init, state=ContinualBackpropState, name="continual_backprop")
 
 
 def _choose(

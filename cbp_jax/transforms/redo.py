@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cbp_jax import replacement
 from cbp_jax import units as units_lib
-from cbp_jax.transforms import inner_state as inner_state_lib
-from cbp_jax.transforms import keys, resample
-from cbp_jax.transforms import surgery as surgery_lib
-from cbp_jax.transforms.activations import group_activations
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.replacement import resample
 
 
 class RedoState(NamedTuple):
@@ -91,68 +89,19 @@ def redo(
     check_scalar("every", every, at_least=1)
     if not isinstance(every, jax.core.Tracer) and float(every) != int(every):
         raise ValueError(f"every must be a whole number, got {every}")
-    if initializer is not None and not callable(initializer):
-        raise TypeError(f"initializer must be a function of (key, shape, dtype) or None, got {initializer!r}")
-    units = tuple(units)
-    key_data, key_impl = keys.as_key_data(key)
-    inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: optax.Params) -> RedoState:
-        checked = units_lib.check_units(units, params)
-        inner_state = inner.init(params)
-        if reset_inner_state:
-            paths = {part.path for group in checked for part in group.slices()}
-            sizes = {group.name: group.size for group in checked}
-            inner_state_lib.check(inner, inner_state, params, paths, sizes)
-        return RedoState(
-            key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
-            count=jnp.zeros([], jnp.int32),
-            replaced={group.name: jnp.zeros(group.size, bool) for group in checked},
-            inner_state=inner_state,
-        )
+    def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
+        return replacement.Choice(_score(view.features) <= threshold, memory)
 
-    def update_fn(
-        updates: optax.Updates,
-        state: RedoState,
-        params: optax.Params | None = None,
-        *,
-        features: units_lib.Features | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RedoState]:
-        if params is None:
-            raise ValueError("redo needs the params: tx.update(grads, state, params, features=features)")
-        checked = units_lib.check_units(units, params)
-        activations = {group.name: group_activations(group, features) for group in checked}
-        inner_updates, inner_state = inner.update(updates, state.inner_state, params, features=features, **extra_args)
-        inner_updates = _widen(inner_updates, params, {part.path for group in checked for part in group.slices()})
-        count = optax.safe_increment(state.count)
-        due = count % jnp.asarray(every).astype(jnp.int32) == 0
-
-        def recycle():
-            replaced = {name: due & (_score(h) <= threshold) for name, h in activations.items()}
-            surgery = surgery_lib.Surgery(units_lib.leaves_by_path(params), units_lib.leaves_by_path(inner_updates))
-            numbers = [
-                jnp.nonzero(replaced[group.name], size=group.size, fill_value=group.size)[0] for group in checked
-            ]
-            key = jax.random.wrap_key_data(state.key, impl=key_impl)
-            surgery.replace(checked, numbers, initializer, lambda: jax.random.fold_in(key, count))
-            new_updates = jax.tree_util.tree_map_with_path(
-                lambda path, leaf: surgery.updates.get(units_lib.join_path(path), leaf), inner_updates
-            )
-            if not reset_inner_state:
-                return new_updates, inner_state, replaced
-            new_params = optax.apply_updates(params, new_updates)
-            new_state = inner_state_lib.reset(inner, inner_state, new_params, surgery.masks, replaced)
-            return new_updates, new_state, replaced
-
-        def keep():
-            return inner_updates, inner_state, {group.name: jnp.zeros(group.size, bool) for group in checked}
-
-        # Whole kernels may be drawn, so that most updates must not come to it, under vmap neither.
-        new_updates, inner_state, replaced = jax.lax.cond(_anywhere(due), recycle, keep)
-        return new_updates, RedoState(state.key, count, replaced, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    policy = replacement.Policy(
+        choose,
+        due=lambda count: count % jnp.asarray(every).astype(jnp.int32) == 0,
+        state=RedoState,
+        name="redo",
+    )
+    return replacement.replace_units(
+        inner, units, policy, initializer=initializer, reset_inner_state=reset_inner_state, key=key
+    )
 
 
 def _score(activations: tuple[chex.Array, ...]) -> chex.Array:
@@ -163,23 +112,3 @@ def _score(activations: tuple[chex.Array, ...]) -> chex.Array:
         mean = jnp.mean(size)
         scores.append(jnp.where(jnp.isfinite(mean), size / jnp.where(mean == 0, 1.0, mean), jnp.nan))
     return sum(scores) / len(scores)
-
-
-def _widen(updates: optax.Updates, params: optax.Params, paths: set[str]) -> optax.Updates:
-    """Brings updates of weights that may be replaced to the params' precision, in which `-param` is exact."""
-    widen = lambda path, update, param: (
-        update.astype(jnp.promote_types(update.dtype, param.dtype)) if units_lib.join_path(path) in paths else update
-    )
-    return jax.tree_util.tree_map_with_path(widen, updates, params)
-
-
-@jax.custom_batching.custom_vmap
-def _anywhere(due: chex.Array) -> chex.Array:
-    """Whether an update is due; under vmap, whether it is in any row, so that a `cond` on it stays one."""
-    return due
-
-
-@_anywhere.def_vmap
-def _anywhere_in_batch(axis_size, in_batched, due):
-    del axis_size, in_batched
-    return _anywhere(jnp.any(due)), False  # asks again, for the rows of an outer vmap

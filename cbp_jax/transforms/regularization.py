@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.numerics.scalars import check_scalar
 
 
 def add_l1(strength: chex.Numeric) -> optax.GradientTransformation:

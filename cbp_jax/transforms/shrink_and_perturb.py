@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cbp_jax.transforms import keys, noise
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.numerics import keys, noise
+from cbp_jax.numerics.scalars import check_scalar
 
 
 class ShrinkAndPerturbState(NamedTuple):

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 
 from cbp_jax import units as units_lib
-from cbp_jax.transforms import adam, keys, noise
-from cbp_jax.transforms.rounding import rounded
-from cbp_jax.transforms.scalars import check_like, check_scalar
+from cbp_jax.numerics import keys, noise
+from cbp_jax.numerics.rounding import rounded
+from cbp_jax.numerics.scalars import check_like, check_scalar
+from cbp_jax.transforms.adam import scale_by_adam
 
 Scope = Literal["global", "local"]
 IncomingAxes = Callable[[str, chex.Array], tuple[int, ...]]  # (path, leaf) -> the leaf's axes that lead to one unit
@@ -311,7 +312,7 @@ def adaptive_upgd(
       <https://openreview.net/forum?id=sKPzAXoylB>`_, ICLR 2024
     """
     gate = scale_by_upgd(
-        adam.scale_by_adam(b1, b2, eps),
+        scale_by_adam(b1, b2, eps),
         beta_utility=beta_utility,
         sigma=sigma,
         order=order,

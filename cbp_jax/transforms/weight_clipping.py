@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from cbp_jax import units as units_lib
-from cbp_jax.transforms.scalars import check_scalar
+from cbp_jax.numerics.scalars import check_scalar
 
 # Of a parameter's path and the parameter, the scale of its bound, or None where it is not to be clipped.
 Scale = Callable[[str, chex.Array], chex.Numeric | None]

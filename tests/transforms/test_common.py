@@ -17,15 +17,23 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from cbp_jax.transforms.adam import adam
-from cbp_jax.transforms.consolidation import ewc, mas, rwalk, synaptic_intelligence
-from cbp_jax.transforms.continual_backprop import continual_backprop
-from cbp_jax.transforms.perturbed_gradient_descent import perturbed_gradient_descent
-from cbp_jax.transforms.redo import redo
-from cbp_jax.transforms.regularization import add_l1, add_l2_init
-from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
-from cbp_jax.transforms.upgd import adaptive_upgd, upgd
-from cbp_jax.transforms.weight_clipping import clip_weights
+from cbp_jax.replacement import Choice, Policy, replace_units
+from cbp_jax.transforms import (
+    adam,
+    adaptive_upgd,
+    add_l1,
+    add_l2_init,
+    clip_weights,
+    continual_backprop,
+    ewc,
+    mas,
+    perturbed_gradient_descent,
+    redo,
+    rwalk,
+    shrink_and_perturb,
+    synaptic_intelligence,
+    upgd,
+)
 from cbp_jax.units import discover_units
 
 OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
@@ -94,6 +102,22 @@ def with_curvature(tx):
 
 GATE = {"learning_rate": 0.1, "weight_decay": 0.1, "beta_utility": 0.5, "sigma": 0.5}
 GATE_OTHERWISE = {"learning_rate": 0.2, "weight_decay": 0.3, "beta_utility": 0.9, "sigma": 0.9}
+
+
+def recycle_least_gradient(units, *, decay, every, key):
+    """A user's own policy: every so many updates, the unit of least mean gradient starts anew."""
+
+    def init(group, params):
+        return {"mean": jnp.zeros(group.size)}
+
+    def choose(view, memory):
+        size = sum(part.sum(jnp.abs(view.grads[part.path])).sum(0) for part in view.group.incoming)
+        mean = decay * memory["mean"] + (1 - decay) * size
+        return Choice(jnp.argmin(mean)[None], {"mean": mean})
+
+    policy = Policy(choose, init, due=lambda count: count % jnp.asarray(every, jnp.int32) == 0)
+    return replace_units(optax.sgd(0.1), units, policy, key=key)
+
 
 ROWS = [
     Row("adam", adam, (), {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99}, {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9}),
@@ -190,6 +214,14 @@ ROWS = [
         (optax.sgd(0.1), UNITS),
         {"threshold": 0.7, "every": 2},
         {"threshold": 1.0, "every": 3},
+        noisy=True,
+    ),
+    Row(
+        "replace_units by a policy of its own",
+        recycle_least_gradient,
+        (UNITS,),
+        {"decay": 0.5, "every": 2},
+        {"decay": 0.01, "every": 3},
         noisy=True,
     ),
     Row(

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from cbp_jax import add_noise, perturbed_gradient_descent
-from cbp_jax.transforms import noise
+from cbp_jax.numerics import noise
 
 STEPS = 80
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 import cbp_jax
-from cbp_jax.transforms import noise
+from cbp_jax.numerics import noise
 from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 
 SIZES, STEPS, ALPHA, DECAY = (5, 4, 3), 60, 0.05, 0.1

@@ -13,9 +13,9 @@ import cbp_jax
 from cbp_jax.experiments.learners.method import Method, count, flag, named, of_python, ranged
 from cbp_jax.experiments.learners.plain import Moments, MomentumSGD
 from cbp_jax.experiments.learners.upgd import Gated
+from cbp_jax.replacement import get_utility
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
-from cbp_jax.transforms.utility import get_utility
 from cbp_jax.units import Units
 
 

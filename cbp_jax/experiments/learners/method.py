@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from cbp_jax import nets
+from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.report.looks import Look
-from cbp_jax.transforms.scalars import check_scalar
 from cbp_jax.units import Units
 
 

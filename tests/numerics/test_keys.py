@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbp_jax.transforms.keys import as_key_data, init_key
+from cbp_jax.numerics.keys import as_key_data, init_key
 
 
 @pytest.mark.parametrize(

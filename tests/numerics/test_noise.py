@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cbp_jax.transforms import noise
+from cbp_jax.numerics import noise
 
 OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
 

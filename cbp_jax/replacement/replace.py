@@ -1,0 +1,283 @@
+"""Replaces units while an optimizer trains: Algorithm 1 of Dohare et al. (Nature 2024), whatever the policy.
+
+The loop is here; which units are due is the policy's answer. `continual_backprop` and `redo` are policies.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax import units as units_lib
+from cbp_jax.numerics import keys
+from cbp_jax.replacement import edits, resample
+from cbp_jax.replacement import inner_state as inner_state_lib
+from cbp_jax.replacement.views import GroupView, UpdatedParams
+
+Memory = Mapping[str, Any]
+
+
+class Choice(NamedTuple):
+    """A policy's answer for one group.
+
+    Attributes:
+      units: which units start anew: their numbers, int [k] with k fixed, the group's size standing for none; or a mask,
+        bool [units], which is slower unless `due` is rare, since fresh weights are drawn for a whole group.
+      memory: what the policy wants back at the next update, of the structure, shapes and dtypes of `init`'s.
+      mean_activation: to hand what the units gave on average to the bias of those that read them, their mean
+        activation: for each distinct activation that is read, [positions, units].
+    """
+
+    units: chex.Array
+    memory: Memory = types.MappingProxyType({})
+    mean_activation: tuple[chex.Array, ...] | None = None
+
+
+class ReplacementState(NamedTuple):
+    """State of :func:`replace_units`."""
+
+    key: chex.Array  # raw uint32 key data, constant
+    count: chex.Array  # int32 [], updates so far
+    memory: dict[str, dict[str, Any]]  # the policy's, by entry and group name
+    replaced: dict[str, chex.Array]  # bool [units] by group name, units replaced in the last update
+    inner_state: optax.OptState
+
+
+class Policy(NamedTuple):
+    """Which units are replaced, and when. Only `choose` is needed.
+
+    Attributes:
+      choose: from a `GroupView` and the group's memory, its `Choice`. Called group by group from front to back.
+      init: from a group and the params, the group's memory, a dict of arrays.
+      due: from the number of this update (int32 [], from 1), whether units are replaced in it at all, bool []; in
+        other updates `choose` does not run and memories stay. None: in every update.
+      state: a NamedTuple to be the transformation's state, with the fields `key`, `count`, `replaced`, `inner_state`
+        and one for each entry of a memory; by default a `ReplacementState`.
+      name: for error messages.
+    """
+
+    choose: Callable[[GroupView, Memory], Choice]
+    init: Callable[[units_lib.UnitGroup, optax.Params], Memory] = lambda group, params: {}
+    due: Callable[[chex.Array], chex.Array] | None = None
+    state: type = ReplacementState
+    name: str = "replace_units"
+
+
+def replace_units(
+    inner: optax.GradientTransformation,
+    units: Sequence[units_lib.UnitGroup],
+    policy: Policy,
+    *,
+    initializer: resample.Initializer | None = None,
+    reset_inner_state: bool = True,
+    key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the units that a policy chooses, after each update of an inner optimizer.
+
+    For every group of units from front to back the policy chooses units. Their incoming weights are drawn anew, scales
+    of normalisation become 1, biases and outgoing weights 0. (Running statistics are no parameters:
+    `reset_batch_stats` resets them.) A replacement is an update like any other, `fresh - param`, so that the
+    transformation composes with all others. Where two adjacent groups replace units in one update, the weight from the
+    one new unit to the other ends drawn anew, not 0. While nothing is replaced, the updates are bit for bit those of
+    `inner`.
+
+    In a chain, whatever remembers weights (momentum, Adam) belongs inside, as `inner`, so that its memory of replaced
+    weights is reset; gradient clipping may stand in front; what edits updates must not stand behind.
+
+    Args:
+      inner: the optimizer that trains the network.
+      units: groups of `discover_units`, or written by hand.
+      policy: which units are replaced, and when.
+      initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
+        gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout, and for
+        embeddings a normal one of variance 1 / units.
+      reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
+      key: int or jax key for the fresh weights. `init` mixes the params into it (see :func:`keys.init_key`).
+
+    Returns:
+      a transformation; its update takes the `features` that `with_features` returned, where the policy looks at them:
+      `tx.update(grads, state, params, features=features)`.
+
+    Raises:
+      TypeError: the initializer is no function.
+      ValueError: in `init`, units that do not match the params, or an inner state that is not understood; in `update`,
+        params or features are missing or of wrong shapes, or the policy answers with other shapes than it should.
+
+    Example:
+      Every 1,000 updates, start the 2 units of least gradient anew:
+
+      >>> import jax, jax.numpy as jnp, optax, cbp_jax
+      >>> def least_gradient(view, memory):
+      ...   size = sum(part.sum(view.grads[part.path] ** 2).sum(0) for part in view.group.incoming)
+      ...   return cbp_jax.Choice(jnp.argsort(size)[:2])
+      >>> policy = cbp_jax.Policy(least_gradient, due=lambda count: count % 1000 == 0)
+
+      >>> def apply_fn(params, x):
+      ...   return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+      >>> params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+      >>> units = cbp_jax.discover_units(apply_fn, params, jnp.ones((5, 4)))
+      >>> tx = cbp_jax.replace_units(optax.sgd(0.01), units, policy)
+      >>> state = tx.init(params)._replace(count=jnp.int32(999))
+      >>> grads = {"w1": jnp.ones((4, 8)).at[:, 5:7].set(0.0), "w2": jnp.ones((8, 2))}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> state.replaced["w1"].tolist(), optax.apply_updates(params, updates)["w2"][5].tolist()
+      ([False, False, False, False, False, True, True, False], [0.0, 0.0])
+
+    References:
+      Dohare et al., `Loss of plasticity in deep continual learning
+      <https://doi.org/10.1038/s41586-024-07711-7>`_, Nature 2024, Algorithm 1
+    """
+    if initializer is not None and not callable(initializer):
+        raise TypeError(f"initializer must be a function of (key, shape, dtype) or None, got {initializer!r}")
+    units = tuple(units)
+    key_data, key_impl = keys.as_key_data(key)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> Any:
+        groups = units_lib.check_units(units, params)
+        inner_state = inner.init(params)
+        if reset_inner_state:
+            paths = {part.path for group in groups for part in group.slices()}
+            inner_state_lib.check(inner, inner_state, params, paths, {group.name: group.size for group in groups})
+        return policy.state(
+            key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
+            count=jnp.zeros([], jnp.int32),
+            replaced={group.name: jnp.zeros(group.size, bool) for group in groups},
+            inner_state=inner_state,
+            **_memory_fields(policy, {group.name: policy.init(group, params) for group in groups}),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        features: units_lib.Features | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        if params is None:
+            raise ValueError(f"{policy.name} needs the params: tx.update(grads, state, params, features=features)")
+        groups = units_lib.check_units(units, params)
+        memories = _memories(policy, groups, state)
+        grads = units_lib.leaves_by_path(updates)
+        updates, inner_state = inner.update(updates, state.inner_state, params, features=features, **extra_args)
+        count = optax.safe_increment(state.count)
+        due = None if policy.due is None else policy.due(count)
+
+        def random_key(stream: int) -> chex.PRNGKey:
+            key = jax.random.wrap_key_data(state.key, impl=key_impl)
+            return jax.random.fold_in(jax.random.fold_in(key, state.count), stream)
+
+        def replace():
+            after = UpdatedParams(units_lib.leaves_by_path(params), units_lib.leaves_by_path(updates))
+            chosen, replaced, new_memories = [], {}, {}
+            for number, group in enumerate(groups):
+                view = GroupView(group, features, after, grads, random_key(number), count)
+                choice = policy.choose(view, memories[group.name])
+                numbers, mask, memory = _check_choice(policy, choice, group, memories[group.name], due)
+                if choice.mean_activation is not None:
+                    after = after.with_updates(edits.compensate(after, group, numbers, choice.mean_activation))
+                after = after.without(group, mask)
+                chosen.append(numbers)
+                replaced[group.name], new_memories[group.name] = mask, memory
+
+            new_leaves, masks = edits.start_anew(
+                after.params, after.updates, groups, chosen, initializer, lambda: random_key(len(groups))
+            )
+            new_updates = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: new_leaves.get(units_lib.join_path(path), leaf), updates
+            )
+            if not reset_inner_state:
+                return new_updates, inner_state, replaced, new_memories
+            new_params = optax.apply_updates(params, new_updates)
+            new_state = inner_state_lib.reset(inner, inner_state, new_params, masks, replaced)
+            return new_updates, new_state, replaced, new_memories
+
+        def keep():
+            return updates, inner_state, {group.name: jnp.zeros(group.size, bool) for group in groups}, memories
+
+        if due is None:
+            new_updates, inner_state, replaced, memories = replace()
+        else:
+            # Whole groups may be drawn anew, so that most updates must not come to it, under vmap neither.
+            updates = _widen(updates, params, {part.path for group in groups for part in group.slices()})
+            new_updates, inner_state, replaced, memories = jax.lax.cond(_anywhere(due), replace, keep)
+        new_state = state._replace(
+            count=count, replaced=replaced, inner_state=inner_state, **_memory_fields(policy, memories)
+        )
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def replaced_units(opt_state: optax.OptState) -> chex.Array:
+    """How many units the last update replaced, whatever the optimizer state is nested in: float32 []."""
+    masks = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
+    return sum(
+        (jnp.sum(mask, dtype=jnp.float32) for mask in jax.tree.leaves([found for _, found in masks])),
+        jnp.zeros([]),
+    )
+
+
+def _memory_fields(policy: Policy, memories: dict[str, Memory]) -> dict[str, Any]:
+    """Memories by group as fields of the policy's state, each by group."""
+    names = next(iter(memories.values()), {})
+    fields = {name: {group: memory[name] for group, memory in memories.items()} for name in names}
+    return {"memory": fields} if policy.state is ReplacementState else fields
+
+
+def _memories(policy: Policy, groups: Sequence[units_lib.UnitGroup], state: Any) -> dict[str, Memory]:
+    """The reverse of `_memory_fields`: the memory of each group out of a state."""
+    fields = state.memory if policy.state is ReplacementState else state._asdict()
+    names = fields.keys() - {"key", "count", "replaced", "inner_state"}
+    return {group.name: {name: fields[name][group.name] for name in names} for group in groups}
+
+
+def _check_choice(policy, choice, group, memory, due):
+    """A choice as unit numbers, as a mask, and the new memory; nothing of it where the update is not due."""
+    units, size = jnp.asarray(choice.units), group.size
+    if units.dtype == bool and units.shape == (size,):
+        mask = units if due is None else due & units
+        (numbers,) = jnp.nonzero(mask, size=size, fill_value=size)
+    elif jnp.issubdtype(units.dtype, jnp.integer) and units.ndim == 1 and units.size:
+        numbers = units if due is None else jnp.where(due, units, size)
+        mask = edits.as_mask(numbers, size)
+    else:
+        raise ValueError(
+            f"{policy.name}: the policy must choose units of group {group.name!r} by number, int [k], or by a mask, "
+            f"bool [{size}], got {units.dtype} {list(units.shape)}"
+        )
+    new = dict(choice.memory)
+    want, got = ({name: jax.tree.map(_kind, entry) for name, entry in tree.items()} for tree in (memory, new))
+    if want != got:
+        raise ValueError(f"{policy.name}: the policy's memory of group {group.name!r} must stay {want}, got {got}")
+    return numbers, mask, new if due is None else jax.tree.map(functools.partial(jnp.where, due), new, memory)
+
+
+def _kind(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+def _widen(updates: optax.Updates, params: optax.Params, paths: set[str]) -> optax.Updates:
+    """Brings updates of weights that may be replaced to the params' precision, in which `-param` is exact."""
+    widen = lambda path, update, param: (
+        update.astype(jnp.promote_types(update.dtype, param.dtype)) if units_lib.join_path(path) in paths else update
+    )
+    return jax.tree_util.tree_map_with_path(widen, updates, params)
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(due: chex.Array) -> chex.Array:
+    """Whether an update is due; under vmap, whether it is in any row, so that a `cond` on it stays one."""
+    return due
+
+
+@_anywhere.def_vmap
+def _anywhere_in_batch(axis_size, in_batched, due):
+    del axis_size, in_batched
+    return _anywhere(jnp.any(due)), False  # asks again, for the rows of an outer vmap

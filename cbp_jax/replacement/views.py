@@ -1,0 +1,160 @@
+"""What a policy and a utility may look at: one group of units at one step."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import chex
+import jax.numpy as jnp
+
+from cbp_jax import units as units_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UpdatedParams(Mapping[str, chex.Array]):
+    """The parameters by path as they will be after this step.
+
+    Attributes:
+      params: parameters by path, before the step.
+      updates: the inner optimizer's updates by path.
+      dropped: by path a bool mask, broadcastable: the weights that count as 0 from here on.
+    """
+
+    params: dict[str, chex.Array]
+    updates: dict[str, chex.Array]
+    dropped: dict[str, chex.Array] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> chex.Array:
+        after = (self.params[path] + self.updates[path]).astype(self.params[path].dtype)
+        return jnp.where(self.dropped[path], 0, after) if path in self.dropped else after
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def magnitude(self, part: units_lib.ParamSlice) -> chex.Array:
+        """Sum of the absolute weights in each row of a slice, float32 [positions, units]."""
+        # Dropped rows are left out by the weights of the sum, so that sums over rows and over columns of a kernel read
+        # one and the same array.
+        after = jnp.abs(self.params[part.path] + self.updates[part.path]).astype(jnp.float32)
+        return part.sum(after, 1.0 - self.dropped[part.path] if part.path in self.dropped else None)
+
+    def with_updates(self, updates: dict[str, chex.Array]) -> "UpdatedParams":
+        """The same with other updates."""
+        return dataclasses.replace(self, updates=updates)
+
+    def without(self, group: units_lib.UnitGroup, replaced: chex.Array) -> "UpdatedParams":
+        """The same where the outgoing weights of the replaced units, bool [units], count as 0."""
+        dropped = dict(self.dropped)
+        for consumer in group.outgoing:
+            path = consumer.kernel.path
+            dropped[path] = dropped.get(path, False) | consumer.kernel.mask(replaced, self.params[path])
+        return dataclasses.replace(self, dropped=dropped)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupView:
+    """What a policy or a utility may look at, for one group and one step.
+
+    Attributes:
+      group: the group.
+      captured: what `with_features` returned and the caller passed on; read `features` instead.
+      params: arrays by path: the parameters after the inner update, the outgoing weights of units that were replaced in
+        groups in front being 0.
+      grads: arrays by path: the gradients of this step.
+      key: a typed key of this group and step.
+      count: int32 [], the number of this update, from 1.
+      mean_activation: where the policy keeps them, running means of the features, corrected for their start, each
+        [positions, units].
+    """
+
+    group: units_lib.UnitGroup
+    captured: units_lib.Features | None
+    params: UpdatedParams
+    grads: Mapping[str, chex.Array]
+    key: chex.PRNGKey
+    count: chex.Array
+    mean_activation: tuple[chex.Array, ...] = ()
+
+    @functools.cached_property
+    def features(self) -> tuple[chex.Array, ...]:
+        """The group's activations on this batch.
+
+        One array [..., units] or, where positions have outgoing weights of their own, [..., positions, units], for each
+        distinct activation that the group's consumers read.
+
+        Raises:
+          ValueError: the caller passed none, or of other shapes than the group's.
+        """
+        return group_activations(self.group, self.captured)
+
+    def magnitude(self, part: units_lib.ParamSlice) -> chex.Array:
+        """Sum of the absolute weights in each row of a slice, float32 [positions, units]."""
+        return self.params.magnitude(part)
+
+    def outgoing_magnitude(self) -> chex.Array:
+        """Sum of each unit's absolute outgoing weights, [units]."""
+        return sum(self.magnitude(consumer.kernel).sum(0) for consumer in self.group.outgoing)
+
+    def incoming_magnitude(self) -> chex.Array:
+        """Sum of each unit's absolute incoming weights, biases left out, [units]."""
+        return sum(self.magnitude(part).sum(0) for part in self.group.incoming)
+
+    def weighted_activity(self, centred: bool) -> chex.Array:
+        """Mean absolute activation times outgoing magnitude, position by position, summed, [units]."""
+        total = 0.0
+        for consumer in self.group.outgoing:
+            centre = self.mean_activation[consumer.operand] if centred else None
+            activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, centre)
+            total += jnp.sum(activity * self.magnitude(consumer.kernel), 0)
+        return total
+
+
+def batch_mean(values: chex.Array, positions: int) -> chex.Array:
+    """Means over batch and shared positions, float32 [positions, units]."""
+    values = values.reshape(-1, positions, values.shape[-1])
+    return jnp.mean(values, 0, dtype=jnp.float32)
+
+
+def mean_abs(values: chex.Array, positions: int, centre: chex.Array | None = None) -> chex.Array:
+    """Means of absolute values, taken element by element, [positions, units]."""
+    values = values.reshape(-1, positions, values.shape[-1])
+    return jnp.mean(jnp.abs(values if centre is None else values - centre), 0, dtype=jnp.float32)
+
+
+def group_activations(group: units_lib.UnitGroup, features: units_lib.Features | None) -> tuple[chex.Array, ...]:
+    """Looks up the activations of a group.
+
+    Args:
+      group: the group.
+      features: what `with_features` returned.
+
+    Returns:
+      for each distinct activation that the group's consumers read, an array [..., units] or, where positions have
+      outgoing weights of their own, [..., positions, units].
+
+    Raises:
+      ValueError: the features are missing, or of other shapes than the group's.
+    """
+    if not isinstance(features, Mapping) or group.name not in features:
+        found = sorted(features) if isinstance(features, Mapping) else features
+        raise ValueError(
+            f"features must hold the activations of group {group.name!r}: call "
+            "`output, features = with_features(apply_fn, units)(params, x)` and pass them as "
+            f"`tx.update(grads, state, params, features=features)`; got {found!r}"
+        )
+    found = features[group.name]
+    found = found if isinstance(found, tuple) else (found,)
+    expected = [consumer.kernel.index.shape for consumer in group.operands()]
+    if len(found) != len(expected):
+        raise ValueError(f"features[{group.name!r}] must hold {len(expected)} arrays, got {len(found)}")
+    for values, (positions, size) in zip(found, expected, strict=True):
+        trailing = (size,) if positions == 1 else (positions, size)
+        if jnp.shape(values)[-len(trailing) :] != trailing:
+            raise ValueError(
+                f"features[{group.name!r}] must be of shape [..., {', '.join(map(str, trailing))}], "
+                f"got {jnp.shape(values)}"
+            )
+    return found
