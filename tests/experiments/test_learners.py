@@ -10,7 +10,7 @@ from cbp_jax import load_results, nets
 from cbp_jax.experiments.learners import LEARNERS, make_learner, parse_method, with_looks
 from cbp_jax.report import looks, plot_tasks
 from cbp_jax.training import init_state
-from cbp_jax.transforms.surgery import replaced_units
+from cbp_jax.replacement import replaced_units
 
 CLASSES, PIXELS, HIDDEN, TASKS = 4, 6, (7,), 3
 
