@@ -87,8 +87,8 @@ def _run(argv: list[str]) -> None:
     settings = _parse(f"cbp-jax run {given.experiment}", start, rest)
     out = given.out or Path("runs") / f"{given.experiment}-{given.preset}-{_hash(settings)}"
     _check_folder(out, given.experiment, settings)
+    _use_all_cores()  # before a user's module is imported, which may start JAX
     module.check(settings)
-    _use_all_cores()
 
     from cbp_jax import report
     from cbp_jax.cli_progress import Bar

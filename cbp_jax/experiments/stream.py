@@ -216,7 +216,7 @@ def empty_results(
     return report.new_results(
         [method.label for method in methods],
         [method.learner for method in methods],
-        [{**method.hyperparameters, **_numbers(method.options)} for method in methods],
+        [_numbers(method, taken={"method", "learner", "seed", "task", *measures}) for method in methods],
         seeds=settings.seeds,
         tasks=tasks,
         settings=dataclasses.replace(settings, methods=texts),
@@ -306,11 +306,12 @@ def _resumed(results: Any, out: Path) -> Any:
     return results
 
 
-def _numbers(options: dict[str, Any]) -> dict[str, float]:
+def _numbers(method: learners.Method, taken: set[str]) -> dict[str, float]:
+    """A method's numbers, but for those whose name means something else in results, as `seed` of a user's function."""
     return {
-        key: float(value)
-        for key, value in options.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        name: float(value)
+        for name, value in {**method.hyperparameters, **method.options}.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name not in taken
     }
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from cbp_jax import load_results, nets
+from cbp_jax import cli, load_results, nets
 from cbp_jax.experiments.learners import LEARNERS, make_learner, parse_method, with_looks
+from cbp_jax.replacement import replaced_units
 from cbp_jax.report import looks, plot_tasks
 from cbp_jax.training import init_state
-from cbp_jax.replacement import replaced_units
 
 CLASSES, PIXELS, HIDDEN, TASKS = 4, 6, (7,), 3
 
@@ -368,6 +368,14 @@ def test_results_that_were_saved_without_looks_are_drawn_as_ever():
     assert [name for name, line in drawn.items() if line.get_linewidth() > 1.5] == ["cbp"]
     titles = [text.get_text().partition(" (")[0] for text in figure.legends[0].get_texts()]
     assert titles == ["Backprop", "Adam", "L2", "L2 init", "Shrink and perturb", "Dropout", "Continual backprop"]
+
+
+def test_the_command_draws_old_results_with_names_and_colors(monkeypatch, tmp_path, capsys):
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "label_permuted_mnist_laptop.nc"
+    seen = []
+    monkeypatch.setattr("cbp_jax.report.plot_run", lambda drawn, *args, **kwargs: seen.append(drawn) or [])
+    assert cli.main(["plot", str(path), "--out", str(tmp_path)]) == 0
+    assert looks.looks_of(seen[0])["upgd"] == LEARNERS["upgd"].look
 
 
 def test_names_titles_and_styles_of_learners_are_their_own():

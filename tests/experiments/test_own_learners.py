@@ -15,7 +15,7 @@ import pytest
 import cbp_jax
 from cbp_jax import cli, load_results
 from cbp_jax.experiments import learners, online_permuted
-from cbp_jax.experiments.learners import LEARNERS, Backprop, ContinualBackprop, parse_method, read_methods
+from cbp_jax.experiments.learners import LEARNERS, Backprop, ContinualBackprop, custom, parse_method, read_methods
 from cbp_jax.report import looks, plot_tasks
 
 ROW = """
@@ -38,7 +38,7 @@ class Sign(Method):
 FUNCTIONS = '''
 import jax, optax
 
-def plain(learning_rate=0.1, nesterov=False):
+def plain(learning_rate=0.1, nesterov=False, seed=0):
     return optax.sgd(learning_rate, nesterov=nesterov)
 
 def needs_python(learning_rate=0.1, momentum=0.0):
@@ -92,7 +92,8 @@ def settings(*methods):
 
 
 def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
+    imported = []
+    monkeypatch.setattr(cli, "_use_all_cores", lambda: imported.append("my_package.functions" in sys.modules))
     sys.path.append(str(own))
     from my_package.row import Sign
 
@@ -102,6 +103,7 @@ def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monke
     shape = "--preset smoke --seeds 1 --tasks 1 --examples-per-task 40 --hidden 5 --measured-examples 10 --quiet"
     run = ["run", "online_permuted", *shape.split(), "--out", str(own / "run"), "--methods", *words]
     assert cli.main(run) == 0
+    assert imported == [False]  # what may start JAX comes after cores are counted
     assert f"{path}(learning_rate=0.2)" in capsys.readouterr().out  # the table
     results = load_results(own / "run")
     assert results.method.values.tolist() == ["sign(step_size=0.01)", path, f"{path}(learning_rate=0.2)"]
@@ -157,7 +159,10 @@ def test_from_python_methods_are_functions_classes_and_texts(own, monkeypatch):
         ("my_package.functions:number", "must return an optax transformation, with init and update, got 0.1"),
         ("my_package.functions:number_of_units", "must return an optax transformation, with init and update, got 2"),
         ("my_package.functions:fails", "fails: RuntimeError: the cat is on the table"),
-        ("my_package.functions:plain(rate=0.1)", r"expected settings of \['learning_rate', 'nesterov'\], got 'rate'"),
+        (
+            "my_package.functions:plain(rate=0.1)",
+            r"expected settings of \['learning_rate', 'nesterov', .*got 'rate'",
+        ),
         ("my_package.functions:plain(0.1)", r"settings are given by name, as in \(learning_rate=0.01\), got \(0.1\)"),
         ("my_package.functions:plain(**{})", "settings are given by name"),
         ("my_package.functions:plain(learning_rate=)", "expected settings as in"),
@@ -256,6 +261,12 @@ def test_methods_that_differ_where_their_names_do_not_are_refused():
         online_permuted.check(settings(*pair))
     with pytest.raises(ValueError, match="have the same name in results"):
         read_methods([lambda: optax.sgd(0.1), lambda: cbp_jax.adam(0.1)])
+
+
+def test_functions_among_the_settings_have_a_text_that_is_the_same_in_every_process():
+    method = custom(functools.partial(optax.sgd, optax.constant_schedule(0.1)))
+    assert "constant_schedule" in method.text and "0x" not in method.text
+    assert method.options["learning_rate"](0) == 0.1
 
 
 def test_what_is_no_method_is_refused():

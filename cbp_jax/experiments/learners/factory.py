@@ -63,7 +63,7 @@ class Custom(Method):
     @property
     def text(self) -> str:
         """See `Method`."""
-        given = ", ".join(f"{name}={value!r}" for name, value in self._values(self.given).items())
+        given = ", ".join(f"{name}={_written(value)}" for name, value in self._values(self.given).items())
         return f"{self.path}({given})"
 
     @property
@@ -171,7 +171,7 @@ def custom(
     while isinstance(factory, functools.partial):
         settings = _bound(factory) | settings
         factory = factory.func
-    path = path or f"{_own_name(factory, '__module__')}:{_own_name(factory, '__qualname__')}"
+    path = path or _own_path(factory)
     parameters = _parameters(factory, path)
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own = {
@@ -211,8 +211,14 @@ def _bound(partial: functools.partial) -> dict[str, Any]:
     return dict(inspect.signature(partial.func).bind_partial(*partial.args, **partial.keywords).arguments)
 
 
-def _own_name(factory: Callable[..., Any], attribute: str) -> str:
-    return getattr(factory, attribute, None) or getattr(type(factory), attribute)
+def _own_path(function: Callable[..., Any]) -> str:
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _written(value: Any) -> str:
+    """A setting as text, which is the same in every process."""
+    return _own_path(value) if callable(value) else repr(value)
 
 
 def _parameters(factory: Callable[..., Any], path: str) -> Mapping[str, inspect.Parameter]:
@@ -249,9 +255,12 @@ def _tried(method: Custom) -> Custom:
       ValueError: the factory fails, or makes no transformation.
     """
     _, units = _small_network()
-    made = _error_of(lambda key: method.build(units, key) and None, jax.random.key(0))
-    if isinstance(made, NoTransformation) or (made and "units" not in inspect.signature(method.factory).parameters):
-        raise ValueError(f"{method.path}: {made if isinstance(made, NoTransformation) else _told(made)}") from made
+    made = _error_of(lambda: method.build(units, jax.random.key(0)) and None)
+    if isinstance(made, NoTransformation):
+        raise ValueError(f"{method.path}: {made}") from made
+    if made is not None and "units" not in inspect.signature(method.factory).parameters:
+        first_line = str(made).partition("\n")[0]
+        raise ValueError(f"{method.path}: {type(made).__name__}: {first_line}") from made
     if _update_error(method, {}) is not None:
         method = dataclasses.replace(method, second_order=True)
         if _update_error(method, {}) is not None:
@@ -273,10 +282,6 @@ def _tried(method: Custom) -> Custom:
     return dataclasses.replace(method, traced=traced)
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
 def _error_of(function: Callable[..., Any], *args: Any) -> Exception | None:
     """What goes wrong when the function is traced."""
     try:
@@ -292,16 +297,17 @@ def _update_error(method: Custom, traced: Mapping[str, float]) -> Exception | No
     features = {group.name: jax.ShapeDtypeStruct((1, group.size), jnp.float32) for group in units}
     extra = {"hessian_diag": params} if method.curvature else {}
 
-    def step(traced, key, params, features, extra):
-        tx = optax.with_extra_args_support(method.with_numbers(traced).build(units, key))
+    def step(traced, params, features, extra):
+        # The key is made in here, where it starts no device.
+        tx = optax.with_extra_args_support(method.with_numbers(traced).build(units, jax.random.key(0)))
         return tx.update(params, tx.init(params), params, features=features, **extra)
 
-    return _error_of(step, dict(traced), jax.random.key(0), params, features, extra)
+    return _error_of(step, dict(traced), params, features, extra)
 
 
 @functools.cache
 def _small_network() -> tuple[Any, Units]:
     net = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(3), nn.relu, nn.Dense(2)])
     x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-    params = jax.eval_shape(net.init, jax.random.key(0), x)
+    params = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x)
     return params, cbp_jax.discover_units(net.apply, params, x)
