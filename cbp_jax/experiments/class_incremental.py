@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from cbp_jax import data, nets, problems, training
 from cbp_jax.experiments import learners, pools, stream
 from cbp_jax.experiments.pools import PROCEDURAL
@@ -26,14 +24,17 @@ class Settings(pools.PoolSettings):
 
     tasks: int = 20
     """Number of increments."""
+    network: str = "resnet18"
+    """One of mlp, convnet, lenet, resnet18 and vit, with settings if wanted: "vit:depth=2,width=32"; or a Flax module:
+    "my_module:MyNet(width=64)"."""
     batch_size: int = 90
     """Examples of an update."""
     hidden: tuple[int, ...] = (64, 128, 256, 512)
-    """Channels of each stage of the residual network."""
+    """Channels of each stage of "resnet18", or sizes of the hidden dense layers of another network."""
     measured_examples: int = 1000
     """Examples of the classes to come on which dead and dormant units and ranks are measured before each increment."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
-    """Blocks of each stage."""
+    """Blocks of each stage of "resnet18"."""
     test_split: str | None = None
     """Split of the dataset for test examples; by default these follow the training examples in the split "train"."""
     classes_per_increment: int = 5
@@ -153,19 +154,15 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"test_split must be left out: procedural images have one split; got {settings.test_split!r}")
     if settings.measure_every is not None:
         raise ValueError(f"measure_every cannot be given for {NAME}, got {settings.measure_every}")
-    if settings.activation != "relu":
-        raise ValueError(f"activation must be 'relu', that of the residual network, got {settings.activation!r}")
     methods = pools.check(settings)
     for text, method in zip(settings.methods, methods, strict=True):
-        if method.network or method.curvature:
-            what = ", ".join(method.network) or "curvature"
-            raise ValueError(f"method {text!r}: the residual network has no {what}")
+        if method.curvature:
+            raise ValueError(f"method {text!r}: {NAME} has no curvature")
         if not method.scheduled:
             raise ValueError(
                 f"method {text!r}: its step size must be a floating-point setting called step_size or learning_rate, "
                 "because it falls in the course of an increment"
             )
-    nets.ResNet(1, settings.hidden, settings.blocks)
     return methods
 
 
@@ -229,9 +226,7 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
         dormant_threshold=settings.dormant_threshold,
         train=train,
         measures=report.stream_measures(test=True, dormant=True) | report.VALIDATION_MEASURES,
-        network=_network,
-        blocks=settings.blocks,
-        kernel_init=jax.nn.initializers.he_normal(),
+        **_network_options(settings),
     )
 
 
@@ -259,6 +254,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     return report.plot_run(results, out, formats=formats)
 
 
-def _network(num_outputs: int, hidden: tuple[int, ...], activation: str, **settings: Any) -> nets.ResNet:
-    del activation  # checked
-    return nets.ResNet(num_outputs, hidden, **settings)
+def _network_options(settings: Settings) -> dict[str, Any]:
+    if nets.read(settings.network).name != "resnet18":
+        return {}
+    return {"widths": settings.hidden, "blocks": settings.blocks}

@@ -31,11 +31,11 @@ class Settings(pools.PoolSettings):
     epochs: int = 250
     """How often a task shows each of its training examples."""
     channels: tuple[int, ...] = (32, 64, 128)
-    """Channels of the convolutions, each followed by 2x2 max pooling."""
+    """Channels of the convolutions of "convnet", each followed by 2x2 max pooling."""
     kernel_sizes: tuple[int, ...] = (5, 3, 3)
-    """Height and width of the kernels of the convolutions."""
+    """Height and width of the kernels of these convolutions."""
     padding: Literal["VALID", "SAME"] = "VALID"
-    """Padding of the convolutions."""
+    """Padding of these convolutions."""
 
 
 def preset(name: str, dataset: str | None = None) -> Settings:
@@ -140,8 +140,9 @@ def check(settings: Settings) -> list[learners.Method]:
     """
     if settings.procedural_classes < 1:
         raise ValueError(f"procedural_classes must be at least 1, got {settings.procedural_classes}")
-    nets.ConvNet(2, settings.channels, settings.kernel_sizes, settings.hidden, padding=settings.padding)
-    return pools.check(settings)
+    methods = pools.check(settings)
+    nets.ConvNet(2, settings.channels, settings.kernel_sizes, padding=settings.padding)
+    return methods
 
 
 def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
@@ -186,11 +187,14 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
         measured_examples=min(settings.measured_examples, 2 * settings.train_per_class),
         dormant_threshold=settings.dormant_threshold,
         reset_head=True,
-        network=nets.ConvNet,
-        channels=settings.channels,
-        kernel_sizes=settings.kernel_sizes,
-        padding=settings.padding,
+        **_network_options(settings),
     )
+
+
+def _network_options(settings: Settings) -> dict[str, Any]:
+    if nets.read(settings.network).name != "convnet":
+        return {}
+    return {name: getattr(settings, name) for name in ("channels", "kernel_sizes", "padding")}
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:

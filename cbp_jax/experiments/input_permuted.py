@@ -14,8 +14,11 @@ __all__ = ["NAME", "PRESETS", "Settings", "check", "paper_grid", "plot", "preset
 
 NAME = "input_permuted"
 
-# Weights and biases start as in PyTorch, whose networks the paper used.
-NETWORK = {"kernel_init": nets.fan_in_uniform(), "bias_init": "fan_in"}
+
+def network_options(settings: stream.ImageStreamSettings) -> dict[str, Any]:
+    """Weights and biases of the paper's network start as in PyTorch; others, as they do by themselves."""
+    papers = nets.read(settings.network).name == "mlp"
+    return {"kernel_init": nets.fan_in_uniform(), "bias_init": "fan_in"} if papers else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +155,7 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
         examples_per_task=settings.examples_per_task,
         batch_size=settings.batch_size,
         normalize=data.normalization(images),
+        flatten=stream.flat(settings, images),
     )
     measured = min(settings.measured_examples, len(images))
-    return stream.run(NAME, settings, problem, out, progress, measured_examples=measured, **NETWORK)
+    return stream.run(NAME, settings, problem, out, progress, measured_examples=measured, **network_options(settings))

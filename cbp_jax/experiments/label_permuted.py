@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from cbp_jax import data, nets, problems
+from cbp_jax import data, problems
 from cbp_jax.experiments import input_permuted, stream
 from cbp_jax.experiments.stream import check, plot, summary, total
 
@@ -22,8 +22,6 @@ class Settings(stream.ImageStreamSettings):
     """Sizes of the hidden dense layers."""
     examples_per_task: int = 2500
     """Examples of each task."""
-    network: Literal["mlp", "lenet"] = "mlp"
-    """Dense layers alone, or behind two convolutions of 6 and 16 channels (of images of at least 16x16 pixels)."""
 
 
 def preset(name: str, dataset: str | None = None) -> Settings:
@@ -117,18 +115,14 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
       cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
     """
     check(settings)
-    if settings.network not in ("mlp", "lenet"):
-        raise ValueError(f"network must be 'mlp' or 'lenet', got {settings.network!r}")
     images = data.load(settings.dataset, data_dir=settings.data_dir)
-    if settings.network == "lenet" and images.has_features:
-        raise ValueError(f"network 'lenet' needs images, and {settings.dataset!r} holds features; choose 'mlp'")
     problem = problems.label_permuted(
         images,
         examples_per_task=settings.examples_per_task,
         batch_size=settings.batch_size,
         normalize=data.normalization(images),
-        flatten=settings.network == "mlp",
+        flatten=stream.flat(settings, images),
     )
     measured = min(settings.measured_examples, len(images))
-    network = {"network": nets.lenet} if settings.network == "lenet" else input_permuted.NETWORK
-    return stream.run(NAME, settings, problem, out, progress, measured_examples=measured, **network)
+    options = input_permuted.network_options(settings)
+    return stream.run(NAME, settings, problem, out, progress, measured_examples=measured, **options)

@@ -129,7 +129,10 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
     check(settings)
     images = data.load(settings.dataset, data_dir=settings.data_dir)
     problem = problems.online_permuted(
-        images, examples_per_task=settings.examples_per_task, batch_size=settings.batch_size
+        images,
+        examples_per_task=settings.examples_per_task,
+        batch_size=settings.batch_size,
+        flatten=stream.flat(settings, images),
     )
     measured = min(settings.measured_examples, len(images))
     return stream.run(NAME, settings, problem, out, progress, measured_examples=measured)

@@ -13,6 +13,9 @@ PROCEDURAL = "procedural"
 class PoolSettings(stream.StreamSettings):
     """Settings of a stream whose tasks are made of some of a dataset's classes, each shown for epochs."""
 
+    network: str = "convnet"
+    """One of mlp, convnet, lenet, resnet18 and vit, with settings if wanted: "vit:depth=2,width=32"; or a Flax module:
+    "my_module:MyNet(width=64)"."""
     dataset: str = PROCEDURAL
     """"procedural" for images made here, a name of tensorflow-datasets, or the path of an array file (.npz)."""
     data_dir: Path | None = None

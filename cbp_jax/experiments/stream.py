@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cbp_jax import training
+from cbp_jax import data, nets, training
 from cbp_jax.experiments import learners
-from cbp_jax.nets import get_activation
 from cbp_jax.problems import Problem
 
 SAVE_EVERY = 2.0  # seconds between two writings of the results
@@ -52,6 +51,9 @@ class StreamSettings:
 class ImageStreamSettings(StreamSettings):
     """Settings of a stream of tasks made of a dataset."""
 
+    network: str = "mlp"
+    """One of mlp, convnet, lenet, resnet18 and vit, with settings if wanted: "vit:depth=2,width=32"; or a Flax module:
+    "my_module:MyNet(width=64)". Networks that do not take images as they are get them flat."""
     dataset: str = "digits"
     """A name of `cbp_jax.data.names()` or of tensorflow-datasets, or the path of an array file (.npz)."""
     examples_per_task: int | None = None
@@ -75,10 +77,40 @@ def check(settings: StreamSettings) -> list[learners.Method]:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not settings.hidden or min(settings.hidden) < 1:
         raise ValueError(f"hidden must be sizes of at least one hidden layer, got {settings.hidden}")
-    get_activation(settings.activation)
+    nets.get_activation(settings.activation)
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
-    return check_methods(settings.methods, settings.activation)
+    methods = check_methods(settings.methods, settings.activation)
+    network = nets.read(getattr(settings, "network", "mlp"))
+    if settings.activation != StreamSettings.activation and not network.takes("activation"):
+        raise ValueError(
+            f"activation must be {StreamSettings.activation!r}, as network {network.name!r} has no setting for it, "
+            f"got {settings.activation!r}"
+        )
+    for method in methods:
+        for name in method.network:
+            if not network.takes(name):
+                raise ValueError(f"method {method.text!r}: network {network.name!r} has no {name}")
+    return methods
+
+
+def flat(settings: ImageStreamSettings, images: data.Dataset) -> bool:
+    """Whether the network gets images as vectors, as features are.
+
+    Raises:
+      ValueError: it takes neither images of this size nor vectors.
+    """
+    network = nets.read(settings.network)
+    own = network.own({"hidden": settings.hidden, "activation": settings.activation})
+    if not images.has_features:
+        return not network.takes_images(images.image_shape, images.num_classes, **own)
+    try:
+        network.make(images.image_shape, images.num_classes, **own)
+    except ValueError as error:
+        raise ValueError(
+            f"network {network.name!r} needs images, and {settings.dataset!r} holds features ({error})"
+        ) from error
+    return True
 
 
 def check_methods(methods: Sequence[Any], activation: str) -> list[learners.Method]:
@@ -180,7 +212,12 @@ def run(
 
     def make(group: list[learners.Method]) -> Train:
         learner = learners.make_learner(
-            group, settings.hidden, settings.activation, problem.input_shape, problem.num_classes, **network
+            group,
+            settings.hidden,
+            settings.activation,
+            problem.input_shape,
+            problem.num_classes,
+            **{"network": getattr(settings, "network", "mlp"), **network},
         )
         return lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
             learner,

@@ -134,6 +134,12 @@ class Network:
         number = isinstance(parameter.default, int) or parameter.annotation in (int, "int")
         return not (number and isinstance(value, tuple))
 
+    def own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the settings that it has, and that were not given with its name."""
+        return {
+            name: value for name, value in settings.items() if name not in self.settings and self.takes(name, value)
+        }
+
     def make(self, input_shape: tuple[int, ...], num_outputs: int, **options: Any) -> nn.Module:
         """Makes it; see `nets.make`."""
         flatten = {"flatten": True} if len(input_shape) > 1 and "flatten" in self._parameters else {}
@@ -166,10 +172,10 @@ class Network:
         outputs = {"num_outputs": num_outputs} if "num_outputs" in self._parameters or self._takes_anything else {}
         try:
             net = self.factory(**{**self.settings, **options, **outputs})
-            if not isinstance(net, nn.Module):
+            if not (callable(getattr(net, "init", None)) and callable(getattr(net, "apply", None))):
                 raise ValueError(f"it must make a Flax module, got {type(net).__name__}")
             x = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
-            found = jax.eval_shape(lambda key, x: net.init_with_output(key, x)[0], jax.random.key(0), x)
+            found = jax.eval_shape(lambda key, x: net.apply(net.init(key, x), x), jax.random.key(0), x)
         except Exception as error:
             told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"network {self.name!r}: {told}") from error

@@ -30,12 +30,14 @@ def online_permuted(
     examples_per_task: int | None = None,
     batch_size: int = 1,
     normalize: sampling.Normalization | None = None,
+    flatten: bool = True,
 ) -> Problem:
     """A stream of tasks that differ in the permutation of the input's pixels.
 
     Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and which examples it
     shows in which order (each at most once; all of them by default). Inputs are flat vectors with values in
-    [0, 1]. Images stay uint8 on the device; each batch is gathered, scaled and permuted as it is asked for.
+    [0, 1], or, for a network that takes images, these in the shape of an image. Images stay uint8 on the device; each
+    batch is gathered, scaled and permuted as it is asked for.
 
     Input-permuted MNIST of Elsayed & Mahmood (ICLR 2024) is this with ``examples_per_task=5000`` and
     ``normalize=cbp_jax.data.normalization(dataset)``.
@@ -48,9 +50,12 @@ def online_permuted(
         are not shown.
       normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
         each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are.
+      flatten: whether inputs are vectors; otherwise shuffled pixels stand in the height, width and channels of the
+        image.
 
     Returns:
-      A ``Problem`` whose inputs are float32 [pixels], pixels = height * width * channels. Its ``evaluation``
+      A ``Problem`` whose inputs are float32 [pixels], pixels = height * width * channels, or [height, width,
+      channels] where not flattened. Its ``evaluation``
       draws from the whole dataset under the task's permutation, so n may be up to ``len(dataset)`` in small
       tasks too.
 
@@ -71,6 +76,7 @@ def online_permuted(
     )
     batch_size = sampling.check_integer("batch_size", batch_size, examples)
     pixels = dataset.images[0].size
+    input_shape = (pixels,) if flatten else dataset.image_shape
     scale = sampling.scaling(dataset, normalize)
     data = {
         "images": jnp.array(dataset.images.reshape(size, pixels)),  # a copy, which nobody can write to
@@ -87,7 +93,7 @@ def online_permuted(
         # Rows first and then pixels: one gather with both indices costs 5 us instead of 0.7 us at batch 1. To
         # float before permuting: XLA's gather of bytes costs 60 us instead of 12 us at batch 16.
         rows = scale(data["images"][indices])
-        return rows[:, task.permutation], data["labels"][indices]
+        return rows[:, task.permutation].reshape(-1, *input_shape), data["labels"][indices]
 
     def batch(data: dict[str, jax.Array], task: PermutedTask, step: jax.typing.ArrayLike):
         return gather(data, task, jax.lax.dynamic_slice(task.order, (step * batch_size,), (batch_size,)))
@@ -97,7 +103,7 @@ def online_permuted(
 
     return Problem(
         data=data,
-        input_shape=(pixels,),
+        input_shape=input_shape,
         num_classes=dataset.num_classes,
         steps_per_task=examples // batch_size,
         make_task=make_task,

@@ -102,7 +102,7 @@ def test_a_run_of_a_convolutional_network_from_end_to_end(files, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network": "resnet"}, "network must be 'mlp' or 'lenet', got 'resnet'"),
+        ({"network": "resnet"}, "network 'resnet': the network must be one of"),
         ({"network": "lenet"}, "images of 8x8 are too small for kernel_sizes"),
         ({"network": "lenet", "dataset": "features"}, "network 'lenet' needs images, and .* holds features"),
         ({"examples_per_task": 0}, "examples_per_task must be an integer of at least 1; got 0"),

@@ -1,6 +1,7 @@
 """From methods to what the training loop takes: a network, and how it learns."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def make_learner(
     input_shape: tuple[int, ...],
     num_classes: int,
     *,
-    network: Callable[..., nn.Module] = nets.MLP,
+    network: str | Callable[..., nn.Module] = "mlp",
     reset_head: bool = False,
     init_of_activation: Callable[[str], nn.initializers.Initializer] | None = None,
     **attributes: Any,
@@ -50,34 +51,37 @@ def make_learner(
 
     Args:
       methods: of one learner and with the same options.
-      hidden: sizes of the hidden layers.
-      activation: name of the activation, where the methods do not choose one.
+      hidden: sizes of the hidden layers, where the network has a setting for them.
+      activation: name of the activation, where the network has a setting for it and the methods do not choose one.
       input_shape: of one example.
       num_classes: outputs.
-      network: makes the network of keyword arguments `hidden`, `num_outputs`, `activation`, and those below.
+      network: as `nets.read` takes it. Settings that follow its name come before those here, and what the methods
+        choose before both.
       reset_head: whether the output layer starts each task from zero.
       init_of_activation: gives the network's `kernel_init` for the name of its activation.
-      **attributes: further attributes of the network, such as `kernel_init`, which is then also what replaced units
-        start from.
+      **attributes: further settings of the network, where it has them, such as `kernel_init`.
+
+    Raises:
+      ValueError: there is no such network, it does not fit the inputs, or has not what the methods choose.
     """
     first = methods[0]
-    attributes = {"activation": activation, **attributes}
+    attributes = {"hidden": tuple(hidden), "activation": activation, **attributes}
     if init_of_activation is not None:
         attributes["kernel_init"] = init_of_activation(first.activation or activation)
-    chosen = attributes | first.network
-    net = network(hidden=tuple(hidden), num_outputs=num_classes, **chosen)
+    named = nets.read(network)
+    net = named.make(input_shape, num_classes, **{**named.own(attributes), **first.network})
     example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     params = jax.eval_shape(net.init, jax.random.key(0), example)
     batch_stats = "batch_stats" in params
-    in_training = functools.partial(net.apply, train=True, mutable=["batch_stats"]) if batch_stats else net.apply
-    units = cbp_jax.discover_units(in_training, params, example)
+    differs = {"train": True} if "train" in inspect.signature(type(net).__call__).parameters else {}
+    in_training = functools.partial(net.apply, **differs, **({"mutable": ["batch_stats"]} if batch_stats else {}))
+    traced = functools.partial(in_training, rngs={"dropout": jax.random.key(0)}) if batch_stats else net.apply
+    units = cbp_jax.discover_units(traced, params, example)
     apply = cbp_jax.with_features(net.apply, units)
     apply_in_training = cbp_jax.with_features(in_training, units)
 
     def train(params, x, key):
-        if not chosen.get("dropout_rate"):
-            return apply_in_training(params, x)
-        return apply(params, x, train=True, rngs={"dropout": key})
+        return apply_in_training(params, x, **({"rngs": {"dropout": key}} if differs else {}))
 
     init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
     head = output_layers(units) if reset_head or first.reset == "head" else ()
@@ -97,10 +101,16 @@ def make_learner(
         init=init,
         predict=apply,
         train=train,
-        optimizer=make_optimizer(methods, units, attributes),
+        optimizer=make_optimizer(methods, units, _shared(net, attributes)),
         units=units,
         begin_task=begin_task if reset_head or first.reset else None,
         batch_stats=batch_stats,
         curvature=first.curvature,
         scheduled=first.scheduled,
     )
+
+
+def _shared(net: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network has in common with its optimizer: given here, or its own."""
+    own = {name: getattr(net, name, None) for name in ("kernel_init", "normalization")}
+    return {**given, **{name: value for name, value in own.items() if value}}
