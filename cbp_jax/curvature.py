@@ -42,19 +42,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from cbp_jax.units import groups, tracing
+from cbp_jax import jaxprs
+from cbp_jax.units import groups
 
 __all__ = ["hesscale", "hessian_diagonal", "hutchinson"]
 
 Loss = Literal["softmax_cross_entropy", "squared_error"]
 
-# Each output element depends on the same element of every operand.
-_ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp convert_element_type copy copy_p cos cosh
-    digamma div erf erf_inv erfc exp exp2 expm1 integer_pow lgamma log log1p logistic max min mul name neg pow
-    reduce_precision rem rsqrt select_n sin sinh sqrt square sub tan tanh""".split()
-)
-# Of these, those that are linear piece by piece in several activations at once.
+# Elementwise primitives that are linear piece by piece in several activations at once.
 _MEETINGS = frozenset("add add_any max min select_n sub".split())
 # Every output element is a sum of operand elements, or one that is selected: coefficients are their own squares.
 _SELECTIONS = frozenset(
@@ -212,12 +207,12 @@ def hesscale(
     if loss not in _LOSSES:
         raise ValueError(f"loss must be one of {list(_LOSSES)}, got {loss!r}")
     _check_float(params)
-    trace = tracing.trace_network(apply_fn, params, x)
+    jaxpr, _ = jaxprs.trace(apply_fn, params, x)
     leaves, treedef = jax.tree.flatten(params)
     weights = [_Node(jnp.asarray(leaf), active=True) for leaf in leaves]
     inputs = [_Node(jnp.asarray(leaf), data=True) for leaf in jax.tree.leaves(x)]
     walk = _Walk()
-    outputs = walk.run(trace.jaxpr, [*weights, *inputs])
+    outputs = walk.run(jaxpr, [*weights, *inputs])
     if len(outputs) != 1 or outputs[0].value.ndim < 2:
         shapes = [node.value.shape for node in outputs]
         raise ValueError(f"apply_fn must return one array [batch, ..., outputs], got arrays of shapes {shapes}")
@@ -315,7 +310,7 @@ class _Walk:
         def read(atom):
             return _Node(jnp.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, core.Literal) else env[atom]
 
-        for eqn in tracing.live_equations(closed.jaxpr):
+        for eqn in jaxprs.live_equations(closed.jaxpr):
             env.update(zip(eqn.outvars, self.step(eqn, [read(atom) for atom in eqn.invars]), strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
 
@@ -324,14 +319,14 @@ class _Walk:
         name, data = eqn.primitive.name, any(node.data for node in nodes)
         differentiable = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
         if name == "stop_gradient" or not differentiable or not any(node.active for node in nodes):
-            return [_Node(value, data=data) for value in _bind(eqn, [node.value for node in nodes])]
-        if name in tracing.CONTRACTIONS:
+            return [_Node(value, data=data) for value in jaxprs.bind(eqn, [node.value for node in nodes])]
+        if name in jaxprs.CONTRACTIONS:
             return self.contraction(eqn, nodes)
-        if name in _ELEMENTWISE:
+        if name in jaxprs.SMOOTH:
             return self.elementwise(eqn, nodes)
         if name in _SELECTIONS:
             return self.selection(eqn, nodes)
-        body = tracing.call_body(eqn)
+        body = jaxprs.call_body(eqn)
         if body is None or name.startswith("custom_vjp"):
             raise ValueError(_not_followed(name, "no rule is known for it"))
         if name != "custom_jvp_call":
@@ -358,12 +353,12 @@ class _Walk:
             return zip(*pairs, strict=True)
 
         def transposed(number, other, cotangents):
-            apply = lambda value: _bind(eqn, [value, other] if number == 0 else [other, value])
+            apply = lambda value: jaxprs.bind(eqn, [value, other] if number == 0 else [other, value])
             (result,) = jax.linear_transpose(apply, nodes[number].value)(cotangents)
             return result
 
         data = any(node.data for node in nodes)
-        results = [_Node(value, True, data) for value in _bind(eqn, [node.value for node in nodes])]
+        results = [_Node(value, True, data) for value in jaxprs.bind(eqn, [node.value for node in nodes])]
         self.tape.append(([node for node in nodes if node.active], results, pull))
         return results
 
@@ -427,17 +422,9 @@ def _of_active(eqn: core.JaxprEqn, nodes: list[_Node]) -> tuple[list[_Node], Cal
 
     def apply(*values):
         rest = iter(values)
-        return _bind(eqn, [next(rest) if node.active else node.value for node in nodes])
+        return jaxprs.bind(eqn, [next(rest) if node.active else node.value for node in nodes])
 
     return [node for node in nodes if node.active], apply
-
-
-def _bind(eqn: core.JaxprEqn, values: Sequence[chex.Array]) -> list[chex.Array]:
-    bind = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bind if isinstance(bind, tuple) else ((), bind)
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*functions, *values, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _not_followed(name: str, reason: str) -> str:

@@ -1,4 +1,4 @@
-"""Takes replaced weights back to the start inside the state of any inner optimizer."""
+"""Takes weights back to the start inside the state of any optimizer: those of replaced units, or of whole layers."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -35,8 +35,10 @@ def reset(
       the state, of the same structure.
     """
 
+    leaves = groups.leaves_by_path(params)
+
     def back_to_initial(key_path, leaf, path, initial):
-        if path in masks:
+        if path in masks and jnp.shape(leaf) == leaves[path].shape:
             return jnp.where(masks[path], initial, leaf)
         mask = None if path else (replaced or {}).get(_last_key(key_path))
         return leaf if mask is None or mask.shape != jnp.shape(leaf) else jnp.where(mask, initial, leaf)
@@ -63,8 +65,7 @@ def check(
 
     Raises:
       ValueError: there is an array that is neither a scalar, nor a random key, nor of its parameter's shape, nor one
-        of a group's units, such as the factored moments of Adafactor; or optax cannot tell the parameters' entries
-        from others.
+        of a group's units, such as the factored moments of Adafactor.
     """
     leaves = groups.leaves_by_path(params)
 
@@ -106,8 +107,13 @@ def _paths_in_state(inner: optax.GradientTransformation, state: optax.OptState, 
             transform_non_params=lambda _: "",
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            "it cannot be told which parts of the inner optimizer's state belong to which parameter "
-            f"(optax.tree_utils.tree_map_params: {error}); use another inner optimizer or reset_inner_state=False"
-        ) from error
+    except (AttributeError, IndexError, TypeError, ValueError):
+        # A transformation whose `init` looks at the params, as those that replace units do, cannot be asked that way. A
+        # leaf of its state is about the parameter with whose path its own ends.
+        leaves = sorted(groups.leaves_by_path(params), key=len, reverse=True)
+
+        def owner(key_path, leaf):
+            place = f"/{groups.join_path(key_path)}"
+            return next((path for path in leaves if place.endswith(f"/{path}")), "")
+
+        return jax.tree_util.tree_map_with_path(owner, state)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cbp_jax.units import Units, join_path, leaves_by_path
-
-_IS_OUTPUT = "it is part of the network's output"  # the reason that `discover_units` gives
+from cbp_jax.replacement import inner_state
+from cbp_jax.units import LeftOutKind, Units, join_path, leaves_by_path
 
 
 def output_layers(units: Units) -> tuple[str, ...]:
@@ -30,7 +29,7 @@ def output_layers(units: Units) -> tuple[str, ...]:
       >>> output_layers(cbp_jax.discover_units(net.apply, params, jnp.ones((1, 3))))
       ('params/Dense_1',)
     """
-    layers = tuple(item.name for item in units.left_out if item.reason == _IS_OUTPUT)
+    layers = tuple(item.name for item in units.left_out if item.kind is LeftOutKind.OUTPUT)
     if not layers:
         raise ValueError(
             f"no layer was found that makes the network's output; name it instead; left out: {units.left_out}"
@@ -47,9 +46,8 @@ def reset_layers(
 ) -> tuple[optax.Params, optax.OptState]:
     """Sets the weights and biases of layers to 0, or to others, and what the optimizer keeps of each to its start.
 
-    An array of the optimizer's state is taken for one about a parameter if its path in the state ends with the
-    parameter's and it has the parameter's shape, as moments in any chain or wrapper do. What is kept about units, their
-    utility and age, is not about the output's weights, and stays.
+    That is every array in the optimizer's state that is about a parameter and of its shape, as moments in any chain or
+    wrapper are. What is kept about units, their utility and age, is not about the output's weights, and stays.
 
     Args:
       tx: the optimizer.
@@ -82,11 +80,5 @@ def reset_layers(
     new = lambda key_path, leaf, value: value if join_path(key_path) in paths else leaf
     params = jax.tree_util.tree_map_with_path(new, params, fresh)
 
-    def parameter_of(key_path, leaf):
-        path = join_path(key_path)
-        ends = [own for own in leaves if path == own or path.endswith(f"/{own}")]
-        own = max(ends, key=len, default=None)
-        return own if own is not None and jnp.shape(leaf) == leaves[own].shape else None
-
-    back = lambda key_path, leaf, start: start if parameter_of(key_path, leaf) in paths else leaf
-    return params, jax.tree_util.tree_map_with_path(back, opt_state, tx.init(params))
+    masks = {path: jnp.ones_like(leaves[path], bool) for path in paths}
+    return params, inner_state.reset(tx, opt_state, params, masks)

@@ -10,11 +10,13 @@ from cbp_jax.units.discovery import discover_units
 from cbp_jax.units.features import Features, with_features
 from cbp_jax.units.groups import Consumer, ParamSlice, UnitGroup, join_path, leaves_by_path
 from cbp_jax.units.statistics import reset_batch_stats
+from cbp_jax.units.values import LeftOutKind
 
 __all__ = [
     "Consumer",
     "Features",
     "LeftOut",
+    "LeftOutKind",
     "ParamSlice",
     "UnitGroup",
     "Units",

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 
 from cbp_jax.units import collection, groups, tracing
-from cbp_jax.units.values import Contraction
+from cbp_jax.units.values import Contraction, LeftOutKind, Reason
 from cbp_jax.units.walk import Claim, Walk
 
 # Names by which a running statistic is known to be a variance, where it is only updated and not used.
@@ -21,24 +21,25 @@ def build(walk: Walk) -> collection.Units:
         keys = [place for place in parts.producers if np.isin(parts.rows[place], units).any()]
         name = parts.names[parts.places[keys[0]][0]]
         try:
-            if reason:
-                raise _LeaveOut(reason)
+            if reason is not None:
+                raise _LeaveOut(*reason)
             if len(units) == 1 and sum(int((parts.rows[place] == units).sum()) for place in keys) > len(keys):
                 raise _LeaveOut(
+                    LeftOutKind.SHARED,
                     "all its columns are one unit: they share weights, are mixed element by element or multiplied "
-                    "with each other"
+                    "with each other",
                 )
             group = parts.group(name if not named[name] else f"{name}#{named[name] + 1}", units, keys)
             named[name] += 1
             found.append(group)
         except _LeaveOut as error:
-            left_out.append(collection.LeftOut(name, len(units), str(error)))
+            left_out.append(collection.LeftOut(name, len(units), error.text, error.kind))
     # Kernels that never made labels were met in equations that are not followed.
     made = {path for path, _ in walk.producers}
     for path, shape in walk.shapes.items():
         if path in walk.used_otherwise and path not in made and path not in walk.states and len(shape) > 1:
-            reason = f"it is used in {tracing.not_followed(walk.used_otherwise[path])}"
-            left_out.append(collection.LeftOut(path, shape[-1], reason))
+            kind, text = tracing.not_followed(walk.used_otherwise[path], "it is used in")
+            left_out.append(collection.LeftOut(path, shape[-1], text, kind))
     if not found:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in left_out)
         raise ValueError(f"no units can be replaced in this network: {reasons or 'it applies no kernel'}")
@@ -46,7 +47,11 @@ def build(walk: Walk) -> collection.Units:
 
 
 class _LeaveOut(Exception):
-    """The group at hand is left out; the message says why."""
+    """The group at hand is left out."""
+
+    def __init__(self, kind: LeftOutKind, text: str):
+        super().__init__(text)
+        self.kind, self.text = kind, text
 
 
 def _check_normalisation(walk: Walk) -> None:
@@ -55,7 +60,8 @@ def _check_normalisation(walk: Walk) -> None:
         sources, targets = np.unique(walk.labels.roots(sources)), np.unique(walk.labels.roots(targets))
         outside = np.setdiff1d(sources, targets)
         if outside.size:
-            walk.lost.append((outside, "a sum over units (`reduce_sum`) of which it is one normalises other units"))
+            text = "a sum over units (`reduce_sum`) of which it is one normalises other units"
+            walk.lose_units(outside, Reason(LeftOutKind.MIXED, text))
 
 
 class _Parts:
@@ -114,11 +120,11 @@ class _Parts:
         self.rows.append(self.walk.labels.roots(ids).ravel())
         return len(self.places) - 1
 
-    def split(self) -> list[tuple[np.ndarray, str]]:
+    def split(self) -> list[tuple[np.ndarray, Reason | None]]:
         """Units that own equally many rows everywhere, in forward order, and why they are left out, if they are."""
         size = len(self.walk.labels)
         counts = np.array([np.bincount(rows[rows >= 0], minlength=size) for rows in self.rows], np.int32)
-        reasons = [""]
+        reasons: list[Reason | None] = [None]
         lost = np.zeros((1, size), np.int32)
         for ids, reason in reversed(self.walk.lost):  # of several reasons the first stays
             reasons.append(reason)
@@ -146,7 +152,7 @@ class _Parts:
         if not count:
             return None
         if path in self.conflicts:
-            raise _LeaveOut(f"{path}: {self.conflicts[path]}")
+            raise _LeaveOut(LeftOutKind.SHARED, f"{path}: {self.conflicts[path]}")
         order = np.argsort(unit_of_row, kind="stable")[unit_of_row.size - count :]
         return groups.ParamSlice(path, axes, order.reshape(len(units), -1).T, unit_of_row.size, reset, lookup)
 
@@ -171,7 +177,7 @@ class _Parts:
             absorbed = all(use.absorbed for use in uses)
             outgoing.append(groups.Consumer(kernel, bias, bias_axes, operand, absorbed))
         if not outgoing:
-            raise _LeaveOut("no kernel reads it")
+            raise _LeaveOut(LeftOutKind.NOT_READ, "no kernel reads it")
         return groups.UnitGroup(
             name,
             len(units),

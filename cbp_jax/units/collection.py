@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.units.groups import ParamSlice, UnitGroup, leaves_by_path
+from cbp_jax.units.values import LeftOutKind
 
 # How many parameters a cell of the table shows.
 _SHOWN = 3
@@ -15,18 +16,26 @@ _SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """A layer whose units cannot be replaced, and why."""
+    """A layer whose units cannot be replaced, and why.
+
+    Attributes:
+      name: the path of the layer, or of its kernel.
+      size: number of units.
+      reason: a sentence for the reader.
+      kind: the same for programs.
+    """
 
     name: str
     size: int
     reason: str
+    kind: LeftOutKind
 
 
 class Units(tuple[UnitGroup, ...]):
     """The unit groups of a network, in forward order; printing it gives a table.
 
     Attributes:
-      left_out: layers that are not groups, with the reason.
+      left_out: layers that are not groups, each a `LeftOut` with the reason.
       kernels: the paths of all kernels that were found, in forward order; empty if the groups were written by hand.
     """
 
@@ -73,7 +82,7 @@ class Units(tuple[UnitGroup, ...]):
         for group in self:
             named = not names or any(fnmatch.fnmatchcase(group.name, name) for name in names)
             (chosen if named and (kinds is None or group.kind in kinds) else others).append(group)
-        left = (LeftOut(group.name, group.size, "it was not selected") for group in others)
+        left = (LeftOut(group.name, group.size, "it was not selected", LeftOutKind.NOT_SELECTED) for group in others)
         return Units(chosen, (*self.left_out, *left), self.kernels)
 
     def to_dot(self) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbp_jax import jaxprs
 from cbp_jax.units import groups, tracing, walk
 from cbp_jax.units.values import Contraction
 
@@ -71,7 +72,7 @@ def with_features(
             read.append(found)
         leaves = jax.tree.leaves((params, *inputs))
         keep = dict.fromkeys(item.operand for found in read for item in found)
-        outputs, operands = tracing.evaluate(trace.jaxpr, leaves, list(keep))
+        outputs, operands = jaxprs.evaluate(trace.jaxpr, leaves, list(keep))
         arrays: dict[str, list[chex.Array]] = {group.name: [] for group in units}
         for (group, kernel), found in zip(wanted, read, strict=True):
             arrays[group.name].append(

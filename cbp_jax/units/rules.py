@@ -8,13 +8,6 @@ from jax.extend import core
 
 from cbp_jax.units.values import Labels, Weight
 
-# Primitives that act element by element: each output element depends on the same element of every operand.
-ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos
-    cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic
-    lt max min mul name ne neg nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt
-    select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
-)
 REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum reduce_window".split())
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())

@@ -1,10 +1,31 @@
 """What is known about an array while a network is walked: which units its elements belong to."""
 
 import dataclasses
+import enum
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.extend import core
+
+
+class LeftOutKind(enum.Enum):
+    """Why the units of a layer cannot be replaced."""
+
+    OUTPUT = "part of the network's output"
+    LOOP = "inside of a loop, which cannot be seen into"
+    NOT_FOLLOWED = "met by an operation that is not understood"
+    MIXED = "summed with other units in a way that is no normalisation"
+    SHARED = "of weights that are used in more than one way, or shared with what are no units"
+    NOT_READ = "read by no kernel"
+    NOT_SELECTED = "not selected by the caller"
+
+
+class Reason(NamedTuple):
+    """Why units are left out: the kind, and what is said of it."""
+
+    kind: LeftOutKind
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,11 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from cbp_jax import jaxprs
 from cbp_jax.units import groups, rules, tracing
-from cbp_jax.units.values import Contraction, Derived, Labels, UnionFind, Vector, Weight
+from cbp_jax.units.values import Contraction, Derived, Labels, LeftOutKind, Reason, UnionFind, Vector, Weight
+
+_SHARED = Reason(LeftOutKind.SHARED, "it shares weights with values that are not units")
 
 
 @dataclasses.dataclass
@@ -54,7 +57,7 @@ class Walk:
         self.uses: dict[str, set[Any]] = {}  # the ways in which a parameter is used
         self.kinds: dict[str, str] = {}  # "dense", "conv" or "embedding", by kernel
         self.made_by: dict[core.Var, Contraction] = {}  # outputs of contractions, for their biases
-        self.lost: list[tuple[np.ndarray, str]] = []  # labels that are left out, and why
+        self.lost: list[tuple[np.ndarray, Reason]] = []  # labels that are left out, and why
         self.normalised: list[tuple[np.ndarray, np.ndarray]] = []  # units mixed by statistics, and those they meet
         self.sums: list[np.ndarray] = []  # units that were added to others
         self.products: list[np.ndarray] = []  # units whose activations are contracted with each other
@@ -76,7 +79,7 @@ class Walk:
                 name = f"/{groups.join_path(key_path)}"
                 if name.endswith(f"/{groups.statistics_name(value.running)}"):
                     continue
-            self.lose(value, "it is part of the network's output")
+            self.lose(value, Reason(LeftOutKind.OUTPUT, "it is part of the network's output"))
 
     def data(self) -> set[str]:
         """Leaves of inputs that came as state and are none: a statistic is a number for each unit, and no more.
@@ -98,14 +101,14 @@ class Walk:
         def read(atom):
             return None if isinstance(atom, core.Literal) else env.get(atom)
 
-        for eqn in tracing.live_equations(closed.jaxpr):
+        for eqn in jaxprs.live_equations(closed.jaxpr):
             values = [read(atom) for atom in eqn.invars]
             if all(value is None for value in values):
                 continue
-            body = tracing.call_body(eqn)
+            body = jaxprs.call_body(eqn)
             if body is not None:
-                results = self.run(body, values, nested or not tracing.is_remat(eqn))
-            elif nested and eqn.primitive.name in tracing.CONTRACTIONS:
+                results = self.run(body, values, nested or not jaxprs.is_remat(eqn))
+            elif nested and eqn.primitive.name in jaxprs.CONTRACTIONS:
                 results = [self.not_followed(eqn, values)] * len(eqn.outvars)
             else:
                 results = self.step(eqn, values)
@@ -115,7 +118,7 @@ class Walk:
     def step(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
         """Labels the outputs of one equation."""
         name = eqn.primitive.name
-        if name in tracing.CONTRACTIONS:
+        if name in jaxprs.CONTRACTIONS:
             return [self.contraction(eqn, values)]
         if name in ("split", "unstack"):
             return self.split(eqn, values)
@@ -128,7 +131,7 @@ class Walk:
     def labelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """The output of an equation with one output and a labelled operand."""
         name, first = eqn.primitive.name, values[0]
-        if name in rules.ELEMENTWISE:
+        if name in jaxprs.ELEMENTWISE:
             return self.elementwise(eqn, values)
         if name == "concatenate":
             shapes = [atom.aval.shape for atom in eqn.invars]
@@ -169,7 +172,7 @@ class Walk:
             axes = rules.view_axes(eqn, value.axes) if position == 0 else None
             if axes is not None:
                 return dataclasses.replace(value, axes=axes)
-        if name in rules.ELEMENTWISE:
+        if name in jaxprs.ELEMENTWISE:
             return _combine(eqn, values)
         vectors = [value for _, value in known if isinstance(value, Vector)]
         if len(vectors) == len(known) and (name in rules.LABEL_RULES or name == "concatenate"):
@@ -210,9 +213,10 @@ class Walk:
             grown.append(value)
         return self.concatenate(eqn, grown, axis, shapes)
 
-    def not_followed(self, eqn: core.JaxprEqn, values: list[Any], reason: str | None = None) -> Any:
+    def not_followed(self, eqn: core.JaxprEqn, values: list[Any], text: str = "") -> Any:
         """Leaves every labelled operand out and marks parameters as used in another way."""
-        reason = reason or f"its activations pass through {tracing.not_followed(eqn.primitive.name)}"
+        reason = tracing.not_followed(eqn.primitive.name, "its activations pass through")
+        reason = Reason(LeftOutKind.NOT_FOLLOWED, text) if text else reason
         for value in values:
             self.lose(value, reason)
         paths = _paths(values)
@@ -223,12 +227,18 @@ class Walk:
             self.used_otherwise.setdefault(path, eqn.primitive.name)
         return Derived(paths) if paths and not rules.labelled(values) else None
 
-    def lose(self, value: Any, reason: str) -> None:
+    def lose(self, value: Any, reason: Reason) -> None:
         """Leaves the units of a value out."""
         if isinstance(value, Labels):
-            self.lost.append((np.unique(value.ids[value.ids >= 0]), reason))
+            self.lose_units(value.ids, reason)
         elif isinstance(value, Vector):
-            self.lost += [(ids, f"it is summed with other units (`reduce_sum`), and {reason}") for ids in value.sources]
+            text = f"it is summed with other units (`reduce_sum`), and {reason.text}"
+            for ids in value.sources:
+                self.lose_units(ids, reason._replace(text=text))
+
+    def lose_units(self, ids: np.ndarray, reason: Reason) -> None:
+        """Leaves units out; numbers below 0 are none."""
+        self.lost.append((np.unique(ids[ids >= 0]), reason))
 
     def elementwise(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """Units that meet in one element become one unit; parameters that meet them are their biases and scales."""
@@ -247,8 +257,8 @@ class Walk:
         running = found[0].running if len(values) == 1 else ""
         for position, value in enumerate(values):
             if isinstance(value, Derived):
-                reason = f"its activations meet a value computed from {', '.join(sorted(value.paths))}"
-                return self.not_followed(eqn, values, reason)
+                text = f"its activations meet a value computed from {', '.join(sorted(value.paths))}"
+                return self.not_followed(eqn, values, text)
             if isinstance(value, Weight | Vector):
                 if not self.meet(eqn, position, value, ids):
                     return self.not_followed(
@@ -286,7 +296,10 @@ class Walk:
             if normalises:
                 self.normalised.append((np.concatenate(vector.sources), np.unique(ids[ids >= 0])))
             else:
-                self.lose(vector, f"the sum meets activations in `{name}`, which is no normalisation")
+                self.lose(
+                    vector,
+                    Reason(LeftOutKind.MIXED, f"the sum meets activations in `{name}`, which is no normalisation"),
+                )
         role = {"add": "bias", "sub": "bias", "mul": "scale"}.get(name, "scale" if divides else "")
         # The axes along which units differ; a unit of its own may stand on an axis of length 1.
         varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
@@ -330,7 +343,7 @@ class Walk:
             self.labels.union(ids, whole)
             mixed = np.broadcast_to((whole < 0).any(axis, keepdims=True) & (ids >= 0), ids.shape)
             if mixed.any():
-                self.lost.append((np.unique(ids[mixed]), "it shares weights with values that are not units"))
+                self.lose_units(ids[mixed], _SHARED)
         return ids if keep else ids.squeeze(axes)
 
     def contraction(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
@@ -376,8 +389,7 @@ class Walk:
             self.labels.union(known, labels)  # units that are read by the same weights are one
             mixed = (known < 0) != (labels < 0)
             if mixed.any():
-                lost = np.concatenate([known[mixed], labels[mixed]])
-                self.lost.append((np.unique(lost[lost >= 0]), "it shares weights with values that are not units"))
+                self.lose_units(np.concatenate([known[mixed], labels[mixed]]), _SHARED)
         return Labels(self.produce(path, out_axes, places, eqn.outvars[0].aval.ndim, coupled))
 
     def produce(

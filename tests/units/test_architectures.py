@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import cbp_jax
 from cbp_jax import nets
+from cbp_jax.units import LeftOutKind
 
 # ------------------------------------------------------------------------- random networks of all constructs
 
@@ -205,7 +206,7 @@ def check(net):
     units = cbp_jax.discover_units(run, params, x)
     # Heads are part of the output; all else is a group.
     assert len(units.left_out) == net.heads, units
-    assert all("output" in item.reason for item in units.left_out), units
+    assert all(item.kind is LeftOutKind.OUTPUT for item in units.left_out), units
     incoming = [(part.path, part.axes, row) for g in units for part in g.incoming for row in part.index.ravel()]
     assert len(set(incoming)) == len(incoming), "two units own one column"
 
@@ -346,11 +347,12 @@ def test_recurrent_cells_under_scan_are_left_out_by_name(cell, kernels):
     assert summary(units) == [("params/hidden", 12, "dense", 1, 1)]
     inside = [item for item in units.left_out if cell.__name__ in item.name]
     assert len(inside) == kernels and all(
-        item.reason == "it is used in `scan`, which is not followed: what a loop computes cannot be seen from outside; "
-        "unroll it"
+        item.kind is LeftOutKind.LOOP
+        and item.reason
+        == "it is used in `scan`, which is not followed: what a loop computes cannot be seen from outside; unroll it"
         for item in inside
     )
-    assert {item.name: "scan" in item.reason for item in units.left_out if item not in inside} == {
+    assert {item.name: item.kind is LeftOutKind.LOOP for item in units.left_out if item not in inside} == {
         "params/Embed_0": True,
         "params/head": False,
     }
@@ -396,7 +398,7 @@ def test_embeddings_are_incoming_unless_they_make_the_output():
     tied = Language(True)
     left = cbp_jax.discover_units(tied.apply, shapes_of(tied, tokens), tokens)
     assert [g.kind for g in left] == ["head", "dense"]
-    assert "more than one way" in next(item.reason for item in left.left_out if item.size == 8)
+    assert LeftOutKind.SHARED is next(item.kind for item in left.left_out if item.size == 8)
 
 
 def test_fresh_embeddings_are_as_large_as_those_of_flax():

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import cbp_jax
+from cbp_jax.units import LeftOutKind
 
 
 def found():
@@ -33,7 +34,10 @@ def test_groups_are_chosen_by_name_and_kind():
     assert names(units.select(kind=("residual", "dense"))) == ["conv", "body/first"]
     assert names(units.select("*o*", kind="dense")) == ["body/first"]
     chosen = units.select("conv")
-    assert ("body/first", "it was not selected") in [(item.name, item.reason) for item in chosen.left_out]
+    last = {item.name: item for item in chosen.left_out}["body/first"]
+    assert (last.reason, last.kind) == ("it was not selected", LeftOutKind.NOT_SELECTED)
+        (item.name, item.reason, item.kind) for item in chosen.left_out
+    ]
     kernels = ("conv", "body/first", "body/second", "head")  # in forward order, which the names are not
     assert chosen.kernels == units.kernels == kernels and cbp_jax.Units(tuple(units)).kernels == ()
     with pytest.raises(ValueError, match=r"nothing.*conv"):

@@ -1,0 +1,158 @@
+"""Walking through jaxprs: what `units` and `curvature` share.
+
+Tables of primitives by what they do to their operands; calls and their bodies; and the evaluation of a jaxpr, equation
+by equation, with some intermediate values kept.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Calls whose body can stand in place of the call.
+_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+_REMAT = frozenset({"remat", "remat2", "checkpoint"})
+_CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+LOOPS = frozenset({"scan", "while"})
+# A product of two operands, summed over axes of theirs.
+CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
+# Each output element depends on the same element of every operand; these have derivatives.
+SMOOTH = frozenset(
+    """abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp convert_element_type copy copy_p cos cosh
+    digamma div erf erf_inv erfc exp exp2 expm1 integer_pow lgamma log log1p logistic max min mul name neg pow
+    reduce_precision rem rsqrt select_n sin sinh sqrt square sub tan tanh""".split()
+)
+# These too, but their derivative is 0, undefined, or not the point.
+ELEMENTWISE = SMOOTH | frozenset(
+    """and ceil eq floor ge gt is_finite le lt ne nextafter not optimization_barrier or real round sharding_constraint
+    sign stop_gradient xor""".split()
+)
+
+
+def trace(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
+    """Traces a function and inlines the calls that hold contractions.
+
+    Args:
+      function: of pytrees of arrays.
+      *args: its arguments, or their shapes.
+
+    Returns:
+      the jaxpr, in which what is left of calls holds no contraction or cannot be inlined; and the tree of the outputs'
+      `ShapeDtypeStruct`s.
+    """
+    closed, out_tree = jax.make_jaxpr(function, return_shape=True)(*args)
+    if any(_inlinable(eqn) for eqn in closed.jaxpr.eqns):
+        # Traced anew, each call has a body of its own.
+        closed = jax.make_jaxpr(lambda *leaves: evaluate(closed, leaves)[0])(*jax.tree.leaves(args))
+    return closed, out_tree
+
+
+def evaluate(
+    closed: core.ClosedJaxpr, args: Sequence[Any], keep: Collection[core.Var] = ()
+) -> tuple[list[Any], dict[core.Var, Any]]:
+    """Evaluates a jaxpr, inlining calls that hold contractions.
+
+    All other equations are bound as they stand, `custom_jvp` included, so that derivatives are unchanged. What is
+    rematerialised stays so, but for the values to keep.
+
+    Args:
+      closed: the jaxpr with its constants.
+      args: a value for each of its inputs.
+      keep: variables of the jaxpr, or of the bodies of its calls, whose values are wanted too.
+
+    Returns:
+      the outputs, and the values of `keep`.
+    """
+    env: dict[core.Var, Any] = {}
+    kept: dict[core.Var, Any] = {}
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    env.update(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(closed.jaxpr.invars, args, strict=True))
+    for eqn in closed.jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name in _INLINED and _holds_contraction(eqn):
+            results, inner = evaluate(_body(eqn), values, keep)
+            kept.update(inner)
+        elif eqn.primitive.name in _REMAT and _holds_contraction(eqn):
+            results, inner = _rematerialised(eqn, keep)(*values)
+            kept.update(zip(_variables(_body(eqn), keep), inner, strict=True))
+        else:
+            results = bind(eqn, values)
+        env.update(zip(eqn.outvars, results, strict=True))
+    kept.update({var: env[var] for var in keep if var in env})
+    return [read(atom) for atom in closed.jaxpr.outvars], kept
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on values as it stands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def is_remat(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation is a checkpointed call."""
+    return eqn.primitive.name in _REMAT
+
+
+def call_body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """The jaxpr that a call-like equation runs once on exactly its operands, or None for any other."""
+    if eqn.primitive.name in _INLINED | _REMAT | _CUSTOM:
+        return _body(eqn)
+    return None
+
+
+def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    """The equations that the outputs depend on, in order."""
+    live = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if live.intersection(eqn.outvars):
+            kept.append(eqn)
+            live.update(atom for atom in eqn.invars if isinstance(atom, core.Var))
+    return kept[::-1]
+
+
+def _rematerialised(eqn: core.JaxprEqn, keep: Collection[core.Var]) -> Callable[..., tuple[list[Any], list[Any]]]:
+    """The body of a checkpointed call, checkpointed, returning its outputs and the values to keep."""
+    body = _body(eqn)
+
+    def run(*args):
+        outputs, kept = evaluate(body, args, keep)
+        return outputs, [kept[var] for var in _variables(body, keep)]
+
+    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+
+
+def _variables(closed: core.ClosedJaxpr, among: Collection[core.Var]) -> list[core.Var]:
+    """Those variables that stand in a jaxpr or in the bodies of its calls."""
+    if not among:
+        return []
+    found = {*closed.jaxpr.invars, *closed.jaxpr.constvars}
+    for eqn in closed.jaxpr.eqns:
+        found.update(eqn.outvars)
+        if _inlinable(eqn):
+            found.update(_variables(_body(eqn), among))
+    return [var for var in among if var in found]
+
+
+def _body(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    body = next(eqn.params[name] for name in names if name in eqn.params)
+    return body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
+
+
+def _holds_contraction(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name in CONTRACTIONS:
+        return True
+    return any(_holds_contraction(inner) for body in core.jaxprs_in_params(eqn.params) for inner in body.eqns)
+
+
+def _inlinable(eqn: core.JaxprEqn) -> bool:
+    return eqn.primitive.name in _INLINED | _REMAT and _holds_contraction(eqn)
