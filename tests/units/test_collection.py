@@ -36,8 +36,6 @@ def test_groups_are_chosen_by_name_and_kind():
     chosen = units.select("conv")
     last = {item.name: item for item in chosen.left_out}["body/first"]
     assert (last.reason, last.kind) == ("it was not selected", LeftOutKind.NOT_SELECTED)
-        (item.name, item.reason, item.kind) for item in chosen.left_out
-    ]
     kernels = ("conv", "body/first", "body/second", "head")  # in forward order, which the names are not
     assert chosen.kernels == units.kernels == kernels and cbp_jax.Units(tuple(units)).kernels == ()
     with pytest.raises(ValueError, match=r"nothing.*conv"):
