@@ -12,9 +12,6 @@ from cbp_jax import metrics
 from cbp_jax.problems import IncrementalProblem
 from cbp_jax.training import loop
 from cbp_jax.training.checkpoint import Checkpoint
-from cbp_jax.units import reset_batch_stats
-
-STATISTICS = "batch_stats"
 
 
 def step_size_factor(
@@ -96,8 +93,7 @@ def run_increment(
         return jnp.where(task.seen, outputs, -jnp.inf)
 
     def loss_fn(params, x, y, key):
-        outputs, features = learner.train(params, x, key)
-        outputs, statistics = outputs if learner.batch_stats else (outputs, None)
+        outputs, features, statistics = loop.in_training(learner, params, x, key)
         outputs = seen_only(outputs)
         losses = optax.softmax_cross_entropy_with_integer_labels(outputs, y)
         return jnp.mean(losses), (features, outputs, statistics)
@@ -115,9 +111,7 @@ def run_increment(
                 params, x, y, key
             )
             updates, opt_state = tx.update(grads, opt_state, params, features=features)
-            params = optax.apply_updates(params, updates)
-            if learner.batch_stats:
-                params = {**params, **_without_replaced(learner, opt_state, statistics)}
+            params = loop.with_statistics(learner, optax.apply_updates(params, updates), opt_state, statistics)
             correct = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
             found = {"loss": loss, "accuracy": correct, "replaced_units": loop.replaced_units(opt_state)}
             return params, opt_state, {name: totals[name] + value for name, value in found.items()}
@@ -199,19 +193,10 @@ def _measure(
         )
     last = read[-1]
     ranks = metrics.ranks(last)
-    weights = {name: leaves for name, leaves in params.items() if name != STATISTICS}
     return {
         "dead_units": metrics.dead_fraction(features),
         "dormant_units": metrics.dormant_fraction(features, dormant_threshold),
-        "weight_magnitude": metrics.weight_magnitude(weights),
+        "weight_magnitude": metrics.weight_magnitude(loop.weights_of(params)),
         "effective_rank": ranks.effective / last.shape[1],
         "stable_rank": ranks.stable / last.shape[1],
     }
-
-
-def _without_replaced(learner: loop.Learner, opt_state: optax.OptState, statistics: Any) -> Any:
-    """The running statistics with those of replaced units at their start."""
-    found = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
-    if not found:
-        return statistics
-    return reset_batch_stats(statistics, learner.units, found[0][1])

@@ -14,7 +14,10 @@ from cbp_jax.problems import Problem
 from cbp_jax.replacement import replaced_units
 from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.lanes import Lanes
-from cbp_jax.units import Features, UnitGroup
+from cbp_jax.units import Features, UnitGroup, reset_batch_stats
+
+# Collections of a network's variables that are learned by no gradient.
+STATISTICS = ("batch_stats", online_norm.COLLECTION)
 
 Hyperparameters = dict[str, chex.Numeric]
 
@@ -99,7 +102,7 @@ def measure(
       `weight_l1` and `weight_l2`; with a threshold `dormant_units`.
     """
     _, features = learner.predict(params, x)
-    weights = _weights(params)
+    weights = weights_of(params)
     layers = [metrics.ranks(h.reshape(-1, h.shape[-1])) for h in jax.tree.leaves(features)]
     widths = [h.shape[-1] for h in jax.tree.leaves(features)]
     measures = {
@@ -146,11 +149,7 @@ def run_task(
       also means over the steps measured: `plasticity`, of each example by the loss before and after
       the update, and of the gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
 
-    Raises:
-      ValueError: the learner's network has running statistics, which `run_increment` carries.
     """
-    if learner.batch_stats:
-        raise ValueError("learner must have no running statistics, got batch_stats=True: train it by run_increment")
     keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
     measures = measure(
@@ -165,9 +164,9 @@ def run_task(
     losses_of = _LOSSES[problem.loss]
 
     def loss_fn(params, x, y, key):
-        outputs, features = learner.train(params, x, key)
+        outputs, features, statistics = in_training(learner, params, x, key)
         losses = losses_of(outputs, y)
-        return jnp.mean(losses), (features, outputs, losses)
+        return jnp.mean(losses), (features, outputs, losses, statistics)
 
     def step(carry, number, measured=False):
         params, opt_state, totals = carry
@@ -175,17 +174,19 @@ def run_task(
         key = jax.random.fold_in(task_key, number)
         extra = {}
         if learner.curvature:
-            outputs_of = lambda params, x: learner.train(params, x, key)[0]
+            outputs_of = lambda params, x: in_training(learner, params, x, key)[0]
             extra["hessian_diag"] = curvature.hesscale(outputs_of, params, x, y, problem.loss)[2]
-        (loss, (features, outputs, losses)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, y, key)
+        (loss, (features, outputs, losses, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, x, y, key
+        )
         updates, opt_state = tx.update(grads, opt_state, params, features=features, **extra)
-        params = optax.apply_updates(params, updates)
+        params = with_statistics(learner, optax.apply_updates(params, updates), opt_state, statistics)
         found = {"loss": loss, "replaced_units": replaced_units(opt_state)}
         if problem.loss == "softmax_cross_entropy":
             found["accuracy"] = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
         if measured:
-            after = losses_of(learner.train(params, x, key)[0], y)
-            grads = _weights(grads)
+            after = losses_of(in_training(learner, params, x, key)[0], y)
+            grads = weights_of(grads)
             found["plasticity"] = jnp.mean(metrics.plasticity(losses, after))
             nonzero = sum(jnp.count_nonzero(g) for g in jax.tree.leaves(grads))
             found["gradient_l0"] = nonzero / optax.tree.size(grads)
@@ -234,10 +235,29 @@ _LOSSES: dict[str, Callable[[chex.Array, chex.Array], chex.Array]] = {
 }
 
 
-def _weights(tree: optax.Params) -> optax.Params:
+def in_training(
+    learner: Learner, params: optax.Params, x: chex.Array, key: chex.PRNGKey
+) -> tuple[chex.Array, Features, Any]:
+    """Outputs, features, and new running statistics, or None where the network has none."""
+    outputs, features = learner.train(params, x, key)
+    outputs, statistics = outputs if learner.batch_stats else (outputs, None)
+    return outputs, features, statistics
+
+
+def with_statistics(learner: Learner, params: optax.Params, opt_state: optax.OptState, statistics: Any) -> optax.Params:
+    """Parameters with new running statistics in place of what an optimizer made; those of replaced units restart."""
+    if not learner.batch_stats:
+        return params
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
+    if found:
+        statistics = reset_batch_stats(statistics, learner.units, found[0][1])
+    return {**params, **statistics}
+
+
+def weights_of(tree: optax.Params) -> optax.Params:
     """What is learned of a network's variables: all but statistics."""
     if isinstance(tree, dict):
-        return {name: leaves for name, leaves in tree.items() if name != online_norm.COLLECTION}
+        return {name: leaves for name, leaves in tree.items() if name not in STATISTICS}
     return tree
 
 
@@ -272,7 +292,7 @@ def run_tasks(
       after each task, NumPy arrays [lanes] of what `run_task` measures.
 
     Raises:
-      ValueError: there are no lanes, the mode is unknown, the checkpoint is of another run, or as in `run_task`.
+      ValueError: there are no lanes, the mode is unknown, the checkpoint is of another run.
 
     Example:
       >>> from cbp_jax import data, problems

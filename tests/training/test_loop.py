@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import cbp_jax
 from cbp_jax import curvature, metrics, nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
-from cbp_jax.problems import online_permuted, slowly_changing_regression
+from cbp_jax.problems import label_permuted, online_permuted, slowly_changing_regression
 from cbp_jax.training import Checkpoint, init_state, measure, run_task, run_tasks
 from cbp_jax.training import run_lanes as run_any
+from cbp_jax.training.loop import stream_keys
+from cbp_jax.units import reset_batch_stats, with_features
 
 EXAMPLES, CLASSES, HIDDEN, TASKS, MEASURED = 30, 3, (6, 5), 3, 9
 SETTINGS = "maturity_threshold=3,decay_rate=0.9"
@@ -287,11 +290,47 @@ def test_a_run_goes_on_from_its_state(alone):
     jax.tree.map(np.testing.assert_array_equal, rest, whole)
 
 
-def test_a_learner_with_running_statistics_is_refused(problem):
-    learner = tiny_learner(problem, [HIGH, LOW])._replace(batch_stats=True)
-    state = init_state(learner, 0, HIGH.hyperparameters)
-    with pytest.raises(ValueError, match="train it by run_increment"):
-        run_task(learner, problem, problem.data, state)
+def test_running_statistics_are_carried_and_those_of_replaced_units_start_anew(quick_compilation):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 4, 4, 1), dtype=np.uint8)
+    problem = label_permuted(
+        Dataset(images, np.arange(6, dtype=np.int32) % 3, 3, "toy"), examples_per_task=6, batch_size=3, flatten=False
+    )
+    method = parse_method("cbp:step_size=0.1,replacement_rate=0.4,maturity_threshold=1")
+    network = "resnet18:widths=(3,),blocks=(1,)"
+    learner = make_learner([method], (3,), "relu", problem.input_shape, 3, network=network)
+    start = jax.jit(lambda: init_state(learner, 0, method.hyperparameters))()
+    end, measured = jax.jit(lambda data, state: run_task(learner, problem, data, state, measured_examples=6))(
+        problem.data, start
+    )
+
+    net = nets.read(network).make(problem.input_shape, 3)
+    keys = stream_keys(start.key)
+    tx, task = (
+        learner.optimizer(method.hyperparameters, keys.optimizer),
+        problem.make_task(problem.data, keys.problem, 0),
+    )
+
+    def loss(params, x, y):
+        features = with_features(partial(net.apply, train=True, mutable=["batch_stats"]), learner.units)
+        (outputs, statistics), features = features(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean(), (features, statistics)
+
+    @jax.jit
+    def step(params, opt_state, x, y):
+        grads, (features, statistics) = jax.grad(loss, has_aux=True)(params, x, y)
+        updates, opt_state = tx.update(grads, opt_state, params, features=features)
+        params = optax.apply_updates(params, updates)
+        fresh = reset_batch_stats(statistics, learner.units, opt_state.replaced)
+        return {**params, **fresh}, opt_state, sum(map(jnp.sum, opt_state.replaced.values()))
+
+    params, opt_state, replaced = start.params, start.opt_state, 0
+    for number in range(problem.steps_per_task):
+        params, opt_state, count = step(params, opt_state, *problem.batch(problem.data, task, number))
+        replaced += count
+    assert float(measured["replaced_units"]) == replaced > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), end.params, params)
+    assert any((leaf != 0).any() for leaf in jax.tree.leaves(end.params["batch_stats"]))
 
 
 def test_what_follows_the_last_task_is_done_again_where_it_was_stopped(tmp_path):
