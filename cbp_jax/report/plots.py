@@ -386,7 +386,8 @@ def _draw_sensitivity(
     zero = False
     panel = _PERFORMANCE[performance(results)]
     sign = better(panel.measure)
-    for learner in learners:
+    titles = [_look(results, learner).title for learner in learners]
+    for learner, title in zip(learners, titles, strict=True):
         points: dict[float, tuple[float, float, bool]] = {}
         for method in _started(results):
             x = float(results[hyperparameter].loc[{"method": method}])
@@ -405,7 +406,7 @@ def _draw_sensitivity(
         for hollow in (False, True):
             some, face = unfinished == hollow, "white" if hollow else style.color
             ax.plot(x[some], y[some], **marker, markerfacecolor=face, linestyle="none", zorder=4)
-        ax.plot([], [], **line, **marker, label=_look(results, learner).title)
+        ax.plot([], [], **line, **marker, label=title if titles.count(title) == 1 else learner)
         zero |= x[0] <= 0
         smallest = min(smallest, *np.abs(x[x != 0]))
     if zero:

@@ -231,9 +231,8 @@ def test_a_function_gets_units_a_key_activations_and_curvature_where_it_asks(own
     seeds = np.arange(2)
     expected = -0.5 * jax.vmap(lambda seed: jax.random.uniform(jax.random.key(seed)))(seeds) / 1.5
     np.testing.assert_allclose(factor(seeds), np.broadcast_to(expected[:, None, None], (2, 2, 4)), rtol=1e-5)
-    assert parse_method("my_package.functions:of_second_order").curvature
-    results = online_permuted.run(settings("my_package.functions:of_second_order"), own / "run")
-    assert np.isfinite(results.loss).all()
+    second = learners.make_learner([parse_method("my_package.functions:of_second_order")], (4,), "relu", (2,), 2)
+    assert second.curvature and not learner.curvature
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from cbp_jax.report import (
     save_results,
     stream_measures,
 )
+from cbp_jax.report.looks import Look, to_json
 from cbp_jax.report.plots import _binned, _default_bin, _legend_columns
 
 SEVEN = ["bp", "adam", "l2", "l1", "shrink_and_perturb", "dropout", "cbp"]
@@ -104,6 +105,20 @@ def test_a_learner_keeps_its_style_and_variants_and_strangers_get_their_own():
     assert len({style(line) for line in strangers}) == 8
     many = [f"learner_{i}" for i in range(12)]
     assert len({style(line) for line in plot_tasks(results_of(many)).axes[0].lines}) == 12
+
+
+def test_learners_of_one_title_are_told_apart_by_their_names():
+    names = ["first.module:make", "second.module:make"]
+    steps = [{"step_size": step} for step in (0.1, 0.2)] * 2
+    labels = [f"{name}(step_size={step})" for name in names for step in (0.1, 0.2)]
+    learners = [name for name in names for _ in range(2)]
+    results = results_of(labels, learners=learners, hyperparameters=steps)
+    results = results.assign_attrs(looks=to_json({name: Look("Make") for name in names}))
+    assert [text.get_text() for text in plot_tasks(results).legends[0].get_texts()] == labels
+    legend = plot_sensitivity(results).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    only = plot_tasks(results, methods=labels[:2]).legends[0].get_texts()
+    assert [text.get_text() for text in only] == ["Make (step size 0.1)", "Make (step size 0.2)"]
 
 
 def test_bins_average_tasks_within_a_seed_and_then_seeds():
