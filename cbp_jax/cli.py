@@ -7,8 +7,10 @@ import hashlib
 import importlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words of the command line, by default those of the process.
 
     Returns:
-      the exit status: 0; 2 for a mistake of the user's, told in one line; 130 where the user stopped it.
+      the exit status: 0; 2 for a mistake of the user's, told in one line; 130 where the user stopped it, and
+      143 where SIGTERM did.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"list": _list, "run": _run, "plot": _plot, "data": _data}
@@ -31,16 +34,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv[:1])
         parser.error("a command is needed")
     try:
-        commands[argv[0]](argv[1:])
+        with _terminated_as_interrupted():
+            commands[argv[0]](argv[1:])
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         if os.environ.get("CBP_JAX_TRACEBACK"):
             raise
         print(f"cbp-jax: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("cbp-jax: stopped; the results of the tasks that were finished are saved", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which batch systems end a process, ends it as Ctrl-C does."""
+
+    def stop(*_: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 def _list(argv: list[str]) -> None:
@@ -86,7 +111,9 @@ def _run(argv: list[str]) -> None:
         rest = ["--help"]
     settings = _parse(f"cbp-jax run {given.experiment}", start, rest)
     out = given.out or Path("runs") / f"{given.experiment}-{given.preset}-{_hash(settings)}"
-    _check_folder(out, given.experiment, settings)
+    from cbp_jax.experiments import folder
+
+    folder.check(out, given.experiment, settings)
     _use_all_cores()  # before a user's module is imported, which may start JAX
     module.check(settings)
 
@@ -171,27 +198,6 @@ def _parse(program: str, start: Any, argv: list[str]) -> Any:
 def _hash(settings: Any) -> str:
     text = json.dumps(dataclasses.asdict(settings), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _check_folder(out: Path, experiment: str, settings: Any) -> None:
-    """Refuses a folder that holds anything but an earlier run of the same settings."""
-    from cbp_jax import report
-
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        found = report.load_results(out)
-    except FileNotFoundError as error:
-        raise ValueError(f"--out {out} is not empty and holds no run; choose another folder") from error
-    if found.attrs["experiment"] != experiment:
-        raise ValueError(f"--out {out} holds another experiment, {found.attrs['experiment']!r}; choose another folder")
-    old = json.loads(found.attrs["settings"])
-    new = json.loads(report.results.settings_json(settings))
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if differing:
-        raise ValueError(
-            f"--out {out} holds a run with other settings ({', '.join(differing)} differ); choose another folder"
-        )
 
 
 def _use_all_cores() -> None:

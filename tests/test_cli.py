@@ -2,6 +2,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -332,7 +333,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(fake_run, finished, ca
         capsys, "run", "online_permuted", *TINY, "--out", str(out), "--seeds", "3", "--hidden", "5", "5"
     )
     assert str(out) in message and "other settings" in message
-    assert "hidden" in message and "seeds" in message and "tasks" not in message
+    assert "hidden is [5, 4] there and [5, 5] now; seeds is 2 there and 3 now)" in message
     assert not fake_run and (out / "results.nc").read_bytes() == before
 
 
@@ -409,6 +410,44 @@ def test_an_interrupted_run_says_that_its_results_are_kept(monkeypatch, tmp_path
     monkeypatch.setattr(online_permuted, "run", run)
     assert cli.main(["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]) == 130
     assert "stopped" in capsys.readouterr().err.splitlines()[-1]
+
+
+TERMINATED = """
+import os, signal, sys, time
+import numpy as np
+from cbp_jax import cli, report, training
+
+def run_tasks(learner, problem, seeds, *args, **settings):
+    for task in range(2):
+        yield {name: np.ones(len(seeds)) for name in report.stream_measures()}
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+training.run_tasks = run_tasks
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
+    words = ["run", "online_permuted", "--preset", "smoke", "--methods", "bp", "--tasks", "9", "--out", str(tmp_path)]
+    process = subprocess.run(
+        [sys.executable, "-c", TERMINATED, *words, "--quiet"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 143
+    last = process.stderr.splitlines()[-1]
+    assert last == "cbp-jax: stopped; the results of the tasks that were finished are saved"
+    assert "Traceback" not in process.stderr and process.stdout == ""
+    assert np.isfinite(load_results(tmp_path).loss.values).all((0, 1)).tolist() == [True] * 2 + [False] * 7
+    assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+
+
+def test_the_command_leaves_sigterm_as_it_was(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["list"]) == 0 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_can_be_called_where_jax_runs(fake_run, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ EXTRAS = (
 
 # From the ground up. A room imports from its own and from those below; rooms of one floor do not know each other.
 FLOORS = (
-    {"by_path", "jaxprs", "numerics"},
+    {"by_path", "files", "jaxprs", "numerics"},
     {"units", "metrics", "nets", "data"},
     {"curvature"},
     {"replacement"},

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import numpy as np
 
 from cbp_jax import data, nets, training
-from cbp_jax.experiments import learners
+from cbp_jax.experiments import folder, learners
 from cbp_jax.problems import Problem
 
 SAVE_EVERY = 2.0  # seconds between two writings of the results
 CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
-STATE_FILE = "state.msgpack"
 
 # labels of the methods that ran, lanes that finished a task, means of what was measured
 Progress = Callable[[str, int, dict[str, float]], None]
@@ -280,67 +279,62 @@ def run_methods(
       progress: as in `run`.
 
     Returns:
-      the results, of which those on disk are a part where they are of the same settings.
+      the results, of which those on disk are a part.
+
+    Raises:
+      BlockingIOError: another run is at work in the folder.
+      ValueError: the folder holds another run, or a state that cannot be used; both are left as they are.
     """
     from cbp_jax import report
 
     groups = [(group, make(group)) for group in _compiled_together(methods)]
     out = Path(out)
-    results = _resumed(results, out)
-    report.save_results(results, out)
-    seeds, tasks = results.seed.values, results.sizes["task"]
-    saved = time.monotonic()
-    try:
-        for group, train in groups:
-            labels = [method.label for method in group]
-            checkpoint = training.Checkpoint(
-                out / STATE_FILE,
-                "; ".join(labels),
-                every=CHECKPOINT_EVERY,
-                before=lambda: report.save_results(results, out),
-            )
-            # Of all measures the one that stays a number where training has diverged. A state of these methods is
-            # left where they were stopped after their last task and before all was done.
-            recorded = np.isfinite(results.replaced_units.loc[{"method": labels}].values).all()
-            if recorded and not checkpoint.tasks:
-                if progress is not None:
-                    progress(", ".join(labels), len(group) * len(seeds) * tasks, {})
-                continue
-            if progress is not None and checkpoint.tasks:
-                progress(", ".join(labels), len(group) * len(seeds) * checkpoint.tasks, {})
-            numbers = {
-                name: np.repeat([method.hyperparameters[name] for method in group], len(seeds))
-                for name in group[0].hyperparameters
-            }
-            rows_of_tasks = train(np.tile(seeds, len(group)), numbers, checkpoint)
-            for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
-                rows = {name: values.reshape(len(group), -1) for name, values in measured.items()}
-                report.record_task(results, task, rows, methods=labels)
-                if time.monotonic() - saved > SAVE_EVERY:
-                    report.save_results(results, out)
-                    saved = time.monotonic()
-                if progress is not None:
-                    means = {name: float(np.mean(values)) for name, values in measured.items()}
-                    progress(", ".join(labels), len(group) * len(seeds), means)
-            checkpoint.delete()
-    finally:
+    with folder.opened(results, out) as results:
         report.save_results(results, out)
+        try:
+            for group, train in groups:
+                _run_group(results, group, train, out, progress)
+        finally:
+            report.save_results(results, out)
     return results
 
 
-def _resumed(results: Any, out: Path) -> Any:
-    """The results on disk, where they are of a run of the same settings; else these, and no state is left there."""
+def _run_group(results: Any, group: list[learners.Method], train: Train, out: Path, progress: Progress | None) -> None:
+    """Does what is left of methods that run as lanes of one program."""
     from cbp_jax import report
 
-    try:
-        found = report.load_results(out)
-    except FileNotFoundError:
-        found = None
-    same = lambda name: found is not None and found.attrs.get(name) == results.attrs[name]
-    if same("experiment") and same("settings") and list(found.data_vars) == list(results.data_vars):
-        return found
-    (out / STATE_FILE).unlink(missing_ok=True)
-    return results
+    seeds, tasks, labels = results.seed.values, results.sizes["task"], [method.label for method in group]
+    checkpoint = training.Checkpoint(
+        out / folder.STATE_FILE,
+        "; ".join(labels),
+        every=CHECKPOINT_EVERY,
+        before=lambda: report.save_results(results, out),
+        needs=lambda tasks: folder.digest(results, labels, tasks),
+    )
+    # Of all measures the one that stays a number where training has diverged. A state of these methods is left where
+    # they were stopped after their last task and before all was done.
+    recorded = np.isfinite(results.replaced_units.loc[{"method": labels}].values).all()
+    complete = recorded and not checkpoint.tasks
+    if progress is not None and (complete or checkpoint.tasks):
+        progress(", ".join(labels), len(group) * len(seeds) * (tasks if complete else checkpoint.tasks), {})
+    if complete:
+        return
+    numbers = {
+        name: np.repeat([method.hyperparameters[name] for method in group], len(seeds))
+        for name in group[0].hyperparameters
+    }
+    saved = time.monotonic()
+    rows_of_tasks = train(np.tile(seeds, len(group)), numbers, checkpoint)
+    for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
+        rows = {name: values.reshape(len(group), -1) for name, values in measured.items()}
+        report.record_task(results, task, rows, methods=labels)
+        if time.monotonic() - saved > SAVE_EVERY:
+            report.save_results(results, out)
+            saved = time.monotonic()
+        if progress is not None:
+            means = {name: float(np.mean(values)) for name, values in measured.items()}
+            progress(", ".join(labels), len(group) * len(seeds), means)
+    checkpoint.delete()
 
 
 def _numbers(method: learners.Method, taken: set[str]) -> dict[str, float]:

@@ -31,6 +31,7 @@ import numpy as np
 import optax
 
 from cbp_jax import curvature
+from cbp_jax.experiments import folder
 from cbp_jax.nets import MLP, get_activation
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.units import Units, discover_units
@@ -145,7 +146,7 @@ def run(settings: Settings, out: Path, progress: Callable[[str, int, dict[str, f
     """Runs the experiment.
 
     Results are written as measurements are made, so that a run that is killed leaves those that it finished; run again,
-    it starts anew.
+    it keeps the activations that are done and starts the others from their first step, to the same results.
 
     Args:
       settings: what to run.
@@ -163,24 +164,40 @@ def run(settings: Settings, out: Path, progress: Callable[[str, int, dict[str, f
     from cbp_jax import report
 
     activations = check(settings)
-    results = _empty_results(settings, activations)
-    report.save_results(results, out)
-    saved = time.monotonic()
-    try:
-        for activation in activations:
-            for task, (loss, correlation) in enumerate(_measurements(settings, activation)):
-                report.record_task(results, task, {"loss": loss[None]}, methods=[activation])
-                results.correlation.loc[{"method": activation, "task": task}] = correlation.transpose(1, 2, 3, 0)
-                if time.monotonic() - saved > _SAVE_EVERY:
-                    report.save_results(results, out)
-                    saved = time.monotonic()
-                if progress is not None:
-                    means = correlation.mean(0)[0, 0]
-                    shown = {"loss": float(loss.mean()), **dict(zip(UTILITIES, map(float, means), strict=True))}
-                    progress(activation, settings.seeds, shown)
-    finally:
+    with folder.opened(_empty_results(settings, activations), Path(out)) as results:
         report.save_results(results, out)
+        try:
+            for activation in activations:
+                _run_activation(results, settings, activation, out, progress)
+        finally:
+            report.save_results(results, out)
     return results
+
+
+def _run_activation(
+    results: Any,
+    settings: Settings,
+    activation: str,
+    out: Path,
+    progress: Callable[[str, int, dict[str, float]], None] | None,
+) -> None:
+    from cbp_jax import report
+
+    if results.correlation.loc[{"method": activation}].notnull().all():
+        if progress is not None:
+            progress(activation, settings.seeds * results.sizes["task"], {})
+        return
+    saved = time.monotonic()
+    for task, (loss, correlation) in enumerate(_measurements(settings, activation)):
+        report.record_task(results, task, {"loss": loss[None]}, methods=[activation])
+        results.correlation.loc[{"method": activation, "task": task}] = correlation.transpose(1, 2, 3, 0)
+        if time.monotonic() - saved > _SAVE_EVERY:
+            report.save_results(results, out)
+            saved = time.monotonic()
+        if progress is not None:
+            means = correlation.mean(0)[0, 0]
+            shown = {"loss": float(loss.mean()), **dict(zip(UTILITIES, map(float, means), strict=True))}
+            progress(activation, settings.seeds, shown)
 
 
 def _empty_results(settings: Settings, activations: list[str]) -> Any:

@@ -1,6 +1,6 @@
 """Keeps the state of a run on disk, so that one that is killed goes on where it was."""
 
-import os
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,9 @@ from typing import Any
 import jax
 from flax import serialization
 
+from cbp_jax import files
+
+_HEAD = b"cbp_jax state 1\n"  # then the checksum of what follows
 _MOST_OF_THE_TIME = 20  # an interval between two saves is at least so many times what a save takes
 
 
@@ -21,6 +24,11 @@ class Checkpoint:
       every: seconds between two saves.
       before: called before each save, to bring to disk what has been recorded of the tasks that are done: results on
         disk are then never behind the state.
+      needs: gives for a number of tasks a checksum of what the state is of no use without, such as their results.
+
+    Raises:
+      ValueError: the file is damaged, or no state, or one that an earlier version wrote without a checksum; or what it
+        needs is not what it was.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -34,16 +42,39 @@ class Checkpoint:
       (3, [1.0, 1.0])
     """
 
-    def __init__(self, path: Path, name: str, every: float = 30.0, before: Callable[[], Any] = lambda: None):
-        self.path, self.name, self.every, self.before = Path(path), name, every, before
-        self._partial = self.path.with_name(f".{self.path.name}.part")
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        every: float = 30.0,
+        before: Callable[[], Any] = lambda: None,
+        needs: Callable[[int], bytes] = lambda tasks: b"",
+    ):
+        self.path, self.name, self.every, self.before, self.needs = Path(path), name, every, before, needs
         self.tasks = 0  # done by the state that `restore` gives
         self._state: Any = None
         self._saved = time.monotonic()
         if self.path.is_file():
-            found = serialization.msgpack_restore(self.path.read_bytes())
+            found = self._read()
             if found["name"] == name:
-                self.tasks, self._state = int(found["tasks"]), found["state"]
+                if found["needs"] != needs(found["tasks"]):
+                    raise self._unusable(f"the results beside it are not those of its {found['tasks']} tasks")
+                self.tasks, self._state = found["tasks"], found["state"]
+
+    def _read(self) -> dict[str, Any]:
+        content = memoryview(self.path.read_bytes())
+        checksum, body = content[len(_HEAD) :][:32], content[len(_HEAD) + 32 :]
+        if content[: len(_HEAD)] != _HEAD:
+            raise self._unusable("it is damaged, or no state of a run, or was written by an earlier version")
+        if hashlib.sha256(body).digest() != checksum:
+            raise self._unusable("it is damaged, as its checksum shows")
+        return serialization.msgpack_restore(body)
+
+    def _unusable(self, reason: str) -> ValueError:
+        return ValueError(
+            f"the run cannot go on from {self.path}: {reason}. The results that were saved are safe. Delete the file "
+            "and run again: what is not finished starts from its first task and comes to the same results"
+        )
 
     def restore(self, like: Any) -> Any:
         """The saved state, or `like`, a state of the same structure, where there is none.
@@ -53,14 +84,17 @@ class Checkpoint:
         """
         if self._state is None:
             return like
-        state, self._state = serialization.from_state_dict(like, self._state), None
+        try:
+            state, self._state = serialization.from_state_dict(like, self._state), None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of many types, by the kind of difference
+            raise self._unusable(f"it is of another run: {error}") from error
         for (key_path, found), expected in zip(
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(like), strict=True
         ):
             if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise ValueError(
-                    f"{self.path} is of another run: {jax.tree_util.keystr(key_path)} is {found.dtype}"
-                    f"{list(found.shape)} there, and {expected.dtype}{list(expected.shape)} here; delete the file"
+                raise self._unusable(
+                    f"it is of another run: {jax.tree_util.keystr(key_path)} is {found.dtype}{list(found.shape)} "
+                    f"there, and {expected.dtype}{list(expected.shape)} here"
                 )
         return state
 
@@ -76,16 +110,18 @@ class Checkpoint:
         if not now and start - self._saved < self.every:
             return
         self.before()
-        content = {"name": self.name, "tasks": tasks, "state": serialization.to_state_dict(jax.device_get(state()))}
-        try:
-            self._partial.write_bytes(serialization.msgpack_serialize(content))
-            os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        content = {
+            "name": self.name,
+            "tasks": tasks,
+            "needs": self.needs(tasks),
+            "state": serialization.to_state_dict(jax.device_get(state())),
+        }
+        body = serialization.msgpack_serialize(content)
+        files.write_whole(self.path, _HEAD, hashlib.sha256(body).digest(), body)
         self._saved = time.monotonic()
         self.every = max(self.every, _MOST_OF_THE_TIME * (self._saved - start) if self.every else 0.0)
 
     def delete(self) -> None:
         """Removes the file, and what a save that was killed has left: what ran is done."""
         self.path.unlink(missing_ok=True)
-        self._partial.unlink(missing_ok=True)
+        files.partial(self.path).unlink(missing_ok=True)

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from cbp_jax import load_results, report, training
+from cbp_jax import files, load_results, report, training
 from cbp_jax.data import Dataset
-from cbp_jax.experiments import stream
+from cbp_jax.experiments import folder, stream
 from cbp_jax.problems import label_permuted
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -113,7 +113,7 @@ def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(who
             run(tmp_path, calls)
         return calls
 
-    state = tmp_path / stream.STATE_FILE
+    state = tmp_path / folder.STATE_FILE
     monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 1e9)
     assert told_at_once(interrupted(after=2)) == []
     assert finished_tasks(tmp_path) == [2, 0, 2] and not state.exists()
@@ -137,7 +137,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, 
     process = subprocess.run([sys.executable, "-c", script], env={**os.environ, **compiled_once}, timeout=120)
     assert process.returncode == -signal.SIGKILL
     # Results were not written on the way; those that the state needs came to disk with it.
-    assert finished_tasks(tmp_path) == [4, 2, 4] and (tmp_path / stream.STATE_FILE).exists()
+    assert finished_tasks(tmp_path) == [4, 2, 4] and (tmp_path / folder.STATE_FILE).exists()
     calls = Calls()
     assert_is_whole(run(tmp_path, calls), tmp_path, whole)
     assert told_at_once(calls) == [16, 4] and calls.done() == stream.total(SETTINGS)
@@ -179,7 +179,7 @@ def stop(out, after):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
         run(out, Calls(after), FAKE)
-    assert (out / stream.STATE_FILE).exists()
+    assert (out / folder.STATE_FILE).exists()
 
 
 def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(asked, tmp_path):
@@ -217,21 +217,61 @@ def test_a_run_that_was_stopped_after_its_last_task_does_what_was_left_and_leave
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
+def kept(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 @pytest.mark.parametrize("changes", [{"seeds": 3}, {"tasks": 4}, {"hidden": (5,)}, {"batch_size": 2}], ids=str)
-def test_other_settings_in_the_same_folder_start_anew(asked, tmp_path, changes):
+def test_a_run_of_other_settings_in_the_same_folder_is_refused_and_loses_nothing(asked, tmp_path, changes):
     stop(tmp_path, after=2)
-    asked.clear()
-    results = run(tmp_path, None, FAKE, **changes)
-    assert [(name, done) for name, done, *_ in asked] == [(BP, 0), (ADAM, 0)]
-    assert load_results(tmp_path).identical(results) and np.isfinite(results.loss).all()
+    before = kept(tmp_path)
+    with pytest.raises(ValueError, match=f"4 finished tasks of a run with other settings .{next(iter(changes))} is"):
+        run(tmp_path, None, FAKE, **changes)
+    assert kept(tmp_path) == before and len(before) == 2
 
 
-def test_another_experiment_in_the_same_folder_starts_anew(asked, tmp_path):
+def test_another_experiment_in_the_same_folder_is_refused_and_loses_nothing(asked, tmp_path):
     stop(tmp_path, after=2)
-    asked.clear()
-    results = stream.run("other", FAKE, tiny_problem(), tmp_path)
-    assert [done for _, done, *_ in asked] == [0, 0]
-    assert load_results(tmp_path).attrs["experiment"] == results.attrs["experiment"] == "other"
+    before = kept(tmp_path)
+    with pytest.raises(ValueError, match="holds another experiment, 'toy'"):
+        stream.run("other", FAKE, tiny_problem(), tmp_path)
+    assert kept(tmp_path) == before
+
+
+def test_a_folder_in_use_is_refused_and_free_again_after_a_run_that_failed(asked, tmp_path):
+    with files.locked(tmp_path), pytest.raises(BlockingIOError, match=f"{tmp_path} is in use by another run"):
+        run(tmp_path, None, FAKE)
+    assert kept(tmp_path) == {}
+    stop(tmp_path, after=2)
+    run(tmp_path, None, FAKE)
+
+
+def test_a_disk_that_is_full_at_the_first_write_is_told(asked, tmp_path):
+    files.partial(tmp_path / "results.nc").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"results\.nc cannot be written: no space left on device"):
+        run(tmp_path, None, FAKE)
+    assert kept(tmp_path) == {}
+
+
+def test_a_damaged_state_is_refused_the_results_are_kept_and_without_it_they_are_made_again(asked, tmp_path):
+    whole = run(tmp_path / "whole", None, FAKE)
+    stop(tmp_path, after=2)
+    state = tmp_path / folder.STATE_FILE
+    state.write_bytes(state.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ValueError, match=f"cannot go on from {state}: it is damaged"):
+        run(tmp_path, None, FAKE)
+    assert finished_tasks(tmp_path) == [2, 0, 2]
+    state.unlink()
+    assert run(tmp_path, None, FAKE).identical(whole)
+
+
+def test_a_state_whose_results_are_gone_is_refused(asked, tmp_path):
+    stop(tmp_path, after=3)
+    results = load_results(tmp_path)
+    results.loss.loc[{"task": 0}] = np.nan
+    report.save_results(results, tmp_path)
+    with pytest.raises(ValueError, match="the results beside it are not those of its 2 tasks"):
+        run(tmp_path, None, FAKE)
 
 
 @pytest.mark.parametrize("without", ["results", "its name"])
@@ -240,7 +280,7 @@ def test_a_state_without_results_or_of_other_methods_is_not_taken(asked, tmp_pat
     if without == "results":
         (tmp_path / "results.nc").unlink()
     else:  # as a run leaves it that is killed before it deletes the state of the last group
-        state = training.Checkpoint(tmp_path / stream.STATE_FILE, ADAM, every=0.0)
+        state = training.Checkpoint(tmp_path / folder.STATE_FILE, ADAM, every=0.0)
         state.save(2, lambda: {"done": np.full(2, 2, np.int32)})
     asked.clear()
     run(tmp_path, None, FAKE)

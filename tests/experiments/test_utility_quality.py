@@ -240,10 +240,13 @@ def test_table_and_picture(smoke, tmp_path):
     assert pdf.name == "utility_quality.pdf" and pdf.read_bytes().startswith(b"%PDF")
 
 
-def test_an_interrupted_run_leaves_what_it_measured(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_what_it_measured_and_goes_on_with_what_it_has_not(tmp_path, monkeypatch):
+    asked, stopped = [], [True]
+
     def measurements(settings, activation):
+        asked.append(activation)
         for task in range(4):
-            if activation == "relu" and task == 2:
+            if activation == "relu" and task == 2 and stopped:
                 raise KeyboardInterrupt
             yield np.full(2, task, np.float32), np.full((2, 2, 2, 6), task / 10, np.float32)
 
@@ -257,7 +260,15 @@ def test_an_interrupted_run_leaves_what_it_measured(tmp_path, monkeypatch):
         values = values.mean([dim for dim in values.dims if dim not in ("method", "task")]).values
         np.testing.assert_allclose(values, scale * np.array([[0, 1, 2, 3], [0, 1, np.nan, np.nan]]), rtol=1e-6)
     assert "0.050 ± 0.000" in summary(results)  # of the two measurements that relu has
-    assert plot(results, tmp_path)[0].is_file()
+    with pytest.raises(ValueError, match=r"6 finished tasks of a run with other settings \(seeds is 2 there"):
+        run(dataclasses.replace(settings, seeds=3), tmp_path)
+    assert cbp_jax.load_results(tmp_path).identical(results)
+    assert plot(results, tmp_path / "pictures")[0].is_file()
+    asked.clear(), stopped.clear()
+    calls = []
+    whole = run(settings, tmp_path, lambda *args: calls.append(args))
+    assert asked == ["relu"] and sum(call[1] for call in calls) == total(settings)
+    assert np.isfinite(whole.correlation).all() and whole.identical(cbp_jax.load_results(tmp_path))
 
 
 def test_presets():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from cbp_jax.files import partial
 from cbp_jax.report import load_results, new_results, record_task, save_results, stream_measures
 from cbp_jax.report.results import FILE_NAME, MEASURES, UPDATE_MEASURES
 
@@ -150,11 +152,10 @@ def test_a_save_that_is_broken_off_leaves_the_last_results(tmp_path, monkeypatch
     before = results.copy(deep=True)
     record_task(results, 1, {"accuracy": np.ones((3, 2))})
 
-    def killed(self, path, **_):
-        Path(path).write_bytes(b"half of a file")
+    def killed(descriptor):  # when all but the end of the file is written
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(xr.Dataset, "to_netcdf", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         save_results(results, tmp_path)
     xr.testing.assert_identical(load_results(tmp_path), before)
@@ -163,6 +164,27 @@ def test_a_save_that_is_broken_off_leaves_the_last_results(tmp_path, monkeypatch
     save_results(results, tmp_path)
     xr.testing.assert_identical(load_results(tmp_path), results)
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_results(tmp_path):
+    save_results(small(), tmp_path)
+    partial(tmp_path / FILE_NAME).symlink_to("/dev/full")
+    with pytest.raises(
+        OSError, match=rf"{FILE_NAME} cannot be written: no space left on device, and it takes .* bytes"
+    ):
+        save_results(small(tasks=9), tmp_path)
+    xr.testing.assert_identical(load_results(tmp_path), small())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_one_flipped_bit_of_the_data_is_found(tmp_path):
+    results = small()
+    record_task(results, 0, {"loss": np.full((3, 2), 0.123)})
+    content = bytearray(save_results(results, tmp_path).read_bytes())
+    content[content.index(np.float32(0.123).tobytes())] ^= 1
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{FILE_NAME} is not a results file: it cannot be read"):
+        load_results(tmp_path)
 
 
 def test_whoever_reads_while_results_are_saved_reads_the_last_ones(tmp_path):

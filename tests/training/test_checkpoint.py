@@ -1,5 +1,5 @@
+import os
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import serialization
 
+from cbp_jax.files import partial
 from cbp_jax.training import Checkpoint, TrainState, checkpoint
 
 
@@ -63,10 +64,10 @@ def test_a_file_of_another_name_is_not_read_and_the_next_save_takes_its_place(tm
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        (state_of(width=4), r"kernel'\] is float32\[2, 3\] there, and float32\[2, 4\] here; delete the file"),
+        (state_of(width=4), r"kernel'\] is float32\[2, 3\] there, and float32\[2, 4\] here\. .* Delete the file"),
         (
             jax.tree.map(lambda x: np.asarray(x, np.float16) if x.dtype == np.float32 else x, state_of()),
-            r"is float32\[2, 3\] there, and float16\[2, 3\] here; delete the file",
+            r"is float32\[2, 3\] there, and float16\[2, 3\] here\. .* Delete the file",
         ),
         (state_of()._replace(opt_state=(optax.EmptyState(),)), "size|keys|fields"),
         (state_of()._replace(hyperparameters={"l2": np.ones(2, np.float32)}), "keys"),
@@ -122,22 +123,70 @@ def test_a_save_that_is_broken_off_leaves_the_last_state(tmp_path, monkeypatch, 
     def stop(*_):
         raise KeyboardInterrupt
 
-    def half(path, content):
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise KeyboardInterrupt
-
     path = tmp_path / "state"
     saving = Checkpoint(path, "bp", every=0.0)
     saving.save(1, state_of)
     if broken == "before":
         saving.before = stop
     if broken == "write":
-        monkeypatch.setattr(Path, "write_bytes", half)
+        monkeypatch.setattr(os, "fsync", stop)
     with pytest.raises(KeyboardInterrupt):
         saving.save(2, stop if broken == "state" else state_of)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
-    assert serialization.msgpack_restore(path.read_bytes())["tasks"] == 1
+    assert Checkpoint(path, "bp").tasks == 1
+
+
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda content: flipped(content, len(content) // 2), "it is damaged, as its checksum shows"),
+        (lambda content: flipped(content, -5), "it is damaged, as its checksum shows"),
+        (lambda content: flipped(content, 20), "it is damaged, as its checksum shows"),
+        (lambda content: flipped(content, 3), "it is damaged, or no state of a run"),
+        (lambda content: content[:-1], "it is damaged, as its checksum shows"),
+        (lambda content: content[:30], "it is damaged, as its checksum shows"),
+        (lambda content: b"", "it is damaged, or no state of a run"),
+        (lambda content: b"years of work", "it is damaged, or no state of a run"),
+        (lambda content: serialization.msgpack_serialize({"speed": 3}), "it is damaged, or no state of a run"),
+        (
+            lambda content: serialization.msgpack_serialize({"name": "bp", "tasks": 7, "state": {}}),
+            "or was written by an earlier version",
+        ),
+    ],
+    ids=["bit", "last bits", "checksum", "head", "cut", "cut short", "empty", "text", "foreign", "no checksum"],
+)
+def test_a_damaged_or_foreign_file_is_refused_with_the_way_out_and_left_as_it_is(tmp_path, damage, reason):
+    path = tmp_path / "state"
+    Checkpoint(path, "bp", every=0.0).save(7, state_of)
+    path.write_bytes(damage(path.read_bytes()))
+    damaged = path.read_bytes()
+    for name in ("bp", "cbp"):
+        with pytest.raises(ValueError, match=f"cannot go on from {path}: .*{reason}.* results .* are safe. Delete the"):
+            Checkpoint(path, name)
+    assert path.read_bytes() == damaged
+
+
+def test_a_state_is_of_no_use_without_what_it_needs(tmp_path):
+    path = tmp_path / "state"
+    Checkpoint(path, "bp", every=0.0, needs=lambda tasks: b"results of %d" % tasks).save(7, state_of)
+    assert Checkpoint(path, "bp", needs=lambda tasks: b"results of 7").tasks == 7
+    assert Checkpoint(path, "cbp", needs=lambda tasks: b"others").tasks == 0  # of other methods
+    with pytest.raises(ValueError, match=f"{path}: the results beside it are not those of its 7 tasks"):
+        Checkpoint(path, "bp", needs=lambda tasks: b"others")
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_state(tmp_path):
+    path = tmp_path / "state"
+    saving = Checkpoint(path, "bp", every=0.0)
+    saving.save(1, state_of)
+    partial(path).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"{path} cannot be written: no space left on device"):
+        saving.save(2, state_of)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"] and Checkpoint(path, "bp").tasks == 1
 
 
 def test_deleting_leaves_nothing_not_even_what_a_kill_left_of_a_save(tmp_path):
