@@ -259,12 +259,17 @@ def _tried(method: Custom) -> Custom:
     if isinstance(made, NoTransformation):
         raise ValueError(f"{method.path}: {made}") from made
     if made is not None and "units" not in inspect.signature(method.factory).parameters:
-        first_line = str(made).partition("\n")[0]
-        raise ValueError(f"{method.path}: {type(made).__name__}: {first_line}") from made
-    if _update_error(method, {}) is not None:
+        raise ValueError(f"{method.path}: {_first_line(made)}") from made
+    error = _update_error(method, {})
+    if error is not None:
         method = dataclasses.replace(method, second_order=True)
         if _update_error(method, {}) is not None:
             # It may be made for the experiment's network alone, so that there is nothing to try it on.
+            warnings.warn(
+                f"{method.path} fails on a small network ({_first_line(error)}): methods that differ in its numbers "
+                "are compiled one by one",
+                stacklevel=3,
+            )
             return dataclasses.replace(method, second_order=False)
     floats = {name: value for name, value in method.settings if isinstance(value, float) and np.isfinite(value)}
     error = _update_error(method, floats)
@@ -280,6 +285,10 @@ def _tried(method: Custom) -> Custom:
                 stacklevel=3,
             )
     return dataclasses.replace(method, traced=traced)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _error_of(function: Callable[..., Any], *args: Any) -> Exception | None:
