@@ -76,7 +76,7 @@ def test_utility_is_of_gradients(package):
     tx = cbp_by_gradient(replacement_rate=1.0, units=units, key=0)
     state = tx.init(params)._replace(age={"w1": jnp.full(8, 200)})
     grads = {"w1": jnp.ones((4, 8)).at[:, 6].set(0.0), "w2": jnp.ones((8, 2))}
-    _, state = tx.update(grads, state, params, features={"w1": jnp.ones((5, 8))})
+    _, state = jax.jit(tx.update)(grads, state, params, features={"w1": jnp.ones((5, 8))})
     assert state.replaced["w1"].tolist() == [unit == 6 for unit in range(8)]
 
 
