@@ -160,17 +160,7 @@ def stable_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
     The definition of Dohare et al., Nature 2024, and not the ratio of Frobenius to spectral norm that goes by
     the same name in numerical linear algebra.
 
-    Args:
-      x: matrix [examples, units]; it is not centred.
-      threshold: fraction in (0, 1]; may be traced.
-
-    Returns:
-      float32 scalar, a whole number from 1 to min(examples, units); 0 for a zero matrix, NaN where x is not
-      finite. Sums that miss the threshold by less than 1e-6 of the total count as reaching it, which is what
-      float32 can tell; with a threshold closer to 1 than that, the last directions are not counted.
-
-    Raises:
-      ValueError: if x is not a matrix or is empty, or the threshold is outside (0, 1].
+    Arguments, what is returned and what is raised are as of :func:`approximate_rank`.
 
     >>> import jax.numpy as jnp
     >>> float(stable_rank(jnp.diag(jnp.array([10.0, 1.0, 0.1]))))

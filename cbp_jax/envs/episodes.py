@@ -8,7 +8,23 @@ import jax
 import jax.numpy as jnp
 
 
-class Episodes:
+class Around:
+    """What an environment has in common with the one in it, `env`."""
+
+    env: Any
+
+    @property
+    def observation_size(self) -> int:
+        """Number of observations."""
+        return self.env.observation_size
+
+    @property
+    def action_size(self) -> int:
+        """Number of actions."""
+        return self.env.action_size
+
+
+class Episodes(Around):
     """Starts the next episode where one ends, and tells a cut by the time limit from an end.
 
     It is an environment itself, one; vmap `reset` and `step` for many. In states that `step` returns
@@ -54,16 +70,6 @@ class Episodes:
         self.episode_length = episode_length
         self.time_limit_is_terminal = time_limit_is_terminal
         self.random_reset = random_reset
-
-    @property
-    def observation_size(self) -> int:
-        """Number of observations."""
-        return self.env.observation_size
-
-    @property
-    def action_size(self) -> int:
-        """Number of actions."""
-        return self.env.action_size
 
     def reset(self, key: chex.PRNGKey) -> Any:
         """The first state of the first episode, of a key.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cbp_jax.envs.episodes import Episodes, check_range, strong
+from cbp_jax.envs.episodes import Around, Episodes, check_range, strong
 from cbp_jax.numerics.keys import as_key_data
 from cbp_jax.numerics.scalars import check_scalar
 
@@ -28,7 +28,7 @@ _REFUSED = {
 _MJX = {"opt.iterations": 10, "opt.ls_iterations": 20, "opt.disableflags": 0}
 
 
-class Slippery:
+class Slippery(Around):
     r"""A Brax environment whose friction changes at the ends of episodes, in its state.
 
     Environments with the same key meet the same frictions: that of period i, counted from 0, is log-uniform in
@@ -99,16 +99,6 @@ class Slippery:
         self._key, self._impl = as_key_data(key)
         self._settings = episodes
         Episodes(self.env, **episodes)  # checks them
-
-    @property
-    def observation_size(self) -> int:
-        """Number of observations."""
-        return self.env.observation_size
-
-    @property
-    def action_size(self) -> int:
-        """Number of actions."""
-        return self.env.action_size
 
     def friction_of(self, period: chex.Numeric) -> chex.Array:
         """The friction coefficient of a period, which is counted from 0: float32 []."""

@@ -67,12 +67,6 @@ def label_permuted(
     examples = sampling.check_integer("examples_per_task", examples_per_task)
     batch_size = sampling.check_integer("batch_size", batch_size, examples)
     scale = sampling.scaling(dataset, normalize)
-    pixels = dataset.images[0].size
-    input_shape = (pixels,) if flatten else dataset.image_shape
-    data = {
-        "images": jnp.array(dataset.images.reshape(size, pixels)),  # a copy, which nobody can write to
-        "labels": jnp.array(dataset.labels),
-    }
 
     def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> LabelPermutedTask:
         del data
@@ -81,21 +75,8 @@ def label_permuted(
         return LabelPermutedTask(labels, sampling.passes(order_key, size, examples), evaluation_key)
 
     def gather(data, task, indices):
-        inputs = scale(data["images"][indices]).reshape(-1, *input_shape)
-        return inputs, task.labels[data["labels"][indices]]
+        return scale(data["images"][indices]), task.labels[data["labels"][indices]]
 
-    def batch(data: dict[str, jax.Array], task: LabelPermutedTask, step: jax.typing.ArrayLike):
-        return gather(data, task, jax.lax.dynamic_slice(task.order, (step * batch_size,), (batch_size,)))
-
-    def evaluation(data: dict[str, jax.Array], task: LabelPermutedTask, n: int):
-        return gather(data, task, sampling.distinct(task.evaluation_key, size, sampling.check_integer("n", n, size)))
-
-    return Problem(
-        data=data,
-        input_shape=input_shape,
-        num_classes=dataset.num_classes,
-        steps_per_task=examples // batch_size,
-        make_task=make_task,
-        batch=batch,
-        evaluation=evaluation,
+    return sampling.stream_of(
+        dataset, flatten=flatten, examples=examples, batch_size=batch_size, make_task=make_task, gather=gather
     )

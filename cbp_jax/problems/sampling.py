@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax.data import Dataset
+from cbp_jax.problems.problem import Problem
 
 # Mean and standard deviation, each one number or one for each channel.
 Normalization = tuple[float | Sequence[float], float | Sequence[float]]
@@ -60,6 +61,55 @@ def scaling(dataset: Dataset, normalize: Normalization | None) -> Callable[[jax.
     # Subtracting first: XLA may fuse a product and a sum into one rounding, but not this.
     offset, factor = (mean * largest).astype(np.float32), (1 / (largest * deviation)).astype(np.float32)
     return lambda x: (x.astype(jnp.float32) - offset) * factor
+
+
+def stream_of(
+    dataset: Dataset,
+    *,
+    flatten: bool,
+    examples: int,
+    batch_size: int,
+    make_task: Callable[..., Any],
+    gather: Callable[..., tuple[jax.Array, jax.Array]],
+) -> Problem:
+    """A problem whose tasks show examples of one dataset, each task in an order of its own.
+
+    Args:
+      dataset: images, or features, and labels. Images stay bytes on the device.
+      flatten: whether inputs are vectors.
+      examples: in a task.
+      batch_size: examples in a batch.
+      make_task: of the problem; its tasks have `order`, the indices of examples, and `evaluation_key`.
+      gather: `(data, task, indices) -> (inputs [n, pixels], labels [n])` as the task has them.
+
+    Returns:
+      the problem.
+    """
+    size, pixels = len(dataset), dataset.images[0].size
+    input_shape = (pixels,) if flatten else dataset.image_shape
+
+    def shown(data: dict[str, jax.Array], task: Any, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs, labels = gather(data, task, indices)
+        return inputs.reshape(-1, *input_shape), labels
+
+    def batch(data: dict[str, jax.Array], task: Any, step: jax.typing.ArrayLike):
+        return shown(data, task, jax.lax.dynamic_slice(task.order, (step * batch_size,), (batch_size,)))
+
+    def evaluation(data: dict[str, jax.Array], task: Any, n: int):
+        return shown(data, task, distinct(task.evaluation_key, size, check_integer("n", n, size)))
+
+    return Problem(
+        data={
+            "images": jnp.array(dataset.images.reshape(size, pixels)),  # a copy, which nobody can write to
+            "labels": jnp.array(dataset.labels),
+        },
+        input_shape=input_shape,
+        num_classes=dataset.num_classes,
+        steps_per_task=examples // batch_size,
+        make_task=make_task,
+        batch=batch,
+        evaluation=evaluation,
+    )
 
 
 def _per_pixel(value: float | Sequence[float], dataset: Dataset) -> np.ndarray:

@@ -152,14 +152,7 @@ def replace_units(
             **_memory_fields(policy, {group.name: policy.init(group, params) for group in groups}),
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        features: units_lib.Features | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    def update_fn(updates, state, params=None, *, features: units_lib.Features | None = None, **extra_args):
         if params is None:
             raise ValueError(f"{policy.name} needs the params: tx.update(grads, state, params, features=features)")
         groups = units_lib.check_units(units, params)

@@ -6,7 +6,7 @@ averaged over the updates, and how their means make up the importance of a weigh
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -117,14 +117,7 @@ def add_consolidation(
             previous=(jax.tree.map(copy, params), jax.tree.map(zeros, params)) if importance.follows_path else (),
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ConsolidationState,
-        params: optax.Params | None = None,
-        *,
-        sensitivity: optax.Updates | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ConsolidationState]:
+    def update_fn(updates, state, params=None, *, sensitivity: optax.Updates | None = None, **extra_args):
         del extra_args
         if params is None:
             raise ValueError("consolidation needs the params: tx.update(grads, state, params), got params=None")

@@ -58,10 +58,7 @@ def add_l2_init(strength: chex.Numeric) -> optax.GradientTransformation:
         traced.
 
     Returns:
-      an optax transformation to chain before an optimizer. Its update needs the params.
-
-    Raises:
-      ValueError: the strength is negative; in `update`, params are missing.
+      an optax transformation, as :func:`add_l1`, which says what it raises.
 
     Example:
       >>> import jax.numpy as jnp, optax
