@@ -178,7 +178,7 @@ def test_the_registry_knows_the_experiment_by_its_name():
         ({"activation": "step"}, "activation must be .*, got 'step'"),
         ({"methods": ()}, "methods must name at least one of"),
         ({"methods": ("bp", "sgd")}, r"the learner must be one of .*, got 'sgd'"),
-        ({"methods": ("bp", "bp")}, r"methods must differ, got \['bp', 'bp'\]"),
+        ({"methods": ("bp", "bp")}, "methods must differ, and 'bp' and 'bp' have the same settings"),
         ({"methods": ("bp", "cbp:replacement_rate=2")}, r"replacement_rate must be in \[0, 1\], got 2"),
         ({"examples_per_task": 0}, "examples_per_task must be an integer from 1 to 1797; got 0"),
         ({"examples_per_task": 1798}, "examples_per_task must be an integer from 1 to 1797; got 1798"),
