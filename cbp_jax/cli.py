@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 
@@ -72,17 +71,21 @@ def _list(argv: list[str]) -> None:
     argparse.ArgumentParser(
         prog="cbp-jax list", description="Lists experiments, presets, learners and datasets."
     ).parse_args(argv)
-    from cbp_jax import data, experiments
+    from cbp_jax import data, experiments, nets
     from cbp_jax.experiments import learners
 
     print("experiments")
-    for name, module in experiments.EXPERIMENTS.items():
-        print(f"  {name:26} {_first_line(module)} Presets: {', '.join(module.PRESETS)}.")
+    for name, experiment in experiments.EXPERIMENTS.items():
+        print(f"  {name:26} {experiment.about} Presets: {', '.join(experiment.presets)}.")
     print("learners (as in --methods bp cbp:replacement_rate=1e-5)")
     for name, learner in learners.LEARNERS.items():
         settings = ", ".join(f"{key}={value}" for key, value in learners.defaults_of(learner).items())
         print(f"  {name:26} {learner.about} ({settings})")
     print("  and a function of your own that makes an optax transformation: my_module:my_factory(learning_rate=0.01)")
+    print("networks (as in --network vit:depth=2,width=32)")
+    for name in nets.NETWORKS:
+        print(f"  {name:26} {nets.read(name).about}")
+    print("  and a Flax module of your own: my_module:MyNet(width=64)")
     print("datasets")
     print(f"  {', '.join(data.names())}, other image datasets of tensorflow-datasets that are prepared,")
     print("  and array files: the path of an .npz with images, or features, and labels")
@@ -94,7 +97,9 @@ def _run(argv: list[str]) -> None:
         add_help=False,
         description="Runs an experiment. `cbp-jax run EXPERIMENT --preset NAME --help` lists its options.",
     )
-    parser.add_argument("experiment", nargs="?", help="a name that `cbp-jax list` shows")
+    parser.add_argument(
+        "experiment", nargs="?", help="a name that `cbp-jax list` shows, or the path of one: my_module:my_experiment"
+    )
     parser.add_argument("--preset", default="laptop", help="settings to start from: smoke, laptop or paper")
     parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
     parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")
@@ -104,26 +109,25 @@ def _run(argv: list[str]) -> None:
     if given.experiment is None:
         parser.print_help()
         return
-    module = _experiment(given.experiment)
-    start = module.preset(given.preset, given.dataset)
+    experiment = _experiment(given.experiment)
+    start = experiment.preset(given.preset, given.dataset)
     if given.help:
         parser.print_help()
         rest = ["--help"]
     settings = _parse(f"cbp-jax run {given.experiment}", start, rest)
-    out = given.out or Path("runs") / f"{given.experiment}-{given.preset}-{_hash(settings)}"
-    from cbp_jax.experiments import folder
-
-    folder.check(out, given.experiment, settings)
-    _use_all_cores()  # before a user's module is imported, which may start JAX
-    module.check(settings)
-
+    out = given.out or Path("runs") / f"{experiment.name}-{given.preset}-{_hash(settings)}"
     from cbp_jax import report
     from cbp_jax.cli_progress import Bar
+    from cbp_jax.experiments import folder
 
-    print(f"{given.experiment}: {_first_line(module)} {settings}", file=sys.stderr)
-    with Bar(module.total(settings), given.quiet) as bar:
-        results = module.run(settings, out, bar)
-    _show(results, out)
+    folder.check(out, experiment.name, settings)
+    _use_all_cores()  # before a user's module is imported, which may start JAX
+    asked_for = [name for name, value in vars(settings).items() if value != getattr(start, name)]
+    job = experiment.prepare(settings, asked_for)
+    print(f"{experiment.name}: {experiment.about}\n{_told(settings)}", file=sys.stderr)
+    with Bar(experiment.total(settings), given.quiet) as bar:
+        results = job(out, bar)
+    _show(results, out, experiment=experiment)
     print(f"results: {out / report.results.FILE_NAME}")
 
 
@@ -141,13 +145,21 @@ def _plot(argv: list[str]) -> None:
     _show(report.load_results(args.run_dir), out, tuple(args.formats))
 
 
-def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",)) -> None:
+def _told(settings: Any) -> str:
+    """A line for each setting, as it would be given."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    width = max(map(len, values))
+    shown = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in shown.items())
+
+
+def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",), experiment: Any = None) -> None:
     """Prints the table of a run and draws its pictures, as its experiment would have them."""
     from cbp_jax import experiments
     from cbp_jax.experiments import learners
 
     results = learners.with_looks(results)
-    experiment = experiments.EXPERIMENTS.get(results.attrs["experiment"], experiments.stream)
+    experiment = experiment or experiments.EXPERIMENTS.get(results.attrs["experiment"], experiments.stream)
     print(experiment.summary(results))
     for picture in experiment.plot(results, out, formats):
         print(f"picture: {picture}")
@@ -178,12 +190,19 @@ def _data(argv: list[str]) -> None:
     print(f"prepared {data.load(args.name, data_dir=args.data_dir)!r}")
 
 
-def _experiment(name: str) -> ModuleType:
-    from cbp_jax import experiments
+def _experiment(name: str) -> Any:
+    from cbp_jax import by_path, experiments
 
-    if name not in experiments.EXPERIMENTS:
+    if name in experiments.EXPERIMENTS:
+        return experiments.EXPERIMENTS[name]
+    if ":" in name:
+        _use_all_cores()
+    found = by_path.read(name, "experiment")
+    if found is None:
         raise ValueError(f"experiment must be one of {list(experiments.EXPERIMENTS)}, got {name!r}")
-    return experiments.EXPERIMENTS[name]
+    if not isinstance(found.value, experiments.Experiment):
+        raise ValueError(f"{name} must be a cbp_jax.experiments.Experiment, got {type(found.value).__name__}")
+    return found.value
 
 
 def _parse(program: str, start: Any, argv: list[str]) -> Any:
@@ -209,10 +228,6 @@ def _use_all_cores() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(RuntimeError):  # JAX has started already
         jax.config.update("jax_num_cpu_devices", cores or 1)
-
-
-def _first_line(module: ModuleType) -> str:
-    return (module.__doc__ or "").strip().splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -9,10 +10,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-
-from cbp_jax import cli, load_results, report
-from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted, slowly_changing_regression, utility_quality
 from cbp_jax.experiments.online_permuted import Settings, preset
+
+from cbp_jax import cli, experiments, load_results, report
+from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted, slowly_changing_regression, utility_quality
 
 TINY = (
     *("--preset", "smoke", "--dataset", "mnist", "--methods", "bp:step_size=0.02"),
@@ -27,6 +28,16 @@ USE_ALL_CORES = cli._use_all_cores
 def one_device(monkeypatch):
     """All tests of a process have the same devices, whichever comes first."""
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
+
+
+def replace_job(monkeypatch, experiment, run):
+    """Lets the command check settings, and do something else in place of training."""
+
+    def job(settings):
+        experiment.check(settings)
+        return functools.partial(run, settings)
+
+    monkeypatch.setitem(EXPERIMENTS, experiment.name, dataclasses.replace(experiment, job=job))
 
 
 @pytest.fixture
@@ -52,7 +63,7 @@ def fake_run(monkeypatch):
         report.save_results(results, out)
         return results
 
-    monkeypatch.setattr(online_permuted, "run", run)
+    replace_job(monkeypatch, online_permuted, run)
     return calls
 
 
@@ -78,13 +89,13 @@ def fake_runs(monkeypatch):
         return results
 
     def quality(settings, out, progress=None):
-        results = utility_quality._empty_results(settings, list(settings.activations))
+        results = experiments.quality._empty_results(settings, list(settings.activations))
         results.correlation.values[:] = 0.25
         report.save_results(results, out)
         return results
 
-    monkeypatch.setattr(slowly_changing_regression, "run", regression)
-    monkeypatch.setattr(utility_quality, "run", quality)
+    replace_job(monkeypatch, slowly_changing_regression, regression)
+    replace_job(monkeypatch, utility_quality, quality)
 
 
 @pytest.fixture(scope="module")
@@ -263,10 +274,7 @@ def test_results_of_an_experiment_that_is_not_known_here_are_shown_as_those_of_s
 @pytest.mark.parametrize(
     ("experiment", "message"),
     [
-        (
-            "slowly_changing_regression",
-            "slowly_changing_regression draws its samples; it takes no dataset, got 'mnist'",
-        ),
+        ("slowly_changing_regression", "slowly_changing_regression has none; got 'mnist'"),
         ("utility_quality", "dataset must be left out"),
     ],
 )
@@ -407,7 +415,7 @@ def test_an_interrupted_run_says_that_its_results_are_kept(monkeypatch, tmp_path
     def run(settings, out, progress):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(online_permuted, "run", run)
+    replace_job(monkeypatch, online_permuted, run)
     assert cli.main(["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]) == 130
     assert "stopped" in capsys.readouterr().err.splitlines()[-1]
 

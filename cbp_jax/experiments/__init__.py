@@ -1,24 +1,20 @@
-"""Experiments by name: each is one file with a dataclass of settings, presets and a function."""
+"""Experiments by name: each is an `Experiment`, an object with settings, presets, a problem, a network."""
 
-from types import ModuleType
+import sys
 
-from cbp_jax.experiments import (
-    class_incremental,
-    continual_imagenet,
-    input_permuted,
-    label_permuted,
-    online_permuted,
-    slippery_ant,
-    slowly_changing_regression,
-    stationary_ant,
-    stream,
-    utility_quality,
-)
+from cbp_jax.experiments import stream
+from cbp_jax.experiments.ants import slippery_ant, stationary_ant
+from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.imagenet import continual_imagenet
+from cbp_jax.experiments.increments import class_incremental
+from cbp_jax.experiments.permuted import input_permuted, label_permuted, online_permuted
+from cbp_jax.experiments.quality import utility_quality
+from cbp_jax.experiments.regression import slowly_changing_regression
 from cbp_jax.experiments.stream import Progress
 
-EXPERIMENTS: dict[str, ModuleType] = {
-    module.NAME: module
-    for module in (
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
         online_permuted,
         input_permuted,
         label_permuted,
@@ -30,5 +26,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
         stationary_ant,
     )
 }
+# So that `from cbp_jax.experiments.online_permuted import Settings` finds it, too, as if each had a file of its own.
+sys.modules.update({f"{__name__}.{name}": experiment for name, experiment in EXPERIMENTS.items()})
 
-__all__ = ["EXPERIMENTS", "Progress", "stream"]
+__all__ = ["EXPERIMENTS", "Experiment", "Progress", "stream", *EXPERIMENTS]

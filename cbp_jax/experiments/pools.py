@@ -70,4 +70,4 @@ def load(settings: PoolSettings, split: str = "train", *, classes: int, per_clas
         images = data.load(settings.dataset, split, data_dir=settings.data_dir)
     if images.has_features:
         raise ValueError(f"dataset must hold images, and {settings.dataset!r} holds features")
-    return data.downsample(images, settings.downsample)
+    return data.downsample(stream.check_classes(images), settings.downsample)

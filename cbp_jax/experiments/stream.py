@@ -2,21 +2,24 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from cbp_jax import data, nets, training
-from cbp_jax.experiments import folder, learners
+from cbp_jax.experiments import folder, learners, memory
 from cbp_jax.problems import Problem
 
 SAVE_EVERY = 2.0  # seconds between two writings of the results
 CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
 
+
 # labels of the methods that ran, lanes that finished a task, means of what was measured
 Progress = Callable[[str, int, dict[str, float]], None]
+# folder, progress -> results; everything is checked
+Job = Callable[[Path, Progress | None], Any]
 # seeds [lanes], arrays [lanes] of hyperparameters, checkpoint -> arrays [lanes] of what was measured, for each task
 Train = Callable[[np.ndarray, dict[str, np.ndarray], training.Checkpoint], Iterator[dict[str, Any]]]
 
@@ -39,7 +42,7 @@ class StreamSettings:
     activation: str = "relu"
     """Activation of the hidden layers, where a method does not choose one."""
     measured_examples: int = 2000
-    """Examples on which dead units and ranks are measured before each task."""
+    """Examples on which dead units and ranks are measured before each task, or all that it has where it has fewer."""
     measure_every: int | None = None
     """Every so many updates plasticity and gradients are measured; never if not given."""
     lanes: Literal["auto", "vmap", "map"] = "auto"
@@ -79,6 +82,8 @@ def check(settings: StreamSettings) -> list[learners.Method]:
     nets.get_activation(settings.activation)
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
+    if hasattr(settings, "dataset"):
+        check_dataset(settings.dataset)
     methods = check_methods(settings.methods, settings.activation)
     network = nets.read(getattr(settings, "network", "mlp"))
     if settings.activation != StreamSettings.activation and not network.takes("activation"):
@@ -91,6 +96,19 @@ def check(settings: StreamSettings) -> list[learners.Method]:
             if not network.takes(name):
                 raise ValueError(f"method {method.text!r}: network {network.name!r} has no {name}")
     return methods
+
+
+def check_dataset(name: str) -> None:
+    """Raises a ValueError unless the name of a dataset says something."""
+    if not name.strip():
+        raise ValueError(f"dataset must be a name or the path of an array file, got {name!r}")
+
+
+def check_classes(images: data.Dataset) -> data.Dataset:
+    """The dataset; raises a ValueError if there is nothing to tell apart in it."""
+    if images.num_classes < 2:
+        raise ValueError(f"dataset must have at least 2 classes, and {images.name!r} has {images.num_classes}")
+    return images
 
 
 def flat(settings: ImageStreamSettings, images: data.Dataset) -> bool:
@@ -121,17 +139,6 @@ def check_methods(methods: Sequence[Any], activation: str) -> list[learners.Meth
     return learners.read_methods(methods, activation=activation)
 
 
-def preset(presets: dict[str, Callable[..., StreamSettings]], name: str, *args: Any) -> Any:
-    """The settings of a preset.
-
-    Raises:
-      ValueError: there is no such preset.
-    """
-    if name not in presets:
-        raise ValueError(f"preset must be one of {list(presets)}, got {name!r}")
-    return presets[name](*args)
-
-
 def total(settings: StreamSettings) -> int:
     """How many tasks all lanes have to do, for a progress bar."""
     return len(settings.methods) * settings.seeds * settings.tasks
@@ -152,19 +159,9 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 
 
 def run(
-    experiment: str,
-    settings: StreamSettings,
-    problem: Problem,
-    out: Path,
-    progress: Progress | None = None,
-    *,
-    measured_examples: int | None = None,
-    dormant_threshold: float | None = None,
-    train: Callable[..., Iterator[dict[str, Any]]] | None = None,
-    measures: Mapping[str, str] | None = None,
-    **network: Any,
+    experiment: str, settings: StreamSettings, problem: Problem, out: Path, progress: Progress | None = None, **how: Any
 ) -> Any:
-    """Trains all methods with all seeds on a stream of tasks.
+    """Trains all methods with all seeds on a stream of tasks; `prepare`, and then what it returns.
 
     All methods with the same seed see the same tasks and start from the same weights. Results are written as tasks
     end, and the state every half minute, so that a run that is killed leaves the tasks that it finished and, started
@@ -177,11 +174,7 @@ def run(
       out: folder for the results.
       progress: called after each task with the labels of the methods that ran, how many lanes (methods times seeds)
         finished it, and the means of what was measured.
-      measured_examples: if not as in the settings.
-      dormant_threshold: largest score of a dormant unit; by default these are not counted.
-      train: what takes the place of `training.run_tasks`.
-      measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
-      **network: how to make the network, see `learners.make_learner`.
+      **how: as in `prepare`.
 
     Returns:
       the results, an `xarray.Dataset`; see `report.new_results`.
@@ -189,25 +182,58 @@ def run(
     Raises:
       ValueError: a setting is out of range or unknown, before anything is computed.
     """
+    return prepare(experiment, settings, check(settings), problem, **how)(out, progress)
+
+
+def prepare(
+    experiment: str,
+    settings: StreamSettings,
+    methods: Sequence[learners.Method],
+    problem: Problem,
+    *,
+    asked_for: Collection[str] = (),
+    train: Callable[..., Iterator[dict[str, Any]]] | None = None,
+    measures: Mapping[str, str] | None = None,
+    **network: Any,
+) -> Job:
+    """Checks settings that depend on the stream of tasks, and makes the learners.
+
+    Args:
+      experiment: its name.
+      settings: what to run.
+      methods: that are compared, as `check` returns them.
+      problem: the stream.
+      asked_for: names of settings that are not made to fit where they do not.
+      train: what takes the place of `training.run_tasks`.
+      measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
+      **network: how to make the network, see `learners.make_learner`.
+
+    Returns:
+      what runs it, of a folder and of what is told of progress.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+    """
     from cbp_jax import report
 
-    methods = check(settings)
-    every = settings.measure_every
+    every, dormant_threshold = settings.measure_every, getattr(settings, "dormant_threshold", None)
     if every is not None and every > problem.steps_per_task:
         raise ValueError(f"measure_every must be at most the {problem.steps_per_task} updates of a task, got {every}")
-    results = empty_results(
-        experiment,
-        settings,
-        methods,
-        settings.tasks,
-        measures
-        or report.stream_measures(
-            accuracy=problem.loss == "softmax_cross_entropy",
-            updates=every is not None,
-            test=problem.test is not None,
-            dormant=dormant_threshold is not None,
-        ),
+    measured = settings.measured_examples
+    if problem.examples is not None and measured > problem.examples:
+        if "measured_examples" in asked_for:
+            raise ValueError(
+                f"measured_examples must be at most the {problem.examples} examples that a task has, got {measured}"
+            )
+        measured = problem.examples
+    measures = measures or report.stream_measures(
+        accuracy=problem.loss == "softmax_cross_entropy",
+        updates=every is not None,
+        test=problem.test is not None,
+        dormant=dormant_threshold is not None,
     )
+    memory.check_examples(measured, problem.input_shape)
+    memory.check_results(len(methods), settings.seeds, settings.tasks, len(measures))
 
     def make(group: list[learners.Method]) -> Train:
         learner = learners.make_learner(
@@ -218,6 +244,7 @@ def run(
             problem.num_classes,
             **{"network": getattr(settings, "network", "mlp"), **network},
         )
+        memory.check_states(learner, group, settings.seeds)
         return lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
             learner,
             problem,
@@ -225,13 +252,13 @@ def run(
             numbers,
             settings.tasks,
             mode=settings.lanes,
-            measured_examples=measured_examples or settings.measured_examples,
+            measured_examples=measured,
             measure_every=every,
             dormant_threshold=dormant_threshold,
             checkpoint=checkpoint,
         )
 
-    return run_methods(results, methods, make, out, progress)
+    return prepare_methods(empty_results(experiment, settings, methods, settings.tasks, measures), methods, make)
 
 
 def empty_results(
@@ -262,41 +289,37 @@ def empty_results(
     )
 
 
-def run_methods(
-    results: Any,
-    methods: Sequence[learners.Method],
-    make: Callable[[list[learners.Method]], Train],
-    out: Path,
-    progress: Progress | None = None,
-) -> Any:
-    """Runs methods with all seeds, fills the results, and keeps them and the state on disk.
+def prepare_methods(
+    results: Any, methods: Sequence[learners.Method], make: Callable[[list[learners.Method]], Train]
+) -> Job:
+    """Prepares what runs methods with all seeds, fills the results, and keeps them and the state on disk.
 
     Args:
       results: empty, of `empty_results`; one of its measures is `replaced_units`, which tells what has been run.
       methods: what to run.
       make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them.
-      out: folder for the results.
-      progress: as in `run`.
 
     Returns:
-      the results, of which those on disk are a part.
-
-    Raises:
-      BlockingIOError: another run is at work in the folder.
-      ValueError: the folder holds another run, or a state that cannot be used; both are left as they are.
+      a function of a folder and of progress as in `run`, to the results, of which those on disk are a part. It raises
+      a BlockingIOError where another run is at work in the folder, and a ValueError where the folder holds another run,
+      or a state that cannot be used; both are left as they are.
     """
-    from cbp_jax import report
-
     groups = [(group, make(group)) for group in _compiled_together(methods)]
-    out = Path(out)
-    with folder.opened(results, out) as results:
-        report.save_results(results, out)
-        try:
-            for group, train in groups:
-                _run_group(results, group, train, out, progress)
-        finally:
-            report.save_results(results, out)
-    return results
+
+    def job(out: Path, progress: Progress | None = None) -> Any:
+        from cbp_jax import report
+
+        out = Path(out)
+        with folder.opened(results, out) as found:
+            report.save_results(found, out)
+            try:
+                for group, train in groups:
+                    _run_group(found, group, train, out, progress)
+            finally:
+                report.save_results(found, out)
+        return found
+
+    return job
 
 
 def _run_group(results: Any, group: list[learners.Method], train: Train, out: Path, progress: Progress | None) -> None:

@@ -121,6 +121,13 @@ class Network:
     def __post_init__(self):
         self._check(self.settings)
 
+    @property
+    def about(self) -> str:
+        """Its first line of documentation, and the names of its settings."""
+        made = self.factory.func if isinstance(self.factory, functools.partial) else self.factory
+        lines = (inspect.getdoc(made) or self.name).splitlines()
+        return f"{lines[0]} ({', '.join(name for name in self._parameters if name != 'num_outputs')})"
+
     def takes(self, name: str, value: Any = None) -> bool:
         """Whether it has a setting.
 

@@ -48,6 +48,7 @@ class IncrementalProblem:
       evaluation: ``(data, increment, n) -> (inputs, labels)``: n distinct random training examples of the classes that
         this increment adds, without augmentation.
       loss: "softmax_cross_entropy".
+      examples: the largest n of `evaluation`; None where it is not known.
     """
 
     data: Any
@@ -61,6 +62,7 @@ class IncrementalProblem:
     held_out: Callable[..., tuple[jax.Array, jax.Array]]
     evaluation: Callable[..., tuple[jax.Array, jax.Array]]
     loss: str = "softmax_cross_entropy"
+    examples: int | None = None
 
 
 def class_incremental(
@@ -211,4 +213,5 @@ def class_incremental(
         batch=batch,
         held_out=held_out,
         evaluation=evaluation,
+        examples=width * train,
     )

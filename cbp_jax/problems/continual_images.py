@@ -135,5 +135,6 @@ def continual_images(
         make_task=make_task,
         batch=batch,
         evaluation=evaluation,
+        examples=examples,
         test=all_test,
     )

@@ -38,6 +38,8 @@ class Problem:
       test: ``(data, task) -> (inputs, labels)``, as `batch` returns them: examples of the task that no batch holds, for
         measuring a network after it is trained; None where there are none.
       loss: "softmax_cross_entropy" or "squared_error", what the network is trained on.
+      examples: how many examples a task has to measure a network on, the largest n of `evaluation`; None where there is
+        no largest.
 
     Raises:
       ValueError: if the loss is another.
@@ -52,6 +54,7 @@ class Problem:
     evaluation: Callable[[Data, Task, int], tuple[jax.Array, jax.Array]]
     loss: str = "softmax_cross_entropy"
     test: Callable[[Data, Task], tuple[jax.Array, jax.Array]] | None = None
+    examples: int | None = None
 
     def __post_init__(self):
         if self.loss not in LOSSES:

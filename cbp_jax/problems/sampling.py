@@ -109,6 +109,7 @@ def stream_of(
         make_task=make_task,
         batch=batch,
         evaluation=evaluation,
+        examples=size,
     )
 
 

@@ -3,10 +3,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from cbp_jax.experiments.class_incremental import check, plot, preset, run
 
 from cbp_jax import load_results, training
 from cbp_jax.experiments import EXPERIMENTS, class_incremental
-from cbp_jax.experiments.class_incremental import check, plot, preset, run
 
 TINY = dataclasses.replace(preset("smoke"), epochs=1, train_per_class=10)
 

@@ -3,10 +3,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from cbp_jax.experiments.continual_imagenet import check, plot, preset, run
 
 from cbp_jax import load_results
 from cbp_jax.experiments import EXPERIMENTS, continual_imagenet
-from cbp_jax.experiments.continual_imagenet import check, plot, preset, run
 
 TINY = dataclasses.replace(
     preset("smoke"),

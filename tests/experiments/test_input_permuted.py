@@ -3,10 +3,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from cbp_jax.experiments.input_permuted import check, preset, run
 
 from cbp_jax import data, load_results
 from cbp_jax.experiments import EXPERIMENTS, input_permuted
-from cbp_jax.experiments.input_permuted import check, paper_grid, preset, run
+from cbp_jax.experiments.permuted import paper_grid
 
 TINY = dataclasses.replace(preset("smoke"), seeds=1, tasks=2, examples_per_task=12, hidden=(4,), measured_examples=20)
 

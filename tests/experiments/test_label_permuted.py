@@ -3,10 +3,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from cbp_jax.experiments.label_permuted import check, preset, run
 
 from cbp_jax import data, load_results
-from cbp_jax.experiments import EXPERIMENTS, input_permuted, label_permuted
-from cbp_jax.experiments.label_permuted import check, preset, run
+from cbp_jax.experiments import EXPERIMENTS, label_permuted, permuted
 
 TINY = dataclasses.replace(
     preset("smoke"), methods=("upgd",), seeds=1, tasks=2, examples_per_task=12, hidden=(4,), measured_examples=20
@@ -28,7 +28,7 @@ def test_the_papers_preset_has_the_papers_numbers():
     paper = preset("paper")
     assert (paper.dataset, paper.network, paper.hidden, paper.batch_size) == ("emnist/balanced", "mlp", (300, 150), 1)
     assert paper.examples_per_task == 2500 and paper.tasks * paper.examples_per_task == 1_000_000
-    assert paper.methods == input_permuted.paper_grid() and paper.seeds == 20 and paper.activation == "relu"
+    assert paper.methods == permuted.paper_grid() and paper.seeds == 20 and paper.activation == "relu"
     cifar = preset("paper", "cifar10")
     assert cifar == dataclasses.replace(paper, dataset="cifar10", network="lenet", hidden=(120, 84))
     features = preset("paper", "mini_imagenet.npz")

@@ -73,7 +73,7 @@ def increments(monkeypatch, trained):
 @pytest.mark.parametrize(
     "experiment",
     [online_permuted, input_permuted, label_permuted, continual_imagenet, class_incremental],
-    ids=lambda module: module.NAME,
+    ids=lambda experiment: experiment.name,
 )
 def test_every_experiment_on_images_takes_every_network(increments, images, tmp_path, experiment, network):
     sizes = {"train_per_class": 4, "test_per_class": 3} if hasattr(experiment.Settings, "train_per_class") else {}

@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+from cbp_jax.experiments.online_permuted import Settings, check, preset, run
 
 from cbp_jax import load_results
 from cbp_jax.experiments import EXPERIMENTS, online_permuted, stream
 from cbp_jax.experiments.learners import parse_method
-from cbp_jax.experiments.online_permuted import Settings, check, preset, run
 
 SETTINGS = Settings(
     methods=(
@@ -106,7 +106,7 @@ import sys
 sys.path.insert(0, {sys.path[0]!r})
 from pathlib import Path
 from cbp_jax.experiments import online_permuted, stream
-from cbp_jax.experiments.online_permuted import Settings
+from cbp_jax.experiments.permuted import Online
 stream.SAVE_EVERY = 0.0
 settings = {settings!r}
 online_permuted.run(settings, Path({str(tmp_path)!r}), lambda *args: print("a task", flush=True))

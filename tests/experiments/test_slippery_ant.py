@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import cbp_jax
-from cbp_jax.experiments import EXPERIMENTS, slippery_ant, stationary_ant, stream
+from cbp_jax.experiments import EXPERIMENTS, ants, slippery_ant, stationary_ant, stream
 
 TINY = dataclasses.replace(
-    slippery_ant.SMOKE,
+    ants.SMOKE,
     methods=("cbp_adam:step_size=3e-4,replacement_rate=1e-2,maturity_threshold=5",),
     seeds=2,
     steps=3 * 64 - 1,
@@ -41,7 +41,7 @@ def test_presets_are_complete(experiment):
 
 def test_the_papers_settings():
     settings = slippery_ant.preset("paper")
-    rules = slippery_ant.ppo_settings(settings)
+    rules = ants.ppo_settings(settings)
     assert (settings.steps, settings.change_every, settings.friction_range) == (20_000_000, 2_000_000, (0.02, 2.0))
     assert (rules.steps, rules.epochs, rules.minibatches) == (2048, 10, 16)
     assert (rules.discount, rules.gae_lambda, rules.clip) == (0.99, 0.95, 0.2)
@@ -62,7 +62,7 @@ def test_the_papers_settings():
 
 
 def test_environments_share_the_steps_between_two_frictions():
-    env = slippery_ant.make_env(slippery_ant.preset("paper"))
+    env = ants.make_env(slippery_ant.preset("paper"))
     assert env.change_every == 2_000_000 // 32
 
 
@@ -98,10 +98,10 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
 
 @pytest.mark.slow  # as what follows: PPO and the ant's physics in one program compile for long
 def test_a_run_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(slippery_ant, "save_episode", lambda *_: None)  # compiles for as long again; see below
+    monkeypatch.setattr(ants, "save_episode", lambda *_: None)  # compiles for as long again; see below
     seen = []
     results = slippery_ant.run(TINY, tmp_path, lambda methods, lanes, measures: seen.append((lanes, set(measures))))
-    assert seen == [(2, set(slippery_ant.MEASURES))] * 3 and slippery_ant.total(TINY) == 6
+    assert seen == [(2, set(ants.MEASURES))] * 3 and slippery_ant.total(TINY) == 6
     assert np.isfinite(results.to_array()).all() and results.sizes == {"method": 1, "seed": 2, "task": 3}
     assert results.step.values.tolist() == [64, 128, 192] and (results.replaced_units > 0).all()
     assert results.episode_length.max() <= 8 and len(np.unique(results.friction)) > 2

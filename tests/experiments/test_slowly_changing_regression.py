@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cbp_jax.experiments.slowly_changing_regression import check, preset, run
 
 from cbp_jax import load_results
 from cbp_jax.experiments import EXPERIMENTS, slowly_changing_regression
-from cbp_jax.experiments.slowly_changing_regression import ACTIVATIONS, check, preset, run
+from cbp_jax.experiments.regression import ACTIVATIONS
 
 TINY = dataclasses.replace(preset("smoke"), seeds=1, tasks=2, examples_per_task=12, measured_examples=20)
 
@@ -37,7 +38,7 @@ def test_the_other_presets_compare_what_they_promise():
     assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
     with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper'\], got 'large'"):
         preset("large")
-    with pytest.raises(ValueError, match="draws its samples; it takes no dataset, got 'mnist'"):
+    with pytest.raises(ValueError, match="slowly_changing_regression has none; got 'mnist'"):
         preset("smoke", "mnist")
     assert EXPERIMENTS["slowly_changing_regression"] is slowly_changing_regression
 

@@ -165,6 +165,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(training, "run_tasks", run_tasks)
     monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
+    monkeypatch.setattr(stream.memory, "check_states", lambda *args: None)
     return asked
 
 

@@ -10,8 +10,8 @@ from scipy import stats
 
 import cbp_jax
 from cbp_jax import curvature
-from cbp_jax.experiments import utility_quality
-from cbp_jax.experiments.utility_quality import (
+from cbp_jax.experiments import quality, utility_quality
+from cbp_jax.experiments.quality import (
     LEVELS,
     SCOPES,
     UTILITIES,
@@ -19,9 +19,7 @@ from cbp_jax.experiments.utility_quality import (
     check,
     feature_utilities,
     plot,
-    preset,
     rank_correlations,
-    run,
     summary,
     total,
     true_feature_utility,
@@ -29,6 +27,8 @@ from cbp_jax.experiments.utility_quality import (
     weight_utilities,
 )
 from cbp_jax.nets import MLP
+
+preset, run = utility_quality.preset, utility_quality.run
 
 NET = MLP((5, 4), 2, "relu")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
@@ -90,7 +90,7 @@ def test_the_true_utility_of_weights_is_that_of_a_plain_loop():
 
 def test_more_weights_than_fit_one_chunk(monkeypatch):
     whole = jax.jit(lambda p: true_weight_utility(loss_fn, p))(PARAMS)
-    monkeypatch.setattr(utility_quality, "_CHUNK", 7)
+    monkeypatch.setattr(quality, "_CHUNK", 7)
     parts = jax.jit(lambda p: true_weight_utility(loss_fn, p))(PARAMS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), parts, whole)
 
@@ -194,8 +194,8 @@ def test_results_are_in_their_places(smoke):
     settings = dataclasses.replace(preset("smoke"), measure_every=1)
     capture = lambda apply_fn, units, params, x, y, key: (params, x, y)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utility_quality, "correlations", capture)
-        _, captured = next(iter(utility_quality._measurements(settings, "tanh")))
+        patch.setattr(quality, "correlations", capture)
+        _, captured = next(iter(quality._measurements(settings, "tanh")))
     params, x, y = jax.tree.map(lambda leaf: leaf[1], captured)
     net = MLP(settings.hidden, 1, "tanh")
     assert x.shape == (1, 8) and (np.abs(x) <= 0.5).all()
@@ -250,8 +250,8 @@ def test_an_interrupted_run_leaves_what_it_measured_and_goes_on_with_what_it_has
                 raise KeyboardInterrupt
             yield np.full(2, task, np.float32), np.full((2, 2, 2, 6), task / 10, np.float32)
 
-    monkeypatch.setattr(utility_quality, "_measurements", measurements)
-    monkeypatch.setattr(utility_quality, "_SAVE_EVERY", 1e9)
+    monkeypatch.setattr(quality, "_measurements", measurements)
+    monkeypatch.setattr(quality, "_SAVE_EVERY", 1e9)
     settings = Settings(seeds=2, steps=8, measure_every=2, activations=("tanh", "relu"))
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path)

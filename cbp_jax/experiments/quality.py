@@ -31,7 +31,8 @@ import numpy as np
 import optax
 
 from cbp_jax import curvature
-from cbp_jax.experiments import folder
+from cbp_jax.experiments import folder, memory, stream
+from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.nets import MLP, get_activation
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.units import Units, discover_units
@@ -69,37 +70,6 @@ class Settings:
     """Step size of SGD."""
     lanes: Literal["auto", "vmap", "map"] = "vmap"
     """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
-
-
-def preset(name: str, dataset: str | None = None) -> Settings:
-    """The settings of a preset.
-
-    Args:
-      name: "smoke" (seconds), "laptop" (a minute on 2 cores) or "paper" (30 seeds, measured at every step).
-      dataset: must be None: the samples are drawn.
-
-    Returns:
-      the settings.
-
-    Raises:
-      ValueError: there is no such preset, or a dataset is given.
-
-    Example:
-      >>> preset("paper").measure_every
-      1
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
-    if dataset is not None:
-        raise ValueError(f"dataset must be left out: {NAME} draws its samples; got {dataset!r}")
-    return PRESETS[name]()
-
-
-PRESETS: dict[str, Callable[[], Settings]] = {
-    "smoke": lambda: Settings(seeds=2, steps=40, measure_every=10, activations=("tanh",), hidden=(6, 5), inputs=8),
-    "laptop": Settings,
-    "paper": lambda: Settings(seeds=30, measure_every=1),
-}
 
 
 def check(settings: Settings) -> list[str]:
@@ -142,21 +112,20 @@ def total(settings: Settings) -> int:
     return len(settings.activations) * settings.seeds * (settings.steps // settings.measure_every)
 
 
-def run(settings: Settings, out: Path, progress: Callable[[str, int, dict[str, float]], None] | None = None) -> Any:
-    """Runs the experiment.
+def job(settings: Settings) -> stream.Job:
+    """Prepares the experiment.
 
     Results are written as measurements are made, so that a run that is killed leaves those that it finished; run again,
     it keeps the activations that are done and starts the others from their first step, to the same results.
 
     Args:
       settings: what to run.
-      out: folder for the results.
-      progress: called after each measurement with the activation, the number of seeds, and means of what was measured.
 
     Returns:
-      the results, an `xarray.Dataset`: `correlation` [method, level, scope, utility, seed, task] and `loss`
+      what runs it. Its results are `correlation` [method, level, scope, utility, seed, task] and `loss`
       [method, seed, task], the mean loss of the steps up to the next measurement. Methods are the activations, tasks
-      the measurements, whose coordinate `step` counts updates before them.
+      the measurements, whose coordinate `step` counts updates before them. After each, progress is told the
+      activation, the number of seeds, and means of what was measured.
 
     Raises:
       ValueError: a setting is out of range or unknown, before anything is computed.
@@ -164,14 +133,21 @@ def run(settings: Settings, out: Path, progress: Callable[[str, int, dict[str, f
     from cbp_jax import report
 
     activations = check(settings)
-    with folder.opened(_empty_results(settings, activations), Path(out)) as results:
-        report.save_results(results, out)
-        try:
-            for activation in activations:
-                _run_activation(results, settings, activation, out, progress)
-        finally:
+    measurements = settings.steps // settings.measure_every
+    each = 1 + len(LEVELS) * len(SCOPES) * len(UTILITIES)
+    memory.check_results(len(activations), settings.seeds, measurements, each)
+
+    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+        with folder.opened(_empty_results(settings, activations), Path(out)) as results:
             report.save_results(results, out)
-    return results
+            try:
+                for activation in activations:
+                    _run_activation(results, settings, activation, out, progress)
+            finally:
+                report.save_results(results, out)
+        return results
+
+    return run
 
 
 def _run_activation(
@@ -179,7 +155,7 @@ def _run_activation(
     settings: Settings,
     activation: str,
     out: Path,
-    progress: Callable[[str, int, dict[str, float]], None] | None,
+    progress: stream.Progress | None,
 ) -> None:
     from cbp_jax import report
 
@@ -520,3 +496,20 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         for path in paths:
             figure.savefig(path)
     return paths
+
+
+utility_quality = Experiment(
+    name=NAME,
+    about="How well approximate utilities rank weights and features (Elsayed & Mahmood, ICLR 2024, Figure 2).",
+    Settings=Settings,
+    presets={
+        "smoke": lambda: Settings(seeds=2, steps=40, measure_every=10, activations=("tanh",), hidden=(6, 5), inputs=8),
+        "laptop": Settings,
+        "paper": lambda: Settings(seeds=30, measure_every=1),
+    },
+    check=check,
+    total=total,
+    plot=plot,
+    summary=summary,
+    job=job,
+)

@@ -1,17 +1,14 @@
 """Slowly-Changing Regression (Dohare et al., Nature 2024): a small network tracks a target as single inputs change."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cbp_jax import nets, problems
 from cbp_jax.experiments import stream
-from cbp_jax.experiments.stream import check, summary, total
+from cbp_jax.experiments.experiment import Experiment
 
-__all__ = ["ACTIVATIONS", "NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
-
-NAME = "slowly_changing_regression"
 ACTIVATIONS = ("sigmoid", "tanh", "elu", "leaky_relu", "relu", "swish")  # of the paper
 
 
@@ -31,28 +28,6 @@ class Settings(stream.StreamSettings):
     """Linear threshold units of the target network."""
     beta: float = 0.7
     """Fraction of the inputs that must agree with a threshold unit's weights for it to be on."""
-
-
-def preset(name: str, dataset: str | None = None) -> Settings:
-    """The settings of a preset.
-
-    Args:
-      name: "smoke" (seconds), "laptop" (a few minutes on 2 cores) or "paper" (3 million examples, 100 runs).
-      dataset: must be None: the samples are drawn.
-
-    Returns:
-      the settings.
-
-    Raises:
-      ValueError: there is no such preset, or a dataset is given.
-
-    Example:
-      >>> preset("paper").tasks * preset("paper").examples_per_task, len(preset("paper").methods)
-      (3000000, 18)
-    """
-    if dataset is not None:
-        raise ValueError(f"{NAME} draws its samples; it takes no dataset, got {dataset!r}")
-    return stream.preset(PRESETS, name)
 
 
 def _smoke() -> Settings:
@@ -85,35 +60,15 @@ def _paper() -> Settings:
     )
 
 
-PRESETS: dict[str, Callable[[], Settings]] = {"smoke": _smoke, "laptop": _laptop, "paper": _paper}
+def _problem(settings: Settings) -> problems.Problem:
+    names = ("num_inputs", "flipping_bits", "examples_per_task", "target_units", "beta", "batch_size")
+    return problems.slowly_changing_regression(**{name: getattr(settings, name) for name in names})
 
 
-def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
-    """Runs the experiment; as `cbp_jax.experiments.stream.run`. Its results have a loss and no accuracy.
-
-    Args:
-      settings: what to run.
-      out: folder for the results.
-      progress: called after each task.
-
-    Returns:
-      the results, an `xarray.Dataset`; see `report.new_results`.
-
-    Raises:
-      ValueError: a setting is out of range or unknown, before anything is computed.
-    """
-    check(settings)
-    problem = problems.slowly_changing_regression(
-        num_inputs=settings.num_inputs,
-        flipping_bits=settings.flipping_bits,
-        examples_per_task=settings.examples_per_task,
-        target_units=settings.target_units,
-        beta=settings.beta,
-        batch_size=settings.batch_size,
-    )
-    # Hidden layers start with the gain of their activation, and the output layer with that of none.
-    network = {"init_of_activation": nets.kaiming_uniform, "output_init": nets.kaiming_uniform("identity")}
-    return stream.run(NAME, settings, problem, out, progress, **network)
+def _network(settings: Settings) -> dict[str, Any]:
+    """Hidden layers start with the gain of their activation, and the output layer with that of none."""
+    del settings
+    return {"init_of_activation": nets.kaiming_uniform, "output_init": nets.kaiming_uniform("identity")}
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -130,3 +85,15 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     from cbp_jax import report
 
     return report.plot_run(results, out, bin_size=max(1, results.sizes["task"] // 20), formats=formats)
+
+
+slowly_changing_regression = Experiment(
+    name="slowly_changing_regression",
+    about="Slowly-Changing Regression (Dohare et al., Nature 2024): a small network tracks a target as single inputs "
+    "change.",
+    Settings=Settings,
+    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
+    problem=_problem,
+    network=_network,
+    plot=plot,
+)

@@ -1,10 +1,10 @@
-"""Slippery ant (Dohare et al., Nature 2024): PPO learns to walk while the friction of the ground changes."""
+"""Slippery and stationary ant (Dohare et al., Nature 2024): PPO learns to walk, and the ground changes or does not."""
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,13 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import envs, nets, training
-from cbp_jax.experiments import learners, stream
-from cbp_jax.experiments.stream import plot, summary
+from cbp_jax.experiments import learners, memory, stream
+from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.rl import ppo
-
-__all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "run_experiment", "summary", "total"]
-
-NAME = "slippery_ant"
 
 #: What is measured of each interval, for each method and seed.
 MEASURES: dict[str, str] = {
@@ -99,35 +95,6 @@ class Settings:
     """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
 
 
-def preset(name: str, dataset: str | None = None) -> Settings:
-    """The settings of a preset.
-
-    Args:
-      name: "smoke" (a minute), "laptop" (the comparison on 2 cores in an hour) or "paper".
-      dataset: must be None.
-
-    Returns:
-      the settings.
-
-    Raises:
-      ValueError: there is no such preset, or a dataset is given.
-
-    Example:
-      >>> preset("paper").steps // preset("paper").change_every
-      10
-    """
-    return checked_preset(PRESETS, NAME, name, dataset)
-
-
-def checked_preset(
-    presets: dict[str, Callable[[], Settings]], experiment: str, name: str, dataset: str | None
-) -> Settings:
-    """The settings of a preset of an experiment that has no dataset."""
-    if dataset is not None:
-        raise ValueError(f"dataset must be left out: {experiment} has none; got {dataset!r}")
-    return stream.preset(presets, name)
-
-
 def comparison(step_size: float) -> tuple[str, ...]:
     """The paper's learners: standard PPO, with Adam tuned against forgetting its past gradients, L2, CBP."""
     tuned = f"step_size={step_size},b1=0.99,b2=0.99"
@@ -176,11 +143,11 @@ LAPTOP = Settings(
     initial_log_std=-0.7,
     policy_scale=0.01,
 )
-PRESETS: dict[str, Callable[[], Settings]] = {
-    "smoke": lambda: SMOKE,
-    "laptop": lambda: LAPTOP,
-    "paper": lambda: Settings(methods=(*comparison(1e-4), *others(1e-4))),
-}
+STATIONARY = dataclasses.replace(LAPTOP, methods=("adam:step_size=3e-4",), seeds=5, steps=1_024_000, friction=1.0)
+
+
+def _paper() -> Settings:
+    return Settings(methods=(*comparison(1e-4), *others(1e-4)))
 
 
 def total(settings: Settings) -> int:
@@ -231,39 +198,37 @@ def check(settings: Settings) -> list[learners.Method]:
     return methods
 
 
-def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
-    """Trains agents with all methods and all seeds.
+def job(experiment: str, settings: Settings) -> stream.Job:
+    """Prepares what trains agents with all methods and all seeds.
 
     All methods with the same seed start from the same weights and meet the same frictions. Results are written as
     intervals end, and the state every half minute: a run that is killed goes on from there as if nothing had been. When
     a method is done, a page is written that shows an episode of its first seed's agent.
 
     Args:
+      experiment: its name.
       settings: what to run.
-      out: folder for the results.
-      progress: called after each interval with the labels of the methods that ran, how many lanes (methods times seeds)
-        finished it, and the means of what was measured.
 
     Returns:
-      the results, an `xarray.Dataset`; see `report.new_results`. Tasks are intervals of steps; the coordinate `step`
-      counts the environment's steps up to their ends.
+      what runs it. In its results, tasks are intervals of steps; the coordinate `step` counts the environment's steps
+      up to their ends.
 
     Raises:
-      ValueError: a setting is out of range or unknown, before anything is computed.
+      ValueError: a setting is out of range or unknown.
       ImportError: Brax is not installed.
     """
-    return run_experiment(NAME, settings, out, progress)
-
-
-def run_experiment(experiment: str, settings: Settings, out: Path, progress: stream.Progress | None) -> Any:
-    """As `run`, for any experiment with these settings."""
     methods = check(settings)
     make_env(settings)  # an error of its should come before anything is written
     intervals = num_intervals(settings)
-    results = stream.empty_results(experiment, settings, methods, intervals, MEASURES)
-    results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-    make = lambda group: functools.partial(_train, settings, group, intervals, Path(out))
-    return stream.run_methods(results, methods, make, out, progress)
+    memory.check_results(len(methods), settings.seeds, intervals, len(MEASURES))
+
+    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+        results = stream.empty_results(experiment, settings, methods, intervals, MEASURES)
+        results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
+        make = lambda group: functools.partial(_train, settings, group, intervals, Path(out))
+        return stream.prepare_methods(results, methods, make)(out, progress)
+
+    return run
 
 
 class _Lane(NamedTuple):
@@ -385,3 +350,27 @@ def ppo_settings(settings: Settings) -> ppo.Settings:
     """Those of the settings that are PPO's."""
     names = [field.name for field in dataclasses.fields(ppo.Settings) if hasattr(settings, field.name)]
     return ppo.Settings(**{name: getattr(settings, name) for name in names})
+
+
+slippery_ant = Experiment(
+    name="slippery_ant",
+    about="Slippery ant (Dohare et al., Nature 2024): PPO learns to walk while the friction of the ground changes.",
+    Settings=Settings,
+    presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP, "paper": _paper},
+    check=check,
+    total=total,
+    job=functools.partial(job, "slippery_ant"),
+)
+stationary_ant = Experiment(
+    name="stationary_ant",
+    about="Stationary ant (Dohare et al., Nature 2024): PPO learns to walk, and collapses though nothing changes.",
+    Settings=Settings,
+    presets={
+        "smoke": lambda: dataclasses.replace(SMOKE, friction=1.0),
+        "laptop": lambda: STATIONARY,
+        "paper": lambda: dataclasses.replace(_paper(), steps=50_000_000, friction=1.0),
+    },
+    check=check,
+    total=total,
+    job=functools.partial(job, "stationary_ant"),
+)

@@ -1,4 +1,12 @@
-"""Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes."""
+"""Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes.
+
+A task is an increment of the classes. Images of CIFAR-100 are normalised as the paper's, others as
+`cbp_jax.data.normalization` says. A method with `reset=network` is trained from scratch in each increment: it is what
+the others are compared with. In results, `accuracy` and `loss` are those of training, means over all epochs; dead and
+dormant units and ranks are measured on images of the classes to come. Dormant units are those of
+`metrics.dormant_fraction`, by their mean activation; the paper's program counts units that are active on less than 1%
+of the examples.
+"""
 
 import dataclasses
 import functools
@@ -7,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from cbp_jax import data, nets, problems, training
-from cbp_jax.experiments import learners, pools, stream
+from cbp_jax.experiments import learners, pools
+from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.pools import PROCEDURAL
-from cbp_jax.experiments.stream import summary, total
 
-__all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
-
-NAME = "class_incremental"
 # Of CIFAR-100's training images, as the public program of the paper has them.
 CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
@@ -51,26 +56,6 @@ class Settings(pools.PoolSettings):
     """Largest random rotation of training images, in degrees."""
     early_stopping: bool = True
     """Whether an increment ends with the weights of its best validation accuracy."""
-
-
-def preset(name: str, dataset: str | None = None) -> Settings:
-    """The settings of a preset.
-
-    Args:
-      name: "smoke" (seconds), "laptop" (the comparison on 2 cores in minutes) or "paper".
-      dataset: images of many classes; by default procedural ones, and CIFAR-100 in the paper's preset.
-
-    Returns:
-      the settings.
-
-    Raises:
-      ValueError: there is no such preset.
-
-    Example:
-      >>> preset("paper").dataset, preset("paper").tasks * preset("paper").epochs
-      ('cifar100', 4000)
-    """
-    return stream.preset(PRESETS, name, dataset)
 
 
 def _methods(replacement_rate: str, maturity_threshold: int, noise: str) -> tuple[str, ...]:
@@ -133,9 +118,6 @@ def _paper(dataset: str | None) -> Settings:
     )
 
 
-PRESETS: dict[str, Callable[[str | None], Settings]] = {"smoke": _smoke, "laptop": _laptop, "paper": _paper}
-
-
 def check(settings: Settings) -> list[learners.Method]:
     """Checks settings before anything is computed, all but those that depend on the images.
 
@@ -153,11 +135,11 @@ def check(settings: Settings) -> list[learners.Method]:
     if settings.test_split is not None and settings.dataset == PROCEDURAL:
         raise ValueError(f"test_split must be left out: procedural images have one split; got {settings.test_split!r}")
     if settings.measure_every is not None:
-        raise ValueError(f"measure_every cannot be given for {NAME}, got {settings.measure_every}")
+        raise ValueError(f"measure_every cannot be given for class_incremental, got {settings.measure_every}")
     methods = pools.check(settings)
     for text, method in zip(settings.methods, methods, strict=True):
         if method.curvature:
-            raise ValueError(f"method {text!r}: {NAME} has no curvature")
+            raise ValueError(f"method {text!r}: class_incremental has no curvature")
         if not method.scheduled:
             raise ValueError(
                 f"method {text!r}: its step size must be a floating-point setting called step_size or learning_rate, "
@@ -166,30 +148,7 @@ def check(settings: Settings) -> list[learners.Method]:
     return methods
 
 
-def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
-    """Runs the experiment; as `cbp_jax.experiments.stream.run`, where a task is an increment of the classes.
-
-    Images of CIFAR-100 are normalised as the paper's, others as `cbp_jax.data.normalization` says. A method with
-    `reset=network` is trained from scratch in each increment: it is what the others are compared with.
-
-    Args:
-      settings: what to run.
-      out: folder for the results.
-      progress: called after each increment.
-
-    Returns:
-      the results, an `xarray.Dataset`; see `report.new_results`. `accuracy` and `loss` are those of training, means
-      over all epochs; dead and dormant units and ranks are measured on images of the classes to come. Dormant
-      units are those of `metrics.dormant_fraction`, by their mean activation; the paper's program counts units that are
-      active on less than 1% of the examples.
-
-    Raises:
-      ValueError: a setting is out of range or unknown, before anything is computed.
-      cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
-    """
-    from cbp_jax import report
-
-    check(settings)
+def _problem(settings: Settings) -> problems.IncrementalProblem:
     load = functools.partial(
         pools.load,
         settings,
@@ -197,7 +156,7 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
         per_class=settings.train_per_class + settings.validation_per_class + settings.test_per_class,
     )
     images, test = load(), None if settings.test_split is None else load(settings.test_split)
-    problem = problems.class_incremental(
+    return problems.class_incremental(
         images,
         test,
         classes_per_increment=settings.classes_per_increment,
@@ -212,22 +171,19 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
         normalize=CIFAR100 if images.name.split(":")[0] == "cifar100" else data.normalization(images),
     )
 
+
+def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
     def train(*args: Any, measure_every: None, **given: Any) -> Iterator[dict[str, Any]]:
         del measure_every
         return training.run_increments(*args, epochs=settings.epochs, early_stopping=settings.early_stopping, **given)
 
-    return stream.run(
-        NAME,
-        settings,
-        problem,
-        out,
-        progress,
-        measured_examples=min(settings.measured_examples, settings.classes_per_increment * settings.train_per_class),
-        dormant_threshold=settings.dormant_threshold,
-        train=train,
-        measures=report.stream_measures(test=True, dormant=True) | report.VALIDATION_MEASURES,
-        **_network_options(settings),
-    )
+    return train
+
+
+def _measures(settings: Settings) -> dict[str, str]:
+    from cbp_jax import report
+
+    return report.stream_measures(test=True, dormant=True) | report.VALIDATION_MEASURES
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -258,3 +214,17 @@ def _network_options(settings: Settings) -> dict[str, Any]:
     if nets.read(settings.network).name != "resnet18":
         return {}
     return {"widths": settings.hidden, "blocks": settings.blocks}
+
+
+class_incremental = Experiment(
+    name="class_incremental",
+    about="Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes.",
+    Settings=Settings,
+    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
+    problem=_problem,
+    network=_network_options,
+    train=_train,
+    measures=_measures,
+    check=check,
+    plot=plot,
+)

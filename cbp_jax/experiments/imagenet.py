@@ -1,18 +1,22 @@
-"""Continual ImageNet (Dohare et al., Nature 2024): one pair of classes after the other, for many epochs each."""
+"""Continual ImageNet (Dohare et al., Nature 2024): one pair of classes after the other, for many epochs each.
+
+Pixels are brought to [-1, 1], as `cbp_jax.data.normalization` says; the paper's images come normalised in a file of its
+own. As in its program, the decay of shrink-and-perturb goes through the momentum. In results, `accuracy` and `loss` are
+those of training, means over all epochs; dead and dormant units and ranks are measured on images of the task to come.
+Dormant units are those of `metrics.dormant_fraction`, by their mean activation; the paper's program counts units that
+are active on less than 1% of the examples.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from cbp_jax import data, nets, problems
-from cbp_jax.experiments import learners, pools, stream
+from cbp_jax.experiments import learners, pools
+from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.pools import PROCEDURAL
-from cbp_jax.experiments.stream import summary, total
 
-__all__ = ["NAME", "PRESETS", "Settings", "check", "plot", "preset", "run", "summary", "total"]
-
-NAME = "continual_imagenet"
 BIN = 50  # tasks that the paper averages in its picture
 
 
@@ -36,26 +40,6 @@ class Settings(pools.PoolSettings):
     """Height and width of the kernels of these convolutions."""
     padding: Literal["VALID", "SAME"] = "VALID"
     """Padding of these convolutions."""
-
-
-def preset(name: str, dataset: str | None = None) -> Settings:
-    """The settings of a preset.
-
-    Args:
-      name: "smoke" (seconds), "laptop" (the comparison on 2 cores in minutes) or "paper".
-      dataset: images of many classes; by default procedural ones, and ImageNet in the paper's preset.
-
-    Returns:
-      the settings.
-
-    Raises:
-      ValueError: there is no such preset.
-
-    Example:
-      >>> preset("paper").dataset, preset("paper").channels
-      ('imagenet_resized/32x32', (32, 64, 128))
-    """
-    return stream.preset(PRESETS, name, dataset)
 
 
 def _smoke(dataset: str | None) -> Settings:
@@ -123,9 +107,6 @@ def _paper(dataset: str | None) -> Settings:
     )
 
 
-PRESETS: dict[str, Callable[[str | None], Settings]] = {"smoke": _smoke, "laptop": _laptop, "paper": _paper}
-
-
 def check(settings: Settings) -> list[learners.Method]:
     """Checks settings before anything is computed, all but those that depend on the images.
 
@@ -145,32 +126,13 @@ def check(settings: Settings) -> list[learners.Method]:
     return methods
 
 
-def run(settings: Settings, out: Path, progress: stream.Progress | None = None) -> Any:
-    """Runs the experiment; as `cbp_jax.experiments.stream.run`, with the accuracy on test images after each task.
-
-    The output layer starts each task from zero, and so does what the optimizer keeps of it. Pixels are brought to
-    [-1, 1], as `cbp_jax.data.normalization` says; the paper's images come normalised in a file of its own. As in its
-    program, the decay of shrink-and-perturb goes through the momentum.
-
-    Args:
-      settings: what to run.
-      out: folder for the results.
-      progress: called after each task.
-
-    Returns:
-      the results, an `xarray.Dataset`; see `report.new_results`. `accuracy` and `loss` are those of training, means
-      over all epochs; dead and dormant units and ranks are measured on images of the task to come. Dormant
-      units are those of `metrics.dormant_fraction`, by their mean activation; the paper's program counts units that are
-      active on less than 1% of the examples.
-
-    Raises:
-      ValueError: a setting is out of range or unknown, before anything is computed.
-      cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
-    """
-    check(settings)
-    per_class = settings.train_per_class + settings.test_per_class
-    images = pools.load(settings, classes=settings.procedural_classes, per_class=per_class)
-    problem = problems.continual_images(
+def _problem(settings: Settings) -> problems.Problem:
+    images = pools.load(
+        settings,
+        classes=settings.procedural_classes,
+        per_class=settings.train_per_class + settings.test_per_class,
+    )
+    return problems.continual_images(
         images,
         train_per_class=settings.train_per_class,
         test_per_class=settings.test_per_class,
@@ -178,23 +140,12 @@ def run(settings: Settings, out: Path, progress: stream.Progress | None = None) 
         batch_size=settings.batch_size,
         normalize=data.normalization(images),
     )
-    return stream.run(
-        NAME,
-        settings,
-        problem,
-        out,
-        progress,
-        measured_examples=min(settings.measured_examples, 2 * settings.train_per_class),
-        dormant_threshold=settings.dormant_threshold,
-        reset_head=True,
-        **_network_options(settings),
-    )
 
 
 def _network_options(settings: Settings) -> dict[str, Any]:
-    if nets.read(settings.network).name != "convnet":
-        return {}
-    return {name: getattr(settings, name) for name in ("channels", "kernel_sizes", "padding")}
+    """The output layer starts each task from zero, and so does what the optimizer keeps of it."""
+    convolutions = ("channels", "kernel_sizes", "padding") if nets.read(settings.network).name == "convnet" else ()
+    return {"reset_head": True, **{name: getattr(settings, name) for name in convolutions}}
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -211,3 +162,15 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     from cbp_jax import report
 
     return report.plot_run(results, out, bin_size=BIN if results.sizes["task"] >= 4 * BIN else None, formats=formats)
+
+
+continual_imagenet = Experiment(
+    name="continual_imagenet",
+    about="Continual ImageNet (Dohare et al., Nature 2024): one pair of classes after the other, for many epochs each.",
+    Settings=Settings,
+    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
+    problem=_problem,
+    network=_network_options,
+    check=check,
+    plot=plot,
+)

@@ -1,0 +1,138 @@
+"""What an experiment is: one object of one dataclass."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cbp_jax.experiments import stream
+from cbp_jax.experiments.stream import Job, Progress
+from cbp_jax.problems import Problem
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """An experiment: what is compared on which stream of tasks, and how it is shown.
+
+    One on a stream of tasks needs its first five fields; `stream.StreamSettings` says what its settings are at least.
+    It is run by name if it is a row of `EXPERIMENTS`, and by its import path from anywhere.
+
+    Attributes:
+      name: in commands and results.
+      about: one line for lists.
+      Settings: a frozen dataclass, whose fields are the options of the command line.
+      presets: by name, functions that make settings: of a dataset's name or None, where `Settings` has `dataset`, else
+        of nothing.
+      problem: of the settings, the stream of tasks: a `problems.Problem`.
+      network: of the settings, what `learners.make_learner` gets besides, such as settings of the network.
+      train: of the settings, what takes the place of `training.run_tasks`.
+      measures: of the settings, what `train` measures: names and their meanings.
+      check: of the settings, raises a ValueError where they are out of range, and returns the methods.
+      total: of the settings, how many tasks all lanes have to do, for a progress bar.
+      plot: draws the pictures of results: of these, a folder and formats as Matplotlib names them, the paths.
+      summary: of results, their table.
+      job: of the settings, what runs them, for what is no stream of tasks and has no `problem`.
+    """
+
+    name: str
+    about: str
+    Settings: type
+    presets: Mapping[str, Callable[..., Any]]
+    problem: Callable[[Any], Problem] | None = None
+    network: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
+    train: Callable[[Any], Callable[..., Iterator[dict[str, Any]]]] | None = None
+    measures: Callable[[Any], Mapping[str, str]] | None = None
+    check: Callable[[Any], list[Any]] = stream.check
+    total: Callable[[Any], int] = stream.total
+    plot: Callable[..., list[Path]] = stream.plot
+    summary: Callable[[Any], str] = stream.summary
+    job: Callable[[Any], Job] | None = None
+
+    @property
+    def NAME(self) -> str:
+        """`name`."""
+        return self.name
+
+    @property
+    def PRESETS(self) -> Mapping[str, Callable[..., Any]]:
+        """`presets`."""
+        return self.presets
+
+    def preset(self, name: str, dataset: str | None = None) -> Any:
+        """The settings of a preset.
+
+        Args:
+          name: one of `presets`: "smoke" (seconds), "laptop" (minutes on 2 cores) or "paper".
+          dataset: what a preset's sizes may depend on; None is the preset's own.
+
+        Returns:
+          an object of `Settings`.
+
+        Raises:
+          ValueError: there is no such preset, or a dataset is given where there is none.
+
+        Example:
+          >>> from cbp_jax.experiments import online_permuted
+          >>> online_permuted.preset("paper").hidden
+          (2000, 2000, 2000)
+        """
+        if name not in self.presets:
+            raise ValueError(f"preset must be one of {list(self.presets)}, got {name!r}")
+        if not hasattr(self.Settings, "dataset"):
+            if dataset is not None:
+                raise ValueError(f"dataset must be left out: {self.name} has none; got {dataset!r}")
+            return self.presets[name]()
+        if dataset is not None:
+            stream.check_dataset(dataset)
+        return self.presets[name](dataset)
+
+    def prepare(self, settings: Any, asked_for: Collection[str] = ()) -> Job:
+        """Checks all settings, loads the data and makes the networks; nothing is computed or written.
+
+        Args:
+          settings: what to run.
+          asked_for: names of settings that are not to be made to fit where they do not, as "measured_examples" is, but
+            refused.
+
+        Returns:
+          what runs it, of a folder and of what is told of progress, as in `run`.
+
+        Raises:
+          ValueError: a setting is out of range or unknown.
+          cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
+        """
+        if self.job is not None:
+            return self.job(settings)
+        methods = self.check(settings)
+        return stream.prepare(
+            self.name,
+            settings,
+            methods,
+            self.problem(settings),
+            asked_for=asked_for,
+            train=self.train and self.train(settings),
+            measures=self.measures and self.measures(settings),
+            **self.network(settings),
+        )
+
+    def run(self, settings: Any, out: Path, progress: Progress | None = None) -> Any:
+        """Runs the experiment.
+
+        All methods with the same seed see the same tasks and start from the same weights. Results and the state are
+        written as tasks end: a run that is killed leaves what it finished, and goes on from there when it is started
+        again.
+
+        Args:
+          settings: what to run.
+          out: folder for the results.
+          progress: called after each task with the labels of the methods that ran, how many lanes (methods times seeds)
+            finished it, and the means of what was measured.
+
+        Returns:
+          the results, an `xarray.Dataset`; see `report.new_results`.
+
+        Raises:
+          ValueError: as `prepare`, and where the folder holds another run.
+          cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
+        """
+        return self.prepare(settings)(out, progress)

@@ -1,0 +1,95 @@
+"""Whether what a run keeps fits into memory, said before it is made."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from cbp_jax.experiments.learners import Method
+from cbp_jax.training import Learner, init_state
+
+_GIB = 2**30
+
+
+def check_results(methods: int, seeds: int, tasks: int, measures: int) -> None:
+    """Refuses results that this machine has no memory for.
+
+    Args:
+      methods: how many there are, as of what follows.
+      seeds: of each method.
+      tasks: of each seed.
+      measures: of each task, float32.
+
+    Raises:
+      ValueError: they take more than there is.
+
+    Example:
+      >>> check_results(methods=2, seeds=30, tasks=10**12, measures=8)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ...
+      ValueError: tasks=1000000000000 and seeds=30 with 2 methods make results of 1,788,139 GiB, ...
+    """
+    needed, there = 4 * methods * seeds * tasks * measures, _of_host()
+    if needed > there:
+        raise ValueError(
+            f"tasks={tasks} and seeds={seeds} with {methods} method{'s' * (methods > 1)} make results of "
+            f"{needed / _GIB:,.0f} GiB, and this machine has {there / _GIB:,.0f} GiB of memory"
+        )
+
+
+def check_examples(measured: int, shape: Sequence[int]) -> None:
+    """Refuses to measure networks on more examples than this machine has memory for.
+
+    Args:
+      measured: how many examples.
+      shape: of one, float32.
+
+    Raises:
+      ValueError: they take more than there is.
+    """
+    needed, there = 4 * measured * math.prod(shape), _of_host()
+    if needed > there:
+        raise ValueError(
+            f"measured_examples={measured} takes {needed / _GIB:,.0f} GiB, and this machine has "
+            f"{there / _GIB:,.0f} GiB of memory"
+        )
+
+
+def check_states(learner: Learner, methods: Sequence[Method], seeds: int) -> None:
+    """Refuses states of lanes, networks and what optimizers keep of them, that the devices have no memory for.
+
+    Args:
+      learner: of the methods.
+      methods: that run together.
+      seeds: of each.
+
+    Raises:
+      ValueError: they take more than there is.
+    """
+    numbers = {name: jnp.float32(value) for name, value in methods[0].hyperparameters.items()}
+    state = jax.eval_shape(lambda: init_state(learner, 0, numbers))
+    lane = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed, there = lane * len(methods) * seeds, _of_devices()
+    if needed > there:
+        raise ValueError(
+            f"seeds={seeds} with {len(methods)} method{'s' * (len(methods) > 1)} that run together keep networks and "
+            f"optimizers of {needed / _GIB:,.0f} GiB, and there are {there / _GIB:,.0f} GiB of memory for them"
+        )
+
+
+def _of_host() -> float:
+    """Bytes of memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not known here
+        return float("inf")
+
+
+def _of_devices() -> float:
+    """Bytes of memory of the devices that JAX uses."""
+    if jax.default_backend() == "cpu":
+        return _of_host()
+    limits = [(device.memory_stats() or {}).get("bytes_limit", float("inf")) for device in jax.local_devices()]
+    return sum(limits)

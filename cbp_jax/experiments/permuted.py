@@ -1,0 +1,251 @@
+"""Streams of permuted images: Online Permuted MNIST, input-permuted MNIST and label-permuted EMNIST or CIFAR-10.
+
+Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024, shuffle the pixels anew in every task and
+show all images. Elsayed & Mahmood, "Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning",
+ICLR 2024, do so after few examples, or rename the classes of the same images.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from cbp_jax import data, nets, problems
+from cbp_jax.experiments import stream
+from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.stream import ImageStreamSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Online(ImageStreamSettings):
+    """Online Permuted MNIST, or the same with other images: a task is a permutation of the pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs(ImageStreamSettings):
+    """Input-permuted MNIST, or the same with other images: a task is a permutation of the pixels."""
+
+    hidden: tuple[int, ...] = (300, 150)
+    """Sizes of the hidden layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels(ImageStreamSettings):
+    """Label-permuted EMNIST, CIFAR-10, mini-ImageNet, or other labelled images or features."""
+
+    hidden: tuple[int, ...] = (300, 150)
+    """Sizes of the hidden dense layers."""
+    examples_per_task: int = 2500
+    """Examples of each task."""
+
+
+def _problem(make: Callable[..., problems.Problem], settings: ImageStreamSettings, *, normalize: bool) -> Any:
+    """A stream of tasks that are permutations, of images or features of the settings."""
+    images = stream.check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
+    return make(
+        images,
+        examples_per_task=settings.examples_per_task,
+        batch_size=settings.batch_size,
+        normalize=data.normalization(images) if normalize else None,
+        flatten=stream.flat(settings, images),
+    )
+
+
+def _as_pytorch(settings: ImageStreamSettings) -> dict[str, Any]:
+    """Weights and biases of the paper's network start as in PyTorch; others, as they do by themselves."""
+    papers = nets.read(settings.network).name == "mlp"
+    return {"kernel_init": nets.fan_in_uniform(), "bias_init": "fan_in"} if papers else {}
+
+
+def paper_grid() -> tuple[str, ...]:
+    """The methods of the paper's search: learners with all combinations of the values that it tried.
+
+    Where the paper leaves a value open (the strength of consolidation), it is a decade to either side of the default.
+
+    >>> len([method for method in paper_grid() if method.startswith("upgd:step_size")])
+    120
+    """
+    steps = {"step_size": ("1e-2", "1e-3", "1e-4", "1e-5")}
+    noise = {"sigma": ("0.01", "0.1", "1")}
+    decay = {"weight_decay": ("0", "0.1", "0.01", "0.001", "0.0001")}
+    utility = {"beta_utility": ("0.999", "0.9999")}
+    strength = {"strength": ("0.01", "0.1", "1")}
+    grids: dict[str, dict[str, tuple[str, ...]]] = {
+        "bp": steps,
+        "pgd": steps | noise | decay,  # with decay it is the paper's shrink-and-perturb
+        "adam": steps,
+        "upgd": steps | utility | noise | decay,
+        "upgd:protect=false": steps | utility | noise | decay,
+        "ewc": steps | strength,
+        "mas": steps | strength,
+        "synaptic_intelligence": steps | strength,
+        "rwalk": steps | strength,
+    }
+    return tuple(
+        f"{learner}{',' if ':' in learner else ':'}"
+        + ",".join(f"{name}={value}" for name, value in zip(grid, values, strict=True))
+        for learner, grid in grids.items()
+        for values in itertools.product(*grid.values())
+    )
+
+
+def _smoke(settings: type, dataset: str | None, **others: Any) -> Any:
+    return settings(
+        dataset=dataset or "digits", seeds=2, tasks=4, examples_per_task=200, measured_examples=100, **others
+    )
+
+
+def _online_smoke(dataset: str | None) -> Online:
+    return _smoke(Online, dataset, methods=("bp", "cbp"), hidden=(20, 20))
+
+
+def _online_laptop(dataset: str | None) -> Online:
+    # Each learner has the best of the settings that a small search on one seed found for it.
+    if (dataset or "digits") == "digits":
+        return Online(
+            dataset="digits",
+            methods=(
+                "bp:step_size=0.01",
+                "adam:step_size=3e-4",
+                "l2:step_size=0.003,l2=1e-3",
+                "l2_init:step_size=0.01,l2=1e-2",
+                "shrink_and_perturb:step_size=0.01,l2=1e-2,noise=2e-3",
+                "cbp:step_size=0.01",
+            ),
+            seeds=5,
+            tasks=300,
+            hidden=(50, 50, 50),
+        )
+    return Online(
+        dataset=dataset,
+        methods=(
+            "bp:step_size=0.003",
+            "adam:step_size=1e-4",
+            "l2:step_size=0.003,l2=3e-3",
+            "l2_init:step_size=0.003,l2=1e-2",
+            "shrink_and_perturb:step_size=0.003,l2=3e-3,noise=2e-4",
+            "dropout:step_size=0.003",
+            "cbp:step_size=0.003",
+        ),
+        seeds=5,
+        tasks=150,
+        examples_per_task=4000,
+        hidden=(100, 100, 100),
+    )
+
+
+def _online_paper(dataset: str | None) -> Online:
+    paper = "step_size=0.003"
+    return Online(
+        dataset=dataset or "mnist",
+        methods=(
+            *(f"bp:step_size={step}" for step in (0.01, 0.003, 0.001)),
+            *(f"l2:{paper},l2={l2}" for l2 in (1e-3, 1e-4, 1e-5)),
+            *(f"shrink_and_perturb:{paper},l2=1e-4,noise={noise}" for noise in (1e-4, 1e-5, 1e-6)),
+            *(f"adam:step_size={step}" for step in (1e-4, 5e-5, 3e-5)),
+            *(f"cbp:{paper},replacement_rate={rate},utility=adaptable_contribution" for rate in (1e-4, 1e-5, 1e-6)),
+        ),
+        seeds=30,
+        tasks=800,
+        examples_per_task=60_000,
+        hidden=(2000, 2000, 2000),
+    )
+
+
+def _of_pytorch_smoke(settings: type) -> Callable[[str | None], Any]:
+    return lambda dataset: _smoke(settings, dataset, methods=("bp", "upgd"), hidden=(20, 10), measure_every=5)
+
+
+def _of_pytorch_laptop(settings: type, methods: tuple[str, ...]) -> Callable[[str | None], Any]:
+    def laptop(dataset: str | None) -> Any:
+        digits = (dataset or "digits") == "digits"
+        return settings(
+            dataset=dataset or "digits",
+            methods=methods,
+            seeds=5,
+            tasks=150 if digits else 80,
+            examples_per_task=1000 if digits else 2500,
+            hidden=(50, 25) if digits else (150, 75),
+            measured_examples=1000,
+            measure_every=10,
+        )
+
+    return laptop
+
+
+# Of a small search on one seed of MNIST.
+INPUTS_METHODS = (
+    "bp:step_size=0.005",
+    "pgd:step_size=0.005,sigma=0.01",
+    "shrink_and_perturb:step_size=0.01,l2=1e-2,noise=1e-4",
+    "adam:step_size=3e-4",
+    "cbp:step_size=0.005",
+    "upgd:step_size=0.01,sigma=0.01,weight_decay=1e-2",
+)
+LABELS_METHODS = (
+    "bp:step_size=0.015",
+    "pgd:step_size=0.01,sigma=0.03",
+    "shrink_and_perturb:step_size=0.01,l2=1e-4,noise=1e-4",
+    "adam:step_size=3e-4",
+    "cbp:step_size=0.01",
+    "upgd:step_size=0.02,sigma=0.01",
+)
+
+
+def _inputs_paper(dataset: str | None) -> Inputs:
+    return Inputs(
+        dataset=dataset or "mnist",
+        methods=paper_grid(),
+        seeds=20,
+        tasks=200,
+        examples_per_task=5000,
+        measure_every=1,
+    )
+
+
+def _labels_paper(dataset: str | None) -> Labels:
+    convolutional = (dataset or "").split("/")[0].startswith("cifar")
+    return Labels(
+        dataset=dataset or "emnist/balanced",
+        methods=paper_grid(),
+        seeds=20,
+        tasks=400,
+        network="lenet" if convolutional else "mlp",
+        hidden=(120, 84) if convolutional else (300, 150),
+        measure_every=1,
+    )
+
+
+online_permuted = Experiment(
+    name="online_permuted",
+    about="Online Permuted MNIST (Dohare et al., Nature 2024): every task shuffles the pixels anew.",
+    Settings=Online,
+    presets={"smoke": _online_smoke, "laptop": _online_laptop, "paper": _online_paper},
+    problem=lambda settings: _problem(problems.online_permuted, settings, normalize=False),
+)
+input_permuted = Experiment(
+    name="input_permuted",
+    about="Input-permuted MNIST (Elsayed & Mahmood, ICLR 2024): every task shuffles the pixels, online, after few "
+    "examples.",
+    Settings=Inputs,
+    presets={
+        "smoke": _of_pytorch_smoke(Inputs),
+        "laptop": _of_pytorch_laptop(Inputs, INPUTS_METHODS),
+        "paper": _inputs_paper,
+    },
+    problem=lambda settings: _problem(problems.online_permuted, settings, normalize=True),
+    network=_as_pytorch,
+)
+label_permuted = Experiment(
+    name="label_permuted",
+    about="Label-permuted classification (Elsayed & Mahmood, ICLR 2024): every task renames the classes of the same "
+    "images.",
+    Settings=Labels,
+    presets={
+        "smoke": _of_pytorch_smoke(Labels),
+        "laptop": _of_pytorch_laptop(Labels, LABELS_METHODS),
+        "paper": _labels_paper,
+    },
+    problem=lambda settings: _problem(problems.label_permuted, settings, normalize=True),
+    network=_as_pytorch,
+)

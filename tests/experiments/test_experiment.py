@@ -1,0 +1,141 @@
+"""An experiment of one's own: one object in one short file, run from Python and by its import path."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from cbp_jax import cli, experiments, load_results
+
+OWN = '''
+"""Digits whose brightness drifts: a task is a factor of all pixels."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from cbp_jax import data
+from cbp_jax.experiments import Experiment, stream
+from cbp_jax.problems import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(stream.StreamSettings):
+    """Digits whose brightness drifts."""
+
+    examples_per_task: int = 100
+    """Examples of each task."""
+    network: str = "mlp"
+    """The network."""
+    largest: float = 2.0
+    """Largest factor of the pixels."""
+
+
+def smoke():
+    return Settings(tasks=2, seeds=1, examples_per_task=10, hidden=(4,), measured_examples=10)
+
+
+def problem(settings):
+    digits = data.load("digits")
+    arrays = jnp.asarray(digits.images.reshape(-1, 64), jnp.float32) / 16, jnp.asarray(digits.labels)
+
+    def make_task(arrays, key, index):
+        key = jax.random.fold_in(key, index)
+        return jax.random.uniform(key, maxval=settings.largest), jax.random.permutation(key, len(digits))
+
+    def examples(arrays, task, first, count):
+        factor, order = task
+        shown = jax.lax.dynamic_slice(order, (first,), (count,))
+        return factor * arrays[0][shown], arrays[1][shown]
+
+    return Problem(
+        data=arrays,
+        input_shape=(64,),
+        num_classes=10,
+        steps_per_task=settings.examples_per_task // settings.batch_size,
+        make_task=make_task,
+        batch=lambda arrays, task, n: examples(arrays, task, n * settings.batch_size, settings.batch_size),
+        evaluation=lambda arrays, task, n: examples(arrays, task, 0, n),
+        examples=len(digits),
+    )
+
+
+drifting = Experiment("drifting", "Digits whose brightness drifts.", Settings, {"smoke": smoke}, problem)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "drifting_digits.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
+    yield tmp_path
+    sys.modules.pop("drifting_digits", None)
+
+
+def test_an_experiment_of_at_most_sixty_lines_runs_from_python_and_by_its_path(folder, trained, capsys):
+    assert len(OWN.strip().splitlines()) <= 60
+    from drifting_digits import drifting
+
+    assert drifting.total(drifting.preset("smoke")) == 4
+    results = drifting.run(drifting.preset("smoke"), folder / "python")
+    assert results.attrs["experiment"] == "drifting" and dict(results.sizes) == {"method": 2, "seed": 1, "task": 2}
+    assert [group.problem.input_shape for group in trained] == [(64,)] * 2
+    with pytest.raises(ValueError, match="dataset must be left out: drifting has none; got 'mnist'"):
+        drifting.preset("smoke", "mnist")
+    words = ["run", "drifting_digits:drifting", "--preset", "smoke", "--largest", "3", "--network", "mlp:hidden=(5,6)"]
+    assert cli.main([*words, "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert "drifting: Digits whose brightness drifts.\n" in printed.err and "largest            3.0\n" in printed.err
+    (out,) = (folder / "runs").iterdir()
+    assert out.name.startswith("drifting-smoke-") and load_results(out).attrs["experiment"] == "drifting"
+    assert "drifting: accuracy in percent" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("drifting_digits:Settings", "must be a cbp_jax.experiments.Experiment, got type"),
+        ("absent_digits:drifting", "there is no module 'absent_digits' to import, and no experiment of that name"),
+        ("drifting_digits:moving", "has no 'moving'"),
+    ],
+)
+def test_what_is_no_experiment_is_refused(folder, capsys, path, message):
+    assert cli.main(["run", path, "--preset", "smoke"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_experiment_is_found_by_its_name_in_each_way():
+    for name, experiment in experiments.EXPERIMENTS.items():
+        assert getattr(experiments, name) is experiment and experiment.NAME == experiment.name == name
+        assert sys.modules[f"cbp_jax.experiments.{name}"] is experiment
+        assert {"smoke", "laptop", "paper"} == set(experiment.PRESETS) and experiment.about.endswith(".")
+        for preset in experiment.presets:
+            settings = experiment.preset(preset)
+            assert type(settings) is experiment.Settings and experiment.check(settings)
+            assert experiment.total(settings) >= settings.seeds
+
+
+TOO_MUCH = [
+    ({"tasks": 10**12}, r"tasks=1000000000000 and seeds=2 with 2 methods make results of .* GiB of memory"),
+    ({"seeds": 99_999_999_999}, "seeds=99999999999 with 2 methods make results of"),
+    ({"seeds": 10**7, "tasks": 1}, "seeds=10000000 with 1 method that run together keep networks and optimizers of"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TOO_MUCH)
+def test_what_memory_cannot_hold_is_refused(change, message):
+    online = experiments.online_permuted
+    with pytest.raises(ValueError, match=message):
+        online.prepare(dataclasses.replace(online.preset("smoke"), hidden=(100, 100), **change))
+
+
+@pytest.mark.parametrize("name", ["slippery_ant", "utility_quality", "slowly_changing_regression"])
+def test_others_refuse_it_too(name):
+    experiment = experiments.EXPERIMENTS[name]
+    with pytest.raises(ValueError, match=r"seeds=99999999999 with 1 methods? make results of"):
+        settings = experiment.preset("smoke")
+        methods = {"methods": settings.methods[:1]} if hasattr(settings, "methods") else {}
+        experiment.prepare(dataclasses.replace(settings, seeds=99_999_999_999, **methods))
