@@ -3,6 +3,8 @@ import functools
 import importlib.metadata
 import json
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from cbp_jax.experiments.online_permuted import Settings, preset
 
-from cbp_jax import cli, experiments, load_results, report
+from cbp_jax import cli, experiments, load_results, nets, report
 from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted, slowly_changing_regression, utility_quality
 
 TINY = (
@@ -471,3 +473,56 @@ def test_help_says_what_every_setting_is(capsys):
     for field in dataclasses.fields(Settings):
         assert f"--{field.name.replace('_', '-')} " in shown
     assert "Examples of each task, all of the dataset by default." in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "mnits"], "unknown dataset 'mnits'"),
+        (["--dataset", ""], "dataset must be a name or the path of an array file, got ''"),
+        (["--dataset", "one_class.npz"], "dataset must have at least 2 classes, and 'one_class' has 1"),
+        (["--dataset", "damaged.npz"], "damaged.npz is damaged: its array 'x' cannot be read"),
+        (["--dataset", "huge.npz"], "y of huge.npz must be below 100000"),
+        (["--batch-size", "9999"], "batch_size must be an integer from 1 to 200; got 9999"),
+        (["--examples-per-task", "1798"], "examples_per_task must be an integer from 1 to 1797; got 1798"),
+        (["--measured-examples", "999999999"], "measured_examples must be at most the 1797 examples that a task has"),
+        (["--measure-every", "201"], "measure_every must be at most the 200 updates of a task, got 201"),
+        (["--tasks", "1000000000000"], "tasks=1000000000000 and seeds=2 with 2 methods make results of"),
+        (["--seeds", "99999999999"], "seeds=99999999999 with 2 methods make results of"),
+        (["--network", "vit:patch=5"], "network 'vit': x must be images whose sides are multiples of patch=5"),
+        (["--network", "resnet81"], "network 'resnet81': the network must be one of"),
+        (["--network", "resnet18", "--activation", "tanh"], "activation must be 'relu', as network 'resnet18'"),
+        (["--network", "vit", "--methods", "dropout"], "method 'dropout': network 'vit' has no dropout_rate"),
+    ],
+    ids=" ".join,
+)
+def test_what_depends_on_the_data_is_refused_before_a_bar_is_shown_or_anything_written(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez("one_class.npz", x=images, y=np.zeros(40, int))
+    np.savez("huge.npz", x=images, y=np.arange(40) * 10**15)
+    np.savez_compressed("damaged.npz", x=images, y=np.arange(40) % 3)
+    stored = pathlib.Path("damaged.npz").read_bytes()
+    pathlib.Path("damaged.npz").write_bytes(stored[:900] + bytes(100) + stored[1000:])
+    run = ["run", "online_permuted", "--preset", "smoke", *words, "--out", "run"]
+    assert message in refused_in_one_line(capsys, *run) and not pathlib.Path("run").exists()
+
+
+def test_settings_are_printed_a_line_each_as_they_would_be_given(fake_run, tmp_path, capsys):
+    words = ["run", "online_permuted", "--preset", "smoke", "--hidden", "8", "9", "--quiet", "--out", str(tmp_path)]
+    assert cli.main([*words, "--methods", "bp", "cbp:replacement_rate=1e-5"]) == 0
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first.startswith("online_permuted: Online Permuted MNIST (Dohare et al.")
+    shown = dict(line.split(maxsplit=1) for line in lines)
+    assert list(shown) == [field.name for field in dataclasses.fields(Settings)]
+    assert shown["methods"] == "bp cbp:replacement_rate=1e-5" and shown["hidden"] == "8 9"
+    assert shown["measure_every"] == "None"
+    assert len({re.match(r"  \w+ +", line).end() for line in lines}) == 1  # aligned
+
+
+def test_list_shows_networks(capsys):
+    assert cli.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name}" in shown for name in nets.NETWORKS) and "my_module:MyNet(width=64)" in shown

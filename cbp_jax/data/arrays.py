@@ -1,6 +1,7 @@
 """Datasets from a user's own array files."""
 
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ ENDINGS = (".npz", ".npy")
 _INPUTS = ("image", "images", "x", "features", "data")
 _LABELS = ("label", "labels", "y", "target", "targets")
 _CLASSES = ("label_names", "class_names")
+_MOST_CLASSES = 100_000  # of which labels alone say that there are so many
+_DAMAGES = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 def load_arrays(path: Path, split: str) -> Dataset:
@@ -24,13 +27,13 @@ def load_arrays(path: Path, split: str) -> Dataset:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file does not hold what it should.
+      ValueError: if the file does not hold what it should, or is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} to load a dataset from")
     try:
         stored = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGES as error:
         raise ValueError(f"{path} is not a file of arrays that numpy.savez or numpy.save wrote: {error}") from error
     if isinstance(stored, np.ndarray):
         return _dataset(path, stored, stored.dtype.names or (), split)
@@ -48,14 +51,29 @@ def _dataset(path: Path, stored: Mapping[str, np.ndarray], names: Collection[str
                 f"{path} must hold exactly one array of {role} of the split {split!r}, one of {', '.join(wanted)} "
                 f"(numpy.savez writes such files); it holds {', '.join(sorted(names)) or 'one array without a name'}"
             )
-        found[role] = present[0], stored[present[0]]
+        found[role] = present[0], _read(path, stored, present[0])
     images = _images(path, *found["images or features"])
     labels = _labels(path, *found["labels"], len(images))
-    num_classes = int(labels.max()) + 1
-    for name in _CLASSES:
-        if name in names:
-            num_classes = len(stored[name])
-    return Dataset(images, labels, num_classes, path.stem)
+    named = [name for name in _CLASSES if name in names]
+    num_classes = len(_read(path, stored, named[-1])) if named else int(labels.max()) + 1
+    if num_classes > _MOST_CLASSES and not named:
+        raise ValueError(
+            f"{found['labels'][0]} of {path} must be below {_MOST_CLASSES} where no label_names says how many classes "
+            f"there are; got {labels.max()}"
+        )
+    if labels.max() >= num_classes:
+        raise ValueError(
+            f"{found['labels'][0]} of {path} must be from 0 to num_classes - 1 = {num_classes - 1}; "
+            f"got {labels.min()} to {labels.max()}"
+        )
+    return Dataset(images, labels.astype(np.int32, copy=False), num_classes, path.stem)
+
+
+def _read(path: Path, stored: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    try:
+        return stored[name]
+    except _DAMAGES as error:
+        raise ValueError(f"{path} is damaged: its array {name!r} cannot be read ({error})") from error
 
 
 def _images(path: Path, name: str, array: np.ndarray) -> np.ndarray:
@@ -75,4 +93,4 @@ def _labels(path: Path, name: str, array: np.ndarray, count: int) -> np.ndarray:
         raise ValueError(
             f"{name} of {path} must be integers [{count}] from 0 on; got {array.dtype} {list(array.shape)}{lowest}"
         )
-    return array.astype(np.int32, copy=False)
+    return array

@@ -85,6 +85,12 @@ def test_a_home_directory_and_a_missing_file(tmp_path, monkeypatch):
         ({"x": IMAGES, "y": np.array([*"abc"])}, r"got <U1 \[3\]"),
         ({"x": IMAGES, "y": LABELS.astype(int) - 1}, r"from 0 on; got int64 \[3\] from -1 on"),
         ({"x": IMAGES, "y": LABELS, "label_names": np.array(["a", "b"])}, "from 0 to num_classes - 1 = 1; got 0 to 4"),
+        (
+            {"x": IMAGES, "y": np.array([0, 1, 2**40]), "label_names": np.array(["a", "b"])},
+            r"y of .*a\.npz must be from 0 to num_classes - 1 = 1; got 0 to 1099511627776",
+        ),
+        ({"x": IMAGES, "y": np.array([0, 1, 2**62])}, r"y of .*a\.npz must be below 100000 .* got 4611686018427387904"),
+        ({"x": IMAGES, "y": np.array([0, 1, 10**9], np.uint64)}, "must be below 100000 .* got 1000000000"),
     ],
 )
 def test_bad_files(tmp_path, arrays, message):
@@ -108,3 +114,16 @@ def test_quick_draw(real_data):
 def test_a_path_is_no_name_of_tensorflow_datasets(tmp_path):
     with pytest.raises(ValueError, match=r"unknown dataset .*must end in \.npz or \.npy"):
         load(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
+def test_damaged_compressed_arrays_are_told_by_the_file_and_the_array(tmp_path, at):
+    path = tmp_path / "a.npz"
+    rng = np.random.default_rng(0)
+    np.savez_compressed(path, x=rng.integers(0, 256, (50, 8, 8), dtype=np.uint8), y=np.arange(50) % 3)
+    damaged = bytearray(path.read_bytes())
+    middle = int(at * 3000)  # within the images
+    damaged[middle : middle + 20] = bytes(byte ^ 0xFF for byte in damaged[middle : middle + 20])
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"a\.npz is damaged: its array 'x' cannot be read"):
+        load(path)
