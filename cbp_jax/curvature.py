@@ -35,7 +35,7 @@ References:
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
@@ -43,11 +43,11 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from cbp_jax import jaxprs
+from cbp_jax.losses import LOSSES
 from cbp_jax.units import groups
 
 __all__ = ["hesscale", "hessian_diagonal", "hutchinson"]
 
-Loss = Literal["softmax_cross_entropy", "squared_error"]
 
 # Elementwise primitives that are linear piece by piece in several activations at once.
 _MEETINGS = frozenset("add add_any max min select_n sub".split())
@@ -161,7 +161,7 @@ def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNG
 
 
 def hesscale(
-    apply_fn: Callable[..., Any], params: Any, x: Any, targets: chex.Array, loss: Loss = "softmax_cross_entropy"
+    apply_fn: Callable[..., Any], params: Any, x: Any, targets: chex.Array, loss: str = "softmax_cross_entropy"
 ) -> tuple[chex.Array, Any, Any]:
     """HesScale's approximation of the diagonal of a loss' Hessian, with the loss and its gradient.
 
@@ -204,8 +204,8 @@ def hesscale(
       Elsayed, Farrahi, Dangel & Mahmood, `Revisiting scalable Hessian diagonal approximations for applications in
       reinforcement learning <https://arxiv.org/abs/2406.03276>`_, ICML 2024
     """
-    if loss not in _LOSSES:
-        raise ValueError(f"loss must be one of {list(_LOSSES)}, got {loss!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
     _check_float(params)
     jaxpr, _ = jaxprs.trace(apply_fn, params, x)
     leaves, treedef = jax.tree.flatten(params)
@@ -216,38 +216,12 @@ def hesscale(
     if len(outputs) != 1 or outputs[0].value.ndim < 2:
         shapes = [node.value.shape for node in outputs]
         raise ValueError(f"apply_fn must return one array [batch, ..., outputs], got arrays of shapes {shapes}")
-    value, *derivatives = _LOSSES[loss](outputs[0].value, jnp.asarray(targets))
+    value, *derivatives = LOSSES[loss].derivatives(outputs[0].value, jnp.asarray(targets))
     outputs[0].add(*derivatives)
     walk.pull_back()
     grads = [jnp.zeros_like(node.value) if node.grad is None else node.grad for node in weights]
     curves = [jnp.zeros_like(node.value) if node.curve is None else node.curve for node in weights]
     return value, treedef.unflatten(grads), treedef.unflatten(curves)
-
-
-def _softmax_cross_entropy(logits: chex.Array, targets: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
-    """Mean loss, its gradient and the exact diagonal of its Hessian with respect to the logits."""
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        if targets.shape != logits.shape[:-1]:
-            raise ValueError(f"targets must be classes of shape {logits.shape[:-1]}, got shape {targets.shape}")
-        targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
-    elif targets.shape != logits.shape:
-        raise ValueError(f"targets must be probabilities of shape {logits.shape}, got shape {targets.shape}")
-    examples = logits.size // logits.shape[-1]
-    log_q = jax.nn.log_softmax(logits)
-    q, total = jnp.exp(log_q), jnp.sum(targets, -1, keepdims=True)
-    return -jnp.sum(targets * log_q) / examples, (total * q - targets) / examples, total * q * (1 - q) / examples
-
-
-def _squared_error(outputs: chex.Array, targets: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
-    """Mean over examples of the sum over outputs, its gradient and the diagonal of its Hessian."""
-    if targets.shape != outputs.shape:
-        raise ValueError(f"targets must have the outputs' shape {outputs.shape}, got shape {targets.shape}")
-    examples = outputs.size // outputs.shape[-1]
-    errors = outputs - targets
-    return jnp.sum(errors**2) / examples, 2 * errors / examples, jnp.full_like(outputs, 2 / examples)
-
-
-_LOSSES = {"softmax_cross_entropy": _softmax_cross_entropy, "squared_error": _squared_error}
 
 
 @dataclasses.dataclass(eq=False)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cbp_jax import data, nets, training
+from cbp_jax import data, losses, nets, training
 from cbp_jax.experiments import folder, learners, memory
 from cbp_jax.problems import Problem
 
@@ -227,7 +227,7 @@ def prepare(
             )
         measured = problem.examples
     measures = measures or report.stream_measures(
-        accuracy=problem.loss == "softmax_cross_entropy",
+        accuracy="accuracy" in losses.LOSSES[problem.loss].metrics,
         updates=every is not None,
         test=problem.test is not None,
         dormant=dormant_threshold is not None,

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
+from cbp_jax.losses import LOSSES
+
 Task = Any  # a small pytree of arrays
 Data = Any  # a pytree of device arrays
-
-LOSSES = ("softmax_cross_entropy", "squared_error")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +37,8 @@ class Problem:
         before it is trained. n is a Python int; a ValueError says so where the task has fewer examples.
       test: ``(data, task) -> (inputs, labels)``, as `batch` returns them: examples of the task that no batch holds, for
         measuring a network after it is trained; None where there are none.
-      loss: "softmax_cross_entropy" or "squared_error", what the network is trained on.
+      loss: what the network is trained on, a name of `cbp_jax.losses.LOSSES`: "softmax_cross_entropy" or
+        "squared_error".
       examples: how many examples a task has to measure a network on, the largest n of `evaluation`; None where there is
         no largest.
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 
 import cbp_jax
-from cbp_jax import metrics
 from cbp_jax.envs.episodes import strong
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.replacement import replaced_units
 from cbp_jax.rl.gae import gae
+from cbp_jax.training import symptoms, train_step
 from cbp_jax.units import Units
 
 
@@ -219,16 +219,14 @@ def make(
         seen = lambda obs: _normalized(obs, state.statistics) if settings.normalize_observations else obs
         env_state, steps, found = _rollout(env, network, settings, state.params, state.env_state, seen, rollout_key)
 
-        def loss_fn(params, batch):
-            (mean, log_std, value), features = apply(params, batch.obs)
-            loss, terms = _loss(settings, mean, log_std, value, batch)
-            return loss, (features, terms)
-
         def learn(carry, batch):
-            params, opt_state = carry
-            grads, (features, terms) = jax.grad(loss_fn, has_aux=True)(params, batch)
-            updates, opt_state = tx.update(grads, opt_state, params, features=features)
-            return (optax.apply_updates(params, updates), opt_state), (terms, replaced_units(opt_state))
+            def loss_fn(params):
+                (mean, log_std, value), features = apply(params, batch.obs)
+                loss, terms = _loss(settings, mean, log_std, value, batch)
+                return loss, (features, terms)
+
+            step = train_step(tx, loss_fn, *carry)
+            return (step.params, step.opt_state), (step.found, replaced_units(step.opt_state))
 
         flat = jax.tree.map(lambda x: x.reshape(settings.steps, *x.shape[2:]), steps)
 
@@ -354,13 +352,10 @@ def measure(
     _, features = cbp_jax.with_features(policy, cbp_jax.discover_units(policy, state.params, obs[:1]))(
         state.params, obs
     )
-    last = list(features.values())[-1]
     actor = {name: leaves for name, leaves in state.params["params"].items() if name.startswith("actor")}
-    return {
-        "dormant_units": metrics.dormant_fraction(features, dormant_threshold),
-        "stable_rank": metrics.stable_rank(last) / last.shape[-1],
-        "weight_magnitude": metrics.weight_magnitude(actor),
-    }
+    last = list(features.values())[-1:]
+    found = symptoms(features, actor, ranked=last, dormant_threshold=dormant_threshold)
+    return {name: found[name] for name in ("dormant_units", "stable_rank", "weight_magnitude")}
 
 
 def _rollout(

@@ -4,7 +4,10 @@ from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.head import output_layers, reset_layers
 from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
 from cbp_jax.training.lanes import Lanes
-from cbp_jax.training.loop import Learner, TrainState, init_state, measure, run_lanes, run_task, run_tasks
+from cbp_jax.training.learner import Learner, TrainState, init_state
+from cbp_jax.training.loop import measure, run_lanes, run_task, run_tasks
+from cbp_jax.training.step import train_step
+from cbp_jax.training.symptoms import symptoms
 
 __all__ = [
     "Checkpoint",
@@ -21,4 +24,6 @@ __all__ = [
     "run_task",
     "run_tasks",
     "step_size_factor",
+    "symptoms",
+    "train_step",
 ]

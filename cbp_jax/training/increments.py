@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cbp_jax import metrics
 from cbp_jax.problems import IncrementalProblem
-from cbp_jax.training import loop
+from cbp_jax.replacement import replaced_units
 from cbp_jax.training.checkpoint import Checkpoint
+from cbp_jax.training.learner import Learner, TrainState, begin_task, init_state, stream_keys, weights_of
+from cbp_jax.training.loop import run_lanes
+from cbp_jax.training.step import evaluate, learn
+from cbp_jax.training.symptoms import symptoms
 
 
 def step_size_factor(
@@ -35,17 +38,17 @@ def step_size_factor(
 
 
 def run_increment(
-    learner: loop.Learner,
+    learner: Learner,
     problem: IncrementalProblem,
     data: Any,
-    state: loop.TrainState,
+    state: TrainState,
     *,
     epochs: int = 200,
     measured_examples: int = 1000,
     dormant_threshold: float = 0.01,
     early_stopping: bool = True,
     schedule: Callable[[chex.Numeric, int], chex.Array] = step_size_factor,
-) -> tuple[loop.TrainState, dict[str, chex.Array]]:
+) -> tuple[TrainState, dict[str, chex.Array]]:
     """Measures a network on the classes to come and trains it on these and those before, one lane.
 
     After each epoch the accuracy on the validation examples is taken, and the increment ends with the weights (and
@@ -73,10 +76,9 @@ def run_increment(
     Raises:
       ValueError: no group of the learner's units is without positions, as what a dense layer reads is.
     """
-    keys = loop.stream_keys(state.key)
+    keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
     measures = _measure(learner, state.params, problem.evaluation(data, task, measured_examples)[0], dormant_threshold)
-    params, opt_state = state.params, state.opt_state
 
     def optimizer(epoch):
         step_size = state.hyperparameters[learner.scheduled] * schedule(epoch, epochs)
@@ -84,19 +86,11 @@ def run_increment(
             learner.optimizer({**state.hyperparameters, learner.scheduled: step_size}, keys.optimizer)
         )
 
-    if learner.begin_task is not None:
-        fresh_key = jax.random.fold_in(keys.params, state.task)
-        params, opt_state = learner.begin_task(optimizer(0), fresh_key, state.task, params, opt_state)
+    params, opt_state = begin_task(learner, optimizer(0), state)
     train_key = jax.random.fold_in(keys.dropout, state.task)
 
     def seen_only(outputs):
         return jnp.where(task.seen, outputs, -jnp.inf)
-
-    def loss_fn(params, x, y, key):
-        outputs, features, statistics = loop.in_training(learner, params, x, key)
-        outputs = seen_only(outputs)
-        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, y)
-        return jnp.mean(losses), (features, outputs, statistics)
 
     def epoch_fn(epoch, carry):
         tx = optimizer(epoch)
@@ -105,20 +99,14 @@ def run_increment(
 
         def step_fn(step, carry):
             params, opt_state, totals = carry
-            x, y = problem.batch(data, task, epoch, order, step)
-            key = jax.random.fold_in(epoch_key, step)
-            (loss, (features, outputs, statistics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, x, y, key
-            )
-            updates, opt_state = tx.update(grads, opt_state, params, features=features)
-            params = loop.with_statistics(learner, optax.apply_updates(params, updates), opt_state, statistics)
-            correct = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
-            found = {"loss": loss, "accuracy": correct, "replaced_units": loop.replaced_units(opt_state)}
+            batch, key = problem.batch(data, task, epoch, order, step), jax.random.fold_in(epoch_key, step)
+            params, opt_state, found = learn(learner, tx, problem.loss, params, opt_state, batch, key, head=seen_only)
+            found["replaced_units"] = replaced_units(opt_state)
             return params, opt_state, {name: totals[name] + value for name, value in found.items()}
 
         params, opt_state, totals, best, best_accuracy = carry
         params, opt_state, totals = jax.lax.fori_loop(0, problem.steps(task), step_fn, (params, opt_state, totals))
-        accuracy, _ = held_out("validation", params)
+        accuracy = held_out("validation", params)["accuracy"]
         better = accuracy > best_accuracy
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
         return params, opt_state, totals, best, jnp.maximum(accuracy, best_accuracy)
@@ -127,14 +115,12 @@ def run_increment(
         """Accuracy and loss over the classes that are there."""
 
         def of_class(number, sums):
-            x, y = problem.held_out(data, split, task.classes[number])
-            outputs = seen_only(learner.predict(params, x)[0])
-            correct = jnp.mean(jnp.argmax(outputs, -1) == y, dtype=jnp.float32)
-            loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y))
-            return sums[0] + correct, sums[1] + loss
+            batch = problem.held_out(data, split, task.classes[number])
+            found = evaluate(learner, problem.loss, params, batch, seen_only)
+            return {name: sums[name] + value for name, value in found.items()}
 
-        correct, loss = jax.lax.fori_loop(0, task.count, of_class, (jnp.zeros([]), jnp.zeros([])))
-        return correct / task.count, loss / task.count
+        sums = jax.lax.fori_loop(0, task.count, of_class, {name: jnp.zeros([]) for name in ("loss", "accuracy")})
+        return {name: value / task.count for name, value in sums.items()}
 
     totals = {name: jnp.zeros([]) for name in ("loss", "accuracy", "replaced_units")}
     carry = (params, opt_state, totals, params, jnp.float32(-1))
@@ -143,13 +129,13 @@ def run_increment(
     updates = epochs * problem.steps(task)
     measures |= {name: totals[name] / updates for name in ("loss", "accuracy")}
     measures["replaced_units"] = totals["replaced_units"]
-    measures["validation_accuracy"], _ = held_out("validation", params)
-    measures["test_accuracy"], measures["test_loss"] = held_out("test", params)
+    measures["validation_accuracy"] = held_out("validation", params)["accuracy"]
+    measures |= {f"test_{name}": value for name, value in held_out("test", params).items()}
     return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
 
 
 def run_increments(
-    learner: loop.Learner,
+    learner: Learner,
     problem: IncrementalProblem,
     seeds: chex.Array,
     hyperparameters: dict[str, chex.Array],
@@ -175,13 +161,11 @@ def run_increments(
       after each increment, NumPy arrays [lanes] of what `run_increment` measures.
     """
     go_on = lambda data, state: run_increment(learner, problem, data, state, **settings)
-    start = lambda seed, values: loop.init_state(learner, seed, values)
-    return loop.run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+    start = lambda seed, values: init_state(learner, seed, values)
+    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
 
 
-def _measure(
-    learner: loop.Learner, params: optax.Params, x: chex.Array, dormant_threshold: float
-) -> dict[str, chex.Array]:
+def _measure(learner: Learner, params: optax.Params, x: chex.Array, dormant_threshold: float) -> dict[str, chex.Array]:
     _, features = learner.predict(params, x)
     # What a dense layer reads; where several do, the last is the output's. A dict of features is not in forward order.
     forward = jax.tree.leaves([features[group.name] for group in learner.units])
@@ -191,12 +175,4 @@ def _measure(
             "learner must have a group of units without positions, [examples, units], of which ranks are measured; got "
             f"features of shapes {[h.shape for h in forward]}"
         )
-    last = read[-1]
-    ranks = metrics.ranks(last)
-    return {
-        "dead_units": metrics.dead_fraction(features),
-        "dormant_units": metrics.dormant_fraction(features, dormant_threshold),
-        "weight_magnitude": metrics.weight_magnitude(loop.weights_of(params)),
-        "effective_rank": ranks.effective / last.shape[1],
-        "stable_rank": ranks.stable / last.shape[1],
-    }
+    return symptoms(features, weights_of(params), ranked=read[-1:], dormant_threshold=dormant_threshold)

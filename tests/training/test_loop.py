@@ -15,7 +15,7 @@ from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.problems import label_permuted, online_permuted, slowly_changing_regression
 from cbp_jax.training import Checkpoint, init_state, measure, run_task, run_tasks
 from cbp_jax.training import run_lanes as run_any
-from cbp_jax.training.loop import stream_keys
+from cbp_jax.training.learner import stream_keys
 from cbp_jax.units import reset_batch_stats, with_features
 
 EXAMPLES, CLASSES, HIDDEN, TASKS, MEASURED = 30, 3, (6, 5), 3, 9
