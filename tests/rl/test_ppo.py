@@ -202,7 +202,7 @@ def test_any_transformation_trains_an_agent_without_being_traced_again(name):
         traces.append(1)
         return jax.lax.scan(lambda state, _: update(state), state, length=2)
 
-    state = init(jax.random.key(0))
+    state = jax.jit(init)(jax.random.key(0))
     first = state.params
     for _ in range(2):
         state, metrics = go_on(state)
@@ -251,7 +251,7 @@ def test_an_epoch_learns_from_each_step_once_in_an_order_of_its_own():
 def test_observations_are_normalised_by_all_before():
     settings = ppo.Settings(4, 8, 1, 1, normalize_observations=True)
     init, update = ppo.make(Probe(3), NETWORK, lambda units: optax.sgd(0.0), settings)
-    update, state, seen = jax.jit(update), init(jax.random.key(0)), []
+    update, state, seen = jax.jit(update), jax.jit(init)(jax.random.key(0)), []
     for _ in range(3):
         state, _ = update(state)
         seen.append(np.asarray(state.obs).ravel())
