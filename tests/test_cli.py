@@ -490,6 +490,10 @@ def test_help_says_what_every_setting_is(capsys):
         (["--tasks", "1000000000000"], "tasks=1000000000000 and seeds=2 with 2 methods make results of"),
         (["--seeds", "99999999999"], "seeds=99999999999 with 2 methods make results of"),
         (["--network", "vit:patch=5"], "network 'vit': x must be images whose sides are multiples of patch=5"),
+        (
+            ["--network", "vit:depth=1", "--methods", "upgd:order=2"],
+            "method 'upgd:order=2' needs the network's curvature: hesscale does not follow",
+        ),
         (["--network", "resnet81"], "network 'resnet81': the network must be one of"),
         (["--network", "resnet18", "--activation", "tanh"], "activation must be 'relu', as network 'resnet18'"),
         (["--network", "vit", "--methods", "dropout"], "method 'dropout': network 'vit' has no dropout_rate"),

@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from cbp_jax import data, losses, nets, training
+from cbp_jax import curvature, data, losses, nets, training
 from cbp_jax.experiments import folder, learners, memory
 from cbp_jax.problems import Problem
 
@@ -245,6 +246,8 @@ def prepare(
             **{"network": getattr(settings, "network", "mlp"), **network},
         )
         memory.check_states(learner, group, settings.seeds)
+        if group[0].curvature:
+            _check_curvature(learner, problem, group[0].text)
         return lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
             learner,
             problem,
@@ -287,6 +290,20 @@ def empty_results(
         measures=measures,
         looks=learners.looks_by_learner(methods),
     )
+
+
+def _check_curvature(learner: training.Learner, problem: Problem, method: str) -> None:
+    """Raises a ValueError if the network is not of those whose curvature is known, which a method asks for."""
+
+    def diagonal(data, key):
+        x, y = problem.batch(data, problem.make_task(data, key, 0), 0)
+        outputs_of = lambda params, x: learner.predict(params, x)[0]
+        return curvature.hesscale(outputs_of, learner.init(key), x, y, problem.loss)[2]
+
+    try:
+        jax.eval_shape(diagonal, problem.data, jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"method {method!r} needs the network's curvature: {error}") from error
 
 
 def prepare_methods(
