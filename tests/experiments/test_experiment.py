@@ -1,68 +1,17 @@
 """An experiment of one's own: one object in one short file, run from Python and by its import path."""
 
 import dataclasses
+import pathlib
+import re
 import sys
 
 import pytest
 
 from cbp_jax import cli, experiments, load_results
 
-OWN = '''
-"""Digits whose brightness drifts: a task is a factor of all pixels."""
-
-import dataclasses
-
-import jax
-import jax.numpy as jnp
-
-from cbp_jax import data
-from cbp_jax.experiments import Experiment, stream
-from cbp_jax.problems import Problem
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(stream.StreamSettings):
-    """Digits whose brightness drifts."""
-
-    examples_per_task: int = 100
-    """Examples of each task."""
-    network: str = "mlp"
-    """The network."""
-    largest: float = 2.0
-    """Largest factor of the pixels."""
-
-
-def smoke():
-    return Settings(tasks=2, seeds=1, examples_per_task=10, hidden=(4,), measured_examples=10)
-
-
-def problem(settings):
-    digits = data.load("digits")
-    arrays = jnp.asarray(digits.images.reshape(-1, 64), jnp.float32) / 16, jnp.asarray(digits.labels)
-
-    def make_task(arrays, key, index):
-        key = jax.random.fold_in(key, index)
-        return jax.random.uniform(key, maxval=settings.largest), jax.random.permutation(key, len(digits))
-
-    def examples(arrays, task, first, count):
-        factor, order = task
-        shown = jax.lax.dynamic_slice(order, (first,), (count,))
-        return factor * arrays[0][shown], arrays[1][shown]
-
-    return Problem(
-        data=arrays,
-        input_shape=(64,),
-        num_classes=10,
-        steps_per_task=settings.examples_per_task // settings.batch_size,
-        make_task=make_task,
-        batch=lambda arrays, task, n: examples(arrays, task, n * settings.batch_size, settings.batch_size),
-        evaluation=lambda arrays, task, n: examples(arrays, task, 0, n),
-        examples=len(digits),
-    )
-
-
-drifting = Experiment("drifting", "Digits whose brightness drifts.", Settings, {"smoke": smoke}, problem)
-'''
+# The recipe's, in a module of another name.
+TEXT = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+(OWN,) = re.findall(r"<!-- file: my_package/drifting.py -->\n```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture
