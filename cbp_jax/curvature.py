@@ -127,8 +127,7 @@ def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNG
       a pytree like params.
 
     Raises:
-      TypeError: a leaf of params is not of a float type.
-      ValueError: `samples` is less than 1.
+      TypeError, ValueError: params are not of float types, or there is no sample.
 
     Example:
       >>> diagonal = hutchinson(lambda p: jnp.sum(p**3), jnp.arange(3.0), jax.random.key(0))

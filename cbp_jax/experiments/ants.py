@@ -95,33 +95,30 @@ class Settings:
     """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
 
 
-def comparison(step_size: float) -> tuple[str, ...]:
-    """The paper's learners: standard PPO, with Adam tuned against forgetting its past gradients, L2, CBP."""
+def comparison(step_size: float, *, others: bool = False) -> tuple[str, ...]:
+    """The paper's learners: standard PPO, Adam tuned against forgetting its past gradients, L2, CBP; and others."""
     tuned = f"step_size={step_size},b1=0.99,b2=0.99"
-    return (
+    papers = (
         f"adam:step_size={step_size}",
         f"adam:{tuned}",
         f"adam:{tuned},l2=1e-3",
         f"cbp_adam:{tuned},l2=1e-4,replacement_rate=1e-4,maturity_threshold=10000",
     )
-
-
-def others(step_size: float) -> tuple[str, ...]:
-    """Learners besides those of `comparison`."""
-    tuned = f"step_size={step_size},b1=0.99,b2=0.99"
-    return (
+    besides = (
         f"redo_adam:{tuned},l2=1e-4,threshold=0.1,every=100",
         f"shrink_and_perturb_adam:{tuned},l2=1e-3,noise=1e-5",
         f"adaptive_upgd:step_size={step_size},sigma=1e-3",
         # Gradients as they are, unlike Adam's, are far below 1.
         f"upgd:step_size={30 * step_size},sigma=1e-3",
     )
+    return papers + besides if others else papers
 
 
 SMOKE = Settings(
     methods=("adam:step_size=3e-4", "cbp_adam:step_size=3e-4,replacement_rate=1e-2,maturity_threshold=10"),
     seeds=1,
     steps=1024,
+    hidden=(16, 16),
     interval=512,
     change_every=256,
     episode_length=50,
@@ -129,7 +126,6 @@ SMOKE = Settings(
     rollout_length=16,
     epochs=2,
     minibatches=4,
-    hidden=(16, 16),
 )
 # Of a step size that learns in a tenth of the steps, and of first actions around 0, without which some seeds learn to
 # fall; see the measurements in the README.
@@ -147,7 +143,7 @@ STATIONARY = dataclasses.replace(LAPTOP, methods=("adam:step_size=3e-4",), seeds
 
 
 def _paper() -> Settings:
-    return Settings(methods=(*comparison(1e-4), *others(1e-4)))
+    return Settings(methods=comparison(1e-4, others=True))
 
 
 def total(settings: Settings) -> int:
@@ -161,21 +157,9 @@ def num_intervals(settings: Settings) -> int:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings before anything is computed.
-
-    Args:
-      settings: what to run.
-
-    Returns:
-      the methods.
-
-    Raises:
-      ValueError: a setting is out of range or unknown.
-    """
+    """Checks settings, as `stream.check` does."""
     methods = stream.check_methods(settings.methods, settings.activation)
-    for name in ("seeds", "steps", "interval", "change_every", "episode_length"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    stream.check_counts(settings, "seeds", "steps", "interval", "change_every", "episode_length")
     rollout = ppo_settings(settings).steps
     if settings.interval % rollout:
         raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")

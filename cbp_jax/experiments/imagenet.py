@@ -49,13 +49,13 @@ def _smoke(dataset: str | None) -> Settings:
         seeds=2,
         tasks=3,
         batch_size=10,
+        channels=(4, 8),
         procedural_classes=6,
         procedural_size=16,
         train_per_class=20,
+        kernel_sizes=(5, 3),
         test_per_class=10,
         epochs=2,
-        channels=(4, 8),
-        kernel_sizes=(5, 3),
         hidden=(10,),
         measured_examples=20,
     )
@@ -75,17 +75,17 @@ def _laptop(dataset: str | None) -> Settings:
             ),
         ),
         seeds=3,
+        hidden=(32, 32),
         tasks=200,
         batch_size=20,
         procedural_classes=400,
         procedural_size=28,
         downsample=2,
+        channels=(8, 16),
         train_per_class=80,
+        kernel_sizes=(5, 3),
         test_per_class=20,
         epochs=50,
-        channels=(8, 16),
-        kernel_sizes=(5, 3),
-        hidden=(32, 32),
         measured_examples=100,
     )
 
@@ -108,17 +108,7 @@ def _paper(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings before anything is computed, all but those that depend on the images.
-
-    Args:
-      settings: what to run.
-
-    Returns:
-      the methods.
-
-    Raises:
-      ValueError: a setting is out of range or unknown.
-    """
+    """Checks settings, as `stream.check` does, all but those that depend on the images."""
     if settings.procedural_classes < 1:
         raise ValueError(f"procedural_classes must be at least 1, got {settings.procedural_classes}")
     methods = pools.check(settings)
@@ -149,16 +139,7 @@ def _network_options(settings: Settings) -> dict[str, Any]:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run; see `report.plot_run`. Four bins of 50 tasks or more are drawn as such.
-
-    Args:
-      results: as `run` returns them.
-      out: folder for the pictures.
-      formats: kinds of file.
-
-    Returns:
-      paths of the pictures.
-    """
+    """Draws the pictures of a run; see `report.plot_run`. Four bins of 50 tasks or more are drawn as such."""
     from cbp_jax import report
 
     return report.plot_run(results, out, bin_size=BIN if results.sizes["task"] >= 4 * BIN else None, formats=formats)

@@ -69,8 +69,16 @@ def _methods(replacement_rate: str, maturity_threshold: int, noise: str) -> tupl
     )
 
 
+def _examples(train: int, validation: int, test: int, measured: int) -> dict[str, int]:
+    """How many examples of each class a preset has, and how many it measures."""
+    each = {"train_per_class": train, "validation_per_class": validation, "test_per_class": test}
+    return {**each, "measured_examples": measured}
+
+
 def _smoke(dataset: str | None) -> Settings:
     return Settings(
+        hidden=(4,),
+        blocks=(1,),
         dataset=dataset or PROCEDURAL,
         methods=("l2:step_size=0.1,momentum=0.9", "l2:step_size=0.1,momentum=0.9,reset=network"),
         seeds=1,
@@ -78,14 +86,9 @@ def _smoke(dataset: str | None) -> Settings:
         batch_size=10,
         procedural_size=8,
         classes_per_increment=2,
-        train_per_class=20,
-        validation_per_class=5,
-        test_per_class=10,
-        epochs=2,
         padding=1,
-        hidden=(4,),
-        blocks=(1,),
-        measured_examples=20,
+        epochs=2,
+        **_examples(train=20, validation=5, test=10, measured=20),
     )
 
 
@@ -98,14 +101,11 @@ def _laptop(dataset: str | None) -> Settings:
         batch_size=50,
         procedural_size=28,
         downsample=2,
-        train_per_class=70,
-        validation_per_class=10,
-        test_per_class=20,
-        epochs=10,
-        padding=2,
         hidden=(8, 16, 32),
         blocks=(1, 1, 1),
-        measured_examples=300,
+        padding=2,
+        epochs=10,
+        **_examples(train=70, validation=10, test=20, measured=300),
     )
 
 
@@ -119,17 +119,7 @@ def _paper(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings before anything is computed, all but those that depend on the images.
-
-    Args:
-      settings: what to run.
-
-    Returns:
-      the methods.
-
-    Raises:
-      ValueError: a setting is out of range or unknown.
-    """
+    """Checks settings, as `stream.check` does, all but those that depend on the images."""
     if settings.classes_per_increment < 1:
         raise ValueError(f"classes_per_increment must be at least 1, got {settings.classes_per_increment}")
     if settings.test_split is not None and settings.dataset == PROCEDURAL:
@@ -190,14 +180,6 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     """Draws the pictures of a run; see `report.plot_run`.
 
     Where a method was trained from scratch in each increment, the accuracy of all less that of this one is drawn too.
-
-    Args:
-      results: as `run` returns them.
-      out: folder for the pictures.
-      formats: kinds of file.
-
-    Returns:
-      paths of the pictures.
     """
     from cbp_jax import report
 
@@ -220,11 +202,11 @@ class_incremental = Experiment(
     name="class_incremental",
     about="Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes.",
     Settings=Settings,
-    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
+    check=check,
     problem=_problem,
     network=_network_options,
+    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
     train=_train,
     measures=_measures,
-    check=check,
     plot=plot,
 )

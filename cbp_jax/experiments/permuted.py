@@ -223,29 +223,40 @@ online_permuted = Experiment(
     presets={"smoke": _online_smoke, "laptop": _online_laptop, "paper": _online_paper},
     problem=lambda settings: _problem(problems.online_permuted, settings, normalize=False),
 )
-input_permuted = Experiment(
+
+
+def _of_pytorch(
+    settings: type,
+    methods: tuple[str, ...],
+    paper: Callable[[str | None], Any],
+    make: Callable[..., problems.Problem],
+    **what: str,
+) -> Experiment:
+    """An experiment of Elsayed & Mahmood."""
+    return Experiment(
+        Settings=settings,
+        presets={"smoke": _of_pytorch_smoke(settings), "laptop": _of_pytorch_laptop(settings, methods), "paper": paper},
+        problem=lambda settings: _problem(make, settings, normalize=True),
+        network=_as_pytorch,
+        **what,
+    )
+
+
+input_permuted = _of_pytorch(
+    Inputs,
+    INPUTS_METHODS,
+    _inputs_paper,
+    problems.online_permuted,
     name="input_permuted",
     about="Input-permuted MNIST (Elsayed & Mahmood, ICLR 2024): every task shuffles the pixels, online, after few "
     "examples.",
-    Settings=Inputs,
-    presets={
-        "smoke": _of_pytorch_smoke(Inputs),
-        "laptop": _of_pytorch_laptop(Inputs, INPUTS_METHODS),
-        "paper": _inputs_paper,
-    },
-    problem=lambda settings: _problem(problems.online_permuted, settings, normalize=True),
-    network=_as_pytorch,
 )
-label_permuted = Experiment(
+label_permuted = _of_pytorch(
+    Labels,
+    LABELS_METHODS,
+    _labels_paper,
+    problems.label_permuted,
     name="label_permuted",
     about="Label-permuted classification (Elsayed & Mahmood, ICLR 2024): every task renames the classes of the same "
     "images.",
-    Settings=Labels,
-    presets={
-        "smoke": _of_pytorch_smoke(Labels),
-        "laptop": _of_pytorch_laptop(Labels, LABELS_METHODS),
-        "paper": _labels_paper,
-    },
-    problem=lambda settings: _problem(problems.label_permuted, settings, normalize=True),
-    network=_as_pytorch,
 )

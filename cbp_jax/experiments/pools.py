@@ -35,17 +35,8 @@ class PoolSettings(stream.StreamSettings):
 
 
 def check(settings: PoolSettings) -> list[learners.Method]:
-    """Checks settings before anything is computed, all but those that depend on the images.
-
-    Returns:
-      the methods.
-
-    Raises:
-      ValueError: a setting is out of range or unknown.
-    """
-    for name in ("procedural_size", "downsample", "train_per_class", "test_per_class", "epochs"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    """Checks settings, as `stream.check` does, all but those that depend on the images."""
+    stream.check_counts(settings, "procedural_size", "downsample", "train_per_class", "test_per_class", "epochs")
     if not settings.dormant_threshold >= 0:
         raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
     return stream.check(settings)

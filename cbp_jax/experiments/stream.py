@@ -65,6 +65,14 @@ class ImageStreamSettings(StreamSettings):
     """Where prepared datasets are; tensorflow-datasets' own default if not given."""
 
 
+def check_counts(settings: Any, *names: str) -> None:
+    """Raises a ValueError if one of these settings is given and less than 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check(settings: StreamSettings) -> list[learners.Method]:
     """Checks settings before anything is computed.
 
@@ -74,10 +82,7 @@ def check(settings: StreamSettings) -> list[learners.Method]:
     Raises:
       ValueError: a setting is out of range or unknown.
     """
-    for name in ("seeds", "tasks", "batch_size", "measured_examples", "measure_every"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_counts(settings, "seeds", "tasks", "batch_size", "measured_examples", "measure_every")
     if not settings.hidden or min(settings.hidden) < 1:
         raise ValueError(f"hidden must be sizes of at least one hidden layer, got {settings.hidden}")
     nets.get_activation(settings.activation)
@@ -162,26 +167,14 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 def run(
     experiment: str, settings: StreamSettings, problem: Problem, out: Path, progress: Progress | None = None, **how: Any
 ) -> Any:
-    """Trains all methods with all seeds on a stream of tasks; `prepare`, and then what it returns.
-
-    All methods with the same seed see the same tasks and start from the same weights. Results are written as tasks
-    end, and the state every half minute, so that a run that is killed leaves the tasks that it finished and, started
-    again with the same settings, goes on as if nothing had been.
+    """Runs a stream of tasks of one's own, as `Experiment.run` runs an experiment's.
 
     Args:
       experiment: its name.
       settings: what to run.
       problem: the stream.
-      out: folder for the results.
-      progress: called after each task with the labels of the methods that ran, how many lanes (methods times seeds)
-        finished it, and the means of what was measured.
+      out, progress: as in `Experiment.run`.
       **how: as in `prepare`.
-
-    Returns:
-      the results, an `xarray.Dataset`; see `report.new_results`.
-
-    Raises:
-      ValueError: a setting is out of range or unknown, before anything is computed.
     """
     return prepare(experiment, settings, check(settings), problem, **how)(out, progress)
 

@@ -203,15 +203,15 @@ def class_incremental(
         return images_of(data["train"][labels * train + chosen % train]), labels
 
     return IncrementalProblem(
-        data=data,
-        input_shape=dataset.image_shape,
         num_classes=total,
         increments=total // width,
+        data=data,
+        input_shape=dataset.image_shape,
         make_task=make_task,
         steps=steps,
+        examples=width * train,
         order=order,
         batch=batch,
         held_out=held_out,
         evaluation=evaluation,
-        examples=width * train,
     )

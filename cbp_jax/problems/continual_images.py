@@ -132,9 +132,9 @@ def continual_images(
         input_shape=dataset.image_shape,
         num_classes=width,
         steps_per_task=epochs * batches,
+        examples=examples,
         make_task=make_task,
         batch=batch,
         evaluation=evaluation,
-        examples=examples,
         test=all_test,
     )
