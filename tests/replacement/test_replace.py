@@ -22,9 +22,10 @@ UNITS = cbp_jax.discover_units(apply_fn, PARAMS, jnp.ones((1, 4)))
 
 def update(policy, steps=1, inner=None, **kwargs):
     tx = cbp_jax.replace_units(inner or optax.sgd(0.1), UNITS, policy)
+    step = jax.jit(lambda state: tx.update(PARAMS, state, PARAMS, **kwargs))
     state = tx.init(PARAMS)
     for _ in range(steps):
-        updates, state = tx.update(PARAMS, state, PARAMS, **kwargs)
+        updates, state = step(state)
     return updates, state
 
 
@@ -60,8 +61,11 @@ def test_due_and_memory():
         return cbp_jax.Choice(jnp.array([0, 2]), {"asked": memory["asked"] + view.count})
 
     policy = cbp_jax.Policy(choose, lambda group, params: {"asked": jnp.int32(0)}, lambda count: count % 3 == 0)
-    for steps, replaced, asked in [(1, 0, 0), (3, 4, 3), (4, 0, 3), (6, 4, 9)]:
-        _, state = update(policy, steps)
+    tx = cbp_jax.replace_units(optax.sgd(0.1), UNITS, policy)
+    step = jax.jit(lambda state: tx.update(PARAMS, state, PARAMS)[1])
+    state = tx.init(PARAMS)
+    for replaced, asked in [(0, 0), (0, 0), (4, 3), (0, 3), (0, 3), (4, 9)]:
+        state = step(state)
         assert replaced_units(state) == replaced
         assert state.memory["asked"] == {"w1": asked, "w2": asked}
 
@@ -74,7 +78,8 @@ def test_groups_see_what_was_replaced_in_front():
         seen.append(view.incoming_magnitude())
         return first(view, memory)
 
-    update(cbp_jax.Policy(choose))
+    tx = cbp_jax.replace_units(optax.sgd(0.1), UNITS, cbp_jax.Policy(choose))
+    seen = jax.jit(lambda state: tx.update(PARAMS, state, PARAMS) and tuple(seen))(tx.init(PARAMS))
     np.testing.assert_allclose(seen[0], 4 * 0.9, rtol=1e-6)
     np.testing.assert_allclose(seen[1], 7 * 0.9, rtol=1e-6)
 
@@ -88,7 +93,7 @@ def test_mean_activation_goes_to_the_bias():
     means = lambda view: tuple(h.mean(0)[None] for h in view.features)
     policy = cbp_jax.Policy(lambda view, memory: cbp_jax.Choice(jnp.array([5]), {}, means(view)))
     tx = cbp_jax.replace_units(optax.sgd(0.0), units, policy)
-    updates, _ = tx.update(params, tx.init(params), params, features=FEATURES)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params, features=FEATURES)
     np.testing.assert_allclose(updates["b"], 9.0)  # unit 5 gave 5 and 13
 
 
@@ -122,5 +127,5 @@ def test_a_utility_is_a_function_alone():
     tx = cbp_jax.continual_backprop(
         optax.sgd(0.1), UNITS, utility=utility, replacement_rate=0.125, maturity_threshold=0, key=1
     )
-    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, features=FEATURES)
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, features=FEATURES)
     assert state.replaced["w1"].tolist() == [False, False, True] + [False] * 5

@@ -223,6 +223,7 @@ ROWS = [
         {"decay": 0.5, "every": 2},
         {"decay": 0.01, "every": 3},
         noisy=True,
+        slow=True,
     ),
     Row(
         "clip_weights of sgd",
