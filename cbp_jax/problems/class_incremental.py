@@ -209,9 +209,9 @@ def class_incremental(
         input_shape=dataset.image_shape,
         make_task=make_task,
         steps=steps,
-        examples=width * train,
         order=order,
         batch=batch,
+        examples=width * train,
         held_out=held_out,
         evaluation=evaluation,
     )
