@@ -120,12 +120,12 @@ SMOKE = Settings(
     minibatches=4,
     episode_length=50,
     rollout_length=16,
+    num_envs=8,
     methods=("adam:step_size=3e-4", "cbp_adam:step_size=3e-4,replacement_rate=1e-2,maturity_threshold=10"),
     seeds=1,
     steps=1024,
     interval=512,
     change_every=256,
-    num_envs=8,
 )
 # Of a step size that learns in a tenth of the steps, and of first actions around 0, without which some seeds learn to
 # fall; see the measurements in the README.
