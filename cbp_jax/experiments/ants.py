@@ -115,7 +115,6 @@ def comparison(step_size: float, *, others: bool = False) -> tuple[str, ...]:
 
 
 SMOKE = Settings(
-    hidden=(16, 16),
     epochs=2,
     minibatches=4,
     episode_length=50,
@@ -123,6 +122,7 @@ SMOKE = Settings(
     num_envs=8,
     methods=("adam:step_size=3e-4", "cbp_adam:step_size=3e-4,replacement_rate=1e-2,maturity_threshold=10"),
     seeds=1,
+    hidden=(16, 16),
     steps=1024,
     interval=512,
     change_every=256,
