@@ -20,8 +20,8 @@ CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
 # Each output element depends on the same element of every operand; these have derivatives.
 SMOOTH = frozenset(
     """abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp convert_element_type copy copy_p cos cosh
-    digamma div erf erf_inv erfc exp exp2 expm1 integer_pow lgamma log log1p logistic max min mul name neg pow
-    reduce_precision rem rsqrt select_n sin sinh sqrt square sub tan tanh""".split()
+    digamma div erf erf_inv erfc exp exp2 expm1 integer_pow lgamma log log1p logistic max min mul name neg
+    one_minus_square pow reduce_precision rem rsqrt select_n sin sinh sqrt square sub tan tanh""".split()
 )
 # These too, but their derivative is 0, undefined, or not the point.
 ELEMENTWISE = SMOOTH | frozenset(
