@@ -57,6 +57,24 @@ def check_examples(measured: int, shape: Sequence[int]) -> None:
         )
 
 
+def check_images(count: int, size: int) -> None:
+    """Refuses to make more images than this machine has memory for.
+
+    Args:
+      count: how many.
+      size: height and width, of bytes in three channels.
+
+    Raises:
+      ValueError: they take more than there is.
+    """
+    needed, there = 3 * count * size**2, _of_host()
+    if needed > there:
+        raise ValueError(
+            f"{count} procedural images of {size}x{size} take {needed / _GIB:,.0f} GiB, and this machine has "
+            f"{there / _GIB:,.0f} GiB of memory"
+        )
+
+
 def check_states(learner: Learner, methods: Sequence[Method], seeds: int) -> None:
     """Refuses states of lanes, networks and what optimizers keep of them, that the devices have no memory for.
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from cbp_jax import data
-from cbp_jax.experiments import learners, stream
+from cbp_jax.experiments import learners, memory, stream
 
 PROCEDURAL = "procedural"
 
@@ -56,6 +56,7 @@ def load(settings: PoolSettings, split: str = "train", *, classes: int, per_clas
       cbp_jax.data.DatasetUnavailable: it is not on this machine.
     """
     if settings.dataset == PROCEDURAL:
+        memory.check_images(classes * per_class, settings.procedural_size)
         images = data.procedural(classes, per_class, size=settings.procedural_size)
     else:
         images = data.load(settings.dataset, split, data_dir=settings.data_dir)

@@ -81,6 +81,20 @@ def test_what_memory_cannot_hold_is_refused(change, message):
         online.prepare(dataclasses.replace(online.preset("smoke"), hidden=(100, 100), **change))
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("class_incremental", {"tasks": 10**12}),
+        ("continual_imagenet", {"procedural_classes": 10**12}),
+        ("continual_imagenet", {"train_per_class": 10**12}),
+    ],
+)
+def test_images_that_memory_cannot_hold_are_refused(name, change):
+    experiment = experiments.EXPERIMENTS[name]
+    with pytest.raises(ValueError, match=r"[0-9]+ procedural images of [0-9x]+ take .* GiB of memory"):
+        experiment.prepare(dataclasses.replace(experiment.preset("smoke"), **change))
+
+
 @pytest.mark.parametrize("name", ["slippery_ant", "utility_quality", "slowly_changing_regression"])
 def test_others_refuse_it_too(name):
     experiment = experiments.EXPERIMENTS[name]
