@@ -1,5 +1,6 @@
 """Whether what a run keeps fits into memory, said before it is made."""
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -53,6 +54,23 @@ def check_examples(measured: int, shape: Sequence[int]) -> None:
     if needed > there:
         raise ValueError(
             f"measured_examples={measured} takes {needed / _GIB:,.0f} GiB, and this machine has "
+            f"{there / _GIB:,.0f} GiB of memory"
+        )
+
+
+def check_layers(sizes: Sequence[int]) -> None:
+    """Refuses layers of weights that this machine has no memory for, before units are looked for in them.
+
+    Args:
+      sizes: of inputs, hidden layers and outputs.
+
+    Raises:
+      ValueError: they take more than there is.
+    """
+    needed, there = 4 * sum(map(math.prod, itertools.pairwise(sizes))), _of_host()
+    if needed > there:
+        raise ValueError(
+            f"hidden={tuple(sizes[1:-1])} takes {needed / _GIB:,.0f} GiB for weights, and this machine has "
             f"{there / _GIB:,.0f} GiB of memory"
         )
 

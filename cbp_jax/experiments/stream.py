@@ -1,6 +1,7 @@
 """What the experiments on streams of tasks share: settings, their checks, and the run itself."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from cbp_jax import curvature, data, losses, nets, training
 from cbp_jax.experiments import folder, learners, memory
 from cbp_jax.problems import Problem
 
+MOST_STEPS = 2**31 - 1  # they are counted in int32
 SAVE_EVERY = 2.0  # seconds between two writings of the results
 CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
 
@@ -226,6 +228,12 @@ def prepare(
         test=problem.test is not None,
         dormant=dormant_threshold is not None,
     )
+    if getattr(problem, "steps_per_task", 0) > MOST_STEPS:
+        raise ValueError(
+            f"a task must have at most {MOST_STEPS} updates, and has {problem.steps_per_task}; choose fewer "
+            "examples or epochs, or a larger batch_size"
+        )
+    memory.check_layers((math.prod(problem.input_shape), *settings.hidden, problem.num_classes))
     memory.check_examples(measured, problem.input_shape)
     memory.check_results(len(methods), settings.seeds, settings.tasks, len(measures))
 

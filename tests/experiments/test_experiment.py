@@ -70,6 +70,7 @@ def test_every_experiment_is_found_by_its_name_in_each_way():
 TOO_MUCH = [
     ({"tasks": 10**12}, r"tasks=1000000000000 and seeds=2 with 2 methods make results of .* GiB of memory"),
     ({"seeds": 99_999_999_999}, "seeds=99999999999 with 2 methods make results of"),
+    ({"hidden": (10**9, 10**9)}, r"hidden=\(1000000000, 1000000000\) takes .* GiB for weights"),
     ({"seeds": 10**7, "tasks": 1}, "seeds=10000000 with 1 method that run together keep networks and optimizers of"),
 ]
 
@@ -78,7 +79,17 @@ TOO_MUCH = [
 def test_what_memory_cannot_hold_is_refused(change, message):
     online = experiments.online_permuted
     with pytest.raises(ValueError, match=message):
-        online.prepare(dataclasses.replace(online.preset("smoke"), hidden=(100, 100), **change))
+        online.prepare(dataclasses.replace(online.preset("smoke"), **{"hidden": (100, 100), **change}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("slowly_changing_regression", {"examples_per_task": 10**12}), ("continual_imagenet", {"epochs": 10**12})],
+)
+def test_more_updates_than_are_counted_are_refused(name, change):
+    experiment = experiments.EXPERIMENTS[name]
+    with pytest.raises(ValueError, match=r"a task must have at most 2147483647 updates, and has [0-9]{10,}"):
+        experiment.prepare(dataclasses.replace(experiment.preset("smoke"), **change))
 
 
 @pytest.mark.parametrize(
