@@ -41,50 +41,53 @@ class _Panel(NamedTuple):
     zero: bool  # whether the axis starts at 0
 
 
-_PERFORMANCE = {
-    "episode_return": _Panel("episode_return", "Reward per episode", 1.0, False),
-    "test_accuracy": _Panel("test_accuracy", "Correct, test examples (%)", 100.0, False),
-    "accuracy": _Panel("accuracy", "Correct (%)", 100.0, False),
-    "loss": _Panel("loss", "Loss", 1.0, False),
+_PANELS = {
+    panel.measure: panel
+    for panel in (
+        _Panel("episode_return", "Reward per episode", 1.0, False),
+        _Panel("test_accuracy", "Correct, test examples (%)", 100.0, False),
+        _Panel("relative_accuracy", "Correct, less retrained (%)", 100.0, False),
+        _Panel("accuracy", "Correct (%)", 100.0, False),
+        _Panel("loss", "Loss", 1.0, False),
+        _Panel("plasticity", "Plasticity", 1.0, False),
+        _Panel("dead_units", "Dead units (%)", 100.0, True),
+        _Panel("dormant_units", "Dormant units (%)", 100.0, True),
+        _Panel("stable_rank", "Stable rank (scaled, 0-100)", 100.0, False),
+        _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
+        _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
+        _Panel("weight_rank", "Weight rank (%)", 100.0, False),
+        _Panel("weight_l1", "L1 norm of weights", 1.0, False),
+        _Panel("weight_l2", "L2 norm of weights", 1.0, False),
+        _Panel("gradient_l0", "Gradients not 0 (%)", 100.0, False),
+        _Panel("gradient_l1", "L1 norm of gradients", 1.0, False),
+        _Panel("gradient_l2", "L2 norm of gradients", 1.0, False),
+    )
 }
-_PANELS = (
-    _Panel("dead_units", "Dead units (%)", 100.0, True),
-    _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
-    _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
-)
 
+
+def _panels(measures: str, **labels: str) -> tuple[_Panel, ...]:
+    """The panels of some measures, with labels of their own where these are given."""
+    return tuple(_PANELS[name]._replace(label=labels.get(name, _PANELS[name].label)) for name in measures.split())
+
+
+_SYMPTOM_PANELS = _panels("dead_units weight_magnitude effective_rank")
 # Of tasks with test examples.
-_TEST_PANELS = (
-    _PERFORMANCE["test_accuracy"],
-    _Panel("relative_accuracy", "Correct, less retrained (%)", 100.0, False),
-    _Panel("accuracy", "Correct in training (%)", 100.0, False),
-    _Panel("dead_units", "Dead units (%)", 100.0, True),
-    _Panel("dormant_units", "Dormant units (%)", 100.0, True),
-    _Panel("stable_rank", "Stable rank (scaled, 0-100)", 100.0, False),
-    _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
-    _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
-    _Panel("loss", "Loss in training", 1.0, False),
+_TEST_PANELS = _panels(
+    "test_accuracy relative_accuracy accuracy dead_units dormant_units stable_rank effective_rank weight_magnitude "
+    "loss",
+    accuracy="Correct in training (%)",
+    loss="Loss in training",
 )
-
 # Of agents: as Figures 3 and 4 of Dohare et al., Nature 2024.
-_AGENT_PANELS = (
-    _PERFORMANCE["episode_return"],
-    _Panel("dormant_units", "Policy's dormant units (%)", 100.0, True),
-    _Panel("stable_rank", "Policy's stable rank (scaled, 0-100)", 100.0, False),
-    _Panel("weight_magnitude", "Policy's mean weight magnitude", 1.0, False),
+_AGENT_PANELS = _panels(
+    "episode_return dormant_units stable_rank weight_magnitude",
+    dormant_units="Policy's dormant units (%)",
+    stable_rank="Policy's stable rank (scaled, 0-100)",
+    weight_magnitude="Policy's mean weight magnitude",
 )
-
 # As Figure 5 of Elsayed & Mahmood, ICLR 2024.
-_UPDATE_PANELS = (
-    _Panel("plasticity", "Plasticity", 1.0, False),
-    _Panel("loss", "Loss", 1.0, False),
-    _Panel("dead_units", "Dead units (%)", 100.0, True),
-    _Panel("weight_rank", "Weight rank (%)", 100.0, False),
-    _Panel("weight_l1", "L1 norm of weights", 1.0, False),
-    _Panel("weight_l2", "L2 norm of weights", 1.0, False),
-    _Panel("gradient_l0", "Gradients not 0 (%)", 100.0, False),
-    _Panel("gradient_l1", "L1 norm of gradients", 1.0, False),
-    _Panel("gradient_l2", "L2 norm of gradients", 1.0, False),
+_UPDATE_PANELS = _panels(
+    "plasticity loss dead_units weight_rank weight_l1 weight_l2 gradient_l0 gradient_l1 gradient_l2"
 )
 
 
@@ -184,7 +187,7 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
     """
     judged_by = performance(results)
     panels = {"test_accuracy": _TEST_PANELS, "episode_return": _AGENT_PANELS}.get(
-        judged_by, (_PERFORMANCE[judged_by], *_PANELS)
+        judged_by, (_PANELS[judged_by], *_SYMPTOM_PANELS)
     )
     return _plot_panels(results, panels, methods, bin_size, columns=2)
 
@@ -295,7 +298,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     if is_accuracy(performance(results)):
         label = "Correct, last tenth of tasks (%)"
     else:
-        label = _PERFORMANCE[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
+        label = _PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
     styles = _learner_styles(results, list(dict.fromkeys(all_learners)))
     with _rc():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
@@ -384,7 +387,7 @@ def _draw_sensitivity(
 ) -> None:
     smallest = math.inf
     zero = False
-    panel = _PERFORMANCE[performance(results)]
+    panel = _PANELS[performance(results)]
     sign = better(panel.measure)
     titles = [_look(results, learner).title for learner in learners]
     for learner, title in zip(learners, titles, strict=True):
