@@ -57,7 +57,7 @@ def test_networks_have_the_activation_and_the_gain_of_their_method(trained, tmp_
         for layer, of_layer in ((hidden, gain), (output, 1.0)):
             bound = of_layer * (3 / layer["kernel"].shape[0]) ** 0.5
             assert 0.9 * bound < np.abs(layer["kernel"]).max() <= bound and not layer["bias"].any()
-        _, features = group.learner.predict(params, x)
+        _, features = jax.jit(group.learner.predict)(params, x)
         np.testing.assert_allclose(features["params/Dense_0"], activation(x @ hidden["kernel"]), atol=1e-5)
     assert all(group.problem.loss == "squared_error" and group.measured_examples == 20 for group in trained)
 
@@ -66,18 +66,23 @@ def test_settings_reach_the_stream(trained, tmp_path):
     settings = dataclasses.replace(TINY, methods=("bp",), num_inputs=6, flipping_bits=4, target_units=9, beta=0.0)
     run(settings, tmp_path / "all")
     run(dataclasses.replace(settings, beta=1.0, batch_size=3), tmp_path / "none")
+    tasks = []
     for group, steps in zip(trained, (12, 4), strict=True):
         problem = group.problem
-        task = problem.make_task((), jax.random.key(0), 0)
+
+        @jax.jit
+        def show(key, problem=problem):
+            task = problem.make_task((), key, 0)
+            return task, problem.evaluation((), task, 50)[0], problem.batch((), task, 0)[0]
+
+        task, x, batch = show(jax.random.key(0))
+        tasks.append(task)
         assert task.bits.shape == (4,) and task.input_weights.shape == (7, 9)
-        x, _ = problem.evaluation((), task, 50)
         assert (x[:, :4] == task.bits).all() and len(np.unique(x[:, 4:6], axis=0)) == 4 and (x[:, 6] == 1).all()
         assert problem.steps_per_task == steps
-        batch, _ = problem.batch((), task, 0)
         assert batch.shape[0] == 12 // steps
     # A threshold unit is on where more than the fraction beta of the inputs agree: of 0 all, and of 1 none.
-    most = trained[0].problem.make_task((), jax.random.key(0), 0)
-    least = trained[1].problem.make_task((), jax.random.key(0), 0)
+    most, least = tasks
     np.testing.assert_array_equal(least.thresholds - most.thresholds, 7.0)
 
 
