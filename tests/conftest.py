@@ -5,13 +5,8 @@ import sys
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
-
-# XLA's older emitters compile three times as fast; what is computed stays the same within rounding. XLA reads this when
-# it starts. With CBP_JAX_TESTS_AS_USERS_RUN=1 it is as users have it.
-_AS_USERS = os.environ.get("CBP_JAX_TESTS_AS_USERS_RUN") == "1"
-if not _AS_USERS:
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 # pytest imports test files by path (`--import-mode=importlib`), so shared helpers need a place on sys.path.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -26,16 +21,43 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("cbp_jax")
 
 
+# Tests spend their time on compiling. With CBP_JAX_TESTS_AS_USERS_RUN=1 programs are compiled as users' are.
+_AS_USERS = os.environ.get("CBP_JAX_TESTS_AS_USERS_RUN") == "1"
+# XLA's older emitters compile three times as fast.
+_QUICK = {} if _AS_USERS else {"xla_cpu_use_fusion_emitters": False}
+_options: dict[str, bool] = dict(_QUICK)  # of XLA, for what is compiled now; examples of docstrings too
+
+
+def _with_options(*args, get=compiler.get_compile_options, env_options_overrides=None, **kwargs):
+    # JAX has no public way to say them for all programs of a test.
+    return get(*args, env_options_overrides={**_options, **(env_options_overrides or {})}, **kwargs)
+
+
+compiler.get_compile_options = _with_options
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """Halves the time of compiling; what is computed stays the same within rounding.
+    """A third of the time of compiling; what is computed stays the same within rounding.
 
     A module whose tests are about what the optimised program computes says `OPTIMIZED = True`.
     """
     quick = not (_AS_USERS or getattr(request.module, "OPTIMIZED", False))
     jax.config.update("jax_disable_most_optimizations", quick)
+    if not quick:
+        _options.clear()
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    _options.update(_QUICK)
+
+
+@pytest.fixture
+def exact():
+    """For a test that compares programs to the last bit: the older emitters round products and sums as they see fit."""
+    before = dict(_options)
+    _options.clear()
+    yield
+    _options.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def test_by_number_and_by_mask_are_one(choose):
     }
     new = optax.apply_updates(PARAMS, updates)
     wanted, _ = update(cbp_jax.Policy(first))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, wanted)
     assert not np.asarray(new["w2"])[0, 1:].any() and not np.asarray(new["w3"])[0].any()
     assert np.asarray(new["w2"])[:, 0].all()  # incoming weights, drawn anew, those of the new unit in front too
     assert not np.asarray(state.inner_state[0].trace["w3"])[0].any()

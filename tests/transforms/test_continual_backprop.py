@@ -569,6 +569,7 @@ INNER_STATES = {
 }
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("name", INNER_STATES)
 def test_moments_of_replaced_units_return_to_their_initial_values_and_no_others(name):
     sizes = (3, 5, 2)
@@ -669,6 +670,7 @@ def test_first_step_after_a_reset_is_of_ordinary_size_with_a_count_per_weight():
 # ------------------------------------------------------------------------------------------------------ JAX
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("inner", ["adam", "momentum", "chain", "per-weight-adam"])
 def test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones(inner):
     params, units = make((3, 6, 5, 2))
