@@ -34,7 +34,7 @@ from cbp_jax import curvature
 from cbp_jax.experiments import folder, memory, stream
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.nets import MLP, get_activation
-from cbp_jax.training.lanes import Lanes
+from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
 from cbp_jax.units.groups import leaves_by_path
 
@@ -138,7 +138,8 @@ def job(settings: Settings) -> stream.Job:
     memory.check_results(len(activations), settings.seeds, measurements, each)
 
     def run(out: Path, progress: stream.Progress | None = None) -> Any:
-        with folder.opened(_empty_results(settings, activations), Path(out)) as results:
+        found = folder.opened(_empty_results(settings, activations), Path(out))
+        with one_blas_thread(), found as results:
             report.save_results(results, out)
             try:
                 for activation in activations:

@@ -328,7 +328,7 @@ def prepare_methods(
         from cbp_jax import report
 
         out = Path(out)
-        with folder.opened(results, out) as found:
+        with training.one_blas_thread(), folder.opened(results, out) as found:
             report.save_results(found, out)
             try:
                 for group, train in groups:

@@ -3,7 +3,7 @@
 from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.head import output_layers, reset_layers
 from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
-from cbp_jax.training.lanes import Lanes
+from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.training.learner import Learner, TrainState, init_state
 from cbp_jax.training.loop import measure, run_lanes, run_task, run_tasks
 from cbp_jax.training.step import train_step
@@ -16,6 +16,7 @@ __all__ = [
     "TrainState",
     "init_state",
     "measure",
+    "one_blas_thread",
     "output_layers",
     "reset_layers",
     "run_increment",

@@ -1,6 +1,7 @@
 """Runs one function for many seeds and hyperparameters at once: lanes on one or more devices."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -8,6 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 
 LaneMode = Literal["auto", "vmap", "map"]
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keeps BLAS to one thread while lanes run; each has a core of its own.
+
+    JAX takes decompositions on a CPU from SciPy, whose OpenBLAS has a thread for every core. These wait for more to do
+    in a busy loop: on a quiet machine that doubles the time of a run with small tasks, and beside other processes it
+    takes six to seventeen times as long (`benchmarks/host_devices.py`). Without threadpoolctl nothing is changed.
+
+    Example:
+      >>> with one_blas_thread():
+      ...   pass
+    """
+    try:
+        import scipy.linalg.cython_lapack  # noqa: F401  so that its library is there to be kept
+        import threadpoolctl
+    except ImportError:
+        yield
+        return
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield
 
 
 class Lanes:

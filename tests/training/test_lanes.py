@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbp_jax.training import Lanes
+from cbp_jax.training import Lanes, one_blas_thread
 
 MODES = ("vmap", "map")
 
@@ -127,3 +127,16 @@ jax.config.update("jax_num_cpu_devices", 2)
 runpy.run_path({__file__!r})["check_two_devices"]()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_lanes_have_the_cores_for_themselves():
+    """The threads of OpenBLAS wait by spinning; while lanes run there is one, and then as many as before."""
+    import scipy.linalg.cython_lapack  # noqa: F401
+    import threadpoolctl
+
+    count = lambda: [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = count()
+        with one_blas_thread():
+            assert count() and set(count()) == {1}
+        assert count() == before
