@@ -14,8 +14,8 @@ _VARIANCES = ("var", "std", "variance", "second_moment")
 
 def build(walk: Walk) -> collection.Units:
     """The groups of a network: units that own rows of the same parameters, and as many, belong together."""
-    _check_normalisation(walk)
-    parts = _Parts(walk)
+    together = _check_normalization(walk)
+    parts = _Parts(walk, together)
     found, left_out, named = [], [], collections.Counter()
     for units, reason in parts.split():
         keys = [place for place in parts.producers if np.isin(parts.rows[place], units).any()]
@@ -54,14 +54,24 @@ class _LeaveOut(Exception):
         self.kind, self.text = kind, text
 
 
-def _check_normalisation(walk: Walk) -> None:
-    """Leaves out units whose statistics meet others than themselves: that is no normalisation."""
-    for sources, targets in walk.normalised:
-        sources, targets = np.unique(walk.labels.roots(sources)), np.unique(walk.labels.roots(targets))
-        outside = np.setdiff1d(sources, targets)
-        if outside.size:
-            text = "a sum over units (`reduce_sum`) of which it is one normalises other units"
-            walk.lose_units(outside, Reason(LeftOutKind.MIXED, text))
+def _check_normalization(walk: Walk) -> set[int]:
+    """Leaves out units that a statistic mixes if it meets others than them: that is no normalization.
+
+    Returns:
+      the units that are normalized together with others: resetting one changes these through the statistic.
+    """
+    together: set[int] = set()
+    for statistic, ids in walk.normalized:
+        sets, met = np.broadcast_arrays(statistic.sets, walk.labels.roots(ids))
+        for number, members in enumerate(statistic.members):
+            members = np.unique(walk.labels.roots(members))
+            found = np.unique(met[sets == number])
+            if not np.array_equal(found[found >= 0], members):
+                text = "a sum over units (`reduce_sum`) of which it is one normalizes other units"
+                walk.lose_units(members, Reason(LeftOutKind.MIXED, text))
+            elif members.size > 1:
+                together.update(members.tolist())
+    return together
 
 
 class _Parts:
@@ -73,10 +83,11 @@ class _Parts:
       places: the path and the axes of each place.
       rows: the unit of each row, by place, flat; -1 for none.
       producers, vectors, readers: the places that are incoming, biases or scales or statistics, and outgoing.
+      together: the units that are normalized together with others.
     """
 
-    def __init__(self, walk: Walk):
-        self.walk = walk
+    def __init__(self, walk: Walk, together: set[int]):
+        self.walk, self.together = walk, together
         self.names = _layer_names([path for path, _ in walk.producers])
         self.places: list[tuple[str, tuple[int, ...]]] = []
         self.rows: list[np.ndarray] = []
@@ -187,6 +198,7 @@ class _Parts:
             tuple(vectors["scale"]),
             tuple(vectors["statistics"]),
             self.kind(units, keys),
+            self.together.isdisjoint(units.tolist()),
         )
 
     def kind(self, units: np.ndarray, keys: list[int]) -> str:

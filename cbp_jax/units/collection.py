@@ -124,10 +124,13 @@ class Units(tuple[UnitGroup, ...]):
             "scale": [_describe(group.scales) for group in self],
             "statistics": [_describe(group.statistics) for group in self],
             "outgoing": [_describe([consumer.kernel for consumer in group.outgoing]) for group in self],
+            "exact": ["-" if group.exact else "but for its normalization" for group in self],
         }
         # What no group has is not shown, bias apart.
         columns = {
-            name: cells for name, cells in columns.items() if name not in ("scale", "statistics") or set(cells) - {"-"}
+            name: cells
+            for name, cells in columns.items()
+            if name not in ("scale", "statistics", "exact") or set(cells) - {"-"}
         }
         widths = [max(map(len, (name, *cells))) for name, cells in columns.items()]
         lines = [

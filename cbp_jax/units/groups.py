@@ -174,6 +174,8 @@ class UnitGroup:
       statistics: running statistics of the units, which are no parameters; see `reset_batch_stats`.
       kind: "dense", "conv" or "embedding" for the layer that makes the units; "residual" for those that several layers
         write into by a sum; "head" for attention heads; "" if unknown.
+      exact: whether nothing but the outgoing kernels carries a unit on. False where the group's units are normalized
+        together (layer, group, RMS norm): a fresh unit then still acts on the others through their mean and variance.
     """
 
     name: str
@@ -184,6 +186,7 @@ class UnitGroup:
     scales: tuple[ParamSlice, ...] = ()
     statistics: tuple[ParamSlice, ...] = ()
     kind: str = ""
+    exact: bool = True
 
     def __post_init__(self):
         for part in (*self.slices(), *self.statistics):

@@ -9,6 +9,8 @@ from jax.extend import core
 from cbp_jax.units.values import Labels, Weight
 
 REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
+# What only puts the same values in another order or shape.
+REARRANGING = frozenset("transpose squeeze rev reshape broadcast_in_dim tile".split())
 _WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum reduce_window".split())
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
 # Elementwise primitives that leave a kernel of zeros a kernel of zeros, the other operand being a scalar.
@@ -183,6 +185,16 @@ LABEL_RULES: dict[str, Callable[[core.JaxprEqn, np.ndarray], np.ndarray | None]]
     **dict.fromkeys(_WINDOWS, _window_labels),
     **dict.fromkeys(_CUMULATIVE, lambda eqn, ids: None if ids.shape[eqn.params["axis"]] > 1 else ids),
 }
+
+
+def rearranged(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
+    """The labels of what an equation makes of one operand, if it only rearranges or selects its elements."""
+    name = eqn.primitive.name
+    if name in REDUCTIONS and any(eqn.invars[0].aval.shape[axis] > 1 for axis in eqn.params["axes"]):
+        return None
+    if name in REARRANGING | REDUCTIONS | {"slice", "dynamic_slice", "gather"}:
+        return LABEL_RULES[name](eqn, ids)
+    return None
 
 
 class KernelUse:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from cbp_jax.units import moments
+
 
 class LeftOutKind(enum.Enum):
     """Why the units of a layer cannot be replaced."""
@@ -61,17 +63,15 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vector:
-    """An elementwise function of parameters, constants and statistics that mix units; it is of no unit.
+    """An elementwise function of parameters, constants and a statistic that mixes units; it is of no unit.
 
     Attributes:
       parts: the parameters, each with its axes.
-      sources: the units that its statistics mix.
-      inverse: whether it falls as these grow, so that what is multiplied with it is normalised.
+      statistic: what was made of a sum over units, if there is one in it.
     """
 
     parts: tuple[Weight, ...] = ()
-    sources: tuple[np.ndarray, ...] = ()
-    inverse: bool = False
+    statistic: moments.Statistic | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,14 @@ class Labels:
       running: the running statistics that it is the update of, or "".
       joined: axes along which arrays were put side by side that do not differ along it, as a class token and patches: a
         sum over them is a sum of these, not one over units.
+      form: by which it is known that two arrays hold the same values.
     """
 
     ids: np.ndarray
     reduced: bool = False
     running: str = ""
     joined: frozenset[int] = frozenset()
+    form: moments.Form = dataclasses.field(default_factory=moments.Form)
 
 
 @dataclasses.dataclass

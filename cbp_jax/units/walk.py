@@ -7,6 +7,9 @@ labels it met out, with the reason.
 """
 
 import dataclasses
+import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +17,22 @@ import numpy as np
 from jax.extend import core
 
 from cbp_jax import jaxprs
-from cbp_jax.units import groups, rules, tracing
+from cbp_jax.units import groups, moments, rules, tracing
 from cbp_jax.units.values import Contraction, Derived, Labels, LeftOutKind, Reason, UnionFind, Vector, Weight
 
 _SHARED = Reason(LeftOutKind.SHARED, "it shares weights with values that are not units")
+# What equations make of numbers, as in the count by which a sum is divided.
+_ARITHMETIC: dict[str, Callable[..., float]] = {
+    **dict.fromkeys(moments.UNCHANGED | {"broadcast_in_dim", "reshape", "squeeze"}, float),
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": lambda a, b: a / b if b else math.nan,
+    "max": max,
+    "min": min,
+    "neg": operator.neg,
+    "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan,
+}
 
 
 @dataclasses.dataclass
@@ -58,10 +73,12 @@ class Walk:
         self.kinds: dict[str, str] = {}  # "dense", "conv" or "embedding", by kernel
         self.made_by: dict[core.Var, Contraction] = {}  # outputs of contractions, for their biases
         self.lost: list[tuple[np.ndarray, Reason]] = []  # labels that are left out, and why
-        self.normalised: list[tuple[np.ndarray, np.ndarray]] = []  # units mixed by statistics, and those they meet
+        self.normalized: list[tuple[moments.Statistic, np.ndarray]] = []  # statistics, and the labels that they meet
         self.sums: list[np.ndarray] = []  # units that were added to others
         self.products: list[np.ndarray] = []  # units whose activations are contracted with each other
         self.used_otherwise: dict[str, str] = {}  # parameters used in ways not followed
+        self.misused: set[str] = set()  # state that is used as no statistic is
+        self.numbers: dict[core.Var, float] = {}  # arrays that are one number throughout
         jaxpr = trace.jaxpr.jaxpr
         self.paths = trace.param_paths
         self.shapes = {path: var.aval.shape for var, path in trace.param_paths.items()}
@@ -74,20 +91,21 @@ class Walk:
         ]
         outputs = self.run(trace.jaxpr, inputs, nested=False)
         for (key_path, _), value in zip(jax.tree_util.tree_leaves_with_path(trace.out_tree), outputs, strict=True):
-            # New running statistics leave by the name that the old ones came in by.
-            if isinstance(value, Labels) and value.running:
+            # New running statistics leave by the name that old ones came in by.
+            if isinstance(value, Labels) and value.running and value.reduced:
                 name = f"/{groups.join_path(key_path)}"
-                if name.endswith(f"/{groups.statistics_name(value.running)}"):
+                if any(name.endswith(f"/{groups.statistics_name(path)}") for path in self.states):
                     continue
             self.lose(value, Reason(LeftOutKind.OUTPUT, "it is part of the network's output"))
 
     def data(self) -> set[str]:
-        """Leaves of inputs that came as state and are none: a statistic is a number for each unit, and no more.
+        """Leaves of inputs that came as state and are none.
 
-        What stands under "batch_stats" is taken for it.
+        A statistic is a number for each unit, which is only used to normalize and only updated from a sum over the
+        batch. What stands under "batch_stats" is taken for one.
         """
         inputs = {path for path in self.states if not path.startswith(f"{groups.STATISTICS}/")}
-        found = inputs & (self.uses.keys() | self.used_otherwise.keys())
+        found = inputs & (self.uses.keys() | self.used_otherwise.keys() | self.misused)
         for claim in self.claims:
             other = [size for axis, size in enumerate(self.shapes[claim.path]) if axis not in claim.axes]
             if claim.path in inputs and max(other, default=1) > 1:
@@ -97,16 +115,23 @@ class Walk:
     def run(self, closed: core.ClosedJaxpr, inputs: list[Any], nested: bool) -> list[Any]:
         """Labels the outputs of a jaxpr whose inputs are labelled."""
         env: dict[core.Var, Any] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
+        for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+            self.note_number(var, value)
 
         def read(atom):
             return None if isinstance(atom, core.Literal) else env.get(atom)
 
         for eqn in jaxprs.live_equations(closed.jaxpr):
             values = [read(atom) for atom in eqn.invars]
-            if all(value is None for value in values):
-                continue
             body = jaxprs.call_body(eqn)
+            if all(value is None for value in values):
+                numbers, made = [self.number(atom) for atom in eqn.invars], _ARITHMETIC.get(eqn.primitive.name)
+                if made is not None:
+                    self.note_number(eqn.outvars[0], None if None in numbers else made(*numbers))
+                continue
             if body is not None:
+                for var, atom in zip(body.jaxpr.invars, eqn.invars, strict=True):
+                    self.note_number(var, self.number(atom))
                 results = self.run(body, values, nested or not jaxprs.is_remat(eqn))
             elif nested and eqn.primitive.name in jaxprs.CONTRACTIONS:
                 results = [self.not_followed(eqn, values)] * len(eqn.outvars)
@@ -114,6 +139,20 @@ class Walk:
                 results = self.step(eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def number(self, atom: core.Var | core.Literal) -> float | None:
+        """The number that an array is throughout, if that is known."""
+        if isinstance(atom, core.Literal):
+            return float(atom.val) if np.ndim(atom.val) == 0 and np.isrealobj(atom.val) else None
+        return self.numbers.get(atom)
+
+    def note_number(self, var: core.Var, value: Any) -> None:
+        """Notes of a variable that it is a number, or, since bodies of calls are met again, that it is none."""
+        known = isinstance(value, int | float | np.ndarray | np.generic) and np.ndim(value) == 0
+        if known and np.isrealobj(value):
+            self.numbers[var] = float(value)
+        else:
+            self.numbers.pop(var, None)
 
     def step(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
         """Labels the outputs of one equation."""
@@ -146,9 +185,10 @@ class Walk:
         ids = rule(eqn, first.ids)
         if ids is not None:
             reduced = first.reduced or name == "reduce_sum"
-            return Labels(ids, reduced, first.running)
+            form = first.form if name in rules.REARRANGING else moments.Form()
+            return Labels(ids, reduced, first.running, form=form)
         if name == "reduce_sum":  # over units: a statistic that mixes them
-            return Vector(sources=(np.unique(first.ids[first.ids >= 0]),))
+            return Vector(statistic=moments.of_sum(eqn, first.ids, first.form))
         return self.not_followed(eqn, values)
 
     def sum_joined(self, eqn: core.JaxprEqn, value: Labels) -> Labels:
@@ -173,7 +213,7 @@ class Walk:
             if axes is not None:
                 return dataclasses.replace(value, axes=axes)
         if name in jaxprs.ELEMENTWISE:
-            return _combine(eqn, values)
+            return self.combine(eqn, values)
         vectors = [value for _, value in known if isinstance(value, Vector)]
         if len(vectors) == len(known) and (name in rules.LABEL_RULES or name == "concatenate"):
             axes = [rules.view_axes(eqn, part.axes) for vector in vectors for part in vector.parts]
@@ -181,9 +221,18 @@ class Walk:
                 parts = tuple(
                     dataclasses.replace(part, axes=new) for part, new in zip(vectors[0].parts, axes, strict=True)
                 )
-                sources = tuple(ids for vector in vectors for ids in vector.sources)
-                return Vector(parts, sources, any(vector.inverse for vector in vectors))
+                statistics = [vector.statistic for vector in vectors if vector.statistic is not None]
+                sets = rules.rearranged(eqn, statistics[0].sets) if statistics else None
+                return Vector(parts, moments.rearrange(eqn, statistics, sets))
         return self.not_followed(eqn, values)
+
+    def combine(self, eqn: core.JaxprEqn, values: list[Any]) -> Vector:
+        """An elementwise function of parameters and statistics."""
+        vectors = [None if value is None else _as_vector(value, eqn.outvars[0].aval.ndim) for value in values]
+        parts = [_after(eqn, n, part) for n, vector in enumerate(vectors) if vector for part in vector.parts]
+        parameters = [bool(vector and vector.parts) for vector in vectors]
+        numbers = [self.number(atom) for atom in eqn.invars]
+        return Vector(tuple(parts), moments.combine(eqn, _statistics(vectors), numbers, parameters))
 
     def split(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
         """Labels the parts of an array that is cut, or taken apart, along one axis."""
@@ -192,12 +241,14 @@ class Walk:
         if isinstance(value, Labels):
             parts = rules.split_labels(eqn, value.ids) if cut else rules.unstack_labels(eqn, value.ids)
             joined = value.joined if cut else frozenset(a - (a > axis) for a in value.joined if a != axis)
-            return [dataclasses.replace(value, ids=ids, joined=joined) for ids in parts]
+            return [Labels(ids, value.reduced, value.running, joined) for ids in parts]
         if isinstance(value, Weight):
             here = (None,) if cut else ()
             return [dataclasses.replace(value, axes=(*value.axes[:axis], *here, *value.axes[axis + 1 :]))] * count
-        if isinstance(value, Vector) and not value.parts:
-            return [value] * count
+        if isinstance(value, Vector) and not value.parts and value.statistic is not None:
+            sets = value.statistic.sets
+            parts = rules.split_labels(eqn, sets) if cut else rules.unstack_labels(eqn, sets)
+            return [Vector(statistic=dataclasses.replace(value.statistic, sets=sets)) for sets in parts]
         return [self.not_followed(eqn, values)] * count
 
     def stack(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
@@ -233,7 +284,7 @@ class Walk:
             self.lose_units(value.ids, reason)
         elif isinstance(value, Vector):
             text = f"it is summed with other units (`reduce_sum`), and {reason.text}"
-            for ids in value.sources:
+            for ids in value.statistic.members if value.statistic else ():
                 self.lose_units(ids, reason._replace(text=text))
 
     def lose_units(self, ids: np.ndarray, reason: Reason) -> None:
@@ -255,23 +306,32 @@ class Walk:
         if name == "convert_element_type" and eqn.invars[0] in self.made_by:
             self.made_by[eqn.outvars[0]] = self.made_by[eqn.invars[0]]
         running = found[0].running if len(values) == 1 else ""
+        reduced = all(value.reduced for value in found)
+        if not reduced:
+            self.misused.update(value.running for value in found if value.running)
         for position, value in enumerate(values):
             if isinstance(value, Derived):
                 text = f"its activations meet a value computed from {', '.join(sorted(value.paths))}"
                 return self.not_followed(eqn, values, text)
             if isinstance(value, Weight | Vector):
-                if not self.meet(eqn, position, value, ids):
+                form = found[0].form if len(found) == 1 else moments.Form()
+                if not self.meet(eqn, position, value, ids, form):
                     return self.not_followed(
                         eqn, values, f"its activations meet the parameter {', '.join(_paths([value]))} in `{name}`"
                     )
                 states = [part.path for part in _as_vector(value, ids.ndim).parts if part.state]
-                running = states[0] if states and name in ("add", "sub") else running
+                if states and reduced and name in ("add", "sub"):
+                    running = states[0]
+                elif not self.is_statistic(eqn, position, value):
+                    self.misused.update(states)
         joined = frozenset(
             axis
             for axis in frozenset().union(*(value.joined for value in found))
             if all(axis in value.joined or value.ids.shape[axis] == 1 for value in found)
         )
-        return Labels(ids, all(value.reduced for value in found), running, joined)
+        forms = [value.form if isinstance(value, Labels) else None for value in values]
+        numbers = [self.number(atom) for atom in eqn.invars]
+        return Labels(ids, reduced, running, joined, moments.form_of(eqn, forms, _statistics(values), numbers))
 
     def meeting(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The units that meet others in one element."""
@@ -285,21 +345,27 @@ class Walk:
         a, b = np.broadcast_arrays(a, b)
         return np.where(a >= 0, a, b)
 
-    def meet(self, eqn: core.JaxprEqn, position: int, value: Weight | Vector, ids: np.ndarray) -> bool:
+    def is_statistic(self, eqn: core.JaxprEqn, position: int, value: Weight | Vector) -> bool:
+        """Whether state that meets units in an equation is used as a mean or a variance is."""
+        name = eqn.primitive.name
+        if name == "sub":
+            return position == 1 and isinstance(value, Weight) and value.plain and not value.steps
+        states = [part for part in _as_vector(value, 0).parts if part.state]
+        rooted = {step.primitive.name for part in states for step, _ in part.steps} & {"rsqrt", "sqrt", "pow"}
+        return bool(rooted) and (name == "mul" or (name == "div" and position == 1))
+
+    def meet(
+        self, eqn: core.JaxprEqn, position: int, value: Weight | Vector, ids: np.ndarray, form: moments.Form
+    ) -> bool:
         """Records what a parameter or a statistic does to units; False if that is not understood."""
         name, vector = eqn.primitive.name, _as_vector(value, ids.ndim)
         divides = name == "div" and position == 1
-        if vector.sources:
-            normalises = (name == "sub" and position == 1 and not vector.inverse) or (
-                not vector.inverse if divides else name == "mul" and vector.inverse
-            )
-            if normalises:
-                self.normalised.append((np.concatenate(vector.sources), np.unique(ids[ids >= 0])))
+        if vector.statistic is not None:
+            if moments.normalizes(eqn, position, vector.statistic, form):
+                self.normalized.append((vector.statistic, ids))
             else:
-                self.lose(
-                    vector,
-                    Reason(LeftOutKind.MIXED, f"the sum meets activations in `{name}`, which is no normalisation"),
-                )
+                text = f"the sum meets activations in `{name}`, which is no normalization"
+                self.lose(vector, Reason(LeftOutKind.MIXED, text))
         role = {"add": "bias", "sub": "bias", "mul": "scale"}.get(name, "scale" if divides else "")
         # The axes along which units differ; a unit of its own may stand on an axis of length 1.
         varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
@@ -365,6 +431,7 @@ class Walk:
             self.not_followed(eqn, [value], "a kernel reads the sum")
         labels = rows = coupled = None
         if isinstance(value, Labels):
+            self.misused.update({value.running} - {""})
             order = (*use.operand_axes, *(a for a in range(value.ids.ndim) if a not in use.operand_axes))
             ids = value.ids.transpose(order)
             ids = self.merge(ids, tuple(range(len(use.operand_axes), ids.ndim)))
@@ -512,21 +579,9 @@ def _after(eqn: core.JaxprEqn, position: int, weight: Weight) -> Weight:
     return dataclasses.replace(weight, steps=(*weight.steps, (eqn, position)))
 
 
-def _combine(eqn: core.JaxprEqn, values: list[Any]) -> Vector:
-    """An elementwise function of parameters and statistics."""
-    name, ndim = eqn.primitive.name, eqn.outvars[0].aval.ndim
-    parts, sources = [], []
-    inverse = name == "rsqrt" or (name == "integer_pow" and eqn.params["y"] < 0)
-    if name == "pow" and isinstance(eqn.invars[1], core.Literal):
-        inverse = eqn.invars[1].val < 0
-    for position, value in enumerate(values):
-        if value is None:
-            continue
-        vector = _as_vector(value, ndim)
-        parts += [_after(eqn, position, part) for part in vector.parts]
-        sources += vector.sources
-        inverse = inverse or vector.inverse or (name == "div" and position == 1 and bool(vector.sources))
-    return Vector(tuple(parts), tuple(sources), inverse)
+def _statistics(values: list[Any]) -> list[moments.Statistic | None]:
+    """The statistics among values."""
+    return [value.statistic if isinstance(value, Vector) else None for value in values]
 
 
 def _paths(values: list[Any]) -> frozenset[str]:
