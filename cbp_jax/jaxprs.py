@@ -108,6 +108,12 @@ def call_body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     return None
 
 
+def count_equations(jaxpr: core.Jaxpr) -> int:
+    """The number of equations, those in the bodies of calls and loops among them."""
+    inner = (body for eqn in jaxpr.eqns for body in core.jaxprs_in_params(eqn.params))
+    return len(jaxpr.eqns) + sum(map(count_equations, inner))
+
+
 def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     """The equations that the outputs depend on, in order."""
     live = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}

@@ -1,8 +1,10 @@
 """Cuts the labels of a walked network into groups of units."""
 
 import collections
+from collections.abc import Callable
 
 import numpy as np
+from jax.extend import core
 
 from cbp_jax.units import collection, groups, tracing
 from cbp_jax.units.values import Contraction, LeftOutKind, Reason
@@ -12,9 +14,18 @@ from cbp_jax.units.walk import Claim, Walk
 _VARIANCES = ("var", "std", "variance", "second_moment")
 
 
-def build(walk: Walk) -> collection.Units:
-    """The groups of a network: units that own rows of the same parameters, and as many, belong together."""
-    together = _check_normalization(walk)
+# Of groups and the variables that hold the sums by which units are normalized together: the names of wrong groups.
+Check = Callable[[list[groups.UnitGroup], frozenset[core.Var]], set[str]]
+
+
+def build(walk: Walk, check: Check | None = None) -> collection.Units:
+    """The groups of a network: units that own rows of the same parameters, and as many, belong together.
+
+    Args:
+      walk: a walk through it.
+      check: finds groups that are wrong all the same; these are left out.
+    """
+    together, sums = _check_normalization(walk)
     parts = _Parts(walk, together)
     found, left_out, named = [], [], collections.Counter()
     for units, reason in parts.split():
@@ -32,8 +43,16 @@ def build(walk: Walk) -> collection.Units:
             group = parts.group(name if not named[name] else f"{name}#{named[name] + 1}", units, keys)
             named[name] += 1
             found.append(group)
-        except _LeaveOut as error:
-            left_out.append(collection.LeftOut(name, len(units), error.text, error.kind))
+        except _LeaveOut as error:  # every kernel that makes these units is named
+            for place in keys:
+                columns = int(np.isin(parts.rows[place], units).sum())
+                layer = parts.names[parts.places[place][0]]
+                left_out.append(collection.LeftOut(layer, columns, error.text, error.kind))
+    wrong = check(found, sums) if check and found else ()
+    for group in [group for group in found if group.name in wrong]:
+        found.remove(group)
+        text = "its incoming weights change the output when its outgoing ones are 0; please report this network"
+        left_out.append(collection.LeftOut(group.name, group.size, text, LeftOutKind.REFUTED))
     # Kernels that never made labels were met in equations that are not followed.
     made = {path for path, _ in walk.producers}
     for path, shape in walk.shapes.items():
@@ -54,13 +73,15 @@ class _LeaveOut(Exception):
         self.kind, self.text = kind, text
 
 
-def _check_normalization(walk: Walk) -> set[int]:
+def _check_normalization(walk: Walk) -> tuple[set[int], frozenset[core.Var]]:
     """Leaves out units that a statistic mixes if it meets others than them: that is no normalization.
 
     Returns:
-      the units that are normalized together with others: resetting one changes these through the statistic.
+      the units that are normalized together with others: resetting one changes these through the statistic; and the
+      variables that hold the sums of such statistics.
     """
     together: set[int] = set()
+    sums: set[core.Var] = set()
     for statistic, ids in walk.normalized:
         sets, met = np.broadcast_arrays(statistic.sets, walk.labels.roots(ids))
         for number, members in enumerate(statistic.members):
@@ -71,7 +92,8 @@ def _check_normalization(walk: Walk) -> set[int]:
                 walk.lose_units(members, Reason(LeftOutKind.MIXED, text))
             elif members.size > 1:
                 together.update(members.tolist())
-    return together
+                sums.update(statistic.sources)
+    return together, frozenset(sums)
 
 
 class _Parts:

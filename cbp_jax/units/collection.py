@@ -16,11 +16,11 @@ _SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """A layer whose units cannot be replaced, and why.
+    """A layer whose units cannot be replaced, and why; each of several that make the same units stands for itself.
 
     Attributes:
       name: the path of the layer, or of its kernel.
-      size: number of units.
+      size: number of units that it makes, which are its kernel's columns.
       reason: a sentence for the reader.
       kind: the same for programs.
     """

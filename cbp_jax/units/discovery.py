@@ -93,13 +93,17 @@ says variance, a statistic starts at 1. New statistics may be among the outputs,
 from collections.abc import Callable
 from typing import Any
 
-from cbp_jax.units import build, collection, tracing, walk
+import jax
+
+from cbp_jax.units import build, collection, guard, tracing, walk
 
 
-def discover_units(apply_fn: Callable[..., Any], params: Any, *example_inputs: Any) -> collection.Units:
+def discover_units(
+    apply_fn: Callable[..., Any], params: Any, *example_inputs: Any, check: bool | None = None
+) -> collection.Units:
     """Finds the groups of units that can be replaced in a network.
 
-    The function is traced, not run. A unit is whatever a kernel makes along its free axis: its *incoming* weights
+    The function is traced. A unit is whatever a kernel makes along its free axis: its *incoming* weights
     are that column, and its *outgoing* weights are the rows of the kernels that contract the array it ends up
     in, whatever lies between. The documentation of this module tells what is found in which architectures.
 
@@ -109,6 +113,9 @@ def discover_units(apply_fn: Callable[..., Any], params: Any, *example_inputs: A
       params: pytree of arrays (or of `jax.ShapeDtypeStruct`); leaves under "batch_stats" are running statistics.
       *example_inputs: arrays (or `jax.ShapeDtypeStruct`) of the shapes that the network takes; leaves of trees among
         them, such as the "batch_stats" of Flax, may be running statistics.
+      check: whether the network is also run, with random parameters, to see of every group that its incoming weights do
+        not change the output where its outgoing ones are 0; a group of which that is not so is left out. By default
+        that is done for small networks, where it takes a moment.
 
     Returns:
       the groups in forward order, a tuple of `UnitGroup` that prints as a table. Its `left_out` names each layer
@@ -129,4 +136,8 @@ def discover_units(apply_fn: Callable[..., Any], params: Any, *example_inputs: A
     """
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function of (params, *inputs); found {type(apply_fn).__name__}")
-    return build.build(walk.walk(tracing.trace_network(apply_fn, params, *example_inputs)))
+    found = walk.walk(tracing.trace_network(apply_fn, params, *example_inputs))
+    if not (guard.is_cheap(found.trace.jaxpr) if check is None else check):
+        return build.build(found)
+    inputs = jax.tree.leaves((params, *example_inputs))
+    return build.build(found, lambda groups, sums: guard.refuted(found.trace, inputs, groups, sums, found.checked))

@@ -1,15 +1,15 @@
 """Sums over units, and which of them normalize.
 
-A sum over units mixes them: what it then meets depends on all. Such a sum is no harm to a group of units only as part of
-their own normalization, which is one of
+A sum over units mixes them: what it then meets depends on all. Such a sum is no harm to a group of units only as part
+of their own normalization, which is one of
 
 - `x - mean(x)`,
 - `x / root`, `x * (1 / root)`, where the root is of a mean or sum of `x**2` or of `(x - mean(x))**2`, to which small
   numbers are added or which they bound from below.
 
-Anything else that is done with the sum, a softmax for instance, is not. So each array carries its `Form`, by which it is
-known that two arrays are one, or one less its mean; and each sum over units is a `Statistic`, of which is known what has
-become of it.
+Anything else that is done with the sum, a softmax for instance, is not. So each array carries its `Form`, by which it
+is known that two arrays are one, or one less its mean; and each sum over units is a `Statistic`, of which is known what
+has become of it.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ import numpy as np
 from jax.extend import core
 
 # Elementwise primitives that change no value.
-UNCHANGED = frozenset("convert_element_type copy copy_p name optimization_barrier real reduce_precision stop_gradient".split())
+UNCHANGED = frozenset(
+    "convert_element_type copy copy_p name optimization_barrier real reduce_precision stop_gradient".split()
+)
 _COMPARISONS = frozenset("eq ge gt le lt ne".split())
 _TOLERANCE = 1e-2  # of 1 / N, which may be a number of half precision
 
@@ -130,20 +132,18 @@ def combine(
     eqn: core.JaxprEqn,
     statistics: Sequence[Statistic | None],
     numbers: Sequence[float | None],
-    parameters: Sequence[bool],
 ) -> Statistic | None:
-    """The statistic that an elementwise equation makes of statistics, numbers and parameters; None if there is none.
+    """The statistic that an elementwise equation makes of statistics and values of no unit; None if there is none.
 
     Args:
       eqn: the equation.
       statistics: of each operand, if it is one.
       numbers: the value of each operand that is one number throughout.
-      parameters: whether each operand has parameters in it.
     """
     known = [item for item in statistics if item is not None]
     if not known:
         return None
-    kind, scale = _combined(eqn, statistics, numbers, parameters)
+    kind, scale = _combined(eqn, statistics, numbers)
     mixed = _mixed(known, eqn.outvars[0].aval.ndim)
     return mixed if kind is Kind.OTHER else dataclasses.replace(known[0], kind=kind, scale=scale, sources=mixed.sources)
 
@@ -171,7 +171,7 @@ def _mixed(statistics: Sequence[Statistic], ndim: int) -> Statistic:
     return Statistic(Kind.OTHER, Form(), 1.0, np.zeros((1,) * ndim, int), members, sources)
 
 
-def _combined(eqn, statistics, numbers, parameters) -> tuple[Kind, float]:
+def _combined(eqn, statistics, numbers) -> tuple[Kind, float]:
     """The kind and the scale of what an equation makes."""
     name, other = eqn.primitive.name, (Kind.OTHER, 1.0)
     places = [n for n, item in enumerate(statistics) if item is not None]
@@ -211,11 +211,10 @@ def _combined(eqn, statistics, numbers, parameters) -> tuple[Kind, float]:
         return (kind, -scale) if kind is Kind.SUM else other
     if name in ("mul", "div"):
         if name == "div" and place == 1:
-            positive = parameters[0] or (numbers[0] is not None and numbers[0] > 0)
-            return (Kind.INVERSE, 1.0) if kind is Kind.ROOT and positive else other
+            return (Kind.INVERSE, 1.0) if kind is Kind.ROOT else other
         if number is not None and number != 0 and (number > 0 or kind is Kind.SUM) and kind is not Kind.TEST:
             return kind, scale * number if name == "mul" else scale / number
-        return (kind, 1.0) if kind is Kind.INVERSE and parameters[rest[0]] else other
+        return (kind, 1.0) if kind is Kind.INVERSE else other  # x * (inverse * scale) is (x * inverse) * scale
     bounded = kind in (Kind.SQUARES, Kind.ROOT) and all(numbers[n] is not None for n in rest)
     if name in ("add", "add_any", "max") and bounded and number >= 0:
         return kind, scale

@@ -20,6 +20,7 @@ class LeftOutKind(enum.Enum):
     MIXED = "summed with other units in a way that is no normalisation"
     SHARED = "of weights that are used in more than one way, or shared with what are no units"
     NOT_READ = "read by no kernel"
+    REFUTED = "seen to act on the output past its outgoing weights"
     NOT_SELECTED = "not selected by the caller"
 
 

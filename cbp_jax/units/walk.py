@@ -79,7 +79,7 @@ class Walk:
         self.used_otherwise: dict[str, str] = {}  # parameters used in ways not followed
         self.misused: set[str] = set()  # state that is used as no statistic is
         self.numbers: dict[core.Var, float] = {}  # arrays that are one number throughout
-        jaxpr = trace.jaxpr.jaxpr
+        self.trace, jaxpr = trace, trace.jaxpr.jaxpr
         self.paths = trace.param_paths
         self.shapes = {path: var.aval.shape for var, path in trace.param_paths.items()}
         self.states = {trace.param_paths[var] for var in trace.states}
@@ -89,13 +89,16 @@ class Walk:
             else None
             for var in jaxpr.invars
         ]
+        self.checked: list[bool] = []  # of each output, whether it is more than new running statistics
         outputs = self.run(trace.jaxpr, inputs, nested=False)
         for (key_path, _), value in zip(jax.tree_util.tree_leaves_with_path(trace.out_tree), outputs, strict=True):
             # New running statistics leave by the name that old ones came in by.
             if isinstance(value, Labels) and value.running and value.reduced:
                 name = f"/{groups.join_path(key_path)}"
                 if any(name.endswith(f"/{groups.statistics_name(path)}") for path in self.states):
+                    self.checked.append(False)
                     continue
+            self.checked.append(True)
             self.lose(value, Reason(LeftOutKind.OUTPUT, "it is part of the network's output"))
 
     def data(self) -> set[str]:
@@ -230,9 +233,8 @@ class Walk:
         """An elementwise function of parameters and statistics."""
         vectors = [None if value is None else _as_vector(value, eqn.outvars[0].aval.ndim) for value in values]
         parts = [_after(eqn, n, part) for n, vector in enumerate(vectors) if vector for part in vector.parts]
-        parameters = [bool(vector and vector.parts) for vector in vectors]
         numbers = [self.number(atom) for atom in eqn.invars]
-        return Vector(tuple(parts), moments.combine(eqn, _statistics(vectors), numbers, parameters))
+        return Vector(tuple(parts), moments.combine(eqn, _statistics(vectors), numbers))
 
     def split(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
         """Labels the parts of an array that is cut, or taken apart, along one axis."""
@@ -370,7 +372,8 @@ class Walk:
         # The axes along which units differ; a unit of its own may stand on an axis of length 1.
         varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
         for part in vector.parts:
-            own = [axis for axis in varying if part.axes[axis] is not None]
+            lengths = [1 if axis is None else self.shapes[part.path][axis] for axis in part.axes]
+            own = [n for n in varying if part.axes[n] is not None and (lengths[n] > 1 or ids.shape[n] == 1)]
             if not own:
                 continue  # a parameter shared by all units
             if not role:
@@ -378,8 +381,7 @@ class Walk:
             leaf_axes = tuple(part.axes[axis] for axis in own)
             rows = ids.transpose(*own, *(axis for axis in range(ids.ndim) if axis not in own))
             rows = rows.reshape(*rows.shape[: len(own)], -1)
-            lengths = [self.shapes[part.path][axis] for axis in leaf_axes]
-            rows = np.broadcast_to(rows, (*lengths, rows.shape[-1]))
+            rows = np.broadcast_to(rows, (*(self.shapes[part.path][axis] for axis in leaf_axes), rows.shape[-1]))
             if not part.state:
                 self.uses.setdefault(part.path, set()).add((role, leaf_axes))
             self.claims.append(Claim(part.path, leaf_axes, role, rows, part))
@@ -566,10 +568,13 @@ def _alike(parts: list[np.ndarray], axis: int) -> bool:
 
 
 def _as_vector(value: Weight | Vector, ndim: int) -> Vector:
-    """A parameter as the vector that it is on an array of `ndim` axes."""
-    if isinstance(value, Vector):
-        return value
-    return Vector((value if len(value.axes) == ndim else dataclasses.replace(value, axes=(None,) * ndim),))
+    """A parameter as the vector that it is on an array of `ndim` axes; a scalar has none."""
+    if isinstance(value, Weight):
+        value = Vector((value,))
+    fitting = (
+        part if len(part.axes) == ndim else dataclasses.replace(part, axes=(None,) * ndim) for part in value.parts
+    )
+    return dataclasses.replace(value, parts=tuple(fitting))
 
 
 def _after(eqn: core.JaxprEqn, position: int, weight: Weight) -> Weight:
