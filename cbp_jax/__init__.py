@@ -4,6 +4,7 @@ from typing import Any
 
 from cbp_jax import curvature, metrics
 from cbp_jax.replacement import Choice, GroupView, Policy, ReplacementState, replace_units
+from cbp_jax.train_state import TrainState
 from cbp_jax.transforms import (
     ContinualBackpropState,
     adam,
@@ -35,6 +36,7 @@ __all__ = [
     "ParamSlice",
     "Policy",
     "ReplacementState",
+    "TrainState",
     "UnitGroup",
     "Units",
     "adam",

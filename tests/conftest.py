@@ -11,6 +11,8 @@ from jax.experimental.compilation_cache import compilation_cache
 # pytest imports test files by path (`--import-mode=importlib`), so shared helpers need a place on sys.path.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+collect_ignore = ["examples"]  # programs, run by test_examples.py
+
 hypothesis.settings.register_profile(
     "cbp_jax",
     deadline=None,

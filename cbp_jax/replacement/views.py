@@ -143,7 +143,8 @@ def group_activations(group: units_lib.UnitGroup, features: units_lib.Features |
         raise ValueError(
             f"features must hold the activations of group {group.name!r}: call "
             "`output, features = with_features(apply_fn, units)(params, x)` and pass them as "
-            f"`tx.update(grads, state, params, features=features)`; got {found!r}"
+            "`tx.update(grads, state, params, features=features)` (of the TrainStates, cbp_jax.TrainState does, Flax's "
+            f"cannot); got {found!r}"
         )
     found = features[group.name]
     found = found if isinstance(found, tuple) else (found,)

@@ -143,7 +143,7 @@ def _left_out(units: Units, kernel: str) -> LeftOut | None:
 
 def _layer(path: str) -> str:
     """The path of a kernel without the name that Flax gives to all kernels."""
-    return path.removesuffix("/value").removesuffix("/kernel").removesuffix("/embedding")
+    return path.removesuffix("/kernel").removesuffix("/embedding")
 
 
 def _draw_group(ax: Axes, group: UnitGroup, lane: int, touched: list[int]) -> None:

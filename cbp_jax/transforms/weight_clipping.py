@@ -129,7 +129,7 @@ def kernel_scale(params: optax.Params) -> dict[str, float | None]:
 
 def _layer(path: str) -> str:
     # In the state of an `nnx.split`, a parameter is a node whose array is called "value".
-    return path.removesuffix("/value").rpartition("/")[0]
+    return path.rpartition("/")[0]
 
 
 def _scales(scale: Scale | Any | None, params: optax.Params) -> dict[str, chex.Numeric | None]:

@@ -238,13 +238,13 @@ class _Parts:
 
 def _statistic(path: str, role: str) -> float:
     """What a running statistic starts at."""
-    name = path.removesuffix("/value").rpartition("/")[2].lower()
+    name = path.rpartition("/")[2].lower()
     return 1.0 if role == "scale" or any(word in name for word in _VARIANCES) else 0.0
 
 
 def _layer_names(paths: list[str]) -> dict[str, str]:
     """The path of the layer of each kernel; the kernel's own where its layer holds several."""
-    layers = {path: path.removesuffix("/value").rpartition("/")[0] for path in paths}
+    layers = {path: path.rpartition("/")[0] for path in paths}
     counts: dict[str, int] = {}
     for layer in layers.values():
         counts[layer] = counts.get(layer, 0) + 1

@@ -95,7 +95,7 @@ from typing import Any
 
 import jax
 
-from cbp_jax.units import build, collection, guard, tracing, walk
+from cbp_jax.units import build, collection, guard, modules, tracing, walk
 
 
 def discover_units(
@@ -109,8 +109,9 @@ def discover_units(
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`, any function that JAX can trace: `flax_model.apply`, a
-        function that merges an NNX graph, bare JAX.
-      params: pytree of arrays (or of `jax.ShapeDtypeStruct`); leaves under "batch_stats" are running statistics.
+        function that merges an NNX graph, bare JAX. For NNX in short: `discover_units(model, *example_inputs)`.
+      params: pytree of arrays (or of `jax.ShapeDtypeStruct`); leaves under "batch_stats" are running statistics. Or an
+        `nnx.Module`, whose `nnx.Param`s are meant; the rest of its state may hold running statistics.
       *example_inputs: arrays (or `jax.ShapeDtypeStruct`) of the shapes that the network takes; leaves of trees among
         them, such as the "batch_stats" of Flax, may be running statistics.
       check: whether the network is also run, with random parameters, to see of every group that its incoming weights do
@@ -134,8 +135,13 @@ def discover_units(
       w1        3  dense  w1        b1    w2
       left out: w2 (2 units): it is part of the network's output
     """
+    if modules.is_module(apply_fn):
+        apply_fn, params, example_inputs = (lambda model, *inputs: model(*inputs)), apply_fn, (params, *example_inputs)
     if not callable(apply_fn):
         raise TypeError(f"apply_fn must be a function of (params, *inputs); found {type(apply_fn).__name__}")
+    if modules.is_module(params):
+        apply_fn, params, rest = modules.pure(apply_fn, params)
+        example_inputs = (rest, *example_inputs)
     found = walk.walk(tracing.trace_network(apply_fn, params, *example_inputs))
     if not (guard.is_cheap(found.trace.jaxpr) if check is None else check):
         return build.build(found)

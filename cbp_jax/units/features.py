@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import jaxprs
-from cbp_jax.units import groups, tracing, walk
+from cbp_jax.units import groups, modules, tracing, walk
 from cbp_jax.units.values import Contraction
 
 # Activations of each group, [..., units] or [..., positions, units]; several arrays where its kernels read
@@ -28,7 +28,8 @@ def with_features(
     their own are evaluated operation by operation here, which rounds differently.)
 
     Args:
-      apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`.
+      apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`. Where `params` is an `nnx.Module`, as in the loss of
+        `nnx.grad`, the state that it changes (running statistics, random streams) is changed as usual.
       units: groups of `discover_units`, or written by hand.
 
     Returns:
@@ -57,7 +58,16 @@ def with_features(
 
     @functools.wraps(apply_fn)
     def apply(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Features]:
-        trace = tracing.trace_network(functools.partial(apply_fn, **kwargs), params, *inputs)
+        function = functools.partial(apply_fn, **kwargs)
+        if modules.is_module(params):
+            function, state, rest = modules.pure(function, params)
+            (outputs, rest), features = run(function, state, rest, *inputs)
+            modules.update(params, rest)
+            return outputs, features
+        return run(function, params, *inputs)
+
+    def run(function: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Any, Features]:
+        trace = tracing.trace_network(function, params, *inputs)
         contractions = walk.walk(trace).contractions
         wanted = [(group, consumer.kernel) for group in units for consumer in group.operands()]
         read: list[list[Contraction]] = []

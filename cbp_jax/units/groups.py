@@ -215,7 +215,18 @@ class UnitGroup:
 
 
 def join_path(key_path: tuple[Any, ...]) -> str:
-    """A jax key path as one string: its keys joined by "/"."""
+    """A jax key path as one string: its keys joined by "/".
+
+    The value of an NNX variable has the variable's own path, since Flax's optimizer shows its transformation now
+    variables and now their values.
+
+    >>> from flax import nnx
+    >>> tree = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    >>> [[join_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (tree, nnx.as_pure(tree))]
+    [['bias', 'kernel'], ['bias', 'kernel']]
+    """
+    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 

@@ -28,8 +28,15 @@ class Trace(NamedTuple):
 
 def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
     """Traces `apply_fn(params, *inputs)` and inlines the calls that hold kernels."""
+    leaves = groups.leaves_by_path(params)
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, int | float | complex) and not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"params must be a tree of arrays; params[{path!r}] is {leaf!r}. Of an Equinox model, pass the first "
+                "part of eqx.partition(model, eqx.is_inexact_array), and let apply_fn eqx.combine it with the second"
+            )
     closed, out_tree = jaxprs.trace(apply_fn, params, *inputs)
-    paths = list(groups.leaves_by_path(params))
+    paths = list(leaves)
     named = dict(zip(closed.jaxpr.invars, paths, strict=False))
     states = {var for var, path in named.items() if path.startswith(f"{groups.STATISTICS}/")}
     # An input that is a tree of named arrays may be running statistics; plain arrays are data, and so is what cannot be

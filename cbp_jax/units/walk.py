@@ -307,7 +307,7 @@ class Walk:
                 made.absorbed = True
         if name == "convert_element_type" and eqn.invars[0] in self.made_by:
             self.made_by[eqn.outvars[0]] = self.made_by[eqn.invars[0]]
-        running = found[0].running if len(values) == 1 else ""
+        running = found[0].running if len(found) == sum(value is not None for value in values) == 1 else ""
         reduced = all(value.reduced for value in found)
         if not reduced:
             self.misused.update(value.running for value in found if value.running)

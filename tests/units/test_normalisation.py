@@ -198,7 +198,7 @@ def test_nnx_norms_in_both_modes():
 
         units = cbp_jax.discover_units(apply_fn, params, rest, jnp.ones((2, 5, 5, 2)))
         assert [group.name for group in units] == ["conv", "a", "b", "c"]
-        scales = [path.removesuffix("/value") for group in units for path in resets.paths(group.scales)]
+        scales = [path for group in units for path in resets.paths(group.scales)]
         assert scales == ["batch/scale", "layer/scale", "rms/scale", "group/scale"]
         assert [part.reset for part in units[0].statistics] == [0.0, 1.0]
 

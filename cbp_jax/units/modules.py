@@ -1,0 +1,45 @@
+"""NNX modules as functions of their parameters."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Pure(NamedTuple):
+    """A function of a module, as one of its parameters."""
+
+    function: Callable[..., Any]  # (params, rest, *inputs) -> (output, new rest)
+    params: Any  # State of the module's `nnx.Param`s
+    rest: Any  # State of all its other variables: running statistics, counts and keys of random streams
+
+
+def is_module(value: Any) -> bool:
+    """Whether something is an NNX module."""
+    nnx = sys.modules.get("flax.nnx")  # if that was never imported, there is none
+    return nnx is not None and isinstance(value, nnx.Module)
+
+
+def pure(function: Callable[..., Any], module: Any) -> Pure:
+    """Makes a function of a module one of its parameters and of the rest of its state, which it may change."""
+    from flax import nnx
+
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    @functools.wraps(function)
+    def run(params: Any, rest: Any, *inputs: Any) -> tuple[Any, Any]:
+        copy = nnx.merge(graphdef, params, rest)
+        output = function(copy, *inputs)
+        return output, nnx.split(copy, nnx.Param, ...)[2]
+
+    return Pure(run, params, rest)
+
+
+def update(module: Any, rest: Any) -> None:
+    """Takes over the state that a run of a module has left."""
+    from flax import nnx
+
+    if jax.tree.leaves(rest):
+        nnx.update(module, rest)

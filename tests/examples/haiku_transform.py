@@ -1,0 +1,40 @@
+"""A Haiku network, trained with continual backpropagation."""
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import optax
+
+import cbp_jax
+
+
+def forward(x):
+    x = hk.BatchNorm(True, True, 0.9)(hk.Linear(32)(x), is_training=True)
+    return hk.nets.MLP([32, 4])(jax.nn.relu(x))
+
+
+net = hk.without_apply_rng(hk.transform_with_state(forward))
+x, y = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 4
+params, batch_stats = net.init(jax.random.key(1), x)
+units = cbp_jax.discover_units(net.apply, params, batch_stats, x)
+apply = cbp_jax.with_features(net.apply, units)
+tx = cbp_jax.continual_backprop(cbp_jax.adam(3e-3), units, replacement_rate=1e-2, maturity_threshold=20)
+state = tx.init(params)
+
+
+@jax.jit
+def step(params, batch_stats, state):
+    def loss_fn(params):
+        (logits, new), features = apply(params, batch_stats, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (features, new)
+
+    (loss, (features, new)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params, features=features)
+    new = cbp_jax.reset_batch_stats(new, units, state.replaced)
+    return optax.apply_updates(params, updates), new, state, loss
+
+
+losses = []
+for _ in range(100):
+    params, batch_stats, state, loss = step(params, batch_stats, state)
+    losses.append(float(loss))

@@ -1,0 +1,43 @@
+"""A Flax NNX network, trained with continual backpropagation by `nnx.Optimizer`."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import cbp_jax
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.norm = nnx.Linear(8, 32, rngs=rngs), nnx.BatchNorm(32, rngs=rngs)
+        self.second, self.dropout = nnx.Linear(32, 32, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(32, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.second(nnx.relu(self.norm(self.first(x)))))))
+
+
+x, y = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 4
+model = Net(nnx.Rngs(0))
+units = cbp_jax.discover_units(model, x)
+apply = cbp_jax.with_features(lambda model, x: model(x), units)
+tx = cbp_jax.continual_backprop(cbp_jax.adam(3e-3), units, replacement_rate=1e-2, maturity_threshold=20)
+optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+@nnx.jit
+def step(model, optimizer):
+    def loss_fn(model):
+        logits, features = apply(model, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), features
+
+    (loss, features), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
+    optimizer.update(model, grads, features=features)
+    replaced = nnx.as_pure(optimizer.opt_state).replaced
+    nnx.update(model, cbp_jax.reset_batch_stats(nnx.state(model, nnx.BatchStat), units, replaced))
+    return loss
+
+
+losses = [float(step(model, optimizer)) for _ in range(100)]
+state = nnx.as_pure(optimizer.opt_state)
