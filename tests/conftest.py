@@ -55,10 +55,12 @@ def quick_compilation(request):
 
 @pytest.fixture
 def exact():
-    """For a test that compares programs to the last bit: the older emitters round products and sums as they see fit."""
-    before = dict(_options)
+    """For a test that compares programs to the last bit: what compiles quickly rounds as it sees fit, CPU by CPU."""
+    before, quick = dict(_options), jax.config.read("jax_disable_most_optimizations")
     _options.clear()
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
+    jax.config.update("jax_disable_most_optimizations", quick)
     _options.update(before)
 
 

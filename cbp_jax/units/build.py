@@ -28,25 +28,24 @@ def build(walk: Walk, check: Check | None = None) -> collection.Units:
     together, sums = _check_normalization(walk)
     parts = _Parts(walk, together)
     found, left_out, named = [], [], collections.Counter()
-    for units, reason in parts.split():
-        keys = [place for place in parts.producers if np.isin(parts.rows[place], units).any()]
+    for number, (units, reason) in enumerate(parts.groups):
+        keys = [place for place in parts.producers if number in parts.columns[place]]
         name = parts.names[parts.places[keys[0]][0]]
         try:
             if reason is not None:
                 raise _LeaveOut(*reason)
-            if len(units) == 1 and sum(int((parts.rows[place] == units).sum()) for place in keys) > len(keys):
+            if len(units) == 1 and sum(parts.columns[place][number] for place in keys) > len(keys):
                 raise _LeaveOut(
                     LeftOutKind.SHARED,
                     "all its columns are one unit: they share weights, are mixed element by element or multiplied "
                     "with each other",
                 )
-            group = parts.group(name if not named[name] else f"{name}#{named[name] + 1}", units, keys)
+            group = parts.group(name if not named[name] else f"{name}#{named[name] + 1}", number, keys)
             named[name] += 1
             found.append(group)
         except _LeaveOut as error:  # every kernel that makes these units is named
             for place in keys:
-                columns = int(np.isin(parts.rows[place], units).sum())
-                layer = parts.names[parts.places[place][0]]
+                layer, columns = parts.names[parts.places[place][0]], parts.columns[place][number]
                 left_out.append(collection.LeftOut(layer, columns, error.text, error.kind))
     wrong = check(found, sums) if check and found else ()
     for group in [group for group in found if group.name in wrong]:
@@ -105,11 +104,12 @@ class _Parts:
       places: the path and the axes of each place.
       rows: the unit of each row, by place, flat; -1 for none.
       producers, vectors, readers: the places that are incoming, biases or scales or statistics, and outgoing.
-      together: the units that are normalized together with others.
+      groups: units that own equally many rows everywhere, in forward order, and why they are left out, if they are.
+      columns: by place, how many rows units of each group own, by number of the group.
     """
 
     def __init__(self, walk: Walk, together: set[int]):
-        self.walk, self.together = walk, together
+        self.walk = walk
         self.names = _layer_names([path for path, _ in walk.producers])
         self.places: list[tuple[str, tuple[int, ...]]] = []
         self.rows: list[np.ndarray] = []
@@ -147,59 +147,79 @@ class _Parts:
         for uses in self.readers.values():
             if any(use.labels is None for use in uses):
                 self.conflicts.setdefault(uses[0].path, "it is used more than once, and not always on units")
+        self.groups = self._split()
+        # Of every unit its group, and its number in it; the last is no unit.
+        self._group = np.full(len(walk.labels) + 1, -1)
+        self._number = np.zeros(len(walk.labels) + 1, np.int64)
+        for number, (units, _) in enumerate(self.groups):
+            self._group[units], self._number[units] = number, np.arange(len(units))
+        self.columns = [self._counts(rows) for rows in self.rows]
+        self.products, self.sums = (self._among(events) for events in (walk.products, walk.sums))
+        self.together = self._among([np.array(sorted(together), np.int64)])
+
+    def _counts(self, rows: np.ndarray) -> dict[int, int]:
+        """How many of the rows belong to each group."""
+        found = self._group[rows]
+        numbers, counts = np.unique(found[found >= 0], return_counts=True)
+        return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+    def _among(self, events: list[np.ndarray]) -> set[int]:
+        """The groups of which some units are among these."""
+        return {number for ids in events for number in self._counts(self.walk.labels.roots(ids).ravel())}
 
     def _place(self, path: str, axes: tuple[int, ...], ids: np.ndarray) -> int:
         self.places.append((path, axes))
         self.rows.append(self.walk.labels.roots(ids).ravel())
         return len(self.places) - 1
 
-    def split(self) -> list[tuple[np.ndarray, Reason | None]]:
-        """Units that own equally many rows everywhere, in forward order, and why they are left out, if they are."""
-        size = len(self.walk.labels)
-        counts = np.array([np.bincount(rows[rows >= 0], minlength=size) for rows in self.rows], np.int32)
+    def _split(self) -> list[tuple[np.ndarray, Reason | None]]:
+        """The groups: units with equal signatures, which are sums of a random number for each row that they own."""
+        size, random = len(self.walk.labels), np.random.default_rng(0)
+        signatures = np.zeros(size, np.uint64)
+        for rows in self.rows:
+            units, counts = np.unique(rows[rows >= 0], return_counts=True)
+            signatures[units] += counts.astype(np.uint64) * random.integers(2**64, dtype=np.uint64)
+        lost = np.zeros(size, np.int64)
         reasons: list[Reason | None] = [None]
-        lost = np.zeros((1, size), np.int32)
         for ids, reason in reversed(self.walk.lost):  # of several reasons the first stays
             reasons.append(reason)
-            lost[0, self.walk.labels.roots(ids)] = len(reasons) - 1
+            lost[self.walk.labels.roots(ids)] = len(reasons) - 1
         everywhere = np.concatenate([self.rows[place] for place in self.producers])
-        units = np.array(list(dict.fromkeys(everywhere.tolist())), np.int64)
-        signatures = np.concatenate([counts, lost])[:, units]
-        _, kinds = np.unique(signatures, axis=1, return_inverse=True)
-        kinds = kinds.ravel()
-        return [(units[kinds == kind], reasons[lost[0, units[kinds == kind][0]]]) for kind in dict.fromkeys(kinds)]
+        units, first = np.unique(everywhere, return_index=True)
+        units = units[np.argsort(first)]
+        signatures += lost.astype(np.uint64) * random.integers(2**64, dtype=np.uint64)
+        _, first, kinds = np.unique(signatures[units], return_index=True, return_inverse=True)
+        members = np.split(np.argsort(kinds, kind="stable"), np.cumsum(np.bincount(kinds))[:-1])
+        return [(units[members[kind]], reasons[lost[units[first[kind]]]]) for kind in np.argsort(first)]
 
     def is_table(self, place: int) -> bool:
         """Whether rows of a parameter are looked up by number."""
         return self.walk.kinds[self.places[place][0]] == "embedding"
 
-    def slice(
-        self, place: int, units: np.ndarray, reset: float = 0.0, lookup: bool = False
-    ) -> groups.ParamSlice | None:
-        """The rows of a parameter that belong to units, if any do."""
+    def slice(self, place: int, group: int, reset: float = 0.0, lookup: bool = False) -> groups.ParamSlice | None:
+        """The rows of a parameter that belong to units of a group, if any do."""
         path, axes = self.places[place]
-        number = np.full(len(self.walk.labels) + 1, -1)  # the last is that of no unit
-        number[units] = np.arange(len(units))
-        unit_of_row = number[self.rows[place]]
-        count = np.count_nonzero(unit_of_row >= 0)
-        if not count:
+        if group not in self.columns[place]:
             return None
         if path in self.conflicts:
             raise _LeaveOut(LeftOutKind.SHARED, f"{path}: {self.conflicts[path]}")
-        order = np.argsort(unit_of_row, kind="stable")[unit_of_row.size - count :]
-        return groups.ParamSlice(path, axes, order.reshape(len(units), -1).T, unit_of_row.size, reset, lookup)
+        rows = self.rows[place]
+        own = np.flatnonzero(self._group[rows] == group)
+        order = own[np.argsort(self._number[rows[own]], kind="stable")]
+        size = len(self.groups[group][0])
+        return groups.ParamSlice(path, axes, order.reshape(size, -1).T, rows.size, reset, lookup)
 
-    def group(self, name: str, units: np.ndarray, keys: list[int]) -> groups.UnitGroup:
+    def group(self, name: str, number: int, keys: list[int]) -> groups.UnitGroup:
         """The group of units that the places `keys` make."""
-        incoming = [self.slice(place, units, lookup=self.is_table(place)) for place in keys]
+        incoming = [self.slice(place, number, lookup=self.is_table(place)) for place in keys]
         vectors: dict[str, list[groups.ParamSlice]] = collections.defaultdict(list)
         for place, (role, reset) in self.vectors.items():
-            part = self.slice(place, units, reset)
+            part = self.slice(place, number, reset)
             if part is not None:
                 vectors[role].append(part)
         outgoing, operands = [], {}
         for place, uses in self.readers.items():
-            kernel = self.slice(place, units)
+            kernel = self.slice(place, number)
             if kernel is None:
                 continue
             read = tuple((use.operand, use.operand_axes, use.in_axes, kernel.index.tobytes()) for use in uses)
@@ -213,25 +233,21 @@ class _Parts:
             raise _LeaveOut(LeftOutKind.NOT_READ, "no kernel reads it")
         return groups.UnitGroup(
             name,
-            len(units),
+            len(self.groups[number][0]),
             tuple(incoming),
             tuple(vectors["bias"]),
             tuple(outgoing),
             tuple(vectors["scale"]),
             tuple(vectors["statistics"]),
-            self.kind(units, keys),
-            self.together.isdisjoint(units.tolist()),
+            self.kind(number, keys),
+            number not in self.together,
         )
 
-    def kind(self, units: np.ndarray, keys: list[int]) -> str:
+    def kind(self, number: int, keys: list[int]) -> str:
         """The kind of a group."""
-
-        def among(events: list[np.ndarray]) -> bool:
-            return any(np.isin(self.walk.labels.roots(ids), units).any() for ids in events)
-
-        if among(self.walk.products):
+        if number in self.products:
             return "head"
-        if len(keys) > 1 and among(self.walk.sums):
+        if len(keys) > 1 and number in self.sums:
             return "residual"
         return self.walk.kinds[self.places[keys[0]][0]]
 

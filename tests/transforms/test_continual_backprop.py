@@ -571,7 +571,7 @@ INNER_STATES = {
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("name", INNER_STATES)
-def test_moments_of_replaced_units_return_to_their_initial_values_and_no_others(name):
+def test_moments_of_replaced_units_return_to_their_initial_values_and_no_others(name, exact):
     sizes = (3, 5, 2)
     params, units = make(sizes)
     inner = INNER_STATES[name]()
