@@ -140,7 +140,7 @@ class _Parts:
         self.conflicts = {
             path: "it is used in more than one way: " + ", ".join(sorted(str(use[0]) for use in uses))
             for path, uses in walk.uses.items()
-            if len(uses) > 1
+            if len(uses) > 1 and not _is_tied(uses)
         }
         for path, primitive in walk.used_otherwise.items():
             self.conflicts.setdefault(path, f"it is also used in `{primitive}`")
@@ -211,7 +211,14 @@ class _Parts:
 
     def group(self, name: str, number: int, keys: list[int]) -> groups.UnitGroup:
         """The group of units that the places `keys` make."""
-        incoming = [self.slice(place, number, lookup=self.is_table(place)) for place in keys]
+        # Of a table that is also read, the unit's entries are outgoing: they become 0.
+        written = [place for place in keys if not _is_tied(self.walk.uses[self.places[place][0]])]
+        if not written:
+            raise _LeaveOut(
+                LeftOutKind.SHARED,
+                "a table both makes it and reads it, and no other kernel makes it: all would become 0",
+            )
+        incoming = [self.slice(place, number, lookup=self.is_table(place)) for place in written]
         vectors: dict[str, list[groups.ParamSlice]] = collections.defaultdict(list)
         for place, (role, reset) in self.vectors.items():
             part = self.slice(place, number, reset)
@@ -250,6 +257,16 @@ class _Parts:
         if len(keys) > 1 and number in self.sums:
             return "residual"
         return self.walk.kinds[self.places[keys[0]][0]]
+
+
+def _is_tied(uses: set[tuple]) -> bool:
+    """Whether a parameter embeds tokens and also makes the output, a row of it for each token in both."""
+    lookups = [use[1] for use in uses if use[0] == "lookup"]
+    kernels = [use[1:] for use in uses if use[0] == "kernel"]
+    if len(uses) != 2 or not lookups or not kernels:
+        return False
+    in_axes, out_axes, count = kernels[0]
+    return in_axes == lookups[0] and count == 1 and not set(out_axes) & set(in_axes)
 
 
 def _statistic(path: str, role: str) -> float:

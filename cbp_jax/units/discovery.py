@@ -28,6 +28,8 @@ attention                      a head: its columns of query, key and value are i
                                projection outgoing. Query heads that share keys are one unit. Kind "head".
 residual stream                a dimension of it: everything writes and reads it. Embeddings are incoming, class tokens
                                and positions added as parameters are its biases. Kind "residual".
+tied embeddings                a table that embeds tokens and also makes the output is outgoing: in it a fresh unit
+                               starts with 0, and what else writes the stream is drawn anew.
 =============================  ======================================================================================
 
 A parameter that several units share (a scalar; a norm's scale over the dimensions of all heads) is
@@ -41,8 +43,6 @@ Listed by name in `Units.left_out`, each with its reason; everything around is f
 - `scan`, `while`, `cond` (GRU and LSTM cells under `scan`; layers stacked by `scan`): a kernel in the loop is applied
   to values of which each pass makes new ones, and its activations cannot be captured from outside. Unrolled in Python,
   a cell is followed if its first state comes from a layer (not if it is zeros, which is no unit);
-- a table that embeds tokens and also makes the output ("tied embeddings"): the same entries would be incoming, to be
-  drawn anew, and outgoing, to be 0;
 - kernels that are computed (weight standardisation, spectral norm, LoRA), batched (one for each expert), cut or
   masked;
 - activations that are multiplied as matrices other than in attention, sorted, maximised or soft-maxed over units, or

@@ -395,10 +395,33 @@ def test_embeddings_are_incoming_unless_they_make_the_output():
         "params/table/embedding",
         "params/places/embedding",
     ]
-    tied = Language(True)
-    left = cbp_jax.discover_units(tied.apply, shapes_of(tied, tokens), tokens)
-    assert [g.kind for g in left] == ["head", "dense"]
-    assert LeftOutKind.SHARED is next(item.kind for item in left.left_out if item.size == 8)
+
+
+def test_tied_embeddings_are_outgoing():
+    """A replaced dimension of the stream starts with 0 in the table that both embeds and makes the output."""
+    net, tokens = Language(True), jnp.arange(10).reshape(2, 5)
+    units = cbp_jax.discover_units(net.apply, shapes_of(net, tokens), tokens)
+    assert [group.kind for group in units] == ["residual", "head", "dense"]
+    assert "params/table/embedding" in resets.paths(units[0].outgoing)
+    assert resets.paths(units[0].incoming)[0] == "params/places/embedding"
+
+    rng = np.random.default_rng(0)
+    params = {"table": (20, 4), "up": (4, 6), "down": (6, 4)}
+    params = {name: jnp.float32(rng.normal(size=shape)) for name, shape in params.items()}
+
+    def apply_fn(p, tokens, blocks=1):
+        x = p["table"][tokens]
+        for _ in range(blocks):
+            x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+        return x @ p["table"].T
+
+    units = cbp_jax.discover_units(apply_fn, params, tokens)
+    assert [(g.name, g.size, resets.paths(g.incoming), resets.paths(g.outgoing)) for g in units] == [
+        ("table", 4, ["down"], ["up", "table"]), ("up", 6, ["up"], ["down"])
+    ]  # fmt: skip
+    resets.check_resets(units, params, lambda p: (apply_fn(p, tokens), None))
+    with pytest.raises(ValueError, match="table both makes it and reads it"):
+        cbp_jax.discover_units(lambda p, x: apply_fn(p, x, 0), {"table": params["table"]}, tokens)
 
 
 def test_fresh_embeddings_are_as_large_as_those_of_flax():
