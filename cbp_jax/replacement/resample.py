@@ -50,14 +50,14 @@ def sample_units(
     def rows_last(fresh):
         return fresh.transpose(*others, *axes).reshape(*(shape[axis] for axis in others), -1)
 
-    scale = _row_scale(initializer, shape, axes[0], positions) if len(axes) == 1 else None
+    drawn = tuple(positions if axis == axes[-1] else 1 if axis in axes else size for axis, size in enumerate(shape))
+    scale = _row_scale(initializer, shape, drawn)
     if scale is None:  # its entries depend on the full shape in other ways, as orthogonal ones do
         fresh = rows_last(initializer(key, shape, dtype))[..., : count * positions]
         fresh = jnp.swapaxes(fresh.reshape(*fresh.shape[:-1], count, positions), -1, -2)
     else:
 
         def draw(number):
-            drawn = (*shape[: axes[0]], positions, *shape[axes[0] + 1 :])
             return rows_last(initializer(jax.random.fold_in(key, number), drawn, dtype))
 
         fresh = jnp.moveaxis(jax.vmap(draw)(jnp.arange(count)), 0, -1)
@@ -66,8 +66,8 @@ def sample_units(
 
 
 @functools.lru_cache(maxsize=256)
-def _row_scale(initializer: Initializer, shape: tuple[int, ...], axis: int, count: int) -> float | None:
-    """By how much entries of a draw of `count` rows must be scaled to have the full kernel's distribution.
+def _row_scale(initializer: Initializer, shape: tuple[int, ...], drawn: tuple[int, ...]) -> float | None:
+    """By how much entries of a draw of the shape `drawn` must be scaled to have the full kernel's distribution.
 
     JAX's generator gives entry i of a draw bits that depend on the key and i alone. The same key therefore gives the
     same entries in both shapes, up to the scale, for every initializer that treats entries alike. None for others.
@@ -75,7 +75,7 @@ def _row_scale(initializer: Initializer, shape: tuple[int, ...], axis: int, coun
     with jax.ensure_compile_time_eval():
         key = jax.random.key(0, impl="threefry2x32")
         try:
-            few = initializer(key, (*shape[:axis], count, *shape[axis + 1 :]), jnp.float32).ravel()
+            few = initializer(key, drawn, jnp.float32).ravel()
         except ValueError:  # as of `delta_orthogonal`, which asks for more rows than columns
             return None
         full = initializer(key, shape, jnp.float32).ravel()[: few.size]

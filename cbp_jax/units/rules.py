@@ -202,7 +202,7 @@ class KernelUse:
 
     Attributes:
       kernel, operand: positions of the kernel and of the array among the equation's operands.
-      operand_axes, kernel_axes: the axes that are summed over, matching each other.
+      operand_axes, kernel_axes: the axes that are batched or summed over, matching each other.
       places: the output's axis for each free axis of the kernel.
       groups: the number of groups of a grouped convolution.
     """
@@ -234,12 +234,14 @@ class KernelUse:
         self.kernel = sides[0]
         self.operand = 1 - self.kernel
         contracted, batch = eqn.params["dimension_numbers"]
-        if batch[0]:
-            self.reason = f"the kernel {values[self.kernel].path} is used in a batched product"
-        free = [axis for axis in range(len(values[self.kernel].axes)) if axis not in contracted[self.kernel]]
-        first = eqn.invars[self.operand].aval.ndim - len(contracted[self.operand]) if self.kernel == 1 else 0
-        self.places = {axis: first + number for number, axis in enumerate(free)}
-        self.operand_axes, self.kernel_axes = tuple(contracted[self.operand]), tuple(contracted[self.kernel])
+        mine, other = self.kernel, self.operand
+        # What is batched is both read and made: each member of an ensemble by its own entries.
+        free = [axis for axis in range(len(values[mine].axes)) if axis not in (*contracted[mine], *batch[mine])]
+        first = eqn.invars[other].aval.ndim - len(contracted[other]) if mine == 1 else len(batch[mine])
+        places = [*enumerate(batch[mine]), *enumerate(free, first)]
+        self.places = {axis: place for place, axis in places}
+        self.operand_axes = (*batch[other], *contracted[other])
+        self.kernel_axes = (*batch[mine], *contracted[mine])
 
 
 def labelled(values: Sequence[Any]) -> list[Labels]:

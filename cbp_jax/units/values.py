@@ -108,11 +108,12 @@ class Contraction:
 
     Attributes:
       path: the kernel.
-      in_axes: its axes that enumerate the rows which read units. (Those that are summed over; in a grouped
-        convolution the output axis too, since a channel is read by one group's outputs only.)
+      in_axes: its axes that enumerate the rows which read units. (Those that are summed over; in a batched product, as of
+        an ensemble, the batch's too; in a grouped convolution the output axis too, since a channel is read by one
+        group's outputs only.)
       out_axes: its axes that make the output.
       operand: the array it is applied to.
-      operand_axes: the axes of that array that are summed over.
+      operand_axes: the axes of that array that are summed over, or batched.
       operand_rows: for each row of `in_axes`, the element of `operand_axes` that it reads; None if the same.
       labels: the units that the rows read, [in_axes...]; None if there are none.
       out_places: the output's axes that `out_axes` make.
