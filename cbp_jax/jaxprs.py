@@ -5,7 +5,7 @@ by equation, with some intermediate values kept.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -38,8 +38,8 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, A
       *args: its arguments, or their shapes.
 
     Returns:
-      the jaxpr, in which what is left of calls holds no contraction or cannot be inlined; and the tree of the outputs'
-      `ShapeDtypeStruct`s.
+      the jaxpr, in which what is left of calls holds no contraction or cannot be inlined, and no two scans share a
+      body; and the tree of the outputs' `ShapeDtypeStruct`s.
     """
     closed, out_tree = jax.make_jaxpr(function, return_shape=True)(*args)
     if any(_inlinable(eqn) for eqn in closed.jaxpr.eqns):
@@ -54,7 +54,8 @@ def evaluate(
     """Evaluates a jaxpr, inlining calls that hold contractions.
 
     All other equations are bound as they stand, `custom_jvp` included, so that derivatives are unchanged. What is
-    rematerialised stays so, but for the values to keep.
+    rematerialised stays so, but for the values to keep. What is scanned stays so too, and of its values all passes' are
+    kept, along a new leading axis.
 
     Args:
       closed: the jaxpr with its constants.
@@ -80,6 +81,9 @@ def evaluate(
         elif eqn.primitive.name in _REMAT and _holds_contraction(eqn):
             results, inner = _rematerialised(eqn, keep)(*values)
             kept.update(zip(_variables(_body(eqn), keep), inner, strict=True))
+        elif eqn.primitive.name == "scan" and _holds_contraction(eqn):
+            results, inner = _scanned(eqn, values, keep)
+            kept.update(inner)
         else:
             results = bind(eqn, values)
         env.update(zip(eqn.outvars, results, strict=True))
@@ -96,6 +100,21 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
+class Scan(NamedTuple):
+    """What a scan runs, and values sorted into what it takes."""
+
+    body: core.ClosedJaxpr
+    consts: list[Any]
+    carry: list[Any]
+    xs: list[Any]
+
+
+def scan_of(eqn: core.JaxprEqn, values: Sequence[Any]) -> Scan:
+    """Sorts a value for each operand of a scan."""
+    consts, carry = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    return Scan(eqn.params["jaxpr"], list(values[:consts]), list(values[consts:carry]), list(values[carry:]))
+
+
 def is_remat(eqn: core.JaxprEqn) -> bool:
     """Whether an equation is a checkpointed call."""
     return eqn.primitive.name in _REMAT
@@ -109,9 +128,13 @@ def call_body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
 
 
 def count_equations(jaxpr: core.Jaxpr) -> int:
-    """The number of equations, those in the bodies of calls and loops among them."""
-    inner = (body for eqn in jaxpr.eqns for body in core.jaxprs_in_params(eqn.params))
-    return len(jaxpr.eqns) + sum(map(count_equations, inner))
+    """The number of equations, those in the bodies of calls among them, and those in scans as often as they run."""
+    inner = (
+        eqn.params.get("length", 1) * count_equations(body)
+        for eqn in jaxpr.eqns
+        for body in core.jaxprs_in_params(eqn.params)
+    )
+    return len(jaxpr.eqns) + sum(inner)
 
 
 def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
@@ -136,6 +159,23 @@ def _rematerialised(eqn: core.JaxprEqn, keep: Collection[core.Var]) -> Callable[
     return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
 
+def _scanned(
+    eqn: core.JaxprEqn, values: Sequence[Any], keep: Collection[core.Var]
+) -> tuple[list[Any], dict[core.Var, Any]]:
+    """The outputs of a scan, and the values to keep of all its passes."""
+    scan = scan_of(eqn, values)
+    variables = _variables(scan.body, keep)
+
+    def run(carry, x):
+        outputs, kept = evaluate(scan.body, [*scan.consts, *carry, *x], keep)
+        count = len(scan.carry)
+        return outputs[:count], (outputs[count:], [kept[var] for var in variables])
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, (ys, kept) = jax.lax.scan(run, scan.carry, scan.xs, **options)
+    return [*carry, *ys], dict(zip(variables, kept, strict=True))
+
+
 def _variables(closed: core.ClosedJaxpr, among: Collection[core.Var]) -> list[core.Var]:
     """Those variables that stand in a jaxpr or in the bodies of its calls."""
     if not among:
@@ -144,7 +184,7 @@ def _variables(closed: core.ClosedJaxpr, among: Collection[core.Var]) -> list[co
     for eqn in closed.jaxpr.eqns:
         found.update(eqn.outvars)
         if _inlinable(eqn):
-            found.update(_variables(_body(eqn), among))
+            found.update(_variables(eqn.params["jaxpr"] if eqn.primitive.name == "scan" else _body(eqn), among))
     return [var for var in among if var in found]
 
 
@@ -161,4 +201,4 @@ def _holds_contraction(eqn: core.JaxprEqn) -> bool:
 
 
 def _inlinable(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name in _INLINED | _REMAT and _holds_contraction(eqn)
+    return eqn.primitive.name in _INLINED | _REMAT | {"scan"} and _holds_contraction(eqn)

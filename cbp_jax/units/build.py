@@ -134,9 +134,14 @@ class _Parts:
         for contraction in walk.contractions:
             by_path.setdefault(contraction.path, []).append(contraction)
         for path, uses in by_path.items():
-            if any(use.labels is not None for use in uses):
-                first = next(use for use in uses if use.labels is not None)
-                self.readers[self._place(path, first.in_axes, first.labels)] = uses
+            for fixed in dict.fromkeys(use.fixed for use in uses):  # of kernels that are stacked, one by one
+                same = [use for use in uses if use.fixed == fixed]
+                first = next((use for use in same if use.labels is not None), None)
+                if first is not None:
+                    labels = walk.readers[path, first.in_axes]
+                    if fixed:
+                        labels = np.where(first.operand_rows.reshape(labels.shape) >= 0, labels, -1)
+                    self.readers[self._place(path, first.in_axes, labels)] = same
         self.conflicts = {
             path: "it is used in more than one way: " + ", ".join(sorted(str(use[0]) for use in uses))
             for path, uses in walk.uses.items()
@@ -229,7 +234,9 @@ class _Parts:
             kernel = self.slice(place, number)
             if kernel is None:
                 continue
-            read = tuple((use.operand, use.operand_axes, use.in_axes, kernel.index.tobytes()) for use in uses)
+            read = tuple(
+                (use.operand, use.passes, use.operand_axes, use.in_axes, kernel.index.tobytes()) for use in uses
+            )
             operand = operands.setdefault(read, len(operands))
             bias, bias_axes = uses[0].bias or (None, ())
             if bias in self.conflicts or any(use.bias != uses[0].bias for use in uses):

@@ -79,14 +79,14 @@ def with_features(
                     f"group {group.name!r} is read by {kernel.path!r} along axes {kernel.axes}, "
                     f"but the network {applied}"
                 )
-            read.append(found)
+            read.append([item for item in found if item.reads(kernel.index)])
         leaves = jax.tree.leaves((params, *inputs))
         keep = dict.fromkeys(item.operand for found in read for item in found)
         outputs, operands = jaxprs.evaluate(trace.jaxpr, leaves, list(keep))
         arrays: dict[str, list[chex.Array]] = {group.name: [] for group in units}
         for (group, kernel), found in zip(wanted, read, strict=True):
             arrays[group.name].append(
-                _join([_per_unit(operands[item.operand], item, kernel) for item in found], kernel)
+                _join([_per_unit(_of_passes(operands[item.operand], item), item, kernel) for item in found], kernel)
             )
         features = {name: found[0] if len(found) == 1 else tuple(found) for name, found in arrays.items()}
         return jax.tree.unflatten(jax.tree.structure(trace.out_tree), outputs), features
@@ -94,9 +94,16 @@ def with_features(
     return apply
 
 
+def _of_passes(operands: chex.Array, use: Contraction) -> chex.Array:
+    """Of what the passes of scans read, [passes..., operand's shape], what a kernel read: of one pass, or of all."""
+    return (
+        operands[tuple(slice(None) if number is None else number for number in use.passes)] if use.passes else operands
+    )
+
+
 def _per_unit(operand: chex.Array, use: Contraction, kernel: groups.ParamSlice) -> chex.Array:
     """Brings the axes that a kernel contracts to the end, as [units] or [positions, units]."""
-    axes = use.operand_axes
+    axes = tuple(axis + use.passes.count(None) for axis in use.operand_axes)
     if axes != tuple(range(operand.ndim - len(axes), operand.ndim)):
         operand = jnp.moveaxis(operand, axes, range(-len(axes), 0))
     shape = operand.shape[: operand.ndim - len(axes)]

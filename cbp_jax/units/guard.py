@@ -176,6 +176,8 @@ def _evaluate(
         values, body = [read(atom) for atom in eqn.invars], jaxprs.call_body(eqn)
         if body is not None:
             results = _evaluate(body, values, frozen, sums, held)
+        elif eqn.primitive.name == "scan" and frozen:
+            results = _unrolled(eqn, values, frozen, sums, held)
         else:
             results = jaxprs.bind(eqn, values)
         for var, value in zip(eqn.outvars, results, strict=True):
@@ -184,6 +186,25 @@ def _evaluate(
                 value = value if held is None else next(held)
             env[var] = value
     return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _unrolled(
+    eqn: core.JaxprEqn,
+    values: Sequence[Any],
+    frozen: Collection[core.Var],
+    sums: list[Any],
+    held: Iterator[Any] | None,
+) -> list[Any]:
+    """The outputs of a scan, pass by pass."""
+    scan, ys = jaxprs.scan_of(eqn, values), []
+    carry = scan.carry
+    for number in range(eqn.params["length"])[:: -1 if eqn.params["reverse"] else 1]:
+        results = _evaluate(scan.body, [*scan.consts, *carry, *(x[number] for x in scan.xs)], frozen, sums, held)
+        carry, made = results[: len(carry)], results[len(carry) :]
+        ys.append(made)
+    if eqn.params["reverse"]:
+        ys.reverse()
+    return [*carry, *(jnp.stack(made) for made in zip(*ys, strict=True))]
 
 
 def _is_key(array: Any) -> bool:

@@ -31,6 +31,14 @@ class Reason(NamedTuple):
     text: str
 
 
+class Index(NamedTuple):
+    """An axis of a leaf that a scan indexes: the pass, and how many scans stand around this one."""
+
+    axis: int
+    number: int
+    depth: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """A parameter, perhaps cast, scaled, transposed or broadcast.
@@ -39,6 +47,7 @@ class Weight:
       path: the leaf.
       axes: the leaf's axis behind each axis, None where there is none.
       plain: whether it is not scaled.
+      fixed: where it is one of several that are stacked, as layers are for a scan, the leaf's axes that are indexed.
       state: whether it is no parameter but part of the network's state, as running statistics are.
       steps: elementwise equations with scalars that were applied to it, each with the operand that it was.
     """
@@ -46,6 +55,7 @@ class Weight:
     path: str
     axes: tuple[int | None, ...]
     plain: bool = True
+    fixed: tuple["Index", ...] = ()
     state: bool = False
     steps: tuple[tuple[core.JaxprEqn, int], ...] = ()
 
@@ -60,6 +70,27 @@ class Weight:
                 if np.isclose(float(made), 1.0, rtol=1e-3):
                     return value
         return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Parameters side by side, as the kernels of a cell's gates are.
+
+    Attributes:
+      parts: the parameters.
+      sizes: how long each is along the axis.
+      axis: along which they are put together.
+    """
+
+    parts: tuple[Weight, ...]
+    sizes: tuple[int, ...]
+    axis: int
+
+    def split(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Cuts labels that broadcast to an array of this shape into those of each parameter."""
+        cuts = np.cumsum(self.sizes)
+        whole = np.broadcast_to(ids, (*ids.shape[: self.axis], cuts[-1], *ids.shape[self.axis + 1 :]))
+        return np.split(whole, cuts[:-1], self.axis)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,16 +139,18 @@ class Contraction:
 
     Attributes:
       path: the kernel.
-      in_axes: its axes that enumerate the rows which read units. (Those that are summed over; in a batched product, as of
-        an ensemble, the batch's too; in a grouped convolution the output axis too, since a channel is read by one
-        group's outputs only.)
+      in_axes: its axes that enumerate the rows which read units. (Those that are summed over; in a batched product, as
+        of an ensemble, the batch's too; in a grouped convolution the output axis too, since a channel is read by one
+        group's outputs only; and those that scans index.)
       out_axes: its axes that make the output.
       operand: the array it is applied to.
       operand_axes: the axes of that array that are summed over, or batched.
-      operand_rows: for each row of `in_axes`, the element of `operand_axes` that it reads; None if the same.
+      operand_rows: for each row of `in_axes`, the element of `operand_axes` that it reads, or -1; None if the same.
       labels: the units that the rows read, [in_axes...]; None if there are none.
       out_places: the output's axes that `out_axes` make.
       plain: whether the kernel is applied as it is, not scaled.
+      fixed: the kernel's axes that scans index.
+      passes: of each scan around, the pass of which it is; None if it is of all.
       bias: path of a parameter that is added to the output as it is, and the kernel's axes that its axes stand for.
       absorbed: whether the output's mean over batch and positions is subtracted from it.
     """
@@ -131,8 +164,14 @@ class Contraction:
     labels: np.ndarray | None
     out_places: tuple[int, ...]
     plain: bool
+    fixed: tuple[Index, ...] = ()
+    passes: tuple[int | None, ...] = ()
     bias: tuple[str, tuple[int, ...]] | None = None
     absorbed: bool = False
+
+    def reads(self, index: np.ndarray) -> bool:
+        """Whether rows of its kernel, which may be one of several that are stacked, are among those that it applies."""
+        return self.operand_rows is None or bool((self.operand_rows[index] >= 0).all())
 
 
 class UnionFind:
@@ -141,10 +180,12 @@ class UnionFind:
     def __init__(self):
         self._parent = np.zeros(0, np.int64)
         self._count = 0
+        self.changes = 0  # how often there was something new
 
     def new(self, shape: tuple[int, ...]) -> np.ndarray:
         """New numbers."""
         start, self._count = self._count, self._count + int(np.prod(shape))
+        self.changes += 1
         if self._count > self._parent.size:
             more = max(self._count, 2 * self._parent.size)
             self._parent = np.concatenate([self._parent, np.arange(self._parent.size, more)])
@@ -168,6 +209,7 @@ class UnionFind:
             a, b = self.roots(a), self.roots(b)
             differ = a != b
             a, b = a[differ], b[differ]
+            self.changes += a.size
             # Of several numbers below one root the least stays its parent; the others are met in the next round.
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 

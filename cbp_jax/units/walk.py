@@ -18,9 +18,22 @@ from jax.extend import core
 
 from cbp_jax import jaxprs
 from cbp_jax.units import groups, moments, rules, tracing
-from cbp_jax.units.values import Contraction, Derived, Labels, LeftOutKind, Reason, UnionFind, Vector, Weight
+from cbp_jax.units.values import (
+    Contraction,
+    Derived,
+    Index,
+    Joined,
+    Labels,
+    LeftOutKind,
+    Reason,
+    UnionFind,
+    Vector,
+    Weight,
+)
 
 _SHARED = Reason(LeftOutKind.SHARED, "it shares weights with values that are not units")
+# A recurrent network settles after a few passes.
+_PASSES = 64
 # What equations make of numbers, as in the count by which a sum is divided.
 _ARITHMETIC: dict[str, Callable[..., float]] = {
     **dict.fromkeys(moments.UNCHANGED | {"broadcast_in_dim", "reshape", "squeeze"}, float),
@@ -61,13 +74,16 @@ def walk(trace: tracing.Trace) -> "Walk":
 
 
 class Walk:
-    """One pass over a traced network; `contractions` in forward order is what `with_features` needs of it."""
+    """One pass over a traced network."""
 
     def __init__(self, trace: tracing.Trace):
-        self.contractions: list[Contraction] = []
+        self._contractions: dict[Any, Contraction] = {}
+        self.passes: list[int] = []  # of the scans that are being walked through
         self.labels = UnionFind()
-        self.producers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # kernel and free axes -> labels
-        self.readers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # kernel and row axes -> labels
+        # Kernel and axes -> labels; -1 where a kernel that is one of several has not been met.
+        self.producers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # free axes
+        self.readers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # axes of rows
+        self.read: set[Any] = set()  # what of `readers` has been met
         self.claims: list[Claim] = []
         self.uses: dict[str, set[Any]] = {}  # the ways in which a parameter is used
         self.kinds: dict[str, str] = {}  # "dense", "conv" or "embedding", by kernel
@@ -101,6 +117,11 @@ class Walk:
             self.checked.append(True)
             self.lose(value, Reason(LeftOutKind.OUTPUT, "it is part of the network's output"))
 
+    @property
+    def contractions(self) -> list[Contraction]:
+        """All of them, in forward order; of those in a scan that all passes do alike, the last pass stands for all."""
+        return list(self._contractions.values())
+
     def data(self) -> set[str]:
         """Leaves of inputs that came as state and are none.
 
@@ -132,7 +153,9 @@ class Walk:
                 if made is not None:
                     self.note_number(eqn.outvars[0], None if None in numbers else made(*numbers))
                 continue
-            if body is not None:
+            if eqn.primitive.name == "scan":
+                results = self.scan(eqn, values, nested)
+            elif body is not None:
                 for var, atom in zip(body.jaxpr.invars, eqn.invars, strict=True):
                     self.note_number(var, self.number(atom))
                 results = self.run(body, values, nested or not jaxprs.is_remat(eqn))
@@ -142,6 +165,77 @@ class Walk:
                 results = self.step(eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
+
+    def scan(self, eqn: core.JaxprEqn, values: list[Any], nested: bool) -> list[Any]:
+        """Walks through a loop, pass by pass, until nothing new is met.
+
+        What is scanned over is cut: of kernels that are stacked each pass has its own.
+        """
+        scan, length = jaxprs.scan_of(eqn, values), eqn.params["length"]
+        for var, atom in zip(scan.body.jaxpr.invars, eqn.invars, strict=True):
+            self.note_number(var, self.number(atom))
+        stacked = any(isinstance(x, Weight) and x.axes[0] is not None for x in scan.xs)
+        varying = stacked or any(isinstance(x, Labels) and x.ids.shape[0] > 1 for x in scan.xs)
+        if any(isinstance(x, Vector | Derived | Joined) for x in scan.xs) or (not stacked and length == 0):
+            return [self.not_followed(eqn, values)] * len(eqn.outvars)
+        carry, made, claims, uses = scan.carry, [], self.claims, self.uses
+        for number in range(length)[:: -1 if eqn.params["reverse"] else 1]:
+            changes = self.labels.changes
+            if not stacked:  # what the last pass does stands for all; the first begins with what may be no units
+                self.claims, self.uses = list(claims), {path: set(used) for path, used in uses.items()}
+            self.passes.append(number)
+            results = self.run(scan.body, [*scan.consts, *carry, *(self.cut(x, number) for x in scan.xs)], nested)
+            self.passes.pop()
+            before, carry = carry, results[: len(carry)]
+            for var in scan.body.jaxpr.invars[len(scan.consts) :]:
+                self.note_number(var, None)
+            made.append(results[len(carry) :])
+            if not varying and changes == self.labels.changes and all(map(self.alike, before, carry)):
+                break
+            if len(made) >= _PASSES and not varying:
+                return [self.not_followed(eqn, values)] * len(eqn.outvars)
+        made += [made[-1]] * (length - len(made))
+        if eqn.params["reverse"]:
+            made.reverse()
+        return [*carry, *(self.stacked(list(ys)) for ys in zip(*made, strict=True))]
+
+    def cut(self, value: Any, number: int) -> Any:
+        """What one pass of a scan gets of a value that it scans over."""
+        if isinstance(value, Labels):
+            joined = frozenset(axis - 1 for axis in value.joined if axis)
+            return Labels(value.ids[number if len(value.ids) > 1 else 0], value.reduced, value.running, joined)
+        if isinstance(value, Weight):
+            axis, *axes = value.axes
+            fixed = () if axis is None else (Index(axis, number, len(self.passes) - 1),)
+            return dataclasses.replace(value, axes=tuple(axes), fixed=(*value.fixed, *fixed))
+        return value
+
+    def alike(self, a: Any, b: Any) -> bool:
+        """Whether two values of a carry are of the same units."""
+        if isinstance(a, Labels) and isinstance(b, Labels):
+            a_ids, b_ids = self.labels.roots(a.ids), self.labels.roots(b.ids)
+            return a.reduced == b.reduced and a_ids.shape == b_ids.shape and np.array_equal(a_ids, b_ids)
+        return a is b or a == b
+
+    def stacked(self, values: list[Any]) -> Any:
+        """What a scan puts together of what its passes give."""
+        found = rules.labelled(values)
+        if not found:
+            paths = _paths(values)
+            return Derived(paths) if paths or any(isinstance(value, Vector) for value in values) else None
+        if any(value is not None and not isinstance(value, Labels) for value in values):
+            for value in values:
+                self.lose(value, Reason(LeftOutKind.LOOP, "passes of a `scan` put it beside parameters"))
+            return None
+        ids = [
+            np.full((1,) * found[0].ids.ndim, -1) if value is None else self.labels.roots(value.ids) for value in values
+        ]
+        shape = np.broadcast_shapes(*(one.shape for one in ids))
+        whole = [np.broadcast_to(one, shape) for one in ids]
+        same = all(np.array_equal(whole[0], one) for one in whole)
+        running = found[0].running if len({value.running for value in found}) == 1 else ""
+        reduced = all(value.reduced for value in found)
+        return Labels(whole[0][None] if same else np.stack(whole), reduced, running)
 
     def number(self, atom: core.Var | core.Literal) -> float | None:
         """The number that an array is throughout, if that is known."""
@@ -202,10 +296,19 @@ class Walk:
     def unlabelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """The output of an equation with one output on parameters and statistics that mix units."""
         name = eqn.primitive.name
+        if name == "mul" and 0.0 in map(self.number, eqn.invars):
+            return self.nothing(eqn)
         known = [(position, value) for position, value in enumerate(values) if value is not None]
         if any(isinstance(value, Derived) for _, value in known):
             return self.not_followed(eqn, values)
         position, value = known[0]
+        if name == "concatenate" and len(known) == len(values) and all(isinstance(one, Weight) for one in values):
+            axis = eqn.params["dimension"]
+            sizes = tuple(atom.aval.shape[axis] for atom in eqn.invars)
+            plain = all(one.axes[axis] is not None and not one.fixed for one in values)
+            return Joined(tuple(values), sizes, axis) if plain else self.not_followed(eqn, values)
+        if any(isinstance(one, Joined) for _, one in known):
+            return self.joined(eqn, values)
         if len(known) == 1 and isinstance(value, Weight):
             if name == "gather" and position == 0:
                 return self.lookup(eqn, value)
@@ -229,6 +332,27 @@ class Walk:
                 return Vector(parts, moments.rearrange(eqn, statistics, sets))
         return self.not_followed(eqn, values)
 
+    def nothing(self, eqn: core.JaxprEqn) -> None:
+        """What is 0 throughout is of no unit, as the first state of a cell."""
+        self.note_number(eqn.outvars[0], 0.0)
+
+    def joined(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """What an equation makes of parameters side by side and data: a view of them, or a multiple, or a sum."""
+        known = [(position, value) for position, value in enumerate(values) if value is not None]
+        (position, value), *others = known
+        if others or not isinstance(value, Joined):
+            return self.not_followed(eqn, values)
+        if eqn.primitive.name in ("add", "sub", "mul", "div") or rules.is_scaling(eqn, position):
+            plain = eqn.primitive.name in moments.UNCHANGED
+            parts = (dataclasses.replace(_after(eqn, position, p), plain=p.plain and plain) for p in value.parts)
+            return dataclasses.replace(value, parts=tuple(parts))
+        places = rules.view_axes(eqn, range(eqn.invars[0].aval.ndim))
+        views = [rules.view_axes(eqn, part.axes) for part in value.parts]
+        if places is None or value.axis not in places or None in views:
+            return self.not_followed(eqn, values)
+        parts = (dataclasses.replace(part, axes=axes) for part, axes in zip(value.parts, views, strict=True))
+        return Joined(tuple(parts), value.sizes, places.index(value.axis))
+
     def combine(self, eqn: core.JaxprEqn, values: list[Any]) -> Vector:
         """An elementwise function of parameters and statistics."""
         vectors = [None if value is None else _as_vector(value, eqn.outvars[0].aval.ndim) for value in values]
@@ -247,6 +371,8 @@ class Walk:
         if isinstance(value, Weight):
             here = (None,) if cut else ()
             return [dataclasses.replace(value, axes=(*value.axes[:axis], *here, *value.axes[axis + 1 :]))] * count
+        if isinstance(value, Joined) and cut and (axis, tuple(eqn.params["sizes"])) == (value.axis, value.sizes):
+            return list(value.parts)
         if isinstance(value, Vector) and not value.parts and value.statistic is not None:
             sets = value.statistic.sets
             parts = rules.split_labels(eqn, sets) if cut else rules.unstack_labels(eqn, sets)
@@ -315,6 +441,10 @@ class Walk:
             if isinstance(value, Derived):
                 text = f"its activations meet a value computed from {', '.join(sorted(value.paths))}"
                 return self.not_followed(eqn, values, text)
+            if isinstance(value, Joined):
+                cuts = zip(value.parts, value.split(ids), strict=True)
+                if not all([self.meet(eqn, position, part, cut, moments.Form()) for part, cut in cuts]):
+                    return self.not_followed(eqn, values)
             if isinstance(value, Weight | Vector):
                 form = found[0].form if len(found) == 1 else moments.Form()
                 if not self.meet(eqn, position, value, ids, form):
@@ -382,12 +512,47 @@ class Walk:
             rows = ids.transpose(*own, *(axis for axis in range(ids.ndim) if axis not in own))
             rows = rows.reshape(*rows.shape[: len(own)], -1)
             rows = np.broadcast_to(rows, (*(self.shapes[part.path][axis] for axis in leaf_axes), rows.shape[-1]))
+            rows, leaf_axes = self.among_stacked(part, leaf_axes, rows)
             if not part.state:
                 self.uses.setdefault(part.path, set()).add((role, leaf_axes))
             self.claims.append(Claim(part.path, leaf_axes, role, rows, part))
             if role == "bias" and isinstance(value, Weight):
                 self.bias(eqn, position, value)
         return True
+
+    def gates(self, eqn: core.JaxprEqn, values: list[Any], position: int, kernels: Joined) -> Any:
+        """Kernels side by side are applied one by one, if it is their outputs that stand side by side."""
+        made = []
+        for part in kernels.parts:
+            replaced = [part if n == position else value for n, value in enumerate(values)]
+            use = rules.KernelUse(eqn, replaced)
+            if use.reason or kernels.axis not in use.places:
+                return self.not_followed(eqn, values, use.reason)
+            made.append(self.contraction(eqn, replaced))
+        self.made_by.pop(eqn.outvars[0], None)  # its bias is not one kernel's
+        if not all(isinstance(labels, Labels) for labels in made):
+            return None
+        return Labels(np.concatenate([labels.ids for labels in made], use.places[kernels.axis]))
+
+    def among_stacked(
+        self, weight: Weight, axes: tuple[int, ...], rows: np.ndarray
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Rows of a leaf that is one of several, [axes..., others...], among those of all; and the axes of these."""
+        if not weight.fixed:
+            return rows, axes
+        sizes = [self.shapes[weight.path][index.axis] for index in weight.fixed]
+        whole = np.full((*sizes, *rows.shape), -1)
+        whole[tuple(index.number for index in weight.fixed)] = rows
+        return whole, (*(index.axis for index in weight.fixed), *axes)
+
+    def block(
+        self, table: dict[tuple[str, tuple[int, ...]], np.ndarray], weight: Weight, axes: tuple[int, ...]
+    ) -> np.ndarray:
+        """The labels in a table of the axes of a leaf; a view, of -1 if it is new."""
+        key = (weight.path, (*(index.axis for index in weight.fixed), *axes))
+        if key not in table:
+            table[key] = np.full([self.shapes[weight.path][axis] for axis in key[1]], -1)
+        return table[key][tuple(index.number for index in weight.fixed)]
 
     def bias(self, eqn: core.JaxprEqn, position: int, weight: Weight) -> None:
         """Records that `weight` is the bias of the kernel whose output it is added to, if it is."""
@@ -398,8 +563,11 @@ class Walk:
         # Its axes are those that the kernel makes, in the kernel's order.
         kernel_axis = dict(zip(made.out_places, made.out_axes, strict=True))
         leaf_axis = {axis: kernel_axis.get(place) for place, axis in enumerate(weight.axes) if axis is not None}
+        if len(made.fixed) == len(weight.fixed):
+            pairs = zip(weight.fixed, made.fixed, strict=True)
+            leaf_axis |= {mine.axis: other.axis for mine, other in pairs if mine[1:] == other[1:]}
         axes = [leaf_axis.get(axis) for axis in range(len(self.shapes[weight.path]))]
-        if None not in axes and len(axes) == len(kernel_axis) and axes == sorted(axes):
+        if None not in axes and len(axes) == len(kernel_axis) + len(made.fixed) and axes == sorted(axes):
             made.bias = (weight.path, tuple(axes))
             self.made_by[eqn.outvars[0]] = made
 
@@ -416,8 +584,13 @@ class Walk:
 
     def contraction(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """A kernel reads labelled units, if its operand has them, and makes new ones."""
+        if 0.0 in map(self.number, eqn.invars):
+            return self.nothing(eqn)
         if rules.labelled(values) and all(value is None or isinstance(value, Labels) for value in values):
             return self.product(eqn, values)
+        for position, value in enumerate(values):
+            if isinstance(value, Joined) and not isinstance(values[1 - position], Joined | Weight):
+                return self.gates(eqn, values, position, value)
         use = rules.KernelUse(eqn, values)
         if use.reason:
             return self.not_followed(eqn, values, use.reason)
@@ -447,23 +620,39 @@ class Walk:
             elif labels is not None:
                 labels, in_axes = labels[rows], (*in_axes, *out_axes)
         places = tuple(use.places.values())
-        rows = rows.ravel() if use.groups > 1 else None
-        made = Contraction(path, in_axes, out_axes, operand, use.operand_axes, rows, labels, places, weight.plain)
-        self.contractions.append(made)
+        if weight.fixed:
+            sizes = [shape[axis] for axis in in_axes]
+            rows = np.arange(math.prod(sizes)) if rows is None else rows
+            rows, all_axes = self.among_stacked(weight, in_axes, rows.reshape(sizes))
+        else:
+            all_axes = in_axes
+        rows = None if rows is None else rows.ravel()
+        out_all = (*(index.axis for index in weight.fixed), *out_axes)
+        passes: list[int | None] = [None] * len(self.passes)
+        for index in weight.fixed:
+            passes[index.depth] = index.number
+        made = Contraction(
+            path, all_axes, out_axes, operand, use.operand_axes, rows, labels, places, weight.plain, weight.fixed,
+            tuple(passes),
+        )  # fmt: skip
+        self._contractions[eqn.outvars[0], path, tuple(passes)] = made
         self.made_by[eqn.outvars[0]] = made
-        self.uses.setdefault(path, set()).add(("kernel", in_axes, out_axes, use.groups))
+        self.uses.setdefault(path, set()).add(("kernel", all_axes, out_all, use.groups))
         self.kinds.setdefault(path, "dense" if eqn.primitive.name == "dot_general" else "conv")
         if labels is not None:
-            known = self.readers.setdefault((path, in_axes), labels)
+            known = self.block(self.readers, weight, in_axes)
+            if (path, in_axes, weight.fixed) not in self.read:
+                self.read.add((path, in_axes, weight.fixed))
+                known[...] = labels
             self.labels.union(known, labels)  # units that are read by the same weights are one
             mixed = (known < 0) != (labels < 0)
             if mixed.any():
                 self.lose_units(np.concatenate([known[mixed], labels[mixed]]), _SHARED)
-        return Labels(self.produce(path, out_axes, places, eqn.outvars[0].aval.ndim, coupled))
+        return Labels(self.produce(weight, out_axes, places, eqn.outvars[0].aval.ndim, coupled))
 
     def produce(
         self,
-        path: str,
+        weight: Weight,
         axes: tuple[int, ...],
         places: tuple[int, ...],
         ndim: int,
@@ -472,22 +661,22 @@ class Walk:
         """The labels that the free axes of a kernel make on an array, at the given places.
 
         Args:
-          path: the kernel.
+          weight: the kernel.
           axes: its free axes.
           places: the array's axes that these make.
           ndim: the array's number of axes.
           coupled: units that go on as themselves, or -1 for new ones; None for all new.
         """
-        key, sizes = (path, axes), [self.shapes[path][axis] for axis in axes]
-        if key not in self.producers:
-            new = self.labels.new(sizes)
-            self.producers[key] = new if coupled is None else np.where(coupled >= 0, coupled, new)
+        labels = self.block(self.producers, weight, axes)
+        if (labels < 0).any():
+            new = self.labels.new(labels.shape)
+            labels[...] = new if coupled is None else np.where(coupled >= 0, coupled, new)
         if coupled is not None:
-            self.labels.union(self.producers[key], coupled)
+            self.labels.union(labels, coupled)
         shape = [1] * ndim
-        for size, place in zip(sizes, places, strict=True):
+        for size, place in zip(labels.shape, places, strict=True):
             shape[place] = size
-        return self.producers[key].transpose(np.argsort(places)).reshape(shape)
+        return labels.transpose(np.argsort(places)).reshape(shape)
 
     def lookup(self, eqn: core.JaxprEqn, table: Weight) -> Any:
         """Rows of a table that are taken by number: the rest of its axes make units."""
@@ -496,10 +685,10 @@ class Walk:
         if not found or len(found) == len(self.shapes[table.path]):
             return self.not_followed(eqn, [table])
         own = tuple(axis for axis, _ in found)
-        self.uses.setdefault(table.path, set()).add(("lookup", own))
+        self.uses.setdefault(table.path, set()).add(("lookup", (*(index.axis for index in table.fixed), *own)))
         self.kinds.setdefault(table.path, "embedding")
         places = tuple(place for _, place in found)
-        return Labels(self.produce(table.path, own, places, eqn.outvars[0].aval.ndim))
+        return Labels(self.produce(table, own, places, eqn.outvars[0].aval.ndim))
 
     def product(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """Activations times activations: those that are summed over, and all that meet, become one unit."""
@@ -537,7 +726,7 @@ class Walk:
                 own = [(leaf, place) for place, leaf in enumerate(value.axes) if leaf is not None and place != axis]
                 leaf_axes = tuple(leaf for leaf, place in own if shape[place] > 1)
                 places = tuple(place for _, place in own if shape[place] > 1)
-                if not places:
+                if not places or value.fixed:
                     return self.not_followed(eqn, values)
                 new = self.labels.new([self.shapes[value.path][leaf] for leaf in leaf_axes])
                 along = [shape[place] if place in places else 1 for place in range(len(shape))]
@@ -594,7 +783,7 @@ def _paths(values: list[Any]) -> frozenset[str]:
     for value in values:
         if isinstance(value, Weight):
             paths.add(value.path)
-        elif isinstance(value, Vector):
+        elif isinstance(value, Vector | Joined):
             paths.update(part.path for part in value.parts)
         elif isinstance(value, Derived):
             paths.update(value.paths)

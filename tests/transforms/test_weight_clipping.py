@@ -105,7 +105,7 @@ def test_scales_of_a_network():
 
 def test_scales_of_an_nnx_state():
     _, params = nnx.split(nnx.Linear(16, 3, rngs=nnx.Rngs(0)))
-    assert kernel_scale(params) == {"kernel/value": 0.25, "bias/value": 0.25}
+    assert kernel_scale(params) == {"kernel": 0.25, "bias": 0.25}
 
 
 FLAT = {"w1": jnp.full((4, 3), 2.0), "b1": jnp.full(3, -2.0), "w2": jnp.full((3, 2), 0.1)}

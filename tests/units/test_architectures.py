@@ -331,50 +331,6 @@ def test_transformer_of_12_layers():
     assert [part.path.split("/")[-2] for part in head.incoming] == ["query", "key", "value"]
 
 
-class Recurrent(nn.Module):
-    cell: type[nn.RNNCellBase]
-
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.RNN(self.cell(16))(nn.Embed(20, 8)(tokens))
-        return nn.Dense(20, name="head")(nn.relu(nn.Dense(12, name="hidden")(x)))
-
-
-@pytest.mark.parametrize("cell, kernels", [(nn.GRUCell, 6), (nn.OptimizedLSTMCell, 8)])
-def test_recurrent_cells_under_scan_are_left_out_by_name(cell, kernels):
-    net, tokens = Recurrent(cell), jnp.zeros((2, 5), int)
-    units = cbp_jax.discover_units(net.apply, shapes_of(net, tokens), tokens)
-    assert summary(units) == [("params/hidden", 12, "dense", 1, 1)]
-    inside = [item for item in units.left_out if cell.__name__ in item.name]
-    assert len(inside) == kernels and all(
-        item.kind is LeftOutKind.LOOP
-        and item.reason
-        == "it is used in `scan`, which is not followed: what a loop computes cannot be seen from outside; unroll it"
-        for item in inside
-    )
-    assert {item.name: item.kind is LeftOutKind.LOOP for item in units.left_out if item not in inside} == {
-        "params/Embed_0": True,
-        "params/head": False,
-    }
-
-
-def test_cell_that_is_unrolled():
-    class Unrolled(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            cell, h = nn.GRUCell(6), nn.Dense(6)(x[:, 0])
-            for step in range(3):
-                h, _ = cell(h, x[:, step])
-            return nn.Dense(2)(h)
-
-    net, x = Unrolled(), jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 5)), jnp.float32)
-    params = jax.jit(net.init)(jax.random.key(1), x)
-    units = cbp_jax.discover_units(net.apply, params, x)
-    assert [(g.size, len(g.incoming), len(g.outgoing)) for g in units] == [(6, 7, 4)]
-    moved = resets.check_resets(units, params, lambda params: cbp_jax.with_features(net.apply, units)(params, x))
-    assert moved == {}  # the recurrent kernels have no bias of their own to compensate
-
-
 class Language(nn.Module):
     tied: bool
 
