@@ -48,6 +48,8 @@ def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | Non
             if eqn.invars[0].aval.shape[source] == shape[place]:
                 made[place] = axes[source]
         return tuple(made)
+    if name == "tile":  # what is repeated does not stand for the leaf's axis
+        return tuple(axis if times == 1 else None for axis, times in zip(axes, eqn.params["reps"], strict=True))
     if name in ("slice", "dynamic_slice"):
         whole = (a == b for a, b in zip(eqn.invars[0].aval.shape, shape, strict=True))
         return tuple(axis if same else None for axis, same in zip(axes, whole, strict=True))

@@ -286,7 +286,24 @@ class Walk:
             return Labels(ids, reduced, first.running, form=form)
         if name == "reduce_sum":  # over units: a statistic that mixes them
             return Vector(statistic=moments.of_sum(eqn, first.ids, first.form))
+        axes = eqn.params.get("axes", ())
+        if name in ("reduce_max", "reduce_min") and any(
+            size > 1 for axis, size in enumerate(first.ids.shape) if axis not in axes
+        ):  # as of maxout: those of which one is taken are one unit
+            return Labels(self.merge(first.ids, tuple(axes)))
         return self.not_followed(eqn, values)
+
+    def as_units(self, value: Any) -> Any:
+        """A sum over some units at a time, as over the members of an ensemble, as units: those in it become one."""
+        statistic = value.statistic if isinstance(value, Vector) and not value.parts else None
+        if statistic is None or statistic.kind is moments.Kind.OTHER or len(statistic.members) < 2:
+            return value
+        first = np.full(len(statistic.members), -1)
+        for number, members in enumerate(statistic.members):
+            if members.size:
+                first[number] = members[0]
+                self.labels.union(members[:1], members)
+        return Labels(first[statistic.sets])
 
     def sum_joined(self, eqn: core.JaxprEqn, value: Labels) -> Labels:
         """Makes those units one that a reduction brings together from arrays that were put side by side."""
@@ -353,12 +370,17 @@ class Walk:
         parts = (dataclasses.replace(part, axes=axes) for part, axes in zip(value.parts, views, strict=True))
         return Joined(tuple(parts), value.sizes, places.index(value.axis))
 
-    def combine(self, eqn: core.JaxprEqn, values: list[Any]) -> Vector:
+    def combine(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """An elementwise function of parameters and statistics."""
         vectors = [None if value is None else _as_vector(value, eqn.outvars[0].aval.ndim) for value in values]
         parts = [_after(eqn, n, part) for n, vector in enumerate(vectors) if vector for part in vector.parts]
         numbers = [self.number(atom) for atom in eqn.invars]
-        return Vector(tuple(parts), moments.combine(eqn, _statistics(vectors), numbers))
+        statistic = moments.combine(eqn, _statistics(vectors), numbers)
+        if statistic is not None and statistic.kind is moments.Kind.OTHER:  # it will not normalize
+            values = [self.as_units(value) for value in values]
+            if rules.labelled(values):
+                return self.elementwise(eqn, values)
+        return Vector(tuple(parts), statistic)
 
     def split(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
         """Labels the parts of an array that is cut, or taken apart, along one axis."""
@@ -422,6 +444,16 @@ class Walk:
     def elementwise(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         """Units that meet in one element become one unit; parameters that meet them are their biases and scales."""
         name, found = eqn.primitive.name, rules.labelled(values)
+        form = found[0].form if len(found) == 1 else moments.Form()
+        values = [
+            value
+            if not isinstance(value, Vector)
+            or value.statistic is None
+            or moments.normalizes(eqn, position, value.statistic, form)
+            else self.as_units(value)
+            for position, value in enumerate(values)
+        ]
+        found = rules.labelled(values)
         ids = found[0].ids
         for other in found[1:]:
             if name in ("add", "add_any", "sub"):
@@ -499,6 +531,8 @@ class Walk:
                 text = f"the sum meets activations in `{name}`, which is no normalization"
                 self.lose(vector, Reason(LeftOutKind.MIXED, text))
         role = {"add": "bias", "sub": "bias", "mul": "scale"}.get(name, "scale" if divides else "")
+        if name == "select_n" and position > 0:  # a token in place of what is masked
+            role = "bias"
         # The axes along which units differ; a unit of its own may stand on an axis of length 1.
         varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
         for part in vector.parts:
@@ -519,6 +553,26 @@ class Walk:
             if role == "bias" and isinstance(value, Weight):
                 self.bias(eqn, position, value)
         return True
+
+    def sources(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
+        """Of a parameter that is repeated over the batch, as learned queries are, a kernel reads entries as units."""
+        if not all(isinstance(value, Weight) for value in values):
+            return values
+        batched = [None in value.axes and not value.fixed for value in values]
+        if sum(batched) != 1:
+            return values
+        position = batched.index(True)
+        weight, contracted = values[position], eqn.params["dimension_numbers"][0][position]
+        own = [(axis, place) for place, axis in enumerate(weight.axes) if axis is not None and place in contracted]
+        if eqn.primitive.name != "dot_general" or not own:
+            return values
+        axes, places = tuple(axis for axis, _ in own), tuple(place for _, place in own)
+        self.uses.setdefault(weight.path, set()).add(("lookup", axes))
+        self.kinds.setdefault(weight.path, "embedding")
+        return [
+            Labels(self.produce(weight, axes, places, len(weight.axes))) if n == position else value
+            for n, value in enumerate(values)
+        ]
 
     def gates(self, eqn: core.JaxprEqn, values: list[Any], position: int, kernels: Joined) -> Any:
         """Kernels side by side are applied one by one, if it is their outputs that stand side by side."""
@@ -591,6 +645,7 @@ class Walk:
         for position, value in enumerate(values):
             if isinstance(value, Joined) and not isinstance(values[1 - position], Joined | Weight):
                 return self.gates(eqn, values, position, value)
+        values = self.sources(eqn, values)
         use = rules.KernelUse(eqn, values)
         if use.reason:
             return self.not_followed(eqn, values, use.reason)
@@ -602,6 +657,7 @@ class Walk:
             return self.not_followed(eqn, values, f"the kernel {path} is cut or broadcast before it is used")
         if isinstance(value, Weight):
             return self.not_followed(eqn, values, f"the kernel {path} is applied to other parameters")
+        value = self.as_units(value)
         if not isinstance(value, Labels):
             self.not_followed(eqn, [value], "a kernel reads the sum")
         labels = rows = coupled = None

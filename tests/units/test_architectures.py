@@ -454,3 +454,32 @@ def test_pooling_over_tokens_of_several_origins():
     units = cbp_jax.discover_units(apply_fn, params, jnp.ones((2, 6, 3)))
     assert summary(units) == [("patches", 4, "dense", 1, 1), ("hidden", 5, "dense", 1, 1)]
     assert resets.paths(units[0].biases) == ["token"]
+
+
+TOKENS_OF_PARAMETERS = {
+    "tiled class token": (
+        lambda p, x: jnp.concatenate([jnp.tile(p["token"], (len(x), 1, 1)), x @ p["patches"]], 1),
+        [("patches", 4, ["token"]), ("hidden", 5, [])],
+    ),
+    "mask token": (
+        lambda p, x: jnp.where(x[..., :1] > 0.5, p["token"], x @ p["patches"]),
+        [("patches", 4, ["token"]), ("hidden", 5, [])],
+    ),
+    "learned queries": (
+        lambda p, x: jnp.tanh(jnp.broadcast_to(p["token"][0], (len(x), 1, 4)) @ p["square"]) + x @ p["patches"],
+        [("token", 4, []), ("square", 4, []), ("hidden", 5, [])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS_OF_PARAMETERS)
+def test_parameters_that_are_tokens(name):
+    tokens, expected = TOKENS_OF_PARAMETERS[name]
+    rng = np.random.default_rng(0)
+    shapes = {"token": (1, 1, 4), "patches": (3, 4), "square": (4, 4), "hidden": (4, 5), "head": (5, 2)}
+    params = {key: jnp.float32(rng.normal(size=shape)) for key, shape in shapes.items()}
+    x = jnp.float32(rng.normal(size=(2, 6, 3)))
+    apply_fn = lambda p, x: jnp.tanh(jnp.tanh(tokens(p, x)).mean(1) @ p["hidden"]) @ p["head"]
+    units = cbp_jax.discover_units(apply_fn, params, x)
+    assert [(g.name, g.size, resets.paths(g.biases)) for g in units] == expected
+    resets.check_resets(units, params, lambda p: (apply_fn(p, x), None))

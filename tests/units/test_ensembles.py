@@ -141,3 +141,23 @@ def test_an_ensemble_trains_with_replacements():
     _, (losses, replaced) = run(params, tx.init(params))
     assert losses[-1] < 0.5 * losses[0]
     assert all(10 <= mask.sum() <= 20 for mask in replaced.values())
+
+
+JOINS = {
+    "mean of members": lambda p, x: jax.vmap(lambda a, b: jnp.tanh(x @ a) @ b)(p["a"], p["b"]).mean(0),
+    "least of members": lambda p, x: jax.vmap(lambda a, b: jnp.tanh(x @ a) @ b)(p["a"], p["b"]).min(0),
+    "maxout": lambda p, x: (x @ p["c"]).reshape(-1, 4, 2).max(-1),
+    "sums of pairs": lambda p, x: jnp.tanh((x @ p["c"]).reshape(-1, 4, 2).sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_units_that_are_taken_together_are_one(name):
+    shapes = {"a": (2, 3, 5), "b": (2, 5, 4), "c": (3, 8), "out": (4, 2)}
+    params = {name: jnp.float32(np.random.default_rng(1).normal(size=shape)) for name, shape in shapes.items()}
+    apply_fn = lambda p, x: jnp.tanh(JOINS[name](p, x)) @ p["out"]
+    units = cbp_jax.discover_units(apply_fn, params, X)
+    members = "members" in name
+    assert [(g.name, g.size) for g in units] == ([("a", 10), ("b", 4)] if members else [("c", 4)])
+    assert units[-1].incoming[0].positions == 2
+    resets.check_resets(units, params, lambda p: (apply_fn(p, X), None))

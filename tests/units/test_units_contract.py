@@ -387,7 +387,6 @@ LEFT_OUT = {
     "read by a kernel after a sum": (lambda h, p: jnp.tile(h.mean(-1, keepdims=True), 6), "reduce_sum"),
     "sort": (lambda h, p: jnp.sort(h, axis=-1), "sort"),
     "cumulative sum": (lambda h, p: jnp.cumsum(h, axis=-1), "cumsum"),
-    "maxout": (lambda h, p: jnp.repeat(h.reshape(-1, 3, 2).max(-1), 2, axis=-1), "reduce_max|reshape|max"),
     "while": (
         lambda h, p: jax.lax.while_loop(lambda c: c.sum() > 0, lambda c: jnp.tanh(c @ p["s"][0]), h),
         "while.*what a loop computes",
