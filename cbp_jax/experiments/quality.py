@@ -207,7 +207,7 @@ def _measurements(settings: Settings, activation: str) -> Iterable[tuple[np.ndar
     net = MLP(settings.hidden, 1, activation)
     tx = optax.sgd(settings.step_size)
     example = jnp.zeros((settings.batch_size, settings.inputs))
-    units = discover_units(net.apply, jax.eval_shape(net.init, jax.random.key(0), example), example)
+    units = discover_units(net.apply, jax.eval_shape(net.init, jax.random.key(0), example), example, check=True)
 
     def sample(key, step):
         chosen = jax.random.permutation(jax.random.fold_in(key, 0), settings.inputs)[: settings.summed]

@@ -194,7 +194,7 @@ def make(
         raise ValueError(f"network must give a log_std for each of {env.action_size} actions, got shape {log_std}")
     if value != (1,):
         raise ValueError(f"network must give one value for each observation, of shape (1,) for one, got shape {value}")
-    units = cbp_jax.discover_units(network.apply, shapes, example)
+    units = cbp_jax.discover_units(network.apply, shapes, example, check=True)
     apply = cbp_jax.with_features(network.apply, units)
     tx = optax.with_extra_args_support(optimizer(units))
 

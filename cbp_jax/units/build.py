@@ -143,7 +143,7 @@ class _Parts:
                         labels = np.where(first.operand_rows.reshape(labels.shape) >= 0, labels, -1)
                     self.readers[self._place(path, first.in_axes, labels)] = same
         self.conflicts = {
-            path: "it is used in more than one way: " + ", ".join(sorted(str(use[0]) for use in uses))
+            path: "it is used in more than one way: " + ", ".join(sorted(map(_description, uses)))
             for path, uses in walk.uses.items()
             if len(uses) > 1 and not _is_tied(uses)
         }
@@ -274,6 +274,14 @@ def _is_tied(uses: set[tuple]) -> bool:
         return False
     in_axes, out_axes, count = kernels[0]
     return in_axes == lookups[0] and count == 1 and not set(out_axes) & set(in_axes)
+
+
+def _description(use: tuple) -> str:
+    """A way in which a parameter is used, for the reader."""
+    axes = lambda numbers: "axis " + " and ".join(map(str, numbers))
+    if use[0] == "kernel":
+        return f"as a kernel that reads along {axes(use[1])}"
+    return f"as a table of {axes(use[1])}" if use[0] == "lookup" else f"as a {use[0]} along {axes(use[1])}"
 
 
 def _statistic(path: str, role: str) -> float:

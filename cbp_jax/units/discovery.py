@@ -3,7 +3,7 @@ r"""Finds the units of a network in its jaxpr.
 What a unit is
 --------------
 A unit is what one column of a kernel makes. It stays the same unit through elementwise maps, pooling, dropout,
-reshapes, casts, `jit`, `remat`, custom derivatives and normalisation. Where units meet element by element they become
+reshapes, casts, `jit`, `remat`, custom derivatives and normalization. Where units meet element by element they become
 one unit, since neither can be replaced without the other. In each row, "kind" is that of the group:
 
 =============================  ======================================================================================
@@ -16,16 +16,25 @@ residual sums, projections     the channels of a stage are one group, which all 
                                inside of a block is a group of its own. Kind "residual".
 concatenation, slices, splits  stay what they were; a group is what owns rows of the same parameters, so that one layer
                                may make several groups ("name", "name#2").
-batch normalisation            scale, offset and running statistics belong to the unit (`reset_batch_stats`).
-layer, group, RMS norm         scale and offset belong to the unit. The statistics mix units and are of none: they are
-                               the one way in which a fresh unit still acts on the output.
+batch normalization            scale, offset and running statistics belong to the unit (`reset_batch_stats`).
+layer, group, RMS norm,        scale and offset belong to the unit. The statistics mix units and are of none: they are
+division by the length         the one way in which a fresh unit still acts on the output, and the group says so: it is
+                               not `exact`.
 products (GLU, gates, squeeze  both factors are one unit, with several incoming kernels.
 and excite)
 depthwise convolution          the channel goes on as itself; its filters are incoming.
 grouped convolution            new units; a channel is read by its own group's filters only.
 tied kernels                   one unit for all applications of the kernel, whose rows are read by one unit each.
+ensembles by `vmap`            numbered by member and column, all in one group.
+layers stacked for `scan`      each layer has its own; what a kernel reads is captured as an output of the scan.
+recurrent cells                a dimension of the state: the columns of all gates are incoming, and its rows in the
+(GRU, LSTM, minimal, linear)   state's kernels outgoing, whether the cell is scanned or unrolled.
+sums, means and maxima of      those that are taken together are one unit: maxout, the mean of an ensemble.
+some units at a time
 attention                      a head: its columns of query, key and value are incoming, its rows of the output
                                projection outgoing. Query heads that share keys are one unit. Kind "head".
+class tokens, mask tokens,     a parameter put beside units, tiled or in place of what is masked, is their bias; learned
+learned queries                queries that a kernel reads are units, as of an embedding.
 residual stream                a dimension of it: everything writes and reads it. Embeddings are incoming, class tokens
                                and positions added as parameters are its biases. Kind "residual".
 tied embeddings                a table that embeds tokens and also makes the output is outgoing: in it a fresh unit
@@ -40,14 +49,13 @@ What is left out
 Listed by name in `Units.left_out`, each with its reason; everything around is found all the same.
 
 - output layers: what they make is the network's output;
-- `scan`, `while`, `cond` (GRU and LSTM cells under `scan`; layers stacked by `scan`): a kernel in the loop is applied
-  to values of which each pass makes new ones, and its activations cannot be captured from outside. Unrolled in Python,
-  a cell is followed if its first state comes from a layer (not if it is zeros, which is no unit);
-- kernels that are computed (weight standardisation, spectral norm, LoRA), batched (one for each expert), cut or
-  masked;
-- activations that are multiplied as matrices other than in attention, sorted, maximised or soft-maxed over units, or
-  mixed over positions by a kernel (MLP-Mixer's token mixing): all units become one there;
-- sums over units that are used other than for normalisation by themselves;
+- `while` and `cond`: what they compute cannot be captured from outside;
+- the state of a cell that is returned: it is output;
+- kernels that are computed (weight standardization, spectral norm, LoRA), cut or masked;
+- activations that are multiplied as matrices other than in attention with several heads, sorted, maximized or
+  soft-maxed over all units, or mixed over positions by a kernel (MLP-Mixer's token mixing): all units become one there;
+- sums over all units of a layer that are used other than for their normalization: a softmax, a gate, a part of the sum.
+  A normalization is the mean subtracted, or a division by the root of the mean or sum of squares or of the variance;
 - activations that are taken by an index of each example (`take_along_axis`, `vmap` of `h[i]`; `h[rows, i]` is
   followed), written into (`at[...].set`, `dynamic_update_slice`), summed by segment (graph networks) or
   Fourier-transformed;
@@ -67,8 +75,8 @@ and 2 (first convolutions, the next stage's projection, the head); and the chann
 A 12-layer encoder, `nets.ViT(depth=12)`: 25 groups. The residual stream, written by 25 kernels and read by 49; for each
 layer its heads, and the hidden units of its perceptron.
 
-A GRU under `scan` between an embedding and dense layers: 1 group, the hidden dense layer behind it; the cell's six
-kernels and the embedding are left out, by name.
+A GRU under `scan` between an embedding and dense layers: 3 groups, the embedding, the cell's state, which six kernels
+write and the next layer and three of the cell's own read, and the hidden dense layer behind it.
 
 By default all groups are replaced, as in the Nature paper, which replaces channels of all convolutions of ResNet-18.
 Its program lists them in order and sets only the next one's weights to 0; the other readers of a stage's channels, and
@@ -78,8 +86,9 @@ whole. `Units.select` chooses groups by name and kind: without "residual", what 
 Running statistics
 ------------------
 `reset_batch_stats` needs to know which statistics are whose. They are found in any input that is a tree of named
-arrays, by their use - a number for each unit, added to it or multiplied with it, and nothing else; the rest of such a
-tree is data - and in the tree of variables under "batch_stats"::
+arrays, by their use - a number for each unit, which is subtracted as a mean, or under a root divides as a variance, or
+is updated from a sum over the batch, and nothing else; the rest of such a tree is data, as the state of a cell - and in
+the tree of variables under "batch_stats"::
 
     apply_fn = lambda params, batch_stats, x: net.apply(
         {"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"])

@@ -269,7 +269,7 @@ def test_recurrences_by_hand(name, start, scanned):
         units = cbp_jax.discover_units(apply_fn, params, SEQUENCE, X[:, :4])
     except ValueError as error:  # unrolled, what is applied to the state is applied to data first
         assert not scanned and start == "given"
-        assert re.search("not always on units|bias, scale", str(error))
+        assert re.search("not always on units|as a bias along", str(error))
         return
     assert [group.size for group in units] == [4]
     apply = cbp_jax.with_features(apply_fn, units)

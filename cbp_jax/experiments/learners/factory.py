@@ -319,4 +319,4 @@ def _small_network() -> tuple[Any, Units]:
     net = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(3), nn.relu, nn.Dense(2)])
     x = jax.ShapeDtypeStruct((1, 2), jnp.float32)
     params = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x)
-    return params, cbp_jax.discover_units(net.apply, params, x)
+    return params, cbp_jax.discover_units(net.apply, params, x, check=True)

@@ -76,7 +76,7 @@ def make_learner(
     differs = {"train": True} if "train" in inspect.signature(type(net).__call__).parameters else {}
     in_training = functools.partial(net.apply, **differs, **({"mutable": ["batch_stats"]} if batch_stats else {}))
     traced = functools.partial(in_training, rngs={"dropout": jax.random.key(0)}) if batch_stats else net.apply
-    units = cbp_jax.discover_units(traced, params, example)
+    units = cbp_jax.discover_units(traced, params, example, check=True)
     apply = cbp_jax.with_features(net.apply, units)
     apply_in_training = cbp_jax.with_features(in_training, units)
 
