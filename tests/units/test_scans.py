@@ -104,7 +104,9 @@ def test_each_layer_has_its_units(name):
     resets.check_resets(units, params, lambda p: apply(p, X))
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize(
+    "name", ["lax", "linen, rematerialized", *[pytest.param(n, marks=pytest.mark.slow) for n in ("linen", "nnx")]]
+)
 def test_gradients_with_features_are_those_without(name, exact):
     apply_fn, params = STACKS[name]()
     units = cbp_jax.discover_units(apply_fn, params, X)
@@ -218,7 +220,7 @@ class Recurrent(nn.Module):
         return nn.Dense(2, name="head")(h[:, -1] if self.last else h)
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CELLS)
 def test_the_state_of_a_cell_is_a_group(name, last):
     cell, writers, readers = CELLS[name]
