@@ -29,10 +29,13 @@ ensembles by `vmap`            numbered by member and column, all in one group.
 layers stacked for `scan`      each layer has its own; what a kernel reads is captured as an output of the scan.
 recurrent cells                a dimension of the state: the columns of all gates are incoming, and its rows in the
 (GRU, LSTM, minimal, linear)   state's kernels outgoing, whether the cell is scanned or unrolled.
+sums by segment, over devices, stay what they were, as after a sum over the batch; channels that are added by
+padded shortcuts               padding are none.
 sums, means and maxima of      those that are taken together are one unit: maxout, the mean of an ensemble.
 some units at a time
 attention                      a head: its columns of query, key and value are incoming, its rows of the output
-                               projection outgoing. Query heads that share keys are one unit. Kind "head".
+                               projection outgoing. Query heads that share keys are one unit. Kind "head". Of a single
+                               head, or where all share keys and values, each dimension of the values is a unit.
 class tokens, mask tokens,     a parameter put beside units, tiled or in place of what is masked, is their bias; learned
 learned queries                queries that a kernel reads are units, as of an embedding.
 residual stream                a dimension of it: everything writes and reads it. Embeddings are incoming, class tokens
@@ -52,13 +55,13 @@ Listed by name in `Units.left_out`, each with its reason; everything around is f
 - `while` and `cond`: what they compute cannot be captured from outside;
 - the state of a cell that is returned: it is output;
 - kernels that are computed (weight standardization, spectral norm, LoRA), cut or masked;
-- activations that are multiplied as matrices other than in attention with several heads, sorted, maximized or
-  soft-maxed over all units, or mixed over positions by a kernel (MLP-Mixer's token mixing): all units become one there;
+- activations that only weigh others: queries and keys of a single head, routers of experts;
+- activations that are sorted, maximized or soft-maxed over all units, or mixed over positions by a kernel (MLP-Mixer's
+  token mixing): all units become one there;
 - sums over all units of a layer that are used other than for their normalization: a softmax, a gate, a part of the sum.
   A normalization is the mean subtracted, or a division by the root of the mean or sum of squares or of the variance;
 - activations that are taken by an index of each example (`take_along_axis`, `vmap` of `h[i]`; `h[rows, i]` is
-  followed), written into (`at[...].set`, `dynamic_update_slice`), summed by segment (graph networks) or
-  Fourier-transformed;
+  followed), of which some are overwritten (`dynamic_update_slice`), or that are Fourier-transformed;
 - what meets a parameter other than by sums, products and quotients, such as `clip(h, -p, p)`, and layers in front of a
   computed kernel, such as that of a cosine classifier;
 - networks with derivatives by their inputs inside, whose kernels are used in two ways.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from cbp_jax.units.values import Labels, Weight
+from cbp_jax.units.values import Derived, Labels, Vector, Weight
 
 REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 # What only puts the same values in another order or shape.
@@ -147,10 +147,33 @@ def _dynamic_slice_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | N
 
 
 def _pad_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    config = eqn.params["padding_config"]
-    if any(size > 1 and tuple(pad) != (0, 0, 0) for pad, size in zip(config, ids.shape, strict=True)):
+    """What is padded along units is of none, as in a shortcut to more channels."""
+    config = [pad if size > 1 else (0, 0, 0) for pad, size in zip(eqn.params["padding_config"], ids.shape, strict=True)]
+    if any(low < 0 or high < 0 or inside for low, high, inside in config):
         return None
-    return ids
+    return np.pad(ids, [(low, high) for low, high, _ in config], constant_values=-1)
+
+
+def _parallel_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
+    """A sum or maximum over devices, or over the axes that `vmap` has made of them."""
+    axes = tuple(axis for axis in eqn.params["axes"] if isinstance(axis, int))
+    return None if any(ids.shape[axis] > 1 for axis in axes) else ids.squeeze(axes)
+
+
+def scatter_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
+    """The labels of what updates with these labels are written into; None if a window does not hold all units."""
+    numbers, (operand, _, updates) = eqn.params["dimension_numbers"], (atom.aval.shape for atom in eqn.invars)
+    windows = [axis for axis in range(len(operand)) if axis not in numbers.inserted_window_dims]
+    if numbers.operand_batching_dims:
+        return None
+    places = dict(zip(numbers.update_window_dims, windows, strict=True))
+    made = [1] * len(operand)
+    for axis, size in enumerate(ids.shape):
+        if size > 1:
+            if axis not in places or updates[axis] != operand[places[axis]]:
+                return None
+            made[places[axis]] = size
+    return ids.reshape(made)
 
 
 def _tile_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray:
@@ -183,6 +206,7 @@ LABEL_RULES: dict[str, Callable[[core.JaxprEqn, np.ndarray], np.ndarray | None]]
     "gather": _gather_labels,
     "pad": _pad_labels,
     "tile": _tile_labels,
+    **dict.fromkeys(("psum", "pmax", "pmin"), _parallel_labels),
     **dict.fromkeys(REDUCTIONS, _reduce_labels),
     **dict.fromkeys(_WINDOWS, _window_labels),
     **dict.fromkeys(_CUMULATIVE, lambda eqn, ids: None if ids.shape[eqn.params["axis"]] > 1 else ids),
@@ -230,6 +254,10 @@ class KernelUse:
 
     def _product(self, eqn: core.JaxprEqn, values: list[Any]) -> None:
         sides = [number for number, value in enumerate(values) if isinstance(value, Weight)]
+        computed = [value for value in values if isinstance(value, Vector | Derived)]
+        if len(sides) != 1 and computed:
+            self.reason = "a kernel is computed, from other parameters or values, before it is applied"
+            return
         if len(sides) != 1:
             self.reason = "its activations are multiplied with activations or with a kernel computed from other values"
             return

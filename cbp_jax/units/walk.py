@@ -274,6 +274,8 @@ class Walk:
             return self.concatenate(eqn, values, eqn.params["dimension"], shapes)
         if name == "stack":
             return self.stack(eqn, values)
+        if name in ("scatter-add", "scatter"):
+            return self.scatter(eqn, values)
         rule = rules.LABEL_RULES.get(name)
         if rule is None or any(value is not None for value in values[1:]):
             return self.not_followed(eqn, values)
@@ -281,7 +283,7 @@ class Walk:
             first = self.sum_joined(eqn, first)
         ids = rule(eqn, first.ids)
         if ids is not None:
-            reduced = first.reduced or name == "reduce_sum"
+            reduced = first.reduced or name in ("reduce_sum", "psum")
             form = first.form if name in rules.REARRANGING else moments.Form()
             return Labels(ids, reduced, first.running, form=form)
         if name == "reduce_sum":  # over units: a statistic that mixes them
@@ -292,6 +294,14 @@ class Walk:
         ):  # as of maxout: those of which one is taken are one unit
             return Labels(self.merge(first.ids, tuple(axes)))
         return self.not_followed(eqn, values)
+
+    def scatter(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """Units that are summed by segment, or written into an array over the batch, stay what they are."""
+        operand, indices, updates = values
+        ids = rules.scatter_labels(eqn, updates.ids) if isinstance(updates, Labels) else None
+        if ids is None or indices is not None or not (operand is None or isinstance(operand, Labels)):
+            return self.not_followed(eqn, values)
+        return Labels(ids if operand is None else self.join(ids, operand.ids))
 
     def as_units(self, value: Any) -> Any:
         """A sum over some units at a time, as over the members of an ensemble, as units: those in it become one."""
@@ -766,6 +776,13 @@ class Walk:
             before = (1,) * rest[0] if side == 1 else ()
             sides.append(ids.reshape(*sizes[0], *before, *sizes[1], *after))
         ids = sides[0]
+        if len(sides) == 2:
+            counts = [np.unique(self.labels.roots(side[side >= 0])).size for side in sides]
+            crossed = not any(m > 1 and n > 1 for m, n in zip(sides[0].shape, sides[1].shape, strict=True))
+            if crossed and counts[0] != counts[1]:  # all would be one, as where there is one head of keys or values
+                text = "it weighs other activations, as queries and keys of a single head do, and no kernel reads it"
+                self.lose_units(sides[counts.index(min(counts))], Reason(LeftOutKind.NOT_READ, text))
+                return Labels(sides[counts.index(max(counts))])
         for other in sides[1:]:
             self.products.append(np.unique(np.concatenate([ids[ids >= 0], other[other >= 0]])))
             ids = self.join(ids, other)
