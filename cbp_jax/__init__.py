@@ -3,6 +3,7 @@
 from typing import Any
 
 from cbp_jax import curvature, metrics
+from cbp_jax.contracted import contract_convolutions
 from cbp_jax.replacement import Choice, GroupView, Policy, ReplacementState, replace_units
 from cbp_jax.train_state import TrainState
 from cbp_jax.transforms import (
@@ -46,6 +47,7 @@ __all__ = [
     "add_noise",
     "clip_weights",
     "continual_backprop",
+    "contract_convolutions",
     "curvature",
     "discover_units",
     "ewc",

@@ -48,8 +48,20 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, A
     return closed, out_tree
 
 
+def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on values as it stands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+Bind = Callable[[core.JaxprEqn, Sequence[Any]], list[Any]]
+
+
 def evaluate(
-    closed: core.ClosedJaxpr, args: Sequence[Any], keep: Collection[core.Var] = ()
+    closed: core.ClosedJaxpr, args: Sequence[Any], keep: Collection[core.Var] = (), bind: Bind = bind
 ) -> tuple[list[Any], dict[core.Var, Any]]:
     """Evaluates a jaxpr, inlining calls that hold contractions.
 
@@ -61,6 +73,7 @@ def evaluate(
       closed: the jaxpr with its constants.
       args: a value for each of its inputs.
       keep: variables of the jaxpr, or of the bodies of its calls, whose values are wanted too.
+      bind: evaluates one equation that is not inlined, as the function of that name does.
 
     Returns:
       the outputs, and the values of `keep`.
@@ -76,28 +89,19 @@ def evaluate(
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name in _INLINED and _holds_contraction(eqn):
-            results, inner = evaluate(_body(eqn), values, keep)
+            results, inner = evaluate(_body(eqn), values, keep, bind)
             kept.update(inner)
         elif eqn.primitive.name in _REMAT and _holds_contraction(eqn):
-            results, inner = _rematerialised(eqn, keep)(*values)
+            results, inner = _rematerialised(eqn, keep, bind)(*values)
             kept.update(zip(_variables(_body(eqn), keep), inner, strict=True))
         elif eqn.primitive.name == "scan" and _holds_contraction(eqn):
-            results, inner = _scanned(eqn, values, keep)
+            results, inner = _scanned(eqn, values, keep, bind)
             kept.update(inner)
         else:
             results = bind(eqn, values)
         env.update(zip(eqn.outvars, results, strict=True))
     kept.update({var: env[var] for var in keep if var in env})
     return [read(atom) for atom in closed.jaxpr.outvars], kept
-
-
-def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation on values as it stands."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*functions, *values, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 class Scan(NamedTuple):
@@ -137,6 +141,14 @@ def count_equations(jaxpr: core.Jaxpr) -> int:
     return len(jaxpr.eqns) + sum(inner)
 
 
+def holds(jaxpr: core.Jaxpr, name: str) -> bool:
+    """Whether a primitive of this name stands in a jaxpr, or in the body of a call or a loop in it."""
+    return any(
+        eqn.primitive.name == name or any(holds(body, name) for body in core.jaxprs_in_params(eqn.params))
+        for eqn in jaxpr.eqns
+    )
+
+
 def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     """The equations that the outputs depend on, in order."""
     live = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
@@ -148,26 +160,28 @@ def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     return kept[::-1]
 
 
-def _rematerialised(eqn: core.JaxprEqn, keep: Collection[core.Var]) -> Callable[..., tuple[list[Any], list[Any]]]:
+def _rematerialised(
+    eqn: core.JaxprEqn, keep: Collection[core.Var], bind: Bind
+) -> Callable[..., tuple[list[Any], list[Any]]]:
     """The body of a checkpointed call, checkpointed, returning its outputs and the values to keep."""
     body = _body(eqn)
 
     def run(*args):
-        outputs, kept = evaluate(body, args, keep)
+        outputs, kept = evaluate(body, args, keep, bind)
         return outputs, [kept[var] for var in _variables(body, keep)]
 
     return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
 
 def _scanned(
-    eqn: core.JaxprEqn, values: Sequence[Any], keep: Collection[core.Var]
+    eqn: core.JaxprEqn, values: Sequence[Any], keep: Collection[core.Var], bind: Bind
 ) -> tuple[list[Any], dict[core.Var, Any]]:
     """The outputs of a scan, and the values to keep of all its passes."""
     scan = scan_of(eqn, values)
     variables = _variables(scan.body, keep)
 
     def run(carry, x):
-        outputs, kept = evaluate(scan.body, [*scan.consts, *carry, *x], keep)
+        outputs, kept = evaluate(scan.body, [*scan.consts, *carry, *x], keep, bind)
         count = len(scan.carry)
         return outputs[:count], (outputs[count:], [kept[var] for var in variables])
 

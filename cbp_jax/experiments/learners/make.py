@@ -77,8 +77,8 @@ def make_learner(
     in_training = functools.partial(net.apply, **differs, **({"mutable": ["batch_stats"]} if batch_stats else {}))
     traced = functools.partial(in_training, rngs={"dropout": jax.random.key(0)}) if batch_stats else net.apply
     units = cbp_jax.discover_units(traced, params, example, check=True)
-    apply = cbp_jax.with_features(net.apply, units)
-    apply_in_training = cbp_jax.with_features(in_training, units)
+    apply = cbp_jax.contract_convolutions(cbp_jax.with_features(net.apply, units))
+    apply_in_training = cbp_jax.contract_convolutions(cbp_jax.with_features(in_training, units))
 
     def train(params, x, key):
         return apply_in_training(params, x, **({"rngs": {"dropout": key}} if differs else {}))

@@ -1,0 +1,108 @@
+"""Steps of convolutional networks in a loop on a CPU: XLA's convolutions against matrix products.
+
+    python benchmarks/convolutions.py                      # ResNet-18 of an eighth of the widths; ConvNet
+    python benchmarks/convolutions.py --networks resnet --scale 1 --variants products cbp --rounds 1
+
+A step is a forward and a backward pass and an update by SGD with momentum, in a `lax.scan` as the training loop has it.
+`convolutions` are XLA's, `outside` the same without a loop, `products` those of `contract_convolutions`, and `cbp`
+these with continual backpropagation. Calls are interleaved; seconds are medians.
+"""
+
+import argparse
+import platform
+import statistics
+
+import jax
+import jax.numpy as jnp
+import optax
+from timing import interleaved, ratio
+
+import cbp_jax
+from cbp_jax import nets
+
+WIDTHS = (64, 128, 256, 512)
+VARIANTS = ("convolutions", "outside", "products", "cbp")
+
+
+def network(name, scale):
+    """A network and the number of images in its batches."""
+    if name == "resnet":
+        return nets.ResNet(100, widths=tuple(width // scale for width in WIDTHS)), 90
+    return nets.ConvNet(2), 100
+
+
+def runner(name, scale, variant, steps):
+    """A function of no arguments that trains for `steps` more steps."""
+    net, batch = network(name, scale)
+    x = jax.random.normal(jax.random.key(0), (batch, 32, 32, 3))
+    y = jnp.arange(batch) % 2
+    rbg = jax.random.key(2, impl="rbg")  # compiles far sooner than threefry
+    variables = jax.jit(net.init)(rbg, x[:1])
+    mutable = ["batch_stats"] if "batch_stats" in variables else []
+
+    def apply_fn(params, rest, x):
+        return net.apply({**rest, "params": params}, x, train=True, mutable=mutable)
+
+    params, rest = variables["params"], {key: tree for key, tree in variables.items() if key != "params"}
+    apply, units = lambda *args: (apply_fn(*args), {}), None
+    tx = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
+    if variant == "cbp":
+        units = cbp_jax.discover_units(apply_fn, params, rest, x)
+        apply = cbp_jax.with_features(apply_fn, units)
+        tx = cbp_jax.continual_backprop(tx, units, replacement_rate=1e-5, maturity_threshold=1000)
+    if variant in ("products", "cbp"):
+        apply = cbp_jax.contract_convolutions(apply)
+
+    def step(carry, _=None):
+        params, rest, state = carry
+
+        def loss_fn(params):
+            (logits, new), features = apply(params, rest, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (new, features)
+
+        grads, (new, features) = jax.grad(loss_fn, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params, features=features)
+        if units is not None and mutable:
+            new = cbp_jax.reset_batch_stats(new, units, state.replaced)
+        return (optax.apply_updates(params, updates), dict(new), state), None
+
+    one = jax.jit(lambda carry: step(carry)[0], donate_argnums=0)
+    many = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0], donate_argnums=0)
+    carry = params, rest, tx.init(params)
+
+    def once():
+        nonlocal carry
+        if variant == "outside":
+            for _ in range(steps):
+                carry = one(carry)
+        else:
+            carry = many(carry)
+        return carry
+
+    return once
+
+
+def main():
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["resnet", "convnet"], choices=["resnet", "convnet"])
+    parser.add_argument("--scale", type=int, default=8, help="the residual network's widths are ResNet-18's over this")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a timed call; more than 1, or there is no loop")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.device_kind} ({device.platform}), python {platform.python_version()}")
+    print(f"{'network':>8} {'variant':>13} {'s a step':>9} {'of ' + args.variants[0]:>16}")
+    for name in args.networks:
+        functions = {variant: runner(name, args.scale, variant, args.steps) for variant in args.variants}
+        seconds = interleaved(functions, args.rounds)
+        for variant in args.variants:
+            median = statistics.median(seconds[variant]) / args.steps
+            print(
+                f"{name:>8} {variant:>13} {median:9.4f} {ratio(seconds, variant, args.variants[0]):16.3f}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
