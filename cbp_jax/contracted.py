@@ -14,7 +14,7 @@ from jax.extend import core
 from cbp_jax import jaxprs
 
 # Where a kernel reads fewer channels than this, its patches are put together first: products of few columns are slow.
-_FEW_CHANNELS = 16
+_FEW_CHANNELS = 33
 
 
 def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:

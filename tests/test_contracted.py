@@ -26,7 +26,7 @@ CONVOLUTIONS = {
     "padded unevenly": (draw(2, 7, 6, 3), draw(3, 3, 3, 5), {"padding": ((0, 3), (2, -1))}),
     "grouped": (draw(2, 7, 6, 4), draw(3, 3, 2, 6), {"padding": "SAME", "feature_group_count": 2}),
     "depthwise": (draw(2, 7, 6, 4), draw(3, 3, 1, 8), {"padding": "SAME", "feature_group_count": 4}),
-    "transposed": (draw(2, 5, 4, 3), draw(3, 3, 3, 5), {"padding": "SAME", "lhs_dilation": (2, 2)}),
+    "transposed": (draw(2, 5, 4, 3), draw(3, 3, 3, 5), {"padding": ((1, 2), (2, 1)), "lhs_dilation": (2, 2)}),
     "channels first": (
         draw(2, 3, 7, 6), draw(5, 3, 3, 3), {"padding": "SAME", "dimension_numbers": ("NCHW", "OIHW", "NCHW")}
     ),

@@ -178,6 +178,7 @@ def test_a_stack_that_is_built_twice_has_units_of_its_own():
     resets.check_resets(units, params, lambda p: apply(p, X))
 
 
+@pytest.mark.slow
 def test_stacked_layers_train_with_replacements():
     apply_fn, params = of_lax()
     units = cbp_jax.discover_units(apply_fn, params, X)
