@@ -148,10 +148,12 @@ class Walk:
         for eqn in jaxprs.live_equations(closed.jaxpr):
             values = [read(atom) for atom in eqn.invars]
             body = jaxprs.call_body(eqn)
+            for var in eqn.outvars:  # of a body that was met before, perhaps with other operands
+                self.note_number(var, None)
             if all(value is None for value in values):
                 numbers, made = [self.number(atom) for atom in eqn.invars], _ARITHMETIC.get(eqn.primitive.name)
-                if made is not None:
-                    self.note_number(eqn.outvars[0], None if None in numbers else made(*numbers))
+                if made is not None and None not in numbers:
+                    self.note_number(eqn.outvars[0], made(*numbers))
                 continue
             if eqn.primitive.name == "scan":
                 results = self.scan(eqn, values, nested)
@@ -220,12 +222,11 @@ class Walk:
     def stacked(self, values: list[Any]) -> Any:
         """What a scan puts together of what its passes give."""
         found = rules.labelled(values)
-        if not found:
-            paths = _paths(values)
-            return Derived(paths) if paths or any(isinstance(value, Vector) for value in values) else None
         if any(value is not None and not isinstance(value, Labels) for value in values):
             for value in values:
-                self.lose(value, Reason(LeftOutKind.LOOP, "passes of a `scan` put it beside parameters"))
+                self.lose(value, Reason(LeftOutKind.LOOP, "passes of a `scan` put it beside others"))
+            return Derived(_paths(values))
+        if not found:
             return None
         ids = [
             np.full((1,) * found[0].ids.ndim, -1) if value is None else self.labels.roots(value.ids) for value in values

@@ -279,6 +279,34 @@ def test_recurrences_by_hand(name, start, scanned):
     resets.check_resets(units, params, lambda p: apply(p, SEQUENCE, X[:, :4]))
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_sums_that_a_scan_gives_back_leave_their_units_out(check):
+    params = draw(a=(3, 4), head=(4, 2))
+
+    def apply_fn(p, x):
+        def step(total, x):
+            h = jnp.tanh(x @ p["a"])
+            return total + h.sum(-1), (h @ p["head"], h.sum(-1))
+
+        return jax.lax.scan(step, jnp.zeros(4), jnp.moveaxis(x, 1, 0))[1]
+
+    with pytest.raises(ValueError, match="a: it is summed with other units"):
+        cbp_jax.discover_units(apply_fn, params, SEQUENCE, check=check)
+
+
+def test_a_body_that_is_met_with_numbers_and_then_with_units():
+    params = draw(a=(3, 4), head=(4, 2))
+    double = jax.jit(lambda a, b: (a * 1.0) * b)
+
+    def apply_fn(p, x):
+        h = x @ p["a"]
+        return jnp.tanh(double(jnp.zeros(4), h) + double(h, h)) @ p["head"]
+
+    units = cbp_jax.discover_units(apply_fn, params, X[:, :3])
+    assert [group.name for group in units] == ["a"]
+    resets.check_resets(units, params, lambda p: (apply_fn(p, X[:, :3]), None))
+
+
 def test_a_state_that_is_returned_is_output():
     net = nn.RNN(nn.GRUCell(7), return_carry=True)
     params = jax.jit(net.init)(jax.random.key(0), SEQUENCE)
