@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import cbp_jax
 from cbp_jax import units as units_lib
 from cbp_jax.replacement import edits, views
 
@@ -197,3 +198,35 @@ def check_compensation(group, unit, params, compensated, features, vectors, rtol
             (gave,) = readers[path]
             left = gave - (new[path] - old[path])
             assert np.mean(np.square(left)) <= np.mean(np.square(gave)) * 1.001 + 1e-9, (group.name, unit, path)
+
+
+def train(units, params, apply, targets, steps=100, **settings):
+    """Trains a network by the mean square of its error, with continual backpropagation.
+
+    Args:
+      units: its groups.
+      params: its parameters.
+      apply: params -> (array, features), on a batch.
+      targets: what the array should be.
+      steps: how many updates.
+      **settings: of `continual_backprop`.
+
+    Returns:
+      the losses, [steps], and by group how many units were replaced in all.
+    """
+    settings = {"replacement_rate": 0.02, "maturity_threshold": 10, **settings}
+    tx = cbp_jax.continual_backprop(cbp_jax.adam(1e-2), units, **settings)
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, _):
+            params, state = carry
+            loss_fn = lambda p: (lambda out, features: (jnp.mean((out - targets) ** 2), features))(*apply(p))
+            (loss, features), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            updates, state = tx.update(grads, state, params, features=features)
+            return (jax.tree.map(jnp.add, params, updates), state), (loss, state.replaced)
+
+        return jax.lax.scan(step, (params, state), None, steps)[1]
+
+    losses, replaced = run(params, tx.init(params))
+    return np.asarray(losses), {name: int(mask.sum()) for name, mask in replaced.items()}

@@ -483,3 +483,18 @@ def test_parameters_that_are_tokens(name):
     units = cbp_jax.discover_units(apply_fn, params, x)
     assert [(g.name, g.size, resets.paths(g.biases)) for g in units] == expected
     resets.check_resets(units, params, lambda p: (apply_fn(p, x), None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOKENS_OF_PARAMETERS)
+def test_networks_with_tokens_of_parameters_train_with_replacements(name):
+    rng = np.random.default_rng(0)
+    shapes = {"token": (1, 1, 4), "patches": (3, 4), "square": (4, 4), "hidden": (4, 5), "head": (5, 2)}
+    params = {key: jnp.float32(rng.normal(size=shape)) for key, shape in shapes.items()}
+    x = jnp.float32(rng.normal(size=(4, 6, 3)))
+    tokens, _ = TOKENS_OF_PARAMETERS[name]
+    apply_fn = lambda p, x: jnp.tanh(jnp.tanh(tokens(p, x)).mean(1) @ p["hidden"]) @ p["head"]
+    units = cbp_jax.discover_units(apply_fn, params, x)
+    apply = cbp_jax.with_features(apply_fn, units)
+    losses, replaced = resets.train(units, params, lambda p: apply(p, x), x[:, 0, :2])
+    assert losses[-1] < 0.7 * losses[0] and all(count >= 5 for count in replaced.values())

@@ -1,13 +1,10 @@
 """Ensembles by `vmap`: units are numbered by member and column."""
 
-import functools
-
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import resets
 from flax import nnx
@@ -121,26 +118,15 @@ def test_members_that_share_a_trunk():
     resets.check_resets(units, params, lambda p: (apply_fn(p, X), None))
 
 
-def test_an_ensemble_trains_with_replacements():
-    apply_fn, params = by_hand()
+@pytest.mark.parametrize(
+    "name", ["by hand", *(pytest.param(n, marks=pytest.mark.slow) for n in ("linen", "nnx", "equinox"))]
+)
+def test_an_ensemble_trains_with_replacements(name):
+    apply_fn, params = ENSEMBLES[name]()
     units = cbp_jax.discover_units(apply_fn, params, X)
     apply = cbp_jax.with_features(apply_fn, units)
-    tx = cbp_jax.continual_backprop(cbp_jax.adam(1e-2), units, replacement_rate=0.02, maturity_threshold=10)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def run(params, state):
-        def step(carry, _):
-            params, state = carry
-            loss = lambda p: (lambda out, f: (jnp.mean((out[:, 0] - X[:, 0]) ** 2), f))(*apply(p, X))
-            (value, features), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            updates, state = tx.update(grads, state, params, features=features)
-            return (optax.apply_updates(params, updates), state), (value, state.replaced)
-
-        return jax.lax.scan(step, (params, state), None, 100)
-
-    _, (losses, replaced) = run(params, tx.init(params))
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(10 <= mask.sum() <= 20 for mask in replaced.values())
+    losses, replaced = resets.train(units, params, lambda p: apply(p, X), X[:, :1])
+    assert losses[-1] < 0.5 * losses[0] and all(count >= 10 for count in replaced.values())
 
 
 JOINS = {

@@ -212,6 +212,45 @@ def test_statistics_of_any_name_are_known_by_their_use():
         assert set(paths) == {"first", "second"}
 
 
+OTHER_STATE = {
+    "offset": lambda h, s: h + s,
+    "difference": lambda h, s: s - h,
+    "part of a mean": lambda h, s: h - 0.5 * s,
+    "gate": lambda h, s: h * s,
+    "quotient": lambda h, s: h / s,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_STATE)
+def test_other_state_is_data(name):
+    """A number for each unit that comes in beside the parameters is no statistic, unless it is used as one."""
+    params = dict(zip(["a", "b"], draw(0, (3, 5), (5, 2)), strict=True))
+    apply_fn = lambda p, state, x: jnp.tanh(OTHER_STATE[name](x @ p["a"], state["s"])) @ p["b"]
+    (group,) = cbp_jax.discover_units(apply_fn, params, {"s": jnp.ones(5)}, X)
+    assert group.name == "a" and not group.statistics
+
+
+READ_AGAIN = {
+    "by a kernel": lambda p, h, new: jnp.tanh(h) @ p["b"] + new @ p["b"],
+    "by a gate": lambda p, h, new: jnp.tanh(h * jax.nn.sigmoid(new)) @ p["b"],
+    "by a sum": lambda p, h, new: jnp.tanh(h + new) @ p["b"],
+}
+
+
+@pytest.mark.parametrize("name", READ_AGAIN)
+def test_an_average_that_is_read_again_is_a_carry(name):
+    """It is updated from a sum over the batch and goes out by its name, but it is more than a statistic."""
+    params = dict(zip(["a", "b"], draw(0, (3, 5), (5, 2)), strict=True))
+
+    def apply_fn(p, state, x):
+        h = x @ p["a"]
+        new = 0.9 * state["s"] + 0.1 * h.mean(0)
+        return READ_AGAIN[name](p, h, new), {"s": new}
+
+    with pytest.raises(ValueError, match="a: it is part of the network's output"):
+        cbp_jax.discover_units(apply_fn, params, {"s": jnp.ones(5)}, X)
+
+
 def test_replacing_a_normalized_unit_changes_others_by_its_statistics_alone():
     """What the mark says: with the statistics held, the gradient of fresh incoming weights is 0."""
     frozen = []

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import resets
 from flax import nnx
@@ -179,25 +178,13 @@ def test_a_stack_that_is_built_twice_has_units_of_its_own():
 
 
 @pytest.mark.slow
-def test_stacked_layers_train_with_replacements():
-    apply_fn, params = of_lax()
+@pytest.mark.parametrize("name", STACKS)
+def test_stacked_layers_train_with_replacements(name):
+    apply_fn, params = STACKS[name]()
     units = cbp_jax.discover_units(apply_fn, params, X)
     apply = cbp_jax.with_features(apply_fn, units)
-    tx = cbp_jax.continual_backprop(cbp_jax.adam(1e-2), units, replacement_rate=0.02, maturity_threshold=10)
-
-    @jax.jit
-    def step(params, state):
-        loss = lambda p: (lambda out, f: (jnp.mean((out - X[:, :2]) ** 2), f))(*apply(p, X))
-        (value, features), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = tx.update(grads, state, params, features=features)
-        return optax.apply_updates(params, updates), state, value
-
-    state, losses = tx.init(params), []
-    for _ in range(100):
-        params, state, value = step(params, state)
-        losses.append(float(value))
-    assert losses[-1] < 0.5 * losses[0]
-    assert all((np.asarray(age) < 100).any() for age in state.age.values())
+    losses, replaced = resets.train(units, params, lambda p: apply(p, X), X[:, :2])
+    assert losses[-1] < 0.5 * losses[0] and all(count >= 5 for count in replaced.values())
 
 
 # ------------------------------------------------------------------------------------------------------ recurrent cells
@@ -233,6 +220,31 @@ def test_the_state_of_a_cell_is_a_group(name, last):
     ]  # fmt: skip
     apply = cbp_jax.with_features(net.apply, units)
     resets.check_resets(units, params, lambda p: apply(p, SEQUENCE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CELLS, "nnx"])
+def test_cells_train_with_replacements(name):
+    if name == "nnx":
+
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.before, self.head = nnx.Linear(3, 5, rngs=rngs), nnx.Linear(7, 2, rngs=rngs)
+                self.rnn = nnx.RNN(nnx.GRUCell(5, 7, rngs=rngs), rngs=rngs)
+
+            def __call__(self, x):
+                return self.head(self.rnn(nnx.tanh(self.before(x))))
+
+        graphdef, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+        apply_fn = lambda params, x: nnx.merge(graphdef, params, rest, copy=True)(x)
+    else:
+        net = Recurrent(CELLS[name][0])
+        apply_fn, params = net.apply, jax.jit(net.init)(jax.random.key(0), SEQUENCE)
+    units = cbp_jax.discover_units(apply_fn, params, SEQUENCE)
+    assert [group.size for group in units] == [5, 7]
+    apply = cbp_jax.with_features(apply_fn, units)
+    losses, replaced = resets.train(units, params, lambda p: apply(p, SEQUENCE), SEQUENCE[..., :2])
+    assert losses[-1] < 0.7 * losses[0] and all(count >= 5 for count in replaced.values())
 
 
 def minimal(p, h, x):
