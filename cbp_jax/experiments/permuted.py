@@ -57,6 +57,17 @@ def _as_pytorch(settings: ImageStreamSettings) -> dict[str, Any]:
     return {"kernel_init": nets.fan_in_uniform(), "bias_init": "fan_in"} if papers else {}
 
 
+def _kaiming(settings: Online) -> dict[str, Any]:
+    """Hidden layers start with the gain of their activation, and the output layer with that of none, as in the paper.
+
+    Activations without such a gain have that of ReLU; networks but the perceptron start as they do by themselves.
+    """
+    if nets.read(settings.network).name != "mlp":
+        return {}
+    init = lambda activation: nets.kaiming_uniform(activation if activation in nets.GAINS else "relu")
+    return {"init_of_activation": init, "output_init": nets.kaiming_uniform("identity")}
+
+
 def paper_grid() -> tuple[str, ...]:
     """The methods of the paper's search: learners with all combinations of the values that it tried.
 
@@ -110,6 +121,8 @@ def _online_laptop(dataset: str | None) -> Online:
                 "l2:step_size=0.003,l2=1e-3",
                 "l2_init:step_size=0.01,l2=1e-2",
                 "shrink_and_perturb:step_size=0.01,l2=1e-2,noise=2e-3",
+                "dropout:step_size=0.01",
+                "online_norm:step_size=0.01",
                 "cbp:step_size=0.01",
             ),
             seeds=5,
@@ -125,6 +138,7 @@ def _online_laptop(dataset: str | None) -> Online:
             "l2_init:step_size=0.003,l2=1e-2",
             "shrink_and_perturb:step_size=0.003,l2=3e-3,noise=2e-4",
             "dropout:step_size=0.003",
+            "online_norm:step_size=0.003",
             "cbp:step_size=0.003",
         ),
         seeds=5,
@@ -143,6 +157,10 @@ def _online_paper(dataset: str | None) -> Online:
             *(f"l2:{paper},l2={l2}" for l2 in (1e-3, 1e-4, 1e-5)),
             *(f"shrink_and_perturb:{paper},l2=1e-4,noise={noise}" for noise in (1e-4, 1e-5, 1e-6)),
             *(f"adam:step_size={step}" for step in (1e-4, 5e-5, 3e-5)),
+            # Rates of dropout are ours: the paper's program has neither dropout nor online normalization.
+            *(f"dropout:{paper},dropout_rate={rate}" for rate in (0.01, 0.1, 0.3)),
+            f"online_norm:{paper}",
+            f"bp:{paper},hidden=none",
             *(f"cbp:{paper},replacement_rate={rate},utility=adaptable_contribution" for rate in (1e-4, 1e-5, 1e-6)),
         ),
         seeds=30,
@@ -150,6 +168,28 @@ def _online_paper(dataset: str | None) -> Online:
         examples_per_task=60_000,
         hidden=(2000, 2000, 2000),
     )
+
+
+def _online_figure(methods: tuple[str, ...], examples_per_task: int = 60_000) -> Callable[[str | None], Any]:
+    """Plain backpropagation on the 48 million examples that the paper's program shows in all."""
+    return lambda dataset: dataclasses.replace(
+        _online_paper(dataset),
+        methods=methods,
+        seeds=10,
+        tasks=48_000_000 // examples_per_task,
+        examples_per_task=examples_per_task,
+    )
+
+
+# How robust the loss of plasticity is: over step sizes, sizes of the network, and how often the task changes.
+ONLINE_FIGURES = {
+    "step_size": _online_figure(tuple(f"bp:step_size={step}" for step in (0.01, 0.003, 0.001))),
+    "network_size": _online_figure(tuple(f"bp:step_size=0.003,hidden={n}x{n}x{n}" for n in (100, 1000, 10_000))),
+    **{
+        f"task_length_{name}": _online_figure(("bp:step_size=0.003",), examples)
+        for name, examples in (("10k", 10_000), ("100k", 100_000), ("1m", 1_000_000))
+    },
+}
 
 
 def _of_pytorch_smoke(settings: type) -> Callable[[str | None], Any]:
@@ -220,8 +260,9 @@ online_permuted = Experiment(
     name="online_permuted",
     about="Online Permuted MNIST (Dohare et al., Nature 2024): every task shuffles the pixels anew.",
     Settings=Online,
-    presets={"smoke": _online_smoke, "laptop": _online_laptop, "paper": _online_paper},
+    presets={"smoke": _online_smoke, "laptop": _online_laptop, "paper": _online_paper, **ONLINE_FIGURES},
     problem=lambda settings: _problem(problems.online_permuted, settings, normalize=False),
+    network=_kaiming,
 )
 
 

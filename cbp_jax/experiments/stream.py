@@ -41,7 +41,7 @@ class StreamSettings:
     batch_size: int = 1
     """Examples of an update."""
     hidden: tuple[int, ...] = (100, 100, 100)
-    """Sizes of the hidden layers."""
+    """Sizes of the hidden layers, where a method does not choose its own; none make a linear network."""
     activation: str = "relu"
     """Activation of the hidden layers, where a method does not choose one."""
     measured_examples: int = 2000
@@ -85,8 +85,7 @@ def check(settings: StreamSettings) -> list[learners.Method]:
       ValueError: a setting is out of range or unknown.
     """
     check_counts(settings, "seeds", "tasks", "batch_size", "measured_examples", "measure_every")
-    if not settings.hidden or min(settings.hidden) < 1:
-        raise ValueError(f"hidden must be sizes of at least one hidden layer, got {settings.hidden}")
+    check_hidden(settings.hidden)
     nets.get_activation(settings.activation)
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
@@ -104,6 +103,12 @@ def check(settings: StreamSettings) -> list[learners.Method]:
             if not network.takes(name):
                 raise ValueError(f"method {method.text!r}: network {network.name!r} has no {name}")
     return methods
+
+
+def check_hidden(sizes: Sequence[int]) -> None:
+    """Raises a ValueError unless all hidden layers have units; a network without hidden layers is linear."""
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"hidden must be sizes of at least 1, or none for a linear network, got {tuple(sizes)}")
 
 
 def check_dataset(name: str) -> None:
@@ -233,7 +238,8 @@ def prepare(
             f"a task must have at most {MOST_STEPS} updates, and has {problem.steps_per_task}; choose fewer "
             "examples or epochs, or a larger batch_size"
         )
-    memory.check_layers((math.prod(problem.input_shape), *settings.hidden, problem.num_classes))
+    for sizes in {settings.hidden, *(method.hidden for method in methods if method.hidden is not None)}:
+        memory.check_layers((math.prod(problem.input_shape), *sizes, problem.num_classes))
     memory.check_examples(measured, problem.input_shape)
     memory.check_results(len(methods), settings.seeds, settings.tasks, len(measures))
 

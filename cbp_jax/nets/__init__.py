@@ -3,7 +3,7 @@
 from cbp_jax.nets.activations import crelu, get_activation
 from cbp_jax.nets.actor_critic import ActorCritic
 from cbp_jax.nets.convnet import ConvNet
-from cbp_jax.nets.initializers import fan_in_uniform, kaiming_uniform
+from cbp_jax.nets.initializers import GAINS, fan_in_uniform, kaiming_uniform
 from cbp_jax.nets.lenet import LeNet, lenet
 from cbp_jax.nets.mlp import MLP, NORMALIZATIONS
 from cbp_jax.nets.online_norm import OnlineNorm, keep_online_stats
@@ -12,6 +12,7 @@ from cbp_jax.nets.resnet import ResNet
 from cbp_jax.nets.transformer import Encoder, ViT
 
 __all__ = [
+    "GAINS",
     "MLP",
     "NETWORKS",
     "NORMALIZATIONS",

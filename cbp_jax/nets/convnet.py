@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 
 from cbp_jax.nets.activations import Activation, get_activation
-from cbp_jax.nets.initializers import BiasInit, bias_initializer, check_bias_init
+from cbp_jax.nets.initializers import BiasInit, bias_initializer, check_bias_init, fan_in_uniform
 from cbp_jax.nets.mlp import check_dropout_rate
 
 
@@ -25,8 +25,9 @@ class ConvNet(nn.Module):
       activation: a name of `get_activation`, or a function of one array.
       dropout_rate: fraction of the hidden dense units dropped in training, in [0, 1). Above 0 a call with
         `train=True` needs `rngs={"dropout": key}`.
-      kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
-      bias_init: a `jax.nn.initializers` function, 0 by default; or "fan_in", uniform in ±1 / sqrt(inputs of a unit).
+      kernel_init: a `jax.nn.initializers` function. By default weights are uniform in ±1 / sqrt(inputs of a unit), as
+        the layers of the Nature paper's program start, and the units that it replaces.
+      bias_init: a `jax.nn.initializers` function; or "fan_in", the default: the same range as that of the weights.
       conv_activation: activation of the convolutions, where it is to be another than that of the dense layers.
 
     Raises:
@@ -57,8 +58,8 @@ class ConvNet(nn.Module):
     padding: str = "VALID"
     activation: str | Activation = "relu"
     dropout_rate: float = 0.0
-    kernel_init: nn.initializers.Initializer = nn.initializers.he_uniform()
-    bias_init: BiasInit = nn.initializers.zeros
+    kernel_init: nn.initializers.Initializer = fan_in_uniform()
+    bias_init: BiasInit = "fan_in"
     conv_activation: str | Activation | None = None
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ from flax import linen as nn
 BiasInit = nn.initializers.Initializer | Literal["fan_in"]
 
 # The gain that keeps the size of activations from layer to layer, as the Nature paper chose it.
-_GAINS = {
+GAINS = {
     "identity": 1.0,
     "sigmoid": 1.0,
     "tanh": 5 / 3,
@@ -47,9 +47,9 @@ def kaiming_uniform(activation: str) -> nn.initializers.Initializer:
       Dohare et al., `Loss of plasticity in deep continual learning
       <https://doi.org/10.1038/s41586-024-07711-7>`_, Nature 2024, Methods
     """
-    if activation not in _GAINS:
-        raise ValueError(f"activation must be one of {sorted(_GAINS)}, got {activation!r}")
-    return nn.initializers.variance_scaling(_GAINS[activation] ** 2, "fan_in", "uniform")
+    if activation not in GAINS:
+        raise ValueError(f"activation must be one of {sorted(GAINS)}, got {activation!r}")
+    return nn.initializers.variance_scaling(GAINS[activation] ** 2, "fan_in", "uniform")
 
 
 def fan_in_uniform() -> nn.initializers.Initializer:

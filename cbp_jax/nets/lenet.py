@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from flax import linen as nn
-
 from cbp_jax.nets.convnet import ConvNet
-from cbp_jax.nets.initializers import BiasInit, fan_in_uniform
 
 
 class LeNet(ConvNet):
@@ -31,8 +28,6 @@ class LeNet(ConvNet):
     channels: Sequence[int] = (6, 16)
     kernel_sizes: Sequence[int] = (5, 5)
     hidden: Sequence[int] = (120, 84)
-    kernel_init: nn.initializers.Initializer = fan_in_uniform()
-    bias_init: BiasInit = "fan_in"
 
 
 def lenet(num_outputs: int, **settings: Any) -> LeNet:

@@ -20,7 +20,7 @@ class PermutedTask(NamedTuple):
     """One task of ``online_permuted``."""
 
     permutation: jax.Array  # int32 [pixels]; pixel i of an input is pixel permutation[i] of the image
-    order: jax.Array  # int32 [examples_per_task], distinct indices of images in the order of presentation
+    order: jax.Array  # int32 [examples_per_task], indices of images in the order of presentation
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
 
@@ -35,7 +35,8 @@ def online_permuted(
     """A stream of tasks that differ in the permutation of the input's pixels.
 
     Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and which examples it
-    shows in which order (each at most once; all of them by default). Inputs are flat vectors with values in
+    shows in which order (all of them once by default; where it shows more than there are, they come again in the same
+    order, as in the authors' program). Inputs are flat vectors with values in
     [0, 1], or, for a network that takes images, these in the shape of an image. Images stay uint8 on the device; each
     batch is gathered, scaled and permuted as it is asked for.
 
@@ -44,8 +45,7 @@ def online_permuted(
 
     Args:
       dataset: images, or features, and labels, as ``cbp_jax.data.load`` returns them.
-      examples_per_task: number of examples in a task, at most ``len(dataset)``, which is the default. Each
-        task draws its own.
+      examples_per_task: number of examples in a task, ``len(dataset)`` by default. Each task draws its own.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
       normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
@@ -71,9 +71,7 @@ def online_permuted(
     ((16, 64), (16,), 112)
     """
     size = len(dataset)
-    examples = sampling.check_integer(
-        "examples_per_task", size if examples_per_task is None else examples_per_task, size
-    )
+    examples = sampling.check_integer("examples_per_task", size if examples_per_task is None else examples_per_task)
     batch_size = sampling.check_integer("batch_size", batch_size, examples)
     pixels = dataset.images[0].size
     scale = sampling.scaling(dataset, normalize)
@@ -82,7 +80,8 @@ def online_permuted(
         del data
         permutation_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         permutation = jax.random.permutation(permutation_key, pixels).astype(jnp.int32)
-        return PermutedTask(permutation, sampling.distinct(order_key, size, examples), evaluation_key)
+        order = jnp.resize(sampling.distinct(order_key, size, min(examples, size)), (examples,))  # again and again
+        return PermutedTask(permutation, order, evaluation_key)
 
     def gather(data, task, indices):
         # Rows first and then pixels: one gather with both indices costs 5 us instead of 0.7 us at batch 1. To

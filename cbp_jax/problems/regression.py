@@ -1,8 +1,9 @@
-"""Slowly-Changing Regression: a fixed target network whose inputs drift, one bit at a time.
+"""Slowly-Changing Regression: a fixed target network whose inputs drift.
 
 Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: of m bits, f are held for T examples, and
-then one of them flips; the others are random in every example. The target is more complex than the learner can
-represent, so that the best approximation changes with the bits, and the learner must keep tracking it.
+then one of them flips, or all are drawn anew; the others are random in every example. The target is more
+complex than the learner can represent, so that the best approximation changes with the bits, and the learner must keep
+tracking it.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ _BLOCK = 256  # flips drawn at a time
 
 
 class RegressionTask(NamedTuple):
-    """The stretch of ``slowly_changing_regression`` between two flips, and the target network."""
+    """The stretch of ``slowly_changing_regression`` between two changes of its bits, and the target network."""
 
     bits: jax.Array  # float32 [flipping_bits], 0 or 1
     input_weights: jax.Array  # float32 [num_inputs + 1, target_units], -1 or 1; the same in all tasks of a stream
@@ -35,28 +36,32 @@ def slowly_changing_regression(
     examples_per_task: int = 10_000,
     target_units: int = 100,
     beta: float = 0.7,
+    redraw: bool = False,
     batch_size: int = 1,
 ) -> Problem:
-    r"""A stream of stretches between two flips of an input bit; the defaults are those of the paper.
+    r"""A stream of stretches between two changes of the slow input bits; the defaults are those of the paper.
 
     An input is ``flipping_bits`` bits that stay as they are during a task, one of which, drawn uniformly, flips before
-    the next; then bits that are random in every example; and last a constant 1, ``num_inputs`` bits and 1 in all. The
-    target network has one hidden layer of linear threshold units and weights that are -1 or 1 at random,
+    the next, or, with ``redraw``, all of which are drawn anew; then bits that are random in every example; and last a
+    constant 1, ``num_inputs`` bits and 1 in all. The target network has one hidden layer of linear threshold units and
+    weights that are -1 or 1 at random,
 
     .. math:: y = \sum_i w_i [v_i \cdot x > \theta_i], \quad \theta_i = (m + 1) \beta - S_i
 
     with S_i the number of negative weights among the m + 1 of v_i. The key of a stream determines its target network,
     and all of a task: tasks can be made in any order, in a time that grows by that of 256 random numbers with every
     256 tasks before it. (The authors' program adds a bias of -1 or 1 to y, which a learner's own bias takes up, and
-    counts the constant's weight into S_i with another sign; this is what the paper says.)
+    counts the constant's weight into S_i with another sign; this is what the paper says. It has
+    configurations that flip one bit, as the paper says, and others that redraw all of them.)
 
     Args:
       num_inputs: m, number of bits besides the constant.
       flipping_bits: f, at most m.
-      examples_per_task: T, number of examples between two flips.
+      examples_per_task: T, number of examples between two changes.
       target_units: number of threshold units of the target network.
       beta: which fraction of the m + 1 inputs must agree in sign with a threshold unit's weights for it to be on, in
         [0, 1].
+      redraw: whether a change draws all ``flipping_bits`` anew, instead of flipping one.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
 
@@ -94,10 +99,14 @@ def slowly_changing_regression(
         input_key, output_key = jax.random.split(target_key)
         input_weights = jax.random.rademacher(input_key, (num_inputs + 1, target_units), jnp.float32)
         first_key, flip_key = jax.random.split(flip_key)
-        first = jax.random.bernoulli(first_key, shape=(flipping_bits,))
+        if redraw:
+            bits = jax.random.bernoulli(jax.random.fold_in(first_key, index), shape=(flipping_bits,))
+        else:
+            first = jax.random.bernoulli(first_key, shape=(flipping_bits,))
+            bits = first ^ (_flips(flip_key, index, flipping_bits) % 2 == 1)
         batch_key, evaluation_key = jax.random.split(jax.random.fold_in(task_key, index))
         return RegressionTask(
-            bits=(first ^ (_flips(flip_key, index, flipping_bits) % 2 == 1)).astype(jnp.float32),
+            bits=bits.astype(jnp.float32),
             input_weights=input_weights,
             thresholds=agreeing - jnp.sum(input_weights < 0, axis=0, dtype=jnp.float32),
             output_weights=jax.random.rademacher(output_key, (target_units,), jnp.float32),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 
 from cbp_jax import metrics
@@ -30,7 +31,8 @@ def symptoms(
 
     Returns:
       scalars: `dead_units`, `weight_magnitude`, and `effective_rank` and `stable_rank`, each over the number of
-      units of a layer and averaged over layers. With `matrices` also `weight_rank`, over the largest possible,
+      units of a layer and averaged over layers; NaN for these, but the magnitude, where there are no units. With
+      `matrices` also `weight_rank`, over the largest possible,
       `weight_l1` and `weight_l2`; with a threshold `dormant_units`.
 
     Example:
@@ -41,14 +43,15 @@ def symptoms(
     """
     layers = jax.tree.leaves(features) if ranked is None else ranked
     ranks = [(metrics.ranks(h.reshape(-1, h.shape[-1])), h.shape[-1]) for h in layers]
+    of_units = lambda value: value() if layers else jnp.float32(jnp.nan)
     measures = {
-        "dead_units": metrics.dead_fraction(features),
+        "dead_units": of_units(lambda: metrics.dead_fraction(features)),
         "weight_magnitude": metrics.weight_magnitude(weights),
-        "effective_rank": sum(rank.effective / n for rank, n in ranks) / len(ranks),
-        "stable_rank": sum(rank.stable / n for rank, n in ranks) / len(ranks),
+        "effective_rank": of_units(lambda: sum(rank.effective / n for rank, n in ranks) / len(ranks)),
+        "stable_rank": of_units(lambda: sum(rank.stable / n for rank, n in ranks) / len(ranks)),
     }
     if dormant_threshold is not None:
-        measures["dormant_units"] = metrics.dormant_fraction(features, dormant_threshold)
+        measures["dormant_units"] = of_units(lambda: metrics.dormant_fraction(features, dormant_threshold))
     if matrices:
         measures["weight_rank"] = metrics.weight_rank(weights)
         measures["weight_l1"] = optax.tree.norm(weights, ord=1)

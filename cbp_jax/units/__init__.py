@@ -5,7 +5,7 @@ networks and why, and what is left out and why. `Units.select` chooses groups; `
 draw them.
 """
 
-from cbp_jax.units.collection import LeftOut, Units, check_units
+from cbp_jax.units.collection import LeftOut, NoUnits, Units, check_units
 from cbp_jax.units.discovery import discover_units
 from cbp_jax.units.features import Features, with_features
 from cbp_jax.units.groups import Consumer, ParamSlice, UnitGroup, join_path, leaves_by_path
@@ -17,6 +17,7 @@ __all__ = [
     "Features",
     "LeftOut",
     "LeftOutKind",
+    "NoUnits",
     "ParamSlice",
     "UnitGroup",
     "Units",

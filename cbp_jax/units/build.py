@@ -58,10 +58,10 @@ def build(walk: Walk, check: Check | None = None) -> collection.Units:
         if path in walk.used_otherwise and path not in made and path not in walk.states and len(shape) > 1:
             kind, text = tracing.not_followed(walk.used_otherwise[path], "it is used in")
             left_out.append(collection.LeftOut(path, shape[-1], text, kind))
-    if not found:
-        reasons = "; ".join(f"{item.name}: {item.reason}" for item in left_out)
-        raise ValueError(f"no units can be replaced in this network: {reasons or 'it applies no kernel'}")
-    return collection.Units(found, left_out, dict.fromkeys(path for path, _ in walk.producers))
+    units = collection.Units(found, left_out, dict.fromkeys(path for path, _ in walk.producers))
+    if not units:
+        raise collection.NoUnits(units)
+    return units
 
 
 class _LeaveOut(Exception):

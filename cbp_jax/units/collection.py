@@ -157,6 +157,19 @@ def _quote(text: str) -> str:
     return '"' + text.replace('"', '\\"') + '"'
 
 
+class NoUnits(ValueError):
+    """No unit of a network can be replaced, as in a linear one.
+
+    Attributes:
+      units: no groups, with the layers that were left out, and why.
+    """
+
+    def __init__(self, units: Units):
+        reasons = "; ".join(f"{item.name}: {item.reason}" for item in units.left_out)
+        super().__init__(f"no units can be replaced in this network: {reasons or 'it applies no kernel'}")
+        self.units = units
+
+
 def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
     """Checks that every slice of the groups exists in the params.
 

@@ -119,7 +119,7 @@ def test_the_network_and_images_are_those_of_the_settings(trained, tmp_path):
         ({"dormant_threshold": -0.1}, r"dormant_threshold must not be negative, got -0\.1"),
         ({"padding": "full"}, "padding must be 'VALID' or 'SAME', got 'full'"),
         ({"channels": (3, 4)}, "channels and kernel_sizes must be of one length"),
-        ({"hidden": ()}, r"hidden must be sizes of at least one hidden layer, got \(\)"),
+        ({"hidden": (0,)}, r"hidden must be sizes of at least 1, or none for a linear network, got \(0,\)"),
         ({"methods": ("bp:momentum=1",)}, r"momentum must be in \[0, 1\), got 1"),
         ({"methods": ("adam:momentum=0.9",)}, r"expected setting=value with one of .*, got 'momentum=0\.9'"),
     ],

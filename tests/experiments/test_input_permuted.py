@@ -104,11 +104,11 @@ def test_a_run_from_end_to_end(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"examples_per_task": 1798}, "examples_per_task must be an integer from 1 to 1797; got 1798"),
+        ({"examples_per_task": 0}, "examples_per_task must be an integer of at least 1; got 0"),
         ({"measure_every": 0}, "measure_every must be at least 1, got 0"),
         ({"measure_every": 13}, "measure_every must be at most the 12 updates of a task, got 13"),
         ({"measure_every": 7, "batch_size": 2}, "measure_every must be at most the 6 updates of a task, got 7"),
-        ({"hidden": (5, 0)}, r"hidden must be sizes of at least one hidden layer, got \(5, 0\)"),
+        ({"hidden": (5, 0)}, r"hidden must be sizes of at least 1, or none for a linear network, got \(5, 0\)"),
         ({"methods": ("upgd:scope=layer",)}, r"scope must be one of \('global', 'local'\), got 'layer'"),
         ({"methods": ("upgd:order=3",)}, r"order must be one of \(1, 2\), got 3"),
         ({"methods": ("upgd:beta_utility=1",)}, r"beta_utility must be in \[0, 1\), got 1"),

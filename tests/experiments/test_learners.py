@@ -145,6 +145,15 @@ def test_what_pulls_on_the_weights_is_scaled_by_the_step_size(method, expected):
     )
 
 
+def test_the_decay_of_shrink_and_perturb_with_adam_goes_through_its_moments():
+    _, before, after = direction("shrink_and_perturb_adam", "step_size=0.5,l2=0.1,noise=0")
+    _, same, decayed = direction("adam", "step_size=0.5,l2=0.1")
+    jax.tree.map(np.testing.assert_array_equal, before, same)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5), after, decayed)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after, before)
+    assert max(jax.tree.leaves(moved)) > 0.01  # where decay is no part of the loss, at most 0.05 of a weight is lost
+
+
 def test_the_noise_of_shrink_and_perturb_has_the_given_size():
     _, before, after = direction("shrink_and_perturb", "step_size=0.5,l2=0,noise=0.2")
     noise = np.concatenate([np.ravel(b - a) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)])
@@ -241,6 +250,8 @@ def test_the_network_is_the_papers():
             {"utility": "weight", "compensate_bias": True, "max_replacements": 3},
         ),
         ("dropout:dropout_rate=0.2", "dropout(dropout_rate=0.2)", {"step_size": 0.01}, {"dropout_rate": 0.2}),
+        ("bp:hidden=30x20", "bp(hidden=30x20)", {"step_size": 0.01}, {"hidden": (30, 20)}),
+        ("bp:hidden=none", "bp(hidden=none)", {"step_size": 0.01}, {"hidden": ()}),
         (
             "bp:activation=tanh,normalization=layer,dropout_rate=0.5",
             "bp(activation=tanh, normalization=layer, dropout_rate=0.5)",
@@ -292,6 +303,8 @@ def test_parse_method(text, label, numbers, options):
         ("bp:step_size=1,step_size=2", "step_size is given twice"),
         ("bp:activation=step", "activation must be .*, got 'step'"),
         ("bp:normalization=batch", r"normalization must be one of \('', .*\), got 'batch'"),
+        ("bp:hidden=30x0", r"hidden must be a tuple of sizes of at least 1, got \(30, 0\)"),
+        ("bp:hidden=wide", "hidden must be sizes as in 100x100, or none, got 'wide'"),
         ("bp:dropout_rate=1", r"dropout_rate must be in \[0, 1\), got 1"),
         ("upgd:order=3", r"order must be one of \(1, 2\), got 3"),
         ("upgd:scope=layer", r"scope must be one of \('global', 'local'\), got 'layer'"),

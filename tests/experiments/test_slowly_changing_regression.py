@@ -8,7 +8,7 @@ from cbp_jax.experiments.slowly_changing_regression import check, preset, run
 
 from cbp_jax import load_results
 from cbp_jax.experiments import EXPERIMENTS, slowly_changing_regression
-from cbp_jax.experiments.regression import ACTIVATIONS
+from cbp_jax.experiments.regression import ACTIVATIONS, PERTURBED
 
 TINY = dataclasses.replace(preset("smoke"), seeds=1, tasks=2, examples_per_task=12, measured_examples=20)
 
@@ -18,12 +18,24 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert (paper.num_inputs, paper.flipping_bits, paper.examples_per_task) == (20, 15, 10_000)
     assert (paper.target_units, paper.beta, paper.hidden, paper.batch_size) == (100, 0.7, (5,), 1)
     assert (paper.tasks * paper.examples_per_task, paper.seeds) == (3_000_000, 100)
+    assert not paper.redraw
     methods = check(paper)
-    assert {method.learner for method in methods} == {"bp"} and len(methods) == 18
-    found = {(method.options["activation"], method.hyperparameters["step_size"]) for method in methods}
+    plain = [method for method in methods if method.learner == "bp" and method.hidden is None]
+    found = {(method.options["activation"], method.hyperparameters["step_size"]) for method in plain}
     activations = ("sigmoid", "tanh", "elu", "leaky_relu", "relu", "swish")
     assert found == {(activation, step) for activation in activations for step in (0.01, 0.003, 0.001)}
+    assert {method.learner for method in methods} == {"bp", "adam", "l2", "cbp", *PERTURBED}
+    assert {method.learner for method in methods if method.hidden == ()} == {"bp", "adam"}  # the linear baselines
     assert activations == ACTIVATIONS
+
+
+def test_the_programs_preset_redraws_the_bits():
+    paper, redrawn = preset("paper"), preset("paper_redraw")
+    assert redrawn.redraw and redrawn.tasks * redrawn.examples_per_task == 1_000_000
+    assert dataclasses.replace(redrawn, redraw=False, tasks=paper.tasks) == paper
+    problem = slowly_changing_regression.problem(redrawn)
+    bits = jax.vmap(lambda index: problem.make_task((), jax.random.key(0), index).bits)(jnp.arange(40))
+    assert (np.diff(bits, axis=0) != 0).sum(1).mean() > 5  # of 15, and not 1
 
 
 def test_the_other_presets_compare_what_they_promise():
@@ -32,11 +44,15 @@ def test_the_other_presets_compare_what_they_promise():
         fields = ("num_inputs", "flipping_bits", "target_units", "beta", "hidden")
         assert all(getattr(settings, field) == getattr(preset("paper"), field) for field in fields)
     laptop = check(preset("laptop"))
-    assert {method.options["activation"] for method in laptop if method.learner == "bp"} == set(ACTIVATIONS)
+    plain = [method for method in laptop if method.learner == "bp"]
+    assert {method.activation for method in plain if method.hidden is None} == set(ACTIVATIONS)
+    assert any(method.hidden == () for method in plain)
     assert {"cbp", "upgd"} <= {method.learner for method in laptop}
     smoke = preset("smoke")
     assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
-    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper'\], got 'large'"):
+    with pytest.raises(
+        ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'paper_redraw'\], got 'large'"
+    ):
         preset("large")
     with pytest.raises(ValueError, match="slowly_changing_regression has none; got 'mnist'"):
         preset("smoke", "mnist")

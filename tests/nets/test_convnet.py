@@ -1,8 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.nets import ConvNet
 from cbp_jax.units import discover_units
 
@@ -43,8 +47,36 @@ def test_computes_what_it_says():
     h = np.tanh(h.reshape(2, -1) @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"])
     expected = h @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
     np.testing.assert_allclose(net.apply(params, X), expected, rtol=1e-4, atol=1e-5)
-    for layer in layers.values():
-        assert (layer["bias"] == 0).all()
+
+
+def test_weights_and_biases_start_as_those_of_the_papers_program():
+    net = ConvNet(num_outputs=50, channels=(30, 40), kernel_sizes=(3, 2), hidden=(60,))
+    layers = net.init(jax.random.key(0), X)["params"]
+    for name, layer in layers.items():
+        fan_in = np.prod(layer["kernel"].shape[:-1])
+        for what in ("kernel", "bias"):
+            largest = float(np.abs(layer[what]).max()) * fan_in**0.5
+            assert 0.8 < largest <= 1, (name, what)
+
+
+def test_replaced_units_start_as_the_others_did():
+    net = functools.partial(ConvNet, channels=(40,), kernel_sizes=(3,))
+    method = parse_method("cbp:replacement_rate=1,maturity_threshold=0")
+    learner = make_learner([method], (30,), "relu", X.shape[1:], 2, network=net)
+    params = learner.init(jax.random.key(0))
+    tx = learner.optimizer(
+        {name: jnp.float32(value) for name, value in method.hyperparameters.items()}, jax.random.key(1)
+    )
+    _, features = learner.predict(params, X)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params, features=features)
+    layers = optax.apply_updates(params, updates)["params"]
+    for name in ("Conv_0", "Dense_0"):
+        kernel = np.asarray(layers[name]["kernel"])
+        assert not np.isclose(kernel, params["params"][name]["kernel"]).all()
+        drawn = kernel[kernel != 0]  # where both layers replace, weights between new units are of the later one
+        assert 0.9 < np.abs(drawn).max() * np.prod(kernel.shape[:-1]) ** 0.5 <= 1
+        assert not layers[name]["bias"].any()
 
 
 def test_convolutions_may_have_another_activation():

@@ -122,6 +122,16 @@ def test_small_tasks_draw_their_own_examples(dataset):
     assert len(set(shown)) == 3
 
 
+def test_long_tasks_show_their_examples_again_in_the_same_order(dataset):
+    problem = online_permuted(dataset, examples_per_task=2 * EXAMPLES + 3)
+    assert problem.steps_per_task == 2 * EXAMPLES + 3
+    task, (x, y) = whole_task(problem, jax.random.key(0), 1)
+    indices = indices_of(dataset, np.asarray(x)[:, 0], np.asarray(task.permutation))
+    assert len(set(indices[:EXAMPLES])) == EXAMPLES
+    np.testing.assert_array_equal(indices, np.resize(indices[:EXAMPLES], 2 * EXAMPLES + 3))
+    np.testing.assert_array_equal(np.ravel(y), dataset.labels[indices])
+
+
 def test_evaluation_is_distinct_random_examples_of_the_task(dataset):
     problem = online_permuted(dataset, examples_per_task=6)
     draws = []
@@ -143,9 +153,8 @@ def test_evaluation_is_distinct_random_examples_of_the_task(dataset):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"examples_per_task": 24}, "examples_per_task must be an integer from 1 to 23; got 24"),
-        ({"examples_per_task": 0}, "examples_per_task must be an integer from 1 to 23; got 0"),
-        ({"examples_per_task": 5.0}, "examples_per_task must be an integer from 1 to 23; got 5.0"),
+        ({"examples_per_task": 0}, "examples_per_task must be an integer of at least 1; got 0"),
+        ({"examples_per_task": 5.0}, "examples_per_task must be an integer of at least 1; got 5.0"),
         ({"batch_size": 0}, "batch_size must be an integer from 1 to 23; got 0"),
         ({"batch_size": 24}, "batch_size must be an integer from 1 to 23; got 24"),
         ({"normalize": (0.5, 0.0)}, r"standard deviations above 0; got \(0.5, 0.0\)"),

@@ -38,6 +38,17 @@ def test_one_bit_flips_between_tasks(tasks):
     assert 20 <= (flipped[1:] == flipped[:-1]).sum() <= 62
 
 
+def test_all_bits_are_redrawn_where_asked_for(tasks):
+    problem = slowly_changing_regression(redraw=True)
+    make = jax.jit(jax.vmap(lambda index: problem.make_task((), jax.random.key(0), index)))
+    redrawn = make(jnp.arange(601))
+    bits = np.asarray(redrawn.bits)
+    changed = (bits[1:] != bits[:-1]).sum(1)
+    assert abs(changed.mean() - 7.5) < 4 * (15 / 4 / 600) ** 0.5 and changed.max() > 10
+    assert (np.abs(bits.mean(0) - 0.5) < 0.1).all()
+    np.testing.assert_array_equal(redrawn.input_weights, tasks.input_weights)  # the target is the same
+
+
 def test_streams_start_from_random_bits():
     keys = jax.random.split(jax.random.key(1), 400)
     first = jax.jit(jax.vmap(lambda key: PAPER.make_task((), key, 0).bits))(keys)

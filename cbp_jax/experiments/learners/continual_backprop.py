@@ -27,6 +27,8 @@ class Replacing(Method):
       kernel_init: what replaced units start from; where it is None, what those of the network did.
     """
 
+    needs_units = True
+
     kernel_init: nn.initializers.Initializer | None = of_python()  # noqa: RUF009
 
     def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:

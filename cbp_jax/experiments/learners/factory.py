@@ -147,9 +147,9 @@ def custom(
     Settings are the function's arguments that have a default, or are given here. Floating-point numbers (0.1, 1.0, and
     what is given where the default is one) are traced: methods that differ in these alone run as lanes of one program.
     If the function needs one of them as a Python number, as in `if momentum > 0:`, each of its values is compiled by
-    itself, and a warning says so. Integers, text and so on are always as they are given. `activation`, `normalization`
-    and `dropout_rate` are the network's settings, as with any method, unless the function has arguments of these names.
-    What an experiment's schedule multiplies is a setting that is called `learning_rate` or `step_size`.
+    itself, and a warning says so. Integers, text and so on are always as they are given. `activation`, `normalization`,
+    `dropout_rate` and `hidden` are the network's settings, as with any method, unless the function has arguments of
+    these names. What an experiment's schedule multiplies is a setting that is called `learning_rate` or `step_size`.
 
     Args:
       factory: the function; a `functools.partial` is its function with settings.

@@ -15,7 +15,7 @@ import cbp_jax
 from cbp_jax import nets
 from cbp_jax.experiments.learners.method import Method
 from cbp_jax.training import Learner, output_layers, reset_layers
-from cbp_jax.units import Units
+from cbp_jax.units import NoUnits, Units
 
 
 def make_optimizer(
@@ -76,7 +76,12 @@ def make_learner(
     differs = {"train": True} if "train" in inspect.signature(type(net).__call__).parameters else {}
     in_training = functools.partial(net.apply, **differs, **({"mutable": ["batch_stats"]} if batch_stats else {}))
     traced = functools.partial(in_training, rngs={"dropout": jax.random.key(0)}) if batch_stats else net.apply
-    units = cbp_jax.discover_units(traced, params, example, check=True)
+    try:
+        units = cbp_jax.discover_units(traced, params, example, check=True)
+    except NoUnits as error:
+        if first.needs_units:
+            raise ValueError(f"method {first.text!r}: {error}") from error
+        units = error.units
     apply = cbp_jax.contract_convolutions(cbp_jax.with_features(net.apply, units))
     apply_in_training = cbp_jax.contract_convolutions(cbp_jax.with_features(in_training, units))
 

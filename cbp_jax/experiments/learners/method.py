@@ -126,6 +126,19 @@ def named(default: str | None, get: Callable[[Any], Any], *, optional: bool = Fa
     return _field(default, Setting(check, optional=optional))
 
 
+def sizes(default: tuple[int, ...] | None = None) -> Any:
+    """A field for the sizes of layers, in texts as 100x100, or none where there are no layers."""
+
+    def check(name: str, value: Any) -> None:
+        if value is None and default is None:
+            return
+        if not isinstance(value, tuple) or not all(isinstance(size, int) and size >= 1 for size in value):
+            raise ValueError(f"{name} must be a tuple of sizes of at least 1, got {value!r}")
+
+    read = lambda text: () if text == "none" else tuple(int(size) for size in text.split("x"))
+    return _field(default, Setting(check, read, "sizes as in 100x100, or none", optional=True))
+
+
 def of_python(default: Any = None) -> Any:
     """A field for what is given from Python alone."""
     return _field(default, Setting(lambda name, value: None, read=None, optional=True))
@@ -161,6 +174,8 @@ class Method:
       activation: of the network's hidden layers; that of the experiment where it is None.
       normalization: of the network's hidden layers.
       dropout_rate: of the network's hidden units.
+      hidden: sizes of the network's hidden layers, which may be none, as in a linear network; those of the experiment
+        where it is None.
       given: names of the settings that were given, which its label shows; by default all that differ from defaults.
 
     Example:
@@ -173,11 +188,13 @@ class Method:
     name: ClassVar[str]  # in texts and in results
     about: ClassVar[str]  # one line for lists
     look: ClassVar[Look]  # in pictures
+    needs_units: ClassVar[bool] = False  # whether a network without hidden units is nothing for it
     reset: ClassVar[str] = ""  # what is drawn anew before each task but the first: "head" or "network"
 
     activation: str | None = named(None, nets.get_activation, optional=True)
     normalization: str = choice("", *nets.NORMALIZATIONS, optional=True)
     dropout_rate: float = ranged(0.0, below=1, traced=False, optional=True)
+    hidden: tuple[int, ...] | None = sizes()
     given: tuple[str, ...] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
@@ -211,7 +228,7 @@ class Method:
     @property
     def text(self) -> str:
         """The text that `parse_method` makes it of."""
-        given = ",".join(f"{name}={value}" for name, value in self._values(self.given).items())
+        given = ",".join(f"{name}={_written(value)}" for name, value in self._values(self.given).items())
         return f"{self.learner}:{given}" if given else self.learner
 
     @property
@@ -232,7 +249,7 @@ class Method:
     def network(self) -> dict[str, Any]:
         """Attributes of the network that it chooses."""
         chosen = {name: getattr(self, name) for name in settings_of(Method)}
-        return {name: value for name, value in chosen.items() if value}
+        return {name: value for name, value in chosen.items() if value or value == ()}
 
     @property
     def curvature(self) -> bool:
@@ -274,4 +291,11 @@ class Method:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return getattr(value, "__name__", None) or str(value)
+    return getattr(value, "__name__", None) or _written(value)
+
+
+def _written(value: Any) -> str:
+    """As a text has it."""
+    if isinstance(value, tuple) and all(isinstance(each, int) for each in value):
+        return "x".join(map(str, value)) or "none"
+    return str(value)

@@ -107,7 +107,9 @@ class ShrinkAndPerturbAdam(Shrinking, Moments):
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        return cbp_jax.shrink_and_perturb(self.adam(optax.adam), self.shrink, self.noise, key)
+        # The decay goes through the moments, as in the Nature paper's program, where it is Adam's own.
+        decayed = optax.chain(optax.add_decayed_weights(self.l2), self.adam(optax.adam))
+        return cbp_jax.shrink_and_perturb(decayed, shrink=0.0, perturb=self.noise, key=key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
