@@ -139,14 +139,30 @@ def _plot(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cbp-jax plot", description="Draws the pictures of a run and prints its table."
     )
-    parser.add_argument("run_dir", type=Path, help="folder of a run, finished or not")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the pictures, by default that of the run")
+    parser.add_argument(
+        "run_dir",
+        type=Path,
+        nargs="+",
+        help="folder of a run, finished or not; or of several, of other seeds or methods",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder for the pictures, by default that of the run; of several runs, also for their joined results",
+    )
     parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
     args = parser.parse_args(argv)
     from cbp_jax import report
 
-    out = args.out or (args.run_dir if args.run_dir.is_dir() else args.run_dir.parent)
-    _show(report.load_results(args.run_dir), out, tuple(args.formats))
+    first = args.run_dir[0]
+    if args.out is None and len(args.run_dir) > 1:
+        raise ValueError("--out must name a folder for the results of several runs")
+    out = args.out or (first if first.is_dir() else first.parent)
+    results = report.join_results([report.load_results(path) for path in args.run_dir])
+    if len(args.run_dir) > 1:
+        print(f"results: {report.save_results(results, out)}")
+    _show(results, out, tuple(args.formats))
 
 
 def _told(settings: Any) -> str:

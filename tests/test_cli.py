@@ -169,6 +169,20 @@ def test_plot_draws_a_run_again_where_and_how_it_is_asked_to(finished, tmp_path,
     assert "<svg" in (tmp_path / "pictures" / os.path.basename(picture)).read_text()
 
 
+def test_plot_joins_runs_of_other_seeds(finished, tmp_path, capsys):
+    out, _ = finished
+    more = load_results(out).assign_coords(seed=[7, 8])
+    report.save_results(more, tmp_path / "more")
+    pictures = tmp_path / "all"
+    assert cli.main(["plot", str(out), str(tmp_path / "more"), "--out", str(pictures)]) == 0
+    assert capsys.readouterr().out.startswith(f"results: {pictures / 'results.nc'}")
+    assert load_results(pictures).seed.values.tolist() == [0, 1, 7, 8]
+    assert "--out must name a folder" in refused_in_one_line(capsys, "plot", str(out), str(tmp_path / "more"))
+    assert "('bp(step_size=0.02)', 0) twice" in refused_in_one_line(
+        capsys, "plot", str(out), str(out), "--out", str(pictures)
+    )
+
+
 def test_data_prepare_says_what_it_made(data_dir, capsys):
     # Prepared already: left as it is.
     source = data_dir / "absent"
@@ -220,7 +234,7 @@ def test_help_shows_the_presets_values(capsys):
     with pytest.raises(SystemExit):
         cli.main(["run", "online_permuted", "--preset", "paper", "--help"])
     shown = capsys.readouterr().out
-    assert "2000 2000 2000" in shown and "800" in shown and "60000" in shown
+    assert shown.count("2000") >= 3 and "800" in shown and "60000" in shown
 
 
 @pytest.mark.parametrize("words", [[], ["train"], ["data"], ["data", "prepare", "mnist"], ["plot"], ["list", "all"]])
@@ -484,7 +498,7 @@ def test_help_says_what_every_setting_is(capsys):
         (["--dataset", "damaged.npz"], "damaged.npz is damaged: its array 'x' cannot be read"),
         (["--dataset", "huge.npz"], "y of huge.npz must be below 100000"),
         (["--batch-size", "9999"], "batch_size must be an integer from 1 to 200; got 9999"),
-        (["--examples-per-task", "1798"], "examples_per_task must be an integer from 1 to 1797; got 1798"),
+        (["--examples-per-task", "0"], "examples_per_task must be an integer of at least 1; got 0"),
         (["--measured-examples", "999999999"], "measured_examples must be at most the 1797 examples that a task has"),
         (["--measure-every", "201"], "measure_every must be at most the 200 updates of a task, got 201"),
         (["--tasks", "1000000000000"], "tasks=1000000000000 and seeds=2 with 2 methods make results of"),

@@ -44,7 +44,9 @@ class Settings:
     methods: tuple[str, ...] = ("adam:step_size=1e-4",)
     """Learners to compare, each a name, with settings if wanted: "adam:b1=0.99,b2=0.99"."""
     seeds: int = 30
-    """Number of runs of each method, seeds 0, 1, ..."""
+    """Number of runs of each method, each with a seed of its own."""
+    first_seed: int = 0
+    """The first of the seeds; the others follow it."""
     steps: int = 20_000_000
     """Steps of the environment in all, rounded up to whole intervals."""
     interval: int = 102_400
@@ -161,6 +163,7 @@ def check(settings: Settings) -> list[learners.Method]:
     methods = stream.check_methods(settings.methods, settings.activation)
     stream.check_counts(settings, "seeds", "steps", "interval", "change_every", "episode_length")
     rollout = ppo_settings(settings).steps
+    stream.check_first_seed(settings)
     if settings.interval % rollout:
         raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")
     if settings.interval < settings.num_envs * settings.episode_length:

@@ -35,7 +35,9 @@ class StreamSettings:
     """Learners to compare, each a name, with settings if wanted: "cbp:replacement_rate=1e-5,utility=weight", or a
     function that makes an optax transformation: "my_module:my_factory(learning_rate=0.01)"."""
     seeds: int = 3
-    """Number of runs of each method, seeds 0, 1, ..."""
+    """Number of runs of each method, each with a seed of its own."""
+    first_seed: int = 0
+    """The first of the seeds; the others follow it. Settings are chosen on some seeds and reported on others."""
     tasks: int = 10
     """Number of tasks."""
     batch_size: int = 1
@@ -85,6 +87,7 @@ def check(settings: StreamSettings) -> list[learners.Method]:
       ValueError: a setting is out of range or unknown.
     """
     check_counts(settings, "seeds", "tasks", "batch_size", "measured_examples", "measure_every")
+    check_first_seed(settings)
     check_hidden(settings.hidden)
     nets.get_activation(settings.activation)
     if settings.lanes not in ("auto", "vmap", "map"):
@@ -103,6 +106,13 @@ def check(settings: StreamSettings) -> list[learners.Method]:
             if not network.takes(name):
                 raise ValueError(f"method {method.text!r}: network {network.name!r} has no {name}")
     return methods
+
+
+def check_first_seed(settings: Any) -> None:
+    """Raises a ValueError unless all seeds are numbers of int32 from 0."""
+    most = max(0, MOST_STEPS - settings.seeds)
+    if not 0 <= settings.first_seed <= most:
+        raise ValueError(f"first_seed must be from 0 to {most}, got {settings.first_seed}")
 
 
 def check_hidden(sizes: Sequence[int]) -> None:
@@ -290,7 +300,7 @@ def empty_results(
         [method.label for method in methods],
         [method.learner for method in methods],
         [_numbers(method, taken={"method", "learner", "seed", "task", *measures}) for method in methods],
-        seeds=settings.seeds,
+        seeds=range(settings.first_seed, settings.first_seed + settings.seeds),
         tasks=tasks,
         settings=dataclasses.replace(settings, methods=texts),
         experiment=experiment,

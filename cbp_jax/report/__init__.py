@@ -4,6 +4,7 @@ from cbp_jax.report.network import plot_units
 from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates
 from cbp_jax.report.results import (
     VALIDATION_MEASURES,
+    join_results,
     load_results,
     new_results,
     record_task,
@@ -17,6 +18,7 @@ __all__ = [
     "best_variants",
     "blocks_of_tasks",
     "finished_tasks",
+    "join_results",
     "last_tenth",
     "load_results",
     "new_results",

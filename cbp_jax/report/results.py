@@ -326,6 +326,51 @@ def load_results(path: str | Path) -> xr.Dataset:
     return results
 
 
+def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Joins results of one experiment that differ in their seeds or in their methods.
+
+    Args:
+      parts: datasets of :func:`load_results`, each with seeds or methods that no other has.
+
+    Returns:
+      the dataset of all; NaN where a method was not run with a seed. Its attributes are those of the first part.
+
+    Raises:
+      ValueError: there are none, they are of several experiments, or two have the same method and seed.
+
+    Example:
+      >>> run = lambda seeds: new_results(["bp"], ["bp"], [{}], seeds=seeds, tasks=10, settings={}, experiment="mine")
+      >>> join_results([run([0, 1]), run([5])]).seed.values.tolist()
+      [0, 1, 5]
+    """
+    xr = require("xarray")
+    if not parts:
+        raise ValueError("parts must be results, got none")
+    experiments = sorted({part.attrs["experiment"] for part in parts})
+    if len(experiments) > 1:
+        raise ValueError(f"parts must be of one experiment, got {experiments}")
+    if len(parts) == 1:
+        return parts[0]
+    seen: set[tuple[str, int]] = set()
+    for part in parts:
+        runs = {(method, seed) for method in part.method.values.tolist() for seed in part.seed.values.tolist()}
+        if runs & seen:
+            raise ValueError(f"parts must have different methods or seeds, got {min(runs & seen)} twice")
+        seen |= runs
+    of_methods = {name for part in parts for name in part.coords if part[name].dims == ("method",) and name != "method"}
+    columns = {name: {} for name in of_methods}
+    for part in parts:
+        for name in of_methods & set(part.coords):
+            columns[name] |= dict(zip(part.method.values.tolist(), part[name].values.tolist(), strict=True))
+    bare = [part.drop_vars(of_methods & set(part.coords)) for part in parts]
+    joined = xr.merge(bare, join="outer", compat="no_conflicts", combine_attrs="override")
+    methods = list(dict.fromkeys(method for part in parts for method in part.method.values.tolist()))
+    joined = joined.loc[{"method": methods}]
+    return joined.assign_coords(
+        {name: ("method", [values.get(method, np.nan) for method in methods]) for name, values in columns.items()}
+    )
+
+
 def settings_json(settings: Any) -> str:
     """The settings of an experiment, a dataclass or a mapping, as the JSON that results keep."""
     return json.dumps(_plain(settings), sort_keys=True)

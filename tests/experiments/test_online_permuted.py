@@ -225,3 +225,16 @@ def test_bad_settings_are_refused_before_anything_is_trained_or_written(change, 
         except KeyboardInterrupt:
             pass
     assert not calls and not (tmp_path / "run").exists()
+
+
+def test_seeds_from_another_on_are_those_of_a_longer_run(finished, tmp_path):
+    results, _, _ = finished
+    later = run(dataclasses.replace(SETTINGS, first_seed=1, seeds=1), tmp_path)
+    assert later.seed.values.tolist() == [1]
+    np.testing.assert_array_equal(later.loss, results.loss.loc[{"seed": [1]}])
+
+
+def test_the_first_seed_is_checked():
+    for first in (-1, 2**31 - 2):
+        with pytest.raises(ValueError, match=f"first_seed must be from 0 to 2147483645, got {first}"):
+            check(dataclasses.replace(SETTINGS, first_seed=first))

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from cbp_jax.files import partial
-from cbp_jax.report import load_results, new_results, record_task, save_results, stream_measures
+from cbp_jax.report import join_results, load_results, new_results, record_task, save_results, stream_measures
 from cbp_jax.report.results import FILE_NAME, MEASURES, UPDATE_MEASURES
 
 
@@ -225,3 +225,35 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, module
     for call in (lambda: save_results(results, tmp_path), lambda: load_results(tmp_path)):
         with pytest.raises(ImportError, match=rf'need {module}: pip install "cbp-jax\[report\]"'):
             call()
+
+
+def filled(number, **changes):
+    results = small(**changes)
+    for measure in results.data_vars.values():
+        measure.values[...] = number + np.arange(measure.size, dtype=np.float32).reshape(measure.shape)
+    return results
+
+
+def test_results_of_other_seeds_and_methods_are_joined():
+    first, second = filled(0), filled(100, seeds=[1])
+    third = filled(200, methods=["adam"], learners=["adam"], hyperparameters=[{"step_size": 0.1}], seeds=[3, 1])
+    joined = join_results([first, second, third])
+    assert joined.method.values.tolist() == ["bp", "cbp(rate=1e-05)", "cbp(rate=0.0001)", "adam"]
+    assert joined.seed.values.tolist() == [1, 3, 5] and joined.attrs == first.attrs
+    assert joined.learner.values.tolist() == ["bp", "cbp", "cbp", "adam"]
+    np.testing.assert_array_equal(joined.step_size, [0.01, np.nan, np.nan, 0.1])
+    for part in (first, second, third):
+        labels = {"method": part.method.values, "seed": part.seed.values}
+        np.testing.assert_array_equal(joined.accuracy.loc[labels], part.accuracy)
+        assert joined.accuracy.dims == part.accuracy.dims
+    assert np.isnan(joined.accuracy.loc[{"method": "adam", "seed": 5}]).all()
+    assert join_results([first]).identical(first)
+
+
+def test_what_cannot_be_joined_is_refused():
+    with pytest.raises(ValueError, match="parts must be results, got none"):
+        join_results([])
+    with pytest.raises(ValueError, match=r"different methods or seeds, got \('bp', 5\) twice"):
+        join_results([small(), small(seeds=[5, 7])])
+    with pytest.raises(ValueError, match=r"of one experiment, got \['online_permuted', 'other'\]"):
+        join_results([small(), small(seeds=[7], experiment="other")])
