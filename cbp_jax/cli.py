@@ -100,7 +100,11 @@ def _run(argv: list[str]) -> None:
     parser.add_argument(
         "experiment", nargs="?", help="a name that `cbp-jax list` shows, or the path of one: my_module:my_experiment"
     )
-    parser.add_argument("--preset", default="laptop", help="settings to start from: smoke, laptop or paper")
+    parser.add_argument(
+        "--preset",
+        default="laptop",
+        help="settings to start from: smoke, laptop, paper, or another that `cbp-jax list` shows",
+    )
     parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
     parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
