@@ -146,7 +146,7 @@ def _of_pytorch_laptop(settings: type, methods: tuple[str, ...]) -> Callable[[st
     return laptop
 
 
-# Of a small search on one seed of MNIST.
+# Of a small search on one seed of MNIST, which was normalized by 0.1307 and 0.3081 then.
 INPUTS_METHODS = (
     "bp:step_size=0.005",
     "pgd:step_size=0.005,sigma=0.01",
