@@ -103,7 +103,7 @@ def _run(argv: list[str]) -> None:
     parser.add_argument(
         "--preset",
         default="laptop",
-        help="settings to start from: smoke, laptop, paper or another that `cbp-jax list` shows",
+        help="settings to start from: smoke, laptop, paper, or another that `cbp-jax list` shows",
     )
     parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
     parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")

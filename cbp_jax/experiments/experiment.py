@@ -62,7 +62,7 @@ class Experiment:
         """The settings of a preset.
 
         Args:
-          name: one of `presets`: "smoke" (seconds), "laptop" (minutes on 2 cores) or "paper".
+          name: one of `presets`: "smoke" (seconds), "laptop" (minutes on 2 cores), "paper", or another that it has.
           dataset: what a preset's sizes may depend on; None is the preset's own.
 
         Returns:

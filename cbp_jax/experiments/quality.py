@@ -11,11 +11,17 @@ networks learn online, the approximations and three other measures (squared grad
 with the true utility by Spearman's rank correlation: over all weights or features of the network (global), and within
 each layer, averaged over layers.
 
-As in the authors' setting, inputs are uniform, the target is the sum of two of them, and SGD sees every sample once.
-Networks have two hidden layers here and one sample an update, where their published code has one hidden layer and by
-default batches of 32 (`hidden`, `batch_size`). That code also evaluates the true utility after the update with the
-loss, gradient and curvature from before it, and correlates the orders that sort the utilities, not their ranks; here
-everything is evaluated at the same parameters on the same samples, and ties share a rank.
+As in the authors' setting, inputs are uniform, the target is the sum of two of them, and SGD sees every sample once,
+one at a step. The preset "paper" has their sizes, too: five inputs, one hidden layer of 50 units, and weights and
+biases that start as PyTorch's do; with one hidden layer, the features have no layers to be told apart. The public
+code's networks for features have two such layers (`--hidden 50 50`).
+
+It differs from what is here in what it compares. Its true utility is the loss after an update, with a weight set to 0,
+less the loss before that update; its approximations take the weights from after it, and gradient and curvature from
+before; it correlates the orders that sort the utilities, not their ranks; by layer, it takes kernels and biases one by
+one, and leaves out a bias that is one number; and the two inputs that are summed may be the same. Here everything is
+evaluated at the same parameters on the same samples, ties share a rank, a layer's kernel and bias are pooled, and the
+inputs differ.
 """
 
 import dataclasses
@@ -33,7 +39,7 @@ import optax
 from cbp_jax import curvature
 from cbp_jax.experiments import folder, memory, stream
 from cbp_jax.experiments.experiment import Experiment
-from cbp_jax.nets import MLP, get_activation
+from cbp_jax.nets import MLP, fan_in_uniform, get_activation
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
 from cbp_jax.units.groups import leaves_by_path
@@ -64,6 +70,8 @@ class Settings:
     """Number of inputs, uniform in [-0.5, 0.5]."""
     summed: int = 2
     """How many of the inputs, chosen for each seed, the target is the sum of."""
+    initialization: Literal["kaiming", "pytorch"] = "kaiming"
+    """How networks start: as Kaiming has it, with biases of 0; or as layers of PyTorch do, biases too (pytorch)."""
     batch_size: int = 1
     """Samples of an update and of a measurement."""
     step_size: float = 0.01
@@ -97,6 +105,8 @@ def check(settings: Settings) -> list[str]:
         raise ValueError(f"activations must be at least one and all different, got {settings.activations}")
     for activation in settings.activations:
         get_activation(activation)
+    if settings.initialization not in ("kaiming", "pytorch"):
+        raise ValueError(f"initialization must be 'kaiming' or 'pytorch', got {settings.initialization!r}")
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
     return list(settings.activations)
@@ -204,7 +214,8 @@ def _empty_results(settings: Settings, activations: list[str]) -> Any:
 
 def _measurements(settings: Settings, activation: str) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """For each measurement, losses [seeds] and correlations [seeds, levels, scopes, utilities]."""
-    net = MLP(settings.hidden, 1, activation)
+    start_as = {"kernel_init": fan_in_uniform(), "bias_init": "fan_in"} if settings.initialization == "pytorch" else {}
+    net = MLP(settings.hidden, 1, activation, **start_as)
     tx = optax.sgd(settings.step_size)
     example = jnp.zeros((settings.batch_size, settings.inputs))
     units = discover_units(net.apply, jax.eval_shape(net.init, jax.random.key(0), example), example, check=True)
@@ -506,7 +517,7 @@ utility_quality = Experiment(
     presets={
         "smoke": lambda: Settings(seeds=2, steps=40, measure_every=10, activations=("tanh",), hidden=(6, 5), inputs=8),
         "laptop": Settings,
-        "paper": lambda: Settings(seeds=30, measure_every=1),
+        "paper": lambda: Settings(seeds=30, measure_every=1, hidden=(50,), inputs=5, initialization="pytorch"),
     },
     check=check,
     total=total,

@@ -190,6 +190,21 @@ def upgd(
     computed. Where no utility is positive :math:`\eta` would turn the order of weights around; here it is its absolute
     value, so that of two weights the more useful is always held the more. Where all utilities are 0 the gate is 1/2.
 
+    The public code, globally, divides the corrected utilities by the largest of the uncorrected ones. Its
+    :math:`\bar U` is that of Algorithm 1, which this is, times :math:`1 / (1 - \beta^t)`: for :math:`\beta = 0.999`
+    1,000 at the first step, 10.5 at the 100th and 1.6 at the 1,000th; for 0.9999, its best on input-permuted MNIST,
+    still 2.5 at the end of the first task. So its early gates are nearly binary: a weight of positive utility stands
+    still and gets no noise, one of negative utility moves at the whole learning rate, and only utilities near 0 are
+    told apart by degrees. The gates of the first step:
+
+    >>> import jax, jax.numpy as jnp
+    >>> utility, beta, t = jnp.array([1.0, 0.1, 0.0, -0.1]), 0.999, 1
+    >>> gates = lambda relative: [f"{gate:.2f}" for gate in 1 - jax.nn.sigmoid(relative)]
+    >>> gates(utility / utility.max())  # here
+    ['0.27', '0.48', '0.50', '0.52']
+    >>> gates(utility / utility.max() / (1 - beta**t))  # the public code's
+    ['0.00', '0.00', '0.50', '1.00']
+
     With `units`, utilities are those of units instead ("feature-wise"): a unit of outgoing weights w with gradients g
     (and curvature h) has :math:`M = \sum (-g w \;[\; + \tfrac12 h w^2 \;])`, the sum running over its outgoing
     weights. That is the derivative of the loss for a gate on the unit, whatever the network, so that no gate needs to

@@ -7,7 +7,7 @@ from cbp_jax.experiments.input_permuted import check, preset, run
 
 from cbp_jax import data, load_results
 from cbp_jax.experiments import EXPERIMENTS, input_permuted
-from cbp_jax.experiments.permuted import paper_grid
+from cbp_jax.experiments.published import best_methods, paper_grid
 
 TINY = dataclasses.replace(preset("smoke"), seeds=1, tasks=2, examples_per_task=12, hidden=(4,), measured_examples=20)
 
@@ -18,36 +18,17 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert paper.tasks * paper.examples_per_task == 1_000_000 and paper.examples_per_task == 5000
     assert paper.seeds == 20 and paper.measure_every == 1
     assert preset("paper", "fashion_mnist") == dataclasses.replace(paper, dataset="fashion_mnist")
-    assert len(check(paper)) == len(paper.methods) == len(paper_grid())
+    assert len(check(paper)) == len(paper.methods) and paper.methods == paper_grid("input_permuted_mnist")
 
 
-@pytest.mark.parametrize("protect", [True, False])
-def test_the_search_has_all_combinations_of_the_papers_values(protect):
-    methods = [method for method in check(preset("paper")) if method.learner == "upgd"]
-    methods = [method for method in methods if method.options["protect"] == protect]
-    names = ("step_size", "beta_utility", "sigma", "weight_decay")
-    found = {tuple(method.hyperparameters[name] for name in names) for method in methods}
-    assert found == {
-        (step, beta, sigma, decay)
-        for step in (1e-2, 1e-3, 1e-4, 1e-5)
-        for beta in (0.999, 0.9999)
-        for sigma in (0.01, 0.1, 1)
-        for decay in (0, 0.1, 0.01, 0.001, 0.0001)
-    }
-    assert len(methods) == 120
-
-
-def test_the_search_compares_the_papers_learners():
-    by_learner = {}
-    for method in check(preset("paper")):
-        by_learner.setdefault(method.learner, []).append(method.hyperparameters)
-    competitors = {"bp", "pgd", "adam", "ewc", "mas", "synaptic_intelligence", "rwalk"}
-    assert set(by_learner) == {"upgd", *competitors}
-    for learner in competitors:
-        assert {numbers["step_size"] for numbers in by_learner[learner]} == {1e-2, 1e-3, 1e-4, 1e-5}, learner
-    assert len(by_learner["bp"]) == len(by_learner["adam"]) == 4
-    noise = {(numbers["sigma"], numbers["weight_decay"]) for numbers in by_learner["pgd"]}
-    assert len(noise) == 15 and len(by_learner["pgd"]) == 60
+def test_the_preset_best_runs_the_papers_learners_at_their_published_best_at_its_sizes():
+    best, paper = preset("best"), preset("paper")
+    assert best == dataclasses.replace(paper, methods=best_methods("input_permuted_mnist"))
+    assert preset("best", "fashion_mnist") == dataclasses.replace(best, dataset="fashion_mnist")
+    assert [method.learner for method in check(best)] == [
+        *("l2", "pgd", "shrink_and_perturb", "adam", "upgd", "upgd"),
+        *("ewc", "mas", "synaptic_intelligence", "rwalk"),
+    ]
 
 
 @pytest.mark.parametrize("dataset", [None, "mnist"])
@@ -59,7 +40,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
     assert preset("laptop").examples_per_task <= len(data.load("digits"))
     smoke = preset("smoke", dataset)
     assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
-    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper'\], got 'large'"):
+    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best'\], got 'large'"):
         preset("large")
     assert EXPERIMENTS["input_permuted"] is input_permuted
 

@@ -6,7 +6,7 @@ import pytest
 from cbp_jax.experiments.label_permuted import check, preset, run
 
 from cbp_jax import data, load_results
-from cbp_jax.experiments import EXPERIMENTS, label_permuted, permuted
+from cbp_jax.experiments import EXPERIMENTS, label_permuted, published
 
 TINY = dataclasses.replace(
     preset("smoke"), methods=("upgd",), seeds=1, tasks=2, examples_per_task=12, hidden=(4,), measured_examples=20
@@ -28,11 +28,28 @@ def test_the_papers_preset_has_the_papers_numbers():
     paper = preset("paper")
     assert (paper.dataset, paper.network, paper.hidden, paper.batch_size) == ("emnist/balanced", "mlp", (300, 150), 1)
     assert paper.examples_per_task == 2500 and paper.tasks * paper.examples_per_task == 1_000_000
-    assert paper.methods == permuted.paper_grid() and paper.seeds == 20 and paper.activation == "relu"
+    assert paper.seeds == 20 and paper.activation == "relu" and paper.measure_every == 1
     cifar = preset("paper", "cifar10")
-    assert cifar == dataclasses.replace(paper, dataset="cifar10", network="lenet", hidden=(120, 84))
+    assert (cifar.network, cifar.hidden) == ("lenet:conv_activation=identity", (120, 84))
+    same = {"dataset": None, "network": None, "hidden": None, "methods": None}
+    assert dataclasses.replace(cifar, **same) == dataclasses.replace(paper, **same)
     features = preset("paper", "mini_imagenet.npz")
-    assert features == dataclasses.replace(paper, dataset="mini_imagenet.npz")
+    assert dataclasses.replace(features, **same) == dataclasses.replace(paper, **same) and features.network == "mlp"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "problem"),
+    [
+        (None, "label_permuted_emnist"),
+        ("mnist", "label_permuted_emnist"),
+        ("cifar10", "label_permuted_cifar10"),
+        ("folder/mini-ImageNet.npz", "label_permuted_mini_imagenet"),
+    ],
+)
+def test_methods_follow_the_dataset(dataset, problem):
+    paper, best = preset("paper", dataset), preset("best", dataset)
+    assert paper.methods == published.paper_grid(problem) and best.methods == published.best_methods(problem)
+    assert best == dataclasses.replace(paper, methods=best.methods) and len(check(best)) == 10
 
 
 @pytest.mark.parametrize("dataset", [None, "mnist"])
@@ -43,7 +60,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
         assert {"bp", "upgd"} <= {method.learner for method in check(settings)}
     smoke = preset("smoke", dataset)
     assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
-    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper'\], got 'large'"):
+    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best'\], got 'large'"):
         preset("large")
     assert EXPERIMENTS["label_permuted"] is label_permuted
 
@@ -73,6 +90,19 @@ def test_networks_are_of_dense_layers_or_behind_convolutions(trained, files, tmp
             for values in layer.values():
                 assert 0.3 * bound < np.abs(values).max() <= bound * (1 + 1e-6)
     assert [group.measured_examples for group in trained] == [20, 20, 20]
+
+
+def test_the_papers_lenet_has_no_activation_after_its_convolutions(trained, files, tmp_path):
+    papers = preset("paper", "cifar10").network
+    for network in (papers, "lenet"):
+        settings = dataclasses.replace(TINY, dataset=files["images"], network=network)
+        run(settings, tmp_path / network.replace(":", "_"))
+    x = np.random.default_rng(0).normal(size=(8, *trained[0].problem.input_shape)).astype(np.float32)
+    for group, activated in zip(trained, (False, True), strict=True):
+        _, features = jax.jit(lambda x, of=group.learner: of.predict(of.init(jax.random.key(0)), x))(x)
+        least = {name.removeprefix("params/"): float(np.min(values)) for name, values in features.items()}
+        assert set(least) == {"Conv_0", "Conv_1", "Dense_0"} and least["Dense_0"] >= 0
+        assert [least["Conv_0"] >= 0, least["Conv_1"] >= 0] == [activated] * 2
 
 
 def test_labels_are_permuted_and_images_normalised_alone(trained, tmp_path):

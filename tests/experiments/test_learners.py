@@ -135,13 +135,15 @@ def direction(name, at):
         (("l1", "step_size=0.5,l1=0.1"), lambda first, w: w - 0.5 * 0.1 * jnp.sign(w)),
         (("l2_init", "step_size=0.5,l2=0.1"), lambda first, w: w - 0.5 * 0.1 * (w - first)),
         (("shrink_and_perturb", "step_size=0.5,l2=0.1,noise=0"), lambda first, w: w - 0.5 * 0.1 * w),
+        (("adam", "step_size=0.5,weight_decay=0.1"), lambda first, w: w - 0.5 * 0.1 * w),
+        (("adam", "step_size=0.5,l2=0.1"), lambda first, w: w - 0.5 * jnp.sign(w)),  # through the moments
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_what_pulls_on_the_weights_is_scaled_by_the_step_size(method, expected):
     first, before, after = direction(*method)
     jax.tree.map(
-        lambda w0, w, new: np.testing.assert_allclose(new, expected(w0, w), rtol=1e-5, atol=1e-7), first, before, after
+        lambda w0, w, new: np.testing.assert_allclose(new, expected(w0, w), rtol=1e-5, atol=1e-6), first, before, after
     )
 
 

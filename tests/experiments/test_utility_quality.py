@@ -221,6 +221,22 @@ def test_results_are_in_their_places(smoke):
             assert float(found.sel(scope=scope)) == pytest.approx(value, abs=0.01), (utility, scope)
 
 
+def test_the_papers_networks_have_one_hidden_layer_and_start_as_pytorchs(monkeypatch):
+    monkeypatch.setattr(quality, "correlations", lambda apply_fn, units, params, x, y, key: (params, x))
+    settings = dataclasses.replace(preset("paper"), seeds=20, steps=2)
+    _, (params, x) = next(iter(quality._measurements(settings, "relu")))
+    layers = params["params"]
+    assert {name: layer["kernel"].shape[1:] for name, layer in layers.items()} == {
+        "Dense_0": (5, 50),
+        "Dense_1": (50, 1),
+    }
+    assert x.shape == (20, 1, 5)
+    for layer in layers.values():  # uniform in ±1/sqrt(fan in), biases too
+        bound = layer["kernel"].shape[1] ** -0.5
+        for values in layer.values():
+            assert 0.8 * bound < np.abs(values).max() <= bound * (1 + 1e-6)
+
+
 def test_table_and_picture(smoke, tmp_path):
     results, _, _ = smoke
     table = summary(results)
@@ -275,6 +291,9 @@ def test_presets():
     for name in ("smoke", "laptop", "paper"):
         assert check(preset(name)) == list(preset(name).activations)
     assert (preset("laptop").seeds, preset("laptop").steps, preset("laptop").inputs) == (20, 2000, 16)
+    paper = preset("paper")
+    assert (paper.hidden, paper.inputs, paper.summed, paper.batch_size) == ((50,), 5, 2, 1)
+    assert (paper.seeds, paper.steps, paper.measure_every, paper.step_size) == (30, 2000, 1, 0.01)
     with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper'\], got 'large'"):
         preset("large")
     with pytest.raises(ValueError, match=r"dataset must be left out: .* got 'mnist'"):
@@ -291,6 +310,7 @@ def test_presets():
         ({"hidden": ()}, r"hidden must be .* got \(\)"),
         ({"activations": ("tanh", "tanh")}, "activations must be at least one and all different"),
         ({"activations": ("tnah",)}, "activation must be .* got 'tnah'"),
+        ({"initialization": "he"}, "initialization must be 'kaiming' or 'pytorch', got 'he'"),
         ({"lanes": "turns"}, "lanes must be .* got 'turns'"),
     ],
 )

@@ -1,6 +1,7 @@
 """Plain optimizers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import chex
@@ -73,14 +74,22 @@ class Backprop(MomentumSGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adam(Moments):
-    """Adam."""
+    """Adam.
+
+    Attributes:
+      l2: a part of the loss, whose gradient goes through the moments.
+      weight_decay: apart from the moments, scaled by the step size, as in AdamW.
+    """
 
     name = "adam"
     about = "Adam"
     look = Look("Adam", looks.VERMILION)
 
     l2: float = ranged(0.0, traced=False, optional=True)
+    weight_decay: float = ranged(0.0, traced=False, optional=True)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
+        if self.weight_decay:
+            return self.adam(functools.partial(optax.adamw, weight_decay=self.weight_decay), self.l2)
         return self.adam(optax.adam, self.l2)
