@@ -173,7 +173,9 @@ class Method:
     name: ClassVar[str]  # in texts and in results
     about: ClassVar[str]  # one line for lists
     look: ClassVar[Look]  # in pictures
-    reset: ClassVar[str] = ""  # what is drawn anew before each task but the first: "head" or "network"
+    # What is drawn anew before each task but the first: "head" or "network". Not annotated: even as a ClassVar it would
+    # hide the field that only some of the bases of a subclass have.
+    reset = ""
 
     activation: str | None = named(None, nets.get_activation, optional=True)
     normalization: str = choice("", *nets.NORMALIZATIONS, optional=True)

@@ -14,9 +14,9 @@ def parse_method(text: str) -> Method:
 
     Args:
       text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
-        `activation`, `normalization` and `dropout_rate`, and those around SGD that say so `momentum`, and `reset`,
-        "head" or "network", for what is drawn anew before each task but the first. A function of the user's is given
-        as `"my_package.my_module:my_factory(learning_rate=0.01)"`; see `custom`.
+        `activation`, `normalization` and `dropout_rate`, those around SGD that say so `momentum`, and these and those
+        around Adam `reset`, "head" or "network", for what is drawn anew before each task but the first. A function of
+        the user's is given as `"my_package.my_module:my_factory(learning_rate=0.01)"`; see `custom`.
 
     Returns:
       the method.
