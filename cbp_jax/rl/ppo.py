@@ -115,6 +115,7 @@ class State(NamedTuple):
     statistics: Statistics
     key: chex.Array  # raw key data
     obs: chex.Array  # [rollout_length, num_envs, observations], what the last rollout saw
+    changed: chex.Array  # bool [], whether a period of the environments ended in it
 
 
 _LARGEST_LOG_RATIO = 20.0
@@ -160,8 +161,7 @@ def make(
       settings: the settings.
       reset: what is drawn anew when the environments' `info["period"]` has changed, "network" or "head" (the layers
         that make the policy's means and the value, and log-stds that are parameters), with what the optimizer keeps of
-        it. It is after the updates from the rollout in which the period ended, so that those of a rollout that ends
-        with its period are the last. Statistics of observations stay.
+        it: before the first rollout after the one in which the period ended. Statistics of observations stay.
 
     Returns:
       `init(key) -> state` and `update(state) -> (state, metrics)`, to be jitted, scanned and vmapped over seeds.
@@ -227,10 +227,17 @@ def make(
             statistics=Statistics(jnp.zeros([]), jnp.zeros(size), jnp.zeros(size)),
             key=jax.random.key_data(key),
             obs=jnp.zeros((settings.rollout_length, settings.num_envs, size)),
+            changed=jnp.zeros([], bool),
         )
 
     def update(state: State) -> tuple[State, dict[str, chex.Array]]:
         key, rollout_key, learn_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
+        if reset:
+            other_key = jax.random.fold_in(learn_key, settings.epochs)  # than those of the epochs
+            worn = state.params, state.opt_state
+            anew = restart(reset, tx, *worn, head, fresh(other_key))
+            params, opt_state = jax.tree.map(lambda new, old: jnp.where(state.changed, new, old), anew, worn)
+            state = state._replace(params=params, opt_state=opt_state)
         seen = lambda obs: _normalized(obs, state.statistics) if settings.normalize_observations else obs
         env_state, steps, found = _rollout(env, network, settings, state.params, state.env_state, seen, rollout_key)
 
@@ -254,15 +261,12 @@ def make(
         (params, opt_state), (terms, replaced) = jax.lax.scan(
             epoch, start, jax.random.split(learn_key, settings.epochs)
         )
-        if reset:
-            over = jnp.any(env_state.info["period"] != state.env_state.info["period"])
-            other_key = jax.random.fold_in(learn_key, settings.epochs)  # than those of the epochs
-            anew = restart(reset, tx, params, opt_state, head, fresh(other_key))
-            params, opt_state = jax.tree.map(lambda new, old: jnp.where(over, new, old), anew, (params, opt_state))
         found |= jax.tree.map(jnp.mean, terms) | {"replaced_units": jnp.sum(replaced)}
         obs = found.pop("obs")
         statistics = _counted(obs, state.statistics) if settings.normalize_observations else state.statistics
-        return State(params, opt_state, env_state, statistics, jax.random.key_data(key), obs), found
+        periods = [each.info.get("period", 0) for each in (state.env_state, env_state)]
+        changed = jnp.any(periods[0] != periods[1])
+        return State(params, opt_state, env_state, statistics, jax.random.key_data(key), obs, changed), found
 
     return init, update
 

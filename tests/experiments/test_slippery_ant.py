@@ -164,3 +164,20 @@ def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
     ]
     for name in ("friction", "episode_length", "weight_magnitude"):
         np.testing.assert_allclose(runs[0][name], runs[1][name], rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.slow
+def test_by_a_common_clock_an_interval_has_one_friction_and_methods_start_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(ants, "save_episode", lambda *_: None)
+    settings = dataclasses.replace(
+        TINY,
+        methods=("adam:step_size=0,reset=network",),
+        frictions=(0.1, 1.0),
+        common_clock=True,
+        change_every=64,
+        seeds=1,
+    )
+    results = slippery_ant.run(settings, tmp_path)
+    np.testing.assert_allclose(results.friction, [[[0.1, 1.0, 0.1]]], rtol=1e-6)
+    assert len(np.unique(results.weight_magnitude)) == 3, "what does not learn is another network after each change"
+    assert (results.episode_length > 0).all()
