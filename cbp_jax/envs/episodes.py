@@ -31,7 +31,8 @@ class Episodes(Around):
 
     - `obs` is what to act on next: after the last step of an episode, the first observation of the next;
     - `reward` and `metrics` are the step's, `done` is 1 where the step ended an episode, for whatever reason;
-    - `info["truncation"]` is 1 where it was ended by the time limit alone;
+    - `info["truncation"]` is 1 where it was ended by the time limit, or a cut, alone;
+    - `info["interrupted"]` is 1 where it was ended by a cut alone, before its time: its return is not a whole one's;
     - `info["final_obs"]` is what the step led to, before any reset;
     - `info["episode_return"]` and `info["episode_length"]` are sums over the episode up to and with this step.
 
@@ -41,8 +42,8 @@ class Episodes(Around):
     Args:
       env: with Brax's `reset(key) -> state`, `step(state, action) -> state`, `observation_size` and `action_size`.
       episode_length: time limit in steps.
-      time_limit_is_terminal: whether nothing is to be had after the time limit: it ends episodes as a fall does, and
-        `truncation` stays 0.
+      time_limit_is_terminal: whether nothing is to be had after the time limit, or a cut: it ends episodes as a fall
+        does, and `truncation` stays 0.
       random_reset: whether every episode starts from a random state of its own, which costs a reset at every step;
         otherwise all episodes of an environment start from its first state.
 
@@ -85,6 +86,7 @@ class Episodes(Around):
         zero = jnp.zeros([])
         info = {
             "truncation": zero,
+            "interrupted": zero,
             "final_obs": state.obs,
             "episode_return": zero,
             "episode_length": zero,
@@ -94,8 +96,8 @@ class Episodes(Around):
             info["first"] = (state.pipeline_state, state.obs)
         return strong(state.replace(info=state.info | info))
 
-    def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action [actions]."""
+    def step(self, state: Any, action: chex.Array, cut: chex.Numeric = False) -> Any:
+        """The state after an action [actions]; a cut, bool [], ends the episode with it as the time limit does."""
         begun = state.done > 0  # the step before was the last of an episode
         so_far = lambda name: jnp.where(begun, 0.0, state.info[name])
         # Environments that never end of themselves, such as halfcheetah, hand `done` on as they got it; and all
@@ -110,13 +112,15 @@ class Episodes(Around):
         length = so_far("episode_length") + 1
         at_limit = length >= self.episode_length
         ended = (after.done > 0) | lost
+        stopped = (at_limit | cut) & ~ended
         info = after.info | {
-            "truncation": jnp.where(at_limit & ~ended & (not self.time_limit_is_terminal), 1.0, 0.0),
+            "truncation": jnp.where(stopped & (not self.time_limit_is_terminal), 1.0, 0.0),
+            "interrupted": jnp.where(stopped & ~at_limit, 1.0, 0.0),
             "final_obs": jnp.where(lost, state.obs, after.obs),
             "episode_return": so_far("episode_return") + after.reward,
             "episode_length": length,
         }
-        done = ended | at_limit
+        done = ended | stopped
         if self.random_reset:
             key, first_key = jax.random.split(jax.random.wrap_key_data(info["reset_key"]))
             info["reset_key"] = jax.random.key_data(key)

@@ -6,6 +6,7 @@ import importlib
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -33,12 +34,18 @@ class Slippery(Around):
 
     Environments with the same key meet the same frictions: that of period i, counted from 0, is log-uniform in
     `friction_range`, drawn with `fold_in(key, i)`. A period ends with the first episode that ends after `change_every`
-    steps of it. Friction is an array of the state, `info["friction"]`, so that nothing is compiled again when it
-    changes, and rows of a `vmap` may differ.
+    steps of it, as in the paper, whose agents have one environment. Many wait each for an end of its own, and for some
+    time their frictions differ; with `common_clock` all change after the same step, which ends episodes. Friction is
+    an array of the state, `info["friction"]`, so that nothing is compiled again when it changes, and rows of a `vmap`
+    may differ.
 
     Args:
       env: Brax's name of the environment, such as "ant", "halfcheetah", "hopper", "walker2d" or "humanoid".
       friction: coefficient that stays as it is; by default it changes.
+      frictions: coefficients of the periods, one after the other and again from the first; drawn if there are none.
+      common_clock: whether a period ends with its step `change_every`, whatever the episode, which is cut there: as at
+        the time limit, what would have come is worth the value of the last state, or nothing if
+        `time_limit_is_terminal`; and no advantage reaches back from the new ground to the old.
       change_every: steps after which it changes; of one environment, so that where n environments share the steps of a
         run it is an nth of the run's.
       friction_range: smallest and largest friction.
@@ -61,6 +68,9 @@ class Slippery(Around):
       >>> env = Slippery("hopper", friction=0.5)
       >>> env.friction_of(3).item(), env.action_size
       (0.5, 3)
+      >>> env = Slippery("ant", frictions=(0.02, 2.0))
+      >>> [round(env.friction_of(period).item(), 2) for period in range(3)]
+      [0.02, 2.0, 0.02]
 
     References:
       Dohare et al., `Loss of plasticity in deep continual learning
@@ -72,6 +82,8 @@ class Slippery(Around):
         env: str = "ant",
         *,
         friction: chex.Numeric | None = None,
+        frictions: Sequence[float] = (),
+        common_clock: bool = False,
         change_every: int = 2_000_000,
         friction_range: tuple[float, float] = (0.02, 2.0),
         key: chex.PRNGKey | int = 0,
@@ -81,6 +93,12 @@ class Slippery(Around):
     ):
         if friction is not None:
             check_scalar("friction", friction, at_least=0, below=math.inf)
+            if len(frictions):
+                raise ValueError(
+                    f"friction stays as it is where it is given, and frictions must be empty, got {frictions}"
+                )
+        for each in frictions:
+            check_scalar("frictions", each, at_least=0, below=math.inf)
         if change_every < 1:
             raise ValueError(f"change_every must be at least 1, got {change_every}")
         check_range("friction_range", friction_range)
@@ -93,6 +111,8 @@ class Slippery(Around):
         if backend == "mjx":
             self.env.sys = self.env.sys.tree_replace(_MJX)
         self.friction = friction
+        self.frictions = tuple(frictions)
+        self.common_clock = common_clock
         self.change_every = change_every
         self.friction_range = friction_range
         self.clip_actions = clip_actions
@@ -104,6 +124,8 @@ class Slippery(Around):
         """The friction coefficient of a period, which is counted from 0: float32 []."""
         if self.friction is not None:
             return jnp.asarray(self.friction, jnp.float32)
+        if self.frictions:
+            return jnp.asarray(self.frictions, jnp.float32)[jnp.asarray(period) % len(self.frictions)]
         key = jax.random.fold_in(jax.random.wrap_key_data(self._key, impl=self._impl), period)
         low, high = jnp.log(jnp.asarray(self.friction_range))
         return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
@@ -125,11 +147,13 @@ class Slippery(Around):
 
     def step(self, state: Any, action: chex.Array) -> Any:
         """The state after an action [actions]."""
-        state = self.episodes(state.info["friction"]).step(state, self.clipped(action))
+        episodes, action = self.episodes(state.info["friction"]), self.clipped(action)
         if self.friction is not None:
-            return state
+            return episodes.step(state, action)
         steps = state.info["period_steps"] + 1
-        over = (state.done > 0) & (steps >= self.change_every)
+        due = steps >= self.change_every
+        state = episodes.step(state, action, cut=due & self.common_clock)
+        over = due & (state.done > 0)
         period = state.info["period"] + over
         changed = {
             "period": period,

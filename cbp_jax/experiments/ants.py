@@ -1,4 +1,14 @@
-"""Slippery and stationary ant (Dohare et al., Nature 2024): PPO learns to walk, and the ground changes or does not."""
+"""Slippery and stationary ant (Dohare et al., Nature 2024): PPO learns to walk, and the ground changes or does not.
+
+The preset "paper" has one environment and rollouts of 2,048 steps, as the published program; its friction changes where
+the first episode ends after 2,000,000 steps. Its frictions are log-uniform as the published ones are, but other draws:
+the program reads the 50 of each of its 100 seeds from a file. Those of one seed can be given: `--frictions`. More
+environments go on together (`num_envs=32`, `rollout_length=64`), faster; with `common_clock` their
+frictions change after the same step.
+
+A method with `reset=network` or `reset=head` is trained anew after each change: see `ppo.make`. It takes a common clock
+or one environment.
+"""
 
 import dataclasses
 import functools
@@ -20,8 +30,8 @@ from cbp_jax.rl import ppo
 
 #: What is measured of each interval, for each method and seed.
 MEASURES: dict[str, str] = {
-    "episode_return": "mean return of the episodes that ended in the interval",
-    "episode_length": "mean length of the episodes that ended in the interval, in steps",
+    "episode_return": "mean return of the episodes that ended in the interval, but those cut where friction changed",
+    "episode_length": "mean length of the same episodes, in steps",
     "forward_velocity": "mean velocity forward, in metres a second",
     "friction": "mean friction coefficient over environments and steps",
     "dormant_units": "fraction of the policy's hidden units of small activation, relative to their layer's, at the end",
@@ -57,14 +67,19 @@ class Settings:
     """Brax's physics."""
     friction: float | None = None
     """Friction coefficient that stays as it is; changing if not given."""
+    frictions: tuple[float, ...] = ()
+    """Friction coefficients, one after the other and again from the first; drawn if not given."""
     change_every: int = 2_000_000
     """Steps of the environment after which friction changes, where the next episode ends."""
+    common_clock: bool = False
+    """Whether friction changes in all environments after the same step, which ends episodes."""
     friction_range: tuple[float, float] = (0.02, 2.0)
-    """Frictions are log-uniform between these."""
+    """Frictions that are drawn are log-uniform between these."""
     episode_length: int = 1000
     """Time limit of an episode, in steps."""
     time_limit_is_terminal: bool = True
-    """Whether nothing is to be gained after the time limit, as in the paper, or it only cuts the episode."""
+    """Whether nothing is to be gained after the time limit, or where friction changes by the common clock, as in the
+    paper, or it only cuts the episode."""
     clip_actions: bool = False
     """Whether actions are clipped to [-1, 1]."""
     num_envs: int = 32
@@ -136,7 +151,8 @@ LAPTOP = Settings(
     seeds=3,
     steps=1_638_400,
     interval=40_960,
-    change_every=192_000,  # so that eight periods, each of which waits for the end of an episode, fit
+    change_every=204_800,  # eight periods of five intervals
+    common_clock=True,
     clip_actions=True,
     initial_log_std=-0.7,
     policy_scale=0.01,
@@ -145,7 +161,11 @@ STATIONARY = dataclasses.replace(LAPTOP, methods=("adam:step_size=3e-4",), seeds
 
 
 def _paper() -> Settings:
-    return Settings(methods=comparison(1e-4, others=True))
+    return Settings(methods=comparison(1e-4, others=True), seeds=100, num_envs=1, rollout_length=2048)
+
+
+def _stationary_paper() -> Settings:
+    return dataclasses.replace(_paper(), seeds=30, steps=50_000_000, friction=1.0)
 
 
 def total(settings: Settings) -> int:
@@ -166,11 +186,7 @@ def check(settings: Settings) -> list[learners.Method]:
     stream.check_first_seed(settings)
     if settings.interval % rollout:
         raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")
-    if settings.interval < settings.num_envs * settings.episode_length:
-        raise ValueError(
-            f"interval must be at least num_envs * episode_length = {settings.num_envs * settings.episode_length}, so "
-            f"that an episode ends in it; got {settings.interval}"
-        )
+    _check_episodes(settings)
     if not settings.dormant_threshold >= 0:
         raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
     if settings.lanes not in ("auto", "vmap", "map"):
@@ -179,10 +195,37 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
     make_network(settings, 1)
     for text, method in zip(settings.methods, methods, strict=True):
-        unusable = [name for name in ("normalization", "dropout_rate", "reset") if getattr(method, name)]
+        unusable = [name for name in ("normalization", "dropout_rate") if getattr(method, name)]
         if unusable or method.curvature:
             raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")
+        if method.reset and settings.friction is not None:
+            raise ValueError(
+                f"method {text!r}: there is no change to reset after where friction is {settings.friction}"
+            )
+        if method.reset and not (settings.common_clock or settings.num_envs == 1):
+            raise ValueError(
+                f"method {text!r}: the {settings.num_envs} environments' frictions must change together, that it is "
+                "clear when to reset; set common_clock"
+            )
     return methods
+
+
+def _check_episodes(settings: Settings) -> None:
+    """Raises a ValueError unless an episode ends by itself in every interval."""
+    episode = settings.num_envs * settings.episode_length
+    clock = settings.common_clock and settings.friction is None
+    if clock and settings.change_every < episode:
+        raise ValueError(
+            f"change_every must be at least num_envs * episode_length = {episode} with common_clock, so that an "
+            f"episode ends before it is cut; got {settings.change_every}"
+        )
+    # A cut in an interval leaves a part of it before and a part after, of which one has to be as long as an episode.
+    parts = 2 if clock and settings.change_every % settings.interval else 1
+    if settings.interval < parts * episode:
+        raise ValueError(
+            f"interval must be at least {'2 * ' * (parts - 1)}num_envs * episode_length = {parts * episode}, so that "
+            f"an episode ends in it; got {settings.interval}"
+        )
 
 
 def job(experiment: str, settings: Settings) -> stream.Job:
@@ -246,7 +289,7 @@ def _train(
         network = make_network(settings, env.action_size, given)
         attributes = {"kernel_init": network.kernel_init}
         make = lambda units: learners.make_optimizer(group, units, attributes)(hyperparameters, optimizer)
-        init, update = ppo.make(env, network, make, rules)
+        init, update = ppo.make(env, network, make, rules, reset=group[0].reset)
         return network, start, init, update
 
     def first(seed: chex.Array, hyperparameters: dict[str, chex.Array]) -> _Lane:
@@ -312,6 +355,8 @@ def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Slippery:
     return envs.Slippery(
         settings.env,
         friction=settings.friction,
+        frictions=settings.frictions,
+        common_clock=settings.common_clock,
         change_every=max(1, settings.change_every // settings.num_envs),  # of each environment
         friction_range=settings.friction_range,
         key=key,
@@ -326,7 +371,7 @@ def make_network(settings: Settings, action_size: int, options: Mapping[str, Any
     """The network of a run, of the attributes that a method chooses."""
     return nets.ActorCritic(
         action_size,
-        settings.hidden,
+        options.get("hidden", settings.hidden),
         options.get("activation", settings.activation),
         initial_log_std=settings.initial_log_std,
         policy_scale=settings.policy_scale,
@@ -355,7 +400,7 @@ stationary_ant = Experiment(
     presets={
         "smoke": lambda: dataclasses.replace(SMOKE, friction=1.0),
         "laptop": lambda: STATIONARY,
-        "paper": lambda: dataclasses.replace(_paper(), steps=50_000_000, friction=1.0),
+        "paper": _stationary_paper,
     },
     check=check,
     total=total,

@@ -15,8 +15,8 @@ from cbp_jax.envs.episodes import strong
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.replacement import replaced_units
 from cbp_jax.rl.gae import gae
-from cbp_jax.training import symptoms, train_step
-from cbp_jax.units import Units
+from cbp_jax.training import output_layers, restart, symptoms, train_step
+from cbp_jax.units import Units, leaves_by_path
 
 
 class Environment(Protocol):
@@ -115,6 +115,7 @@ class State(NamedTuple):
     statistics: Statistics
     key: chex.Array  # raw key data
     obs: chex.Array  # [rollout_length, num_envs, observations], what the last rollout saw
+    changed: chex.Array  # bool [], whether a period of the environments ended in it
 
 
 _LARGEST_LOG_RATIO = 20.0
@@ -138,6 +139,8 @@ def make(
     network: nn.Module,
     optimizer: Callable[[Units], optax.GradientTransformation],
     settings: Settings = Settings(),
+    *,
+    reset: str = "",
 ) -> tuple[Callable[[chex.PRNGKey], State], Callable[[State], tuple[State, dict[str, chex.Array]]]]:
     r"""An agent as two pure functions: its state of a key, and one rollout with all updates from it.
 
@@ -156,6 +159,9 @@ def make(
         minibatch as an extra argument, so that continual backpropagation and recycling work. A limit of the
         gradient's norm is `optax.clip_by_global_norm` in a chain with it.
       settings: the settings.
+      reset: what is drawn anew when the environments' `info["period"]` has changed, "network" or "head" (the layers
+        that make the policy's means and the value, and log-stds that are parameters), with what the optimizer keeps of
+        it: before the first rollout after the one in which the period ended. Statistics of observations stay.
 
     Returns:
       `init(key) -> state` and `update(state) -> (state, metrics)`, to be jitted, scanned and vmapped over seeds.
@@ -166,8 +172,9 @@ def make(
       explain before the updates; and `replaced_units`, how many the updates replaced.
 
     Raises:
-      ValueError: the network's means, log-stds or values are not of these shapes for the environment, or, from `init`,
-        the environment does not start episodes by itself.
+      ValueError: the network's means, log-stds or values are not of these shapes for the environment, `reset` is
+        something else, or, from `init`, the environment does not start episodes by itself, or has no periods to reset
+        after.
 
     Example:
       >>> from cbp_jax import nets
@@ -197,13 +204,21 @@ def make(
     units = cbp_jax.discover_units(network.apply, shapes, example, check=True)
     apply = cbp_jax.with_features(network.apply, units)
     tx = optax.with_extra_args_support(optimizer(units))
+    if reset not in ("", "head", "network"):
+        raise ValueError(f"reset must be 'head', 'network' or '', got {reset!r}")
+    log_stds = [path for path in leaves_by_path(shapes) if path.endswith("log_std")]
+    head = (*output_layers(units), *log_stds) if reset == "head" else ()
+    needed = (*_EPISODE, *(("period",) if reset else ()))
+
+    def fresh(key: chex.PRNGKey) -> optax.Params:
+        return network.init(key, jnp.zeros(example.shape))
 
     def init(key: chex.PRNGKey) -> State:
         params_key, env_key, key = jax.random.split(key, 3)
-        params = network.init(params_key, jnp.zeros(example.shape))
+        params = fresh(params_key)
         size = env.observation_size
         env_state = jax.vmap(env.reset)(jax.random.split(env_key, settings.num_envs))
-        if missing := [name for name in _EPISODE if name not in env_state.info]:
+        if missing := [name for name in needed if name not in env_state.info]:
             raise ValueError(f"env must have {missing} in its states' info, as cbp_jax.envs.Episodes(env) has")
         return State(
             params=params,
@@ -212,10 +227,17 @@ def make(
             statistics=Statistics(jnp.zeros([]), jnp.zeros(size), jnp.zeros(size)),
             key=jax.random.key_data(key),
             obs=jnp.zeros((settings.rollout_length, settings.num_envs, size)),
+            changed=jnp.zeros([], bool),
         )
 
     def update(state: State) -> tuple[State, dict[str, chex.Array]]:
         key, rollout_key, learn_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
+        if reset:
+            other_key = jax.random.fold_in(learn_key, settings.epochs)  # than those of the epochs
+            worn = state.params, state.opt_state
+            anew = restart(reset, tx, *worn, head, fresh(other_key))
+            params, opt_state = jax.tree.map(lambda new, old: jnp.where(state.changed, new, old), anew, worn)
+            state = state._replace(params=params, opt_state=opt_state)
         seen = lambda obs: _normalized(obs, state.statistics) if settings.normalize_observations else obs
         env_state, steps, found = _rollout(env, network, settings, state.params, state.env_state, seen, rollout_key)
 
@@ -242,7 +264,9 @@ def make(
         found |= jax.tree.map(jnp.mean, terms) | {"replaced_units": jnp.sum(replaced)}
         obs = found.pop("obs")
         statistics = _counted(obs, state.statistics) if settings.normalize_observations else state.statistics
-        return State(params, opt_state, env_state, statistics, jax.random.key_data(key), obs), found
+        periods = [each.info.get("period", 0) for each in (state.env_state, env_state)]
+        changed = jnp.any(periods[0] != periods[1])
+        return State(params, opt_state, env_state, statistics, jax.random.key_data(key), obs, changed), found
 
     return init, update
 
@@ -373,10 +397,13 @@ def _rollout(
         obs = env_state.obs
         mean, log_std, _ = network.apply(params, seen(obs))
         actions = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+        ground = {name: env_state.info[name] for name in ("friction",) if name in env_state.info}  # of this step
         env_state = strong(jax.vmap(env.step)(env_state, actions))
         info = env_state.info
-        kept = {name: info[name] for name in _EPISODE}
-        further = env_state.metrics | ({"friction": info["friction"]} if "friction" in info else {})
+        kept = {name: info[name] for name in _EPISODE} | {
+            "interrupted": info.get("interrupted", jnp.zeros_like(env_state.done))
+        }
+        further = env_state.metrics | ground
         ended = (env_state.reward, env_state.done)
         return env_state, (obs, actions, _log_prob(mean, log_std, actions), ended, kept, further)
 
@@ -393,11 +420,12 @@ def _rollout(
         gae_lambda=settings.gae_lambda,
     )
     targets = gained + values
+    whole = dones * (1 - info["interrupted"])
     found = {name: jnp.mean(values) for name, values in further.items()} | {
         "obs": obs,
-        "episodes": jnp.sum(dones),
-        "return_sum": jnp.sum(dones * info["episode_return"]),
-        "length_sum": jnp.sum(dones * info["episode_length"]),
+        "episodes": jnp.sum(whole),
+        "return_sum": jnp.sum(whole * info["episode_return"]),
+        "length_sum": jnp.sum(whole * info["episode_length"]),
         "explained_variance": 1 - jnp.var(gained) / jnp.maximum(jnp.var(targets), 1e-12),
     }
     if settings.normalize_advantages:

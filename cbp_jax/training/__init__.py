@@ -1,7 +1,7 @@
 """The training loop: seeds and hyperparameters as lanes, tasks as compiled scans."""
 
 from cbp_jax.training.checkpoint import Checkpoint
-from cbp_jax.training.head import output_layers, reset_layers
+from cbp_jax.training.head import output_layers, reset_layers, restart
 from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.training.learner import Learner, TrainState, init_state
@@ -19,6 +19,7 @@ __all__ = [
     "one_blas_thread",
     "output_layers",
     "reset_layers",
+    "restart",
     "run_increment",
     "run_increments",
     "run_lanes",

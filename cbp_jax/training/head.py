@@ -1,4 +1,4 @@
-"""The output layer: which one it is, and how it starts anew with a task."""
+"""The output layer: which one it is, and how it, or the whole network, starts anew with a task."""
 
 from collections.abc import Collection
 
@@ -82,3 +82,33 @@ def reset_layers(
 
     masks = {path: jnp.ones_like(leaves[path], bool) for path in paths}
     return params, inner_state.reset(tx, opt_state, params, masks)
+
+
+def restart(
+    what: str,
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    layers: Collection[str],
+    fresh: optax.Params,
+) -> tuple[optax.Params, optax.OptState]:
+    """What a method draws anew when its task changes; see `reset_layers` for the arguments.
+
+    Args:
+      what: "network" for all parameters and the optimizer's whole state, "head" for the layers alone.
+      tx, params, opt_state, layers: as in `reset_layers`.
+      fresh: parameters that the new ones are taken from.
+
+    Returns:
+      the parameters and the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> old, fresh = ({"hidden": jnp.full(1, x), "head": jnp.full(1, x)} for x in (1.0, 2.0))
+      >>> tx = optax.sgd(0.1)
+      >>> restart("head", tx, old, tx.init(old), ["head"], fresh)[0]["hidden"].tolist()
+      [1.0]
+      >>> restart("network", tx, old, tx.init(old), ["head"], fresh)[0]["hidden"].tolist()
+      [2.0]
+    """
+    return (fresh, tx.init(fresh)) if what == "network" else reset_layers(tx, params, opt_state, layers, fresh)

@@ -4,11 +4,13 @@ import base64
 import json
 import re
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from cbp_jax import envs
 
@@ -149,6 +151,86 @@ def test_frictions_are_log_uniform_and_of_the_key_alone():
     assert envs.SlipperyAnt(friction=0.7, key=4).friction_of(5) == jnp.float32(0.7)
 
 
+def test_given_frictions_come_one_after_the_other_and_again():
+    env = envs.SlipperyAnt(frictions=(0.1, 2.0, 0.5))
+    found = jax.vmap(env.friction_of)(jnp.arange(7))
+    np.testing.assert_array_equal(found, np.float32([0.1, 2.0, 0.5, 0.1, 2.0, 0.5, 0.1]))
+    assert env.friction_of(4) == jnp.float32(2.0)
+
+
+@struct.dataclass
+class State:
+    pipeline_state: jax.Array
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
+    metrics: dict[str, jax.Array]
+    info: dict[str, Any] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Bodies:
+    """What of Brax's systems friction needs."""
+
+    geom_friction: jax.Array
+
+    def tree_replace(self, changed):
+        return self.replace(**changed)
+
+
+class Slider:
+    """Falls after its first observation in steps, 4 to 6; its reward is the friction that it slides on."""
+
+    observation_size = action_size = 1
+
+    def __init__(self):
+        self.sys = Bodies(jnp.ones((2, 3)))
+
+    def reset(self, key):
+        left, zero = jax.random.randint(key, (1,), 4, 7).astype(jnp.float32), jnp.zeros([])
+        return State(left, left, zero, zero, {})
+
+    def step(self, state, action):
+        left = state.pipeline_state - 1
+        done = jnp.where(left[0] <= 0, 1.0, 0.0)
+        return state.replace(pipeline_state=left, obs=left, reward=self.sys.geom_friction[0, 0], done=done)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("common_clock", [True, False])
+def test_a_common_clock_changes_all_grounds_after_one_step(monkeypatch, common_clock, terminal):
+    monkeypatch.setattr(envs.slippery, "make_brax_env", lambda *_: Slider())
+    frictions, every, steps = (0.25, 2.0, 0.5), 8, 30
+    env = envs.Slippery(
+        frictions=frictions, common_clock=common_clock, change_every=every, time_limit_is_terminal=terminal
+    )
+
+    def go(key):
+        step = lambda state, _: (env.step(state, jnp.zeros(1)),) * 2
+        return jax.lax.scan(step, env.reset(key), length=steps)[1]
+
+    states = jax.jit(jax.vmap(go))(jax.random.split(jax.random.key(1), 6))  # [6, 30]
+    rewards, dones, info = jax.tree.map(np.asarray, (states.reward, states.done, states.info))
+    period, interrupted, truncation = (info[name] for name in ("period", "interrupted", "truncation"))
+    assert len({tuple(row) for row in dones}) > 1, "they fall at different times"
+    np.testing.assert_array_equal(rewards[:, 1:], np.float32(frictions)[period[:, :-1] % 3])
+    changes = np.diff(np.pad(period, ((0, 0), (1, 0)))) > 0
+    assert (dones[changes] == 1).all()
+    if not common_clock:
+        assert (changes != changes[:1]).any() and not interrupted.any() and not truncation.any()
+        return
+    due = np.arange(1, steps + 1) % every == 0
+    np.testing.assert_array_equal(changes, np.tile(due, (6, 1)))
+    expected = np.float32(frictions)[np.arange(steps) // every % 3]
+    np.testing.assert_array_equal(rewards, np.tile(expected, (6, 1)))
+    # What fell by itself with that very step was not interrupted; the others are cut, as they would be by time.
+    fell = info["final_obs"][..., 0] == 0
+    np.testing.assert_array_equal(interrupted, due & ~fell)
+    np.testing.assert_array_equal(truncation, interrupted * (not terminal))
+    np.testing.assert_array_equal(dones, due | fell)
+    assert fell[:, due].any() and interrupted.any()
+
+
 def test_actions_are_clipped_where_asked():
     action = jnp.array([-3.0, 0.5, 2.0])
     assert envs.SlipperyAnt(clip_actions=True).clipped(action).tolist() == [-1.0, 0.5, 1.0]
@@ -166,6 +248,8 @@ def test_actions_are_clipped_where_asked():
         ({"backend": "bullet"}, r"got 'bullet'$"),
         ({"friction": -1.0}, r"friction must be in \[0, inf\), got -1.0"),
         ({"friction_range": (2.0, 0.02)}, r"friction_range must be two positive numbers in ascending order, got \(2.0"),
+        ({"friction": 1.0, "frictions": (0.1, 0.2)}, r"frictions must be empty, got \(0.1, 0.2\)"),
+        ({"frictions": (0.1, -0.2)}, r"frictions must be in \[0, inf\), got -0.2"),
         ({"change_every": 0}, r"change_every must be at least 1, got 0"),
         ({"episode_length": 0}, r"episode_length must be at least 1, got 0"),
         ({"key": 0.5}, r"key must be an int seed or a jax key"),

@@ -211,6 +211,34 @@ def test_a_head_that_is_reset_is_the_output_layer():
     jax.tree.map(np.testing.assert_array_equal, after["params"]["Dense_1"], params["params"]["Dense_1"])
 
 
+@pytest.mark.parametrize("reset", ["head", "network"])
+@pytest.mark.parametrize("name", ["adam", "shrink_and_perturb_adam"])
+def test_adam_starts_anew_with_what_is_reset(name, reset):
+    text = f"{name}:step_size=0.01,reset={reset}" + (",noise=0,l2=0" if name != "adam" else "")
+    learner = make_learner([parse_method(text)], (3,), "tanh", (PIXELS,), CLASSES)
+    numbers = {name: jnp.float32(value) for name, value in parse_method(text).hyperparameters.items()}
+    params = jax.jit(learner.init)(jax.random.key(0))
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), params)
+
+    @jax.jit
+    def go():
+        tx = optax.with_extra_args_support(learner.optimizer(numbers, jax.random.key(2)))
+        step = lambda state, _: (tx.update(grads, state, params)[1], None)
+        worn = jax.lax.scan(step, tx.init(params), length=100)[0]
+        after, state = learner.begin_task(tx, jax.random.key(1), 1, params, worn)
+        return after, tx.update(jax.tree.map(lambda leaf: -10 * leaf, grads), state, after)[0]
+
+    after, first = jax.tree.map(np.asarray, go())
+    for layer in ("Dense_0", "Dense_1"):
+        anew = reset == "network" or layer == "Dense_1"
+        assert (after["params"][layer]["kernel"] != params["params"][layer]["kernel"]).all() == anew
+        # The first step of Adam's is of the step size; with its moments or its count of before it is not.
+        if anew:
+            np.testing.assert_allclose(first["params"][layer]["kernel"], 0.01, rtol=1e-4)
+        else:
+            assert (abs(first["params"][layer]["kernel"] - 0.01) > 1e-3).all()
+
+
 def test_dropout_is_in_training_alone_and_differs_by_key():
     method = parse_method("dropout:dropout_rate=0.5")
     learner = make_learner([method], (40,), "relu", (PIXELS,), CLASSES)

@@ -43,7 +43,8 @@ def test_the_papers_settings():
     settings = slippery_ant.preset("paper")
     rules = ants.ppo_settings(settings)
     assert (settings.steps, settings.change_every, settings.friction_range) == (20_000_000, 2_000_000, (0.02, 2.0))
-    assert (rules.steps, rules.epochs, rules.minibatches) == (2048, 10, 16)
+    assert (rules.num_envs, rules.rollout_length, rules.epochs, rules.minibatches) == (1, 2048, 10, 16)
+    assert settings.seeds == 100 and not settings.common_clock and not settings.frictions
     assert (rules.discount, rules.gae_lambda, rules.clip) == (0.99, 0.95, 0.2)
     assert (rules.value_coefficient, rules.entropy_coefficient, rules.normalize_advantages) == (1, 0, True)
     assert settings.time_limit_is_terminal and not settings.normalize_observations and not settings.clip_actions
@@ -58,12 +59,20 @@ def test_the_papers_settings():
     replacing = [cbp.hyperparameters[name] for name in ("replacement_rate", "maturity_threshold")]
     assert replacing == [1e-4, 10_000] and cbp.options["utility"] == "contribution"
     assert [redo.hyperparameters[name] for name in ("threshold", "every")] == [0.1, 100]
-    assert stationary_ant.preset("paper").steps == 50_000_000
+    stationary = stationary_ant.preset("paper")
+    assert (stationary.steps, stationary.seeds, stationary.num_envs) == (50_000_000, 30, 1)
 
 
 def test_environments_share_the_steps_between_two_frictions():
-    env = ants.make_env(slippery_ant.preset("paper"))
-    assert env.change_every == 2_000_000 // 32
+    env = ants.make_env(dataclasses.replace(slippery_ant.preset("paper"), num_envs=32, frictions=(0.1, 0.2)))
+    assert env.change_every == 2_000_000 // 32 and env.frictions == (0.1, 0.2) and not env.common_clock
+
+
+def test_no_interval_of_the_laptop_preset_mixes_frictions():
+    settings = slippery_ant.preset("laptop")
+    assert settings.common_clock and ants.make_env(settings).common_clock
+    assert settings.change_every % settings.interval == 0 == settings.interval % ants.ppo_settings(settings).steps
+    assert settings.steps == 8 * settings.change_every
 
 
 @pytest.mark.parametrize(
@@ -77,6 +86,18 @@ def test_environments_share_the_steps_between_two_frictions():
         ({"methods": ()}, "methods must name at least one"),
         ({"methods": ("adam", "adam")}, "methods must differ"),
         ({"methods": ("layer_norm",)}, "method 'layer_norm': the agent has no normalization"),
+        (
+            {"methods": ("adam:reset=network",)},
+            "method 'adam:reset=network': the 4 environments' frictions must change together, .* set common_clock",
+        ),
+        (
+            {"methods": ("adam:reset=head",), "common_clock": True, "friction": 0.5, "frictions": ()},
+            "method 'adam:reset=head': there is no change to reset after where friction is 0.5",
+        ),
+        ({"common_clock": True, "change_every": 31}, r"change_every must be at least num_envs \* episode_length = 32"),
+        ({"common_clock": True, "change_every": 33, "interval": 32}, r"at least 2 \* num_envs \* episode_length = 64"),
+        ({"friction": 0.5, "frictions": (0.5,)}, r"friction stays as it is .* frictions must be empty, got \(0.5,\)"),
+        ({"frictions": (0.5, -1.0)}, r"frictions must be in \[0, inf\), got -1.0"),
         ({"methods": ("upgd:order=2",)}, "method 'upgd:order=2': the agent has no curvature"),
         ({"activation": "rely"}, "activation must be .*, got 'rely'"),
         ({"hidden": ()}, r"hidden must be sizes of at least one hidden layer, got \(\)"),
@@ -143,3 +164,20 @@ def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
     ]
     for name in ("friction", "episode_length", "weight_magnitude"):
         np.testing.assert_allclose(runs[0][name], runs[1][name], rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.slow
+def test_by_a_common_clock_an_interval_has_one_friction_and_methods_start_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(ants, "save_episode", lambda *_: None)
+    settings = dataclasses.replace(
+        TINY,
+        methods=("adam:step_size=0,reset=network",),
+        frictions=(0.1, 1.0),
+        common_clock=True,
+        change_every=64,
+        seeds=1,
+    )
+    results = slippery_ant.run(settings, tmp_path)
+    np.testing.assert_allclose(results.friction, [[[0.1, 1.0, 0.1]]], rtol=1e-6)
+    assert len(np.unique(results.weight_magnitude)) == 3, "what does not learn is another network after each change"
+    assert (results.episode_length > 0).all()

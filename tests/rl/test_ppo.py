@@ -375,3 +375,65 @@ def test_an_environment_that_does_not_start_episodes_by_itself_is_refused():
     init, _ = ppo.make(Bare(0), NETWORK, lambda units: optax.sgd(0.1), SETTINGS)
     with pytest.raises(ValueError, match=r"env must have \['final_obs', 'episode_return', 'episode_length'\] in"):
         init(jax.random.key(0))
+
+
+class Clocked(Probe):
+    """A probe whose periods are of 20 steps, which end with those of every fifth rollout of 4 steps."""
+
+    def reset(self, key):
+        state = super().reset(key)
+        return state.replace(info=state.info | {"steps": jnp.int32(0), "period": jnp.int32(0)})
+
+    def step(self, state, action):
+        after, steps = super().step(state, action), state.info["steps"] + 1
+        return after.replace(info=after.info | {"steps": steps, "period": steps // 20})
+
+
+@pytest.mark.parametrize("reset", ["", "head", "network"])
+def test_the_network_or_its_head_starts_anew_with_a_period(reset):
+    network = nets.ActorCritic(action_size=1, hidden=(4,))
+    adam = lambda units: cbp_jax.adam(0.01)
+    init, update = ppo.make(Clocked(4), network, adam, ppo.Settings(2, 4, 1, 2), reset=reset)
+    states = jax.jit(lambda key: jax.lax.scan(lambda s, _: (update(s)[0], s), init(key), length=12)[1])(
+        jax.random.key(0)
+    )
+    params, counts = states.params["params"], states.opt_state[0].count["params"]
+    anew = {"": (), "head": ("actor_mean", "actor_log_std", "critic_value"), "network": tuple(params)}[reset]
+    for name, leaves in params.items():
+        for weights, count in zip(jax.tree.leaves(leaves), jax.tree.leaves(counts[name]), strict=True):
+            # The first rollout of a period is the sixth; two updates each. States are those before.
+            seen = np.asarray(count).reshape(12, -1)
+            expected = (np.arange(-1, 11) % 5 + 1) * np.r_[0, [2] * 11] if name in anew else np.arange(12) * 2
+            np.testing.assert_array_equal(seen, np.tile(expected[:, None], seen.shape[1]))
+            if weights.ndim == 3:  # kernels; two steps are of at most 0.02 or so
+                jumps = np.abs(np.diff(np.asarray(weights).reshape(12, -1), axis=0)).max(1)
+                assert (jumps[[5, 10]] > 0.03).all() == (name in anew) and np.delete(jumps, [5, 10]).max() < 0.03
+    if reset:
+        assert (abs(states.params["params"]["actor_log_std"][jnp.array([6, 11])]) < 0.021).all()
+        with pytest.raises(ValueError, match=r"env must have \['period'\] in its states' info"):
+            ppo.make(Probe(0), network, adam, SETTINGS, reset=reset)[0](jax.random.key(0))
+
+
+def test_what_cannot_be_reset_is_refused():
+    with pytest.raises(ValueError, match="reset must be 'head', 'network' or '', got 'all'"):
+        ppo.make(Probe(0), NETWORK, lambda units: optax.sgd(0.1), SETTINGS, reset="all")
+
+
+def test_episodes_that_were_interrupted_are_not_counted_and_friction_is_that_of_the_step():
+    class Cut(Probe):
+        """Every other step interrupts; friction is the number of the step."""
+
+        def reset(self, key):
+            state = super().reset(key)
+            return state.replace(info=state.info | {"friction": jnp.zeros([]), "interrupted": jnp.zeros([])})
+
+        def step(self, state, action):
+            number = state.info["friction"]
+            further = {"friction": number + 1, "interrupted": number % 2}
+            after = super().step(state, action)
+            return after.replace(info=after.info | further)
+
+    init, update = ppo.make(Cut(0), NETWORK, lambda units: optax.sgd(0.1), ppo.Settings(2, 8, 1, 1))
+    _, found = jax.jit(lambda key: update(init(key)))(jax.random.key(0))
+    assert (found["episodes"], found["length_sum"], found["return_sum"]) == (8, 8, 8)
+    assert found["friction"] == 3.5  # 0 to 7

@@ -14,7 +14,7 @@ import optax
 import cbp_jax
 from cbp_jax import nets
 from cbp_jax.experiments.learners.method import Method
-from cbp_jax.training import Learner, output_layers, reset_layers
+from cbp_jax.training import Learner, output_layers, reset_layers, restart
 from cbp_jax.units import NoUnits, Units
 
 
@@ -93,11 +93,8 @@ def make_learner(
 
     def begin_task(tx, key, task, params, opt_state):
         start = params, opt_state
-        if first.reset == "head":
-            start = reset_layers(tx, params, opt_state, head, init(key))
-        elif first.reset == "network":
-            fresh = init(key)
-            start = fresh, tx.init(fresh)
+        if first.reset:
+            start = restart(first.reset, tx, params, opt_state, head, init(key))
         # In the first task the weights are fresh, and those that all methods start from.
         start = jax.tree.map(lambda new, old: jnp.where(task == 0, old, new), start, (params, opt_state))
         return reset_layers(tx, *start, head) if reset_head else start

@@ -189,7 +189,9 @@ class Method:
     about: ClassVar[str]  # one line for lists
     look: ClassVar[Look]  # in pictures
     needs_units: ClassVar[bool] = False  # whether a network without hidden units is nothing for it
-    reset: ClassVar[str] = ""  # what is drawn anew before each task but the first: "head" or "network"
+    # What is drawn anew before each task but the first: "head" or "network". Not annotated: even as a ClassVar it would
+    # hide the field that only some of the bases of a subclass have.
+    reset = ""
 
     activation: str | None = named(None, nets.get_activation, optional=True)
     normalization: str = choice("", *nets.NORMALIZATIONS, optional=True)

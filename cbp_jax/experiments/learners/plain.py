@@ -1,12 +1,12 @@
 """Plain optimizers."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import chex
 import optax
 
+import cbp_jax
 from cbp_jax.experiments.learners.method import Method, choice, ranged
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
@@ -47,14 +47,22 @@ class MomentumSGD(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moments(Method):
-    """Around Adam."""
+    """Around Adam.
+
+    Attributes:
+      reset: "head" or "network", for what is drawn anew before each task but the first: with it what Adam keeps of
+        it, its moments and its count of steps, starts anew.
+    """
 
     step_size: float = ranged(1e-3)
     b1: float = ranged(0.9, below=1)
     b2: float = ranged(0.999, below=1)
+    reset: str = choice("", "head", "network", optional=True)
 
     def adam(self, make: Callable[..., optax.GradientTransformation], l2: float = 0.0) -> optax.GradientTransformation:
         """Adam as `make` makes it, with L2 as a part of the loss, so that it goes through the moments."""
+        if self.reset == "head":
+            make = cbp_jax.adam  # with a count of steps for each weight, so that only the head's starts anew
         tx = make(self.step_size, b1=self.b1, b2=self.b2)
         return optax.chain(optax.add_decayed_weights(l2), tx) if l2 else tx
 
@@ -90,6 +98,7 @@ class Adam(Moments):
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        if self.weight_decay:
-            return self.adam(functools.partial(optax.adamw, weight_decay=self.weight_decay), self.l2)
-        return self.adam(optax.adam, self.l2)
+        tx = self.adam(optax.adam, self.l2)
+        return (
+            optax.chain(tx, optax.add_decayed_weights(-self.step_size * self.weight_decay)) if self.weight_decay else tx
+        )
