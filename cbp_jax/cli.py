@@ -68,15 +68,24 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _list(argv: list[str]) -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="cbp-jax list", description="Lists experiments, presets, learners and datasets."
-    ).parse_args(argv)
+    )
+    parser.add_argument("what", nargs="?", choices=["figures"], help="the papers' figures, and what reproduces each")
     from cbp_jax import data, experiments, nets
-    from cbp_jax.experiments import learners
+    from cbp_jax.experiments import figures, learners
+
+    if parser.parse_args(argv).what == "figures":
+        for figure in figures.FIGURES:
+            print(f"{figure.paper}, {figure.name}: {figure.about}")
+            print(f"  cbp-jax run {figure.command}")
+            print(f"  cost: {figure.cost}; run here: {figure.here or 'no'}")
+        return
 
     print("experiments")
     for name, experiment in experiments.EXPERIMENTS.items():
         print(f"  {name:26} {experiment.about} Presets: {', '.join(experiment.presets)}.")
+    print("  `cbp-jax list figures` shows which command reproduces which figure of the papers")
     print("learners (as in --methods bp cbp:replacement_rate=1e-5)")
     for name, learner in learners.LEARNERS.items():
         settings = ", ".join(f"{key}={value}" for key, value in learners.defaults_of(learner).items())

@@ -15,7 +15,14 @@ import pytest
 from cbp_jax.experiments.online_permuted import Settings, preset
 
 from cbp_jax import cli, experiments, load_results, nets, report
-from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted, slowly_changing_regression, utility_quality
+from cbp_jax.experiments import (
+    EXPERIMENTS,
+    figures,
+    learners,
+    online_permuted,
+    slowly_changing_regression,
+    utility_quality,
+)
 
 TINY = (
     *("--preset", "smoke", "--dataset", "mnist", "--methods", "bp:step_size=0.02"),
@@ -200,6 +207,19 @@ def test_list_shows_experiments_learners_and_datasets(capsys):
     for name in (*EXPERIMENTS, *learners.LEARNERS, *online_permuted.PRESETS, "digits", "mnist", "fashion_mnist"):
         assert name in shown
     assert "replacement_rate=0.0001" in shown
+
+
+def test_every_figure_has_a_command_that_can_be_run(capsys):
+    assert cli.main(["list", "figures"]) == 0
+    shown = capsys.readouterr().out
+    for figure in figures.FIGURES:
+        assert figure.about in shown and f"cbp-jax run {figure.command}\n" in shown and figure.cost
+        name, *words = figure.command.split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        settings = EXPERIMENTS[name].preset(given["--preset"], given.get("--dataset"))
+        assert EXPERIMENTS[name].check(settings)
+    papers = {figure.command.split()[0] for figure in figures.FIGURES}
+    assert papers == set(EXPERIMENTS)
 
 
 def test_the_console_script_is_this_command():

@@ -170,7 +170,7 @@ def _measure(learner: Learner, params: optax.Params, x: chex.Array, dormant_thre
     # What a dense layer reads; where several do, the last is the output's. A dict of features is not in forward order.
     forward = jax.tree.leaves([features[group.name] for group in learner.units])
     read = [h for h in forward if h.ndim == 2]
-    if not read:
+    if forward and not read:
         raise ValueError(
             "learner must have a group of units without positions, [examples, units], of which ranks are measured; got "
             f"features of shapes {[h.shape for h in forward]}"

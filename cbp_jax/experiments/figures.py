@@ -1,0 +1,131 @@
+"""Figures and tables of the papers: what reproduces each, what it costs, and what was run here."""
+
+import dataclasses
+
+NATURE = "Dohare et al. 2024"
+UPGD = "Elsayed & Mahmood 2024"
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure or table of a paper.
+
+    Attributes:
+      paper: its authors and year.
+      name: as the paper numbers it.
+      about: what it shows.
+      command: the words after `cbp-jax run` that reproduce it in the paper's size.
+      cost: of that, from times measured on 2 cores of a CPU.
+      here: at which size it was run for this repository; empty if it was not.
+    """
+
+    paper: str
+    name: str
+    about: str
+    command: str
+    cost: str
+    here: str = ""
+
+
+FIGURES: tuple[Figure, ...] = (
+    Figure(
+        NATURE,
+        "Fig. 1",
+        "Continual ImageNet: backpropagation at three step sizes, L2, shrink and perturb, CBP",
+        "continual_imagenet --preset paper",
+        "180 lanes of 15M updates; 10 to 14 days a lane",
+        "pairs of Quick, Draw!, 200 tasks",
+    ),
+    Figure(
+        NATURE,
+        "Fig. 2, Extended Data Fig. 1",
+        "class-incremental CIFAR-100 with ResNet-18: accuracy against a retrained network, dormant units, stable rank",
+        "class_incremental --preset paper",
+        "75 lanes of 1M updates; 40 days a lane",
+        "classes of Quick, Draw!, smaller networks",
+    ),
+    Figure(
+        NATURE,
+        "Fig. 3",
+        "slippery ant: standard and tuned Adam, L2, CBP, and ReDo, shrink and perturb, UPGD",
+        "slippery_ant --preset paper",
+        "800 lanes of 20M steps; 40 minutes a lane",
+        "0.9M to 1.6M steps",
+    ),
+    Figure(
+        NATURE,
+        "Fig. 4, Extended Data Fig. 5",
+        "the ant on ground that stays as it is",
+        "stationary_ant --preset paper",
+        "240 lanes of 50M steps; 100 minutes a lane",
+        "a million steps of standard Adam",
+    ),
+    Figure(
+        NATURE,
+        "Extended Data Fig. 2",
+        "slowly-changing regression: six activations, three step sizes, a linear network",
+        "slowly_changing_regression --preset paper",
+        "5,600 lanes of 3M updates; 20 seconds a lane",
+        "100 tasks, ten seeds",
+    ),
+    Figure(
+        NATURE,
+        "Extended Data Fig. 3b, left, and 3c",
+        "Online Permuted MNIST: step sizes, dead units, weight magnitude, effective rank",
+        "online_permuted --preset step_size",
+        "30 lanes of 48M updates; 3 days a lane",
+    ),
+    Figure(
+        NATURE,
+        "Extended Data Fig. 3b, center",
+        "Online Permuted MNIST: sizes of the network",
+        "online_permuted --preset network_size",
+        "30 lanes of 48M updates; half an hour a lane at width 100, 17 hours at 1,000, 2 months at 10,000",
+    ),
+    Figure(
+        NATURE,
+        "Extended Data Fig. 3b, right",
+        "Online Permuted MNIST: how often the task changes; also task_length_100k and task_length_1m",
+        "online_permuted --preset task_length_10k",
+        "10 lanes of 48M updates; 3 days a lane",
+    ),
+    Figure(
+        NATURE,
+        "Extended Data Fig. 4",
+        "Online Permuted MNIST: Adam, dropout, online normalization, L2, shrink and perturb, CBP",
+        "online_permuted --preset paper",
+        "600 lanes of 48M updates; 3 days a lane",
+        "150 tasks of 4,000 images, width 100",
+    ),
+    Figure(
+        UPGD,
+        "Fig. 2",
+        "quality of approximate utilities of weights and features",
+        "utility_quality --preset paper",
+        "90 networks of 2,000 updates, each measured; half an hour in all",
+        "with networks of two layers, 20 seeds",
+    ),
+    Figure(
+        UPGD,
+        "input-permuted MNIST, Fig. 5",
+        "accuracy of all learners at their published best, plasticity, weights and gradients",
+        "input_permuted --preset best",
+        "200 lanes of 1M updates; 10 minutes a lane",
+        "80 tasks of 2,500 images, five seeds",
+    ),
+    Figure(
+        UPGD,
+        "label-permuted EMNIST",
+        "the same; the search behind it is --preset paper, as of input-permuted MNIST",
+        "label_permuted --preset best",
+        "200 lanes of 1M updates; 10 minutes a lane",
+        "MNIST, 80 tasks of 2,500 images, five seeds",
+    ),
+    Figure(
+        UPGD,
+        "label-permuted CIFAR-10",
+        "the same with LeNet; for mini-ImageNet, --dataset names a file of its features",
+        "label_permuted --preset best --dataset cifar10",
+        "200 lanes of 1M updates; an hour a lane",
+    ),
+)
