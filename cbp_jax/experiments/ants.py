@@ -3,8 +3,7 @@
 The preset "paper" has one environment and rollouts of 2,048 steps, as the published program; its friction changes where
 the first episode ends after 2,000,000 steps. Its frictions are log-uniform as the published ones are, but other draws:
 the program reads the 50 of each of its 100 seeds from a file. Those of one seed can be given: `--frictions`. More
-environments go on together (`num_envs=32`, `rollout_length=64`), faster; with `common_clock` their
-frictions change after the same step.
+environments can share a rollout, as in the other presets; with `common_clock` their frictions change after one step.
 
 A method with `reset=network` or `reset=head` is trained anew after each change: see `ppo.make`. It takes a common clock
 or one environment.
