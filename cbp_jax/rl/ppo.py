@@ -82,7 +82,7 @@ def make(
     Example:
       >>> from cbp_jax import nets
       >>> from cbp_jax.envs.episodes import Episodes
-      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Episodes(make_brax_env("fast", "spring"))
       >>> cbp = lambda units: cbp_jax.continual_backprop(cbp_jax.adam(3e-4), units)
       >>> init, update = make(env, nets.ActorCritic(env.action_size), cbp)
@@ -206,7 +206,7 @@ def train(
     Example:
       >>> from cbp_jax import nets
       >>> from cbp_jax.envs.episodes import Episodes
-      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Episodes(make_brax_env("fast", "spring"), episode_length=4)
       >>> adam = lambda units: cbp_jax.adam(3e-4)
       >>> run = train(env, nets.ActorCritic(env.action_size, (8,)), adam, Settings(2, 8, 1, 2), updates=3)
@@ -272,7 +272,7 @@ def measure(
     Example:
       >>> from cbp_jax import nets
       >>> from cbp_jax.envs.episodes import Episodes
-      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Episodes(make_brax_env("fast", "spring"))
       >>> network = nets.ActorCritic(env.action_size, hidden=(8, 8))
       >>> init, _ = make(env, network, lambda units: cbp_jax.adam(3e-4))
