@@ -1,7 +1,19 @@
 """Environments of Brax as the experiments need them; those of Brax need `pip install "cbp-jax[rl]"`."""
 
 from cbp_jax.envs.episodes import Episodes
+from cbp_jax.envs.normalized import Normalized
 from cbp_jax.envs.render import episode, save_html
 from cbp_jax.envs.slippery import Slippery, SlipperyAnt, set_friction, with_friction
+from cbp_jax.envs.walker import Walker
 
-__all__ = ["Episodes", "Slippery", "SlipperyAnt", "episode", "save_html", "set_friction", "with_friction"]
+__all__ = [
+    "Episodes",
+    "Normalized",
+    "Slippery",
+    "SlipperyAnt",
+    "Walker",
+    "episode",
+    "save_html",
+    "set_friction",
+    "with_friction",
+]

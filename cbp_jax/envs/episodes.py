@@ -31,6 +31,7 @@ class Episodes(Around):
 
     - `obs` is what to act on next: after the last step of an episode, the first observation of the next;
     - `reward` and `metrics` are the step's, `done` is 1 where the step ended an episode, for whatever reason;
+    - `info["ended"]` is 1 where it ended of itself, as by a fall;
     - `info["truncation"]` is 1 where it was ended by the time limit, or a cut, alone;
     - `info["interrupted"]` is 1 where it was ended by a cut alone, before its time: its return is not a whole one's;
     - `info["final_obs"]` is what the step led to, before any reset;
@@ -51,7 +52,7 @@ class Episodes(Around):
       ValueError: `episode_length` is less than 1.
 
     Example:
-      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Episodes(make_brax_env("fast", "spring"), episode_length=2)
       >>> state = env.reset(jax.random.key(0))
       >>> for _ in range(3):
@@ -85,6 +86,7 @@ class Episodes(Around):
         state = self.env.reset(first_key)
         zero = jnp.zeros([])
         info = {
+            "ended": zero,
             "truncation": zero,
             "interrupted": zero,
             "final_obs": state.obs,
@@ -114,6 +116,7 @@ class Episodes(Around):
         ended = (after.done > 0) | lost
         stopped = (at_limit | cut) & ~ended
         info = after.info | {
+            "ended": jnp.where(ended, 1.0, 0.0),
             "truncation": jnp.where(stopped & (not self.time_limit_is_terminal), 1.0, 0.0),
             "interrupted": jnp.where(stopped & ~at_limit, 1.0, 0.0),
             "final_obs": jnp.where(lost, state.obs, after.obs),

@@ -8,11 +8,11 @@ import chex
 import jax
 import numpy as np
 
-from cbp_jax.envs.slippery import Slippery, brax
+from cbp_jax.envs.walker import Walker, brax
 
 
 def episode(
-    env: Slippery,
+    env: Walker,
     policy: Callable[[chex.Array], chex.Array],
     key: chex.PRNGKey,
     *,
@@ -24,7 +24,7 @@ def episode(
       env: the environment, one.
       policy: maps an observation [observations] to an action [actions].
       key: of the first state.
-      friction: coefficient, by default that of the environment's first period.
+      friction: coefficient, where the environment is :class:`Slippery`; by default that of its first period.
 
     Returns:
       poses of the bodies, Brax's pipeline states with leading axis [steps], on the host; and the episode's return.
@@ -34,12 +34,12 @@ def episode(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> env = Slippery("ant", friction=1.0)
+      >>> env = Walker("ant")
       >>> still = lambda obs: jnp.zeros(env.action_size)
       >>> poses, total = episode(env, still, jax.random.key(0))  # doctest: +SKIP
       >>> path = save_html(env, poses, "ant.html")  # doctest: +SKIP
     """
-    episodes = env.episodes(env.friction_of(0) if friction is None else friction)
+    episodes = env.episodes() if friction is None else env.episodes(friction)
 
     @jax.jit
     def go_through(key):
@@ -54,7 +54,7 @@ def episode(
     return jax.tree.map(lambda x: x[:steps], poses), float(returns[steps - 1])
 
 
-def save_html(env: Slippery, poses: Any, path: str | Path) -> Path:
+def save_html(env: Walker, poses: Any, path: str | Path) -> Path:
     """Writes a page that shows an episode in a browser, by Brax's viewer, which the page loads from the network.
 
     Args:

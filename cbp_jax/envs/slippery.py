@@ -1,13 +1,8 @@
 """Brax's walkers on ground whose friction changes (Dohare et al., Nature 2024)."""
 
-import contextlib
 import copy
-import importlib
-import io
 import math
-import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import chex
@@ -15,21 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cbp_jax.envs.episodes import Around, Episodes, check_range, strong
+from cbp_jax.envs.episodes import Episodes, check_range, strong
+from cbp_jax.envs.walker import Walker
 from cbp_jax.numerics.keys import as_key_data
 from cbp_jax.numerics.scalars import check_scalar
 
-#: Backends in which a sliding body is slowed as Coulomb's law says, with what it takes.
-BACKENDS = ("spring", "mjx")
-_REFUSED = {
-    "positional": "its gaits hardly respond to friction",
-    "generalized": "with its few solver iterations the ground is nearly frictionless below a coefficient of 0.3",
-}
-# Brax's own 1 and 4 iterations do not resolve friction.
-_MJX = {"opt.iterations": 10, "opt.ls_iterations": 20, "opt.disableflags": 0}
 
-
-class Slippery(Around):
+class Slippery(Walker):
     r"""A Brax environment whose friction changes at the ends of episodes, in its state.
 
     Environments with the same key meet the same frictions: that of period i, counted from 0, is log-uniform in
@@ -50,12 +37,8 @@ class Slippery(Around):
         run it is an nth of the run's.
       friction_range: smallest and largest friction.
       key: of the frictions; a seed or a key, which may be traced.
-      backend: Brax's physics: "spring", or "mjx", whose solver is then given 10 iterations and 20 of its line search:
-        closer to MuJoCo, and several times slower.
-      clip_actions: whether actions are clipped to [-1, 1] before the environment sees them. The ant's motors clip
-        theirs in any case: what changes is the cost of control, which otherwise grows with the action as sampled.
-      **episodes: `episode_length`, `time_limit_is_terminal` and `random_reset` of :class:`Episodes`, whose states
-        these are, and which have besides `info["friction"]`, and `info["period"]` and `info["period_steps"]`.
+      **walker: `backend` and what follows of :class:`Walker`, whose states these are, and which have besides
+        `info["friction"]`, and `info["period"]` and `info["period_steps"]`.
 
     Raises:
       ValueError: an argument is out of range, or a backend or an environment that is not offered.
@@ -87,9 +70,7 @@ class Slippery(Around):
         change_every: int = 2_000_000,
         friction_range: tuple[float, float] = (0.02, 2.0),
         key: chex.PRNGKey | int = 0,
-        backend: str = "spring",
-        clip_actions: bool = False,
-        **episodes: Any,
+        **walker: Any,
     ):
         if friction is not None:
             check_scalar("friction", friction, at_least=0, below=math.inf)
@@ -102,23 +83,13 @@ class Slippery(Around):
         if change_every < 1:
             raise ValueError(f"change_every must be at least 1, got {change_every}")
         check_range("friction_range", friction_range)
-        if backend not in BACKENDS:
-            reason = f": {_REFUSED[backend]}" if backend in _REFUSED else ""
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}{reason}")
-        self.env = make_brax_env(env, backend)
-        if not hasattr(self.env, "sys"):
-            raise ValueError(f"env must be of bodies on a ground, got {env!r}")
-        if backend == "mjx":
-            self.env.sys = self.env.sys.tree_replace(_MJX)
+        super().__init__(env, **walker)
         self.friction = friction
         self.frictions = tuple(frictions)
         self.common_clock = common_clock
         self.change_every = change_every
         self.friction_range = friction_range
-        self.clip_actions = clip_actions
         self._key, self._impl = as_key_data(key)
-        self._settings = episodes
-        Episodes(self.env, **episodes)  # checks them
 
     def friction_of(self, period: chex.Numeric) -> chex.Array:
         """The friction coefficient of a period, which is counted from 0: float32 []."""
@@ -130,13 +101,10 @@ class Slippery(Around):
         low, high = jnp.log(jnp.asarray(self.friction_range))
         return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
 
-    def episodes(self, friction: chex.Numeric) -> Episodes:
-        """The environment with a friction coefficient that stays as it is."""
+    def episodes(self, friction: chex.Numeric | None = None) -> Episodes:
+        """The environment with a friction coefficient that stays as it is, by default that of its first period."""
+        friction = self.friction_of(0) if friction is None else friction
         return Episodes(with_friction(self.env, friction), **self._settings)
-
-    def clipped(self, action: chex.Array) -> chex.Array:
-        """The action that reaches the body."""
-        return jnp.clip(action, -1, 1) if self.clip_actions else action
 
     def reset(self, key: chex.PRNGKey) -> Any:
         """The first state, in the first period, of a key for the pose of the body."""
@@ -217,6 +185,7 @@ def with_friction(env: Any, friction: chex.Numeric) -> Any:
       ValueError: `friction` is negative or not finite, or the environment has no bodies that touch a ground.
 
     Example:
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = make_brax_env("ant", "spring")
       >>> with_friction(env, 0.5).sys.geom_friction[:, 0].min().item(), env.sys.geom_friction[:, 0].min().item()
       (0.5, 1.0)
@@ -256,31 +225,3 @@ def set_friction(state: Any, friction: chex.Numeric) -> Any:
     if jnp.ndim(friction) and jnp.shape(friction) != old.shape:
         raise ValueError(f"friction must be a number or of shape {old.shape}, got shape {jnp.shape(friction)}")
     return state.replace(info=state.info | {"friction": jnp.full_like(old, friction)})
-
-
-def make_brax_env(name: str, backend: str) -> Any:
-    """A Brax environment by name.
-
-    Raises:
-      ValueError: there is none of that name, or not with that backend.
-      ImportError: Brax is not installed.
-    """
-    envs = brax("envs")
-    if name not in envs._envs:
-        raise ValueError(f"env must be one of {sorted(envs._envs)}, got {name!r}")
-    with warnings.catch_warnings():
-        # Brax warns at every loading of a model that MuJoCo's own environments are where work goes on.
-        warnings.simplefilter("ignore")
-        try:
-            return envs.get_environment(name, backend=backend)
-        except ValueError as error:
-            raise ValueError(f"env must be one that Brax has with backend {backend!r}, got {name!r}") from error
-
-
-def brax(module: str) -> ModuleType:
-    """Imports a module of Brax, or says how to install it."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # MuJoCo prints which of its optional parts are missing
-            return importlib.import_module(f"brax.{module}")
-    except ImportError as error:
-        raise ImportError('environments need brax: pip install "cbp-jax[rl]"') from error

@@ -4,6 +4,7 @@ import sys
 
 from cbp_jax.experiments import stream
 from cbp_jax.experiments.ants import slippery_ant, stationary_ant
+from cbp_jax.experiments.collapse import policy_collapse
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.imagenet import continual_imagenet
 from cbp_jax.experiments.increments import class_incremental
@@ -24,6 +25,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         class_incremental,
         slippery_ant,
         stationary_ant,
+        policy_collapse,
     )
 }
 # So that `from cbp_jax.experiments.online_permuted import Settings` finds it, too, as if each had a file of its own.

@@ -128,4 +128,11 @@ FIGURES: tuple[Figure, ...] = (
         "label_permuted --preset best --dataset cifar10",
         "200 lanes of 1M updates; an hour a lane",
     ),
+    Figure(
+        UPGD,
+        "Fig. 8",
+        "policy collapse: PPO with Adam and UPGD; --env halfcheetah, hopper, walker2d and humanoid are its others",
+        "policy_collapse --preset paper",
+        "90 lanes of 1M steps; 10 minutes a lane",
+    ),
 )

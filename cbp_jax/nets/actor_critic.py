@@ -23,6 +23,7 @@ class ActorCritic(nn.Module):
       policy_scale: factor of the first weights of `actor_mean`. A small one starts with actions around 0 whatever the
         observation, which matters most to how PPO learns to walk of all choices about networks, say Andrychowicz et
         al., `What Matters In On-Policy Reinforcement Learning? <https://arxiv.org/abs/2006.05990>`_, 2020.
+      value_scale: factor of the first weights of `critic_value`.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -42,6 +43,7 @@ class ActorCritic(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     initial_log_std: float = 0.0
     policy_scale: float = 1.0
+    value_scale: float = 1.0
 
     def __post_init__(self):
         if self.action_size < 1:
@@ -49,17 +51,18 @@ class ActorCritic(nn.Module):
         if not self.hidden or min(self.hidden) < 1:
             raise ValueError(f"hidden must be sizes of at least one hidden layer, got {self.hidden}")
         get_activation(self.activation)
-        if not self.policy_scale >= 0:
-            raise ValueError(f"policy_scale must not be negative, got {self.policy_scale}")
+        for name in ("policy_scale", "value_scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Maps observations [..., inputs] to means [..., actions], log-stds [actions] and values [...]."""
-        scaled = lambda *args: self.policy_scale * self.kernel_init(*args)
-        mean = self._torso("actor", obs, self.action_size, "actor_mean", scaled)
+        scaled = lambda scale: lambda *args: scale * self.kernel_init(*args)
+        mean = self._torso("actor", obs, self.action_size, "actor_mean", scaled(self.policy_scale))
         log_std = self.param("actor_log_std", nn.initializers.constant(self.initial_log_std), (self.action_size,))
-        value = self._torso("critic", obs, 1, "critic_value", self.kernel_init)
+        value = self._torso("critic", obs, 1, "critic_value", scaled(self.value_scale))
         return mean, log_std, value[..., 0]
 
     def _torso(

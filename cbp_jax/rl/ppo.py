@@ -1,8 +1,7 @@
 """Proximal policy optimisation, on the device from environment to update, with any optax transformation."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -12,98 +11,13 @@ import optax
 
 import cbp_jax
 from cbp_jax.envs.episodes import strong
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.running import Statistics, counted, unseen
 from cbp_jax.replacement import replaced_units
-from cbp_jax.rl.gae import gae
+from cbp_jax.rl.loss import ppo_loss
+from cbp_jax.rl.rollout import EPISODE, Environment, normalized, rollout
+from cbp_jax.rl.settings import DEFAULTS, Settings
 from cbp_jax.training import output_layers, restart, symptoms, train_step
 from cbp_jax.units import Units, leaves_by_path
-
-
-class Environment(Protocol):
-    """One environment that starts episode after episode by itself, such as `cbp_jax.envs.Episodes` makes of any.
-
-    States have `obs`, `reward`, `done` and `metrics` as Brax's, and in `info` at least `truncation`, `final_obs`,
-    `episode_return` and `episode_length`.
-    """
-
-    observation_size: int
-    action_size: int
-
-    def reset(self, key: chex.PRNGKey) -> Any:
-        """The first state."""
-
-    def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action [actions], the first of the next episode where this one ended."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of PPO; the defaults are those of Dohare et al. (Nature 2024), with 32 environments for its one.
-
-    Numbers that are not counts may be traced, so that a grid of them is a `vmap`.
-
-    Attributes:
-      num_envs: environments of a rollout.
-      rollout_length: steps of each environment in a rollout.
-      epochs: how often a rollout is learned from.
-      minibatches: updates of an epoch; they share all steps of the rollout equally.
-      discount: of a step, in [0, 1].
-      gae_lambda: of generalised advantage estimation, in [0, 1].
-      clip: how far ratios of probabilities go from 1 before their gradient is cut.
-      value_coefficient: of the value's squared error in the loss.
-      entropy_coefficient: of the policy's entropy in the loss.
-      normalize_advantages: whether the advantages of a rollout are brought to mean 0 and standard deviation 1.
-      normalize_observations: whether observations are, by their mean and variance in all rollouts before, and clipped
-        to [-10, 10].
-
-    Raises:
-      ValueError: a setting is out of range.
-
-    Example:
-      >>> Settings(minibatches=7)
-      Traceback (most recent call last):
-      ...
-      ValueError: minibatches must divide the 32 x 64 = 2048 steps of a rollout, got 7
-    """
-
-    num_envs: int = 32
-    rollout_length: int = 64
-    epochs: int = 10
-    minibatches: int = 16
-    discount: chex.Numeric = 0.99
-    gae_lambda: chex.Numeric = 0.95
-    clip: chex.Numeric = 0.2
-    value_coefficient: chex.Numeric = 1.0
-    entropy_coefficient: chex.Numeric = 0.0
-    normalize_advantages: bool = True
-    normalize_observations: bool = False
-
-    def __post_init__(self):
-        for name in ("num_envs", "rollout_length", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps % self.minibatches:
-            raise ValueError(
-                f"minibatches must divide the {self.num_envs} x {self.rollout_length} = {self.steps} steps of a "
-                f"rollout, got {self.minibatches}"
-            )
-        check_scalar("discount", self.discount, at_least=0, at_most=1)
-        check_scalar("gae_lambda", self.gae_lambda, at_least=0, at_most=1)
-        for name in ("clip", "value_coefficient", "entropy_coefficient"):
-            check_scalar(name, getattr(self, name), at_least=0)
-
-    @property
-    def steps(self) -> int:
-        """Steps of the environments in a rollout."""
-        return self.num_envs * self.rollout_length
-
-
-class Statistics(NamedTuple):
-    """Running statistics of observations."""
-
-    count: chex.Array  # float32 []
-    mean: chex.Array  # float32 [observations]
-    squares: chex.Array  # float32 [observations], sum of squared distances from the mean
 
 
 class State(NamedTuple):
@@ -118,27 +32,11 @@ class State(NamedTuple):
     changed: chex.Array  # bool [], whether a period of the environments ended in it
 
 
-_LARGEST_LOG_RATIO = 20.0
-
-# What an environment tells of its episodes, in the info of its states.
-_EPISODE = ("truncation", "final_obs", "episode_return", "episode_length")
-
-
-class _Steps(NamedTuple):
-    """Steps of a rollout, [rollout_length, num_envs, ...], or of a minibatch, [steps, ...]."""
-
-    obs: chex.Array
-    actions: chex.Array
-    log_probs: chex.Array
-    advantages: chex.Array
-    targets: chex.Array
-
-
 def make(
     env: Environment,
     network: nn.Module,
     optimizer: Callable[[Units], optax.GradientTransformation],
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     *,
     reset: str = "",
 ) -> tuple[Callable[[chex.PRNGKey], State], Callable[[State], tuple[State, dict[str, chex.Array]]]]:
@@ -151,13 +49,18 @@ def make(
       -\min\left(\rho A, \text{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A\right)
       + c_V (V(s) - \hat{V})^2 - c_H H.
 
+    With `clip_values`, V_old being the value in the rollout, the squared error is the larger of that and
+
+    .. math::
+      \left(V_\text{old}(s) + \text{clip}(V(s) - V_\text{old}(s), -\epsilon, \epsilon) - \hat{V}\right)^2.
+
     Args:
       env: one environment; it is vmapped over `num_envs`.
       network: maps observations [..., observations] to (mean [..., actions], log_std [actions] or [..., actions],
         value [...]), as `nets.ActorCritic` does.
       optimizer: makes, of the units of policy and value, an optax transformation. It is given `features` of the
-        minibatch as an extra argument, so that continual backpropagation and recycling work. A limit of the
-        gradient's norm is `optax.clip_by_global_norm` in a chain with it.
+        minibatch as an extra argument, so that continual backpropagation and recycling work, and gradients as
+        `max_grad_norm` leaves them.
       settings: the settings.
       reset: what is drawn anew when the environments' `info["period"]` has changed, "network" or "head" (the layers
         that make the policy's means and the value, and log-stds that are parameters), with what the optimizer keeps of
@@ -179,7 +82,7 @@ def make(
     Example:
       >>> from cbp_jax import nets
       >>> from cbp_jax.envs.episodes import Episodes
-      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Episodes(make_brax_env("fast", "spring"))
       >>> cbp = lambda units: cbp_jax.continual_backprop(cbp_jax.adam(3e-4), units)
       >>> init, update = make(env, nets.ActorCritic(env.action_size), cbp)
@@ -204,11 +107,13 @@ def make(
     units = cbp_jax.discover_units(network.apply, shapes, example, check=True)
     apply = cbp_jax.with_features(network.apply, units)
     tx = optax.with_extra_args_support(optimizer(units))
+    if settings.max_grad_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), tx)
     if reset not in ("", "head", "network"):
         raise ValueError(f"reset must be 'head', 'network' or '', got {reset!r}")
     log_stds = [path for path in leaves_by_path(shapes) if path.endswith("log_std")]
     head = (*output_layers(units), *log_stds) if reset == "head" else ()
-    needed = (*_EPISODE, *(("period",) if reset else ()))
+    needed = (*EPISODE, *(("period",) if reset else ()))
 
     def fresh(key: chex.PRNGKey) -> optax.Params:
         return network.init(key, jnp.zeros(example.shape))
@@ -224,7 +129,7 @@ def make(
             params=params,
             opt_state=tx.init(params),
             env_state=strong(env_state),
-            statistics=Statistics(jnp.zeros([]), jnp.zeros(size), jnp.zeros(size)),
+            statistics=unseen((size,)),
             key=jax.random.key_data(key),
             obs=jnp.zeros((settings.rollout_length, settings.num_envs, size)),
             changed=jnp.zeros([], bool),
@@ -238,13 +143,13 @@ def make(
             anew = restart(reset, tx, *worn, head, fresh(other_key))
             params, opt_state = jax.tree.map(lambda new, old: jnp.where(state.changed, new, old), anew, worn)
             state = state._replace(params=params, opt_state=opt_state)
-        seen = lambda obs: _normalized(obs, state.statistics) if settings.normalize_observations else obs
-        env_state, steps, found = _rollout(env, network, settings, state.params, state.env_state, seen, rollout_key)
+        seen = lambda obs: normalized(obs, state.statistics) if settings.normalize_observations else obs
+        env_state, steps, found = rollout(env, network, settings, state.params, state.env_state, seen, rollout_key)
 
         def learn(carry, batch):
             def loss_fn(params):
                 (mean, log_std, value), features = apply(params, batch.obs)
-                loss, terms = _loss(settings, mean, log_std, value, batch)
+                loss, terms = ppo_loss(settings, mean, log_std, value, batch)
                 return loss, (features, terms)
 
             step = train_step(tx, loss_fn, *carry)
@@ -263,7 +168,11 @@ def make(
         )
         found |= jax.tree.map(jnp.mean, terms) | {"replaced_units": jnp.sum(replaced)}
         obs = found.pop("obs")
-        statistics = _counted(obs, state.statistics) if settings.normalize_observations else state.statistics
+        statistics = (
+            counted(state.statistics, obs.reshape(-1, obs.shape[-1]))
+            if settings.normalize_observations
+            else state.statistics
+        )
         periods = [each.info.get("period", 0) for each in (state.env_state, env_state)]
         changed = jnp.any(periods[0] != periods[1])
         return State(params, opt_state, env_state, statistics, jax.random.key_data(key), obs, changed), found
@@ -275,7 +184,7 @@ def train(
     env: Environment,
     network: nn.Module,
     optimizer: Callable[[Units], optax.GradientTransformation],
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     *,
     updates: int,
 ) -> Callable[[chex.PRNGKey], tuple[State, dict[str, chex.Array]]]:
@@ -297,7 +206,7 @@ def train(
     Example:
       >>> from cbp_jax import nets
       >>> from cbp_jax.envs.episodes import Episodes
-      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Episodes(make_brax_env("fast", "spring"), episode_length=4)
       >>> adam = lambda units: cbp_jax.adam(3e-4)
       >>> run = train(env, nets.ActorCritic(env.action_size, (8,)), adam, Settings(2, 8, 1, 2), updates=3)
@@ -337,7 +246,7 @@ def act(
       >>> act(network, params, jnp.zeros(27)).shape, act(network, params, jnp.zeros((4, 27)), jax.random.key(1)).shape
       ((8,), (4, 8))
     """
-    mean, log_std, _ = network.apply(params, obs if statistics is None else _normalized(obs, statistics))
+    mean, log_std, _ = network.apply(params, obs if statistics is None else normalized(obs, statistics))
     return mean if key is None else mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
 
 
@@ -363,7 +272,7 @@ def measure(
     Example:
       >>> from cbp_jax import nets
       >>> from cbp_jax.envs.episodes import Episodes
-      >>> from cbp_jax.envs.slippery import make_brax_env
+      >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Episodes(make_brax_env("fast", "spring"))
       >>> network = nets.ActorCritic(env.action_size, hidden=(8, 8))
       >>> init, _ = make(env, network, lambda units: cbp_jax.adam(3e-4))
@@ -371,7 +280,7 @@ def measure(
       ['dormant_units', 'stable_rank', 'weight_magnitude']
     """
     obs = state.obs.reshape(-1, state.obs.shape[-1])
-    obs = _normalized(obs, state.statistics) if normalize_observations else obs
+    obs = normalized(obs, state.statistics) if normalize_observations else obs
     policy = lambda params, obs: network.apply(params, obs)[0]
     _, features = cbp_jax.with_features(policy, cbp_jax.discover_units(policy, state.params, obs[:1]))(
         state.params, obs
@@ -380,96 +289,3 @@ def measure(
     last = list(features.values())[-1:]
     found = symptoms(features, actor, ranked=last, dormant_threshold=dormant_threshold)
     return {name: found[name] for name in ("dormant_units", "stable_rank", "weight_magnitude")}
-
-
-def _rollout(
-    env: Environment,
-    network: nn.Module,
-    settings: Settings,
-    params: optax.Params,
-    env_state: Any,
-    seen: Callable[[chex.Array], chex.Array],
-    key: chex.PRNGKey,
-) -> tuple[Any, _Steps, dict[str, chex.Array]]:
-    """Goes through all environments; also what was found on the way, and the observations as they came."""
-
-    def step(env_state, key):
-        obs = env_state.obs
-        mean, log_std, _ = network.apply(params, seen(obs))
-        actions = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-        ground = {name: env_state.info[name] for name in ("friction",) if name in env_state.info}  # of this step
-        env_state = strong(jax.vmap(env.step)(env_state, actions))
-        info = env_state.info
-        kept = {name: info[name] for name in _EPISODE} | {
-            "interrupted": info.get("interrupted", jnp.zeros_like(env_state.done))
-        }
-        further = env_state.metrics | ground
-        ended = (env_state.reward, env_state.done)
-        return env_state, (obs, actions, _log_prob(mean, log_std, actions), ended, kept, further)
-
-    keys = jax.random.split(key, settings.rollout_length)
-    env_state, (obs, actions, log_probs, (rewards, dones), info, further) = jax.lax.scan(step, env_state, keys)
-    values = network.apply(params, seen(obs))[2]
-    gained = gae(
-        rewards,
-        values,
-        network.apply(params, seen(info["final_obs"]))[2],
-        dones * (1 - info["truncation"]),
-        info["truncation"],
-        discount=settings.discount,
-        gae_lambda=settings.gae_lambda,
-    )
-    targets = gained + values
-    whole = dones * (1 - info["interrupted"])
-    found = {name: jnp.mean(values) for name, values in further.items()} | {
-        "obs": obs,
-        "episodes": jnp.sum(whole),
-        "return_sum": jnp.sum(whole * info["episode_return"]),
-        "length_sum": jnp.sum(whole * info["episode_length"]),
-        "explained_variance": 1 - jnp.var(gained) / jnp.maximum(jnp.var(targets), 1e-12),
-    }
-    if settings.normalize_advantages:
-        gained = (gained - jnp.mean(gained)) / (jnp.std(gained) + 1e-8)
-    return env_state, _Steps(seen(obs), actions, log_probs, gained, targets), found
-
-
-def _loss(
-    settings: Settings, mean: chex.Array, log_std: chex.Array, value: chex.Array, batch: _Steps
-) -> tuple[chex.Array, dict[str, chex.Array]]:
-    log_ratio = _log_prob(mean, log_std, batch.actions) - batch.log_probs
-    # A policy that has become nearly deterministic can go past the largest float, and one such step would end the run.
-    ratio = jnp.exp(jnp.minimum(log_ratio, _LARGEST_LOG_RATIO))
-    clipped = jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip)
-    policy_loss = -jnp.mean(jnp.minimum(ratio * batch.advantages, clipped * batch.advantages))
-    value_loss = jnp.mean(jnp.square(value - batch.targets))
-    entropy = jnp.mean(jnp.sum(log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e), -1))
-    loss = policy_loss + settings.value_coefficient * value_loss - settings.entropy_coefficient * entropy
-    return loss, {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": entropy,
-        # An estimate of the divergence with little variance, as J. Schulman proposes ("Approximating KL divergence").
-        "approx_kl": jnp.mean(ratio - 1 - log_ratio),
-        "clip_fraction": jnp.mean(jnp.abs(ratio - 1) > settings.clip, dtype=jnp.float32),
-    }
-
-
-def _log_prob(mean: chex.Array, log_std: chex.Array, actions: chex.Array) -> chex.Array:
-    """Logarithm of a Gaussian's density at actions [..., actions]."""
-    scaled = (actions - mean) / jnp.exp(log_std)
-    return jnp.sum(-0.5 * jnp.square(scaled) - log_std - 0.5 * jnp.log(2 * jnp.pi), -1)
-
-
-def _normalized(obs: chex.Array, statistics: Statistics) -> chex.Array:
-    variance = statistics.squares / jnp.maximum(statistics.count, 1)
-    std = jnp.where(statistics.count > 0, jnp.sqrt(variance), 1)
-    return jnp.clip((obs - statistics.mean) / jnp.maximum(std, 1e-6), -10, 10)
-
-
-def _counted(obs: chex.Array, statistics: Statistics) -> Statistics:
-    """Statistics of all observations so far and these, by Chan's parallel form."""
-    obs = obs.reshape(-1, obs.shape[-1])
-    count = statistics.count + len(obs)
-    mean, apart = jnp.mean(obs, 0), jnp.mean(obs, 0) - statistics.mean
-    squares = jnp.sum(jnp.square(obs - mean), 0) + jnp.square(apart) * statistics.count * len(obs) / count
-    return Statistics(count, statistics.mean + apart * len(obs) / count, statistics.squares + squares)

@@ -134,3 +134,21 @@ def test_a_key_of_another_generator_is_refused():
 def test_a_time_limit_of_no_steps_is_refused():
     with pytest.raises(ValueError, match="episode_length must be at least 1, got 0"):
         Episodes(Walk(), episode_length=0)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_cut_ends_an_episode_as_time_does_but_is_no_whole_one(terminal):
+    env = Episodes(Walk(), episode_length=3, time_limit_is_terminal=terminal)
+
+    def step(state, numbers):
+        action, cut = numbers
+        return (env.step(state, action[None], cut=cut > 0),) * 2
+
+    # A cut in the second step, one with the time limit, one with a fall.
+    numbers = jnp.array([[1.0, 1, 1, 1, 1, 11], [0, 1, 0, 0, 1, 1]]).T
+    states = jax.jit(lambda key: jax.lax.scan(step, env.reset(key), numbers)[1])(jax.random.key(0))
+    assert states.done.tolist() == [0, 1, 0, 0, 1, 1]
+    assert states.info["interrupted"].tolist() == [0, 1, 0, 0, 0, 0]
+    assert states.info["ended"].tolist() == [0, 0, 0, 0, 0, 1]
+    assert states.info["truncation"].tolist() == ([0] * 6 if terminal else [0, 1, 0, 0, 1, 0])
+    assert states.info["episode_length"].tolist() == [1, 2, 1, 2, 3, 1]

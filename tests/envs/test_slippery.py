@@ -199,7 +199,7 @@ class Slider:
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("common_clock", [True, False])
 def test_a_common_clock_changes_all_grounds_after_one_step(monkeypatch, common_clock, terminal):
-    monkeypatch.setattr(envs.slippery, "make_brax_env", lambda *_: Slider())
+    monkeypatch.setattr(envs.walker, "make_brax_env", lambda *_: Slider())
     frictions, every, steps = (0.25, 2.0, 0.5), 8, 30
     env = envs.Slippery(
         frictions=frictions, common_clock=common_clock, change_every=every, time_limit_is_terminal=terminal

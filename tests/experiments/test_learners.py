@@ -211,6 +211,46 @@ def test_a_head_that_is_reset_is_the_output_layer():
     jax.tree.map(np.testing.assert_array_equal, after["params"]["Dense_1"], params["params"]["Dense_1"])
 
 
+def updated(text, gradient):
+    """What an update of a method with one number as the gradient makes of a weight of 2."""
+    method = parse_method(text)
+    numbers = {name: jnp.float32(value) for name, value in method.hyperparameters.items()}
+    learner = make_learner([method], HIDDEN, "relu", (PIXELS,), CLASSES)
+
+    @jax.jit
+    def step(numbers):
+        tx = learner.optimizer(numbers, jax.random.key(0))
+        params = jax.tree.map(lambda leaf: jnp.full_like(leaf, 2), learner.init(jax.random.key(0)))
+        grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
+        features = {group.name: jnp.ones((1, group.size)) for group in learner.units}
+        tx = optax.with_extra_args_support(tx)
+        return optax.apply_updates(params, tx.update(grads, tx.init(params), params, features=features)[0])
+
+    return np.asarray(step(numbers)["params"]["Dense_0"]["kernel"])
+
+
+@pytest.mark.parametrize("name", ["adam", "cbp_adam", "redo_adam", "adaptive_upgd"])
+def test_adams_eps_can_be_set(name):
+    text = f"{name}:step_size=0.1" + (",sigma=0" if name == "adaptive_upgd" else "")
+    # Of a gradient of eps the first step is half of what it is of a large one; UPGD's gate is the same for both.
+    change = 2 - updated(f"{text},eps=0.01", 0.01)
+    np.testing.assert_allclose(change, (2 - updated(text, 0.01)) / 2, rtol=1e-3)
+    assert (change > 0.01).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"), [("upgd", 0.5), ("adaptive_upgd", 1.0), ("cbp_upgd", 0.5)], ids=["upgd", "adaptive", "cbp"]
+)
+def test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not(name, direction):
+    text = f"{name}:step_size=0.1,sigma=0,weight_decay=0.3"
+    # All utilities are equal: -1 over the largest's absolute value, 1.
+    gate = 1 / (1 + np.exp(-1.0))
+    for factor in (1, 2):
+        expected = (1 - 0.1 * 0.3) * 2 - factor * 0.1 * direction * gate
+        np.testing.assert_allclose(updated(f"{text},factor={factor}", 0.5), expected, rtol=1e-5)
+    np.testing.assert_array_equal(updated(text, 0.5), updated(f"{text},factor=1", 0.5))
+
+
 @pytest.mark.parametrize("reset", ["head", "network"])
 @pytest.mark.parametrize("name", ["adam", "shrink_and_perturb_adam"])
 def test_adam_starts_anew_with_what_is_reset(name, reset):

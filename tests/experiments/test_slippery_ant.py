@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cbp_jax
-from cbp_jax.experiments import EXPERIMENTS, ants, slippery_ant, stationary_ant, stream
+from cbp_jax.experiments import EXPERIMENTS, agents, ants, slippery_ant, stationary_ant, stream
 
 TINY = dataclasses.replace(
     ants.SMOKE,
@@ -41,7 +41,7 @@ def test_presets_are_complete(experiment):
 
 def test_the_papers_settings():
     settings = slippery_ant.preset("paper")
-    rules = ants.ppo_settings(settings)
+    rules = agents.ppo_settings(settings)
     assert (settings.steps, settings.change_every, settings.friction_range) == (20_000_000, 2_000_000, (0.02, 2.0))
     assert (rules.num_envs, rules.rollout_length, rules.epochs, rules.minibatches) == (1, 2048, 10, 16)
     assert settings.seeds == 100 and not settings.common_clock and not settings.frictions
@@ -71,7 +71,7 @@ def test_environments_share_the_steps_between_two_frictions():
 def test_no_interval_of_the_laptop_preset_mixes_frictions():
     settings = slippery_ant.preset("laptop")
     assert settings.common_clock and ants.make_env(settings).common_clock
-    assert settings.change_every % settings.interval == 0 == settings.interval % ants.ppo_settings(settings).steps
+    assert settings.change_every % settings.interval == 0 == settings.interval % agents.ppo_settings(settings).steps
     assert settings.steps == 8 * settings.change_every
 
 
@@ -119,7 +119,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
 
 @pytest.mark.slow  # as what follows: PPO and the ant's physics in one program compile for long
 def test_a_run_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(ants, "save_episode", lambda *_: None)  # compiles for as long again; see below
+    monkeypatch.setattr(agents, "save_episode", lambda *_: None)  # compiles for as long again; see below
     seen = []
     results = slippery_ant.run(TINY, tmp_path, lambda methods, lanes, measures: seen.append((lanes, set(measures))))
     assert seen == [(2, set(ants.MEASURES))] * 3 and slippery_ant.total(TINY) == 6
@@ -168,7 +168,7 @@ def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
 
 @pytest.mark.slow
 def test_by_a_common_clock_an_interval_has_one_friction_and_methods_start_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(ants, "save_episode", lambda *_: None)
+    monkeypatch.setattr(agents, "save_episode", lambda *_: None)
     settings = dataclasses.replace(
         TINY,
         methods=("adam:step_size=0,reset=network",),

@@ -36,11 +36,12 @@ def test_kernels_are_of_lecuns_variance():
     np.testing.assert_allclose(params["critic_1"]["kernel"].std(), 1 / 16, rtol=0.02)
 
 
-def test_the_scale_of_the_policy_is_that_of_its_output_layer_alone():
-    init = lambda scale: ActorCritic(2, policy_scale=scale).init(jax.random.key(0), jnp.zeros((1, 6)))["params"]
-    plain, small = init(1.0), init(0.01)
-    np.testing.assert_allclose(small["actor_mean"]["kernel"], plain["actor_mean"]["kernel"] / 100, rtol=1e-6)
-    plain["actor_mean"] = small["actor_mean"]
+@pytest.mark.parametrize(("scale", "layer"), [("policy_scale", "actor_mean"), ("value_scale", "critic_value")])
+def test_a_scale_is_that_of_an_output_layer_alone(scale, layer):
+    init = lambda **scales: ActorCritic(2, **scales).init(jax.random.key(0), jnp.zeros((1, 6)))["params"]
+    plain, small = init(), init(**{scale: 0.01})
+    np.testing.assert_allclose(small[layer]["kernel"], plain[layer]["kernel"] / 100, rtol=1e-6)
+    plain[layer] = small[layer]
     chex.assert_trees_all_equal(small, plain)
 
 
@@ -50,6 +51,7 @@ def test_the_scale_of_the_policy_is_that_of_its_output_layer_alone():
         ({"action_size": 0}, "action_size must be at least 1, got 0"),
         ({"action_size": 1, "hidden": ()}, r"hidden must be sizes of at least one hidden layer, got \(\)"),
         ({"action_size": 1, "policy_scale": -0.1}, r"policy_scale must not be negative, got -0\.1"),
+        ({"action_size": 1, "value_scale": -0.1}, r"value_scale must not be negative, got -0\.1"),
         ({"action_size": 1, "activation": "rely"}, "activation must be .*'relu'.*, got 'rely'"),
     ],
 )

@@ -287,55 +287,6 @@ def test_measures_are_of_the_policy(probed):
     np.testing.assert_allclose(found["dormant_units"], (np.concatenate(scores) <= 0.01).mean())
 
 
-def test_the_loss_is_ppos():
-    rng = np.random.default_rng(0)
-    mean, actions = rng.normal(size=(2, 32, 2))
-    value, targets, advantages, old = rng.normal(size=(4, 32))
-    log_std = np.array([-0.3, 0.2])
-    std = np.exp(log_std)
-    log_prob = (-((actions - mean) ** 2) / (2 * std**2) - np.log(std * np.sqrt(2 * np.pi))).sum(1)
-    old = log_prob + 0.3 * old
-    ratio = np.exp(log_prob - old)
-    surrogate = np.where(
-        advantages > 0, np.minimum(ratio, 1.2) * advantages, np.maximum(ratio, 0.8) * advantages
-    )  # the clip in its other form
-    batch = ppo._Steps(jnp.zeros((32, 1)), *map(jnp.asarray, (actions, old, advantages, targets)))
-    settings = ppo.Settings(value_coefficient=0.5, entropy_coefficient=0.01)
-    loss, terms = ppo._loss(settings, *map(jnp.asarray, (mean, log_std, value)), batch)
-    entropy = (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
-    np.testing.assert_allclose(terms["policy_loss"], -surrogate.mean(), rtol=1e-4)
-    np.testing.assert_allclose(terms["value_loss"], ((value - targets) ** 2).mean(), rtol=1e-5)
-    np.testing.assert_allclose(terms["entropy"], entropy, rtol=1e-5)
-    np.testing.assert_allclose(terms["clip_fraction"], (abs(ratio - 1) > 0.2).mean())
-    expected = -surrogate.mean() + 0.5 * ((value - targets) ** 2).mean() - 0.01 * entropy
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    of_each = ppo._loss(settings, *map(jnp.asarray, (mean, np.tile(log_std, (32, 1)), value)), batch)
-    np.testing.assert_allclose(of_each[0], loss, rtol=1e-6)
-
-
-def test_the_sign_of_an_advantage_is_the_way_the_policy_goes_until_it_is_clipped():
-    # One action each, above the mean; without a clip descending the loss takes the mean to it where A > 0, else away.
-    advantages = jnp.array([1.0, -1.0, 1.0, -1.0])
-    ahead = jnp.log(jnp.array([1.0, 1.0, 1.5, 0.5]))  # of these ratios the last two are past the clip
-    actions, zeros = jnp.full((4, 1), 0.5), jnp.zeros(4)
-
-    def loss(mean):
-        old = ppo._log_prob(jax.lax.stop_gradient(mean), zeros[:1], actions) - ahead
-        batch = ppo._Steps(actions, actions, old, advantages, zeros)
-        return ppo._loss(SETTINGS, mean, zeros[:1], zeros, batch)[0]
-
-    towards = -jax.grad(loss)(jnp.zeros((4, 1)))[:, 0]
-    np.testing.assert_allclose(towards, [0.125, -0.125, 0, 0], rtol=1e-5)  # A (a - mean) / 4
-
-
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_no_ratio_of_probabilities_is_past_the_largest_float(advantage):
-    actions, zeros = jnp.zeros((1, 1)), jnp.zeros(1)
-    batch = ppo._Steps(actions, actions, jnp.full(1, -1e6), jnp.full(1, advantage), zeros)
-    loss, grad = jax.value_and_grad(lambda mean: ppo._loss(SETTINGS, mean, zeros, zeros, batch)[0])(actions + 1)
-    assert jnp.isfinite(loss) and jnp.isfinite(grad).all()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -344,6 +295,9 @@ def test_no_ratio_of_probabilities_is_past_the_largest_float(advantage):
         ({"discount": 1.5}, r"discount must be in \[0, 1\], got 1.5"),
         ({"gae_lambda": -0.1}, r"gae_lambda must be in \[0, 1\], got -0.1"),
         ({"clip": -1.0}, r"clip must be in \[0, inf\), got -1.0"),
+        ({"max_grad_norm": -1.0}, r"max_grad_norm must be in \[0, inf\), got -1.0"),
+        ({"advantages_in": "epoch"}, "advantages_in must be 'rollout' or 'minibatch', got 'epoch'"),
+        ({"advantages_in": "minibatch", "minibatches": 2048}, "minibatches must be less than the rollout's 2048 steps"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -437,3 +391,30 @@ def test_episodes_that_were_interrupted_are_not_counted_and_friction_is_that_of_
     _, found = jax.jit(lambda key: update(init(key)))(jax.random.key(0))
     assert (found["episodes"], found["length_sum"], found["return_sum"]) == (8, 8, 8)
     assert found["friction"] == 3.5  # 0 to 7
+
+
+def test_gradients_are_brought_down_to_a_norm_where_they_are_larger():
+    norms = []
+    for limit in (None, 0.01, 100.0):
+
+        def recorder(units):
+            update = lambda grads, state, params, features: (jax.tree.map(jnp.zeros_like, grads), grads)
+            return optax.GradientTransformationExtraArgs(lambda params: params, update)
+
+        settings = ppo.Settings(2, 4, 1, 1, max_grad_norm=limit)
+        init, update = ppo.make(Probe(3), NETWORK, recorder, settings)
+        state, _ = jax.jit(lambda key, update=update, init=init: update(init(key)))(jax.random.key(0))
+        norms.append(optax.tree.norm(state.opt_state if limit is None else state.opt_state[1]).item())
+    assert norms[0] > 0.02 and norms[1] == pytest.approx(0.01, rel=1e-4) and norms[2] == pytest.approx(norms[0])
+
+
+def test_advantages_that_are_normalized_later_come_as_they_are():
+    """A step of SGD on one minibatch is the same, but for the unbiased deviation."""
+    steps = []
+    for place in ("rollout", "minibatch"):
+        settings = ppo.Settings(2, 4, 1, 1, advantages_in=place, value_coefficient=0.0)
+        init, update = ppo.make(Probe(4), NETWORK, lambda units: optax.sgd(0.1), settings)
+        before, (after, _) = jax.jit(lambda key, u=update, i=init: (i(key), u(i(key))))(jax.random.key(0))
+        steps.append(jax.tree.map(lambda a, b: a - b, after.params, before.params)["params"]["actor_mean"]["kernel"])
+    np.testing.assert_allclose(steps[1], steps[0] * np.sqrt(7 / 8), rtol=1e-3, atol=1e-7)
+    assert abs(steps[0]).max() > 1e-4

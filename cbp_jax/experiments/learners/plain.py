@@ -52,18 +52,20 @@ class Moments(Method):
     Attributes:
       reset: "head" or "network", for what is drawn anew before each task but the first: with it what Adam keeps of
         it, its moments and its count of steps, starts anew.
+      eps: what is added to the root of the mean square.
     """
 
     step_size: float = ranged(1e-3)
     b1: float = ranged(0.9, below=1)
     b2: float = ranged(0.999, below=1)
     reset: str = choice("", "head", "network", optional=True)
+    eps: float = ranged(1e-8, traced=False, optional=True)
 
     def adam(self, make: Callable[..., optax.GradientTransformation], l2: float = 0.0) -> optax.GradientTransformation:
         """Adam as `make` makes it, with L2 as a part of the loss, so that it goes through the moments."""
         if self.reset == "head":
             make = cbp_jax.adam  # with a count of steps for each weight, so that only the head's starts anew
-        tx = make(self.step_size, b1=self.b1, b2=self.b2)
+        tx = make(self.step_size, b1=self.b1, b2=self.b2, eps=self.eps)
         return optax.chain(optax.add_decayed_weights(l2), tx) if l2 else tx
 
 

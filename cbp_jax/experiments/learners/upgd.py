@@ -32,12 +32,18 @@ class PGD(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gated(Method):
-    """Around UPGD."""
+    """Around UPGD.
+
+    Attributes:
+      factor: of the step, but not of the decay. The paper's algorithm has none, 1; its public code has 2, so that a
+        weight of utility 0, whose gate is 1/2, moves at the step size.
+    """
 
     step_size: float = ranged(0.01)
     weight_decay: float = ranged(0.0)
     beta_utility: float = ranged(0.999, below=1)
     sigma: float = ranged(0.01)
+    factor: int = choice(1, 2, optional=True)
 
     def upgd(
         self,
@@ -46,8 +52,9 @@ class Gated(Method):
         **settings: object,
     ) -> optax.GradientTransformation:
         """UPGD as `make` makes it."""
-        numbers = {"weight_decay": self.weight_decay, "beta_utility": self.beta_utility, "sigma": self.sigma}
-        return make(self.step_size, **numbers, **settings, key=key)
+        decay = self.weight_decay / self.factor  # which the transformation multiplies by the whole step
+        numbers = {"weight_decay": decay, "beta_utility": self.beta_utility, "sigma": self.sigma}
+        return make(self.factor * self.step_size, **numbers, **settings, key=key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,11 @@ class UPGD(Gated):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveUPGD(UPGD):
-    """UPGD around Adam's moments."""
+    """UPGD around Adam's moments.
+
+    Attributes:
+      eps: what is added to the root of the mean square.
+    """
 
     name = "adaptive_upgd"
     about = "UPGD around Adam's moments"
@@ -100,7 +111,9 @@ class AdaptiveUPGD(UPGD):
     step_size: float = ranged(1e-3)
     b1: float = ranged(0.9, below=1)
     b2: float = ranged(0.999, below=1)
+    eps: float = ranged(1e-8, traced=False, optional=True)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        return self.upgd(cbp_jax.adaptive_upgd, key, b1=self.b1, b2=self.b2, **self.options_of_upgd(units))
+        moments = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
+        return self.upgd(cbp_jax.adaptive_upgd, key, **moments, **self.options_of_upgd(units))

@@ -1,0 +1,83 @@
+"""Observations and rewards of an environment, normalized by what it has shown so far."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from cbp_jax.envs.episodes import Around, strong
+from cbp_jax.numerics.running import Statistics, counted, unseen
+from cbp_jax.numerics.scalars import check_scalar
+
+# As many numbers of mean 0 and variance 1 statistics start with, and what is added to variances.
+_PRIOR, _EPSILON = 1e-4, 1e-8
+_BOUND = 10.0
+
+
+class Normalized(Around):
+    r"""Normalizes observations and rewards step by step, and clips them to [-10, 10].
+
+    An observation o becomes :math:`(o - \mu) / \sqrt{\sigma^2 + 10^{-8}}`, with mean and variance of all observations
+    up to and with this one, whatever episode they are of. A reward r is divided by :math:`\sqrt{\sigma_G^2 + 10^{-8}}`,
+    with the variance of all discounted sums of rewards so far, :math:`G \leftarrow \gamma (1 - \text{ended}) G + r`,
+    which go on where time cuts an episode. That is what Gymnasium's wrappers do in the program of Elsayed & Mahmood
+    (ICLR 2024), here in float32. Statistics are in the state, where each environment of a `vmap` has its own.
+
+    Args:
+      env: whose states are those of `Episodes`. What it tells of an episode, such as its return, stays as it is.
+      observations: whether observations are normalized, `obs` and `info["final_obs"]`.
+      rewards: whether rewards are.
+      discount: of a step, in [0, 1].
+
+    Raises:
+      ValueError: `discount` is out of range.
+
+    Example:
+      >>> from cbp_jax.envs.walker import make_brax_env
+      >>> env = Normalized(Episodes(make_brax_env("fast", "spring"), episode_length=2))
+      >>> state = jax.jit(env.reset)(jax.random.key(0))
+      >>> bool(jnp.abs(state.obs).max() < 0.02)
+      True
+    """
+
+    def __init__(self, env: Any, *, observations: bool = True, rewards: bool = True, discount: chex.Numeric = 0.99):
+        check_scalar("discount", discount, at_least=0, at_most=1)
+        self.env = env
+        self.observations = observations
+        self.rewards = rewards
+        self.discount = discount
+
+    def view(self, obs: chex.Array, statistics: Statistics) -> chex.Array:
+        """What is seen of observations [..., observations], by statistics as `info["seen"]` has them."""
+        if not self.observations:
+            return obs
+        scaled = (obs - statistics.mean) / jnp.sqrt(statistics.variance + _EPSILON)
+        return jnp.clip(scaled, -_BOUND, _BOUND)
+
+    def reset(self, key: chex.PRNGKey) -> Any:
+        """The first state, of a key."""
+        state = self.env.reset(key)
+        seen = counted(unseen(state.obs.shape, _PRIOR), state.obs[None])
+        return self._shown(state, state.info["final_obs"], seen, unseen((), _PRIOR), jnp.zeros([]))
+
+    def step(self, state: Any, action: chex.Array) -> Any:
+        """The state after an action [actions]."""
+        info = state.info
+        after = self.env.step(state.replace(obs=info["raw_obs"]), action)
+        led_to = counted(info["seen"], after.info["final_obs"][None])
+        # Where an episode ended, its last observation and the first of the next are two.
+        seen = jax.tree.map(
+            lambda both, one: jnp.where(after.done > 0, both, one), counted(led_to, after.obs[None]), led_to
+        )
+        sum_so_far = self.discount * (1 - after.info["ended"]) * info["discounted"] + after.reward
+        sums = counted(info["sums"], sum_so_far[None])
+        final = self.view(after.info["final_obs"], led_to)
+        if self.rewards:
+            scaled = after.reward / jnp.sqrt(sums.variance + _EPSILON)
+            after = after.replace(reward=jnp.clip(scaled, -_BOUND, _BOUND))
+        return self._shown(after, final, seen, sums, sum_so_far)
+
+    def _shown(self, state: Any, final: chex.Array, seen: Statistics, sums: Statistics, sum_so_far: chex.Array) -> Any:
+        info = {"raw_obs": state.obs, "seen": seen, "sums": sums, "discounted": sum_so_far, "final_obs": final}
+        return strong(state.replace(obs=self.view(state.obs, seen), info=state.info | info))

@@ -1,0 +1,305 @@
+"""Agents that learn by PPO: what their experiments share, from settings to a page that shows an episode."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cbp_jax import envs, nets, training
+from cbp_jax.experiments import learners, memory, stream
+from cbp_jax.rl import ppo
+
+#: What is measured of each interval, for each method and seed.
+MEASURES: dict[str, str] = {
+    "episode_return": "mean return of the episodes that ended in the interval",
+    "episode_length": "mean length of the same episodes, in steps",
+    "forward_velocity": "mean velocity forward, in metres a second",
+    "dormant_units": "fraction of the policy's hidden units of small activation, relative to their layer's, at the end",
+    "stable_rank": "stable rank of the policy's last hidden layer over its number of units, at the end",
+    "weight_magnitude": "mean absolute weight of the policy, at the end",
+    "policy_loss": "mean of PPO's clipped surrogate loss",
+    "value_loss": "mean squared error of the value",
+    "entropy": "mean entropy of the policy, in nats",
+    "approx_kl": "mean estimate of the divergence of the policy from that of the rollout, in nats",
+    "clip_fraction": "fraction of ratios that were clipped",
+    "explained_variance": "fraction of the variance of returns that values explain, mean over updates",
+    "replaced_units": "units replaced during the interval",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What agents of every experiment have."""
+
+    methods: tuple[str, ...] = ("adam:step_size=1e-4",)
+    """Learners to compare, each a name, with settings if wanted: "adam:b1=0.99,b2=0.99"."""
+    seeds: int = 30
+    """Number of runs of each method, each with a seed of its own."""
+    first_seed: int = 0
+    """The first of the seeds; the others follow it."""
+    steps: int = 20_000_000
+    """Steps of the environment in all, rounded up to whole intervals."""
+    interval: int = 102_400
+    """Steps of the environment in which a measurement is made; a multiple of those of a rollout."""
+    env: str = "ant"
+    """Brax's name of the environment."""
+    backend: str = "spring"
+    """Brax's physics."""
+    episode_length: int = 1000
+    """Time limit of an episode, in steps."""
+    time_limit_is_terminal: bool = True
+    """Whether nothing is to be gained after the time limit, as in the papers, or it only cuts the episode."""
+    clip_actions: bool = False
+    """Whether actions are clipped to [-1, 1]."""
+    num_envs: int = 32
+    """Environments that a rollout goes through together."""
+    rollout_length: int = 64
+    """Steps of each environment in a rollout."""
+    epochs: int = 10
+    """How often a rollout is learned from."""
+    minibatches: int = 16
+    """Updates of an epoch."""
+    discount: float = 0.99
+    """Discount of a step."""
+    gae_lambda: float = 0.95
+    """Decay of generalized advantage estimation."""
+    clip: float = 0.2
+    """How far PPO lets ratios of probabilities go from 1."""
+    hidden: tuple[int, ...] = (256, 256)
+    """Sizes of the hidden layers, of the policy and of the value."""
+    activation: str = "relu"
+    """Activation of the hidden layers, where a method does not choose one."""
+    initial_log_std: float = 0.0
+    """Logarithm of the policy's standard deviation at first."""
+    policy_scale: float = 1.0
+    """Factor of the first weights of the policy's output layer."""
+    dormant_threshold: float = 0.01
+    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+    lanes: Literal["auto", "vmap", "map"] = "auto"
+    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+
+
+def total(settings: Settings) -> int:
+    """How many intervals all lanes have to do, for a progress bar."""
+    return len(settings.methods) * settings.seeds * num_intervals(settings)
+
+
+def num_intervals(settings: Settings) -> int:
+    """How many intervals a run has."""
+    return math.ceil(settings.steps / settings.interval)
+
+
+def check(settings: Settings) -> list[learners.Method]:
+    """Checks settings that all experiments with agents have, as `stream.check` does."""
+    methods = stream.check_methods(settings.methods, settings.activation)
+    stream.check_counts(settings, "seeds", "steps", "interval", "episode_length")
+    stream.check_first_seed(settings)
+    rollout = ppo_settings(settings).steps
+    if settings.interval % rollout:
+        raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")
+    check_episodes(settings)
+    if not settings.dormant_threshold >= 0:
+        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
+    if settings.lanes not in ("auto", "vmap", "map"):
+        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
+    if not math.isfinite(settings.initial_log_std):
+        raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
+    make_network(settings, 1)
+    for text, method in zip(settings.methods, methods, strict=True):
+        unusable = [name for name in ("normalization", "dropout_rate") if getattr(method, name)]
+        if unusable or method.curvature:
+            raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")
+    return methods
+
+
+def check_episodes(settings: Settings, parts: int = 1) -> None:
+    """Raises a ValueError unless one of so many parts of every interval is as long as an episode."""
+    needed = parts * settings.num_envs * settings.episode_length
+    if settings.interval < needed:
+        raise ValueError(
+            f"interval must be at least {f'{parts} * ' * (parts > 1)}num_envs * episode_length = {needed}, so that an "
+            f"episode ends in it; got {settings.interval}"
+        )
+
+
+class Parts(NamedTuple):
+    """What experiments with agents differ in.
+
+    Attributes:
+      check: checks settings and returns the methods.
+      make_env: of settings and a key, the environment of a run.
+      make_network: of settings, the number of actions and the attributes that a method chooses, the network.
+      measures: names and meanings of what is measured.
+    """
+
+    check: Callable[[Any], list[learners.Method]]
+    make_env: Callable[[Any, chex.PRNGKey | int], Any]
+    make_network: Callable[[Any, int, Mapping[str, Any]], nn.Module]
+    measures: Mapping[str, str]
+
+
+def job(experiment: str, parts: Parts, settings: Settings, *, annealed: bool = False) -> stream.Job:
+    """Prepares what trains agents with all methods and all seeds.
+
+    All methods with the same seed start from the same weights in the same environments. Results are written as
+    intervals end, and the state every half minute: a run that is killed goes on from there as if nothing had been. When
+    a method is done, a page is written that shows an episode of its first seed's agent.
+
+    Args:
+      experiment: its name.
+      parts: what is its own.
+      settings: what to run.
+      annealed: whether the step size falls linearly, from that of the method in the first rollout to that over the
+        number of rollouts in the last.
+
+    Returns:
+      what runs it. In its results, tasks are intervals of steps; the coordinate `step` counts the environment's steps
+      up to their ends.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+      ImportError: Brax is not installed.
+    """
+    methods = parts.check(settings)
+    parts.make_env(settings, 0)  # an error of its should come before anything is written
+    intervals = num_intervals(settings)
+    memory.check_results(len(methods), settings.seeds, intervals, len(parts.measures))
+
+    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+        results = stream.empty_results(experiment, settings, methods, intervals, parts.measures)
+        results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
+        make = lambda group: functools.partial(_train, parts, settings, group, annealed, Path(out))
+        return stream.prepare_methods(results, methods, make)(out, progress)
+
+    return run
+
+
+class _Lane(NamedTuple):
+    """The state of one agent."""
+
+    agent: ppo.State
+    key: chex.Array  # raw key data of the seed, constant
+    hyperparameters: dict[str, chex.Array]  # constant
+    rollouts: chex.Array | None = None  # int32 [], so far, where the step size depends on it
+
+
+def _train(
+    parts: Parts,
+    settings: Settings,
+    group: list[learners.Method],
+    annealed: bool,
+    out: Path,
+    seeds: np.ndarray,
+    numbers: dict[str, np.ndarray],
+    checkpoint: training.Checkpoint,
+) -> Iterator[dict[str, Any]]:
+    """Measures [lanes] of each interval, of methods that differ in their numbers alone."""
+    given = group[0].network
+    rules = ppo_settings(settings)
+    rollouts = settings.interval // rules.steps
+    intervals = num_intervals(settings)
+
+    def agent(key: chex.Array, hyperparameters: dict[str, chex.Array]):
+        frictions, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
+        env = parts.make_env(settings, frictions)
+        network = parts.make_network(settings, env.action_size, given)
+        attributes = {"kernel_init": network.kernel_init}
+        make = lambda units: learners.make_optimizer(group, units, attributes)(hyperparameters, optimizer)
+        init, update = ppo.make(env, network, make, rules, reset=group[0].reset)
+        return network, start, init, update
+
+    def first(seed: chex.Array, hyperparameters: dict[str, chex.Array]) -> _Lane:
+        key = jax.random.key_data(jax.random.key(seed))
+        _, start, init, _ = agent(key, hyperparameters)
+        return _Lane(init(start), key, hyperparameters, jnp.int32(0) if annealed else None)
+
+    def go_on(_: Any, lane: _Lane) -> tuple[_Lane, dict[str, chex.Array]]:
+        network, _, _, update = agent(lane.key, lane.hyperparameters)
+
+        def one(lane, _):
+            if not annealed:
+                state, found = update(lane.agent)
+                return lane._replace(agent=state), found
+            scale, name = 1 - lane.rollouts / (intervals * rollouts), group[0].scheduled
+            numbers = lane.hyperparameters | {name: scale * lane.hyperparameters[name]}
+            state, found = agent(lane.key, numbers)[-1](lane.agent)
+            return lane._replace(agent=state, rollouts=lane.rollouts + 1), found
+
+        lane, found = jax.lax.scan(one, lane, length=rollouts)
+        episodes = jnp.maximum(jnp.sum(found["episodes"]), 1)
+        measures = {name: jnp.mean(found[name]) for name in parts.measures if name in found}
+        measures |= {
+            "episode_return": jnp.sum(found["return_sum"]) / episodes,
+            "episode_length": jnp.sum(found["length_sum"]) / episodes,
+            "forward_velocity": jnp.mean(found.get("x_velocity", jnp.nan)),  # which not every environment measures
+            "replaced_units": jnp.sum(found["replaced_units"]),
+        }
+        measures |= ppo.measure(
+            network,
+            lane.agent,
+            normalize_observations=rules.normalize_observations,
+            dormant_threshold=settings.dormant_threshold,
+        )
+        return lane, measures
+
+    def finish(lanes: _Lane) -> None:
+        for number, method in enumerate(group):  # the first seed of each
+            state = jax.tree.map(lambda x, row=number * settings.seeds: x[row], lanes.agent)
+            save_episode(parts, settings, method, state, out / f"episode-{_file_name(method.label)}.html")
+
+    return training.run_lanes(
+        first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint, finish=finish
+    )
+
+
+def save_episode(parts: Parts, settings: Settings, method: learners.Method, state: ppo.State, path: Path) -> Path:
+    """Writes a page that shows an agent: an episode of its mean actions, at the friction that it trained on last.
+
+    Args:
+      parts: what is the experiment's own.
+      settings: of the run.
+      method: what trained the agent.
+      state: the agent's.
+      path: of the page.
+
+    Returns:
+      the path.
+    """
+    env = parts.make_env(settings, 0)
+    network = parts.make_network(settings, env.action_size, method.network)
+    info = jax.tree.map(lambda x: x[0], state.env_state.info)  # of the first environment
+    walker, view = (env.env, env.view) if isinstance(env, envs.Normalized) else (env, lambda obs, _: obs)
+    statistics = state.statistics if ppo_settings(settings).normalize_observations else None
+    policy = lambda obs: ppo.act(network, state.params, view(obs, info.get("seen")), statistics=statistics)
+    poses, _ = envs.episode(walker, policy, jax.random.key(0), friction=info.get("friction"))
+    return envs.save_html(walker, poses, path)
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", label).strip("_")
+
+
+def make_network(settings: Settings, action_size: int, options: Mapping[str, Any] = {}) -> nets.ActorCritic:
+    """The network of a run, of the attributes that a method chooses."""
+    return nets.ActorCritic(
+        action_size,
+        options.get("hidden", settings.hidden),
+        options.get("activation", settings.activation),
+        initial_log_std=settings.initial_log_std,
+        policy_scale=settings.policy_scale,
+    )
+
+
+def ppo_settings(settings: Settings) -> ppo.Settings:
+    """Those of the settings that are PPO's."""
+    names = [field.name for field in dataclasses.fields(ppo.Settings) if hasattr(settings, field.name)]
+    return ppo.Settings(**{name: getattr(settings, name) for name in names})

@@ -1,0 +1,109 @@
+"""What an agent goes through with its policy as it is: steps in environments, and what they were worth."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax.envs.episodes import strong
+from cbp_jax.numerics.running import Statistics
+from cbp_jax.rl.gae import gae
+from cbp_jax.rl.settings import Settings
+
+# What an environment tells of its episodes, in the info of its states.
+EPISODE = ("truncation", "final_obs", "episode_return", "episode_length")
+
+
+class Environment(Protocol):
+    """One environment that starts episode after episode by itself, such as `cbp_jax.envs.Episodes` makes of any.
+
+    States have `obs`, `reward`, `done` and `metrics` as Brax's, and in `info` at least `truncation`, `final_obs`,
+    `episode_return` and `episode_length`.
+    """
+
+    observation_size: int
+    action_size: int
+
+    def reset(self, key: chex.PRNGKey) -> Any:
+        """The first state."""
+
+    def step(self, state: Any, action: chex.Array) -> Any:
+        """The state after an action [actions], the first of the next episode where this one ended."""
+
+
+class Steps(NamedTuple):
+    """Steps of a rollout, [rollout_length, num_envs, ...], or of a minibatch, [steps, ...]."""
+
+    obs: chex.Array
+    actions: chex.Array
+    log_probs: chex.Array
+    values: chex.Array
+    advantages: chex.Array
+    targets: chex.Array
+
+
+def rollout(
+    env: Environment,
+    network: nn.Module,
+    settings: Settings,
+    params: optax.Params,
+    env_state: Any,
+    seen: Callable[[chex.Array], chex.Array],
+    key: chex.PRNGKey,
+) -> tuple[Any, Steps, dict[str, chex.Array]]:
+    """Goes through all environments; also what was found on the way, and the observations as they came."""
+
+    def step(env_state, key):
+        obs = env_state.obs
+        mean, log_std, _ = network.apply(params, seen(obs))
+        actions = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+        ground = {name: env_state.info[name] for name in ("friction",) if name in env_state.info}  # of this step
+        env_state = strong(jax.vmap(env.step)(env_state, actions))
+        info = env_state.info
+        kept = {name: info[name] for name in EPISODE} | {
+            "interrupted": info.get("interrupted", jnp.zeros_like(env_state.done))
+        }
+        further = env_state.metrics | ground
+        ended = (env_state.reward, env_state.done)
+        return env_state, (obs, actions, log_prob(mean, log_std, actions), ended, kept, further)
+
+    keys = jax.random.split(key, settings.rollout_length)
+    env_state, (obs, actions, log_probs, (rewards, dones), info, further) = jax.lax.scan(step, env_state, keys)
+    values = network.apply(params, seen(obs))[2]
+    gained = gae(
+        rewards,
+        values,
+        network.apply(params, seen(info["final_obs"]))[2],
+        dones * (1 - info["truncation"]),
+        info["truncation"],
+        discount=settings.discount,
+        gae_lambda=settings.gae_lambda,
+    )
+    targets = gained + values
+    whole = dones * (1 - info["interrupted"])
+    found = {name: jnp.mean(values) for name, values in further.items()} | {
+        "obs": obs,
+        "episodes": jnp.sum(whole),
+        "return_sum": jnp.sum(whole * info["episode_return"]),
+        "length_sum": jnp.sum(whole * info["episode_length"]),
+        "explained_variance": 1 - jnp.var(gained) / jnp.maximum(jnp.var(targets), 1e-12),
+    }
+    if settings.normalize_advantages and settings.advantages_in == "rollout":
+        gained = (gained - jnp.mean(gained)) / (jnp.std(gained) + 1e-8)
+    return env_state, Steps(seen(obs), actions, log_probs, values, gained, targets), found
+
+
+def log_prob(mean: chex.Array, log_std: chex.Array, actions: chex.Array) -> chex.Array:
+    """Logarithm of a Gaussian's density at actions [..., actions]."""
+    scaled = (actions - mean) / jnp.exp(log_std)
+    return jnp.sum(-0.5 * jnp.square(scaled) - log_std - 0.5 * jnp.log(2 * jnp.pi), -1)
+
+
+def normalized(obs: chex.Array, statistics: Statistics) -> chex.Array:
+    """Observations [..., observations] as `normalize_observations` says; as they are before any is counted."""
+    std = jnp.where(statistics.count > 0, jnp.sqrt(statistics.variance), 1)
+    return jnp.clip((obs - statistics.mean) / jnp.maximum(std, 1e-6), -10, 10)

@@ -1,0 +1,25 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbp_jax.numerics.running import counted, unseen
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1, 20)])
+def test_statistics_are_those_of_all_that_was_counted(sizes):
+    seen = np.random.default_rng(0).normal([5.0, -1.0], [2.0, 0.1], (sum(sizes), 2))
+    found = unseen((2,))
+    for part in np.split(seen, np.cumsum(sizes)[:-1]):
+        found = counted(found, jnp.asarray(part))
+    assert found.count == sum(sizes)
+    np.testing.assert_allclose(found.mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.variance, seen.var(0), rtol=1e-4)
+
+
+def test_what_stands_for_numbers_before_the_first_counts_as_them():
+    prior = np.array([1.0, -1.0, 1.0, -1.0])  # of mean 0 and variance 1
+    seen = np.array([3.0, 7.0])
+    found = counted(unseen((), prior=4.0), jnp.asarray(seen))
+    both = np.concatenate([prior, seen])
+    np.testing.assert_allclose((found.count, found.mean, found.variance), (6, both.mean(), both.var()), rtol=1e-6)
+    assert unseen((3,)).variance.tolist() == [0.0] * 3
