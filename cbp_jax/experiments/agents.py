@@ -203,27 +203,26 @@ def _train(
     checkpoint: training.Checkpoint,
 ) -> Iterator[dict[str, Any]]:
     """Measures [lanes] of each interval, of methods that differ in their numbers alone."""
-    given = group[0].network
+    network = parts.make_network(settings, parts.make_env(settings, 0).action_size, group[0].network)
     rules = ppo_settings(settings)
     rollouts = settings.interval // rules.steps
     intervals = num_intervals(settings)
 
     def agent(key: chex.Array, hyperparameters: dict[str, chex.Array]):
-        frictions, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
-        env = parts.make_env(settings, frictions)
-        network = parts.make_network(settings, env.action_size, given)
+        environments, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
+        env = parts.make_env(settings, environments)
         attributes = {"kernel_init": network.kernel_init}
         make = lambda units: learners.make_optimizer(group, units, attributes)(hyperparameters, optimizer)
         init, update = ppo.make(env, network, make, rules, reset=group[0].reset)
-        return network, start, init, update
+        return start, init, update
 
     def first(seed: chex.Array, hyperparameters: dict[str, chex.Array]) -> _Lane:
         key = jax.random.key_data(jax.random.key(seed))
-        _, start, init, _ = agent(key, hyperparameters)
+        start, init, _ = agent(key, hyperparameters)
         return _Lane(init(start), key, hyperparameters, jnp.int32(0) if annealed else None)
 
     def go_on(_: Any, lane: _Lane) -> tuple[_Lane, dict[str, chex.Array]]:
-        network, _, _, update = agent(lane.key, lane.hyperparameters)
+        update = None if annealed else agent(lane.key, lane.hyperparameters)[-1]
 
         def one(lane, _):
             if not annealed:

@@ -12,7 +12,7 @@ from flax import struct
 
 import cbp_jax
 from cbp_jax import envs
-from cbp_jax.experiments import EXPERIMENTS, agents, collapse, policy_collapse
+from cbp_jax.experiments import EXPERIMENTS, agents, collapse, policy_collapse, stream
 from cbp_jax.rl import ppo
 
 TINY = dataclasses.replace(
@@ -162,3 +162,22 @@ def test_an_ant_shows_an_episode(tmp_path):
     results = policy_collapse.run(dataclasses.replace(TINY, seeds=1, steps=64), tmp_path)
     assert np.isfinite(results.to_array()).all() and results.sizes["task"] == 1
     assert len(list(tmp_path.glob("episode-*.html"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_was_killed_goes_on_with_the_step_size_that_it_had(tmp_path, monkeypatch):
+    whole = policy_collapse.run(TINY, tmp_path / "whole")
+    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+
+    class Kill(Exception):
+        pass
+
+    def die(methods, lanes, measures):
+        raise Kill
+
+    with pytest.raises(Kill):
+        policy_collapse.run(TINY, tmp_path / "killed", die)
+    again = policy_collapse.run(TINY, tmp_path / "killed")
+    for name in whole.data_vars:
+        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
