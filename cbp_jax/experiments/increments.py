@@ -118,6 +118,33 @@ def _paper(dataset: str | None) -> Settings:
     )
 
 
+def _perceptron(dataset: str | None) -> Settings:
+    """What shows the loss on 2 cores: no batch normalization, and the paper's step size, momentum and L2."""
+    base = "step_size=0.1,momentum=0.9"
+    return Settings(
+        dataset=dataset or PROCEDURAL,
+        network="mlp",
+        hidden=(100, 100),
+        methods=(
+            f"l2:{base},l2=5e-4",
+            f"l2:{base},l2=5e-4,reset=head",
+            f"shrink_and_perturb:{base},l2=2e-3,noise=3e-3",
+            f"cbp:{base},l2=5e-4,replacement_rate=1e-3,maturity_threshold=100",
+            f"l2:{base},l2=5e-4,reset=network",
+        ),
+        seeds=5,
+        tasks=20,
+        batch_size=50,
+        procedural_size=28,
+        downsample=2,
+        epochs=60,
+        flip=False,
+        padding=0,
+        max_rotation=0.0,
+        **_examples(train=70, validation=10, test=20, measured=300),
+    )
+
+
 def check(settings: Settings) -> list[learners.Method]:
     """Checks settings, as `stream.check` does, all but those that depend on the images."""
     if settings.classes_per_increment < 1:
@@ -205,7 +232,7 @@ class_incremental = Experiment(
     check=check,
     problem=_problem,
     network=_network_options,
-    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
+    presets={"smoke": _smoke, "laptop": _laptop, "perceptron": _perceptron, "paper": _paper},
     train=_train,
     measures=_measures,
     plot=plot,

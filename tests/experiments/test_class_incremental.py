@@ -50,9 +50,18 @@ def test_the_other_presets_compare_what_they_promise(dataset):
     assert {method.learner for method in check(laptop)} == {"l2", "shrink_and_perturb", "cbp"}
     assert laptop.train_per_class + laptop.validation_per_class + laptop.test_per_class <= 100
     assert any("reset=network" in text for text in laptop.methods) and check(smoke)
-    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper'\], got 'large'"):
+    perceptron = check(preset("perceptron", dataset))
+    assert {**perceptron[0].hyperparameters, **perceptron[0].options} == {"step_size": 0.1, "momentum": 0.9, "l2": 5e-4}
+    assert [method.label for method in perceptron].count(perceptron[0].label) == 1 and len(perceptron) == 5
+    with pytest.raises(ValueError, match=r"preset must be one of .*'perceptron', 'paper'\], got 'large'"):
         preset("large")
     assert EXPERIMENTS["class_incremental"] is class_incremental
+
+
+def test_a_linear_network_has_no_units_to_measure(tmp_path):
+    settings = dataclasses.replace(TINY, network="mlp", hidden=(), methods=("bp:step_size=0.1",), tasks=1)
+    results = run(settings, tmp_path)
+    assert np.isfinite(results.test_accuracy).all() and np.isnan(results.dormant_units).all()
 
 
 def test_a_run_measures_every_increment(finished):

@@ -156,6 +156,13 @@ def test_the_decay_of_shrink_and_perturb_with_adam_goes_through_its_moments():
     assert max(jax.tree.leaves(moved)) > 0.01  # where decay is no part of the loss, at most 0.05 of a weight is lost
 
 
+@pytest.mark.parametrize("reset", ["", ",reset=head"])
+def test_the_decay_of_adam_apart_from_its_moments_is_scaled_by_the_step_size(reset):
+    _, before, after = direction("adam", f"step_size=0.5,weight_decay=0.1{reset}")
+    expected = jax.tree.map(lambda w: w - 0.5 * 0.1 * w, before)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5), after, expected)
+
+
 def test_the_noise_of_shrink_and_perturb_has_the_given_size():
     _, before, after = direction("shrink_and_perturb", "step_size=0.5,l2=0,noise=0.2")
     noise = np.concatenate([np.ravel(b - a) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)])
