@@ -34,6 +34,7 @@ class Normalized(Around):
       ValueError: `discount` is out of range.
 
     Example:
+      >>> from cbp_jax.envs.episodes import Episodes
       >>> from cbp_jax.envs.walker import make_brax_env
       >>> env = Normalized(Episodes(make_brax_env("fast", "spring"), episode_length=2))
       >>> state = jax.jit(env.reset)(jax.random.key(0))
