@@ -86,6 +86,24 @@ LAPTOP = Settings(
     initial_log_std=-0.7,
     policy_scale=0.01,
 )
+# Where plasticity is lost in an hour of one core: two grounds far apart that take turns, small networks that have no
+# units to spare, and a larger step. The last two learners differ in continual backpropagation alone.
+_TUNED = "step_size=1e-3,b1=0.99,b2=0.99"
+ALTERNATING = dataclasses.replace(
+    LAPTOP,
+    methods=(
+        "adam:step_size=1e-3",
+        f"adam:{_TUNED}",
+        f"adam:{_TUNED},l2=1e-4",
+        f"cbp_adam:{_TUNED},l2=1e-4,replacement_rate=3e-4,maturity_threshold=1000",
+    ),
+    seeds=8,
+    steps=921_600,
+    interval=51_200,
+    frictions=(0.05, 1.5),
+    change_every=153_600,
+    hidden=(64, 64),
+)
 STATIONARY = dataclasses.replace(LAPTOP, methods=("adam:step_size=3e-4",), seeds=5, steps=1_024_000, friction=1.0)
 
 
@@ -146,7 +164,7 @@ slippery_ant = Experiment(
     name="slippery_ant",
     about="Slippery ant (Dohare et al., Nature 2024): PPO learns to walk while the friction of the ground changes.",
     Settings=Settings,
-    presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP, "paper": _paper},
+    presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP, "alternating": lambda: ALTERNATING, "paper": _paper},
     check=check,
     total=agents.total,
     job=functools.partial(agents.job, "slippery_ant", PARTS),

@@ -25,11 +25,12 @@ TINY = dataclasses.replace(
 
 @pytest.mark.parametrize("experiment", [slippery_ant, stationary_ant])
 def test_presets_are_complete(experiment):
-    assert EXPERIMENTS[experiment.NAME] is experiment and list(experiment.PRESETS) == ["smoke", "laptop", "paper"]
+    changing = experiment is slippery_ant
+    names = ["smoke", "laptop", *(["alternating"] if changing else []), "paper"]
+    assert EXPERIMENTS[experiment.NAME] is experiment and list(experiment.PRESETS) == names
     for name in experiment.PRESETS:
         settings = experiment.preset(name)
         assert experiment.check(settings)
-        changing = experiment is slippery_ant
         assert settings.friction == (None if changing else 1.0)
         intervals = math.ceil(settings.steps / settings.interval)
         assert experiment.total(settings) == len(settings.methods) * settings.seeds * intervals
@@ -68,11 +69,19 @@ def test_environments_share_the_steps_between_two_frictions():
     assert env.change_every == 2_000_000 // 32 and env.frictions == (0.1, 0.2) and not env.common_clock
 
 
-def test_no_interval_of_the_laptop_preset_mixes_frictions():
-    settings = slippery_ant.preset("laptop")
+@pytest.mark.parametrize("name", ["laptop", "alternating"])
+def test_no_interval_of_these_presets_mixes_frictions(name):
+    settings = slippery_ant.preset(name)
     assert settings.common_clock and ants.make_env(settings).common_clock
     assert settings.change_every % settings.interval == 0 == settings.interval % agents.ppo_settings(settings).steps
-    assert settings.steps == 8 * settings.change_every
+    assert settings.steps >= 5 * settings.change_every and settings.steps % settings.change_every == 0
+
+
+def test_two_learners_of_the_alternating_preset_differ_in_continual_backpropagation_alone():
+    *_, l2, cbp = slippery_ant.check(slippery_ant.preset("alternating"))
+    own = ("replacement_rate", "decay_rate", "maturity_threshold")
+    assert {name: value for name, value in cbp.hyperparameters.items() if name not in own} == l2.hyperparameters
+    assert l2.options["l2"] == cbp.options["l2"] == 1e-4
 
 
 @pytest.mark.parametrize(
