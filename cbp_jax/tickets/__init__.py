@@ -1,10 +1,12 @@
-"""Lottery tickets: masks, pruning, training under a mask, rounds of pruning with rewinding, and controls."""
+"""Lottery tickets: masks, pruning, training under a mask, rounds of pruning with rewinding, controls,
+and structured tickets."""
 
 from cbp_jax.tickets.controls import constant_magnitudes, reinitialize
 from cbp_jax.tickets.masked import masked
 from cbp_jax.tickets.masks import Mask, Overlap, apply_mask, density, full_mask, overlap, random_mask_like
 from cbp_jax.tickets.prune import prune
 from cbp_jax.tickets.rounds import Round, Trained, Training, iterative_magnitude_pruning
+from cbp_jax.tickets.structured import prune_units, shrink_batch_stats, shrink_params, unit_mask
 
 __all__ = [
     "Mask",
@@ -20,6 +22,10 @@ __all__ = [
     "masked",
     "overlap",
     "prune",
+    "prune_units",
     "random_mask_like",
     "reinitialize",
+    "shrink_batch_stats",
+    "shrink_params",
+    "unit_mask",
 ]

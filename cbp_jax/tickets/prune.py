@@ -81,7 +81,9 @@ def prune(
         if not isinstance(alive, jax.core.Tracer) and not int(alive) and not _is_zero(share):
             raise ValueError(f"mask has no living weight left in {', '.join(paths)}: there is nothing to prune")
         dtype = jnp.result_type(*(scores[path] for path in paths))
-        left = ranking.without_least([scores[path].astype(dtype) for path in paths], living, _count(share, alive))
+        left = ranking.without_least(
+            [scores[path].astype(dtype) for path in paths], living, rounded_count(share, alive)
+        )
         new |= dict(zip(paths, left, strict=True))
     return replace(mask, new)
 
@@ -131,7 +133,7 @@ def _is_zero(share: chex.Numeric) -> bool:
     return not isinstance(share, jax.core.Tracer) and share == 0
 
 
-def _count(share: chex.Numeric, alive: chex.Array) -> chex.Array:
+def rounded_count(share: chex.Numeric, alive: chex.Array) -> chex.Array:
     """`round(share * alive)`, int32 [], as Python rounds it: in float32 a third of 30 million is no whole number."""
     with jax.enable_x64(True):
         product = jax.lax.convert_element_type(alive, np.float64) * jax.lax.convert_element_type(share, np.float64)
