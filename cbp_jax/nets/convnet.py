@@ -14,8 +14,8 @@ class ConvNet(nn.Module):
     """Convolutions, each followed by an activation and 2x2 max pooling, then dense layers.
 
     The default sizes are those of the Nature paper's network for Continual ImageNet (images of 32x32x3). Layers are
-    named `Conv_0`, ..., `Dense_0`, ... from the input on. Conv-2 of the lottery tickets is `ConvNet(10, (64, 64), (3, 3),
-    (256, 256), "SAME", pool_every=2)`, Conv-4 has channels `(64, 64, 128, 128)`.
+    named `Conv_0`, ..., `Dense_0`, ... from the input on. Conv-2 of the lottery tickets is
+    `ConvNet(10, (64, 64), (3, 3), (256, 256), "SAME", pool_every=2)`; Conv-4 has channels `(64, 64, 128, 128)`.
 
     Attributes:
       num_outputs: number of outputs of the last layer, which has no activation.
@@ -75,7 +75,7 @@ class ConvNet(nn.Module):
             )
         if self.pool_every < 1 or len(self.channels) % self.pool_every:
             raise ValueError(
-                f"pool_every must divide the number of convolutions, which is {len(self.channels)}, got {self.pool_every}"
+                f"pool_every must divide the number of convolutions, {len(self.channels)}, got {self.pool_every}"
             )
         if self.padding not in ("VALID", "SAME"):
             raise ValueError(f"padding must be 'VALID' or 'SAME', got {self.padding!r}")

@@ -4,7 +4,7 @@ and structured tickets."""
 from cbp_jax.tickets.controls import constant_magnitudes, reinitialize
 from cbp_jax.tickets.masked import masked
 from cbp_jax.tickets.masks import Mask, Overlap, apply_mask, density, full_mask, overlap, random_mask_like
-from cbp_jax.tickets.prune import prune
+from cbp_jax.tickets.prune import mask_like, prune
 from cbp_jax.tickets.rounds import Round, Trained, Training, iterative_magnitude_pruning
 from cbp_jax.tickets.structured import prune_units, shrink_batch_stats, shrink_params, unit_mask
 
@@ -19,6 +19,7 @@ __all__ = [
     "density",
     "full_mask",
     "iterative_magnitude_pruning",
+    "mask_like",
     "masked",
     "overlap",
     "prune",

@@ -88,6 +88,38 @@ def prune(
     return replace(mask, new)
 
 
+def mask_like(params: optax.Params, mask: Mask, *, score: Score | None = None) -> Mask:
+    """The mask of as many living weights in each array, those of largest score.
+
+    Of dense weights that were trained once it is one-shot pruning to the densities of another mask; of random scores it
+    is `random_mask_like`.
+
+    Args:
+      params: pytree of arrays, may be traced.
+      mask: of the params, whose numbers of living weights count, may be traced.
+      score: as in `prune`.
+
+    Returns:
+      a mask of the same structure and shapes. What may not be pruned lives; of equal scores the last live.
+
+    Raises:
+      ValueError: as `prune`, of the mask and the scores.
+
+    Example:
+      >>> params, mask = {"w": jnp.array([[3.0, -1.0, 0.5]])}, {"w": jnp.array([[False, True, True]])}
+      >>> mask_like(params, mask)["w"].tolist()
+      [[True, True, False]]
+    """
+    check_mask(mask, params)
+    masks, leaves = prunable(mask), leaves_by_path(params)
+    scores = _scores(score, params, {path: leaves[path] for path in masks})
+    new = {}
+    for path, living in masks.items():
+        dead = living.size - jnp.sum(living, dtype=jnp.int32)
+        (new[path],) = ranking.without_least([scores[path]], [jnp.ones(living.shape, bool)], dead)
+    return replace(mask, new)
+
+
 def _factors(rates: Mapping[str, float] | None, paths: list[str]) -> dict[str, float]:
     """The factor of each path, by the last pattern that matches it."""
     factors = dict.fromkeys(paths, 1.0)

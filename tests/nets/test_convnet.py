@@ -91,8 +91,8 @@ def test_its_units_are_found():
         ({"activation": "rleu"}, "activation must be .* got 'rleu'"),
         ({"conv_activation": "rleu"}, "activation must be .* got 'rleu'"),
         ({"bias_init": 0.0}, "bias_init must be a function or 'fan_in', got 0.0"),
-        ({"pool_every": 3}, "pool_every must divide the number of convolutions, which is 2, got 3"),
-        ({"pool_every": 0}, "pool_every must divide the number of convolutions, which is 2, got 0"),
+        ({"pool_every": 3}, "pool_every must divide the number of convolutions, 2, got 3"),
+        ({"pool_every": 0}, "pool_every must divide the number of convolutions, 2, got 0"),
     ],
 )
 def test_bad_settings(settings, words):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cbp_jax.tickets import density, full_mask, prune, ranking
+from cbp_jax.tickets import density, full_mask, mask_like, prune, ranking
 from cbp_jax.tickets.prune import rounded_count
 from cbp_jax.units.groups import leaves_by_path
 
@@ -233,6 +233,19 @@ def test_masks_nest_in_a_scan():
             alive -= round(0.2 * alive)
             assert mask.sum() == alive and (mask <= before).all()
             before = mask
+
+
+def test_one_shot_to_the_densities_of_another_mask():
+    params, mask = random_tree(0, np.linspace(-1, 1, 99)), random_mask(0, 0.3)
+    found = jax.jit(mask_like)(params, mask)
+    for name in KERNELS:
+        size, dead = np.abs(params[name]).ravel(), int((~mask[name]).sum())
+        expected = np.ones(size.size, bool)
+        expected[np.argsort(size, kind="stable")[:dead]] = False
+        np.testing.assert_array_equal(found[name].ravel(), expected)
+    assert found["bias"].all()
+    largest = mask_like(params, mask, score=lambda path, w: -jnp.abs(w))
+    assert all(largest[name].sum() == mask[name].sum() for name in KERNELS) and (largest["out"] != found["out"]).any()
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, np.nan])
