@@ -83,22 +83,25 @@ class Settings:
     """A name of `cbp_jax.data.names()` or of tensorflow-datasets, or the path of an array file (.npz)."""
     data_dir: Path | None = None
     """Where prepared datasets are; tensorflow-datasets' own default if not given."""
-    validation_examples: int = 5000
+    validation_examples: int = 300
     """Examples that are taken out of the training examples, to stop by."""
     test_split: str | None = None
     """Split of the dataset for test examples; by default these too are taken out of the split "train"."""
-    test_examples: int = 10_000
+    test_examples: int = 300
     """How many test examples are taken out of the split "train"."""
     lanes: Literal["auto", "vmap", "map"] = "auto"
     """How seeds and networks run on one device: together (vmap) or in turn (map); auto chooses by device."""
 
 
-def _test_split(dataset: str) -> str | None:
-    return None if dataset == "digits" or dataset.endswith((".npz", ".npy")) else "test"
+def _examples_of(dataset: str) -> dict[str, Any]:
+    """The settings that say which examples are for what."""
+    if dataset == "digits":
+        return {"dataset": dataset}
+    found = {"dataset": dataset, "validation_examples": 5000}
+    return found | ({"test_examples": 10_000} if dataset.endswith((".npz", ".npy")) else {"test_split": "test"})
 
 
 def _smoke(dataset: str | None, **others: Any) -> Settings:
-    dataset = dataset or "digits"
     return Settings(
         methods=tuple(KINDS),
         seeds=2,
@@ -106,9 +109,8 @@ def _smoke(dataset: str | None, **others: Any) -> Settings:
         iterations=40,
         evaluate_every=20,
         rewind_step=20,
-        dataset=dataset,
-        test_split=_test_split(dataset),
-        **{"hidden": (20, 10), "validation_examples": 200, "test_examples": 200, **others},
+        **_examples_of(dataset or "digits"),
+        **{"hidden": (20, 10), **others},
     )
 
 
@@ -120,18 +122,13 @@ def _laptop(dataset: str | None, **others: Any) -> Settings:
         rounds=16 if digits else 12,
         iterations=2000 if digits else 6000,
         evaluate_every=20 if digits else 200,
-        dataset=dataset,
-        test_split=_test_split(dataset),
-        validation_examples=300 if digits else 5000,
-        test_examples=300 if digits else 10_000,
+        **_examples_of(dataset),
         **others,
     )
 
 
 def _paper(dataset: str | None) -> Settings:
-    dataset = dataset or "mnist"
-    small = {"validation_examples": 300, "test_examples": 300} if dataset == "digits" else {}
-    return Settings(dataset=dataset, test_split=_test_split(dataset), **small)
+    return Settings(**_examples_of(dataset or "mnist"))
 
 
 def _conv_laptop(dataset: str | None) -> Settings:

@@ -81,7 +81,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
             for number, method in enumerate(results.method.values.tolist()):
                 density = 100 * _values(results, "density", method)[:, :rounds].mean(0)
                 values = _values(results, measure, method)[:, :rounds] * (100 if "accuracy" in measure else 1)
-                shift = 1 + 0.02 * (number - (results.sizes["method"] - 1) / 2)  # bars stand beside each other
+                shift = 1 + 0.012 * (number - (results.sizes["method"] - 1) / 2)  # bars stand beside each other
                 _draw(ax, results, method, density * shift, values)
             ax.set_xscale("log")
             ax.invert_xaxis()
