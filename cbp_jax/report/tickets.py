@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
                 _draw(ax, results, method, density * shift, values)
             ax.set_xscale("log")
             ax.invert_xaxis()
-            ticks = density[:: max(1, rounds // 6)]
+            ticks = density[:: math.ceil(rounds / 7)]
             ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
             ax.set_xticks([], minor=True)
             ax.set_xlabel("Weights that live (%)")
@@ -130,7 +131,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
         for number in chosen:
             styles.setdefault(number, PALETTE[len(styles) % len(PALETTE)])
     with _rc():
-        figure = Figure(figsize=(9.0, 2.8), layout="constrained")
+        figure = Figure(figsize=(9.0, 3.0), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True)
         iteration = results.iteration.values
         for letter, ax, chosen in zip("abc", axes, panels, strict=True):
@@ -147,7 +148,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
                     )
             ax.set_xlabel("Training iteration")
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
-            ax.legend(loc="lower right", handlelength=2.2)
+            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handlelength=2.2, borderaxespad=0.2)
             ax.margins(x=0.02)
         axes[0].set_ylabel("Correct, test examples (%)")
         # The first steps, from chance on, would hide the rest.

@@ -226,6 +226,14 @@ def test_part_of_the_params():
     assert (params["a"]["w"][~MASK["a"]["w"]] == 0).all() and (params["c"] != 0).all()
 
 
+def test_arrays_that_are_left_out_of_pruning_train_as_a_whole():
+    mask = prune(PARAMS, full_mask(PARAMS, ["a", "c"]), 0.5)
+    assert mask["b"]["w"].shape == ()
+    params, _ = train(masked(cbp_jax.adam(0.01), mask), apply_mask(PARAMS, mask), 5)
+    assert (params["b"]["w"] != 0).all() and (params["b"]["w"] != PARAMS["b"]["w"]).mean() > 0.5
+    assert ((params["a"]["w"] == 0) == ~mask["a"]["w"]).all()
+
+
 def test_bad_input():
     params, tx = {"w": jnp.ones((2, 2))}, optax.sgd(0.1)
     with pytest.raises(ValueError, match=r"mask must be a tree of bool arrays, got \{'w': 'float32'\}"):
