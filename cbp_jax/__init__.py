@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cbp_jax import curvature, metrics
+from cbp_jax import curvature, metrics, tickets
 from cbp_jax.contracted import contract_convolutions
 from cbp_jax.replacement import Choice, GroupView, Policy, ReplacementState, replace_units
 from cbp_jax.train_state import TrainState
@@ -62,6 +62,7 @@ __all__ = [
     "scale_by_upgd",
     "shrink_and_perturb",
     "synaptic_intelligence",
+    "tickets",
     "upgd",
     "with_features",
 ]

@@ -8,6 +8,7 @@ from cbp_jax.experiments.collapse import policy_collapse
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.imagenet import continual_imagenet
 from cbp_jax.experiments.increments import class_incremental
+from cbp_jax.experiments.lottery import convolutional_tickets, lottery_tickets
 from cbp_jax.experiments.permuted import input_permuted, label_permuted, online_permuted
 from cbp_jax.experiments.quality import utility_quality
 from cbp_jax.experiments.regression import slowly_changing_regression
@@ -26,6 +27,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         slippery_ant,
         stationary_ant,
         policy_collapse,
+        lottery_tickets,
+        convolutional_tickets,
     )
 }
 # So that `from cbp_jax.experiments.online_permuted import Settings` finds it, too, as if each had a file of its own.

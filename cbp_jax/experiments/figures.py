@@ -4,6 +4,7 @@ import dataclasses
 
 NATURE = "Dohare et al. 2024"
 UPGD = "Elsayed & Mahmood 2024"
+TICKETS = "Frankle & Carbin 2019"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,5 +135,19 @@ FIGURES: tuple[Figure, ...] = (
         "policy collapse: PPO with Adam and UPGD; --env halfcheetah, hopper, walker2d and humanoid are its others",
         "policy_collapse --preset paper",
         "90 lanes of 1M steps; 10 minutes a lane",
+    ),
+    Figure(
+        TICKETS,
+        "Figs. 1, 3 and 4, LeNet",
+        "tickets of LeNet-300-100 on MNIST, reinitialized and random ones, by iteration and by density",
+        "lottery_tickets --preset paper",
+        "285 networks of 50,000 updates; a minute each",
+    ),
+    Figure(
+        TICKETS,
+        "Fig. 5, Conv-2",
+        "the same of a network with two convolutions on CIFAR-10",
+        "convolutional_tickets --preset paper",
+        "285 networks of 20,000 updates; half an hour each",
     ),
 )

@@ -14,7 +14,8 @@ class ConvNet(nn.Module):
     """Convolutions, each followed by an activation and 2x2 max pooling, then dense layers.
 
     The default sizes are those of the Nature paper's network for Continual ImageNet (images of 32x32x3). Layers are
-    named `Conv_0`, ..., `Dense_0`, ... from the input on.
+    named `Conv_0`, ..., `Dense_0`, ... from the input on. Conv-2 of the lottery tickets is
+    `ConvNet(10, (64, 64), (3, 3), (256, 256), "SAME", pool_every=2)`; Conv-4 has channels `(64, 64, 128, 128)`.
 
     Attributes:
       num_outputs: number of outputs of the last layer, which has no activation.
@@ -29,6 +30,7 @@ class ConvNet(nn.Module):
         the layers of the Nature paper's program start, and the units that it replaces.
       bias_init: a `jax.nn.initializers` function; or "fan_in", the default: the same range as that of the weights.
       conv_activation: activation of the convolutions, where it is to be another than that of the dense layers.
+      pool_every: so many convolutions are in front of each pooling.
 
     Raises:
       ValueError: an attribute is out of range; in a call, the images are too small for the convolutions.
@@ -61,6 +63,7 @@ class ConvNet(nn.Module):
     kernel_init: nn.initializers.Initializer = fan_in_uniform()
     bias_init: BiasInit = "fan_in"
     conv_activation: str | Activation | None = None
+    pool_every: int = 1
 
     def __post_init__(self):
         get_activation(self.activation)
@@ -70,6 +73,10 @@ class ConvNet(nn.Module):
         if len(self.channels) != len(self.kernel_sizes):
             raise ValueError(
                 f"channels and kernel_sizes must be of one length, got {self.channels} and {self.kernel_sizes}"
+            )
+        if self.pool_every < 1 or len(self.channels) % self.pool_every:
+            raise ValueError(
+                f"pool_every must divide the number of convolutions, {len(self.channels)}, got {self.pool_every}"
             )
         if self.padding not in ("VALID", "SAME"):
             raise ValueError(f"padding must be 'VALID' or 'SAME', got {self.padding!r}")
@@ -86,16 +93,17 @@ class ConvNet(nn.Module):
         images = x.shape
         activation = get_activation(self.activation)
         conv_activation = activation if self.conv_activation is None else get_activation(self.conv_activation)
-        for channels, size in zip(self.channels, self.kernel_sizes, strict=True):
+        for number, (channels, size) in enumerate(zip(self.channels, self.kernel_sizes, strict=True), start=1):
             shrink = size - 1 if self.padding == "VALID" else 0
-            if min(x.shape[1:3]) - shrink < 2:
+            pooled = number % self.pool_every == 0
+            if min(x.shape[1:3]) - shrink < (2 if pooled else 1):
                 raise ValueError(
                     f"images of {images[1]}x{images[2]} are too small for kernel_sizes={tuple(self.kernel_sizes)} "
                     f"with padding={self.padding!r}: nothing would be left after pooling"
                 )
             init = self._init(size * size * x.shape[-1])
-            x = nn.Conv(channels, (size, size), padding=self.padding, **init)(x)
-            x = nn.max_pool(conv_activation(x), (2, 2), strides=(2, 2))
+            x = conv_activation(nn.Conv(channels, (size, size), padding=self.padding, **init)(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2)) if pooled else x
         x = x.reshape(x.shape[0], -1)
         for size in self.hidden:
             x = activation(nn.Dense(size, **self._init(x.shape[-1]))(x))

@@ -47,6 +47,35 @@ def reset(
     return jax.tree_util.tree_map_with_path(back_to_initial, state, paths, inner.init(params))
 
 
+def clear(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    living: Mapping[str, chex.Array],
+) -> optax.OptState:
+    """Sets entries of an optimizer's state that belong to dead weights to 0.
+
+    These are in the same arrays as those that `reset` takes back to their start.
+
+    Args:
+      inner: the optimizer whose state it is.
+      state: its state.
+      params: the parameters.
+      living: for the path of a parameter, a bool array that broadcasts to it: which weights live.
+
+    Returns:
+      the state, of the same structure.
+    """
+    leaves = groups.leaves_by_path(params)
+
+    def zero(leaf, path):
+        if path in living and jnp.shape(leaf) == jnp.shape(leaves[path]):
+            return jnp.where(living[path], leaf, jnp.zeros_like(leaf))
+        return leaf
+
+    return jax.tree.map(zero, state, _paths_in_state(inner, state, params))
+
+
 def check(
     inner: optax.GradientTransformation,
     state: optax.OptState,

@@ -12,6 +12,7 @@ from cbp_jax.report.results import (
     stream_measures,
 )
 from cbp_jax.report.statistics import blocks_of_tasks, finished_tasks, last_tenth, summary
+from cbp_jax.report.tickets import plot_accuracies, plot_densities, plot_tickets, summarize_tickets
 
 __all__ = [
     "VALIDATION_MEASURES",
@@ -22,13 +23,17 @@ __all__ = [
     "last_tenth",
     "load_results",
     "new_results",
+    "plot_accuracies",
+    "plot_densities",
     "plot_run",
     "plot_sensitivity",
     "plot_tasks",
+    "plot_tickets",
     "plot_units",
     "plot_updates",
     "record_task",
     "save_results",
     "stream_measures",
+    "summarize_tickets",
     "summary",
 ]

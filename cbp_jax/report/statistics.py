@@ -150,11 +150,11 @@ def summary(results: xr.Dataset) -> str:
         table.append(
             (
                 *progress,
-                _interval(values[:, 0], digits),
-                _interval(values[:, best], digits),
+                interval_text(values[:, 0], digits),
+                interval_text(values[:, best], digits),
                 f"{block.start + 1}-{block.stop}" if block.stop - block.start > 1 else f"{block.stop}",
-                _interval(values[:, -1], digits),
-                _interval(sign * (values[:, best] - values[:, -1]), digits),
+                interval_text(values[:, -1], digits),
+                interval_text(sign * (values[:, best] - values[:, -1]), digits),
                 *(f"{_blocks(results, method, name).mean():.3f}" for name in plasticity),
                 f"{100 * np.nanmean(dead):.1f}" if np.isfinite(dead).any() else "-",
             )
@@ -199,7 +199,7 @@ def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
     return np.stack(means, 1) if means else np.zeros((len(seeds), 0))
 
 
-def _interval(values: np.ndarray, digits: int) -> str:
+def interval_text(values: np.ndarray, digits: int) -> str:
     """Mean and half the width of its 95% confidence interval over seeds; without the latter for one seed."""
     from scipy import stats
 

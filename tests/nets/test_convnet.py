@@ -98,6 +98,15 @@ def test_dropout_is_off_until_asked_for():
     assert (trained != plain).any()
 
 
+def test_the_network_conv_2_of_the_lottery_tickets():
+    net = ConvNet(10, (64, 64), (3, 3), (256, 256), "SAME", pool_every=2)
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    kernels = [layer["kernel"].shape for layer in params.values()]
+    assert kernels == [(3, 3, 3, 64), (3, 3, 64, 64), (16 * 16 * 64, 256), (256, 256), (256, 10)]
+    # 4.3M weights, as the paper says, of which 38k are convolutions'.
+    assert round(sum(np.prod(shape) for shape in kernels) / 1e6, 1) == 4.3
+
+
 def test_its_units_are_found():
     net = ConvNet(num_outputs=2, **SMALL)
     units = discover_units(net.apply, net.init(jax.random.key(0), X), X)
@@ -114,6 +123,8 @@ def test_its_units_are_found():
         ({"activation": "rleu"}, "activation must be .* got 'rleu'"),
         ({"conv_activation": "rleu"}, "activation must be .* got 'rleu'"),
         ({"bias_init": 0.0}, "bias_init must be a function or 'fan_in', got 0.0"),
+        ({"pool_every": 3}, "pool_every must divide the number of convolutions, 2, got 3"),
+        ({"pool_every": 0}, "pool_every must divide the number of convolutions, 2, got 0"),
     ],
 )
 def test_bad_settings(settings, words):

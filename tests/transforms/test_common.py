@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cbp_jax.replacement import Choice, Policy, replace_units
+from cbp_jax.tickets import masked
 from cbp_jax.transforms import (
     adam,
     adaptive_upgd,
@@ -117,6 +118,26 @@ def recycle_least_gradient(units, *, decay, every, key):
 
     policy = Policy(choose, init, due=lambda count: count % jnp.asarray(every, jnp.int32) == 0)
     return replace_units(optax.sgd(0.1), units, policy, key=key)
+
+
+MASK = {name: jnp.asarray(np.random.default_rng(7).random(w.shape) < 0.7) | (w.ndim < 2) for name, w in PARAMS.items()}
+
+
+def masked_sgd(mask, *, learning_rate, momentum, weight_decay):
+    """Training under a mask has no numbers of its own."""
+    return masked(optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum)), mask)
+
+
+def masked_continual_backprop(units, mask, *, learning_rate, replacement_rate, key):
+    inner = continual_backprop(
+        adam(learning_rate),
+        units,
+        replacement_rate=replacement_rate,
+        maturity_threshold=1,
+        max_replacements=2,
+        key=key,
+    )
+    return masked(inner, mask)
 
 
 ROWS = [
@@ -232,6 +253,22 @@ ROWS = [
         {"bound": 1.0},
         {"bound": 2.0},
         {"scale": lambda path, param: 0.5 if path == "w1" else 0.7},
+    ),
+    Row(
+        "masked of sgd",
+        masked_sgd,
+        (MASK,),
+        {"learning_rate": 0.1, "momentum": 0.5, "weight_decay": 0.1},
+        {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.2},
+    ),
+    Row(
+        "masked of continual_backprop",
+        masked_continual_backprop,
+        (UNITS, MASK),
+        {"learning_rate": 0.1, "replacement_rate": 0.2},
+        {"learning_rate": 0.2, "replacement_rate": 0.3},
+        noisy=True,
+        slow=True,
     ),
 ]
 

@@ -1,0 +1,260 @@
+"""Pictures and tables of lottery tickets, after Figures 1, 3 and 4 of Frankle & Carbin (ICLR 2019)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cbp_jax.report.looks import PALETTE, Look, looks_of, readable
+from cbp_jax.report.plots import _HANDLE, _rc
+from cbp_jax.report.results import require
+from cbp_jax.report.statistics import interval_text
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The densities of the paper's Figure 3.
+_DENSITIES = ((1.0, 0.513, 0.211), (1.0, 0.07, 0.036, 0.019), (0.513, 0.211))
+_BARS = 12  # error bars along a curve
+_PANELS = {
+    "stop_iteration": "Early-stopping iteration",
+    "stop_test_accuracy": "Correct at early stopping (%)",
+    "test_accuracy": "Correct at the last iteration (%)",
+}
+
+
+def plot_tickets(results: xr.Dataset, out: str | Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws the pictures of a run: ``density``, and ``accuracy`` where there are tickets.
+
+    Args:
+      results: of an experiment on lottery tickets, finished or not.
+      out: folder for the pictures.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      Paths of the pictures.
+
+    Raises:
+      ValueError: no round has finished.
+    """
+    figures = {"density": plot_densities(results)}
+    if "ticket" in results.method.values:
+        figures["accuracy"] = plot_accuracies(results)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        for kind in formats:
+            paths.append(out / f"{name}.{kind}")
+            with _rc():
+                figure.savefig(paths[-1])
+    return paths
+
+
+def plot_densities(results: xr.Dataset) -> Figure:
+    """Draws early stopping and accuracy against density, dense to sparse: the paper's Figures 1 and 4.
+
+    One line a kind of network: the mean over seeds, with bars from the least to the largest.
+
+    Args:
+      results: of an experiment on lottery tickets.
+
+    Returns:
+      A Matplotlib figure.
+
+    Raises:
+      ValueError: no round has finished.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    rounds = _finished(results)
+    with _rc():
+        figure = Figure(figsize=(3.0 * len(_PANELS), 2.7), layout="constrained")
+        axes = figure.subplots(1, len(_PANELS))
+        for letter, ax, (measure, label) in zip("abc", axes, _PANELS.items(), strict=True):
+            for number, method in enumerate(results.method.values.tolist()):
+                density = 100 * _values(results, "density", method)[:, :rounds].mean(0)
+                values = _values(results, measure, method)[:, :rounds] * (100 if "accuracy" in measure else 1)
+                shift = 1 + 0.012 * (number - (results.sizes["method"] - 1) / 2)  # bars stand beside each other
+                _draw(ax, results, method, density * shift, values)
+            ax.set_xscale("log")
+            ax.invert_xaxis()
+            ticks = density[:: math.ceil(rounds / 7)]
+            ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            ax.set_xticks([], minor=True)
+            ax.set_xlabel("Weights that live (%)")
+            ax.set_ylabel(label)
+            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), handlelength=_HANDLE)
+        _note(figure, results)
+    return figure
+
+
+def plot_accuracies(results: xr.Dataset) -> Figure:
+    """Draws test accuracy as tickets of selected densities train: the paper's Figure 3.
+
+    Three panels: tickets of high density, tickets of low density, and tickets beside their reinitialized networks, or
+    those of another control where these are not there. Lines are means over seeds, with bars from the least to the
+    largest.
+
+    Args:
+      results: of an experiment on lottery tickets, with "ticket" among its methods.
+
+    Returns:
+      A Matplotlib figure.
+
+    Raises:
+      ValueError: there are no tickets, or no round has finished.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    methods = results.method.values.tolist()
+    if "ticket" not in methods:
+        raise ValueError(f"results: there are no tickets to draw; they have {methods}")
+    rounds = _finished(results)
+    density = _values(results, "density", "ticket")[:, :rounds].mean(0)
+    controls = [method for method in ("reinitialized", "random", *methods) if method in methods and method != "ticket"]
+    styles = {}
+    panels = []
+    for wanted in _DENSITIES:
+        chosen = list(dict.fromkeys(int(np.abs(np.log(density / each)).argmin()) for each in wanted))
+        panels.append(chosen)
+        for number in chosen:
+            styles.setdefault(number, PALETTE[len(styles) % len(PALETTE)])
+    with _rc():
+        figure = Figure(figsize=(9.0, 3.0), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True)
+        iteration = results.iteration.values
+        for letter, ax, chosen in zip("abc", axes, panels, strict=True):
+            compared = ["ticket", *(controls[:1] if letter == "c" else ())]
+            for method in compared:
+                curves = 100 * _values(results, "test_accuracy_at", method)
+                for number in chosen:
+                    style, title = styles[number], _look(results, method).title
+                    label = f"{100 * density[number]:.3g}%" + (f", {title.lower()}" if method != "ticket" else "")
+                    every = max(1, len(iteration) // _BARS)
+                    place = (list(styles).index(number) * every) // len(styles)
+                    _line(
+                        ax, iteration, curves[:, number], style, ":" if method != "ticket" else "-", label, place, every
+                    )
+            ax.set_xlabel("Training iteration")
+            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handlelength=2.2, borderaxespad=0.2)
+            ax.margins(x=0.02)
+        axes[0].set_ylabel("Correct, test examples (%)")
+        # The first steps, from chance on, would hide the rest.
+        late = 100 * _values(results, "test_accuracy_at", "ticket")[:, :rounds, len(iteration) // 10 :].mean(0)
+        low, high = np.nanmin(late), np.nanmax(late)
+        axes[0].set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
+        _note(figure, results)
+    return figure
+
+
+def summarize_tickets(results: xr.Dataset) -> str:
+    """The results of a run as tables of text, a row a round.
+
+    For each kind of network the mean over seeds ± half its 95% confidence interval (Student's t); and how much better
+    the ticket is than the dense network of its seed, and than its reinitialized network, likewise of the differences.
+
+    Args:
+      results: of an experiment on lottery tickets, finished or not.
+
+    Returns:
+      The tables, without a newline at their end.
+    """
+    methods = results.method.values.tolist()
+    rounds = int(np.isfinite(results.density.transpose("task", ...).values).all((1, 2)).sum())
+    lines = []
+    for measure, label in _PANELS.items():
+        scale, digits = (100, 2) if "accuracy" in measure else (1, 0)
+        table = [("density", *(_look(results, method).title for method in methods))]
+        values = {method: scale * _values(results, measure, method)[:, :rounds] for method in methods}
+        compared: dict[str, Any] = {}
+        if "ticket" in methods:
+            compared["ticket - dense"] = values["ticket"] - values["ticket"][:, :1]
+            if "reinitialized" in methods:
+                compared["ticket - reinitialized"] = values["ticket"] - values["reinitialized"]
+            table[0] = (*table[0], *compared)
+        for number in range(rounds):
+            density = 100 * float(results.density.values[:, :, number].mean())
+            cells = [interval_text(each[:, number], digits) for each in (*values.values(), *compared.values())]
+            table.append((f"{density:.1f}%", *cells))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        rows = ["  ".join(map(str.rjust, row, widths)) for row in table]
+        lines += ["", label, rows[0], "-" * len(rows[0]), *rows[1:]]
+    title = f"{results.attrs.get('experiment', 'run')}: mean over seeds ± half its 95% confidence interval"
+    return "\n".join([title, *lines])
+
+
+def _finished(results: xr.Dataset) -> int:
+    """How many rounds all kinds and seeds have finished."""
+    rounds = int(np.isfinite(results.density.transpose("task", ...).values).all((1, 2)).sum())
+    if not rounds:
+        raise ValueError("results: no round has finished, so that there is nothing to draw")
+    return rounds
+
+
+def _values(results: xr.Dataset, measure: str, method: str) -> np.ndarray:
+    """Of a kind of network, float64 [seeds, rounds, ...]."""
+    return results[measure].loc[{"method": method}].transpose("seed", "task", ...).values.astype(np.float64)
+
+
+def _look(results: xr.Dataset, method: str) -> Look:
+    return looks_of(results).get(method) or Look(readable(method))
+
+
+def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.ndarray) -> None:
+    """A line of means over seeds with a bar at each point."""
+    look = _look(results, method)
+    style = look.style or PALETTE[-1]
+    mean = values.mean(0)
+    ax.errorbar(
+        x,
+        mean,
+        [mean - values.min(0), values.max(0) - mean],
+        color=style.color,
+        linestyle=style.dashes,
+        linewidth=1.6 if look.strong else 1.1,
+        marker=style.marker,
+        markersize=3.5,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+        elinewidth=0.7,
+        capsize=1.5,
+        label=look.title,
+        zorder=4 if look.strong else 3,
+    )
+
+
+def _line(ax, x, curves, style, dashes, label, place, every) -> None:
+    """A curve of means over seeds with a bar here and there, at other places than those of other curves."""
+    some = np.isfinite(curves).all(0)
+    x, curves = x[some], curves[:, some]
+    mean = curves.mean(0)
+    ax.errorbar(
+        x,
+        mean,
+        [mean - curves.min(0), curves.max(0) - mean],
+        color=style.color,
+        linestyle=dashes,
+        linewidth=1.1,
+        elinewidth=0.7,
+        capsize=1.5,
+        errorevery=(min(place, len(x) - 1), every),
+        label=label,
+    )
+
+
+def _note(figure: Figure, results: xr.Dataset) -> None:
+    seeds = results.sizes["seed"]
+    note = f"Mean, least and largest of {seeds} seeds" if seeds > 1 else "One seed"
+    figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")

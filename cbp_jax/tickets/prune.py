@@ -1,0 +1,173 @@
+"""Pruning: which of the living weights die."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.tickets import ranking
+from cbp_jax.tickets.masks import Mask, check_mask, matching, prunable, replace
+from cbp_jax.units.groups import leaves_by_path
+
+#: A function of a kernel's path and of the kernel to an array of its shape, or a tree of such arrays.
+Score = Callable[[str, chex.Array], chex.Array] | Any
+
+
+def prune(
+    params: optax.Params,
+    mask: Mask,
+    fraction: chex.Numeric,
+    *,
+    scope: Literal["layer", "global"] = "layer",
+    rates: Mapping[str, float] | None = None,
+    score: Score | None = None,
+) -> Mask:
+    r"""Takes a fraction of the living weights out of a mask, those of least score.
+
+    Exactly :math:`\mathrm{round}(p \, a)` of :math:`a` living weights die, with p the fraction and halves rounded to
+    even; of equal scores the first die, by position. Weights that are dead stay dead, and count nowhere. Nothing is
+    sorted, and nothing leaves the device.
+
+    Args:
+      params: pytree of arrays, the weights that were trained. May be traced.
+      mask: of the params, as `full_mask` makes it: it says what may be pruned. May be traced.
+      fraction: p, in [0, 1). A traced one counts in its own precision.
+      scope: "layer": the fraction of each kernel; "global": of all kernels together, whose scores are compared.
+      rates: factors of the fraction by pattern, as in `fnmatch`, of the path of a kernel or of a layer around it; 1
+        where none matches, and the last that matches where several do. Lottery tickets prune the output layer at half
+        the rate: `{"*Dense_2": 0.5}`. With "global", kernels of one factor are compared with each other.
+      score: `(path, weight) -> score`, by default `|weight|`; or a tree of the params' structure, such as `|g w|` of
+        gradients, or random numbers. Scores are real numbers of the kernel's shape; what is not a number counts as
+        infinite.
+
+    Returns:
+      the mask of the weights that still live.
+
+    Raises:
+      ValueError: the fraction, or its product with a rate, is out of range; the mask is of another structure or not
+        bool; a pattern matches no kernel; a score is of another shape; nothing is left to prune.
+
+    Example:
+      >>> import cbp_jax
+      >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, 2.0]]), "bias": jnp.zeros(2)}
+      >>> mask = prune(params, cbp_jax.tickets.full_mask(params), 0.5)
+      >>> mask["kernel"].tolist(), prune(params, mask, 0.5)["kernel"].tolist()
+      ([[True, False], [False, True]], [[True, False], [False, False]])
+
+    References:
+      Frankle & Carbin, `The lottery ticket hypothesis: finding sparse, trainable neural networks
+      <https://arxiv.org/abs/1803.03635>`_, ICLR 2019
+    """
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
+    check_scalar("fraction", fraction, at_least=0, below=1)
+    check_mask(mask, params)
+    masks, leaves = prunable(mask), leaves_by_path(params)
+    factors = _factors(rates, list(masks))
+    scores = _scores(score, params, {path: leaves[path] for path in masks})
+    pools: dict[Any, list[str]] = {}
+    for path in masks:
+        pools.setdefault(factors[path] if scope == "global" else path, []).append(path)
+    new = {}
+    for paths in pools.values():
+        share = _share(fraction, factors[paths[0]], paths)
+        living = [masks[path] for path in paths]
+        alive = sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in living)
+        if not isinstance(alive, jax.core.Tracer) and not int(alive) and not _is_zero(share):
+            raise ValueError(f"mask has no living weight left in {', '.join(paths)}: there is nothing to prune")
+        dtype = jnp.result_type(*(scores[path] for path in paths))
+        left = ranking.without_least(
+            [scores[path].astype(dtype) for path in paths], living, rounded_count(share, alive)
+        )
+        new |= dict(zip(paths, left, strict=True))
+    return replace(mask, new)
+
+
+def mask_like(params: optax.Params, mask: Mask, *, score: Score | None = None) -> Mask:
+    """The mask of as many living weights in each array, those of largest score.
+
+    Of dense weights that were trained once it is one-shot pruning to the densities of another mask; of random scores it
+    is `random_mask_like`.
+
+    Args:
+      params: pytree of arrays, may be traced.
+      mask: of the params, whose numbers of living weights count, may be traced.
+      score: as in `prune`.
+
+    Returns:
+      a mask of the same structure and shapes. What may not be pruned lives; of equal scores the last live.
+
+    Raises:
+      ValueError: as `prune`, of the mask and the scores.
+
+    Example:
+      >>> params, mask = {"w": jnp.array([[3.0, -1.0, 0.5]])}, {"w": jnp.array([[False, True, True]])}
+      >>> mask_like(params, mask)["w"].tolist()
+      [[True, True, False]]
+    """
+    check_mask(mask, params)
+    masks, leaves = prunable(mask), leaves_by_path(params)
+    scores = _scores(score, params, {path: leaves[path] for path in masks})
+    new = {}
+    for path, living in masks.items():
+        dead = living.size - jnp.sum(living, dtype=jnp.int32)
+        (new[path],) = ranking.without_least([scores[path]], [jnp.ones(living.shape, bool)], dead)
+    return replace(mask, new)
+
+
+def _factors(rates: Mapping[str, float] | None, paths: list[str]) -> dict[str, float]:
+    """The factor of each path, by the last pattern that matches it."""
+    factors = dict.fromkeys(paths, 1.0)
+    for pattern, factor in (rates or {}).items():
+        check_scalar(f"rates[{pattern!r}]", factor, at_least=0)
+        factors |= dict.fromkeys(matching("rates", pattern, paths), float(factor))
+    return factors
+
+
+def _scores(score: Score | None, params: optax.Params, kernels: dict[str, chex.Array]) -> dict[str, chex.Array]:
+    if score is None:
+        return {path: jnp.abs(leaf) for path, leaf in kernels.items()}
+    if callable(score):
+        scores = {path: jnp.asarray(score(path, leaf)) for path, leaf in kernels.items()}
+    else:
+        found = leaves_by_path(score)
+        missing = [path for path in leaves_by_path(params) if path not in found]
+        if missing:
+            raise ValueError(f"score must be a tree of the structure of the params; it has nothing for {missing}")
+        scores = {path: jnp.asarray(found[path]) for path in kernels}
+    for path, values in scores.items():
+        if values.shape != jnp.shape(kernels[path]) or jnp.issubdtype(values.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"score of {path!r} must be real numbers of its shape {jnp.shape(kernels[path])}, got "
+                f"{values.dtype}{list(values.shape)}"
+            )
+    return scores
+
+
+def _share(fraction: chex.Numeric, factor: float, paths: list[str]) -> chex.Numeric:
+    """The fraction of what is pruned together."""
+    if isinstance(fraction, jax.core.Tracer):
+        return fraction * factor
+    share = float(fraction) * factor
+    if share >= 1:
+        raise ValueError(
+            f"rates must leave some weights: fraction {fraction} times {factor} is {share:g} of {', '.join(paths)}"
+        )
+    return share
+
+
+def _is_zero(share: chex.Numeric) -> bool:
+    return not isinstance(share, jax.core.Tracer) and share == 0
+
+
+def rounded_count(share: chex.Numeric, alive: chex.Array) -> chex.Array:
+    """`round(share * alive)`, int32 [], as Python rounds it: in float32 a third of 30 million is no whole number."""
+    with jax.enable_x64(True):
+        product = jax.lax.convert_element_type(alive, np.float64) * jax.lax.convert_element_type(share, np.float64)
+        whole = jax.lax.round(product, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+        return jnp.minimum(jax.lax.convert_element_type(whole, np.int32), alive)
