@@ -43,7 +43,7 @@ FIGURES: tuple[Figure, ...] = (
         "class-incremental CIFAR-100 with ResNet-18: accuracy against a retrained network, dormant units, stable rank",
         "class_incremental --preset paper",
         "75 lanes of 1M updates; 40 days a lane",
-        "classes of Quick, Draw!, smaller networks",
+        "--preset perceptron on Quick, Draw!, five seeds: shown",
     ),
     Figure(
         NATURE,
