@@ -108,6 +108,13 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         UPGD,
+        "Fig. 1",
+        "Adam with and without restarts; of label-permuted EMNIST and others: label_permuted --preset restarts",
+        "input_permuted --preset restarts",
+        "200 lanes of 1M updates; 10 minutes a lane",
+    ),
+    Figure(
+        UPGD,
         "input-permuted MNIST, Fig. 5",
         "accuracy of all learners at their published best, plasticity, weights and gradients",
         "input_permuted --preset best",

@@ -13,7 +13,7 @@ from typing import Any
 from cbp_jax import data, nets, problems
 from cbp_jax.experiments import stream
 from cbp_jax.experiments.experiment import Experiment
-from cbp_jax.experiments.published import best_methods, paper_grid
+from cbp_jax.experiments.published import adam_with_restarts, best_methods, paper_grid
 from cbp_jax.experiments.stream import ImageStreamSettings
 
 
@@ -258,7 +258,11 @@ def _of_pytorch(
     make: Callable[..., problems.Problem],
     **what: str,
 ) -> Experiment:
-    """An experiment of Elsayed & Mahmood. Beside the usual presets "best" runs each learner at its published best."""
+    """An experiment of Elsayed & Mahmood.
+
+    Beside the usual presets "best" runs each learner at its published best, and "restarts" Adam with a fresh network
+    for every task beside Adam as it is.
+    """
     return Experiment(
         Settings=settings,
         presets={
@@ -266,6 +270,7 @@ def _of_pytorch(
             "laptop": _of_pytorch_laptop(settings, methods),
             "paper": paper,
             "best": lambda dataset: paper(dataset, best_methods),
+            "restarts": lambda dataset: paper(dataset, adam_with_restarts),
         },
         problem=lambda settings: _problem(make, settings, normalize=True),
         network=_as_pytorch,

@@ -229,6 +229,28 @@ def best_methods(problem: str) -> tuple[str, ...]:
     return tuple(itertools.starmap(_text, _problem(problem).best.items()))
 
 
+def adam_with_restarts(problem: str) -> tuple[str, ...]:
+    """Adam with and without a fresh network for every task, of the paper's Figure 1, at each step size that it tried.
+
+    The public program draws the weights anew and leaves Adam's moments; here they start anew too.
+
+    Args:
+      problem: one of `PROBLEMS`.
+
+    Returns:
+      texts of methods.
+
+    Raises:
+      ValueError: there is no such problem.
+
+    >>> adam_with_restarts("input_permuted_mnist")[:2]
+    ('adam:step_size=0.1', 'adam:step_size=0.1,reset=network')
+    """
+    _problem(problem)
+    steps = ("0.1", "0.01", "0.001", "0.0001", "0.00001")
+    return tuple(f"adam:step_size={step}{reset}" for step in steps for reset in ("", ",reset=network"))
+
+
 def _problem(name: str) -> _Problem:
     if name not in PROBLEMS:
         raise ValueError(f"problem must be one of {list(PROBLEMS)}, got {name!r}")

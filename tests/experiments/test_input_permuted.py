@@ -21,6 +21,13 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert len(check(paper)) == len(paper.methods) and paper.methods == paper_grid("input_permuted_mnist")
 
 
+def test_adam_with_restarts_stands_beside_adam_as_it_is():
+    methods = check(preset("restarts"))
+    assert preset("restarts") == dataclasses.replace(preset("paper"), methods=preset("restarts").methods)
+    resets = {name: [m.hyperparameters["step_size"] for m in methods if m.reset == name] for name in ("", "network")}
+    assert resets[""] == resets["network"] == [0.1, 0.01, 0.001, 0.0001, 0.00001] and len(methods) == 10
+
+
 def test_the_preset_best_runs_the_papers_learners_at_their_published_best_at_its_sizes():
     best, paper = preset("best"), preset("paper")
     assert best == dataclasses.replace(paper, methods=best_methods("input_permuted_mnist"))
@@ -40,7 +47,9 @@ def test_the_other_presets_compare_what_they_promise(dataset):
     assert preset("laptop").examples_per_task <= len(data.load("digits"))
     smoke = preset("smoke", dataset)
     assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
-    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best'\], got 'large'"):
+    with pytest.raises(
+        ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best', 'restarts'\], got 'large'"
+    ):
         preset("large")
     assert EXPERIMENTS["input_permuted"] is input_permuted
 

@@ -60,7 +60,9 @@ def test_the_other_presets_compare_what_they_promise(dataset):
         assert {"bp", "upgd"} <= {method.learner for method in check(settings)}
     smoke = preset("smoke", dataset)
     assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
-    with pytest.raises(ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best'\], got 'large'"):
+    with pytest.raises(
+        ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best', 'restarts'\], got 'large'"
+    ):
         preset("large")
     assert EXPERIMENTS["label_permuted"] is label_permuted
 
