@@ -22,12 +22,14 @@ from cbp_jax.transforms import (
     adam,
     adaptive_upgd,
     add_l1,
+    add_l1_init,
     add_l2_init,
     clip_weights,
     continual_backprop,
     ewc,
     mas,
     perturbed_gradient_descent,
+    proximal_l1_init,
     redo,
     rwalk,
     shrink_and_perturb,
@@ -91,6 +93,10 @@ def before_sgd(tx):
     return optax.chain(tx, optax.sgd(0.1))
 
 
+def behind_sgd(tx):
+    return optax.chain(optax.sgd(0.1), tx)
+
+
 def with_curvature(tx):
     """Gives squared gradients where the diagonal of the Hessian is wanted."""
 
@@ -122,7 +128,16 @@ def recycle_least_gradient(units, *, decay, every, key):
 ROWS = [
     Row("adam", adam, (), {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99}, {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9}),
     Row("add_l1", add_l1, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row("add_l1_init", add_l1_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
     Row("add_l2_init", add_l2_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row(
+        "proximal_l1_init",
+        proximal_l1_init,
+        (),
+        {"strength": 0.3, "learning_rate": 0.1},
+        {"strength": 0.6, "learning_rate": 0.3},
+        wrap=behind_sgd,
+    ),
     Row(
         "shrink_and_perturb",
         shrink_and_perturb,
