@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cbp_jax import curvature, metrics
+from cbp_jax import curvature, lora, metrics
 from cbp_jax.contracted import contract_convolutions
 from cbp_jax.replacement import Choice, GroupView, Policy, ReplacementState, replace_units
 from cbp_jax.train_state import TrainState
@@ -55,6 +55,7 @@ __all__ = [
     "discover_units",
     "ewc",
     "load_results",
+    "lora",
     "mas",
     "metrics",
     "perturbed_gradient_descent",
