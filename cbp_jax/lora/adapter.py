@@ -110,7 +110,7 @@ def init(
     for number, path in enumerate(kernels):
         if not any(matches(path, pattern) for pattern in patterns):
             continue
-        shape, found = jnp.shape(leaves[path]), _axes_of(path, jnp.ndim(leaves[path]), axes or {})
+        shape, found = jnp.shape(leaves[path]), kernel_axes(path, jnp.ndim(leaves[path]), axes)
         stack, inside, outside = _sizes(found, shape)
         dtype = jnp.promote_types(jnp.result_type(leaves[path]), jnp.float32)
         # By the kernel's number among all, so that another choice of kernels draws the same factors.
@@ -242,8 +242,9 @@ def _sizes(axes: Axes, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tuple(shape[axis] for axis in side) for side in (_stacked(axes, len(shape)), *axes)]
 
 
-def _axes_of(path: str, ndim: int, given: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> Axes:
-    for pattern, (inputs, outputs) in given.items():
+def kernel_axes(path: str, ndim: int, given: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None) -> Axes:
+    """What a kernel sums over and what it makes, as the argument `axes` of :func:`init` says, or by itself."""
+    for pattern, (inputs, outputs) in (given or {}).items():
         if not matches(path, pattern):
             continue
         sides = [[axis + ndim * (axis < 0) for axis in side] for side in (inputs, outputs)]

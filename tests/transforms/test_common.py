@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cbp_jax.replacement import Choice, Policy, replace_units
+from cbp_jax.tickets import masked_changes
 from cbp_jax.transforms import (
     adam,
     adaptive_upgd,
@@ -108,6 +109,9 @@ def with_curvature(tx):
 
 GATE = {"learning_rate": 0.1, "weight_decay": 0.1, "beta_utility": 0.5, "sigma": 0.5}
 GATE_OTHERWISE = {"learning_rate": 0.2, "weight_decay": 0.3, "beta_utility": 0.9, "sigma": 0.9}
+
+
+TICKET = jax.tree.map(lambda leaf: leaf > 0, PARAMS)
 
 
 def recycle_least_gradient(units, *, decay, every, key):
@@ -248,6 +252,7 @@ ROWS = [
         {"bound": 2.0},
         {"scale": lambda path, param: 0.5 if path == "w1" else 0.7},
     ),
+    Row("masked_changes of adam", masked_changes, (adam(0.1), TICKET, PARAMS), {}, {}),
 ]
 
 
