@@ -64,16 +64,15 @@ def multiplies_parameters(closed: core.ClosedJaxpr, count: int) -> bool:
 
 def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], count: int) -> list[Any]:
     """Evaluates a jaxpr, whose first `count` inputs are parameters, with kernels applied in factors."""
-    wrapped = [_Parameter(arg) for arg in args[:count]]
+    wrapped = [_Parameter(arg, constant=number >= count) for number, arg in enumerate(args)]
     constants = [_Parameter(value, constant=True) for value in closed.consts]
-    closed = core.ClosedJaxpr(closed.jaxpr, constants)
-    outputs, _ = jaxprs.evaluate(closed, [*wrapped, *args[count:]], bind=_bind)
+    outputs, _ = jaxprs.evaluate(core.ClosedJaxpr(closed.jaxpr, constants), wrapped, bind=_bind)
     return jaxprs.settled(outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter(jaxprs.Lazy):
-    """A view of a parameter, or of a constant, which may be a kernel that is not trained, or data."""
+    """A view of a parameter, or of what is none: a kernel that is not trained, or data."""
 
     value: Any
     constant: bool = False
@@ -240,12 +239,16 @@ def _contracted(eqn: core.JaxprEqn, term: _Term, operand: Any, kernel: int) -> A
         return None
     options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
     axes = tuple(places.index(axis) for axis in inside)
-    hidden = jax.lax.dot_general(operand, first, ((tuple(others), axes), ((), ())), **options)
+    # All that is batched as one axis: with several XLA computes derivatives anew in another layout, on one thread.
+    rest = [axis for axis in range(operand.ndim) if axis not in others]
+    sizes = [operand.shape[axis] for axis in rest]
+    rows = operand.transpose(*rest, *others).reshape(-1, *(operand.shape[axis] for axis in others))
+    hidden = jax.lax.dot_general(rows, first, ((tuple(range(1, rows.ndim)), axes), ((), ())), **options)
     then = then.transpose(0, *(1 + place for place in np.argsort(made)))
-    out = jax.lax.dot_general(_times(term.scale, hidden), then, (((hidden.ndim - 1,), (0,)), ((), ())), **options)
+    out = jax.lax.dot_general(_times(term.scale, hidden), then, (((1,), (0,)), ((), ())), **options)
+    out = out.reshape(*sizes, *out.shape[1:])
     if kernel == 0:  # its axes come first
-        count = hidden.ndim - 1
-        out = out.transpose(*range(count, out.ndim), *range(count))
+        out = out.transpose(*range(len(sizes), out.ndim), *range(len(sizes)))
     return out
 
 
