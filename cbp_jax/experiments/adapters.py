@@ -16,6 +16,7 @@ two tasks, over what chance would have them share. 1 is chance.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Settings(texts.TextSettings):
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to compare, with settings if wanted: "o_lora:form=squared,head=shared"."""
     orders: int = 3
-    """Orders of the tasks: as given, and others at random."""
+    """Orders of the tasks: as given, and others at random; all that there are where these are fewer."""
     learning_rate: float = 5e-4
     """Highest learning rate of Adam for adapters and heads."""
     full_learning_rate: float = 5e-5
@@ -85,11 +86,6 @@ def check(settings: Settings) -> list[str]:
         raise ValueError(f"collision_density must be in (0, 1], got {settings.collision_density}")
     if not settings.target_modules:
         raise ValueError("target_modules must be one pattern or more, got none")
-    if settings.orders > orders_there_are(len(settings.tasks)):
-        raise ValueError(
-            f"orders must be at most {orders_there_are(len(settings.tasks))}, as many as {len(settings.tasks)} tasks "
-            f"have, got {settings.orders}"
-        )
     methods = read_methods(settings.methods)
     for label, method in methods.items():
         if method.joint and settings.batch_size < len(settings.tasks):
@@ -99,22 +95,14 @@ def check(settings: Settings) -> list[str]:
     return list(methods)
 
 
-def orders_there_are(tasks: int) -> int:
-    """In how many orders some tasks can come; at most a thousand are counted."""
-    count = 1
-    for number in range(2, tasks + 1):
-        count = min(count * number, 1000)
-    return count
-
-
 def orders_of(tasks: int, orders: int) -> np.ndarray:
     """Different orders of tasks, int [orders, tasks]; the first is as given, and those of fewer are the first of more.
 
-    >>> orders_of(3, 2).tolist()
-    [[0, 1, 2], [2, 0, 1]]
+    >>> orders_of(3, 2).tolist(), len(orders_of(2, 9))
+    ([[0, 1, 2], [2, 0, 1]], 2)
     """
     draw, found = np.random.default_rng(0), [tuple(range(tasks))]
-    while len(found) < orders:
+    while len(found) < min(orders, math.factorial(tasks)):
         order = tuple(draw.permutation(tasks).tolist())
         if order not in found:
             found.append(order)
@@ -123,7 +111,8 @@ def orders_of(tasks: int, orders: int) -> np.ndarray:
 
 def total(settings: Settings) -> int:
     """How many tasks are learned in all."""
-    return len(settings.methods) * settings.orders * settings.seeds * len(settings.tasks)
+    count = len(settings.tasks)
+    return len(settings.methods) * min(settings.orders, math.factorial(count)) * settings.seeds * count
 
 
 def job(settings: Settings) -> stream.Job:
@@ -145,11 +134,9 @@ def job(settings: Settings) -> stream.Job:
 
     labels = check(settings)
     count = len(settings.tasks)
-    memory.check_results(
-        len(labels) * settings.orders, settings.seeds, count, len(MEASURES) + count * len(PAIR_MEASURES)
-    )
-    prepared = texts.prepare(settings)
     methods, orders = read_methods(settings.methods), orders_of(count, settings.orders)
+    memory.check_results(len(labels), settings.seeds * len(orders), count, len(MEASURES) + count * len(PAIR_MEASURES))
+    prepared = texts.prepare(settings)
 
     def run(out: Path, progress: stream.Progress | None = None) -> Any:
         empty = _empty_results(settings, labels, orders, prepared.name)
@@ -159,7 +146,7 @@ def job(settings: Settings) -> stream.Job:
             for label, method in methods.items():
                 if results.loss.loc[{"method": label}].notnull().all():
                     if progress is not None:
-                        progress(label, settings.orders * settings.seeds * count, {})
+                        progress(label, len(orders) * settings.seeds * count, {})
                     continue
                 for task, measured in enumerate(trials.run(method)):
                     for name, values in measured.items():
@@ -176,7 +163,7 @@ def job(settings: Settings) -> stream.Job:
                             "accuracy": float(np.mean(measured["accuracy"])),
                             "loss": float(np.mean(measured["loss"])),
                         }
-                        progress(label, settings.orders * settings.seeds, shown)
+                        progress(label, len(orders) * settings.seeds, shown)
         return results
 
     return run
@@ -205,7 +192,9 @@ def _empty_results(settings: Settings, labels: list[str], orders: np.ndarray, en
     }
     names = np.array([text_reports.short(name) for name in settings.tasks])
     results = results.assign(single).assign(pairs)
-    results = results.assign_coords(order=np.arange(len(orders)), sequence=(("order", "task"), names[orders]))
+    results = results.assign_coords(
+        order=np.arange(len(orders)), other=np.arange(len(names)), sequence=(("order", "task"), names[orders])
+    )
     return results.assign_attrs(encoder=encoder)
 
 

@@ -72,9 +72,7 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
     """
     values = results[dim].values
     order = np.argsort(-values)
-    kept = (
-        np.nanmean(at(results, measure, method, "task", dim, "seed"), -1)[:, order] if values.size else np.zeros((0, 0))
-    )
+    kept = at(results, measure, method, "task", dim, "seed").mean(-1)[:, order]
     probe = at(results, "accuracy", PROBE, "task", "seed").mean(-1)
     full = at(results, "accuracy", _plain(results), "task", "seed").mean(-1)
     enough = (kept >= (probe + KEPT * (full - probe))[:, None]) & (full > probe)[:, None]
@@ -100,9 +98,8 @@ def summary_of_tickets(results: Any) -> str:
       dimensions that keep 99% of what fine-tuning adds to a probe; then the overlap of tasks' tickets over chance.
     """
     tasks, methods = results.name.values.tolist(), results.method.values.tolist()
-    lines = [
-        f"dominant_tickets of {results.attrs.get('encoder', 'an encoder')}: means over seeds ± half their 95% interval"
-    ]
+    encoder = results.attrs.get("encoder", "an encoder")
+    lines = [f"dominant_tickets, encoder {encoder}: means over seeds ± half their 95% interval"]
     rows = [("method", "task", "accuracy (%)", "changed (%)", "density (%)", "dimensions")]
     with np.errstate(invalid="ignore"):
         for method in methods:
