@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cbp_jax import curvature, metrics, tickets
+from cbp_jax import curvature, lora, metrics, tickets
 from cbp_jax.contracted import contract_convolutions
 from cbp_jax.replacement import Choice, GroupView, Policy, ReplacementState, replace_units
 from cbp_jax.train_state import TrainState
@@ -11,6 +11,7 @@ from cbp_jax.transforms import (
     adam,
     adaptive_upgd,
     add_l1,
+    add_l1_init,
     add_l2_init,
     add_noise,
     clip_weights,
@@ -18,6 +19,7 @@ from cbp_jax.transforms import (
     ewc,
     mas,
     perturbed_gradient_descent,
+    proximal_l1_init,
     redo,
     rwalk,
     scale_by_upgd,
@@ -43,6 +45,7 @@ __all__ = [
     "adam",
     "adaptive_upgd",
     "add_l1",
+    "add_l1_init",
     "add_l2_init",
     "add_noise",
     "clip_weights",
@@ -52,9 +55,11 @@ __all__ = [
     "discover_units",
     "ewc",
     "load_results",
+    "lora",
     "mas",
     "metrics",
     "perturbed_gradient_descent",
+    "proximal_l1_init",
     "redo",
     "replace_units",
     "reset_batch_stats",

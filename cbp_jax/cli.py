@@ -98,6 +98,9 @@ def _list(argv: list[str]) -> None:
     print("datasets")
     print(f"  {', '.join(data.names())}, other image datasets of tensorflow-datasets that are prepared,")
     print("  and array files: the path of an .npz with images, or features, and labels")
+    print("texts (as in --tasks docstrings/kind films.jsonl)")
+    print(f"  {', '.join(data.text.EMBEDDED)}, text classification datasets of tensorflow-datasets that are prepared,")
+    print("  and files: the path of a .jsonl or .csv, gzipped or not, with text, label and split")
 
 
 def _run(argv: list[str]) -> None:

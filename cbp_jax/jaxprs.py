@@ -60,6 +60,19 @@ def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 Bind = Callable[[core.JaxprEqn, Sequence[Any]], list[Any]]
 
 
+class Lazy:
+    """A value that stands for an array, as a `bind` may make and take; loops and checkpointed calls get the array."""
+
+    def array(self) -> Any:
+        """The array."""
+        raise NotImplementedError
+
+
+def settled(values: Sequence[Any]) -> list[Any]:
+    """The values as arrays."""
+    return [value.array() if isinstance(value, Lazy) else value for value in values]
+
+
 def evaluate(
     closed: core.ClosedJaxpr, args: Sequence[Any], keep: Collection[core.Var] = (), bind: Bind = bind
 ) -> tuple[list[Any], dict[core.Var, Any]]:
@@ -73,7 +86,7 @@ def evaluate(
       closed: the jaxpr with its constants.
       args: a value for each of its inputs.
       keep: variables of the jaxpr, or of the bodies of its calls, whose values are wanted too.
-      bind: evaluates one equation that is not inlined, as the function of that name does.
+      bind: evaluates one equation that is not inlined, as the function of that name does. It may make `Lazy` values.
 
     Returns:
       the outputs, and the values of `keep`.
@@ -92,10 +105,10 @@ def evaluate(
             results, inner = evaluate(_body(eqn), values, keep, bind)
             kept.update(inner)
         elif eqn.primitive.name in _REMAT and _holds_contraction(eqn):
-            results, inner = _rematerialised(eqn, keep, bind)(*values)
+            results, inner = _rematerialised(eqn, keep, bind)(*settled(values))
             kept.update(zip(_variables(_body(eqn), keep), inner, strict=True))
         elif eqn.primitive.name == "scan" and _holds_contraction(eqn):
-            results, inner = _scanned(eqn, values, keep, bind)
+            results, inner = _scanned(eqn, settled(values), keep, bind)
             kept.update(inner)
         else:
             results = bind(eqn, values)
@@ -168,7 +181,7 @@ def _rematerialised(
 
     def run(*args):
         outputs, kept = evaluate(body, args, keep, bind)
-        return outputs, [kept[var] for var in _variables(body, keep)]
+        return settled(outputs), [kept[var] for var in _variables(body, keep)]
 
     return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
 
@@ -182,7 +195,7 @@ def _scanned(
 
     def run(carry, x):
         outputs, kept = evaluate(scan.body, [*scan.consts, *carry, *x], keep, bind)
-        count = len(scan.carry)
+        outputs, count = settled(outputs), len(scan.carry)
         return outputs[:count], (outputs[count:], [kept[var] for var in variables])
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}

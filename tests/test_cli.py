@@ -204,7 +204,7 @@ def test_data_prepare_says_what_it_made(data_dir, capsys):
 def test_list_shows_experiments_learners_and_datasets(capsys):
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
-    for name in (*EXPERIMENTS, *learners.LEARNERS, *online_permuted.PRESETS, "digits", "mnist", "fashion_mnist"):
+    for name in (*EXPERIMENTS, *learners.LEARNERS, *online_permuted.PRESETS, "digits", "mnist", "docstrings/kind"):
         assert name in shown
     assert "replacement_rate=0.0001" in shown
 

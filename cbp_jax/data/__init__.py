@@ -1,4 +1,4 @@
-"""Where images come from: tensorflow-datasets, local files, and the digits embedded in scikit-learn."""
+"""Where images and texts come from: tensorflow-datasets, local files, and what every installation has."""
 
 from cbp_jax.data.dataset import Dataset, DatasetUnavailable
 from cbp_jax.data.downsample import downsample
@@ -6,12 +6,20 @@ from cbp_jax.data.local import prepare
 from cbp_jax.data.normalizations import normalization
 from cbp_jax.data.procedural import procedural
 from cbp_jax.data.sources import load, names
+from cbp_jax.data.text import Texts, load_text
+from cbp_jax.data.tokens import FileTokenizer, TokenDataset, Tokenizer, WordTokenizer
 
 __all__ = [
     "Dataset",
     "DatasetUnavailable",
+    "FileTokenizer",
+    "Texts",
+    "TokenDataset",
+    "Tokenizer",
+    "WordTokenizer",
     "downsample",
     "load",
+    "load_text",
     "names",
     "normalization",
     "prepare",

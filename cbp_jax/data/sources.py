@@ -128,26 +128,26 @@ def find_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
         raise ValueError(f"unknown config or version of dataset {name!r}{hint} ({error})") from error
 
 
-def require_readable(builder: Any, name: str) -> None:
+def require_readable(builder: Any, name: str, embedded: str = "'digits', which comes with scikit-learn") -> None:
     """Raises DatasetUnavailable unless the dataset is prepared in a format with random access."""
     if not os.path.isdir(builder.data_dir) or not builder.is_prepared():
-        raise DatasetUnavailable(_ways_out(builder, name, "is not prepared"))
+        raise DatasetUnavailable(_ways_out(builder, name, "is not prepared", embedded))
     tfds = require("tensorflow_datasets", f"dataset {name!r}")
     readable = tfds.core.FileFormat.with_random_access()
     if readable.isdisjoint(builder.info.available_file_formats()):
         file_format = builder.info.file_format.value
         reason = f"is prepared as {file_format}, which only TensorFlow reads (delete it or look elsewhere),"
-        raise DatasetUnavailable(_ways_out(builder, name, reason))
+        raise DatasetUnavailable(_ways_out(builder, name, reason, embedded))
 
 
-def _ways_out(builder: Any, name: str, reason: str) -> str:
+def _ways_out(builder: Any, name: str, reason: str, embedded: str) -> str:
     root = os.fspath(builder.data_dir_root)
     call = f"tfds.builder({name!r}, data_dir={root!r}, file_format='array_record').download_and_prepare()"
     ways = [
         'download and prepare it once, with TensorFlow (pip install "cbp-jax[prepare]"):\n'
         f'       python -c "import tensorflow_datasets as tfds; {call}"',
         "name the directory that holds it: data_dir=..., or the environment variable TFDS_DATA_DIR",
-        "use the dataset 'digits', which comes with scikit-learn",
+        f"use the dataset {embedded}",
     ]
     if builder.name in LOCAL_FILES:
         files = LOCAL_FILES[builder.name]

@@ -3,8 +3,10 @@
 import sys
 
 from cbp_jax.experiments import stream
+from cbp_jax.experiments.adapters import continual_lora
 from cbp_jax.experiments.ants import slippery_ant, stationary_ant
 from cbp_jax.experiments.collapse import policy_collapse
+from cbp_jax.experiments.dominance import dominant_tickets
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.imagenet import continual_imagenet
 from cbp_jax.experiments.increments import class_incremental
@@ -29,6 +31,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         policy_collapse,
         lottery_tickets,
         convolutional_tickets,
+        dominant_tickets,
+        continual_lora,
     )
 }
 # So that `from cbp_jax.experiments.online_permuted import Settings` finds it, too, as if each had a file of its own.

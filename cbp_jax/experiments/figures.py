@@ -5,6 +5,7 @@ import dataclasses
 NATURE = "Dohare et al. 2024"
 UPGD = "Elsayed & Mahmood 2024"
 TICKETS = "Frankle & Carbin 2019"
+DOMINANT = "Gong et al. 2022"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,5 +157,19 @@ FIGURES: tuple[Figure, ...] = (
         "the same of a network with two convolutions on CIFAR-10",
         "convolutional_tickets --preset paper",
         "285 networks of 20,000 updates; half an hour each",
+    ),
+    Figure(
+        DOMINANT,
+        "dominant tickets",
+        "fine-tuning toward the pre-trained weights, tickets by weights and by dimensions, their overlap between tasks",
+        "dominant_tickets --preset paper",
+        "hours of an accelerator",
+    ),
+    Figure(
+        DOMINANT,
+        "(the discussion after it)",
+        "one low-rank adapter for each task of a stream, with and without L1 on its change",
+        "continual_lora --preset paper",
+        "hours of an accelerator",
     ),
 )

@@ -2,6 +2,8 @@
 
 from cbp_jax.nets.activations import crelu, get_activation
 from cbp_jax.nets.actor_critic import ActorCritic
+from cbp_jax.nets.bert import Bert, TextClassifier
+from cbp_jax.nets.bert_files import hugging_face_names, installed_encoder, load_bert
 from cbp_jax.nets.convnet import ConvNet
 from cbp_jax.nets.initializers import GAINS, fan_in_uniform, kaiming_uniform
 from cbp_jax.nets.lenet import LeNet, lenet
@@ -17,19 +19,24 @@ __all__ = [
     "NETWORKS",
     "NORMALIZATIONS",
     "ActorCritic",
+    "Bert",
     "ConvNet",
     "Encoder",
     "LeNet",
     "Network",
     "OnlineNorm",
     "ResNet",
+    "TextClassifier",
     "ViT",
     "crelu",
     "fan_in_uniform",
     "get_activation",
+    "hugging_face_names",
+    "installed_encoder",
     "kaiming_uniform",
     "keep_online_stats",
     "lenet",
+    "load_bert",
     "make",
     "read",
 ]

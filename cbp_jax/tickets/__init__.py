@@ -1,7 +1,9 @@
-"""Lottery tickets: masks, pruning, training under a mask, rounds of pruning with rewinding, controls,
-and structured tickets."""
+"""Winning tickets: masks, pruning, training under a mask, rounds of pruning with rewinding, controls, structured
+tickets; and the part of a network's change that does the job."""
 
+from cbp_jax.tickets.comparison import Shared, compare_tickets
 from cbp_jax.tickets.controls import constant_magnitudes, reinitialize
+from cbp_jax.tickets.dominant import Ticket, dominant_ticket, masked_changes, transplant
 from cbp_jax.tickets.masked import masked
 from cbp_jax.tickets.masks import Mask, Overlap, apply_mask, density, full_mask, overlap, random_mask_like
 from cbp_jax.tickets.prune import mask_like, prune
@@ -12,15 +14,20 @@ __all__ = [
     "Mask",
     "Overlap",
     "Round",
+    "Shared",
+    "Ticket",
     "Trained",
     "Training",
     "apply_mask",
+    "compare_tickets",
     "constant_magnitudes",
     "density",
+    "dominant_ticket",
     "full_mask",
     "iterative_magnitude_pruning",
     "mask_like",
     "masked",
+    "masked_changes",
     "overlap",
     "prune",
     "prune_units",
@@ -28,5 +35,6 @@ __all__ = [
     "reinitialize",
     "shrink_batch_stats",
     "shrink_params",
+    "transplant",
     "unit_mask",
 ]

@@ -5,7 +5,7 @@ from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk,
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
-from cbp_jax.transforms.regularization import add_l1, add_l2_init
+from cbp_jax.transforms.regularization import add_l1, add_l1_init, add_l2_init, proximal_l1_init
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
 from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 from cbp_jax.transforms.weight_clipping import clip_weights
@@ -17,6 +17,7 @@ __all__ = [
     "adaptive_upgd",
     "add_consolidation",
     "add_l1",
+    "add_l1_init",
     "add_l2_init",
     "add_noise",
     "clip_weights",
@@ -24,6 +25,7 @@ __all__ = [
     "ewc",
     "mas",
     "perturbed_gradient_descent",
+    "proximal_l1_init",
     "redo",
     "rwalk",
     "scale_by_adam",

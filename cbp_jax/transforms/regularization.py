@@ -1,6 +1,7 @@
-"""Penalties on the weights, as gradients. L2 toward zero is `optax.add_decayed_weights`."""
+"""Penalties on the weights, as gradients or as a proximal step. L2 toward zero is `optax.add_decayed_weights`."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -73,19 +74,132 @@ def add_l2_init(strength: chex.Numeric) -> optax.GradientTransformation:
       <https://arxiv.org/abs/2308.11958>`_, 2023
     """
     check_scalar("strength", strength, at_least=0)
+    return _pull("add_l2_init", AddL2InitState, lambda change: strength * change)
 
-    def init_fn(params: optax.Params) -> AddL2InitState:
-        # Copies, so that params and state can both be donated to a jitted step.
-        return AddL2InitState(initial=jax.tree.map(lambda w: jnp.array(w, copy=True), params))
+
+class AddL1InitState(NamedTuple):
+    """State of :func:`add_l1_init`."""
+
+    initial: optax.Params  # the params at init, same shapes and dtypes
+
+
+def add_l1_init(strength: chex.Numeric) -> optax.GradientTransformation:
+    r"""Adds the gradient of an L1 penalty toward the initial weights.
+
+    .. math:: g \leftarrow g + \lambda\,\mathrm{sign}(w - w_0)
+
+    Weights that the loss does not want to move step around :math:`w_0` and do not come to rest there: where the change
+    is to be sparse, use :func:`proximal_l1_init`.
+
+    Args:
+      strength: :math:`\lambda`, for a penalty of :math:`\lambda \lVert w - w_0 \rVert_1`, >= 0. May be traced.
+
+    Returns:
+      an optax transformation, as :func:`add_l2_init`, which says what :math:`w_0` is.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.chain(add_l1_init(0.5), optax.sgd(1.0))
+      >>> state = tx.init(jnp.array([2.0, 1.0]))
+      >>> updates, state = tx.update(jnp.zeros(2), state, jnp.array([4.0, 1.0]))
+      >>> updates.tolist()
+      [-0.5, -0.0]
+
+    References:
+      Gong et al., `Finding the dominant winning ticket in pre-trained language models
+      <https://aclanthology.org/2022.findings-acl.115/>`_, Findings of ACL 2022
+    """
+    check_scalar("strength", strength, at_least=0)
+    return _pull("add_l1_init", AddL1InitState, lambda change: strength * jnp.sign(change))
+
+
+class ProximalL1InitState(NamedTuple):
+    """State of :func:`proximal_l1_init`."""
+
+    count: chex.Array  # int32 [], updates so far
+    initial: optax.Params  # the params at init, same shapes and dtypes
+
+
+def proximal_l1_init(
+    strength: chex.Numeric, learning_rate: optax.ScalarOrSchedule = 1.0
+) -> optax.GradientTransformation:
+    r"""Shrinks the change since the start after a step: weights that hardly move return to their initial values.
+
+    Where :math:`w' = w + u` would be the weights after the step, they become
+
+    .. math:: w_0 + S_{\alpha\lambda}(w' - w_0), \qquad S_t(x) = \mathrm{sign}(x) \max(|x| - t, 0)
+
+    the proximal step of a penalty :math:`\lambda \lVert w - w_0 \rVert_1` (iterative soft thresholding). Behind
+    adaptive optimizers every weight is shrunk alike, however its gradient was scaled.
+
+    A weight that returns is :math:`w_0` to the last bit where the update can be written as one number of its type, as
+    it can if the weight is at most twice and at least half of :math:`w_0`; else it is so after the steps that follow.
+
+    Args:
+      strength: :math:`\lambda`, >= 0. May be traced.
+      learning_rate: :math:`\alpha`, that of the optimizer in front: a number that may be traced, or a schedule. With 1,
+        the strength itself is what each step takes off.
+
+    Returns:
+      an optax transformation to chain behind an optimizer. :math:`w_0` is as in :func:`add_l2_init`.
+
+    Raises:
+      ValueError: the strength or the learning rate is negative; in `update`, params are missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.sgd(0.5), proximal_l1_init(1.0, learning_rate=0.5))
+      >>> params = jnp.array([1.0, 1.0])
+      >>> updates, state = tx.update(jnp.array([4.0, 0.5]), tx.init(params), params)
+      >>> optax.apply_updates(params, updates).tolist()
+      [-0.5, 1.0]
+
+    References:
+      Beck and Teboulle, `A fast iterative shrinkage-thresholding algorithm for linear inverse problems
+      <https://doi.org/10.1137/080716542>`_, SIAM Journal on Imaging Sciences 2009
+    """
+    check_scalar("strength", strength, at_least=0)
+    if not callable(learning_rate):
+        check_scalar("learning_rate", learning_rate, at_least=0)
+
+    def init_fn(params: optax.Params) -> ProximalL1InitState:
+        return ProximalL1InitState(jnp.zeros([], jnp.int32), _copied(params))
 
     def update_fn(
-        updates: optax.Updates, state: AddL2InitState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, AddL2InitState]:
-        _check_params("add_l2_init", params)
-        pull = lambda g, w, w0: (g + strength * (w - w0)).astype(g.dtype)
-        return jax.tree.map(pull, updates, params, state.initial), state
+        updates: optax.Updates, state: ProximalL1InitState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ProximalL1InitState]:
+        _check_params("proximal_l1_init", params)
+        step_size = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        threshold = strength * step_size
+
+        def shrunk(u, w, w0):
+            change = w + u - w0
+            # Not `w0 + S(change) - w`, which would round the updates of weights far from 0.
+            moved = jnp.where(jnp.abs(change) <= threshold, w0 - w, u - threshold * jnp.sign(change))
+            return moved.astype(u.dtype)
+
+        count = optax.safe_increment(state.count)
+        return jax.tree.map(shrunk, updates, params, state.initial), ProximalL1InitState(count, state.initial)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _pull(name: str, state_type: Any, force: Callable[[chex.Array], chex.Array]) -> optax.GradientTransformation:
+    """Adds to gradients what pulls weights back, a function of their change."""
+
+    def init_fn(params: optax.Params) -> Any:
+        return state_type(initial=_copied(params))
+
+    def update_fn(updates: optax.Updates, state: Any, params: optax.Params | None = None) -> tuple[optax.Updates, Any]:
+        _check_params(name, params)
+        return jax.tree.map(lambda g, w, w0: (g + force(w - w0)).astype(g.dtype), updates, params, state.initial), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _copied(params: optax.Params) -> optax.Params:
+    # So that params and state can both be donated to a jitted step.
+    return jax.tree.map(lambda w: jnp.array(w, copy=True), params)
 
 
 def _check_params(name: str, params: optax.Params | None) -> None:

@@ -40,6 +40,8 @@ class tokens, mask tokens,     a parameter put beside units, tiled or in place o
 learned queries                queries that a kernel reads are units, as of an embedding.
 residual stream                a dimension of it: everything writes and reads it. Embeddings are incoming, class tokens
                                and positions added as parameters are its biases. Kind "residual".
+low-rank changes of a kernel,  a rank-one component of the change is a unit: a column of A is incoming, a row of B
+`W + c A B` (LoRA)             outgoing. W and B write, and W and A read, the units on either side.
 tied embeddings                a table that embeds tokens and also makes the output is outgoing: in it a fresh unit
                                starts with 0, and what else writes the stream is drawn anew.
 =============================  ======================================================================================
@@ -54,7 +56,7 @@ Listed by name in `Units.left_out`, each with its reason; everything around is f
 - output layers: what they make is the network's output;
 - `while` and `cond`: what they compute cannot be captured from outside;
 - the state of a cell that is returned: it is output;
-- kernels that are computed (weight standardization, spectral norm, LoRA), cut or masked;
+- kernels that are computed (weight standardization, spectral norm), cut or masked;
 - activations that only weigh others: queries and keys of a single head, routers of experts;
 - activations that are sorted, maximized or soft-maxed over all units, or mixed over positions by a kernel (MLP-Mixer's
   token mixing): all units become one there;

@@ -25,7 +25,8 @@ def with_features(
 
     The activation of a unit is what its outgoing weights see: after the nonlinearity, pooling and dropout.
     Under `jit`, outputs and gradients are bit for bit those of `apply_fn`. (Outside of it, layers that are jitted on
-    their own are evaluated operation by operation here, which rounds differently.)
+    their own are evaluated operation by operation here, which rounds differently; so do low-rank changes of kernels,
+    which are applied factor by factor, see `cbp_jax.lora.factored`.)
 
     Args:
       apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`. Where `params` is an `nnx.Module`, as in the loss of

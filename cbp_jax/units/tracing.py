@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from cbp_jax import jaxprs
+from cbp_jax import factored, jaxprs
 from cbp_jax.units import groups
 from cbp_jax.units.values import LeftOutKind, Reason
 
@@ -36,6 +36,8 @@ def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Tr
                 "part of eqx.partition(model, eqx.is_inexact_array), and let apply_fn eqx.combine it with the second"
             )
     closed, out_tree = jaxprs.trace(apply_fn, params, *inputs)
+    if factored.multiplies_parameters(closed, len(leaves)):  # adapters, whose columns are units
+        closed, out_tree = jaxprs.trace(factored.apply_in_factors(apply_fn), params, *inputs)
     paths = list(leaves)
     named = dict(zip(closed.jaxpr.invars, paths, strict=False))
     states = {var for var, path in named.items() if path.startswith(f"{groups.STATISTICS}/")}

@@ -18,17 +18,19 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cbp_jax.replacement import Choice, Policy, replace_units
-from cbp_jax.tickets import masked
+from cbp_jax.tickets import masked, masked_changes
 from cbp_jax.transforms import (
     adam,
     adaptive_upgd,
     add_l1,
+    add_l1_init,
     add_l2_init,
     clip_weights,
     continual_backprop,
     ewc,
     mas,
     perturbed_gradient_descent,
+    proximal_l1_init,
     redo,
     rwalk,
     shrink_and_perturb,
@@ -92,6 +94,10 @@ def before_sgd(tx):
     return optax.chain(tx, optax.sgd(0.1))
 
 
+def behind_sgd(tx):
+    return optax.chain(optax.sgd(0.1), tx)
+
+
 def with_curvature(tx):
     """Gives squared gradients where the diagonal of the Hessian is wanted."""
 
@@ -103,6 +109,9 @@ def with_curvature(tx):
 
 GATE = {"learning_rate": 0.1, "weight_decay": 0.1, "beta_utility": 0.5, "sigma": 0.5}
 GATE_OTHERWISE = {"learning_rate": 0.2, "weight_decay": 0.3, "beta_utility": 0.9, "sigma": 0.9}
+
+
+TICKET = jax.tree.map(lambda leaf: leaf > 0, PARAMS)
 
 
 def recycle_least_gradient(units, *, decay, every, key):
@@ -143,7 +152,16 @@ def masked_continual_backprop(units, mask, *, learning_rate, replacement_rate, k
 ROWS = [
     Row("adam", adam, (), {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99}, {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9}),
     Row("add_l1", add_l1, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row("add_l1_init", add_l1_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
     Row("add_l2_init", add_l2_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row(
+        "proximal_l1_init",
+        proximal_l1_init,
+        (),
+        {"strength": 0.3, "learning_rate": 0.1},
+        {"strength": 0.6, "learning_rate": 0.3},
+        wrap=behind_sgd,
+    ),
     Row(
         "shrink_and_perturb",
         shrink_and_perturb,
@@ -270,6 +288,7 @@ ROWS = [
         noisy=True,
         slow=True,
     ),
+    Row("masked_changes of adam", masked_changes, (adam(0.1), TICKET, PARAMS), {}, {}),
 ]
 
 

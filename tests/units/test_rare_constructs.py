@@ -70,11 +70,16 @@ def behind(kernel):
     return lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ kernel(p)) @ p["out"]
 
 
+def low_rank(p, x):
+    return behind(lambda p: p["b"] + 0.5 * p["low"] @ p["high"])(p, x)
+
+
 FOUND = {
     soft_experts: (ROWS, {"a": 4, "up": 15, "down": 4}, {"router": "reduce_max"}),
     chosen_experts: (ROWS, {"down": 4}, {"router": "argmax", "a": "weighs other", "up": "weighs other"}),
     graph: (ROWS, {"a": 4}, {}),
     devices: (ROWS, {"a": 4}, {}),
+    low_rank: (ROWS, {"a": 4, "b": 4, "low": 2}, {}),
     multi_query: (SEQUENCE, {"a": 4, "v": 4, "o": 4}, {"q": "weighs other", "k": "weighs other"}),
     single_head: (SEQUENCE, {"a": 4, "v": 4}, {"b": "weighs other", "k": "weighs other"}),
     padded_shortcut: (IMAGES, {"first": 4, "wide": 2}, {}),
@@ -94,7 +99,6 @@ def test_what_is_found_and_why_the_rest_is_not(network):
 COMPUTED = {
     "weight normalization": lambda p: p["b"] / jnp.linalg.norm(p["b"], axis=0) * p["scale"],
     "standardized": lambda p: (p["b"] - p["b"].mean(0)) / p["b"].std(0),
-    "low rank": lambda p: p["b"] + p["low"] @ p["high"],
     "noisy": lambda p: p["b"] + 0.1 * jax.random.normal(jax.random.key(0), (4, 4)),
     "spectral": lambda p: p["b"] / jnp.linalg.norm(p["b"], 2),
 }

@@ -1,0 +1,103 @@
+"""Real texts that every installation has: what the documentation of libraries says, by library and by kind."""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# What cbp_jax needs, and what these need.
+LIBRARIES = ("jax", "flax", "numpy", "optax", "scipy", "chex")
+KINDS = ("class", "function", "method", "module")
+LEAST_WORDS = 8
+_MOST_WORDS = 100
+_PER_LIBRARY = 600
+
+# Where the prose ends: sections, whose form would tell libraries apart at a glance.
+_SECTION = re.compile(
+    r"^\s*(args?|arguments|parameters|returns?|raises|yields|examples?|notes?|attributes|references|see also|usage|"
+    r"warnings?|methods)\s*:{0,2}\s*$|^\s*(-{3,}|={3,}|>>>|\.\. )",
+    re.IGNORECASE | re.MULTILINE,
+)
+# Names, and what they are imported as.
+_NAMES = re.compile(
+    r"\b(?:jax|jnp|xla|pjit|flax|linen|nnx|nn|numpy|np|ndarray|optax|scipy|sp|chex|deepmind|google)\b", re.IGNORECASE
+)
+_HIDDEN = "library"
+
+
+def docstrings(by: str) -> tuple[list[str], list[str]]:
+    """The prose of docstrings of installed libraries.
+
+    Modules are read, not run. What says whose a text is, is hidden: names of libraries become "library", and what
+    follows the prose, such as a list of arguments, is cut off. Short texts are left out, and of equal ones all but the
+    first. Which texts there are depends on the versions that are installed.
+
+    Args:
+      by: "library", or "kind": of what it is the docstring.
+
+    Returns:
+      texts, and their labels.
+
+    Raises:
+      ValueError: `by` is neither.
+
+    Example:
+      >>> texts, labels = docstrings("kind")
+      >>> sorted(set(labels))
+      ['class', 'function', 'method', 'module']
+    """
+    if by not in ("library", "kind"):
+        raise ValueError(f"by must be 'library' or 'kind', got {by!r}")
+    column = ("library", "kind").index(by)
+    found: dict[str, str] = {}
+    for library in LIBRARIES:
+        for text, kind in _of_library(library):
+            found.setdefault(text, (library, kind)[column])
+    return list(found), list(found.values())
+
+
+@functools.cache
+def _of_library(library: str) -> tuple[tuple[str, str], ...]:
+    """Texts and kinds."""
+    spec = importlib.util.find_spec(library)
+    folders = spec.submodule_search_locations if spec is not None else None
+    if not folders:
+        return ()
+    root = Path(next(iter(folders)))
+    files = [path for path in root.rglob("*.py") if "test" not in path.relative_to(root).as_posix()]
+    # In an order that spreads over the library and is the same on every machine.
+    files.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    found: dict[str, str] = {}
+    for path in files:
+        for docstring, kind in _of_file(path):
+            text = _prose(docstring)
+            if len(text.split()) >= LEAST_WORDS:
+                found.setdefault(text, kind)
+        if len(found) >= _PER_LIBRARY:
+            break
+    return tuple(found.items())
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    methods = {part for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for part in node.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring:
+                plain = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+                yield docstring, "method" if plain == "function" and node in methods else plain
+
+
+def _prose(docstring: str) -> str:
+    text = inspect.cleandoc(docstring)
+    end = _SECTION.search(text)
+    words = _NAMES.sub(_HIDDEN, text[: end.start()] if end else text).split()
+    return " ".join(words[:_MOST_WORDS])

@@ -1,0 +1,105 @@
+"""Table and pictures of `continual_lora`."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.experiments.adapter_methods import read_methods
+from cbp_jax.experiments.text_reports import at, heat_maps, interval, table
+
+
+def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Average accuracy, forgetting and forward transfer.
+
+    Args:
+      accuracy: [..., tasks, tasks], on the task of the last axis after that of the last but one; NaN if not measured.
+      alone: [..., tasks], of each task learned alone.
+
+    Returns:
+      of each sequence, [...]: "average", the mean of the last row; "forgetting", the mean over all but the last task of
+      its best accuracy less its last one; "transfer", the mean over all but the first task of its accuracy right after
+      it less that alone. NaN where there is nothing to take the mean of.
+
+    Example:
+      >>> found = scores(np.array([[0.9, np.nan], [0.6, 0.8]]), np.array([0.9, 0.7]))
+      >>> {name: round(float(value), 6) for name, value in found.items()}
+      {'average': 0.7, 'forgetting': 0.3, 'transfer': 0.1}
+    """
+    count = accuracy.shape[-1]
+    nothing = np.full(accuracy.shape[:-2], np.nan)
+    found = {"average": accuracy[..., -1, :].mean(-1), "forgetting": nothing, "transfer": nothing}
+    if count > 1:
+        last = accuracy[..., -1, :-1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of sequences that have not begun
+            found["forgetting"] = (np.nanmax(accuracy[..., :, :-1], -2) - last).mean(-1)
+        if alone is not None:
+            found["transfer"] = (np.diagonal(accuracy, axis1=-2, axis2=-1) - alone)[..., 1:].mean(-1)
+    return found
+
+
+def _accuracy(results: Any, method: str) -> np.ndarray:
+    return at(results, "accuracy", method, "order", "seed", "task", "other")
+
+
+def _alone(results: Any, method: str) -> np.ndarray | None:
+    """Accuracies [order, seed, task] of adapters for each task alone, with the same kind of head."""
+    methods = results.method.values.tolist()
+    heads = {label: one.head for label, one in zip(methods, read_methods(methods).values(), strict=True)}
+    for label in methods:
+        if label.partition("(")[0] == "per_task" and heads[label] == heads[method]:
+            return np.diagonal(_accuracy(results, label), axis1=-2, axis2=-1)
+    return None
+
+
+def summary(results: Any) -> str:
+    """The results of `continual_lora` as a table of text.
+
+    Args:
+      results: results of a run, finished or not.
+
+    Returns:
+      for each method the measures that the module `adapters` tells; means over sequences (orders times seeds) and half
+      the width of their 95% interval, which takes orders for independent.
+    """
+    encoder = results.attrs.get("encoder", "an encoder")
+    count = results.sizes["order"] * results.sizes["seed"]
+    title = f"continual_lora, encoder {encoder}: means over {count} sequences of {results.sizes['task']} tasks ± half "
+    rows = [("method", "average (%)", "forgetting", "transfer", "rank", "sparse (%)", "overlap", "collisions")]
+    for method in results.method.values.tolist():
+        found = scores(_accuracy(results, method), _alone(results, method))
+        flat = {name: at(results, name, method, "order", "seed", "task") for name in ("rank", "sparsity")}
+        pairs = {
+            name: at(results, name, method, "order", "seed", "task", "other") for name in ("overlap", "collisions")
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of what has not been measured
+            cells = [interval(found[name], 100, 1) for name in ("average", "forgetting", "transfer")]
+            cells.append(interval(np.nanmean(flat["rank"], -1), 1, 1))
+            cells.append(interval(np.nanmean(flat["sparsity"], -1), 100, 1))
+            cells += [interval(np.nanmean(pairs[name], (-2, -1)), 1, 2) for name in ("overlap", "collisions")]
+        rows.append((method, *cells))
+    return "\n".join([f"{title}their 95% interval", "", *table(rows)])
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws the accuracy of every task after every other, a matrix for each method, means over orders and seeds.
+
+    Args:
+      results: results of a run of `continual_lora`, finished or not.
+      out: folder for the picture.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      paths of the picture.
+    """
+    tasks = [str(number + 1) for number in range(results.sizes["task"])]
+    panels = {}
+    for method in results.method.values.tolist():
+        panels[method] = 100 * _accuracy(results, method).mean((0, 1))
+    return heat_maps(
+        panels, tasks, tasks, "Correct (%), after each task (row)", "continual_lora", out, formats, digits=0
+    )

@@ -1,0 +1,244 @@
+"""A sequence of text tasks, and adapters that learn it: one for all, one for each, sparse ones, orthogonal ones.
+
+Methods are those of `adapter_methods.METHODS`. Each adapter is LoRA's (`cbp_jax.lora`), trained by Adam beside a linear
+head; the encoder is frozen, but for "full". Tasks come in several orders, the first of which is as given.
+
+Every task is tested after every later one. With a_ij the accuracy on task j after task i, of T tasks, the table has
+
+    average accuracy     the mean of a_Tj over all tasks j
+    forgetting           the mean of max_i a_ij - a_Tj over all but the last
+    forward transfer     the mean of a_jj - b_j over all but the first, with b_j that of an adapter for the task alone
+
+(Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018), where b_j are those of the method "per_task" with the same head. Of a
+task's change in the adapted kernels it has the effective rank, the part of entries that are next to nothing, the
+overlap of the subspaces of the input that two tasks' changes read, and collisions: weights among the largest changes of
+two tasks, over what chance would have them share. 1 is chance.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.experiments import adapter_reports, folder, memory, stream, text_reports, texts
+from cbp_jax.experiments.adapter_methods import METHODS, read_methods
+from cbp_jax.experiments.adapter_trials import Trials
+from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.training.lanes import one_blas_thread
+
+NAME = "continual_lora"
+
+MEASURES = {
+    "loss": "mean loss of training on the task, without penalties",
+    "rank": "effective rank of the task's change, mean over kernels",
+    "sparsity": "fraction of the change's entries below a hundredth of the largest of their kernel",
+}
+# Besides, with the position of another task.
+PAIR_MEASURES = {
+    "accuracy": "fraction of a task's test texts classified correctly, after this one or an earlier task",
+    "overlap": "mean squared cosine between what this task's change reads and an earlier one's",
+    "collisions": "weights among the largest changes of this task and an earlier one, over chance",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(texts.TextSettings):
+    """A sequence of text tasks, learned by adapters."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to compare, with settings if wanted: "o_lora:form=squared,head=shared"."""
+    orders: int = 3
+    """Orders of the tasks: as given, and others at random; all that there are where these are fewer."""
+    learning_rate: float = 5e-4
+    """Highest learning rate of Adam for adapters and heads."""
+    full_learning_rate: float = 5e-5
+    """Highest learning rate where all weights are trained."""
+    rank: int = 8
+    """Rank of an adapter."""
+    alpha: float = 16.0
+    """The change of a kernel is alpha over rank times the product of its factors."""
+    target_modules: tuple[str, ...] = ("query", "value")
+    """Which kernels have adapters: patterns of names, as in `cbp_jax.lora.init`; "layer*" for all of every layer."""
+    memory_texts: int = 100
+    """Texts of each earlier task that the method "replay" keeps."""
+    collision_density: float = 0.01
+    """Part of the weights of adapted kernels, those of largest change, that count as changed in collisions."""
+
+
+def check(settings: Settings) -> list[str]:
+    """Checks settings before anything is computed.
+
+    Returns:
+      labels of the methods.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+    """
+    texts.check(settings)
+    stream.check_counts(settings, "orders", "rank", "memory_texts")
+    numbers = ("learning_rate", "full_learning_rate", "alpha")
+    texts.check_numbers(settings, **{name: getattr(settings, name) for name in numbers})
+    if settings.alpha == 0:
+        raise ValueError("alpha must be positive, got 0")
+    if not 0 < settings.collision_density <= 1:
+        raise ValueError(f"collision_density must be in (0, 1], got {settings.collision_density}")
+    if not settings.target_modules:
+        raise ValueError("target_modules must be one pattern or more, got none")
+    methods = read_methods(settings.methods)
+    for label, method in methods.items():
+        if method.joint and settings.batch_size < len(settings.tasks):
+            raise ValueError(
+                f"method {label!r}: batch_size must be at least the number of tasks, {len(settings.tasks)}"
+            )
+    return list(methods)
+
+
+def orders_of(tasks: int, orders: int) -> np.ndarray:
+    """Different orders of tasks, int [orders, tasks]; the first is as given, and those of fewer are the first of more.
+
+    >>> orders_of(3, 2).tolist(), len(orders_of(2, 9))
+    ([[0, 1, 2], [2, 0, 1]], 2)
+    """
+    draw, found = np.random.default_rng(0), [tuple(range(tasks))]
+    while len(found) < min(orders, math.factorial(tasks)):
+        order = tuple(draw.permutation(tasks).tolist())
+        if order not in found:
+            found.append(order)
+    return np.array(found)
+
+
+def total(settings: Settings) -> int:
+    """How many tasks are learned in all."""
+    count = len(settings.tasks)
+    return len(settings.methods) * min(settings.orders, math.factorial(count)) * settings.seeds * count
+
+
+def job(settings: Settings) -> stream.Job:
+    """Prepares the experiment.
+
+    Results are written as tasks end; run again, a method that is not done starts from its first task.
+
+    Args:
+      settings: what to run.
+
+    Returns:
+      what runs it. Its results are `MEASURES` [method, order, seed, task], where a task is its position in the order,
+      and `PAIR_MEASURES` with the position of an earlier task besides; `sequence` [order, task] says which is which.
+
+    Raises:
+      ValueError: a setting is out of range or unknown, before anything is computed.
+    """
+    from cbp_jax import report
+
+    labels = check(settings)
+    count = len(settings.tasks)
+    methods, orders = read_methods(settings.methods), orders_of(count, settings.orders)
+    memory.check_results(len(labels), settings.seeds * len(orders), count, len(MEASURES) + count * len(PAIR_MEASURES))
+    prepared = texts.prepare(settings)
+
+    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+        empty = _empty_results(settings, labels, orders, prepared.name)
+        with one_blas_thread(), folder.opened(empty, Path(out)) as results:
+            report.save_results(results, out)
+            trials = Trials(settings, prepared, orders)
+            for label, method in methods.items():
+                if results.loss.loc[{"method": label}].notnull().all():
+                    if progress is not None:
+                        progress(label, len(orders) * settings.seeds * count, {})
+                    continue
+                for task, measured in enumerate(trials.run(method)):
+                    for name, values in measured.items():
+                        where = {"method": label, "task": task}
+                        if name in MEASURES:
+                            results[name].loc[where] = values
+                        else:
+                            row = results[name].loc[where].values
+                            row[..., : values.shape[-1]] = values
+                            results[name].loc[where] = row
+                    report.save_results(results, out)
+                    if progress is not None:
+                        shown = {
+                            "accuracy": float(np.mean(measured["accuracy"])),
+                            "loss": float(np.mean(measured["loss"])),
+                        }
+                        progress(label, len(orders) * settings.seeds, shown)
+        return results
+
+    return run
+
+
+def _empty_results(settings: Settings, labels: list[str], orders: np.ndarray, encoder: str) -> Any:
+    from cbp_jax import report
+
+    results = report.new_results(
+        labels,
+        [label.partition("(")[0] for label in labels],
+        [{} for _ in labels],
+        seeds=settings.seeds,
+        tasks=len(settings.tasks),
+        settings=settings,
+        experiment=NAME,
+        measures={"loss": MEASURES["loss"]},
+    ).drop_vars("loss")
+    dims = ("method", "order", "seed", "task")
+    shape = (len(labels), len(orders), settings.seeds, len(settings.tasks))
+    blank = lambda *more: np.full((*shape, *more), np.nan, np.float32)
+    single = {name: (dims, blank(), {"long_name": meaning}) for name, meaning in MEASURES.items()}
+    pairs = {
+        name: ((*dims, "other"), blank(len(settings.tasks)), {"long_name": meaning})
+        for name, meaning in PAIR_MEASURES.items()
+    }
+    names = np.array([text_reports.short(name) for name in settings.tasks])
+    results = results.assign(single).assign(pairs)
+    results = results.assign_coords(
+        order=np.arange(len(orders)), other=np.arange(len(names)), sequence=(("order", "task"), names[orders])
+    )
+    return results.assign_attrs(encoder=encoder)
+
+
+def _smoke() -> Settings:
+    return Settings(
+        seeds=2,
+        orders=2,
+        width=16,
+        vocabulary=300,
+        length=16,
+        train_texts=100,
+        test_texts=50,
+        steps=20,
+        learning_rate=0.01,
+        full_learning_rate=0.003,
+        rank=2,
+        target_modules=("layer*",),
+        memory_texts=20,
+        methods=("sequential", "per_task", "added_l1:l1=1e-3", "o_lora:head=shared", "full", "replay", "joint"),
+    )
+
+
+def _paper() -> Settings:
+    return Settings(
+        tasks=("glue/sst2", "glue/qnli", "glue/qqp", "glue/mrpc", "glue/mnli", "ag_news_subset"),
+        encoder="roberta-large",
+        length=128,
+        train_texts=20_000,
+        test_texts=2_000,
+        batch_size=32,
+        steps=2_000,
+        learning_rate=3e-4,
+        full_learning_rate=1e-5,
+    )
+
+
+continual_lora = Experiment(
+    name=NAME,
+    about="A sequence of text tasks with an adapter for all or for each, sparse or orthogonal ones, and replay.",
+    Settings=Settings,
+    presets={"smoke": _smoke, "laptop": Settings, "paper": _paper},
+    check=check,
+    total=total,
+    plot=adapter_reports.plot,
+    summary=adapter_reports.summary,
+    job=job,
+)

@@ -1,0 +1,250 @@
+"""Tables and pictures of the experiments on texts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.report import looks
+from cbp_jax.report.statistics import mean_and_error
+
+PROBE = "probe"
+#: Of the accuracy that fine-tuning adds to the probe's, how much counts as kept.
+KEPT = 0.99
+
+
+def short(name: str) -> str:
+    """The name of a task as pictures and tables have it.
+
+    >>> short("texts/films.jsonl.gz"), short("docstrings/kind"), short("glue/sst2")
+    ('films', 'docstrings/kind', 'glue/sst2')
+    """
+    end = name.rpartition("/")[2]
+    for ending in (".gz", ".jsonl", ".csv"):
+        end = end.removesuffix(ending)
+    return end if end != name.rpartition("/")[2] else name
+
+
+def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
+    """The mean of values and half the width of its 95% interval (Student's t), of those that are finite.
+
+    >>> interval(np.array([0.5, 0.7]), 100), interval(np.array([0.5]), 100), interval(np.array([np.nan]))
+    ('60.0 ± 127.1', '50.0', '-')
+    """
+    from scipy import stats
+
+    values = scale * np.asarray(values, np.float64).ravel()
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "-"
+    mean, error = mean_and_error(values)
+    if values.size < 2:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {stats.t.ppf(0.975, values.size - 1) * error:.{digits}f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, the first row its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def at(results: Any, name: str, method: str, *dims: str) -> np.ndarray:
+    """The values of one method, with these dimensions in order."""
+    return results[name].loc[{"method": method}].transpose(*dims).values.astype(np.float64)
+
+
+def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
+    """The least of a dimension's values that still keep what fine-tuning adds to a linear probe.
+
+    Args:
+      results: of `dominant_tickets`.
+      method: one with tickets.
+      measure: accuracies along `dim`.
+      dim: "density" or "dimensions".
+
+    Returns:
+      array [tasks]: the least value at which, and at all larger ones, the mean over seeds of the accuracy is at least
+      that of the probe and `KEPT` of what fine-tuning without a pull adds to it; NaN where no value will do, or where
+      fine-tuning adds nothing.
+    """
+    values = results[dim].values
+    order = np.argsort(-values)
+    kept = at(results, measure, method, "task", dim, "seed").mean(-1)[:, order]
+    probe = at(results, "accuracy", PROBE, "task", "seed").mean(-1)
+    full = at(results, "accuracy", _plain(results), "task", "seed").mean(-1)
+    enough = (kept >= (probe + KEPT * (full - probe))[:, None]) & (full > probe)[:, None]
+    count = enough.cumprod(1).sum(1)
+    return np.array([values[order][n - 1] if n else np.nan for n in count], np.float64)
+
+
+def _plain(results: Any) -> str:
+    """The method of the weakest pull."""
+    methods = [method for method in results.method.values.tolist() if method != PROBE]
+    strengths = [float(results.strength.loc[{"method": method}]) for method in methods]
+    return methods[int(np.argmin(strengths))]
+
+
+def summary_of_tickets(results: Any) -> str:
+    """The results of `dominant_tickets` as tables of text.
+
+    Args:
+      results: results of a run, finished or not.
+
+    Returns:
+      for each method and task the accuracy in percent, the weights that changed, and the least density and number of
+      dimensions that keep 99% of what fine-tuning adds to a probe; then the overlap of tasks' tickets over chance.
+    """
+    tasks, methods = results.name.values.tolist(), results.method.values.tolist()
+    encoder = results.attrs.get("encoder", "an encoder")
+    lines = [f"dominant_tickets, encoder {encoder}: means over seeds ± half their 95% interval"]
+    rows = [("method", "task", "accuracy (%)", "changed (%)", "density (%)", "dimensions")]
+    with np.errstate(invalid="ignore"):
+        for method in methods:
+            accuracy, changed = (at(results, name, method, "task", "seed") for name in ("accuracy", "changed"))
+            if method == PROBE or not np.isfinite(accuracy).any():
+                found = [np.full(len(tasks), np.nan)] * 2
+            else:
+                found = [
+                    least(results, method, "ticket_accuracy", "density"),
+                    least(results, method, "dimension_accuracy", "dimensions"),
+                ]
+            for number, task in enumerate(tasks):
+                density, count = found[0][number], found[1][number]
+                rows.append((
+                    method, task, interval(accuracy[number], 100), interval(changed[number], 100, 2),
+                    f"{100 * density:g}" if np.isfinite(density) else "-", f"{count:g}" if np.isfinite(count) else "-",
+                ))  # fmt: skip
+    lines += ["", *table(rows), "", "Weights that tickets of two tasks share, over what chance gives them"]
+    rows = [("method", "tasks", "by size", "by rows and columns", "shared of either (%)")]
+    for method in methods:
+        shared, size, marginals, jaccard = (
+            at(results, name, method, "task", "other", "seed")
+            for name in ("shared", "by_size", "by_marginals", "jaccard")
+        )
+        for a in range(len(tasks)):
+            for b in range(a):
+                if np.isfinite(shared[a, b]).any():
+                    ratios = [
+                        interval(shared[a, b] / np.maximum(chance[a, b], 1e-9), 1, 2) for chance in (size, marginals)
+                    ]
+                    rows.append((method, f"{tasks[b]}, {tasks[a]}", *ratios, interval(jaccard[a, b], 100, 2)))
+    return "\n".join(lines + (table(rows) if len(rows) > 1 else ["(not measured)"]))
+
+
+def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
+
+    Args:
+      results: results of a run of `dominant_tickets`, finished or not.
+      out: folder for the pictures.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      paths of the pictures.
+    """
+    from cbp_jax.report import plots
+    from cbp_jax.report.results import require
+
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    tasks = results.name.values.tolist()
+    methods = [method for method in results.method.values.tolist() if method != PROBE]
+    with plots._rc():
+        figure = Figure(figsize=(2.1 * len(tasks) + 0.8, 4.4), layout="constrained")
+        axes = figure.subplots(2, len(tasks), sharey="col", squeeze=False)
+        for row, (measure, dim) in enumerate((("ticket_accuracy", "density"), ("dimension_accuracy", "dimensions"))):
+            for column, task in enumerate(tasks):
+                ax, x = axes[row, column], results[dim].values
+                for method, style in zip(methods, looks.PALETTE, strict=False):
+                    values = 100 * at(results, measure, method, "task", "seed", dim)[column]
+                    mean, error = mean_and_error(values)
+                    ax.fill_between(x, mean - error, mean + error, color=style.color, alpha=0.2, linewidth=0)
+                    ax.plot(
+                        x,
+                        mean,
+                        color=style.color,
+                        linestyle=style.dashes,
+                        marker=style.marker,
+                        markersize=3,
+                        label=method,
+                    )
+                levels = ((PROBE, "#6B6B6B", ":"), (_plain(results), "#000000", "--"))
+                for method, color, dashes in levels:
+                    mean = 100 * np.mean(at(results, "accuracy", method, "task", "seed")[column])
+                    ax.axhline(mean, color=color, linestyle=dashes, linewidth=0.8)
+                ax.set_xscale("log")
+                ax.xaxis.set_minor_formatter("")
+                ax.set_title(task if row == 0 else "")
+                ax.set_xlabel("Density" if dim == "density" else "Dimensions of each matrix")
+                ax.set_ylabel("Correct (%)" if column == 0 else "")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=plots._HANDLE)
+        note = (
+            f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
+        )
+        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        paths = save(figure, "dominant_tickets", out, formats)
+    panels = {}
+    for method in methods:
+        chance = at(results, "by_size", method, "task", "other", "seed").mean(-1)
+        shared = at(results, "shared", method, "task", "other", "seed").mean(-1)
+        panels[method] = shared / np.where(chance > 0, chance, np.nan)
+    return paths + heat_maps(
+        panels, tasks, tasks, "Shared weights over chance", "dominant_tickets_overlap", out, formats
+    )
+
+
+def heat_maps(
+    panels: dict[str, np.ndarray],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    name: str,
+    out: Path,
+    formats: Sequence[str],
+    digits: int = 1,
+) -> list[Path]:
+    """Draws matrices side by side, with their numbers; returns paths of the picture."""
+    from cbp_jax.report import plots
+    from cbp_jax.report.results import require
+
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    across = min(len(panels), 4)
+    down = -(-len(panels) // across)
+    with plots._rc():
+        size = 0.42 * len(columns) + 0.9, 0.34 * len(rows) + 0.7
+        figure = Figure(figsize=(max(size[0] * across + 0.9, 3.2), size[1] * down + 0.5), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        finite = np.concatenate([panel[np.isfinite(panel)] for panel in panels.values()] or [np.zeros(0)])
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        image = None
+        for ax, (title, panel) in zip(axes, panels.items(), strict=False):
+            image = ax.imshow(panel, vmin=low, vmax=high, cmap="cividis", aspect="auto")
+            for (i, j), value in np.ndenumerate(panel):
+                if np.isfinite(value):
+                    color = "black" if value > (low + high) / 2 else "white"
+                    ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=5.5, color=color)
+            ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=6)
+            ax.set_yticks(range(len(rows)), rows, fontsize=6)
+            ax.set_title(title, fontsize=7)
+            ax.grid(False)
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        figure.colorbar(image, ax=list(axes[: len(panels)]), label=label, shrink=0.8)
+        return save(figure, name, out, formats)
+
+
+def save(figure: Any, name: str, out: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes a picture in several formats."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{name}.{kind}" for kind in formats]
+    for path in paths:
+        figure.savefig(path)
+    return paths

@@ -1,0 +1,268 @@
+"""The adapter, and the parameters with it."""
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax.units.groups import join_path, leaves_by_path
+
+
+class Axes(NamedTuple):
+    """Which axes of a kernel are summed over, and which it makes; others number kernels that are stacked."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@flax.struct.dataclass
+class Adapter:
+    """Factors of low-rank changes: a pytree whose leaves are the factors, and nothing else.
+
+    Attributes:
+      factors: by the path of a kernel, "lora_A" [in, rank] and "lora_B" [rank, out], where in and out stand for all of
+        the kernel's axes that are summed over, and that are made; kernels that are stacked have theirs in front.
+      alpha: the change of a kernel is `alpha / rank` times the product of its factors.
+      axes: of each kernel, in the order of `factors`.
+      like: the params that it was made for: the structure, and of each leaf its path, shape and dtype.
+    """
+
+    factors: dict[str, dict[str, jax.Array]]
+    alpha: float = flax.struct.field(pytree_node=False)
+    axes: tuple[tuple[str, Axes], ...] = flax.struct.field(pytree_node=False)
+    like: tuple[Any, tuple[tuple[str, tuple[int, ...], Any], ...]] = flax.struct.field(pytree_node=False)
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of each `lora_A`."""
+        return next(iter(self.factors.values()))["lora_A"].shape[-1]
+
+    @property
+    def scaling(self) -> float:
+        """What the product of the factors is multiplied with."""
+        return self.alpha / self.rank
+
+
+def init(
+    params: optax.Params,
+    key: jax.Array,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    target_modules: str | Sequence[str] = ("*",),
+    init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming",
+    axes: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None,
+) -> Adapter:
+    r"""Makes an adapter that changes nothing yet.
+
+    .. math:: W' = W + \frac{\alpha}{r} A B, \qquad
+        A \in \mathbb{R}^{in \times r}, \; B = 0 \in \mathbb{R}^{r \times out}
+
+    A kernel of several axes is a matrix of what it sums over and what it makes. If `axes` does not say which these are,
+    a kernel sums over all axes but the last, as those of dense layers and convolutions do; of Flax's attention, whose
+    kernels have three axes, "query", "key" and "value" sum over the first alone.
+
+    Args:
+      params: any tree of arrays. Kernels are its leaves of at least two axes that are not named "bias".
+      key: a jax key, or an int.
+      rank: :math:`r`, of every kernel.
+      alpha: :math:`\alpha`, by default the rank.
+      target_modules: patterns of the kernels to adapt, as in `fnmatch`, each of a kernel's whole path
+        ("params/*/query/kernel"), of that of its layer, or of the end of either, as PEFT has it: "query", "kernel".
+      init_lora_weights: how A is drawn: "kaiming", uniform in :math:`\pm 1/\sqrt{in}`, PEFT's own, or "gaussian", with
+        a standard deviation of :math:`1/r`.
+      axes: by pattern, as above, (axes that are summed over, axes that are made); the first that matches counts. What
+        is in neither numbers kernels that are stacked, each of which gets its own factors. Kernels of Equinox are
+        `{"*": ((1,), (0,))}`.
+
+    Returns:
+      the adapter, in float32 or wider.
+
+    Raises:
+      ValueError: the rank is less than 1, alpha is not a positive number, a pattern matches no kernel, or axes are not
+        those of a kernel.
+
+    Example:
+      >>> params = {"params": {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}}
+      >>> adapter = init(params, jax.random.key(0), rank=2, alpha=16)
+      >>> adapter.factors["params/conv/kernel"]["lora_A"].shape, adapter.scaling
+      ((3, 3, 4, 2), 8.0)
+    """
+    if isinstance(rank, bool) or rank < 1 or rank != int(rank):
+        raise ValueError(f"rank must be an integer of at least 1, got {rank}")
+    alpha = float(rank if alpha is None else alpha)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be a positive number, got {alpha}")
+    if init_lora_weights not in ("kaiming", "gaussian"):
+        raise ValueError(f"init_lora_weights must be 'kaiming' or 'gaussian', got {init_lora_weights!r}")
+    leaves = leaves_by_path(params)
+    kernels = [path for path, leaf in leaves.items() if jnp.ndim(leaf) >= 2 and path.rpartition("/")[2] != "bias"]
+    patterns = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+    _check_patterns("target_modules", patterns, kernels)
+    _check_patterns("axes", tuple(axes or ()), kernels)
+    key = jax.random.key(key) if isinstance(key, int) else key
+    factors, chosen = {}, []
+    for number, path in enumerate(kernels):
+        if not any(matches(path, pattern) for pattern in patterns):
+            continue
+        shape, found = jnp.shape(leaves[path]), kernel_axes(path, jnp.ndim(leaves[path]), axes)
+        stack, inside, outside = _sizes(found, shape)
+        dtype = jnp.promote_types(jnp.result_type(leaves[path]), jnp.float32)
+        # By the kernel's number among all, so that another choice of kernels draws the same factors.
+        draw = jax.random.fold_in(key, number), (*stack, *inside, int(rank)), dtype
+        if init_lora_weights == "gaussian":
+            a = jax.random.normal(*draw) / rank
+        else:
+            a = jax.random.uniform(*draw, minval=-1, maxval=1) / math.sqrt(math.prod(inside))
+        factors[path] = {"lora_A": a, "lora_B": jnp.zeros((*stack, int(rank), *outside), dtype)}
+        chosen.append((path, found))
+    shapes = tuple((path, jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in leaves.items())
+    return Adapter(factors, alpha, tuple(chosen), (jax.tree.structure(params), shapes))
+
+
+def apply(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
+    """The params with an adapter, or with several that are summed, for training: derivatives reach adapters alone.
+
+    Args:
+      params: as they were given to `init`; no derivative reaches them.
+      adapter: the adapter, or several.
+
+    Returns:
+      the params, of which the adapted kernels are changed.
+
+    Raises:
+      ValueError: the params have other kernels than those that the adapter was made for.
+
+    Example:
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> adapter = init(params, jax.random.key(0), rank=1)
+      >>> bool((apply(params, adapter)["w"] == params["w"]).all())
+      True
+    """
+    return merge(jax.lax.stop_gradient(params), adapter)
+
+
+def merge(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
+    """The params with the adapter's changes added, as parameters of their own; arguments are those of `apply`."""
+    return _changed(params, adapter, 1)
+
+
+def unmerge(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
+    """What `merge` was given, of what it returned: the adapter's changes are taken off, up to rounding."""
+    return _changed(params, adapter, -1)
+
+
+def delta(adapter: Adapter | Sequence[Adapter]) -> optax.Params:
+    """The change of all params by an adapter, or by several together: a tree like the params, 0 where none is adapted.
+
+    Example:
+      >>> adapter = init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, jax.random.key(0), rank=1)
+      >>> jax.tree.map(jnp.shape, delta(adapter))
+      {'b': (3,), 'w': (2, 3)}
+    """
+    structure, leaves = adapters_of(adapter)[0].like
+    return _changed(jax.tree.unflatten(structure, [jnp.zeros(shape, dtype) for _, shape, dtype in leaves]), adapter, 1)
+
+
+def changes(adapter: Adapter) -> dict[str, jax.Array]:
+    """The changes of the adapted kernels by path, each of its kernel's shape."""
+    shapes = {path: shape for path, shape, _ in adapter.like[1]}
+    return {path: _change(adapter, path, axes, shapes[path]) for path, axes in adapter.axes}
+
+
+def adapters_of(adapter: Adapter | Sequence[Adapter]) -> Sequence[Adapter]:
+    """One adapter or several, as a list."""
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    if not adapters or not all(isinstance(one, Adapter) for one in adapters):
+        raise ValueError(f"adapter must be an Adapter, or several of them, got {adapter!r}")
+    return adapters
+
+
+def sizes_of(adapter: Adapter, path: str) -> list[tuple[int, ...]]:
+    """Of a kernel: how many are stacked, the axes that it sums over, and those that it makes."""
+    shapes = {path: shape for path, shape, _ in adapter.like[1]}
+    return _sizes(dict(adapter.axes)[path], shapes[path])
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern is of a kernel's path, of that of its layer, or of the end of either.
+
+    >>> matches("params/layer_0/query/kernel", "query"), matches("params/layer_0/query/kernel", "layer_?")
+    (True, False)
+    """
+    layer = path.rpartition("/")[0] or path
+    return any(fnmatch.fnmatchcase(name, end) for name in (path, layer) for end in (pattern, f"*/{pattern}"))
+
+
+def _changed(params: optax.Params, adapter: Adapter | Sequence[Adapter], sign: int) -> optax.Params:
+    adapters = adapters_of(adapter)
+    leaves = {path: jnp.shape(leaf) for path, leaf in leaves_by_path(params).items()}
+    for one in adapters:
+        shapes = {path: shape for path, shape, _ in one.like[1]}
+        for path, _ in one.axes:
+            if leaves.get(path) != shapes[path]:
+                raise ValueError(
+                    f"params must have the kernel {path!r} of shape {shapes[path]}, for which the adapter was made; "
+                    + (f"it has the shape {leaves[path]}" if path in leaves else f"they have {list(leaves)}")
+                )
+
+    def change(key_path: Any, leaf: jax.Array) -> jax.Array:
+        path, shape = join_path(key_path), jnp.shape(leaf)
+        found = [_change(one, path, axes, shape, sign) for one in adapters for own, axes in one.axes if own == path]
+        return (leaf + sum(found[1:], found[0])).astype(jnp.result_type(leaf)) if found else leaf
+
+    return jax.tree_util.tree_map_with_path(change, params)
+
+
+def _change(adapter: Adapter, path: str, axes: Axes, shape: tuple[int, ...], sign: int = 1) -> jax.Array:
+    """The change of one kernel. Products of factors and a number are what `factored` looks for."""
+    a, b = adapter.factors[path]["lora_A"], adapter.factors[path]["lora_B"]
+    stacked = _stacked(axes, len(shape))
+    batch = tuple(range(len(stacked)))
+    numbers = (((a.ndim - 1,), (len(stacked),)), (batch, batch))
+    # The factors are small, and their product is exact wherever matrices are multiplied by rounded numbers.
+    product = jax.lax.dot_general(a, b, numbers, precision=jax.lax.Precision.HIGHEST)
+    order = (*stacked, *axes.inputs, *axes.outputs)
+    if order != tuple(range(len(order))):
+        product = product.transpose([order.index(axis) for axis in range(len(order))])
+    return sign * adapter.scaling * product
+
+
+def _stacked(axes: Axes, ndim: int) -> tuple[int, ...]:
+    return tuple(axis for axis in range(ndim) if axis not in (*axes.inputs, *axes.outputs))
+
+
+def _sizes(axes: Axes, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Of a kernel: how many are stacked, and what it sums over and makes."""
+    return [tuple(shape[axis] for axis in side) for side in (_stacked(axes, len(shape)), *axes)]
+
+
+def kernel_axes(path: str, ndim: int, given: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None) -> Axes:
+    """What a kernel sums over and what it makes, as the argument `axes` of :func:`init` says, or by itself."""
+    for pattern, (inputs, outputs) in (given or {}).items():
+        if not matches(path, pattern):
+            continue
+        sides = [[axis + ndim * (axis < 0) for axis in side] for side in (inputs, outputs)]
+        both = sides[0] + sides[1]
+        if not inputs or not outputs or len(set(both)) < len(both) or not set(both) <= set(range(ndim)):
+            raise ValueError(
+                f"axes[{pattern!r}] must be different axes of {path!r}, which has {ndim}, some to sum over and "
+                f"some that it makes; got {(tuple(inputs), tuple(outputs))}"
+            )
+        return Axes(*map(tuple, sides))
+    # Flax's attention makes heads and their dimensions of the width, and the width of these.
+    count = 1 if ndim == 3 and path.split("/")[-2:-1] in (["query"], ["key"], ["value"]) else ndim - 1
+    return Axes(tuple(range(count)), tuple(range(count, ndim)))
+
+
+def _check_patterns(name: str, patterns: Sequence[str], kernels: Sequence[str]) -> None:
+    if name == "target_modules" and not patterns:
+        raise ValueError("target_modules must be one pattern or more, got none")
+    for pattern in patterns:
+        if not any(matches(path, pattern) for path in kernels):
+            raise ValueError(f"{name}: {pattern!r} matches no kernel; the kernels are {kernels}")

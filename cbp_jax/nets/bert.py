@@ -1,0 +1,158 @@
+"""The encoder of BERT and RoBERTa, and a classifier of texts."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cbp_jax.nets.activations import get_activation
+
+_ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "gelu_new": nn.gelu, "gelu_pytorch_tanh": nn.gelu}
+
+
+class Bert(nn.Module):
+    """The encoder of BERT and RoBERTa: layers of self-attention and a perceptron, normalized after each ("post-LN").
+
+    Attributes:
+      vocabulary: number of tokens.
+      width: of a token's vector.
+      depth: number of layers.
+      heads: number of attention heads; divides the width.
+      hidden: number of hidden units of each perceptron.
+      positions: number of position vectors.
+      types: number of kinds of token, as of the first and the second of two texts.
+      position_offset: position vector of the first token. Above 0, as RoBERTa's 2, tokens that are masked count for
+        nothing and have the position vector before it.
+      pad: the token that fills up texts.
+      activation: of the hidden units: "gelu" (exact), "gelu_new" or "gelu_pytorch_tanh" (approximate), or a name of
+        `get_activation`.
+      epsilon: of layer normalization.
+      dropout_rate: of activations, and of attention weights, in training.
+      pooler: whether there is a dense layer on the first token, with tanh.
+
+    Example:
+      >>> net = Bert(vocabulary=50, width=8, depth=2, heads=2, hidden=16, positions=12)
+      >>> tokens = jnp.array([[3, 4, 5, 0], [6, 7, 0, 0]])
+      >>> variables = jax.eval_shape(net.init, jax.random.key(0), tokens)
+      >>> jax.tree.map(jnp.shape, jax.eval_shape(net.apply, variables, tokens))
+      ((2, 4, 8), (2, 8))
+
+    References:
+      Devlin et al., `BERT <https://arxiv.org/abs/1810.04805>`_, NAACL 2019; Liu et al., `RoBERTa
+      <https://arxiv.org/abs/1907.11692>`_, 2019
+    """
+
+    vocabulary: int
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    positions: int = 512
+    types: int = 2
+    position_offset: int = 0
+    pad: int = 0
+    activation: str = "gelu"
+    epsilon: float = 1e-12
+    dropout_rate: float = 0.1
+    pooler: bool = True
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None, *, train: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Maps tokens to vectors.
+
+        Args:
+          tokens: int [batch, length].
+          mask: bool [batch, length], which of them are there; by default those that are not `pad`.
+          types: int [batch, length]; by default 0.
+          train: whether there is dropout, which takes `rngs={"dropout": key}`.
+
+        Returns:
+          vectors of the tokens [batch, length, width], and of the text [batch, width], or None without pooler.
+
+        Raises:
+          ValueError: texts are longer than there are positions.
+        """
+        if tokens.shape[1] > self.positions - self.position_offset:
+            raise ValueError(
+                f"tokens must be at most {self.positions - self.position_offset} of a text, as many as there are "
+                f"positions, got {tokens.shape[1]}"
+            )
+        act = _ACTIVATIONS.get(self.activation) or get_activation(self.activation)
+        init = nn.initializers.normal(0.02)
+        dense = lambda size, name: nn.Dense(size, kernel_init=init, name=name)
+        norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, name=name)
+        embed = lambda count, name: nn.Embed(count, self.width, embedding_init=init, name=name)
+        drop = nn.Dropout(self.dropout_rate, deterministic=not train)
+
+        mask = tokens != self.pad if mask is None else mask.astype(bool)
+        types = jnp.zeros_like(tokens) if types is None else types
+        places = jnp.arange(tokens.shape[1])[None]
+        if self.position_offset:
+            places = jnp.cumsum(mask, 1) * mask + self.position_offset - 1
+        x = embed(self.vocabulary, "word_embeddings")(tokens)
+        x = x + embed(self.positions, "position_embeddings")(places)
+        x = x + embed(self.types, "token_type_embeddings")(types)
+        x = drop(norm("embeddings_norm")(x))
+        for layer in range(self.depth):
+            attention = nn.MultiHeadDotProductAttention(
+                self.heads,
+                dropout_rate=self.dropout_rate,
+                broadcast_dropout=False,
+                deterministic=not train,
+                kernel_init=init,
+                name=f"layer{layer}_attention",
+            )
+            x = norm(f"layer{layer}_norm1")(x + drop(attention(x, mask=mask[:, None, None])))
+            h = dense(self.width, f"layer{layer}_mlp2")(act(dense(self.hidden, f"layer{layer}_mlp1")(x)))
+            x = norm(f"layer{layer}_norm2")(x + drop(h))
+        return x, jnp.tanh(dense(self.width, "pooler")(x[:, 0])) if self.pooler else None
+
+
+class TextClassifier(nn.Module):
+    """An encoder, one vector of what it makes of a text, and a linear head.
+
+    Attributes:
+      num_outputs: number of outputs.
+      encoder: the encoder, such as :class:`Bert`; its parameters are under "encoder".
+      pooling: the text's vector: "mean" of those of its tokens, that of the "first" token, or the encoder's "pooler".
+
+    Example:
+      >>> net = TextClassifier(3, Bert(vocabulary=50, width=8, depth=1, heads=2, hidden=16, positions=12, pooler=False))
+      >>> tokens = jnp.array([[3, 4, 5, 0], [6, 7, 0, 0]])
+      >>> jax.eval_shape(net.init_with_output, jax.random.key(0), tokens)[0].shape
+      (2, 3)
+    """
+
+    num_outputs: int
+    encoder: nn.Module
+    pooling: Literal["mean", "first", "pooler"] = "mean"
+
+    def setup(self):
+        """The head; the encoder is there."""
+        self.head = nn.Dense(self.num_outputs)
+
+    def features(
+        self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """The vectors of texts [batch, width], which the head gets; arguments are those of the encoder."""
+        if self.pooling not in ("mean", "first", "pooler"):
+            raise ValueError(f"pooling must be 'mean', 'first' or 'pooler', got {self.pooling!r}")
+        mask = tokens != self.encoder.pad if mask is None else mask
+        x, pooled = self.encoder(tokens, mask, types, train=train)
+        if self.pooling == "pooler":
+            if pooled is None:
+                raise ValueError("pooling must be 'mean' or 'first', as this encoder has no pooler, got 'pooler'")
+            return pooled
+        if self.pooling == "first":
+            return x[:, 0]
+        weights = mask.astype(x.dtype)[..., None]
+        return jnp.sum(x * weights, 1) / jnp.maximum(jnp.sum(weights, 1), 1)
+
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Maps texts to outputs [batch, num_outputs]; arguments are those of the encoder."""
+        return self.head(self.features(tokens, mask, types, train=train))

@@ -1,0 +1,247 @@
+r"""Dominant winning tickets: the few weights of a pre-trained network that fine-tuning has to change.
+
+With a network :math:`\theta_0` and what fine-tuning made of it, :math:`\theta`, best under a penalty
+:math:`\lambda \lVert \theta - \theta_0 \rVert_1` (`cbp_jax.proximal_l1_init`), the ticket is where
+:math:`|\theta - \theta_0|` is large, and the network with only its changes, `transplant`, is what is judged.
+
+References:
+  Gong et al., `Finding the dominant winning ticket in pre-trained language models
+  <https://aclanthology.org/2022.findings-acl.115/>`_, Findings of ACL 2022
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cbp_jax.lora.adapter import kernel_axes
+from cbp_jax.units.groups import join_path, leaves_by_path
+
+Axis = Literal["row", "column", "both"]
+_SIDES = {"row": ("row",), "column": ("column",), "both": ("row", "column")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticket:
+    """The weights that fine-tuning has to change.
+
+    Attributes:
+      mask: a bool tree like the params, true where a change is kept.
+      dimensions: by the path of each matrix, the rows or columns with anything of the ticket, int array, ascending; if
+        the axis is "both", a dict of "row" and "column" to these.
+    """
+
+    mask: Any
+    dimensions: dict[str, Any]
+
+    @property
+    def density(self) -> float:
+        """The fraction of all weights that are changed."""
+        leaves = jax.tree.leaves(self.mask)
+        return sum(int(np.count_nonzero(leaf)) for leaf in leaves) / sum(leaf.size for leaf in leaves)
+
+
+def dominant_ticket(
+    initial: optax.Params,
+    tuned: optax.Params,
+    *,
+    threshold: float | None = None,
+    keep: float | None = None,
+    dimensions: int | None = None,
+    axis: Axis = "row",
+) -> Ticket:
+    r"""Finds where a network has changed most. One of `threshold`, `keep` and `dimensions` says how much that is.
+
+    Args:
+      initial: :math:`\theta_0`, any tree of arrays.
+      tuned: :math:`\theta`, of the same structure.
+      threshold: all weights with :math:`|\theta - \theta_0|` above it, in every leaf (Algorithm 1 of Gong et al.).
+      keep: the weights of largest change, over all leaves together: so many, if it is an int, or this fraction of all,
+        if it is a float. Exactly so many; of equal changes the first ones are kept.
+      dimensions: in every matrix the so many rows or columns whose changes have the largest L1 norm; all of a matrix
+        that has fewer. A matrix is a leaf of at least two axes that is not named "bias": its rows are what it sums
+        over, its columns what it makes, as in `cbp_jax.lora.init`. Nothing else is changed then.
+      axis: "row", "column", or "both", the union of so many of either.
+
+    Returns:
+      the ticket.
+
+    Raises:
+      ValueError: not exactly one of the three is given, or it is out of range; the trees differ; a change is not a
+        number.
+
+    Example:
+      >>> initial, tuned = {"w": jnp.zeros((2, 3))}, {"w": jnp.array([[0.0, 1.0, 0.0], [0.1, 0.0, 3.0]])}
+      >>> ticket = dominant_ticket(initial, tuned, keep=2, axis="column")
+      >>> ticket.mask["w"].tolist(), round(ticket.density, 2), ticket.dimensions["w"].tolist()
+      ([[False, True, False], [False, False, True]], 0.33, [1, 2])
+      >>> dominant_ticket(initial, tuned, dimensions=1).mask["w"].tolist()
+      [[False, False, False], [True, True, True]]
+    """
+    given = {"threshold": threshold, "keep": keep, "dimensions": dimensions}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"exactly one of threshold, keep and dimensions must be given, got {given}")
+    if axis not in _SIDES:
+        raise ValueError(f"axis must be 'row', 'column' or 'both', got {axis!r}")
+    changes = _changes(initial, tuned)
+    if threshold is not None:
+        if not threshold >= 0:
+            raise ValueError(f"threshold must not be negative, got {threshold}")
+        masks = {path: change > threshold for path, change in changes.items()}
+    elif keep is not None:
+        masks = _largest(changes, keep)
+    else:
+        masks = {path: np.zeros(change.shape, bool) for path, change in changes.items()}
+        for path, change in changes.items():
+            if _is_matrix(path, change):
+                masks[path] = _lines(path, change, dimensions, axis)
+    found = {path: _dimensions_of(path, mask, axis) for path, mask in masks.items() if _is_matrix(path, mask)}
+    mask = jax.tree.unflatten(jax.tree.structure(initial), [jnp.asarray(mask) for mask in masks.values()])
+    return Ticket(mask, found)
+
+
+def transplant(initial: optax.Params, tuned: optax.Params, mask: Any) -> optax.Params:
+    r"""The initial network with only a ticket's changes, :math:`\theta_0 + m \odot (\theta - \theta_0)`.
+
+    Args:
+      initial: :math:`\theta_0`.
+      tuned: :math:`\theta`.
+      mask: :math:`m`, a bool tree like them, or the ticket.
+
+    Returns:
+      the params, of which every weight is, to the last bit, that of one of the two networks.
+
+    Example:
+      >>> transplant(jnp.zeros(2), jnp.ones(2), jnp.array([True, False])).tolist()
+      [1.0, 0.0]
+    """
+    return jax.tree.map(jnp.where, mask_of(mask), tuned, initial)
+
+
+def masked_changes(
+    inner: optax.GradientTransformation, mask: Any, initial: optax.Params
+) -> optax.GradientTransformation:
+    """Trains a ticket alone: all other weights stay what they were, or return to it at the first step.
+
+    Args:
+      inner: the optimizer. It sees gradients of 0 outside of the ticket.
+      mask: a bool tree like the params, or the ticket.
+      initial: the network that all other weights belong to.
+
+    Returns:
+      an optax transformation, whose state is that of `inner`. Its update needs the params.
+
+    Raises:
+      ValueError: in `update`, params are missing.
+
+    Example:
+      >>> tx = masked_changes(optax.sgd(0.5), jnp.array([True, False]), jnp.zeros(2))
+      >>> params = jnp.zeros(2)
+      >>> updates, _ = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> updates.tolist()
+      [-0.5, 0.0]
+    """
+    inner = optax.with_extra_args_support(inner)
+    # By path, as a wrapper may show some of the params only.
+    kept, start = leaves_by_path(mask_of(mask)), leaves_by_path(initial)
+
+    def inside(key_path, grad):
+        return jnp.where(kept[join_path(key_path)], grad, jnp.zeros_like(grad))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("masked_changes needs the params: tx.update(grads, state, params), got params=None")
+        updates = jax.tree_util.tree_map_with_path(inside, updates)
+        updates, state = inner.update(updates, state, params, **extra_args)
+
+        def outside(key_path, update, param):
+            path = join_path(key_path)
+            return jnp.where(kept[path], update, start[path] - param).astype(update.dtype)
+
+        return jax.tree_util.tree_map_with_path(outside, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def mask_of(mask: Any) -> Any:
+    """The mask of a ticket, or the mask that it is."""
+    return mask.mask if isinstance(mask, Ticket) else mask
+
+
+def _changes(initial: optax.Params, tuned: optax.Params) -> dict[str, np.ndarray]:
+    """Absolute changes by path, on the host, in float32 or wider."""
+    before, after = leaves_by_path(initial), leaves_by_path(tuned)
+    shapes = [{path: jnp.shape(leaf) for path, leaf in leaves.items()} for leaves in (before, after)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"tuned must have the leaves of initial, {shapes[0]}, got {shapes[1]}")
+    found = {}
+    for path, leaf in before.items():
+        wide = np.promote_types(np.asarray(leaf).dtype, np.float32)
+        found[path] = np.abs(np.asarray(after[path]).astype(wide) - np.asarray(leaf).astype(wide))
+        if np.isnan(found[path]).any():
+            raise ValueError(f"tuned: some changes of {path!r} are not a number")
+    return found
+
+
+def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarray]:
+    """The masks of the largest changes of all, exactly so many; of equal ones the first."""
+    every = np.concatenate([change.ravel() for change in changes.values()])
+    whole = isinstance(keep, int | np.integer) and not isinstance(keep, bool)
+    if not 0 <= keep <= (every.size if whole else 1) or isinstance(keep, bool):
+        raise ValueError(f"keep must be a count up to {every.size}, or a fraction in [0, 1], got {keep}")
+    count = int(keep) if whole else round(float(keep) * every.size)
+    if count == 0:
+        mask = np.zeros(every.size, bool)
+    else:
+        least = np.partition(every, every.size - count)[every.size - count]
+        mask = every > least
+        equal = np.flatnonzero(every == least)
+        mask[equal[: count - np.count_nonzero(mask)]] = True
+    ends = np.cumsum([change.size for change in changes.values()])
+    parts = np.split(mask, ends[:-1])
+    return {path: part.reshape(changes[path].shape) for path, part in zip(changes, parts, strict=True)}
+
+
+def _is_matrix(path: str, array: np.ndarray) -> bool:
+    return array.ndim >= 2 and path.rpartition("/")[2] != "bias"
+
+
+def _order(path: str, ndim: int) -> tuple[tuple[int, ...], int]:
+    """The axes of a leaf, those of rows first, and how many these are; a leaf of one axis is one row."""
+    if ndim < 2:
+        return tuple(range(ndim)), 0
+    axes = kernel_axes(path, ndim)
+    return (*axes.inputs, *axes.outputs), len(axes.inputs)
+
+
+def as_matrix(path: str, array: np.ndarray) -> np.ndarray:
+    """A leaf as a matrix of what it sums over and what it makes."""
+    order, count = _order(path, array.ndim)
+    array = array.transpose(order)
+    return array.reshape(int(np.prod(array.shape[:count])), -1)
+
+
+def _lines(path: str, change: np.ndarray, count: int, axis: Axis) -> np.ndarray:
+    """The mask of the rows or columns of largest change."""
+    if isinstance(count, bool) or count != int(count) or count < 0:
+        raise ValueError(f"dimensions must be a number of rows or columns, got {count}")
+    order, _ = _order(path, change.ndim)
+    matrix = as_matrix(path, change)
+    mask = np.zeros(matrix.shape, bool)
+    for side in _SIDES[axis]:
+        size = matrix.sum(1 if side == "row" else 0, dtype=np.float64)
+        chosen = np.argsort(-size, kind="stable")[: int(count)]
+        if side == "row":
+            mask[chosen] = True
+        else:
+            mask[:, chosen] = True
+    return mask.reshape([change.shape[place] for place in order]).transpose(np.argsort(order))
+
+
+def _dimensions_of(path: str, mask: np.ndarray, axis: Axis) -> Any:
+    matrix = as_matrix(path, mask)
+    found = {side: np.flatnonzero(matrix.any(1 if side == "row" else 0)) for side in ("row", "column")}
+    return found if axis == "both" else found[axis]
