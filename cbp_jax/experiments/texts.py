@@ -177,7 +177,9 @@ def prepare(settings: TextSettings) -> Prepared:
         )
         params, name = None, FROM_NOTHING
     else:
-        tokenizer, name = data.FileTokenizer(folder), folder.name if folder.name != "model" else folder.parent.name
+        tokenizer, name = data.FileTokenizer(folder), folder.name
+        if folder == nets.installed_encoder():
+            name = "all-MiniLM-L6-v2 (a sentence encoder, tuned contrastively)"
         encoder, variables = nets.load_bert(folder, depth=settings.depth, dropout_rate=settings.dropout_rate)
         # The text's vector is the mean of its tokens': the pooler is not used, and would count among the weights.
         params = {part: leaves for part, leaves in variables["params"].items() if part != "pooler"}

@@ -196,13 +196,29 @@ def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarra
     if count == 0:
         mask = np.zeros(every.size, bool)
     else:
-        least = np.partition(every, every.size - count)[every.size - count]
+        least = _kth_largest(every, count)
         mask = every > least
         equal = np.flatnonzero(every == least)
         mask[equal[: count - np.count_nonzero(mask)]] = True
     ends = np.cumsum([change.size for change in changes.values()])
     parts = np.split(mask, ends[:-1])
     return {path: part.reshape(changes[path].shape) for path, part in zip(changes, parts, strict=True)}
+
+
+def _kth_largest(values: np.ndarray, k: int) -> np.floating:
+    """The k-th largest of numbers of at least 0; ties, which fine-tuning makes many, would slow a partition down."""
+    if values.dtype != np.float32:
+        return np.partition(values, values.size - k)[values.size - k]
+    bits, found = values.view(np.uint32), np.uint32(0)  # in the order of the numbers
+    for shift in (16, 0):  # halves of them, counted
+        half = (bits >> np.uint32(shift)) & np.uint32(0xFFFF)
+        above = np.cumsum(np.bincount(half, minlength=2**16)[::-1])
+        place = int(np.searchsorted(above, k))
+        chosen = 2**16 - 1 - place
+        k -= int(above[place - 1]) if place else 0
+        found |= np.uint32(chosen << shift)
+        bits = bits[half == chosen]
+    return np.asarray(found, np.uint32).view(np.float32)[()]
 
 
 def _is_matrix(path: str, array: np.ndarray) -> bool:

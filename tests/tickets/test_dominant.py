@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import cbp_jax
-from cbp_jax.tickets import Ticket, dominant_ticket, masked_changes, transplant
+from cbp_jax.tickets import Ticket, dominant, dominant_ticket, masked_changes, transplant
 
 RNG = np.random.default_rng(0)
 SHAPES = {
@@ -56,6 +56,15 @@ def test_counts_are_exact_under_ties(keep):
     mask = flat(dominant_ticket(jax.tree.map(jnp.zeros_like, INITIAL), steps, keep=keep).mask)
     order = np.argsort(-changes, kind="stable")[:count]  # the largest, of equal ones the first
     assert np.flatnonzero(mask).tolist() == sorted(order.tolist())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_least_that_is_kept_among_many_equal_ones(dtype):
+    values = np.abs(np.concatenate([RNG.normal(size=300), np.zeros(200), np.full(100, 0.25), [np.inf, 1e-45]]))
+    values = values.astype(dtype)
+    ordered = np.sort(values)[::-1]
+    for k in (1, 2, 150, 250, 300, 401, 402, 403, 600, values.size):
+        assert dominant._kth_largest(values, k) == ordered[k - 1]
 
 
 def numpy_lines(matrix, count, side):
