@@ -92,6 +92,40 @@ def check_any_network(found, folder):
     assert (folder / "runs/03_any_network/results.nc").is_file()
 
 
+def check_lottery_tickets(found, folder):
+    # Exactly half of the living weights die in each round, and a quarter of the output layer's.
+    left = [64 * 12, 12 * 8, 8 * 10]
+    for alive in found["alive"]:
+        left = [count - round(share * count) for count, share in zip(left, (0.5, 0.5, 0.25), strict=True)]
+        assert alive == left
+    assert found["nested"] and found["rewound"]
+    assert found["still_dead"] == 0 < found["moved"]
+    assert max(found["learned"]) > 40  # of ten classes
+
+    # As many weights in each layer, of the ticket's mask or not, with their first values or not.
+    assert found["controls"] == {
+        "ticket": [left, True, True],
+        "signs alone": [left, True, False],
+        "one-shot": [left, False, True],
+        "reinitialized": [left, True, False],
+        "random": [left, False, True],
+    }
+    assert found["draws"] == {"ticket": 1, "signs alone": 1, "one-shot": 1, "reinitialized": 2, "random": 2}
+    for name, share in found["paths"].items():
+        a, b, c = (np.array(kernel) for kernel in found["masks"][name])
+        through = [a * (b @ c).sum(1), b * a.sum(0)[:, None] * c.sum(1), c * (a @ b).sum(0)[:, None]]
+        used = sum((paths > 0).sum() for paths in through)
+        assert share == pytest.approx(100 * used / (a.sum() + b.sum() + c.sum()))
+
+    # Half of the units are cut out: nothing but rounding differs from the masked network.
+    assert found["sizes"] == [6, 4] and found["parameters"] == 65 * 6 + 7 * 4 + 5 * 10
+    assert found["difference"] < 1e-5 and found["changed"] > 1e-2
+    assert found["steps"] == ["dense", "masked", "small"]
+    assert found["dims"] == {"method": 3, "seed": 2, "task": 3, "evaluation": 3}
+    np.testing.assert_allclose(found["densities"], [100, *found["density"]], rtol=1e-5)
+    assert (folder / "runs/05_lottery_tickets/results.nc").is_file()
+
+
 CASES = {
     "01_continual_backprop": Case(
         sizes={
@@ -202,6 +236,44 @@ CASES = {
         },
         check=check_slippery_ant,
         slow=True,  # five programs with Brax's physics in them, each of which compiles for long
+    ),
+    "05_lottery_tickets": Case(
+        sizes={
+            "HIDDEN": (12, 8),
+            "ITERATIONS": 300,
+            "ROUNDS": 2,
+            "SHOWN": (1, 2),
+            "DRAWS": 2,
+            "UNIT_FRACTION": 0.5,
+            "SEEDS": 2,
+            "EVALUATE_EVERY": 150,
+        },
+        read_back={
+            "alive": "[[int(leaf.sum()) for leaf in jax.tree.leaves(each.mask) if leaf.ndim == 2] for each in rounds]",
+            "nested": "bool(jax.tree.all(jax.tree.map(lambda new, old: (new <= old).all(), mask, rounds[0].mask)))",
+            "rewound": "bool(jax.tree.all(rewound))",
+            "still_dead": "float(abs(first_kernel(train(ticket.params, mask).params)[~first_kernel(mask)]).max())",
+            "moved": "float(abs(first_kernel(rounds[1].trained) - first_kernel(rounds[0].params)).max())",
+            "learned": "[float(each.measured) for each in rounds]",
+            "controls": "{name: [[int(leaf.sum()) for leaf in jax.tree.leaves(each) if leaf.ndim == 2],"
+            " bool((first_kernel(each) == first_kernel(mask)).all()),"
+            " bool((first_kernel(weights) == np.where(first_kernel(each), first_kernel(first), 0)).all())]"
+            " for name, draw in networks.items() for weights, each in [draw(keys[0])]}",
+            "draws": "{name: len(each) for name, each in after.items()}",
+            "paths": "{name: float(each) for name, each in paths.items()}",
+            "masks": "{name: [leaf.astype(int).tolist() for leaf in jax.tree.leaves(each) if leaf.ndim == 2]"
+            " for name, each in {'ticket': mask, **others}.items()}",
+            "sizes": "sizes",
+            "parameters": "count(cut)",
+            "difference": "difference",
+            "changed": "float(abs(small.apply(cut, x_test) - lenet.apply(dense, x_test)).max())",
+            "steps": "list(step)",
+            "dims": "dict(results.sizes)",
+            "density": "density",
+            "densities": "(100 * results.density.loc[{'method': 'ticket', 'seed': 0}]).values.tolist()",
+        },
+        check=check_lottery_tickets,
+        slow=True,  # compiles four trainings and a round of the experiment
     ),
 }
 
