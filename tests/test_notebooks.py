@@ -155,6 +155,7 @@ CASES = {
             "labels": "results.method.values.tolist()",
         },
         check=check_continual_backprop,
+        slow=True,
     ),
     "02_upgd": Case(
         sizes={
@@ -181,7 +182,7 @@ CASES = {
             "accuracy": "float(results.accuracy.min())",
         },
         check=check_upgd,
-        slow=True,  # CI has the time for one notebook
+        slow=True,
     ),
     "03_any_network": Case(
         sizes={

@@ -183,6 +183,7 @@ def test_prose_by_library_and_by_kind(tmp_path, monkeypatch):
         docstrings.docstrings("author")
 
 
+@pytest.mark.slow
 def test_texts_of_every_installation():
     texts = load_text("docstrings/library")
     assert len(texts) > 500 and set(texts.splits) == {"train", "test"} and len(set(texts.texts)) == len(texts)

@@ -292,6 +292,7 @@ def test_an_interrupted_run_goes_on_with_the_methods_that_are_not_done(keywords,
     assert asked[:4] == ["sequential", "per_task", "added", "added"] and results.equals(whole)
 
 
+@pytest.mark.slow
 def test_the_embedded_texts_at_smoke_size(tmp_path):
     settings = dataclasses.replace(preset("smoke"), seeds=1, methods=("added_l1:l1=1e-3", "full:head=shared"))
     results = run(settings, tmp_path)

@@ -172,6 +172,7 @@ def test_an_interrupted_run_goes_on_with_the_methods_that_are_not_done(keywords,
     assert results.equals(whole)
 
 
+@pytest.mark.slow
 def test_the_embedded_texts_at_smoke_size(tmp_path):
     results = run(dataclasses.replace(preset("smoke"), seeds=1, retrained=()), tmp_path)
     assert np.isfinite(results.accuracy).all()

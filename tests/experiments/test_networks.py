@@ -69,6 +69,7 @@ def increments(monkeypatch, trained):
     return trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", SMALL)
 @pytest.mark.parametrize(
     "experiment",

@@ -100,6 +100,7 @@ def test_an_interrupted_run_leaves_the_tasks_that_it_finished(finished, tmp_path
     assert results.drop_vars(results.data_vars).identical(whole.drop_vars(whole.data_vars))
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_the_tasks_that_it_finished(tmp_path):
     settings = dataclasses.replace(SETTINGS, methods=("bp:step_size=0.02",), tasks=100_000)
     script = f"""

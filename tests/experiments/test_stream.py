@@ -132,6 +132,7 @@ def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(who
     assert told_at_once(calls) == [16, 2] and calls.done() == stream.total(SETTINGS) == whole[0].loss.size
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, tmp_path):
     script = f"import runpy; runpy.run_path({__file__!r})['run_killed']({str(tmp_path)!r})"
     process = subprocess.run([sys.executable, "-c", script], env={**os.environ, **compiled_once}, timeout=120)

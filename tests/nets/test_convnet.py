@@ -63,13 +63,15 @@ def test_replaced_units_start_as_the_others_did():
     net = functools.partial(ConvNet, channels=(40,), kernel_sizes=(3,))
     method = parse_method("cbp:replacement_rate=1,maturity_threshold=0")
     learner = make_learner([method], (30,), "relu", X.shape[1:], 2, network=net)
-    params = learner.init(jax.random.key(0))
-    tx = learner.optimizer(
-        {name: jnp.float32(value) for name, value in method.hyperparameters.items()}, jax.random.key(1)
-    )
-    _, features = learner.predict(params, X)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zeros, tx.init(params), params, features=features)
+    params = jax.jit(learner.init)(jax.random.key(0))
+
+    @jax.jit
+    def update(params, numbers):
+        tx = learner.optimizer(numbers, jax.random.key(1))
+        _, features = learner.predict(params, X)
+        return tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, features=features)[0]
+
+    updates = update(params, dict(method.hyperparameters))
     layers = optax.apply_updates(params, updates)["params"]
     for name in ("Conv_0", "Dense_0"):
         kernel = np.asarray(layers[name]["kernel"])

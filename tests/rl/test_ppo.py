@@ -141,6 +141,7 @@ def test_metrics_count_the_episodes(probed):
     assert jnp.abs(one["speed"]).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact")
 def test_a_row_of_seeds_and_settings_is_the_solo_run():
     def train(key, step_size, clip, discount):

@@ -167,6 +167,7 @@ def test_what_is_reset_is_drawn_anew_before_each_increment_but_the_first(problem
     jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], old_or_new("")["batch_stats"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_path):
     method = parse_method("cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=0.1,maturity_threshold=2")
@@ -199,5 +200,9 @@ def test_the_last_hidden_layer_is_the_last_in_forward_order():
     found = increments._measure(deep, state.params, x, 0.01)
     assert deep.units[-1].size == 5
     np.testing.assert_allclose(found["stable_rank"], 1 / 5)  # of one example thrice the rank is 1
+    images = jnp.ones((3, 6, 6, 1))
+    network = "convnet:channels=(3,),kernel_sizes=(3,)"
+    convolutional = make_learner([method], (), "relu", images.shape[1:], CLASSES, network=network)
+    params = jax.eval_shape(convolutional.init, jax.random.key(0))
     with pytest.raises(ValueError, match="learner must have a group of units without positions"):
-        increments._measure(deep._replace(units=()), state.params, x, 0.01)
+        jax.eval_shape(lambda params: increments._measure(convolutional, params, images, 0.01), params)

@@ -390,6 +390,7 @@ def test_fresh_embeddings_are_as_large_as_those_of_flax():
     assert np.all(np.asarray(new["table"][:, 4:]) == 0) and np.all(np.asarray(new["out"][3]) == 0)
 
 
+@pytest.mark.slow
 def test_a_residual_network_trains_under_cbp_with_its_statistics():
     net, key = nets.ResNet(3, widths=(4, 6), blocks=(1, 1)), jax.random.key(0)
     x, y = jax.random.normal(key, (6, 8, 8, 3)), jnp.arange(6) % 3

@@ -129,6 +129,7 @@ class Decoder(nn.Module):
         return table.attend(x)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_all_these_trains_with_replacements():
     net, tokens = Decoder(), jnp.arange(24).reshape(4, 6) % 11
     params = jax.jit(net.init)(jax.random.key(0), tokens)
