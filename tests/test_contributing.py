@@ -39,7 +39,9 @@ def test_every_recipe_has_a_command():
     assert len(FILES) == len(COMMANDS) == TEXT.count("## Recipe: ")
 
 
-@pytest.mark.parametrize("recipe", COMMANDS)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name == "algorithm" else [pytest.mark.slow]) for name in COMMANDS]
+)
 def test_command(recipe, package):
     program, *words = shlex.split(COMMANDS[recipe])
     assert program == "cbp-jax"

@@ -96,6 +96,7 @@ def test_a_pushed_ant_slides_as_far_as_friction_lets_it(ant):
     np.testing.assert_allclose(slid, [2.90, 1.53, 0.46], atol=0.1)
 
 
+@pytest.mark.slow
 def test_friction_changes_with_the_first_episode_that_ends_late_enough(runs):
     first, states, frictions = runs
     # Episodes are of two steps, so that the end of the second is the first after three steps.
@@ -111,6 +112,7 @@ def test_changes_are_not_traced_again(runs, traces):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_after_a_change_the_state_does_as_an_environment_built_with_that_friction(runs, monkeypatch):
     _, states, frictions = runs
     # Step 4 is the first with the second friction, and the first of an episode: for both seeds the same but for it.

@@ -121,6 +121,7 @@ def test_labels_are_permuted_and_images_normalised_alone(trained, tmp_path):
     assert sorted(counts) == sorted(original) and counts != original
 
 
+@pytest.mark.slow
 def test_a_run_of_a_convolutional_network_from_end_to_end(files, tmp_path):
     results = run(dataclasses.replace(TINY, methods=("bp",), dataset=files["images"], network="lenet"), tmp_path)
     assert results.identical(load_results(tmp_path)) and results.attrs["experiment"] == "label_permuted"

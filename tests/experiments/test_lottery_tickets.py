@@ -107,6 +107,7 @@ def at(tree, kind):
     return {path: leaf[list(KINDS).index(kind)] for path, leaf in leaves_by_path(tree).items()}
 
 
+@pytest.mark.slow
 def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
     states, plan, data = rounds_of_a_lane()
     first = at(states[0].starts, "ticket")

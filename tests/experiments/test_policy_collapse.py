@@ -132,6 +132,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(agents, "save_episode", lambda *_: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_run_from_end_to_end(tmp_path):
     results = policy_collapse.run(TINY, tmp_path)

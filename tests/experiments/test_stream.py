@@ -106,6 +106,7 @@ def told_at_once(calls):
     return [lanes for _, lanes, means in calls if not means]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
     def interrupted(after):
         calls = Calls(after)

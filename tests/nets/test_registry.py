@@ -61,6 +61,7 @@ def test_every_network_has_a_small_one_here():
     assert set(SMALL) == set(nets.NETWORKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_by_name_with_units_that_are_replaced(name):
     net = nets.make(name, IMAGE, 10, **SMALL[name])

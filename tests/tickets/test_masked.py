@@ -103,7 +103,7 @@ def of_all(*quick):
     )
 
 
-@of_all("momentum", "upgd", "cbp", "l2 init")
+@of_all("momentum", "cbp")
 def test_dead_weights_and_moments_are_0_after_a_thousand_updates(name):
     inner, kept = INNER[name]
     params, state = train(masked(inner, MASK), START, 1000)
