@@ -45,7 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["continual_imagenet", "class_incremental"]
     parser.add_argument("--experiments", nargs="+", default=names, choices=names)
-    parser.add_argument("--tasks", type=int, default=2)
+    parser.add_argument("--tasks", type=int, default=40, help="a few are mostly set-up: images and compilation")
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     device = jax.devices()[0]
