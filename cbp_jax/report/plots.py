@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -155,6 +155,11 @@ def plot_run(
         figures["updates"] = plot_updates(results, bin_size=bin_size)
     if _swept(results):
         figures["sensitivity"] = plot_sensitivity(results)
+    return save_figures(figures, out, formats)
+
+
+def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes figures to a folder, each by its name and in each format; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():

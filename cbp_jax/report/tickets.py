@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbp_jax.report.looks import PALETTE, Look, looks_of, readable
-from cbp_jax.report.plots import _HANDLE, _rc
+from cbp_jax.report.plots import _HANDLE, _rc, save_figures
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import interval_text
 
@@ -46,15 +46,7 @@ def plot_tickets(results: xr.Dataset, out: str | Path, *, formats: Sequence[str]
     figures = {"density": plot_densities(results)}
     if "ticket" in results.method.values:
         figures["accuracy"] = plot_accuracies(results)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        for kind in formats:
-            paths.append(out / f"{name}.{kind}")
-            with _rc():
-                figure.savefig(paths[-1])
-    return paths
+    return save_figures(figures, Path(out), formats)
 
 
 def plot_densities(results: xr.Dataset) -> Figure:
