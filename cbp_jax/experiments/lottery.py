@@ -50,7 +50,9 @@ class Settings:
     methods: tuple[str, ...] = ("ticket", "reinitialized", "random")
     """Networks that are trained in each round: ticket, late_rewinding, one_shot, reinitialized, random, signs."""
     seeds: int = 5
-    """Number of runs, seeds 0, 1, ..."""
+    """Number of runs, each with a seed of its own."""
+    first_seed: int = 0
+    """The first of the seeds; the others follow it."""
     rounds: int = 18
     """How often the network is pruned; it is trained once more."""
     fraction: float = 0.2
@@ -163,6 +165,7 @@ def check(settings: Settings) -> list[str]:
     """
     names = ("seeds", "rounds", "iterations", "batch_size", "evaluate_every", "validation_examples", "test_examples")
     stream.check_counts(settings, *names)
+    stream.check_first_seed(settings)
     if not settings.methods or len(set(settings.methods)) < len(settings.methods):
         raise ValueError(f"methods must be at least one and all different, got {settings.methods}")
     for kind in settings.methods:
@@ -347,7 +350,7 @@ def _empty_results(experiment: str, settings: Settings, kinds: Sequence[str]) ->
         kinds,
         kinds,
         [{} for _ in kinds],
-        seeds=settings.seeds,
+        seeds=stream.seeds_of(settings),
         tasks=settings.rounds + 1,
         settings=settings,
         experiment=experiment,
@@ -393,7 +396,7 @@ def _run(
         lambda seed, numbers: ticket_rounds.start(plan, seed),
         functools.partial(ticket_rounds.go_on, plan),
         examples,
-        np.arange(settings.seeds),
+        np.asarray(stream.seeds_of(settings)),
         {},
         settings.rounds + 1,
         mode=settings.lanes,

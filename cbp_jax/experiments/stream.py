@@ -115,6 +115,11 @@ def check_first_seed(settings: Any) -> None:
         raise ValueError(f"first_seed must be from 0 to {most}, got {settings.first_seed}")
 
 
+def seeds_of(settings: Any) -> range:
+    """The seeds of a run."""
+    return range(settings.first_seed, settings.first_seed + settings.seeds)
+
+
 def check_hidden(sizes: Sequence[int]) -> None:
     """Raises a ValueError unless all hidden layers have units; a network without hidden layers is linear."""
     if any(size < 1 for size in sizes):
@@ -300,7 +305,7 @@ def empty_results(
         [method.label for method in methods],
         [method.learner for method in methods],
         [_numbers(method, taken={"method", "learner", "seed", "task", *measures}) for method in methods],
-        seeds=range(settings.first_seed, settings.first_seed + settings.seeds),
+        seeds=seeds_of(settings),
         tasks=tasks,
         settings=dataclasses.replace(settings, methods=texts),
         experiment=experiment,

@@ -209,6 +209,13 @@ def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
 
 
 @pytest.mark.slow
+def test_seeds_from_another_on_are_those_of_a_longer_run(smoke, tmp_path):
+    later = run(dataclasses.replace(SMOKE, first_seed=1, seeds=1), tmp_path)
+    assert later.seed.values.tolist() == [1]
+    np.testing.assert_array_equal(later.validation_loss_at, smoke[0].validation_loss_at.loc[{"seed": [1]}])
+
+
+@pytest.mark.slow
 def test_networks_together_are_what_they_are_in_turn(smoke, tmp_path):
     results, _, _ = smoke
     together = run(dataclasses.replace(SMOKE, lanes="vmap"), tmp_path)
@@ -295,6 +302,7 @@ def test_global_pruning_compares_layers_of_one_fraction():
     ("settings", "words"),
     [
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"first_seed": -1}, "first_seed must be from 0 to"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"methods": ()}, r"methods must be at least one and all different, got \(\)"),
         ({"methods": ("ticket", "ticket")}, "methods must be at least one and all different"),
