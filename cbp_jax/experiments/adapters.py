@@ -176,7 +176,7 @@ def _empty_results(settings: Settings, labels: list[str], orders: np.ndarray, en
         labels,
         [label.partition("(")[0] for label in labels],
         [{} for _ in labels],
-        seeds=settings.seeds,
+        seeds=stream.seeds_of(settings),
         tasks=len(settings.tasks),
         settings=settings,
         experiment=NAME,

@@ -163,7 +163,7 @@ def _empty_results(settings: Settings, methods: list[str], encoder: str) -> Any:
         methods,
         methods,
         [{}, *({"strength": strength} for strength in settings.strengths)],
-        seeds=settings.seeds,
+        seeds=stream.seeds_of(settings),
         tasks=len(settings.tasks),
         settings=settings,
         experiment=NAME,

@@ -31,7 +31,9 @@ class TextSettings:
     """Datasets, a task each: "docstrings/library", "docstrings/kind", the path of a .jsonl or .csv file (.gz), or a
     name of tensorflow-datasets such as "glue/sst2"."""
     seeds: int = 3
-    """Number of runs, seeds 0, 1, ...: of their training texts, their order, heads and dropout."""
+    """Number of runs, each with a seed of its own: of training texts, their order, heads and dropout."""
+    first_seed: int = 0
+    """The first of the seeds; the others follow it."""
     encoder: str = "auto"
     """A folder with config.json, model.safetensors and tokenizer.json of BERT or RoBERTa; "none" for a small encoder
     that is trained from nothing; "auto" for the package of [text] if it is installed, else "none"."""
@@ -66,7 +68,7 @@ class Task(NamedTuple):
 
     name: str
     classes: range
-    train: tuple[data.TokenDataset, ...]  # by seed
+    train: Mapping[int, data.TokenDataset]  # by seed
     test: data.TokenDataset
 
 
@@ -125,6 +127,7 @@ def check(settings: TextSettings) -> None:
     """
     counts = ("seeds", "width", "train_texts", "test_texts", "batch_size", "steps", "depth")
     stream.check_counts(settings, *counts)
+    stream.check_first_seed(settings)
     if not settings.tasks or len(set(settings.tasks)) < len(settings.tasks):
         raise ValueError(f"tasks must be at least one and all different, got {settings.tasks}")
     for name, least in (("length", 4), ("vocabulary", 5)):
@@ -187,7 +190,7 @@ def prepare(settings: TextSettings) -> Prepared:
     tasks, first = [], 0
     for found in texts:
         tokens = found.tokenize(tokenizer, settings.length)
-        train = tuple(tokens.take("train", settings.train_texts, seed) for seed in range(settings.seeds))
+        train = {seed: tokens.take("train", settings.train_texts, seed) for seed in stream.seeds_of(settings)}
         test = tokens.take(_test_split(found), settings.test_texts)
         tasks.append(Task(found.name, range(first, first + tokens.num_classes), train, test))
         first += tokens.num_classes

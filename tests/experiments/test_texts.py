@@ -28,7 +28,7 @@ def test_an_encoder_from_nothing_and_tasks(prepared):
     assert [task.classes for task in prepared.tasks] == [range(2), range(2, 5)]
     assert prepared.class_masks().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
     for task in prepared.tasks:
-        assert [len(train) for train in task.train] == [30, 30] and len(task.test) == 10
+        assert [len(train) for train in task.train.values()] == [30, 30] and len(task.test) == 10
         assert (task.train[0].tokens != task.train[1].tokens).any()  # each seed has training texts of its own
     init = jax.jit(prepared.init)
     one, other = init(0, 0), init(0, 1)
