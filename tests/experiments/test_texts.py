@@ -17,9 +17,14 @@ SMALL = {"seeds": 2, "width": 8, "vocabulary": 40, "length": 8, "train_texts": 3
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    return prepare(TextSettings(tasks=write_tasks(folder, ("animals", "three")), encoder="none", **SMALL))
+    return TextSettings(tasks=write_tasks(folder, ("animals", "three")), encoder="none", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def prepared(settings):
+    return prepare(settings)
 
 
 def test_an_encoder_from_nothing_and_tasks(prepared):
@@ -35,6 +40,13 @@ def test_an_encoder_from_nothing_and_tasks(prepared):
     assert one["head"]["kernel"].shape == (8, 5) and not one["head"]["kernel"].any()
     tables = [params["encoder"]["word_embeddings"]["embedding"] for params in (one, other)]
     assert (tables[0] != tables[1]).all()
+
+
+def test_seeds_from_another_on_have_the_texts_of_a_longer_run(settings, prepared):
+    later = prepare(dataclasses.replace(settings, first_seed=1, seeds=1))
+    for task, expected in zip(later.tasks, prepared.tasks, strict=True):
+        assert list(task.train) == [1]
+        np.testing.assert_array_equal(task.train[1].tokens, expected.train[1].tokens)
 
 
 def test_a_pretrained_encoder_is_what_all_seeds_begin_with(tmp_path, monkeypatch):
