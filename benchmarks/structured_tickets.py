@@ -4,7 +4,7 @@
     python benchmarks/structured_tickets.py --dataset mnist --iterations 10000 --rounds 10
 
 Each round trains the network from its first weights, prunes a fraction of the units of each hidden layer, those of
-least contribution on training examples, and cuts them out. A row is a round: the units and weights that are left, the
+least utility (`--utility`, some of which look at training examples), and cuts them out. A row is a round: the units and weights that are left, the
 test accuracy of the smaller network trained as it is, the largest difference between outputs of the trained masked
 network and of what is cut out of it, and the time of a step of training, of the masked network and of the smaller one,
 over the dense network's.
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--fraction", type=float, default=0.3)
-    parser.add_argument("--utility", default="contribution")
+    parser.add_argument("--utility", default="weight")
     parser.add_argument("--timed-steps", type=int, default=200)
     args = parser.parse_args()
     device = jax.devices()[0]

@@ -176,7 +176,7 @@ def test_under_vmap():
 
 
 def test_training_under_a_mask_of_units_and_cutting_them_out_afterwards():
-    keep = prune_units(VARIABLES, UNITS, 0.5, utility="weight")
+    keep = prune_units(VARIABLES, UNITS, 0.5)
     mask = unit_mask(VARIABLES, UNITS, keep)
     assert jax.tree.structure(mask) == jax.tree.structure(full_mask(VARIABLES))
     assert all(mask["params"][layer]["bias"].all() for layer in mask["params"])
@@ -200,7 +200,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="leaves no unit of group"):
         prune_units(VARIABLES, UNITS, 0.95, utility="weight")
     with pytest.raises(ValueError, match="features must hold the activations of group"):
-        prune_units(VARIABLES, UNITS, 0.5)
+        prune_units(VARIABLES, UNITS, 0.5, utility="contribution")
     with pytest.raises(ValueError, match="utility must be a callable or one of"):
         prune_units(VARIABLES, UNITS, 0.5, utility="worth")
     with pytest.raises(ValueError, match="utility must have an array for each group; it has none for"):
