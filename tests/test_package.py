@@ -32,6 +32,7 @@ FLOORS = (
     {"report"},
     {"experiments"},
     {"cli"},
+    {"__main__"},
 )
 
 
