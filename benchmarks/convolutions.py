@@ -2,15 +2,19 @@
 
     python benchmarks/convolutions.py                      # ResNet-18 of an eighth of the widths; ConvNet
     python benchmarks/convolutions.py --networks resnet --scale 1 --variants products cbp --rounds 1
+    taskset -c 0 python benchmarks/convolutions.py --networks convnet --variants xla_pooling products --clock process
 
 A step is a forward and a backward pass and an update by SGD with momentum, in a `lax.scan` as the training loop has it.
-`convolutions` are XLA's, `outside` the same without a loop, `products` those of `contract_convolutions`, and `cbp`
-these with continual backpropagation. Calls are interleaved; seconds are medians.
+`convolutions` are XLA's, `outside` the same without a loop, `products` those of `contract_convolutions`, `xla_pooling`
+the same but for pooling, whose derivative is XLA's, and `cbp` products with continual backpropagation. Calls are
+interleaved; seconds are medians.
 """
 
 import argparse
 import platform
 import statistics
+import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +25,8 @@ import cbp_jax
 from cbp_jax import nets
 
 WIDTHS = (64, 128, 256, 512)
-VARIANTS = ("convolutions", "outside", "products", "cbp")
+VARIANTS = ("convolutions", "outside", "xla_pooling", "products", "cbp")
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def network(name, scale):
@@ -50,8 +55,10 @@ def runner(name, scale, variant, steps):
         units = cbp_jax.discover_units(apply_fn, params, rest, x)
         apply = cbp_jax.with_features(apply_fn, units)
         tx = cbp_jax.continual_backprop(tx, units, replacement_rate=1e-5, maturity_threshold=1000)
-    if variant in ("products", "cbp"):
+    if variant in ("xla_pooling", "products", "cbp"):
         apply = cbp_jax.contract_convolutions(apply)
+    if variant == "xla_pooling":
+        apply = mock.patch("cbp_jax.pooling.is_followed", lambda eqn: False)(apply)
 
     def step(carry, _=None):
         params, rest, state = carry
@@ -90,13 +97,14 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=2, help="steps of a timed call; more than 1, or there is no loop")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="`process` on a CPU that others use too")
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind} ({device.platform}), python {platform.python_version()}")
     print(f"{'network':>8} {'variant':>13} {'s a step':>9} {'of ' + args.variants[0]:>16}")
     for name in args.networks:
         functions = {variant: runner(name, args.scale, variant, args.steps) for variant in args.variants}
-        seconds = interleaved(functions, args.rounds)
+        seconds = interleaved(functions, args.rounds, CLOCKS[args.clock])
         for variant in args.variants:
             median = statistics.median(seconds[variant]) / args.steps
             print(

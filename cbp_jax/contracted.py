@@ -1,4 +1,4 @@
-"""Convolutions as matrix products, for CPUs."""
+"""Convolutions as matrix products, and pooling with a faster derivative, for CPUs."""
 
 import functools
 import itertools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from cbp_jax import jaxprs
+from cbp_jax import jaxprs, pooling
 
 # Where a kernel reads fewer channels than this, its patches are put together first: products of few columns are slow.
 _FEW_CHANNELS = 33
@@ -27,6 +27,9 @@ def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
     A convolution is the sum over its kernel's places of products of the image, shifted, with the kernel's entries
     there: `out[b, y, x] = sum_ij image[b, s y + i, s x + j] @ kernel[i, j]` with stride s. Convolutions with a dilated
     image (as transposed ones) or grouped over the batch stay convolutions.
+
+    XLA's derivative of pooling is as slow on a CPU, and is replaced too, for maxima, minima, and sums (averages) over
+    windows that do not overlap. Values and gradients of pooling stay the same to the last bit (see `cbp_jax.pooling`).
 
     Args:
       function: of arrays or pytrees of arrays; keyword arguments are not traced.
@@ -48,7 +51,7 @@ def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
         if jax.default_backend() != "cpu":
             return function(*args, **kwargs)
         closed, out_tree = jax.make_jaxpr(functools.partial(function, **kwargs), return_shape=True)(*args)
-        if not jaxprs.holds(closed.jaxpr, "conv_general_dilated"):
+        if not jaxprs.holds(closed.jaxpr, {"conv_general_dilated"} | jaxprs.POOLING):
             return function(*args, **kwargs)
         outputs, _ = jaxprs.evaluate(closed, jax.tree.leaves(args), bind=_bind)
         return jax.tree.unflatten(jax.tree.structure(out_tree), outputs)
@@ -57,7 +60,7 @@ def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates an equation; a convolution that can be is contracted."""
+    """Evaluates an equation; a convolution that can be is contracted, and pooling gets its other derivative."""
     params = eqn.params
     if (
         eqn.primitive.name == "conv_general_dilated"
@@ -65,6 +68,8 @@ def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
         and set(params["lhs_dilation"]) <= {1}
     ):
         return [_contract(*values, params)]
+    if pooling.is_followed(eqn):
+        return [pooling.pool(eqn, *values)]
     return jaxprs.bind(eqn, values)
 
 

@@ -52,10 +52,9 @@ __all__ = ["hesscale", "hessian_diagonal", "hutchinson"]
 # Elementwise primitives that are linear piece by piece in several activations at once.
 _MEETINGS = frozenset("add add_any max min select_n sub".split())
 # Every output element is a sum of operand elements, or one that is selected: coefficients are their own squares.
-_SELECTIONS = frozenset(
-    """broadcast_in_dim concatenate cumsum dynamic_slice expand_dims gather pad reduce_max reduce_min reduce_sum
-    reduce_window_max reduce_window_min reduce_window_sum reshape rev slice split squeeze stack tile
-    transpose""".split()
+_SELECTIONS = jaxprs.POOLING | frozenset(
+    """broadcast_in_dim concatenate cumsum dynamic_slice expand_dims gather pad reduce_max reduce_min reduce_sum reshape
+    rev slice split squeeze stack tile transpose""".split()
 )
 
 
@@ -304,6 +303,8 @@ class _Walk:
             raise ValueError(_not_followed(name, "no rule is known for it"))
         if name != "custom_jvp_call":
             return self.run(body, nodes)
+        if [inner.primitive.name in jaxprs.POOLING for inner in body.jaxpr.eqns] == [True]:
+            return self.selection(eqn, nodes)
         # The call stands for its body only if that is elementwise; then its own derivatives are taken.
         start, root = len(self.tape), _common_root(nodes)
         results = self.run(body, nodes)

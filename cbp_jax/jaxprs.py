@@ -17,6 +17,7 @@ _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxp
 LOOPS = frozenset({"scan", "while"})
 # A product of two operands, summed over axes of theirs.
 CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
+POOLING = frozenset({"reduce_window_max", "reduce_window_min", "reduce_window_sum"})
 # Each output element depends on the same element of every operand; these have derivatives.
 SMOOTH = frozenset(
     """abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp convert_element_type copy copy_p cos cosh
@@ -31,14 +32,14 @@ ELEMENTWISE = SMOOTH | frozenset(
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
-    """Traces a function and inlines the calls that hold contractions.
+    """Traces a function and inlines the calls that hold contractions or pooling.
 
     Args:
       function: of pytrees of arrays.
       *args: its arguments, or their shapes.
 
     Returns:
-      the jaxpr, in which what is left of calls holds no contraction or cannot be inlined, and no two scans share a
+      the jaxpr, in which what is left of calls holds none of these or cannot be inlined, and no two scans share a
       body; and the tree of the outputs' `ShapeDtypeStruct`s.
     """
     closed, out_tree = jax.make_jaxpr(function, return_shape=True)(*args)
@@ -76,7 +77,7 @@ def settled(values: Sequence[Any]) -> list[Any]:
 def evaluate(
     closed: core.ClosedJaxpr, args: Sequence[Any], keep: Collection[core.Var] = (), bind: Bind = bind
 ) -> tuple[list[Any], dict[core.Var, Any]]:
-    """Evaluates a jaxpr, inlining calls that hold contractions.
+    """Evaluates a jaxpr, inlining calls that hold contractions or pooling.
 
     All other equations are bound as they stand, `custom_jvp` included, so that derivatives are unchanged. What is
     rematerialised stays so, but for the values to keep. What is scanned stays so too, and of its values all passes' are
@@ -101,13 +102,13 @@ def evaluate(
     env.update(zip(closed.jaxpr.invars, args, strict=True))
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in _INLINED and _holds_contraction(eqn):
+        if eqn.primitive.name in _INLINED and _is_opened(eqn):
             results, inner = evaluate(_body(eqn), values, keep, bind)
             kept.update(inner)
-        elif eqn.primitive.name in _REMAT and _holds_contraction(eqn):
+        elif eqn.primitive.name in _REMAT and _is_opened(eqn):
             results, inner = _rematerialised(eqn, keep, bind)(*settled(values))
             kept.update(zip(_variables(_body(eqn), keep), inner, strict=True))
-        elif eqn.primitive.name == "scan" and _holds_contraction(eqn):
+        elif eqn.primitive.name == "scan" and _is_opened(eqn):
             results, inner = _scanned(eqn, settled(values), keep, bind)
             kept.update(inner)
         else:
@@ -154,10 +155,10 @@ def count_equations(jaxpr: core.Jaxpr) -> int:
     return len(jaxpr.eqns) + sum(inner)
 
 
-def holds(jaxpr: core.Jaxpr, name: str) -> bool:
-    """Whether a primitive of this name stands in a jaxpr, or in the body of a call or a loop in it."""
+def holds(jaxpr: core.Jaxpr, names: Collection[str]) -> bool:
+    """Whether a primitive of one of these names stands in a jaxpr, or in the body of a call or a loop in it."""
     return any(
-        eqn.primitive.name == name or any(holds(body, name) for body in core.jaxprs_in_params(eqn.params))
+        eqn.primitive.name in names or any(holds(body, names) for body in core.jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns
     )
 
@@ -221,11 +222,10 @@ def _body(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     return body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
 
 
-def _holds_contraction(eqn: core.JaxprEqn) -> bool:
-    if eqn.primitive.name in CONTRACTIONS:
-        return True
-    return any(_holds_contraction(inner) for body in core.jaxprs_in_params(eqn.params) for inner in body.eqns)
+def _is_opened(eqn: core.JaxprEqn) -> bool:
+    """Whether contractions or pooling stand in the body of a call."""
+    return any(holds(body, CONTRACTIONS | POOLING) for body in core.jaxprs_in_params(eqn.params))
 
 
 def _inlinable(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name in _INLINED | _REMAT | {"scan"} and _holds_contraction(eqn)
+    return eqn.primitive.name in _INLINED | _REMAT | {"scan"} and _is_opened(eqn)

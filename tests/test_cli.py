@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def data_dir(tmp_path_factory):
 def finished(data_dir, tmp_path_factory):
     """The folder of a run by the command itself, in a process of its own, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [sys.executable, "-m", "cbp_jax.cli", "run", "online_permuted", *TINY]
+    command = [sys.executable, "-m", "cbp_jax", "run", "online_permuted", *TINY]
     process = subprocess.run(
         [*command, "--data-dir", str(data_dir), "--out", str(out)],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -487,6 +488,16 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     assert "Traceback" not in process.stderr and process.stdout == ""
     assert np.isfinite(load_results(tmp_path).loss.values).all((0, 1)).tolist() == [True] * 2 + [False] * 7
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+
+
+def test_the_package_is_the_command(monkeypatch, capsys):
+    for words, status in (("list", "figures"), 0), (("run", "nothing"), 2):
+        monkeypatch.setattr(sys, "argv", ["cbp_jax", *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(cli.__file__.replace("cli.py", "__main__.py"), run_name="__main__")
+        printed = capsys.readouterr()
+        assert stop.value.code == status == cli.main(words)
+        assert printed == capsys.readouterr()
 
 
 def test_the_command_leaves_sigterm_as_it_was(capsys):

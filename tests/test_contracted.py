@@ -75,7 +75,9 @@ class Wrapped(nn.Module):
 
 
 def test_whole_networks_with_features():
-    for net, options in ((nets.ResNet(3, widths=(4, 6), blocks=(1, 1)), {"train": False}), (Wrapped(), {})):
+    residual = nets.ResNet(3, widths=(4, 6), blocks=(1, 1))
+    pooled = nets.ConvNet(3, (4, 6), (3, 3), (5,), padding="SAME")
+    for net, options in ((residual, {"train": False}), (Wrapped(), {}), (pooled, {})):
         x = draw(2, 8, 8, 3)
         variables = jax.jit(net.init)(jax.random.key(0), x)
         apply_fn = lambda variables, x, net=net, options=options: net.apply(variables, x, **options)
@@ -83,5 +85,7 @@ def test_whole_networks_with_features():
         apply = cbp_jax.with_features(apply_fn, units)
         contracted = cbp_jax.contract_convolutions(apply)
         assert "conv_general_dilated" not in str(jax.make_jaxpr(contracted)(variables, x))
+        loss = lambda variables, x, apply=contracted: apply(variables, x)[0].sum()
+        assert "select_and_scatter" not in str(jax.make_jaxpr(jax.grad(loss))(variables, x))
         got, want = jax.jit(contracted)(variables, x), jax.jit(apply)(variables, x)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)

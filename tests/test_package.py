@@ -20,7 +20,7 @@ EXTRAS = (
 # From the ground up. A room imports from its own and from those below; rooms of one floor do not know each other.
 FLOORS = (
     {"by_path", "files", "jaxprs", "numerics"},
-    {"factored", "safetensors"},
+    {"factored", "pooling", "safetensors"},
     {"units", "metrics", "losses", "nets", "data"},
     {"contracted", "curvature", "lora"},
     {"replacement"},
@@ -32,6 +32,7 @@ FLOORS = (
     {"report"},
     {"experiments"},
     {"cli"},
+    {"__main__"},
 )
 
 

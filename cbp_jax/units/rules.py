@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
+from cbp_jax import jaxprs
 from cbp_jax.units.values import Derived, Labels, Vector, Weight
 
 REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
 # What only puts the same values in another order or shape.
 REARRANGING = frozenset("transpose squeeze rev reshape broadcast_in_dim tile".split())
-_WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum reduce_window".split())
+_WINDOWS = jaxprs.POOLING | {"reduce_window"}
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
 # Elementwise primitives that leave a kernel of zeros a kernel of zeros, the other operand being a scalar.
 _SCALING = frozenset("convert_element_type copy copy_p neg mul div reduce_precision optimization_barrier".split())
