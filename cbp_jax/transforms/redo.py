@@ -10,6 +10,7 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
+from cbp_jax.numerics.periods import check_period, is_due
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.replacement import resample
 
@@ -86,16 +87,14 @@ def redo(
       <https://arxiv.org/abs/2302.12902>`_, ICML 2023
     """
     check_scalar("threshold", threshold, at_least=0)
-    check_scalar("every", every, at_least=1)
-    if not isinstance(every, jax.core.Tracer) and float(every) != int(every):
-        raise ValueError(f"every must be a whole number, got {every}")
+    check_period("every", every)
 
     def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
         return replacement.Choice(_score(view.features) <= threshold, memory)
 
     policy = replacement.Policy(
         choose,
-        due=lambda count: count % jnp.asarray(every).astype(jnp.int32) == 0,
+        due=lambda count: is_due(count, every),
         state=RedoState,
         name="redo",
     )
