@@ -6,6 +6,7 @@ from cbp_jax.transforms.continual_backprop import ContinualBackpropState, contin
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
 from cbp_jax.transforms.regularization import add_l1, add_l1_init, add_l2_init, proximal_l1_init
+from cbp_jax.transforms.self_normalized_resets import SelfNormalizedResetsState, self_normalized_resets
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
 from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 from cbp_jax.transforms.weight_clipping import clip_weights
@@ -13,6 +14,7 @@ from cbp_jax.transforms.weight_clipping import clip_weights
 __all__ = [
     "ContinualBackpropState",
     "RedoState",
+    "SelfNormalizedResetsState",
     "adam",
     "adaptive_upgd",
     "add_consolidation",
@@ -30,6 +32,7 @@ __all__ = [
     "rwalk",
     "scale_by_adam",
     "scale_by_upgd",
+    "self_normalized_resets",
     "shrink_and_perturb",
     "synaptic_intelligence",
     "upgd",

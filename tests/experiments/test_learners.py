@@ -32,6 +32,7 @@ STRONG = {
     "threshold": 0.1,
     "every": 60,
     "bound": 1.0,
+    "rejection": 0.05,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
@@ -109,7 +110,7 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     )
     for number, key in enumerate(base, start=1):
         assert abs(weights[number] - weights[0]) > 1e-5 * weights[0], f"{key} makes no difference"
-    assert (replaced > 3).all() if "cbp" in name else replaced.any() == name.startswith("redo")
+    assert (replaced > 3).all() if "cbp" in name else replaced.any() == name.startswith(("redo", "snr"))
 
 
 def direction(name, at):

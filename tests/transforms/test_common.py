@@ -33,6 +33,7 @@ from cbp_jax.transforms import (
     proximal_l1_init,
     redo,
     rwalk,
+    self_normalized_resets,
     shrink_and_perturb,
     synaptic_intelligence,
     upgd,
@@ -103,6 +104,16 @@ def with_curvature(tx):
 
     def update_fn(grads, state, params, **extra_args):
         return tx.update(grads, state, params, hessian_diag=jax.tree.map(jnp.square, grads), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def firing_seldom(tx):
+    """Most units are silent on most batches."""
+
+    def update_fn(grads, state, params, *, features, **extra_args):
+        features = jax.tree.map(lambda h: h - 1.6, features)
+        return tx.update(grads, state, params, features=features, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -254,6 +265,17 @@ ROWS = [
         {"threshold": 0.7, "every": 2},
         {"threshold": 1.0, "every": 3},
         noisy=True,
+    ),
+    Row(
+        "self_normalized_resets of sgd",
+        self_normalized_resets,
+        (optax.sgd(0.1), UNITS),
+        {"rejection": 0.3, "every": 2},
+        {"rejection": 0.6, "every": 3},
+        {"max_silence": 2, "max_resets": 2},
+        wrap=firing_seldom,
+        noisy=True,
+        slow=True,
     ),
     Row(
         "replace_units by a policy of its own",

@@ -37,6 +37,7 @@ from cbp_jax.experiments.learners.regularization import (
     ShrinkAndPerturbAdam,
     WeightClipping,
 )
+from cbp_jax.experiments.learners.snr import SNR, SNRAdam
 from cbp_jax.experiments.learners.text import parse_method, read_methods
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
 
@@ -47,6 +48,7 @@ __all__ = [
     "LEARNERS",
     "MAS",
     "PGD",
+    "SNR",
     "UPGD",
     "Adam",
     "AdaptiveUPGD",
@@ -64,6 +66,7 @@ __all__ = [
     "RWalk",
     "ReDo",
     "ReDoAdam",
+    "SNRAdam",
     "ShrinkAndPerturb",
     "ShrinkAndPerturbAdam",
     "SynapticIntelligence",

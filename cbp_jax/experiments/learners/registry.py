@@ -7,6 +7,7 @@ from cbp_jax.experiments.learners import (
     plain,
     redo,
     regularization,
+    snr,
     upgd,
 )
 from cbp_jax.experiments.learners.method import Method
@@ -30,6 +31,8 @@ LEARNERS: dict[str, type[Method]] = {
         consolidation.RWalk,
         redo.ReDo,
         redo.ReDoAdam,
+        snr.SNR,
+        snr.SNRAdam,
         regularization.WeightClipping,
         networks.Dropout,
         networks.LayerNorm,
