@@ -5,6 +5,7 @@ from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk,
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
+from cbp_jax.transforms.regrama import regrama
 from cbp_jax.transforms.regularization import add_l1, add_l1_init, add_l2_init, proximal_l1_init
 from cbp_jax.transforms.self_normalized_resets import SelfNormalizedResetsState, self_normalized_resets
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
@@ -29,6 +30,7 @@ __all__ = [
     "perturbed_gradient_descent",
     "proximal_l1_init",
     "redo",
+    "regrama",
     "rwalk",
     "scale_by_adam",
     "scale_by_upgd",

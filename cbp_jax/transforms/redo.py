@@ -1,6 +1,6 @@
 """ReDo (Sokar et al., 2023): recycles all dormant units, now and then."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -30,6 +30,7 @@ def redo(
     *,
     threshold: chex.Numeric = 0.1,
     every: chex.Numeric = 1000,
+    score: Callable[[replacement.GroupView], chex.Array] | None = None,
     initializer: resample.Initializer | None = None,
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
@@ -57,6 +58,8 @@ def redo(
       units: groups of `discover_units`, or written by hand.
       threshold: :math:`\tau`, largest score of a dormant unit, >= 0. May be traced.
       every: updates from one recycling to the next, a whole number >= 1. May be traced.
+      score: from a `GroupView`, the scores of its units, float [units], in place of the above; units of a score that
+        is not a number are left alone. See :func:`regrama`.
       initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
         gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
@@ -89,8 +92,10 @@ def redo(
     check_scalar("threshold", threshold, at_least=0)
     check_period("every", every)
 
+    score = activation_score if score is None else score
+
     def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
-        return replacement.Choice(_score(view.features) <= threshold, memory)
+        return replacement.Choice(score(view) <= threshold, memory)
 
     policy = replacement.Policy(
         choose,
@@ -103,10 +108,10 @@ def redo(
     )
 
 
-def _score(activations: tuple[chex.Array, ...]) -> chex.Array:
+def activation_score(view: replacement.GroupView) -> chex.Array:
     """Mean absolute activation of each unit over the group's, float32 [units]; not a number where one is not finite."""
     scores = []
-    for h in activations:
+    for h in view.features:
         size = jnp.mean(jnp.abs(h.astype(jnp.float32)), axis=tuple(range(h.ndim - 1)))
         mean = jnp.mean(size)
         scores.append(jnp.where(jnp.isfinite(mean), size / jnp.where(mean == 0, 1.0, mean), jnp.nan))

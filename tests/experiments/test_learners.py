@@ -110,7 +110,7 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     )
     for number, key in enumerate(base, start=1):
         assert abs(weights[number] - weights[0]) > 1e-5 * weights[0], f"{key} makes no difference"
-    assert (replaced > 3).all() if "cbp" in name else replaced.any() == name.startswith(("redo", "snr"))
+    assert (replaced > 3).all() if "cbp" in name else replaced.any() == name.startswith(("redo", "regrama", "snr"))
 
 
 def direction(name, at):

@@ -32,6 +32,7 @@ from cbp_jax.transforms import (
     perturbed_gradient_descent,
     proximal_l1_init,
     redo,
+    regrama,
     rwalk,
     self_normalized_resets,
     shrink_and_perturb,
@@ -265,6 +266,15 @@ ROWS = [
         {"threshold": 0.7, "every": 2},
         {"threshold": 1.0, "every": 3},
         noisy=True,
+    ),
+    Row(
+        "regrama of sgd",
+        regrama,
+        (optax.sgd(0.1), UNITS),
+        {"threshold": 0.9, "every": 2},
+        {"threshold": 1.2, "every": 3},
+        noisy=True,
+        slow=True,
     ),
     Row(
         "self_normalized_resets of sgd",

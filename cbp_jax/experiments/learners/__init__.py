@@ -27,7 +27,7 @@ from cbp_jax.experiments.learners.method import (
 from cbp_jax.experiments.learners.networks import CReLU, Dropout, LayerNorm, OnlineNorm
 from cbp_jax.experiments.learners.pictures import looks_by_learner, with_looks
 from cbp_jax.experiments.learners.plain import Adam, Backprop
-from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam
+from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam, ReGraMa, ReGraMaAdam
 from cbp_jax.experiments.learners.registry import LEARNERS
 from cbp_jax.experiments.learners.regularization import (
     L1,
@@ -66,6 +66,8 @@ __all__ = [
     "RWalk",
     "ReDo",
     "ReDoAdam",
+    "ReGraMa",
+    "ReGraMaAdam",
     "SNRAdam",
     "ShrinkAndPerturb",
     "ShrinkAndPerturbAdam",

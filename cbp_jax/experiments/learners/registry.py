@@ -31,6 +31,8 @@ LEARNERS: dict[str, type[Method]] = {
         consolidation.RWalk,
         redo.ReDo,
         redo.ReDoAdam,
+        redo.ReGraMa,
+        redo.ReGraMaAdam,
         snr.SNR,
         snr.SNRAdam,
         regularization.WeightClipping,
