@@ -10,6 +10,7 @@ from cbp_jax.transforms import (
     ContinualBackpropState,
     adam,
     adaptive_upgd,
+    add_kernel_penalty,
     add_l1,
     add_l1_init,
     add_l2_init,
@@ -18,6 +19,8 @@ from cbp_jax.transforms import (
     continual_backprop,
     ewc,
     mas,
+    orthogonal_penalty,
+    parseval_penalty,
     perturbed_gradient_descent,
     proximal_l1_init,
     redo,
@@ -26,8 +29,10 @@ from cbp_jax.transforms import (
     scale_by_upgd,
     self_normalized_resets,
     shrink_and_perturb,
+    spectral_penalty,
     synaptic_intelligence,
     upgd,
+    wasserstein_penalty,
 )
 from cbp_jax.units import Consumer, ParamSlice, UnitGroup, Units, discover_units, reset_batch_stats, with_features
 
@@ -46,6 +51,7 @@ __all__ = [
     "Units",
     "adam",
     "adaptive_upgd",
+    "add_kernel_penalty",
     "add_l1",
     "add_l1_init",
     "add_l2_init",
@@ -60,6 +66,8 @@ __all__ = [
     "lora",
     "mas",
     "metrics",
+    "orthogonal_penalty",
+    "parseval_penalty",
     "perturbed_gradient_descent",
     "proximal_l1_init",
     "redo",
@@ -70,9 +78,11 @@ __all__ = [
     "scale_by_upgd",
     "self_normalized_resets",
     "shrink_and_perturb",
+    "spectral_penalty",
     "synaptic_intelligence",
     "tickets",
     "upgd",
+    "wasserstein_penalty",
     "with_features",
 ]
 

@@ -3,6 +3,14 @@
 from cbp_jax.transforms.adam import adam, scale_by_adam
 from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
+from cbp_jax.transforms.kernel_penalties import (
+    Penalty,
+    add_kernel_penalty,
+    orthogonal_penalty,
+    parseval_penalty,
+    spectral_penalty,
+    wasserstein_penalty,
+)
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
 from cbp_jax.transforms.regrama import regrama
@@ -14,11 +22,13 @@ from cbp_jax.transforms.weight_clipping import clip_weights
 
 __all__ = [
     "ContinualBackpropState",
+    "Penalty",
     "RedoState",
     "SelfNormalizedResetsState",
     "adam",
     "adaptive_upgd",
     "add_consolidation",
+    "add_kernel_penalty",
     "add_l1",
     "add_l1_init",
     "add_l2_init",
@@ -27,6 +37,8 @@ __all__ = [
     "continual_backprop",
     "ewc",
     "mas",
+    "orthogonal_penalty",
+    "parseval_penalty",
     "perturbed_gradient_descent",
     "proximal_l1_init",
     "redo",
@@ -36,6 +48,8 @@ __all__ = [
     "scale_by_upgd",
     "self_normalized_resets",
     "shrink_and_perturb",
+    "spectral_penalty",
     "synaptic_intelligence",
     "upgd",
+    "wasserstein_penalty",
 ]

@@ -33,6 +33,8 @@ STRONG = {
     "every": 60,
     "bound": 1.0,
     "rejection": 0.05,
+    "power": 2.0,
+    "scale": 1.0,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
@@ -40,6 +42,7 @@ FACTOR = {
     "every": 2,
     "threshold": 20,
     "bound": 0.5,
+    "power": 0.5,
     "replacement_rate": 2,
     "b1": 0.5,
     "b2": 0.5,

@@ -22,6 +22,7 @@ from cbp_jax.tickets import masked, masked_changes
 from cbp_jax.transforms import (
     adam,
     adaptive_upgd,
+    add_kernel_penalty,
     add_l1,
     add_l1_init,
     add_l2_init,
@@ -29,6 +30,8 @@ from cbp_jax.transforms import (
     continual_backprop,
     ewc,
     mas,
+    orthogonal_penalty,
+    parseval_penalty,
     perturbed_gradient_descent,
     proximal_l1_init,
     redo,
@@ -36,8 +39,10 @@ from cbp_jax.transforms import (
     rwalk,
     self_normalized_resets,
     shrink_and_perturb,
+    spectral_penalty,
     synaptic_intelligence,
     upgd,
+    wasserstein_penalty,
 )
 from cbp_jax.units import discover_units
 
@@ -109,6 +114,19 @@ def with_curvature(tx):
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
+def add_spectral_penalty(*, strength, power):
+    """A penalty's own number is a hyperparameter too."""
+    return add_kernel_penalty(strength, spectral_penalty(power))
+
+
+def add_parseval_penalty(*, strength, scale):
+    return add_kernel_penalty(strength, parseval_penalty(scale))
+
+
+def add_penalty(*, strength, make):
+    return add_kernel_penalty(strength, make())
+
+
 def firing_seldom(tx):
     """Most units are silent on most batches."""
 
@@ -166,6 +184,44 @@ ROWS = [
     Row("add_l1", add_l1, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
     Row("add_l1_init", add_l1_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
     Row("add_l2_init", add_l2_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row(
+        "spectral penalty",
+        add_spectral_penalty,
+        (),
+        {"strength": 0.1, "power": 2.0},
+        {"strength": 0.3, "power": 1.0},
+        wrap=before_sgd,
+        slow=True,
+    ),
+    Row(
+        "parseval penalty",
+        add_parseval_penalty,
+        (),
+        {"strength": 0.01, "scale": 2.0},
+        {"strength": 0.03, "scale": 1.0},
+        wrap=before_sgd,
+        slow=True,
+    ),
+    Row(
+        "orthogonal penalty",
+        add_penalty,
+        (),
+        {"strength": 0.01},
+        {"strength": 0.03},
+        {"make": orthogonal_penalty},
+        wrap=before_sgd,
+        slow=True,
+    ),
+    Row(
+        "wasserstein penalty",
+        add_penalty,
+        (),
+        {"strength": 0.1},
+        {"strength": 0.3},
+        {"make": wasserstein_penalty},
+        wrap=before_sgd,
+        slow=True,
+    ),
     Row(
         "proximal_l1_init",
         proximal_l1_init,
