@@ -126,3 +126,48 @@ def follow(layers, input_shape, make, optimizer, select, *, steps, batch, seed):
             [tuple(pair) for pair in expected.params],
         )
     return total
+
+
+def follow_edits(tx, optimizer, edit, *, steps=40, seed=0):
+    """Trains a small network by a transformation and in float64, where the weights are edited after each update.
+
+    Args:
+      tx: the transformation.
+      optimizer: of the reference.
+      edit: of the number of the update, the weights [[kernel, bias], ...], which it changes, and their gradients.
+      steps, seed: of the data, which are random.
+    """
+    layers, rng = (reference.Dense(6, "tanh"), reference.Dense(3)), np.random.default_rng(seed)
+    xs, labels = rng.normal(size=(steps, 5, 4)).astype(np.float32), rng.integers(3, size=(steps, 5))
+    params = {
+        f"layer{k}": {"kernel": rng.normal(size=shape), "bias": 0.1 * rng.normal(size=shape[1])}
+        for k, shape in enumerate([(4, 6), (6, 3)])
+    }
+    params = jax.tree.map(np.float32, params)
+
+    def loss(params, x, y):
+        h = jnp.tanh(x @ params["layer0"]["kernel"] + params["layer0"]["bias"])
+        logits = h @ params["layer1"]["kernel"] + params["layer1"]["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(carry, batch):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, *batch), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    _, history = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), (xs, labels)))(params)
+    weights = [[leaf.astype(np.float64) for leaf in pair] for pair in pairs({"params": params})]
+    optimizer.init(weights)
+    for t in range(steps):
+        logits, tape = reference.forward(layers, weights, xs[t])
+        grads = reference.backward(layers, weights, tape, reference.cross_entropy_gradient(logits, labels[t]))
+        for pair, changes in zip(weights, optimizer.updates(grads), strict=True):
+            pair[0] += changes[0]
+            pair[1] += changes[1]
+        edit(t + 1, weights, grads)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5, err_msg=f"step {t}"),
+            [(kernel[t], bias[t]) for kernel, bias in pairs({"params": history})],
+            [tuple(pair) for pair in weights],
+        )

@@ -3,6 +3,9 @@
 from cbp_jax.transforms.adam import adam, scale_by_adam
 from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
+from cbp_jax.transforms.dash import dash
+from cbp_jax.transforms.fire import fire
+from cbp_jax.transforms.hare_and_tortoise import hare_and_tortoise
 from cbp_jax.transforms.kernel_penalties import (
     Penalty,
     add_kernel_penalty,
@@ -11,6 +14,7 @@ from cbp_jax.transforms.kernel_penalties import (
     spectral_penalty,
     wasserstein_penalty,
 )
+from cbp_jax.transforms.normalize_and_project import effective_learning_rate, normalize_and_project
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
 from cbp_jax.transforms.regrama import regrama
@@ -35,8 +39,13 @@ __all__ = [
     "add_noise",
     "clip_weights",
     "continual_backprop",
+    "dash",
+    "effective_learning_rate",
     "ewc",
+    "fire",
+    "hare_and_tortoise",
     "mas",
+    "normalize_and_project",
     "orthogonal_penalty",
     "parseval_penalty",
     "perturbed_gradient_descent",

@@ -10,7 +10,7 @@ import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.numerics.scalars import check_scalar
-from cbp_jax.transforms.kernels import Kernels, as_matrix, chosen_kernels
+from cbp_jax.transforms.kernels import Kernels, as_matrix, chosen_kernels, wide
 
 # Power iterations at the start, when nothing is known of the singular vectors.
 _FIRST_ITERATIONS = 20
@@ -76,7 +76,7 @@ def add_kernel_penalty(
         if params is None:
             raise ValueError("add_kernel_penalty needs the params: tx.update(grads, state, params), got params=None")
         found = {
-            path: penalty.gradient(w.astype(jnp.promote_types(w.dtype, jnp.float32)), state.kept[path])
+            path: penalty.gradient(wide(w), state.kept[path])
             for path, w in units_lib.leaves_by_path(params).items()
             if path in state.kept
         }
@@ -126,7 +126,7 @@ def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
         return left, _unit(image), jnp.linalg.norm(image)
 
     def init(kernel):
-        matrix = as_matrix(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+        matrix = as_matrix(wide(kernel))
         right = _unit(matrix[jnp.argmax(jnp.sum(jnp.square(matrix), 1))])
         return jax.lax.fori_loop(0, _FIRST_ITERATIONS, lambda _, right: iterate(matrix, right)[1], right)
 
@@ -221,7 +221,7 @@ def wasserstein_penalty() -> Penalty:
         return 2 * jnp.zeros_like(change).at[order].set(change).reshape(kernel.shape), initial
 
     def init(kernel):
-        return jnp.sort(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)).ravel())
+        return jnp.sort(wide(kernel).ravel())
 
     return Penalty(init, gradient)
 

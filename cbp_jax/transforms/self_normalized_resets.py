@@ -72,7 +72,8 @@ def self_normalized_resets(
       rejection: :math:`\eta`, probability of a silence below which the unit is reset, in [0, 1]. May be traced.
       every: updates from one computation of the thresholds to the next, a whole number >= 1. May be traced.
       max_silence: the longest silence that is recorded, and largest threshold, in updates; a static int >= 1. The
-        state has that many numbers for each unit.
+        state has that many numbers for each unit. In `optax.inject_hyperparams`, name it and `max_resets` in
+        `static_args`.
       max_resets: bound on how many units of a group one update resets, static; others wait while they are silent,
         those that are overdue by most coming first. None for no bound, which is slow where seeds are vmapped: random
         weights are then drawn for whole groups.

@@ -35,6 +35,10 @@ STRONG = {
     "rejection": 0.05,
     "power": 2.0,
     "scale": 1.0,
+    "pull": 0.1,
+    "least": 0.3,
+    "alpha": 0.1,
+    "decay": 0.99,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
@@ -43,6 +47,7 @@ FACTOR = {
     "threshold": 20,
     "bound": 0.5,
     "power": 0.5,
+    "decay": 0.9,
     "replacement_rate": 2,
     "b1": 0.5,
     "b2": 0.5,

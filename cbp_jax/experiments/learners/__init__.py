@@ -41,12 +41,15 @@ from cbp_jax.experiments.learners.regularization import (
     Wasserstein,
     WeightClipping,
 )
+from cbp_jax.experiments.learners.returning import DASH, FIRE, HareAndTortoise, NormalizeAndProject
 from cbp_jax.experiments.learners.snr import SNR, SNRAdam
 from cbp_jax.experiments.learners.text import parse_method, read_methods
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
 
 __all__ = [
+    "DASH",
     "EWC",
+    "FIRE",
     "L1",
     "L2",
     "LEARNERS",
@@ -63,9 +66,11 @@ __all__ = [
     "ContinualBackpropUPGD",
     "Custom",
     "Dropout",
+    "HareAndTortoise",
     "L2Init",
     "LayerNorm",
     "Method",
+    "NormalizeAndProject",
     "OnlineNorm",
     "Orthogonal",
     "Parseval",

@@ -7,6 +7,7 @@ from cbp_jax.experiments.learners import (
     plain,
     redo,
     regularization,
+    returning,
     snr,
     upgd,
 )
@@ -40,6 +41,10 @@ LEARNERS: dict[str, type[Method]] = {
         regularization.Parseval,
         regularization.Orthogonal,
         regularization.Wasserstein,
+        returning.NormalizeAndProject,
+        returning.FIRE,
+        returning.DASH,
+        returning.HareAndTortoise,
         networks.Dropout,
         networks.LayerNorm,
         networks.OnlineNorm,
