@@ -116,7 +116,7 @@ def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
       2025
     """
     check_scalar("power", power, at_least=0)
-    if not isinstance(power, jax.core.Tracer) and not power > 0:
+    if not isinstance(power, jax.core.Tracer) and float(power) == 0:
         raise ValueError(f"power must be above 0, got {power}")
 
     def iterate(matrix, right):

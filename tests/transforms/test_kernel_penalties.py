@@ -136,6 +136,14 @@ def test_the_spectral_norm_is_followed_even_from_a_kernel_of_zeros():
     np.testing.assert_allclose(gradient, differences(lambda w: (np.linalg.svd(w)[1][0] - 1) ** 2, w), atol=1e-3)
 
 
+def test_numbers_may_be_arrays_while_a_program_is_traced():
+    params = {"w": jnp.ones((2, 2))}
+    power, scale = jnp.float32(1.0), jnp.float32(2.0)
+    for make in (lambda: cbp_jax.spectral_penalty(power), lambda: cbp_jax.parseval_penalty(scale)):
+        shapes = jax.eval_shape(lambda params, make=make: cbp_jax.add_kernel_penalty(0.1, make()).init(params), params)
+        assert "w" in shapes.kept
+
+
 def test_only_chosen_kernels_are_penalized():
     params = {"hidden": jnp.full((2, 2), 3.0), "head": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
     choose = lambda path, leaf: path == "hidden"
