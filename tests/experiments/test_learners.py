@@ -99,7 +99,22 @@ def start():
     return nets.MLP(HIDDEN, CLASSES).init(jax.random.key(0), jnp.zeros((1, PIXELS)))
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+# Close to others, and each of them takes a second to compile.
+SLOW = {
+    "snr_adam",
+    "regrama",
+    "regrama_adam",
+    "parseval",
+    "orthogonal",
+    "wasserstein",
+    "spectral",
+    "nap",
+    "dash",
+    "hare_tortoise",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LEARNERS])
 def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     strong = {**STRONG, "step_size": 0.01} if "adam" in name else STRONG
     base = {key: strong.get(key, default) for key, default in LEARNERS[name]().hyperparameters.items()}

@@ -20,7 +20,7 @@ def isometric(w, iterations):
     return np.sqrt(w.shape[1] / w.shape[0]) * (left * values) @ right
 
 
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reset", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_follows_the_numpy_reference(reset):
     optimizer = reference.PerWeightAdam(0.02)
 

@@ -11,7 +11,7 @@ import reference
 import cbp_jax
 
 
-@pytest.mark.parametrize(("every", "pull"), [(1, 0.0), (3, 0.2)])
+@pytest.mark.parametrize(("every", "pull"), [pytest.param(1, 0.0, marks=pytest.mark.slow), (3, 0.2)])
 def test_follows_the_numpy_reference(every, pull):
     initial = []
 

@@ -80,5 +80,5 @@ def test_a_score_of_ones_own():
     score = lambda view: view.outgoing_magnitude() / view.outgoing_magnitude().mean()
     params = {**PARAMS, "w2": PARAMS["w2"].at[3].set(0.01)}
     tx = cbp_jax.redo(optax.sgd(0.0), UNITS, every=1, score=score)
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = jax.jit(lambda params: tx.update(params, tx.init(params), params))(params)
     assert np.flatnonzero(state.replaced["w1"]).tolist() == [3]

@@ -81,7 +81,7 @@ def run(fires, **settings):
         _, state = tx.update(PARAMS, state, PARAMS, features=features)
         return state, state.replaced["hidden"]
 
-    state, replaced = jax.jit(lambda state: jax.lax.scan(step, state, jnp.asarray(fires)))(tx.init(PARAMS))
+    state, replaced = jax.jit(lambda fires: jax.lax.scan(step, tx.init(PARAMS), fires))(fires)
     return np.asarray(replaced), state
 
 
