@@ -28,6 +28,7 @@ __all__ = [
     "dead_fraction",
     "dormant_fraction",
     "effective_rank",
+    "gradient_dormant_units",
     "plasticity",
     "ranks",
     "stable_rank",
@@ -88,16 +89,41 @@ def dormant_fraction(features: Any, threshold: float | jax.Array = 0.025) -> jax
     >>> float(dormant_fraction(h, threshold=0.1)), float(dormant_fraction(h, threshold=0.0))
     (0.5, 0.25)
     """
+    return _small_beside_their_layer(_groups(features), threshold)
 
-    if isinstance(threshold, int | float | np.number) and not threshold >= 0:
-        raise ValueError(f"threshold must not be negative; got {threshold}")
 
-    def is_dormant(h):
-        activation = jnp.mean(jnp.abs(h.astype(jnp.float32)), axis=_all_but_units(h))
-        layer = jnp.mean(activation)
-        return activation / jnp.where(layer == 0, 1.0, layer) <= threshold
+def gradient_dormant_units(grads: Any, threshold: float | jax.Array = 0.01) -> jax.Array:
+    r"""Fraction of units whose incoming weights have small gradients, compared with their layer's.
 
-    return jnp.mean(jnp.concatenate([is_dormant(h) for h in _groups(features)]), dtype=jnp.float32)
+    The score of unit i of a layer with H units is
+
+    .. math:: G_i = \frac{E|\nabla_{W_i} L|}{\frac{1}{H} \sum_k E|\nabla_{W_k} L|},
+
+    the mean running over the unit's incoming weights; the unit counts if :math:`G_i \le` ``threshold``. Where a whole
+    layer has no gradient every score is 0. Liu et al., "Measure gradients, not activations!", NeurIPS 2025, who call it
+    GraMa. Silent ReLU units of a small batch have no gradient either; units with small weights may have large ones.
+
+    Args:
+      grads: gradient of a kernel [..., units], or a pytree of gradients, one kernel for each layer, such as those of
+        a Flax network. Arrays of fewer than two axes, biases and scales, are left out. The output layer's kernel is a
+        layer like any other: leave it out to count hidden units alone.
+      threshold: largest score of a unit that counts; may be traced.
+
+    Returns:
+      float32 scalar in [0, 1]: units that count over all units of all layers.
+
+    Raises:
+      ValueError: if there is no kernel, or one is empty, or the threshold is negative.
+
+    >>> import jax.numpy as jnp
+    >>> grads = {"kernel": jnp.array([[1.0, 0.0, -2.0], [1.0, 0.01, 2.0]]), "bias": jnp.zeros(3)}
+    >>> round(float(gradient_dormant_units(grads)), 4)
+    0.3333
+    """
+    kernels = [g for g in map(_as_array, jax.tree.leaves(grads)) if g.ndim > 1]
+    if not kernels:
+        raise ValueError(f"grads must hold at least one kernel's gradient; got {jax.tree.structure(grads)}")
+    return _small_beside_their_layer(_groups(kernels), threshold)
 
 
 def effective_rank(x: jax.Array) -> jax.Array:
@@ -294,6 +320,19 @@ def _groups(features: Any) -> list[jax.Array]:
         if h.ndim == 0 or h.size == 0:
             raise ValueError(f"features must be arrays [..., units] that are not empty; got shape {h.shape}")
     return groups
+
+
+def _small_beside_their_layer(layers: list[jax.Array], threshold: float | jax.Array) -> jax.Array:
+    """Fraction of the units of arrays [..., units] whose mean absolute value is small beside the array's."""
+    if isinstance(threshold, int | float | np.number) and not threshold >= 0:
+        raise ValueError(f"threshold must not be negative; got {threshold}")
+
+    def is_small(array):
+        size = jnp.mean(jnp.abs(array.astype(jnp.float32)), axis=_all_but_units(array))
+        layer = jnp.mean(size)
+        return size / jnp.where(layer == 0, 1.0, layer) <= threshold
+
+    return jnp.mean(jnp.concatenate([is_small(array) for array in layers]), dtype=jnp.float32)
 
 
 def _as_array(leaf: Any) -> jax.Array:

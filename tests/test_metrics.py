@@ -244,3 +244,22 @@ def test_weight_rank_refuses_what_has_no_kernel():
     for params in ({"bias": jnp.ones(3)}, {"count": jnp.ones((2, 2), jnp.int32)}, {}):
         with pytest.raises(ValueError, match="params must hold at least one kernel; got PyTreeDef"):
             metrics.weight_rank(params)
+
+
+def test_gradient_dormant_units_are_small_beside_their_layer():
+    rng = np.random.default_rng(0)
+    grads = {
+        "conv": {"kernel": rng.normal(size=(3, 3, 2, 6)) * np.geomspace(1e-4, 1, 6), "bias": np.zeros(6)},
+        "dense": {"kernel": rng.normal(size=(7, 5)) * np.array([0, 1, 1, 1e-3, 1]), "scale": np.zeros(5)},
+    }
+    expected = []
+    for layer in grads.values():
+        size = np.abs(layer["kernel"]).mean(tuple(range(layer["kernel"].ndim - 1)))
+        expected += list(size / size.mean() <= 0.05)
+    assert 0 < sum(expected) < 11
+    found = jax.jit(metrics.gradient_dormant_units)(grads, 0.05)
+    np.testing.assert_allclose(found, np.mean(expected), rtol=1e-6)
+    assert metrics.gradient_dormant_units(np.zeros((3, 2))) == 1
+    for grads, threshold in ((np.zeros(3), 0.1), ({}, 0.1), (np.ones((2, 2)), -1)):
+        with pytest.raises(ValueError, match="must"):
+            metrics.gradient_dormant_units(grads, threshold)

@@ -1,6 +1,6 @@
 """ReDo (Sokar et al., 2023): recycles all dormant units, now and then."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -10,6 +10,7 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
+from cbp_jax.numerics.periods import check_period, is_due
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.replacement import resample
 
@@ -29,6 +30,7 @@ def redo(
     *,
     threshold: chex.Numeric = 0.1,
     every: chex.Numeric = 1000,
+    score: Callable[[replacement.GroupView], chex.Array] | None = None,
     initializer: resample.Initializer | None = None,
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
@@ -56,6 +58,8 @@ def redo(
       units: groups of `discover_units`, or written by hand.
       threshold: :math:`\tau`, largest score of a dormant unit, >= 0. May be traced.
       every: updates from one recycling to the next, a whole number >= 1. May be traced.
+      score: from a `GroupView`, the scores of its units, float [units], in place of the above; units of a score that
+        is not a number are left alone. See :func:`regrama`.
       initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
         gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
@@ -86,16 +90,16 @@ def redo(
       <https://arxiv.org/abs/2302.12902>`_, ICML 2023
     """
     check_scalar("threshold", threshold, at_least=0)
-    check_scalar("every", every, at_least=1)
-    if not isinstance(every, jax.core.Tracer) and float(every) != int(every):
-        raise ValueError(f"every must be a whole number, got {every}")
+    check_period("every", every)
+
+    score = activation_score if score is None else score
 
     def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
-        return replacement.Choice(_score(view.features) <= threshold, memory)
+        return replacement.Choice(score(view) <= threshold, memory)
 
     policy = replacement.Policy(
         choose,
-        due=lambda count: count % jnp.asarray(every).astype(jnp.int32) == 0,
+        due=lambda count: is_due(count, every),
         state=RedoState,
         name="redo",
     )
@@ -104,10 +108,10 @@ def redo(
     )
 
 
-def _score(activations: tuple[chex.Array, ...]) -> chex.Array:
+def activation_score(view: replacement.GroupView) -> chex.Array:
     """Mean absolute activation of each unit over the group's, float32 [units]; not a number where one is not finite."""
     scores = []
-    for h in activations:
+    for h in view.features:
         size = jnp.mean(jnp.abs(h.astype(jnp.float32)), axis=tuple(range(h.ndim - 1)))
         mean = jnp.mean(size)
         scores.append(jnp.where(jnp.isfinite(mean), size / jnp.where(mean == 0, 1.0, mean), jnp.nan))

@@ -32,6 +32,13 @@ STRONG = {
     "threshold": 0.1,
     "every": 60,
     "bound": 1.0,
+    "rejection": 0.05,
+    "power": 2.0,
+    "scale": 1.0,
+    "pull": 0.1,
+    "least": 0.3,
+    "alpha": 0.1,
+    "decay": 0.99,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
@@ -39,6 +46,8 @@ FACTOR = {
     "every": 2,
     "threshold": 20,
     "bound": 0.5,
+    "power": 0.5,
+    "decay": 0.9,
     "replacement_rate": 2,
     "b1": 0.5,
     "b2": 0.5,
@@ -90,7 +99,22 @@ def start():
     return nets.MLP(HIDDEN, CLASSES).init(jax.random.key(0), jnp.zeros((1, PIXELS)))
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+# Close to others, and each of them takes a second to compile.
+SLOW = {
+    "snr_adam",
+    "regrama",
+    "regrama_adam",
+    "parseval",
+    "orthogonal",
+    "wasserstein",
+    "spectral",
+    "nap",
+    "dash",
+    "hare_tortoise",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LEARNERS])
 def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     strong = {**STRONG, "step_size": 0.01} if "adam" in name else STRONG
     base = {key: strong.get(key, default) for key, default in LEARNERS[name]().hyperparameters.items()}
@@ -109,7 +133,7 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     )
     for number, key in enumerate(base, start=1):
         assert abs(weights[number] - weights[0]) > 1e-5 * weights[0], f"{key} makes no difference"
-    assert (replaced > 3).all() if "cbp" in name else replaced.any() == name.startswith("redo")
+    assert (replaced > 3).all() if "cbp" in name else replaced.any() == name.startswith(("redo", "regrama", "snr"))
 
 
 def direction(name, at):

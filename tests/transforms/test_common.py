@@ -22,20 +22,31 @@ from cbp_jax.tickets import masked, masked_changes
 from cbp_jax.transforms import (
     adam,
     adaptive_upgd,
+    add_kernel_penalty,
     add_l1,
     add_l1_init,
     add_l2_init,
     clip_weights,
     continual_backprop,
+    dash,
     ewc,
+    fire,
+    hare_and_tortoise,
     mas,
+    normalize_and_project,
+    orthogonal_penalty,
+    parseval_penalty,
     perturbed_gradient_descent,
     proximal_l1_init,
     redo,
+    regrama,
     rwalk,
+    self_normalized_resets,
     shrink_and_perturb,
+    spectral_penalty,
     synaptic_intelligence,
     upgd,
+    wasserstein_penalty,
 )
 from cbp_jax.units import discover_units
 
@@ -107,6 +118,29 @@ def with_curvature(tx):
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
+def add_spectral_penalty(*, strength, power):
+    """A penalty's own number is a hyperparameter too."""
+    return add_kernel_penalty(strength, spectral_penalty(power))
+
+
+def add_parseval_penalty(*, strength, scale):
+    return add_kernel_penalty(strength, parseval_penalty(scale))
+
+
+def add_penalty(*, strength, make):
+    return add_kernel_penalty(strength, make())
+
+
+def firing_seldom(tx):
+    """Most units are silent on most batches."""
+
+    def update_fn(grads, state, params, *, features, **extra_args):
+        features = jax.tree.map(lambda h: h - 1.6, features)
+        return tx.update(grads, state, params, features=features, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
 GATE = {"learning_rate": 0.1, "weight_decay": 0.1, "beta_utility": 0.5, "sigma": 0.5}
 GATE_OTHERWISE = {"learning_rate": 0.2, "weight_decay": 0.3, "beta_utility": 0.9, "sigma": 0.9}
 
@@ -154,6 +188,44 @@ ROWS = [
     Row("add_l1", add_l1, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
     Row("add_l1_init", add_l1_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
     Row("add_l2_init", add_l2_init, (), {"strength": 0.1}, {"strength": 0.3}, wrap=before_sgd),
+    Row(
+        "spectral penalty",
+        add_spectral_penalty,
+        (),
+        {"strength": 0.1, "power": 2.0},
+        {"strength": 0.3, "power": 1.0},
+        wrap=before_sgd,
+        slow=True,
+    ),
+    Row(
+        "parseval penalty",
+        add_parseval_penalty,
+        (),
+        {"strength": 0.01, "scale": 2.0},
+        {"strength": 0.03, "scale": 1.0},
+        wrap=before_sgd,
+        slow=True,
+    ),
+    Row(
+        "orthogonal penalty",
+        add_penalty,
+        (),
+        {"strength": 0.01},
+        {"strength": 0.03},
+        {"make": orthogonal_penalty},
+        wrap=before_sgd,
+        slow=True,
+    ),
+    Row(
+        "wasserstein penalty",
+        add_penalty,
+        (),
+        {"strength": 0.1},
+        {"strength": 0.3},
+        {"make": wasserstein_penalty},
+        wrap=before_sgd,
+        slow=True,
+    ),
     Row(
         "proximal_l1_init",
         proximal_l1_init,
@@ -256,6 +328,26 @@ ROWS = [
         noisy=True,
     ),
     Row(
+        "regrama of sgd",
+        regrama,
+        (optax.sgd(0.1), UNITS),
+        {"threshold": 0.9, "every": 2},
+        {"threshold": 1.2, "every": 3},
+        noisy=True,
+        slow=True,
+    ),
+    Row(
+        "self_normalized_resets of sgd",
+        self_normalized_resets,
+        (optax.sgd(0.1), UNITS),
+        {"rejection": 0.3, "every": 2},
+        {"rejection": 0.6, "every": 3},
+        {"max_silence": 2, "max_resets": 2},
+        wrap=firing_seldom,
+        noisy=True,
+        slow=True,
+    ),
+    Row(
         "replace_units by a policy of its own",
         recycle_least_gradient,
         (UNITS,),
@@ -271,6 +363,39 @@ ROWS = [
         {"bound": 1.0},
         {"bound": 2.0},
         {"scale": lambda path, param: 0.5 if path == "w1" else 0.7},
+    ),
+    Row(
+        "normalize_and_project of sgd",
+        normalize_and_project,
+        (optax.sgd(0.1),),
+        {"every": 2, "pull": 0.1},
+        {"every": 3, "pull": 0.3},
+        slow=True,
+    ),
+    Row(
+        "fire of adam",
+        fire,
+        (adam(0.1),),
+        {"every": 2},
+        {"every": 3},
+        {"iterations": 10, "reset_inner_state": True},
+        slow=True,
+    ),
+    Row(
+        "dash of sgd",
+        dash,
+        (optax.sgd(0.1),),
+        {"every": 2, "least": 0.3, "alpha": 0.3},
+        {"every": 3, "least": 0.6, "alpha": 0.6},
+        slow=True,
+    ),
+    Row(
+        "hare_and_tortoise of sgd",
+        hare_and_tortoise,
+        (optax.sgd(0.1),),
+        {"decay": 0.9, "every": 2},
+        {"decay": 0.5, "every": 3},
+        slow=True,
     ),
     Row(
         "masked of sgd",

@@ -27,26 +27,35 @@ from cbp_jax.experiments.learners.method import (
 from cbp_jax.experiments.learners.networks import CReLU, Dropout, LayerNorm, OnlineNorm
 from cbp_jax.experiments.learners.pictures import looks_by_learner, with_looks
 from cbp_jax.experiments.learners.plain import Adam, Backprop
-from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam
+from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam, ReGraMa, ReGraMaAdam
 from cbp_jax.experiments.learners.registry import LEARNERS
 from cbp_jax.experiments.learners.regularization import (
     L1,
     L2,
     L2Init,
+    Orthogonal,
+    Parseval,
     ShrinkAndPerturb,
     ShrinkAndPerturbAdam,
+    Spectral,
+    Wasserstein,
     WeightClipping,
 )
+from cbp_jax.experiments.learners.returning import DASH, FIRE, HareAndTortoise, NormalizeAndProject
+from cbp_jax.experiments.learners.snr import SNR, SNRAdam
 from cbp_jax.experiments.learners.text import parse_method, read_methods
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
 
 __all__ = [
+    "DASH",
     "EWC",
+    "FIRE",
     "L1",
     "L2",
     "LEARNERS",
     "MAS",
     "PGD",
+    "SNR",
     "UPGD",
     "Adam",
     "AdaptiveUPGD",
@@ -57,16 +66,25 @@ __all__ = [
     "ContinualBackpropUPGD",
     "Custom",
     "Dropout",
+    "HareAndTortoise",
     "L2Init",
     "LayerNorm",
     "Method",
+    "NormalizeAndProject",
     "OnlineNorm",
+    "Orthogonal",
+    "Parseval",
     "RWalk",
     "ReDo",
     "ReDoAdam",
+    "ReGraMa",
+    "ReGraMaAdam",
+    "SNRAdam",
     "ShrinkAndPerturb",
     "ShrinkAndPerturbAdam",
+    "Spectral",
     "SynapticIntelligence",
+    "Wasserstein",
     "WeightClipping",
     "choice",
     "count",

@@ -1,6 +1,7 @@
-"""Recycling of dormant units around several optimizers."""
+"""Recycling of units that do or learn little, around several optimizers."""
 
 import dataclasses
+from collections.abc import Callable
 
 import chex
 import optax
@@ -20,9 +21,14 @@ class Recycling(Replacing):
     threshold: float = ranged(0.1)
     every: float = ranged(1000.0, at_least=1)
 
+    @property
+    def recycle(self) -> Callable[..., optax.GradientTransformation]:
+        """What recycles units: `redo`, or a sibling with the same arguments."""
+        return cbp_jax.redo
+
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        return cbp_jax.redo(
+        return self.recycle(
             self._keeping_statistics(self.inner(key)),
             units,
             threshold=self.threshold,
@@ -58,3 +64,33 @@ class ReDoAdam(Recycling, Moments):
     def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Replacing`."""
         return self.adam(cbp_jax.adam, self.l2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecyclingByGradient(Recycling):
+    """Around the recycling of units of small gradients."""
+
+    threshold: float = ranged(0.01)
+
+    @property
+    def recycle(self) -> Callable[..., optax.GradientTransformation]:
+        """See `Recycling`."""
+        return cbp_jax.regrama
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReGraMa(RecyclingByGradient, ReDo):
+    """SGD with recycling of units of small gradients."""
+
+    name = "regrama"
+    about = "SGD with recycling of units of small gradients"
+    look = Look("ReGraMa")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReGraMaAdam(RecyclingByGradient, ReDoAdam):
+    """Adam with recycling of units of small gradients."""
+
+    name = "regrama_adam"
+    about = "Adam with a step count per weight, with recycling of units of small gradients"
+    look = Look("ReGraMa, Adam")

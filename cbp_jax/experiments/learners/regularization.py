@@ -11,6 +11,7 @@ from cbp_jax.experiments.learners.method import Method, ranged
 from cbp_jax.experiments.learners.plain import SGD, Moments, MomentumSGD
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
+from cbp_jax.transforms.kernel_penalties import Penalty
 from cbp_jax.transforms.regularization import add_l1, add_l2_init
 from cbp_jax.units import Units
 
@@ -125,3 +126,79 @@ class WeightClipping(SGD):
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
         return cbp_jax.clip_weights(optax.sgd(self.step_size), self.bound)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Penalized(SGD):
+    """Around SGD with a penalty on the kernels, the output layer's too."""
+
+    strength: float = ranged(1e-3)
+
+    @property
+    def penalty(self) -> Penalty:
+        """The penalty."""
+        raise NotImplementedError
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return optax.chain(cbp_jax.add_kernel_penalty(self.strength, self.penalty), optax.sgd(self.step_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spectral(Penalized):
+    """SGD with spectral regularization."""
+
+    name = "spectral"
+    about = "SGD with the largest singular value of each kernel pulled to 1"
+    look = Look("Spectral")
+
+    power: float = ranged(2.0)
+
+    @property
+    def penalty(self) -> Penalty:
+        """See `Penalized`."""
+        return cbp_jax.spectral_penalty(self.power)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parseval(Penalized):
+    """SGD with Parseval regularization."""
+
+    name = "parseval"
+    about = "SGD with the weights of each unit pulled to be orthogonal to those of others, and of one length"
+    look = Look("Parseval")
+
+    scale: float = ranged(2.0)
+
+    @property
+    def penalty(self) -> Penalty:
+        """See `Penalized`."""
+        return cbp_jax.parseval_penalty(self.scale)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Orthogonal(Penalized):
+    """SGD with soft orthogonality."""
+
+    name = "orthogonal"
+    about = "SGD with all singular values of each kernel pulled to 1"
+    look = Look("Orthogonal")
+
+    @property
+    def penalty(self) -> Penalty:
+        """See `Penalized`."""
+        return cbp_jax.orthogonal_penalty()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wasserstein(Penalized):
+    """SGD with the distribution of the weights pulled to the initial one."""
+
+    name = "wasserstein"
+    about = "SGD with the sorted weights of each kernel pulled to the sorted initial ones"
+    look = Look("Wasserstein")
+
+    @property
+    def penalty(self) -> Penalty:
+        """See `Penalized`."""
+        return cbp_jax.wasserstein_penalty()

@@ -1,0 +1,90 @@
+"""What happens once in so many updates: a `cond` that stays one under `vmap`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from cbp_jax.numerics.scalars import check_scalar
+
+T = TypeVar("T")
+
+
+def check_period(name: str, value: Any) -> None:
+    """Raises unless a setting is a whole number of updates >= 1, or a tracer.
+
+    Args:
+      name: the argument's name, for the message.
+      value: a number, a scalar array, or a tracer of one.
+
+    Raises:
+      TypeError: `value` is not a real scalar.
+      ValueError: `value` is smaller than 1 or has a fraction.
+
+    Example:
+      >>> check_period("every", 2.5)
+      Traceback (most recent call last):
+      ...
+      ValueError: every must be a whole number, got 2.5
+    """
+    check_scalar(name, value, at_least=1)
+    if not isinstance(value, jax.core.Tracer) and float(value) != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
+
+
+def is_due(count: chex.Array, every: chex.Numeric) -> chex.Array:
+    """Whether an update is number `every`, 2 `every`, ...
+
+    Args:
+      count: int32 [], the number of the update, from 1.
+      every: the period; may be traced, as a float too.
+
+    Returns:
+      bool [].
+
+    Example:
+      >>> [bool(is_due(jnp.int32(count), 2.0)) for count in (1, 2, 3, 4)]
+      [False, True, False, True]
+    """
+    return count % jnp.asarray(every).astype(jnp.int32) == 0
+
+
+def when_due(due: chex.Array, change: Callable[[T], T], values: T) -> T:
+    """What a function makes of values where it is due; elsewhere the values.
+
+    Under `vmap` the function runs only in those updates in which it is due in some row. A plain `cond` would run it in
+    all of them.
+
+    Args:
+      due: bool [].
+      change: from a tree of arrays to one of the same structure, shapes and dtypes.
+      values: a tree of arrays.
+
+    Returns:
+      a tree like the values.
+
+    Example:
+      >>> rows = jax.vmap(lambda due, x: when_due(due, jnp.negative, x))
+      >>> rows(jnp.array([True, False]), jnp.array([1.0, 2.0])).tolist()
+      [-1.0, 2.0]
+    """
+
+    def changed(values):
+        return jax.tree.map(functools.partial(jnp.where, due), change(values), values)
+
+    return jax.lax.cond(anywhere(due), changed, lambda values: values, values)
+
+
+@jax.custom_batching.custom_vmap
+def anywhere(due: chex.Array) -> chex.Array:
+    """Whether an update is due; under `vmap`, whether it is in any row, so that a `cond` on it stays one."""
+    return due
+
+
+@anywhere.def_vmap
+def _anywhere_in_batch(axis_size, in_batched, due):
+    del axis_size, in_batched
+    return anywhere(jnp.any(due)), False  # asks again, for the rows of an outer vmap

@@ -1,0 +1,121 @@
+"""FIRE (Han et al., 2026): now and then every kernel is replaced by the orthogonal one that is nearest to it."""
+
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax.numerics.periods import check_period, is_due, when_due
+from cbp_jax.replacement import inner_state as inner_state_lib
+from cbp_jax.transforms.kernels import Kernels, chosen_kernels, edit_after
+
+
+class FireState(NamedTuple):
+    """State of :func:`fire`."""
+
+    count: chex.Array  # int32 [], updates so far
+    inner_state: optax.OptState
+
+
+def fire(
+    inner: optax.GradientTransformation,
+    *,
+    every: chex.Numeric,
+    iterations: int = 10,
+    reset_inner_state: bool = False,
+    kernels: Kernels | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Frobenius-isometry reinitialization: makes kernels orthogonal once in so many updates.
+
+    Of all matrices whose singular values are equal, the polar factor is the nearest to W in the Frobenius norm: what
+    was learned is changed least while plasticity is restored. With d outputs and e inputs,
+
+    .. math:: W \leftarrow \sqrt{d / e}\; W (W^\top W)^{-1/2},
+
+    to which :math:`X \leftarrow \tfrac{3}{2} X - \tfrac{1}{2} X X^\top X` converges from :math:`W / \lVert W \rVert_F`.
+    A singular value that is small beside the norm takes many of these Newton-Schulz iterations: each makes it 1.5 times
+    as large. As in the authors' program, a convolution's kernel is a matrix for each of its places, divided by their
+    number, and all layers take part, the output layer too; other parameters are left alone.
+
+    Args:
+      inner: the optimizer that trains the network.
+      every: updates from one reinitialization to the next, a whole number >= 1. May be traced. FIRE is meant for the
+        time before new data come: give it the length of a task.
+      iterations: of Newton and Schulz, an int >= 1; in `optax.inject_hyperparams`, name it in `static_args`.
+      reset_inner_state: set the inner optimizer's moments of the kernels to their initial values. How the paper treats
+        them is not known here; they are kept by default.
+      kernels: which arrays are reinitialized, a function of path (keys joined by "/") and array; by default all of two
+        or more axes. Kernels of zeros stay.
+
+    Returns:
+      an optax transformation that passes extra arguments on to `inner`. Its state is a `FireState`.
+
+    Raises:
+      ValueError: a setting is out of range; in `init`, there is no kernel, or an inner state that is not understood; in
+        `update`, params are missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, cbp_jax
+      >>> tx = cbp_jax.fire(optax.sgd(0.0), every=1)
+      >>> params = {"kernel": jnp.diag(jnp.array([2.0, -0.5]))}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"].round(3).tolist()
+      [[1.0, 0.0], [0.0, -1.0]]
+
+    References:
+      Han et al., `FIRE: Frobenius-isometry reinitialization for balancing the stability-plasticity tradeoff
+      <https://arxiv.org/abs/2602.08040>`_, ICLR 2026
+    """
+    check_period("every", every)
+    if type(iterations) is not int or iterations < 1:
+        raise ValueError(f"iterations must be a positive int, got {iterations!r}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> FireState:
+        state = inner.init(params)
+        chosen = chosen_kernels(params, kernels)
+        if reset_inner_state:
+            inner_state_lib.check(inner, state, params, chosen)
+        return FireState(jnp.zeros([], jnp.int32), state)
+
+    def update_fn(
+        updates: optax.Updates, state: FireState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, FireState]:
+        if params is None:
+            raise ValueError("fire needs the params: tx.update(grads, state, params), got params=None")
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        count = optax.safe_increment(state.count)
+        due, paths = is_due(count, every), list(chosen_kernels(params, kernels))
+        isometric = lambda after: {path: _isometric(w, iterations) for path, w in after.items()}
+        updates = edit_after(due, isometric, params, updates, paths)
+        if reset_inner_state:
+            after, masks = optax.apply_updates(params, updates), dict.fromkeys(paths, jnp.array(True))
+            inner_state = when_due(due, lambda s: inner_state_lib.reset(inner, s, after, masks), inner_state)
+        return updates, FireState(count, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _isometric(kernel: chex.Array, iterations: int) -> chex.Array:
+    """The kernel [places..., inputs, outputs] with all its singular values alike."""
+    *places, inputs, outputs = kernel.shape
+    number = math.prod(places)
+    factors = jax.vmap(lambda w: _polar(w, iterations))(kernel.reshape(number, inputs, outputs))
+    return (math.sqrt(outputs / inputs) / number) * factors.reshape(kernel.shape)
+
+
+def _polar(matrix: chex.Array, iterations: int) -> chex.Array:
+    """The orthogonal polar factor of a matrix; 0 for one of zeros."""
+    flat = matrix.shape[1] > matrix.shape[0]
+    norm = jnp.sqrt(jnp.sum(jnp.square(matrix)))
+    x = (matrix.T if flat else matrix) / jnp.where(norm > 0, norm, 1.0)
+
+    def iterate(_, x):
+        gram = jnp.matmul(x.T, x, precision="highest")
+        return 1.5 * x - 0.5 * jnp.matmul(x, gram, precision="highest")
+
+    x = jax.lax.fori_loop(0, iterations, iterate, x)
+    return x.T if flat else x

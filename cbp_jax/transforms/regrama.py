@@ -1,0 +1,96 @@
+"""ReGraMa (Liu et al., 2025): recycles units of small gradients, now and then."""
+
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax import replacement
+from cbp_jax import units as units_lib
+from cbp_jax.replacement import resample
+from cbp_jax.transforms.redo import redo
+
+
+def regrama(
+    inner: optax.GradientTransformation,
+    units: Sequence[units_lib.UnitGroup],
+    *,
+    threshold: chex.Numeric = 0.01,
+    every: chex.Numeric = 1000,
+    initializer: resample.Initializer | None = None,
+    reset_inner_state: bool = True,
+    key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Recycles units that hardly learn, once in so many updates.
+
+    This is :func:`redo` with another score: not how much a unit does, but how much it learns. With the gradient of the
+    incoming weights :math:`W_i` of unit i, of a group of H,
+
+    .. math:: G_i = \frac{E|\nabla_{W_i} L|}{\frac{1}{H} \sum_k E|\nabla_{W_k} L|} \le \tau.
+
+    The gradient is that of this update, as it comes to this transformation; clipping by the norm of all gradients in
+    front changes no score. Biases do not count. The mean runs over all kernels that write the group.
+
+    The paper does not say what a group without any gradient means. Here it is left alone, as is one whose gradient is
+    not finite: a batch that is fitted perfectly has no gradient, and says nothing about units.
+    (:func:`metrics.gradient_dormant_units` counts such a group as dormant.) The batch should be large enough for the
+    scores to mean something: on one example, ReLU units that are silent have no gradient.
+
+    Args:
+      inner: the optimizer that trains the network.
+      units: groups of `discover_units`, or written by hand.
+      threshold: :math:`\tau`, largest score of a unit that is recycled, >= 0. May be traced.
+      every: updates from one recycling to the next, a whole number >= 1. May be traced.
+      initializer: of incoming weights, see :func:`redo`.
+      reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
+      key: int or jax key for the fresh weights.
+
+    Returns:
+      a transformation as of :func:`redo`, whose state is a `RedoState`; its update needs no `features`.
+
+    Raises:
+      ValueError: as :func:`redo`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, cbp_jax
+      >>> def apply_fn(params, x):
+      ...   return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+      >>> params = {"w1": jnp.ones((4, 3)).at[:, 1].set(-1.0), "w2": jnp.ones((3, 2))}
+      >>> units = cbp_jax.discover_units(apply_fn, params, jnp.ones((5, 4)))
+      >>> grads = jax.grad(lambda params: apply_fn(params, jnp.ones((5, 4))).sum())(params)
+      >>> tx = cbp_jax.regrama(optax.sgd(0.01), units, every=1)
+      >>> _, state = tx.update(grads, tx.init(params), params)
+      >>> state.replaced["w1"].tolist()
+      [False, True, False]
+
+    References:
+      Liu et al., `Measure gradients, not activations! Enhancing neuronal activity in deep reinforcement learning
+      <https://arxiv.org/abs/2505.24061>`_, NeurIPS 2025
+    """
+    return redo(
+        inner,
+        units,
+        threshold=threshold,
+        every=every,
+        score=gradient_score,
+        initializer=initializer,
+        reset_inner_state=reset_inner_state,
+        key=key,
+    )
+
+
+def gradient_score(view: replacement.GroupView) -> chex.Array:
+    """Mean absolute gradient of each unit's incoming weights over the group's.
+
+    Args:
+      view: the group, at one step.
+
+    Returns:
+      float32 [units]; not a number where the group has no gradient, or none that is finite.
+    """
+    # Sums do as well as means: all units of a group have as many incoming weights.
+    size = sum(part.sum(jnp.abs(view.grads[part.path].astype(jnp.float32))).sum(0) for part in view.group.incoming)
+    mean = jnp.mean(size)
+    return jnp.where(jnp.isfinite(mean) & (mean > 0), size / mean, jnp.nan)

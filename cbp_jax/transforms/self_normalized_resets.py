@@ -1,0 +1,165 @@
+"""Self-normalized resets (Farias & Jozefiak, 2025): units silent for longer than their past makes likely are reset."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cbp_jax import replacement
+from cbp_jax import units as units_lib
+from cbp_jax.numerics.periods import check_period, is_due, when_due
+from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.replacement import resample
+from cbp_jax.replacement.edits import as_mask
+
+
+class SelfNormalizedResetsState(NamedTuple):
+    """State of :func:`self_normalized_resets`; dicts go from group name to that group's arrays."""
+
+    key: chex.Array  # raw uint32 key data, constant
+    count: chex.Array  # int32 [], updates so far
+    silence: dict[str, chex.Array]  # int32 [units], updates since the unit last fired or was reset
+    threshold: dict[str, chex.Array]  # int32 [units], silence at which the unit is reset
+    history: dict[str, chex.Array]  # int32 [units, max_silence], how many silences of 1, 2, ... updates ended
+    replaced: dict[str, chex.Array]  # bool [units], units reset in the last update
+    inner_state: optax.OptState
+
+
+def self_normalized_resets(
+    inner: optax.GradientTransformation,
+    units: Sequence[units_lib.UnitGroup],
+    *,
+    rejection: chex.Numeric = 0.02,
+    every: chex.Numeric = 1000,
+    max_silence: int = 1000,
+    max_resets: int | None = None,
+    initializer: resample.Initializer | None = None,
+    reset_inner_state: bool = True,
+    key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Resets each unit whose silence has become improbable under its own past.
+
+    A unit fires in an update if its activation is above 0 for some example and position. With :math:`a_i` the number of
+    updates since unit i last fired, and :math:`A_i` the lengths of its past silences, it is reset (Algorithm 1) as soon
+    as
+
+    .. math:: P(A_i \ge a_i) \le \eta.
+
+    Incoming weights are then drawn anew, scales of normalization become 1, biases and outgoing weights 0, as in
+    :func:`continual_backprop`, where it is also said what may stand before and behind this in a chain.
+
+    The paper leaves open how the distribution is estimated. As in its authors' program, a histogram of silences is kept
+    for each unit, and every so many updates the unit's threshold :math:`\tau_i` is computed from it: the least silence
+    :math:`q` with :math:`P(A_i \ge q) \le \eta` if :math:`q < \tau_i`, else :math:`2 \tau_i`, at most the largest that
+    is recorded. Thresholds start there. The histogram then starts anew. A silence that a reset ends is recorded too, so
+    that a threshold which resets too often grows; the unit in the same place inherits threshold and histogram.
+
+    Chosen here, and different from that program:
+
+    - silences are counted in updates, and not in examples, so that nothing depends on the size of the batch;
+    - the least silence q obeys the paper's inequality; the program's percentile is smaller by 1, and would reset a unit
+      whose silences all last one update as soon as it is silent;
+    - only silences of at least one update are counted, as in the program, but a unit that ended none since the last
+      time keeps its threshold, where the program's falls to the least possible.
+
+    Args:
+      inner: the optimizer that trains the network.
+      units: groups of `discover_units`, or written by hand.
+      rejection: :math:`\eta`, probability of a silence below which the unit is reset, in [0, 1]. May be traced.
+      every: updates from one computation of the thresholds to the next, a whole number >= 1. May be traced.
+      max_silence: the longest silence that is recorded, and largest threshold, in updates; a static int >= 1. The
+        state has that many numbers for each unit. In `optax.inject_hyperparams`, name it and `max_resets` in
+        `static_args`.
+      max_resets: bound on how many units of a group one update resets, static; others wait while they are silent,
+        those that are overdue by most coming first. None for no bound, which is slow where seeds are vmapped: random
+        weights are then drawn for whole groups.
+      initializer: `jax.nn.initializers` function for the incoming weights; see :func:`continual_backprop`.
+      reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
+      key: int or jax key for the fresh weights. `init` mixes the params into it (see :func:`keys.init_key`).
+
+    Returns:
+      a transformation whose update takes the `features` that `with_features` returned:
+      `tx.update(grads, state, params, features=features)`. Its state is a `SelfNormalizedResetsState`.
+
+    Raises:
+      ValueError: an argument is out of range; in `init`, units that do not match the params, or an inner state that is
+        not understood; in `update`, params or features are missing or of wrong shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, cbp_jax
+      >>> def apply_fn(params, x):
+      ...   return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+      >>> params = {"w1": jnp.ones((4, 3)).at[:, 1].set(-1.0), "w2": jnp.ones((3, 2))}
+      >>> units = cbp_jax.discover_units(apply_fn, params, jnp.ones((5, 4)))
+      >>> _, features = cbp_jax.with_features(apply_fn, units)(params, jnp.ones((5, 4)))
+      >>> tx = cbp_jax.self_normalized_resets(optax.sgd(0.0), units, max_silence=3)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...   updates, state = tx.update(params, state, params, features=features)
+      ...   print(state.silence["w1"].tolist(), state.replaced["w1"].tolist())
+      [0, 1, 0] [False, False, False]
+      [0, 2, 0] [False, False, False]
+      [0, 0, 0] [False, True, False]
+
+    References:
+      Farias & Jozefiak, `Self-normalized resets for plasticity in continual learning
+      <https://arxiv.org/abs/2410.20098>`_, ICLR 2025
+    """
+    check_scalar("rejection", rejection, at_least=0, at_most=1)
+    check_period("every", every)
+    for name, value in (("max_silence", max_silence), ("max_resets", max_resets)):
+        if (type(value) is not int or value < 1) and not (name == "max_resets" and value is None):
+            raise ValueError(f"{name} must be a positive int{' or None' * (name == 'max_resets')}, got {value!r}")
+
+    def init(group: units_lib.UnitGroup, params: optax.Params) -> dict[str, Any]:
+        del params
+        return {
+            "silence": jnp.zeros(group.size, jnp.int32),
+            "threshold": jnp.full(group.size, max_silence, jnp.int32),
+            "history": jnp.zeros((group.size, max_silence), jnp.int32),
+        }
+
+    def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
+        size, before = view.group.size, memory["silence"]
+        fired = _fired(view.features)
+        silence = jnp.where(fired, 0, before + 1)
+        overdue = silence >= memory["threshold"]
+        if max_resets is None:
+            chosen = reset = overdue
+        else:
+            late, first = jax.lax.top_k(jnp.where(overdue, silence - memory["threshold"], -1), min(max_resets, size))
+            chosen = jnp.where(late >= 0, first, size)
+            reset = as_mask(chosen, size)
+        ended = jnp.where(fired, before, jnp.where(reset, silence, 0))  # 0 where none did
+        slot = jnp.where(ended > 0, jnp.minimum(ended, max_silence) - 1, max_silence)
+        history = memory["history"].at[np.arange(size), slot].add(1, mode="drop")
+        threshold, history = when_due(
+            is_due(view.count, every), lambda values: _recompute(*values, rejection), (memory["threshold"], history)
+        )
+        memory = {"silence": jnp.where(reset, 0, silence), "threshold": threshold, "history": history}
+        return replacement.Choice(chosen, memory)
+
+    policy = replacement.Policy(choose, init, state=SelfNormalizedResetsState, name="self_normalized_resets")
+    return replacement.replace_units(
+        inner, units, policy, initializer=initializer, reset_inner_state=reset_inner_state, key=key
+    )
+
+
+def _fired(activations: tuple[chex.Array, ...]) -> chex.Array:
+    """Which units are above 0 anywhere in the batch, in one of the arrays that consumers read, bool [units]."""
+    fired = [jnp.any(h > 0, axis=tuple(range(h.ndim - 1))) for h in activations]
+    return jnp.any(jnp.stack(fired), axis=0)
+
+
+def _recompute(threshold: chex.Array, history: chex.Array, rejection: chex.Numeric) -> tuple[chex.Array, chex.Array]:
+    """Thresholds from the histogram of silences, and an empty histogram."""
+    total = jnp.sum(history, 1)
+    as_long = total[:, None] - jnp.cumsum(history, 1) + history  # silences of at least 1, 2, ... updates
+    allowed = jnp.asarray(rejection, jnp.float32) * total
+    least = 1 + jnp.sum(as_long > allowed[:, None], 1, dtype=jnp.int32)
+    new = jnp.where(least < threshold, least, jnp.minimum(2 * threshold, history.shape[1]))
+    return jnp.where(total > 0, new, threshold), jnp.zeros_like(history)
