@@ -254,11 +254,9 @@ class ContinualBackprop:
         ranking, chosen = self.ranking[k].copy(), self.chosen[k]
         ranking[chosen] = -np.inf
         order = np.argsort(-ranking, kind="stable")[: len(chosen)]
-        if len(chosen) and len(chosen) < len(ranking):
-            top = np.sort(ranking)[::-1][: len(chosen) + 1]
-            with np.errstate(invalid="ignore"):
-                margin = np.nanmin(np.abs(np.diff(top)) / (np.abs(top[1:]) + 1e-30))
-            self.utility_margin = min(self.utility_margin, margin)
+        top = np.sort(ranking[np.isfinite(ranking)])[::-1][: len(chosen) + 1]
+        if len(chosen) and len(top) > 1:
+            self.utility_margin = min(self.utility_margin, np.min(-np.diff(top) / (np.abs(top[1:]) + 1e-30)))
         return [unit for unit in order if np.isfinite(ranking[unit])]
 
     def _start_outgoing(self, k, arrived, after):

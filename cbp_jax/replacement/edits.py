@@ -170,8 +170,10 @@ def _fresh(params, updates, groups, chosen, initializer, random_key, reinitializ
 
     # Random bits are dear, and most steps replace nothing. The chosen units pass through the branch, so that the
     # loops over the weights below read them instead of computing them over again for every weight.
-    some = [jnp.any(units < group.size) for units, group in zip(chosen, groups, strict=True)]
-    return jax.lax.cond(jnp.any(jnp.stack(some)), draw, nothing)
+    some = jnp.any(jnp.stack([jnp.any(units < group.size) for units, group in zip(chosen, groups, strict=True)]))
+    # Under vmap a draw is left to run in every step; what is dearer runs in those in which some row replaces a unit.
+    some = some if reinitialization is reinitializations.resample else anywhere(some)
+    return jax.lax.cond(some, draw, nothing)
 
 
 def _sample(params, groups, initializer, count, part, key, outgoing):
@@ -243,3 +245,15 @@ def _scatter(part, units, param, update, column):
     old = part.rows_of(param, units)
     flat = flat.at[..., rows].set(column - old, mode="drop")
     return part.undo_rows_last(flat, param.shape)
+
+
+@jax.custom_batching.custom_vmap
+def anywhere(due: chex.Array) -> chex.Array:
+    """Whether an update is due; under vmap, whether it is in any row, so that a `cond` on it stays one."""
+    return due
+
+
+@anywhere.def_vmap
+def _anywhere_in_batch(axis_size, in_batched, due):
+    del axis_size, in_batched
+    return anywhere(jnp.any(due)), False  # asks again, for the rows of an outer vmap

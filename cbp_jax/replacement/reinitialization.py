@@ -268,8 +268,11 @@ def _length(vectors: chex.Array) -> chex.Array:
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit), 0, keepdims=True))
 
 
+# One at a time under vmap, so that each gets what it gets alone: products and solutions of a batch round otherwise.
+@jax.custom_batching.sequential_vmap
 def _without_span(vectors: chex.Array, others: chex.Array) -> chex.Array:
     """Vectors [entries, k] less what others [entries, units] span."""
+    vectors, others = jax.lax.optimization_barrier((vectors, others))
     entries, size = others.shape
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     smaller = product(others.T, others) if size < entries else product(others, others.T)

@@ -173,7 +173,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(
     ("setting", "utility", "reinitialization"),
-    [pytest.param(*choice, marks=[pytest.mark.slow] if i >= 2 else []) for i, choice in enumerate(CHOICES)],
+    [pytest.param(*choice, marks=[pytest.mark.slow] if i else []) for i, choice in enumerate(CHOICES)],
 )
 def test_utilities_of_the_gradient_and_reinitializations(setting, utility, reinitialization):
     total, most = compare(setting, utility, 1, reinitialization)
