@@ -335,11 +335,17 @@ def _laptop(dataset: str | None) -> Settings:
     )
 
 
+def _paper(dataset: str | None) -> Settings:
+    """All images of MNIST, and the smallest of the networks of Dohare et al. (Nature 2024)."""
+    laptop = _laptop(dataset or "mnist")
+    return dataclasses.replace(laptop, seeds=30, tasks=100, examples_per_task=None, hidden=(100, 100, 100))
+
+
 question_utility_ranking = Experiment(
     name=NAME,
-    about="Which utility ranks units by their true utility, early and late in tasks, while continual backprop runs?",
+    about="Which utility ranks units by their true utility, early and late in tasks, while continual backprop runs.",
     Settings=Settings,
-    presets={"smoke": _smoke, "laptop": _laptop},
+    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
     problem=_problem,
     network=kaiming,
     train=_train,
