@@ -15,6 +15,22 @@ initializer makes them, except those of `rewind` and `split`.
 With `compensate_bias`, the mean contribution of the removed unit goes to the biases of its readers, whatever follows.
 The output then stays (on average) with all but `resample_both`, whose new unit speaks at once.
 
+One of your own, which draws half as large:
+
+>>> import jax, jax.numpy as jnp, optax, cbp_jax
+>>> def small(new):
+...   return cbp_jax.Fresh(tuple(0.5 * rows for rows in new.drawn))
+>>> def apply_fn(params, x):
+...   return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+>>> params = {"w1": jnp.ones((6, 8)), "w2": jnp.ones((8, 2))}
+>>> units = cbp_jax.discover_units(apply_fn, params, jnp.ones((5, 6)))
+>>> _, features = cbp_jax.with_features(apply_fn, units)(params, jnp.ones((5, 6)))
+>>> tx = cbp_jax.continual_backprop(
+...   optax.sgd(0.0), units, reinitialization=small, replacement_rate=1.0, maturity_threshold=0)
+>>> updates, _ = tx.update(params, tx.init(params), params, features=features)
+>>> bool(abs(params["w1"] + updates["w1"]).max() <= 0.5)  # he_uniform draws up to 1 where there are 6 inputs
+True
+
 References:
   Frankle & Carbin, `The lottery ticket hypothesis <https://arxiv.org/abs/1803.03635>`_, ICLR 2019 (`rewind`)
   Chen, Goodfellow & Shlens, `Net2Net <https://arxiv.org/abs/1511.05641>`_, ICLR 2016 (`split`)

@@ -162,3 +162,48 @@ def test_split_wants_to_know_who_is_useful():
     tx = cbp_jax.replace_units(optax.sgd(0.1), UNITS, policy, reinitialization="split")
     with pytest.raises(ValueError, match=r"the policy must give Choice\(utility=\.\.\.\)"):
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), PARAMS)
+
+
+def test_the_start_of_training_is_kept_in_the_state():
+    """A copy, so that params and state can both be donated; known to whatever stands around; only for `rewind`."""
+    make = lambda name: cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, reinitialization=name)
+    state = make("rewind").init(INITIAL)
+    assert sorted(state.initial) == [
+        f"params/{layer}/{leaf}" for layer in ("Conv_0", "Dense_0") for leaf in ("bias", "kernel")
+    ]
+    kernel, kept = INITIAL["params"]["Conv_0"]["kernel"], state.initial["params/Conv_0/kernel"]
+    np.testing.assert_array_equal(kept, kernel)
+    assert kept.unsafe_buffer_pointer() != kernel.unsafe_buffer_pointer()
+    assert not make("split").init(INITIAL).initial
+    mask = cbp_jax.tickets.random_mask_like(cbp_jax.tickets.full_mask(INITIAL), jax.random.key(0))
+    for around in (
+        cbp_jax.tickets.masked(make("rewind"), mask),
+        cbp_jax.shrink_and_perturb(make("rewind"), 0.1, 0.1),
+    ):
+        features = jax.eval_shape(cbp_jax.with_features(NET.apply, UNITS), INITIAL, X)[1]
+        jax.eval_shape(lambda p, f, tx=around: tx.update(p, tx.init(p), p, features=f), INITIAL, features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REINITIALIZATIONS)
+def test_compensation_hands_over_what_was_removed(name):
+    """Whatever a unit starts from, what it gave on average goes to the bias."""
+    _, features = cbp_jax.with_features(NET.apply, UNITS)(PARAMS, X)
+
+    def biases(compensate):
+        tx = cbp_jax.continual_backprop(
+            optax.sgd(0.0),
+            UNITS[1:],
+            reinitialization=name,
+            compensate_bias=compensate,
+            maturity_threshold=0,
+            replacement_rate=0.3,
+        )
+        update = jax.jit(lambda p, f: tx.update(p, tx.init(p), p, features=f))
+        updates, state = update(PARAMS, features)
+        return updates["params"]["Dense_1"]["bias"], state.replaced["params/Dense_0"]
+
+    (plain, replaced), (compensated, same) = biases(False), biases(True)
+    np.testing.assert_array_equal(replaced, same)
+    gave = np.where(replaced, features["params/Dense_0"].mean(0), 0.0) @ PARAMS["params"]["Dense_1"]["kernel"]
+    np.testing.assert_allclose(compensated - plain, gave, rtol=1e-4, atol=1e-6)
