@@ -65,9 +65,8 @@ def columns(kernel, units):
     return np.asarray(kernel).reshape(-1, kernel.shape[-1])[:, units]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "split" else []) for name in REINITIALIZATIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REINITIALIZATIONS)
 def test_others_are_left_alone(name):
     """Living units keep what leads to them; nothing but `split` and `resample_both` touches what reads."""
     params, trace = replaced(name)
@@ -165,7 +164,7 @@ def test_split_wants_to_know_who_is_useful():
 
 
 def test_the_start_of_training_is_kept_in_the_state():
-    """A copy, so that params and state can both be donated; known to whatever stands around; only for `rewind`."""
+    """A copy, so that params and state can both be donated; only for `rewind`."""
     make = lambda name: cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, reinitialization=name)
     state = make("rewind").init(INITIAL)
     assert sorted(state.initial) == [
@@ -175,10 +174,15 @@ def test_the_start_of_training_is_kept_in_the_state():
     np.testing.assert_array_equal(kept, kernel)
     assert kept.unsafe_buffer_pointer() != kernel.unsafe_buffer_pointer()
     assert not make("split").init(INITIAL).initial
+
+
+@pytest.mark.slow
+def test_the_start_of_training_is_known_to_what_stands_around():
+    tx = cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, reinitialization="rewind")
     mask = cbp_jax.tickets.random_mask_like(cbp_jax.tickets.full_mask(INITIAL), jax.random.key(0))
     for around in (
-        cbp_jax.tickets.masked(make("rewind"), mask),
-        cbp_jax.shrink_and_perturb(make("rewind"), 0.1, 0.1),
+        cbp_jax.tickets.masked(tx, mask),
+        cbp_jax.shrink_and_perturb(tx, 0.1, 0.1),
     ):
         features = jax.eval_shape(cbp_jax.with_features(NET.apply, UNITS), INITIAL, X)[1]
         jax.eval_shape(lambda p, f, tx=around: tx.update(p, tx.init(p), p, features=f), INITIAL, features)
