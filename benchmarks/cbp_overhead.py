@@ -2,10 +2,12 @@
 
     python benchmarks/cbp_overhead.py
     python benchmarks/cbp_overhead.py --widths 1000 --batches 1 16 --optimizers sgd --seeds 1
+    python benchmarks/cbp_overhead.py --utilities all --reinitializations all --widths 100 --optimizers sgd --seeds 1
 
 Both run inside a `lax.scan` on the 784-w-w-w-10 ReLU network, calls of the two interleaved; the ratio is the
 median over the rounds. `untouched` is CBP with a utility that looks at no weight, to show what the pass over the
-outgoing weights costs.
+outgoing weights costs. Utilities are timed with drawn weights, reinitializations with `contribution`; utilities of
+second order with HesScale, the second backward pass that they need.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import optax
 from timing import interleaved, ratio
 
 import cbp_jax
+from cbp_jax.replacement import REINITIALIZATIONS, UTILITIES, needs_curvature
 
 
 class Net(nn.Module):
@@ -41,8 +44,11 @@ def nothing(view):
     return jnp.zeros(view.group.size)
 
 
-def runner(width, batch, optimizer, seeds, utility, steps, lanes):
-    """A compiled function of no arguments that trains `seeds` networks for `steps` steps."""
+def runner(width, batch, optimizer, seeds, steps, lanes, utility=None, **settings):
+    """A compiled function of no arguments that trains `seeds` networks for `steps` steps.
+
+    Without a utility by the inner optimizer alone; `settings` are of `continual_backprop`.
+    """
     net = Net(width)
     x = jax.random.uniform(jax.random.key(0), (64, batch, 784))
     y = jax.random.randint(jax.random.key(1), (64, batch), 0, 10)
@@ -51,7 +57,8 @@ def runner(width, batch, optimizer, seeds, utility, steps, lanes):
     apply = cbp_jax.with_features(net.apply, units)
     tx = optax.with_extra_args_support(OPTIMIZERS[optimizer]())
     if utility:
-        tx = cbp_jax.continual_backprop(tx, units, utility=utility)
+        tx = cbp_jax.continual_backprop(tx, units, utility=utility, **settings)
+    curvature = utility is not None and needs_curvature(utility)
 
     def loss_fn(params, x, y):
         logits, features = apply(params, x) if utility else (net.apply(params, x), {})
@@ -61,7 +68,10 @@ def runner(width, batch, optimizer, seeds, utility, steps, lanes):
         def step(carry, i):
             params, state = carry
             grads, features = jax.grad(loss_fn, has_aux=True)(params, x[i % 64], y[i % 64])
-            updates, state = tx.update(grads, state, params, features=features)
+            extra = {}
+            if curvature:
+                extra["hessian_diag"] = cbp_jax.curvature.hesscale(net.apply, params, x[i % 64], y[i % 64])[2]
+            updates, state = tx.update(grads, state, params, features=features, **extra)
             return (optax.apply_updates(params, updates), state), None
 
         return jax.lax.scan(step, carry, jnp.arange(steps))[0]
@@ -92,7 +102,10 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adam"], choices=list(OPTIMIZERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 10])
-    parser.add_argument("--utilities", nargs="+", default=["contribution"])
+    named = {"utilities": UTILITIES, "reinitializations": REINITIALIZATIONS}
+    for name, default in (("utilities", ["contribution"]), ("reinitializations", [])):
+        parser.add_argument(f"--{name}", nargs="+", default=default, choices=["all", *named[name]])
+    parser.add_argument("--replacement-rate", type=float, default=1e-4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", type=float, default=3e8, help="weights touched per timed call")
     parser.add_argument("--lanes", default="vmap" if jax.default_backend() != "cpu" else "map", choices=["vmap", "map"])
@@ -101,10 +114,15 @@ def main():
     print(
         f"{device.platform} {device.device_kind}, {platform.processor() or platform.machine()}, jax {jax.__version__}"
     )
-    names = [*args.utilities, "untouched"]
+    chosen = {
+        name: list(table) if "all" in getattr(args, name) else getattr(args, name) for name, table in named.items()
+    }
+    variants = {name: {"utility": name} for name in chosen["utilities"]}
+    variants |= {name: {"utility": "contribution", "reinitialization": name} for name in chosen["reinitializations"]}
+    variants["untouched"] = {"utility": nothing}
     print(
         f"{'width':>5} {'batch':>5} {'inner':>5} {'seeds':>5} {'inner us/step':>14} "
-        + " ".join(f"{n:>22}" for n in names)
+        + " ".join(f"{name:>22}" for name in variants)
     )
     for width in args.widths:
         weights = 784 * width + 2 * width**2 + 10 * width
@@ -112,13 +130,12 @@ def main():
             for optimizer in args.optimizers:
                 for seeds in args.seeds:
                     steps = max(10, min(5000, int(args.work / weights / seeds)))
-                    case = (width, batch, optimizer, seeds)
-                    runs = {"inner": runner(*case, None, steps, args.lanes)}
-                    runs |= {name: runner(*case, name, steps, args.lanes) for name in args.utilities}
-                    runs["untouched"] = runner(*case, nothing, steps, args.lanes)
+                    case, rate = (width, batch, optimizer, seeds, steps, args.lanes), args.replacement_rate
+                    runs = {"inner": runner(*case)}
+                    runs |= {name: runner(*case, replacement_rate=rate, **how) for name, how in variants.items()}
                     seconds = interleaved(runs, args.rounds)
                     inner = statistics.median(seconds["inner"]) / steps * 1e6
-                    ratios = " ".join(f"{ratio(seconds, name, 'inner'):22.2f}" for name in names)
+                    ratios = " ".join(f"{ratio(seconds, name, 'inner'):22.2f}" for name in variants)
                     print(f"{width:5} {batch:5} {optimizer:>5} {seeds:5} {inner:14.1f} {ratios}", flush=True)
 
 

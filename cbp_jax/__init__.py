@@ -4,7 +4,7 @@ from typing import Any
 
 from cbp_jax import curvature, lora, metrics, tickets
 from cbp_jax.contracted import contract_convolutions
-from cbp_jax.replacement import Choice, GroupView, Policy, ReplacementState, replace_units
+from cbp_jax.replacement import Choice, Fresh, GroupView, NewUnits, Policy, ReplacementState, replace_units
 from cbp_jax.train_state import TrainState
 from cbp_jax.transforms import (
     ContinualBackpropState,
@@ -47,7 +47,9 @@ __all__ = [
     "Choice",
     "Consumer",
     "ContinualBackpropState",
+    "Fresh",
     "GroupView",
+    "NewUnits",
     "ParamSlice",
     "Policy",
     "ReplacementState",

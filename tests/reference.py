@@ -3,7 +3,7 @@
 Nothing here imports jax: networks, gradients, optimizers, utilities, selection and surgery are all spelled out.
 The one thing that cannot be recomputed is the random draw, so `ContinualBackprop.step` is handed the parameters
 that the tested implementation arrived at and reads from them the incoming columns of those units that *its own*
-selection replaces.
+selection replaces. What else is known of these columns, as that they are orthogonal to others, is asserted.
 """
 
 import dataclasses
@@ -104,6 +104,7 @@ def backward(layers, params, tape, doutput):
     grads, dh = [None] * len(layers), doutput
     for index in reversed(range(len(layers))):
         layer, entry, (kernel, _) = layers[index], tape[index], params[index]
+        entry["dh"] = dh
         if isinstance(layer, Conv):
             if layer.pool > 1:
                 dh = _max_pool_backward(dh, entry["argmax"], entry["z"].shape, layer.pool)
@@ -183,11 +184,12 @@ class ContinualBackprop:
     input axis of kernel k + 1, several rows a unit where positions are flattened between the two.
     """
 
-    def __init__(self, layers, params, optimizer, *, rate, decay, maturity, utility):
+    def __init__(self, layers, params, optimizer, *, rate, decay, maturity, utility, reinitialization="resample"):
         self.layers = layers
         self.params = [[np.array(leaf, np.float64) for leaf in pair] for pair in params]
         self.optimizer, self.rate, self.decay, self.maturity = optimizer, rate, decay, maturity
-        self.kind = utility
+        self.kind, self.reinitialization = utility, reinitialization
+        self.initial = [[leaf.copy() for leaf in pair] for pair in self.params]
         optimizer.init(self.params)
         sizes = [layer.features for layer in layers[:-1]]
         self.age = [np.zeros(n, int) for n in sizes]
@@ -196,6 +198,7 @@ class ContinualBackprop:
         self.budget = [0.0] * len(sizes)
         self.budget_margin = np.inf  # least distance to a whole number at which a count was decided
         self.utility_margin = np.inf  # least relative distance between the last unit replaced and the first one kept
+        self.chosen, self.ranking = [None] * len(sizes), [None] * len(sizes)  # of the last step
 
     def outgoing_shape(self, k):
         """Kernel k + 1 as [leading, positions, units, outputs], a reshape and hence a view."""
@@ -216,12 +219,96 @@ class ContinualBackprop:
         """
         logits, tape = forward(self.layers, self.params, x)
         grads = backward(self.layers, self.params, tape, cross_entropy_gradient(logits, labels))
+        before = [pair[0].copy() for pair in self.params]
         for pair, step in zip(self.params, self.optimizer.updates(grads), strict=True):
             pair[0] += step[0]
             pair[1] += step[1]
-        return [self._process(k, self.activations(k, tape), arrived) for k in range(len(self.layers) - 1)]
+        groups = range(len(self.layers) - 1)
+        masks = [self._process(k, self.activations(k, tape), tape[k], before, grads) for k in groups]
+        after = [[leaf.copy() for leaf in pair] for pair in self.params]
+        for k in groups:
+            self._start_outgoing(k, arrived, after)
+        for k in groups:  # a weight from one new unit to another ends as the latter's
+            self._start_incoming(k, arrived, after, grads)
+        return masks
 
-    def _process(self, k, h, arrived):
+    def _gradient_utility(self, k, entry, before, grads):
+        """Utilities of the gradient; that for a gate on a unit is of the activation, not of the weights."""
+        slope = (entry["h"] * entry["dh"]).reshape(-1, self.layers[k].features).sum(0)
+        w = before[k + 1].reshape(self.outgoing_shape(k))
+        g = grads[k + 1][0].reshape(w.shape)
+        curvature = (w**2 * g**2).sum((0, 1, 3))  # the tests hand in squared gradients as the Hessian's diagonal
+        incoming = np.abs(grads[k][0]).mean(tuple(range(grads[k][0].ndim - 1)))
+        return {
+            "taylor": np.abs(slope),
+            "taylor_second_order": np.abs(curvature / 2 - slope),
+            "fisher": slope**2,
+            "snip": np.abs(w * g).sum((0, 1, 3)),
+            "gradient": incoming / incoming.mean(),
+            "upgd": -slope,
+            "upgd_second_order": curvature / 2 - slope,
+        }
+
+    def _donors(self, k):
+        """Which unit is split for each that is replaced."""
+        ranking, chosen = self.ranking[k].copy(), self.chosen[k]
+        ranking[chosen] = -np.inf
+        order = np.argsort(-ranking, kind="stable")[: len(chosen)]
+        top = np.sort(ranking[np.isfinite(ranking)])[::-1][: len(chosen) + 1]
+        if len(chosen) and len(top) > 1:
+            self.utility_margin = min(self.utility_margin, np.min(-np.diff(top) / (np.abs(top[1:]) + 1e-30)))
+        return [unit for unit in order if np.isfinite(ranking[unit])]
+
+    def _start_outgoing(self, k, arrived, after):
+        """Bias and outgoing weights of units that start anew; they are 0 already."""
+        chosen, kind, bias = self.chosen[k], self.reinitialization, self.params[k][1]
+        shape = self.outgoing_shape(k)
+        outgoing, old = self.params[k + 1][0].reshape(shape), after[k + 1][0].reshape(shape)
+        if kind == "rewind":
+            bias[chosen] = self.initial[k][1][chosen]
+        elif kind == "resample_both":
+            outgoing[:, :, chosen] = np.asarray(arrived[k + 1][0], np.float64).reshape(shape)[:, :, chosen]
+        elif kind == "split":
+            donors = self._donors(k)
+            for unit, donor in zip(chosen, donors, strict=False):
+                outgoing[:, :, unit] = outgoing[:, :, donor] = old[:, :, donor] / 2
+                bias[unit] = after[k][1][donor]
+
+    def _start_incoming(self, k, arrived, after, grads):
+        """Incoming weights of units that start anew, as they were drawn, if they are what they should be."""
+        chosen, kind, kernel = self.chosen[k], self.reinitialization, self.params[k][0]
+        columns = lambda array: np.asarray(array, np.float64).reshape(-1, kernel.shape[-1])
+        fresh, old, gradient = columns(arrived[k][0]), columns(after[k][0]), columns(grads[k][0])
+        living = np.setdiff1d(np.arange(kernel.shape[-1]), chosen)
+        size = np.sqrt(6.0 / len(fresh))  # the bound of he_uniform
+        kernel[..., chosen] = np.asarray(arrived[k][0], np.float64)[..., chosen]
+        if kind == "rewind":
+            kernel[..., chosen] = self.initial[k][0][..., chosen]
+        elif kind == "split":
+            for unit, donor in zip(chosen, self._donors(k), strict=False):
+                assert 0 < np.abs(fresh[:, unit] - old[:, donor]).max() <= 0.1 * size * 1.001
+        elif kind == "regrow":
+            for unit in chosen:
+                way = gradient[:, unit] if gradient[:, unit].any() else gradient[:, living].mean(1)
+                length = np.linalg.norm(fresh[:, unit])
+                assert 0 < length <= size * np.sqrt(len(fresh))
+                assert fresh[:, unit] @ way / (length * np.linalg.norm(way)) < -0.999
+        elif kind == "orthogonal":
+            for unit in chosen:
+                length, spread = np.linalg.norm(fresh[:, unit]), np.linalg.svd(old[:, living], compute_uv=False)
+                assert 0 < length <= size * np.sqrt(len(fresh))
+                if kernel.shape[-1] < len(fresh):
+                    assert np.linalg.norm(fresh[:, unit] @ old[:, living]) < 1e-2 * spread[0] * length
+                else:  # nothing is orthogonal to all; what was drawn, from what became of it
+                    drawn = old[:, living] @ (old[:, living].T @ fresh[:, unit])
+                    drawn += 1e-4 * np.square(spread).sum() / len(fresh) * fresh[:, unit]
+                    assert np.abs(drawn * length / np.linalg.norm(drawn)).max() <= size * (1 + 1e-3)
+        else:
+            assert np.abs(fresh[:, chosen]).max(initial=0) <= size * (1 + 1e-5)
+        if kind != "rewind":
+            assert np.all((fresh != old.astype(np.float32))[:, chosen].any(0))
+
+    def _process(self, k, h, entry, before, grads):
         kernel, bias = self.params[k]
         outgoing = self.params[k + 1][0].reshape(self.outgoing_shape(k))
         self.age[k] += 1
@@ -239,6 +326,7 @@ class ContinualBackprop:
                 "adaptation": 1.0 / incoming,
                 "adaptable_contribution": zero_contribution / incoming,
                 "weight": magnitude.sum(0),
+                **self._gradient_utility(k, entry, before, grads),
             }[self.kind]
         self.utility[k] = self.decay * self.utility[k] + (1 - self.decay) * y
 
@@ -256,9 +344,9 @@ class ContinualBackprop:
             last, first = ranked[order[count - 1]], ranked[order[count]]
             self.utility_margin = min(self.utility_margin, (first - last) / (abs(first) + 1e-30))
         replaced = np.zeros(len(self.age[k]), bool)
-        replaced[eligible[order[:count]]] = True
+        self.chosen[k], self.ranking[k] = eligible[order[:count]], corrected
+        replaced[self.chosen[k]] = True
 
-        kernel[..., replaced] = np.asarray(arrived[k][0], np.float64)[..., replaced]
         bias[replaced] = 0.0
         outgoing[:, :, replaced] = 0.0  # a view into kernel k + 1
         self.utility[k][replaced] = 0.0

@@ -6,6 +6,7 @@ NATURE = "Dohare et al. 2024"
 UPGD = "Elsayed & Mahmood 2024"
 TICKETS = "Frankle & Carbin 2019"
 DOMINANT = "Gong et al. 2022"
+QUESTIONS = "open questions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,5 +172,12 @@ FIGURES: tuple[Figure, ...] = (
         "one low-rank adapter for each task of a stream, with and without L1 on its change",
         "continual_lora --preset paper",
         "hours of an accelerator",
+    ),
+    Figure(
+        QUESTIONS,
+        "ranking",
+        "which utility ranks units by their true utility, early and late in tasks, while CBP runs",
+        "question_utility_ranking --preset laptop",
+        "10 lanes of 180,000 updates; a minute or two a lane",
     ),
 )

@@ -62,7 +62,7 @@ def _as_pytorch(settings: ImageStreamSettings) -> dict[str, Any]:
     return {"kernel_init": nets.fan_in_uniform(), "bias_init": "fan_in"} if papers else {}
 
 
-def _kaiming(settings: Online) -> dict[str, Any]:
+def kaiming(settings: Any) -> dict[str, Any]:
     """Hidden layers start with the gain of their activation, and the output layer with that of none, as in the paper.
 
     Activations without such a gain have that of ReLU; networks but the perceptron start as they do by themselves.
@@ -247,7 +247,7 @@ online_permuted = Experiment(
     Settings=Online,
     presets={"smoke": _online_smoke, "laptop": _online_laptop, "paper": _online_paper, **ONLINE_FIGURES},
     problem=lambda settings: _problem(problems.online_permuted, settings, normalize=False),
-    network=_kaiming,
+    network=kaiming,
 )
 
 

@@ -313,10 +313,33 @@ def rank_correlations(values: chex.Array) -> chex.Array:
         ordered = jnp.sort(row)
         return jnp.searchsorted(ordered, row, side="left") + jnp.searchsorted(ordered, row, side="right") - row.size
 
-    ranks = jax.vmap(centred_ranks)(values).astype(jnp.float32) / values.shape[1]
-    norms = jnp.sqrt(jnp.sum(ranks**2, 1))
+    return _with_the_first(jax.vmap(centred_ranks)(values).astype(jnp.float32) / values.shape[1])
+
+
+def pearson_correlations(values: chex.Array) -> chex.Array:
+    """Pearson's correlations of each row with the first.
+
+    Args:
+      values: matrix [1 + n, entries].
+
+    Returns:
+      array [n]; 0 where a row, or the first, is constant.
+
+    Example:
+      >>> values = jnp.array([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [5.0, 5.0, 5.0], [1e-9, 1e-9, 0.0]])
+      >>> pearson_correlations(values).round(3).tolist()
+      [1.0, 0.0, -0.866]
+    """
+    largest = jnp.max(jnp.abs(values), 1, keepdims=True)
+    scaled = values / jnp.where(largest > 0, largest, 1.0)  # so that squares of small utilities are not 0
+    return _with_the_first(jnp.where(jnp.ptp(scaled, 1, keepdims=True) > 0, scaled - scaled.mean(1, keepdims=True), 0))
+
+
+def _with_the_first(rows: chex.Array) -> chex.Array:
+    """Cosines of the angles of all other rows with the first; 0 where one is 0."""
+    norms = jnp.sqrt(jnp.sum(rows**2, 1))
     scale = norms[0] * norms[1:]
-    return jnp.where(scale > 0, jnp.sum(ranks[1:] * ranks[0], 1) / jnp.where(scale > 0, scale, 1), 0.0)
+    return jnp.where(scale > 0, jnp.sum(rows[1:] * rows[0], 1) / jnp.where(scale > 0, scale, 1), 0.0)
 
 
 def by_layer(tree: Any) -> list[chex.Array]:

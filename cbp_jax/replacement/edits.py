@@ -5,13 +5,17 @@ A unit that is drawn anew is an update like any other, `fresh - param`.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from cbp_jax import units as units_lib
+from cbp_jax.numerics.periods import anywhere
+from cbp_jax.replacement import reinitialization as reinitializations
 from cbp_jax.replacement import resample
+from cbp_jax.replacement.reinitialization import Fresh, NewUnits, Reinitialization
 from cbp_jax.replacement.views import UpdatedParams
 
 Arrays = dict[str, chex.Array]
@@ -46,8 +50,7 @@ def compensate(
             continue
         kernel = consumer.kernel
         shape, columns = after.params[kernel.path].shape, kernel.columns(chosen)
-        weights = kernel.rows_last(after[kernel.path]).at[..., columns].get(mode="fill", fill_value=0)
-        weights = weights.astype(jnp.float32)
+        weights = kernel.rows_of(after[kernel.path], chosen).astype(jnp.float32)
         mean = means[consumer.operand].at[:, chosen].get(mode="fill", fill_value=0).ravel()
         others = [axis for axis in range(len(shape)) if axis not in kernel.axes]
         if set(consumer.bias_axes) <= set(others):
@@ -61,6 +64,14 @@ def compensate(
     return updates
 
 
+class Seen(NamedTuple):
+    """What a reinitialization may look at besides parameters; see `NewUnits`."""
+
+    grads: Arrays
+    initial: Arrays
+    utilities: Sequence[chex.Array | None]  # of each group
+
+
 def start_anew(
     params: Arrays,
     updates: Arrays,
@@ -68,6 +79,8 @@ def start_anew(
     chosen: Sequence[chex.Array],
     initializer: resample.Initializer | None,
     random_key: Callable[[], chex.PRNGKey],
+    reinitialization: Reinitialization = reinitializations.resample,
+    seen: Seen | None = None,
 ) -> tuple[Arrays, Arrays]:
     """Changes the updates such that chosen units start anew.
 
@@ -79,9 +92,14 @@ def start_anew(
       initializer: of incoming weights; None for `he_uniform` by each kernel's own layout, and for embeddings, of
         which an input picks one entry, for normal ones of variance 1 / units.
       random_key: makes the key of the draw.
+      reinitialization: what units start from.
+      seen: what it looks at; not needed for drawn weights.
 
     Returns:
       the updates, and by path a bool mask, broadcastable: which entries are new.
+
+    Raises:
+      ValueError: the reinitialization gives arrays of other shapes than it should.
     """
     updates, masks = dict(updates), {}
 
@@ -91,58 +109,128 @@ def start_anew(
         updates[part.path] = jnp.where(mask, values, updates[part.path])
         masks[part.path] = masks.get(part.path, False) | mask
 
-    chosen, fresh = _draw(params, groups, chosen, initializer, random_key)
+    def write(part, rows, units, column):
+        """Gives a slice's rows, of the units in a mask and by number, the values [other axes..., positions * k]."""
+        param, update = params[part.path], updates[part.path]
+        if column.shape[-1] == 1:
+            put(part, rows, jnp.expand_dims(column.squeeze(-1), part.axes) - param)
+        else:
+            updates[part.path] = _scatter(part, units, param, update, column)
+            masks[part.path] = masks.get(part.path, False) | part.mask(rows, param)
+
+    chosen, fresh = _fresh(params, updates, groups, chosen, initializer, random_key, reinitialization, seen)
     replaced = [as_mask(units, group.size) for units, group in zip(chosen, groups, strict=True)]
-    for group, units in zip(groups, replaced, strict=True):
-        for part in (*group.biases, *(consumer.kernel for consumer in group.outgoing)):
-            put(part, units, -params[part.path])
-        for part in group.scales:
-            put(part, units, part.reset - params[part.path])
-    # After all zeroing: a weight from one new unit to another ends resampled.
-    for group, mask, units, columns in zip(groups, replaced, chosen, fresh, strict=True):
-        for part, column in zip(group.incoming, columns, strict=True):
+    for group, rows, units, new in zip(groups, replaced, chosen, fresh, strict=True):
+        kernels = [consumer.kernel for consumer in group.outgoing]
+        for part in kernels if new.kept is not None else ():
             param, update = params[part.path], updates[part.path]
-            if column.shape[-1] == 1:
-                put(part, mask, jnp.expand_dims(column.squeeze(-1), part.axes) - param)
-            else:
-                updates[part.path] = _scatter(part, units, param, update, column)
-                masks[part.path] = masks.get(part.path, False) | part.mask(mask, param)
+            kept = part.along_axes(part.to_rows(new.kept, 1.0), param)
+            updates[part.path] = jnp.where(kept == 1, update, (kept * (param + update) - param).astype(update.dtype))
+        for parts, columns in ((group.biases, new.biases), (kernels, new.outgoing), (group.scales, new.scales)):
+            for number, part in enumerate(parts):
+                if columns is not None:
+                    write(part, rows, units, columns[number])
+                elif parts is group.scales:
+                    put(part, rows, part.reset - params[part.path])
+                else:
+                    put(part, rows, -params[part.path])
+    # After all outgoing weights: a weight from one new unit to another ends as the latter's.
+    for group, rows, units, new in zip(groups, replaced, chosen, fresh, strict=True):
+        for part, column in zip(group.incoming, new.incoming, strict=True):
+            write(part, rows, units, column)
     return updates, masks
 
 
-def _draw(params, groups, chosen, initializer, random_key):
-    """The chosen units and, for each group and incoming slice, fresh weights [other axes..., positions * k]."""
-    parts = [(part, units.size) for group, units in zip(groups, chosen, strict=True) for part in group.incoming]
+def _fresh(params, updates, groups, chosen, initializer, random_key, reinitialization, seen):
+    """The chosen units of each group, and what they start from."""
+    parts = [part for group in groups for part in group.incoming]
+    seen = seen or Seen({}, {}, [None] * len(groups))
 
     def draw():
-        keys = jax.random.split(random_key(), len(parts))
-        columns = iter(
-            resample.sample_units(
-                initializer or _default_initializer(params[part.path].ndim, part),
-                keys[number],
-                params[part.path].shape,
-                params[part.path].dtype,
-                part.axes,
-                part.positions,
-                count,
-            )
-            for number, (part, count) in enumerate(parts)
-        )
-        return list(chosen), [[next(columns) for _ in group.incoming] for group in groups]
+        key = random_key()
+        keys = iter(jax.random.split(key, len(parts)))
+        replaced = [as_mask(units, group.size) for units, group in zip(chosen, groups, strict=True)]
+        after = UpdatedParams(params, updates)
+        for group, mask in zip(groups, replaced, strict=True):
+            after = after.without(group, mask)
+        fresh = []
+        for number, (group, units, mask) in enumerate(zip(groups, chosen, replaced, strict=True)):
+            sample = functools.partial(_sample, params, groups, initializer, units.size)
+            keys_here, other = tuple(next(keys) for _ in group.incoming), jax.random.fold_in(key, number)
+            utility = seen.utilities[number]
+            new = NewUnits(group, units, mask, after, seen.grads, seen.initial, utility, sample, keys_here, other)
+            fresh.append(_checked(reinitialization, new, params))
+        return list(chosen), fresh
 
     def nothing():
         none = [jnp.full_like(units, group.size) for units, group in zip(chosen, groups, strict=True)]
-        _, columns = jax.eval_shape(draw)
-        return none, jax.tree.map(lambda column: jnp.zeros(column.shape, column.dtype), columns)
+        _, fresh = jax.eval_shape(draw)
+        zeros = jax.tree.map(lambda column: jnp.zeros(column.shape, column.dtype), fresh)
+        ones = (None if new.kept is None else jnp.ones_like(new.kept) for new in zeros)
+        return none, [new._replace(kept=kept) for new, kept in zip(zeros, ones, strict=True)]
 
     # Random bits are dear, and most steps replace nothing. The chosen units pass through the branch, so that the
     # loops over the weights below read them instead of computing them over again for every weight.
-    some = [jnp.any(units < group.size) for units, group in zip(chosen, groups, strict=True)]
-    return jax.lax.cond(jnp.any(jnp.stack(some)), draw, nothing)
+    some = jnp.any(jnp.stack([jnp.any(units < group.size) for units, group in zip(chosen, groups, strict=True)]))
+    # Under vmap a draw is left to run in every step; what is dearer runs in those in which some row replaces a unit.
+    some = some if reinitialization is reinitializations.resample else anywhere(some)
+    return jax.lax.cond(some, draw, nothing)
+
+
+def _sample(params, groups, initializer, count, part, key, outgoing):
+    """Rows of a slice as the initializer draws them, [other axes..., positions * count]."""
+    shape, dtype = params[part.path].shape, params[part.path].dtype
+    if initializer is None:
+        initializer = (
+            _default_of_readers(len(shape), part, groups) if outgoing else _default_initializer(len(shape), part)
+        )
+    return resample.sample_units(initializer, key, shape, dtype, part.axes, part.positions, count)
+
+
+def _checked(reinitialization: Reinitialization, new: NewUnits, params: Arrays) -> Fresh:
+    """What units start from, of the parameters' types."""
+    fresh, group = reinitialization(new), new.group
+    name = getattr(reinitialization, "__name__", repr(reinitialization))
+    if not isinstance(fresh, Fresh):
+        raise ValueError(f"reinitialization {name} must return a Fresh, got {type(fresh).__name__}")
+    parts = {
+        "incoming": group.incoming,
+        "outgoing": [consumer.kernel for consumer in group.outgoing],
+        "biases": group.biases,
+        "scales": group.scales,
+    }
+    checked: dict[str, Any] = {}
+    for field, slices in parts.items():
+        arrays = getattr(fresh, field)
+        if arrays is None and field != "incoming":
+            continue
+        want = [part.shape_of_rows(params[part.path].shape, new.chosen.size) for part in slices]
+        got = [jnp.shape(array) for array in arrays or ()]
+        if got != want:
+            raise ValueError(
+                f"reinitialization {name} must give {field} of group {group.name!r} the shapes {want}, got {got}"
+            )
+        checked[field] = tuple(
+            jnp.asarray(array, params[part.path].dtype) for array, part in zip(arrays, slices, strict=True)
+        )
+    if fresh.kept is not None and jnp.shape(fresh.kept) != (group.size,):
+        raise ValueError(
+            f"reinitialization {name} must give kept of group {group.name!r} the shape ({group.size},), "
+            f"got {jnp.shape(fresh.kept)}"
+        )
+    return fresh._replace(**checked)
 
 
 def _default_initializer(ndim: int, part: units_lib.ParamSlice) -> resample.Initializer:
     return _embedding(ndim, part.axes) if part.lookup else resample.he_uniform(ndim, part.axes)
+
+
+def _default_of_readers(ndim: int, part: units_lib.ParamSlice, groups: Sequence[units_lib.UnitGroup]):
+    """He et al.'s initializer of a kernel that reads units along the slice's axes."""
+    made = [other.axes for group in groups for other in group.incoming if other.path == part.path]
+    rest = tuple(axis for axis in range(ndim) if axis not in part.axes)
+    # The output layer makes no units: as all layers of Flax have it, its outputs are the last axis.
+    return resample.he_uniform(ndim, made[0] if made else rest[-1:])
 
 
 @functools.cache
@@ -155,6 +243,6 @@ def _scatter(part, units, param, update, column):
     """The updates where the rows of several units get fresh weights."""
     rows = part.columns(units)
     flat = part.rows_last(update.astype(jnp.promote_types(update.dtype, param.dtype)))
-    old = part.rows_last(param).at[..., rows].get(mode="fill", fill_value=0)
+    old = part.rows_of(param, units)
     flat = flat.at[..., rows].set(column - old, mode="drop")
     return part.undo_rows_last(flat, param.shape)

@@ -16,8 +16,10 @@ import optax
 from cbp_jax import units as units_lib
 from cbp_jax.numerics import keys
 from cbp_jax.numerics.periods import anywhere
+from cbp_jax.numerics.scalars import check_like
 from cbp_jax.replacement import edits, resample
 from cbp_jax.replacement import inner_state as inner_state_lib
+from cbp_jax.replacement.reinitialization import Reinitialization, get_reinitialization, keeps_initial
 from cbp_jax.replacement.views import GroupView, UpdatedParams
 
 Memory = Mapping[str, Any]
@@ -32,11 +34,13 @@ class Choice(NamedTuple):
       memory: what the policy wants back at the next update, of the structure, shapes and dtypes of `init`'s.
       mean_activation: to hand what the units gave on average to the bias of those that read them, their mean
         activation: for each distinct activation that is read, [positions, units].
+      utility: what all units are worth, [units], for reinitializations that build on useful ones.
     """
 
     units: chex.Array
     memory: Memory = types.MappingProxyType({})
     mean_activation: tuple[chex.Array, ...] | None = None
+    utility: chex.Array | None = None
 
 
 class ReplacementState(NamedTuple):
@@ -47,6 +51,7 @@ class ReplacementState(NamedTuple):
     memory: dict[str, dict[str, Any]]  # the policy's, by entry and group name
     replaced: dict[str, chex.Array]  # bool [units] by group name, units replaced in the last update
     inner_state: optax.OptState
+    initial: Mapping[str, chex.Array] = {}  # by path, for reinitializations that look back
 
 
 class Policy(NamedTuple):
@@ -58,7 +63,8 @@ class Policy(NamedTuple):
       due: from the number of this update (int32 [], from 1), whether units are replaced in it at all, bool []; in
         other updates `choose` does not run and memories stay. None: in every update.
       state: a NamedTuple to be the transformation's state, with the fields `key`, `count`, `replaced`, `inner_state`
-        and one for each entry of a memory; by default a `ReplacementState`.
+        and one for each entry of a memory, and `initial` for reinitializations that look at the start of training; by
+        default a `ReplacementState`.
       name: for error messages.
     """
 
@@ -75,6 +81,7 @@ def replace_units(
     policy: Policy,
     *,
     initializer: resample.Initializer | None = None,
+    reinitialization: str | Reinitialization = "resample",
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -97,17 +104,22 @@ def replace_units(
       initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
         gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout, and for
         embeddings a normal one of variance 1 / units.
+      reinitialization: what units start from: "resample" (drawn anew), "rewind", "resample_both", "orthogonal",
+        "split", "regrow" (see :mod:`cbp_jax.replacement.reinitialization`), or a function of a `NewUnits` that returns
+        a `Fresh`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
       key: int or jax key for the fresh weights. `init` mixes the params into it (see :func:`keys.init_key`).
 
     Returns:
       a transformation; its update takes the `features` that `with_features` returned, where the policy looks at them:
-      `tx.update(grads, state, params, features=features)`.
+      `tx.update(grads, state, params, features=features)`; and `hessian_diag`, a tree like the params (see
+      `cbp_jax.curvature`), where the policy or the inner optimizer wants it.
 
     Raises:
       TypeError: the initializer is no function.
-      ValueError: in `init`, units that do not match the params, or an inner state that is not understood; in `update`,
-        params or features are missing or of wrong shapes, or the policy answers with other shapes than it should.
+      ValueError: there is no such reinitialization; in `init`, units that do not match the params, or an inner state
+        that is not understood; in `update`, params or features are missing or of wrong shapes, or the policy or the
+        reinitialization answers with other shapes than it should.
 
     Example:
       Every 1,000 updates, start the 2 units of least gradient anew:
@@ -135,6 +147,7 @@ def replace_units(
     """
     if initializer is not None and not callable(initializer):
         raise TypeError(f"initializer must be a function of (key, shape, dtype) or None, got {initializer!r}")
+    reinitialize = get_reinitialization(reinitialization)
     units = tuple(units)
     key_data, key_impl = keys.as_key_data(key)
     inner = optax.with_extra_args_support(inner)
@@ -145,20 +158,34 @@ def replace_units(
         if reset_inner_state:
             paths = {part.path for group in groups for part in group.slices()}
             inner_state_lib.check(inner, inner_state, params, paths, {group.name: group.size for group in groups})
+        start = {"initial": _initial(groups, params)} if keeps_initial(reinitialize) else {}
         return policy.state(
             key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
             count=jnp.zeros([], jnp.int32),
             replaced={group.name: jnp.zeros(group.size, bool) for group in groups},
             inner_state=inner_state,
+            **start,
             **_memory_fields(policy, {group.name: policy.init(group, params) for group in groups}),
         )
 
-    def update_fn(updates, state, params=None, *, features: units_lib.Features | None = None, **extra_args):
+    def update_fn(
+        updates,
+        state,
+        params=None,
+        *,
+        features: units_lib.Features | None = None,
+        hessian_diag: optax.Params | None = None,
+        **extra_args,
+    ):
         if params is None:
             raise ValueError(f"{policy.name} needs the params: tx.update(grads, state, params, features=features)")
+        if hessian_diag is not None:
+            check_like("hessian_diag", hessian_diag, updates)
+            extra_args["hessian_diag"] = hessian_diag
         groups = units_lib.check_units(units, params)
         memories = _memories(policy, groups, state)
         grads = units_lib.leaves_by_path(updates)
+        curvature = None if hessian_diag is None else units_lib.leaves_by_path(hessian_diag)
         updates, inner_state = inner.update(updates, state.inner_state, params, features=features, **extra_args)
         count = optax.safe_increment(state.count)
         due = None if policy.due is None else policy.due(count)
@@ -169,19 +196,27 @@ def replace_units(
 
         def replace():
             after = UpdatedParams(units_lib.leaves_by_path(params), units_lib.leaves_by_path(updates))
-            chosen, replaced, new_memories = [], {}, {}
+            chosen, utilities, replaced, new_memories = [], [], {}, {}
             for number, group in enumerate(groups):
-                view = GroupView(group, features, after, grads, random_key(number), count)
+                view = GroupView(group, features, after, grads, random_key(number), count, hessian_diag=curvature)
                 choice = policy.choose(view, memories[group.name])
                 numbers, mask, memory = _check_choice(policy, choice, group, memories[group.name], due)
                 if choice.mean_activation is not None:
                     after = after.with_updates(edits.compensate(after, group, numbers, choice.mean_activation))
                 after = after.without(group, mask)
                 chosen.append(numbers)
+                utilities.append(choice.utility)
                 replaced[group.name], new_memories[group.name] = mask, memory
 
             new_leaves, masks = edits.start_anew(
-                after.params, after.updates, groups, chosen, initializer, lambda: random_key(len(groups))
+                after.params,
+                after.updates,
+                groups,
+                chosen,
+                initializer,
+                lambda: random_key(len(groups)),
+                reinitialize,
+                edits.Seen(grads, getattr(state, "initial", {}), utilities),
             )
             new_updates = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: new_leaves.get(units_lib.join_path(path), leaf), updates
@@ -218,6 +253,13 @@ def replaced_units(opt_state: optax.OptState) -> chex.Array:
     )
 
 
+def _initial(groups: Sequence[units_lib.UnitGroup], params: optax.Params) -> dict[str, chex.Array]:
+    """Incoming weights and biases by path, copied, so that params and state can both be donated to a jitted step."""
+    paths = {part.path for group in groups for part in (*group.incoming, *group.biases)}
+    leaves = units_lib.leaves_by_path(params)
+    return {path: jnp.array(leaf, copy=True) for path, leaf in leaves.items() if path in paths}
+
+
 def _memory_fields(policy: Policy, memories: dict[str, Memory]) -> dict[str, Any]:
     """Memories by group as fields of the policy's state, each by group."""
     names = next(iter(memories.values()), {})
@@ -228,7 +270,7 @@ def _memory_fields(policy: Policy, memories: dict[str, Memory]) -> dict[str, Any
 def _memories(policy: Policy, groups: Sequence[units_lib.UnitGroup], state: Any) -> dict[str, Memory]:
     """The reverse of `_memory_fields`: the memory of each group out of a state."""
     fields = state.memory if policy.state is ReplacementState else state._asdict()
-    names = fields.keys() - {"key", "count", "replaced", "inner_state"}
+    names = fields.keys() - {"key", "count", "replaced", "inner_state", "initial"}
     return {group.name: {name: fields[name][group.name] for name in names} for group in groups}
 
 

@@ -1,9 +1,42 @@
-"""What a unit is worth: the instantaneous utilities whose running means rank the units of a group."""
+r"""What a unit is worth: the instantaneous utilities whose running means rank the units of a group.
+
+For a unit with activation h, incoming weights v and outgoing weights w, on one batch:
+
+| name | utility | source |
+|---|---|---|
+| `contribution` | mean abs(h) sum abs(w) | Dohare et al. 2024 |
+| `zero_contribution` | mean abs(h - m) sum abs(w), m the running mean of h | Dohare et al. 2021 |
+| `adaptation` | 1 / sum abs(v) | Dohare et al. 2021 |
+| `adaptable_contribution` | mean abs(h - m) sum abs(w) / sum abs(v) | Dohare et al. 2021 |
+| `weight` | sum abs(w) | |
+| `random` | uniform | |
+| `taylor` | abs(s) | Molchanov et al. 2017 |
+| `taylor_second_order` | abs(-s + c / 2) | LeCun et al. 1990 |
+| `fisher` | s^2 | Theis et al. 2018, Molchanov et al. 2019 |
+| `snip` | sum abs(w g) | Lee et al. 2019 |
+| `gradient` | mean abs(gradient of v), relative to the group's mean of it | Liu et al. 2025 |
+| `upgd` | -s | Elsayed & Mahmood 2024 |
+| `upgd_second_order` | -s + c / 2 | Elsayed & Mahmood 2024 |
+
+Here :math:`s = \sum_j w_j \, \partial L / \partial w_j` and :math:`c = \sum_j w_j^2 \, \partial^2 L / \partial w_j^2`
+are the first and, up to terms of two different weights, the second derivative of the loss for a gate on the unit (see
+`GroupView.gate_slope`). To remove the unit is to close the gate, which by Taylor's expansion changes the loss by
+-s + c / 2. The weights are those at which the gradient was taken, before the inner update; gradients are those that
+come in.
+
+The first derivative is of the loss of the whole batch, so that contributions of opposite sign cancel within a batch
+before the absolute value or the square is taken; the papers on pruning take it example by example. With one example a
+step they are the same. Where all gradients of a unit are 0, so are its utilities of first order.
+
+For a ReLU unit (without normalization) the sum of v times its gradient, and bias times its gradient, over what leads
+to the unit is s as well, so that nothing is gained by looking at incoming weights too.
+"""
 
 from collections.abc import Callable
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from cbp_jax.replacement.views import GroupView
 
@@ -40,10 +73,81 @@ def random(view: GroupView) -> chex.Array:
     return jax.random.uniform(view.key, (view.group.size,))
 
 
+def taylor(view: GroupView) -> chex.Array:
+    """`|sum w g|`: by how much the loss changes without the unit, to first order (Molchanov et al., ICLR 2017)."""
+    return jnp.abs(view.gate_slope())
+
+
+def taylor_second_order(view: GroupView) -> chex.Array:
+    """`|-sum w g + sum w^2 h / 2|`: the same to second order, h the Hessian's diagonal (LeCun et al., 1990)."""
+    return jnp.abs(upgd_second_order(view))
+
+
+def fisher(view: GroupView) -> chex.Array:
+    """`(sum w g)^2`: Fisher information of a gate on the unit (Theis et al. 2018; Molchanov et al., CVPR 2019)."""
+    return jnp.square(view.gate_slope())
+
+
+def snip(view: GroupView) -> chex.Array:
+    """`sum |w g|`: how sensitive the loss is to each connection that the unit feeds (Lee et al., ICLR 2019)."""
+    return view.outgoing_sum(lambda w, g: jnp.abs(w * g), view.grads)
+
+
+def gradient(view: GroupView) -> chex.Array:
+    """`mean|g| / mean of the group's`: how fast a unit learns, g the gradient of incoming weights (ReGraMa, 2025).
+
+    Biases are left out. Where the whole group's gradient is 0, all are 0. A unit whose outgoing weights are 0, as one
+    that is just made, has no gradient: ReGraMa asks who can learn, not whose removal hurts.
+    """
+    rows = [(part, view.grads[part.path].astype(jnp.float32)) for part in view.group.incoming]
+    entries = sum(array.size // part.rows * part.positions for part, array in rows)
+    size = sum(part.sum(jnp.abs(array)).sum(0) for part, array in rows) / entries
+    mean = jnp.mean(size)
+    return size / jnp.where(mean == 0, 1.0, mean)
+
+
+def upgd(view: GroupView) -> chex.Array:
+    """`-sum w g`: how much the loss rises without the unit, to first order (Elsayed & Mahmood, ICLR 2024).
+
+    Unlike `taylor` it is signed: a unit that does harm is worth less than one that does nothing.
+    """
+    return -view.gate_slope()
+
+
+def upgd_second_order(view: GroupView) -> chex.Array:
+    """`-sum w g + sum w^2 h / 2`: the same to second order, h the Hessian's diagonal."""
+    return -view.gate_slope() + 0.5 * view.gate_curvature()
+
+
 UTILITIES: dict[str, Utility] = {
     function.__name__: function
-    for function in (contribution, zero_contribution, adaptation, adaptable_contribution, weight, random)
+    for function in (
+        contribution,
+        zero_contribution,
+        adaptation,
+        adaptable_contribution,
+        weight,
+        random,
+        taylor,
+        taylor_second_order,
+        fisher,
+        snip,
+        gradient,
+        upgd,
+        upgd_second_order,
+    )
 }
+_OF_CURVATURE = (taylor_second_order, upgd_second_order)
+
+
+def needs_curvature(utility: str | Utility) -> bool:
+    """Whether a utility of this library wants the diagonal of the Hessian, `update(..., hessian_diag=...)`.
+
+    Example:
+      >>> needs_curvature("taylor_second_order"), needs_curvature("taylor")
+      (True, False)
+    """
+    return get_utility(utility) in _OF_CURVATURE
 
 
 def get_utility(utility: str | Utility) -> Utility:

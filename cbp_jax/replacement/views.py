@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import chex
 import jax.numpy as jnp
@@ -68,6 +68,7 @@ class GroupView:
       count: int32 [], the number of this update, from 1.
       mean_activation: where the policy keeps them, running means of the features, corrected for their start, each
         [positions, units].
+      hessian_diag: arrays by path: the diagonal of the loss' Hessian, where the caller passed it on.
     """
 
     group: units_lib.UnitGroup
@@ -77,6 +78,7 @@ class GroupView:
     key: chex.PRNGKey
     count: chex.Array
     mean_activation: tuple[chex.Array, ...] = ()
+    hessian_diag: Mapping[str, chex.Array] | None = None
 
     @functools.cached_property
     def features(self) -> tuple[chex.Array, ...]:
@@ -110,6 +112,46 @@ class GroupView:
             activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, centre)
             total += jnp.sum(activity * self.magnitude(consumer.kernel), 0)
         return total
+
+    def outgoing_sum(self, function: Callable[..., chex.Array], *trees: Mapping[str, chex.Array]) -> chex.Array:
+        """Sums a function of each outgoing weight over those of a unit, float32 [units].
+
+        The weights are those before the inner update, at which gradient and curvature were taken.
+
+        Args:
+          function: of a weight and of an entry of each tree, elementwise in float32 arrays.
+          *trees: arrays by path, as `grads`.
+        """
+        total = 0.0
+        for consumer in self.group.outgoing:
+            path = consumer.kernel.path
+            entries = (tree[path].astype(jnp.float32) for tree in (self.params.params, *trees))
+            total += consumer.kernel.sum(function(*entries)).sum(0)
+        return total
+
+    def gate_slope(self) -> chex.Array:
+        r"""Derivative of the loss for a gate on each unit's activation, float32 [units].
+
+        With a gate of 1 that multiplies the activation :math:`h_i`, it is :math:`\sum h_i\, \partial L / \partial h_i`
+        over batch and positions. That is :math:`\sum_j w_{ij}\, \partial L / \partial w_{ij}` over the
+        outgoing weights, whatever the network, so that the gradients at hand are enough.
+        """
+        return self.outgoing_sum(jnp.multiply, self.grads)
+
+    def gate_curvature(self) -> chex.Array:
+        r"""Second derivative of the loss for a gate on each unit's activation, :math:`\sum_j w_{ij}^2 h_{ij}`, [units].
+
+        Terms of two different weights are dropped: :math:`h` is the Hessian's diagonal.
+
+        Raises:
+          ValueError: the caller passed no `hessian_diag`.
+        """
+        if self.hessian_diag is None:
+            raise ValueError(
+                "a utility of second order needs the diagonal of the Hessian: tx.update(grads, state, params, "
+                "features=features, hessian_diag=...), a tree like the params (see cbp_jax.curvature), got None"
+            )
+        return self.outgoing_sum(lambda w, h: jnp.square(w) * h, self.hessian_diag)
 
 
 def batch_mean(values: chex.Array, positions: int) -> chex.Array:

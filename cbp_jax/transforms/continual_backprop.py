@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -32,6 +32,7 @@ class ContinualBackpropState(NamedTuple):
     budget: dict[str, chex.Array]  # float32 [], replacements due but not made
     replaced: dict[str, chex.Array]  # bool [units], units replaced in the last update
     inner_state: optax.OptState
+    initial: Mapping[str, chex.Array] = {}  # by path, for reinitializations that look back
 
 
 def continual_backprop(
@@ -43,6 +44,7 @@ def continual_backprop(
     maturity_threshold: chex.Numeric = 100,
     utility: str | replacement.Utility = "contribution",
     initializer: resample.Initializer | None = None,
+    reinitialization: str | replacement.Reinitialization = "resample",
     reset_inner_state: bool = True,
     compensate_bias: bool = False,
     max_replacements: int | None = None,
@@ -66,7 +68,8 @@ def continual_backprop(
 
     In a chain, whatever remembers weights (momentum, Adam) belongs inside, as `inner`, so that its memory of replaced
     weights is reset; gradient clipping may stand in front; what edits updates must not stand behind. In
-    `optax.inject_hyperparams`, name `max_replacements`, and a callable `utility` or `initializer`, in `static_args`.
+    `optax.inject_hyperparams`, name `max_replacements`, and a callable `utility`, `initializer` or `reinitialization`,
+    in `static_args`.
 
     Args:
       inner: the optimizer that trains the network.
@@ -74,11 +77,17 @@ def continual_backprop(
       replacement_rate: replacements for each eligible unit and update, in [0, 1]. May be traced.
       decay_rate: of the running means of utility and activation, in [0, 1). May be traced.
       maturity_threshold: age in updates above which a unit may be replaced, >= 0. May be traced.
-      utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random", or a
-        function of a `GroupView` that returns an array [units]. Units of non-finite utility are not replaced.
+      utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random"; of the
+        gradient "taylor", "fisher", "snip", "gradient", "upgd"; with the diagonal of the Hessian "taylor_second_order",
+        "upgd_second_order" (see :mod:`cbp_jax.replacement.utility`); or a function of a `GroupView` that returns an
+        array [units]. Units of non-finite utility are not replaced.
       initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
         gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout, and for
         embeddings a normal one of variance 1 / units.
+      reinitialization: what units start from: "resample" as above; "rewind", the unit's own incoming weights and biases
+        at the start of training; "resample_both", outgoing weights drawn too; "orthogonal" to living units' incoming
+        weights; "split", half of the most useful unit; "regrow", along the negative gradient (see
+        :mod:`cbp_jax.replacement.reinitialization`); or a function of a `NewUnits` that returns a `Fresh`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
       compensate_bias: add the mean contribution of a replaced unit to the bias of those that read it. Exact for dense
         kernels; for convolutions, away from zero padding.
@@ -89,12 +98,14 @@ def continual_backprop(
 
     Returns:
       a transformation whose update takes the `features` that `with_features` returned:
-      `tx.update(grads, state, params, features=features)`; its state is a `ContinualBackpropState`, in a chain found by
+      `tx.update(grads, state, params, features=features)`, and for utilities of second order `hessian_diag`, a tree
+      like the params (see :mod:`cbp_jax.curvature`); its state is a `ContinualBackpropState`, in a chain found by
       `optax.tree_utils.tree_get(state, "ContinualBackpropState")`.
 
     Raises:
       ValueError: an argument is out of range; in `init`, units that do not match the params, an inner state that is
-        not understood, or no bias to compensate; in `update`, params or features are missing or of wrong shapes.
+        not understood, or no bias to compensate; in `update`, params, features, or a Hessian's diagonal that the
+        utility needs, are missing or of wrong shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, cbp_jax
@@ -126,7 +137,13 @@ def continual_backprop(
         raise ValueError(f"max_replacements must be a positive int or None, got {max_replacements!r}")
     policy = _policy(replacement_rate, decay_rate, maturity_threshold, utility, compensate_bias, max_replacements)
     return replacement.replace_units(
-        inner, units, policy, initializer=initializer, reset_inner_state=reset_inner_state, key=key
+        inner,
+        units,
+        policy,
+        initializer=initializer,
+        reinitialization=reinitialization,
+        reset_inner_state=reset_inner_state,
+        key=key,
     )
 
 
@@ -195,7 +212,8 @@ def _policy(
             "mean_activation": tuple(jnp.where(replaced, 0, mean) for mean in means),
             "budget": budget,
         }
-        return replacement.Choice(chosen, memory, view.mean_activation if compensate_bias else None)
+        means = view.mean_activation if compensate_bias else None
+        return replacement.Choice(chosen, memory, means, utility_now / start)
 
     return replacement.Policy(choose, init, state=ContinualBackpropState, name="continual_backprop")
 

@@ -125,6 +125,18 @@ class ParamSlice:
         index = np.concatenate([self.index, np.full((self.positions, 1), self.rows)], 1)
         return jnp.asarray(index)[:, jnp.minimum(units, self.index.shape[1])].ravel()
 
+    def shape_of_rows(self, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+        """The shape of `rows_of` an array of the given shape, for `count` units."""
+        return (*(size for axis, size in enumerate(shape) if axis not in self.axes), self.positions * count)
+
+    def rows_of(self, array: chex.Array, units: chex.Array) -> chex.Array:
+        """The rows of the units numbered `units` [k]: [other axes..., positions * k]; 0 for a unit out of range.
+
+        >>> ParamSlice.whole_axis("w", axis=1, size=3).rows_of(jnp.arange(6).reshape(2, 3), jnp.array([2, 3])).tolist()
+        [[2, 0], [5, 0]]
+        """
+        return self.rows_last(array).at[..., self.columns(units)].get(mode="fill", fill_value=0)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Consumer:

@@ -350,6 +350,12 @@ def test_the_network_is_the_papers():
             {"step_size": 0.01, "replacement_rate": 1e-5, "decay_rate": 0.99, "maturity_threshold": 100.0},
             {"utility": "weight", "compensate_bias": True, "max_replacements": 3},
         ),
+        (
+            "cbp:utility=taylor,reinitialization=rewind",
+            "cbp(utility=taylor, reinitialization=rewind)",
+            {"step_size": 0.01, "replacement_rate": 1e-4, "decay_rate": 0.99, "maturity_threshold": 100.0},
+            {"utility": "taylor", "reinitialization": "rewind", "compensate_bias": False, "max_replacements": None},
+        ),
         ("dropout:dropout_rate=0.2", "dropout(dropout_rate=0.2)", {"step_size": 0.01}, {"dropout_rate": 0.2}),
         ("bp:hidden=30x20", "bp(hidden=30x20)", {"step_size": 0.01}, {"hidden": (30, 20)}),
         ("bp:hidden=none", "bp(hidden=none)", {"step_size": 0.01}, {"hidden": ()}),
@@ -397,6 +403,7 @@ def test_parse_method(text, label, numbers, options):
         ("cbp:decay_rate=1", r"decay_rate must be in \[0, 1\), got 1"),
         ("cbp:maturity_threshold=-1", r"maturity_threshold must be in \[0, inf\), got -1"),
         ("cbp:utility=best", r"utility must be a callable or one of \['adaptable_contribution'.*, got 'best'"),
+        ("cbp:reinitialization=best", r"reinitialization must be a callable or one of \['orthogonal'.*, got 'best'"),
         ("cbp:compensate_bias=2", r"compensate_bias must be true or false, got '2'"),
         ("cbp:max_replacements=many", r"max_replacements must be a number, got 'many'"),
         ("cbp:max_replacements=0", "max_replacements must be at least 1, got 0"),
@@ -497,3 +504,8 @@ def test_names_titles_and_styles_of_learners_are_their_own():
     styles = [look.style for look in found if look.style is not None]
     assert len({look.title for look in found}) == len(found) and len(set(styles)) == len(styles)
     assert [name for name, learner in LEARNERS.items() if learner.name != name or not learner.about] == []
+
+
+def test_utilities_of_second_order_get_curvature():
+    asks = {text: parse_method(text).curvature for text in ("cbp:utility=taylor_second_order", "cbp:utility=taylor")}
+    assert list(asks.values()) == [True, False]

@@ -270,6 +270,27 @@ ROWS = [
         noisy=True,
         slow=True,
     ),
+    *(
+        Row(
+            f"continual_backprop by {utility}, {reinitialization}",
+            continual_backprop,
+            (optax.sgd(0.1), UNITS),
+            REPLACE,
+            {"replacement_rate": 0.3, "decay_rate": 0.5, "maturity_threshold": 2},
+            {"max_replacements": 2, "utility": utility, "reinitialization": reinitialization},
+            wrap=with_curvature if "second" in utility else lambda tx: tx,
+            noisy=reinitialization != "rewind",
+            slow=True,
+        )
+        for utility, reinitialization in (
+            ("taylor", "split"),
+            ("gradient", "orthogonal"),
+            ("snip", "rewind"),
+            ("upgd", "regrow"),
+            ("fisher", "resample_both"),
+            ("taylor_second_order", "resample"),
+        )
+    ),
     Row("ewc", ewc, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
     Row("mas", mas, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE, slow=True),
     Row(

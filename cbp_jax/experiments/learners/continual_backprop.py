@@ -13,7 +13,7 @@ import cbp_jax
 from cbp_jax.experiments.learners.method import Method, count, flag, named, of_python, ranged
 from cbp_jax.experiments.learners.plain import Moments, MomentumSGD
 from cbp_jax.experiments.learners.upgd import Gated
-from cbp_jax.replacement import get_utility
+from cbp_jax.replacement import get_reinitialization, get_utility, needs_curvature
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
@@ -45,6 +45,8 @@ class Continual(Replacing):
     """Around continual backpropagation.
 
     Attributes:
+      utility: by which units are ranked; one of second order takes the diagonal of the Hessian.
+      reinitialization: what replaced units start from.
       max_replacements: of one step and group; by default so many as the rate can need.
     """
 
@@ -52,8 +54,14 @@ class Continual(Replacing):
     decay_rate: float = ranged(0.99, below=1)
     maturity_threshold: float = ranged(100.0)
     utility: str = named("contribution", get_utility)
+    reinitialization: str = named("resample", get_reinitialization, optional=True)
     compensate_bias: bool = flag(False)
     max_replacements: int | None = count(None)
+
+    @property
+    def curvature(self) -> bool:
+        """See `Method`."""
+        return needs_curvature(self.utility)
 
     def on(self, network: Mapping[str, Any], units: Units, methods: Sequence[Method]) -> Self:
         """See `Method`."""
@@ -75,6 +83,7 @@ class Continual(Replacing):
             maturity_threshold=self.maturity_threshold,
             utility=self.utility,
             initializer=self.kernel_init,
+            reinitialization=self.reinitialization,
             compensate_bias=self.compensate_bias,
             max_replacements=self.max_replacements,
             key=key,

@@ -1,0 +1,1 @@
+"""Experiments that answer open questions, one a file."""

@@ -1,0 +1,356 @@
+"""How well do utilities rank units by what they are worth, while continual backpropagation runs?
+
+The true utility of a unit is the loss without it (its outgoing weights set to 0) minus the loss. On Online Permuted
+images, or others, every utility of `cbp_jax.replacement.UTILITIES` is averaged as continual backpropagation averages
+its own, over the last updates before a measurement, and compared with the true utility on examples of the task: early
+in every task, after its first `window` updates, and late, after its last. Spearman's rank correlation says how well
+the order of units agrees, Pearson's how well the values do; each is of the units of one layer.
+
+The network is trained by the method's own utility throughout; the others only look on. Means start anew with the
+window, and for units that are replaced in it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax import data, losses, problems, replacement, training
+from cbp_jax.experiments import stream
+from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.permuted import kaiming
+from cbp_jax.experiments.quality import pearson_correlations, rank_correlations, true_feature_utility
+from cbp_jax.replacement.views import batch_mean
+from cbp_jax.training.learner import begin_task, stream_keys
+from cbp_jax.training.step import learn
+from cbp_jax.units import UnitGroup, Units
+
+NAME = "question_utility_ranking"
+MOMENTS = ("early", "late")
+KINDS = {"spearman": rank_correlations, "pearson": pearson_correlations}
+UTILITIES = tuple(replacement.UTILITIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(stream.ImageStreamSettings):
+    """Rankings of units by approximate utilities and by the true one, while continual backpropagation runs."""
+
+    methods: tuple[str, ...] = ("cbp:step_size=0.01",)
+    """What trains the network: learners, each a name, with settings if wanted."""
+    window: int = 200
+    """Updates over which utilities are averaged before a measurement, at most half of a task's."""
+    decay_rate: float = 0.99
+    """Of these averages."""
+
+
+def measure_name(utility: str, kind: str, moment: str, layer: int) -> str:
+    """The name of a measure in the results; layers count from 1.
+
+    Example:
+      >>> measure_name("taylor", "spearman", "late", 2)
+      'taylor_spearman_late_2'
+    """
+    return f"{utility}_{kind}_{moment}_{layer}"
+
+
+def _measures(settings: Settings) -> dict[str, str]:
+    kinds = {"spearman": "Spearman's rank correlation", "pearson": "Pearson's correlation"}
+    return {
+        "loss": "mean loss of a task, each example before learning from it",
+        "accuracy": "mean accuracy of a task, each example before learning from it",
+        "replaced_units": "units replaced in a task",
+    } | {
+        measure_name(utility, kind, moment, layer + 1): f"{title} of {utility} with the true utility, layer {layer + 1}"
+        for utility in UTILITIES
+        for kind, title in kinds.items()
+        for moment in MOMENTS
+        for layer in range(len(settings.hidden))
+    }
+
+
+def check(settings: Settings) -> list[Any]:
+    """Checks settings before anything is computed; see `stream.check`."""
+    stream.check_counts(settings, "window")
+    if not 0 <= settings.decay_rate < 1:
+        raise ValueError(f"decay_rate must be in [0, 1), got {settings.decay_rate}")
+    methods = stream.check(settings)
+    if not settings.hidden or any(method.hidden not in (None, settings.hidden) for method in methods):
+        raise ValueError(f"hidden must be at least one layer and the same for all methods, got {settings.hidden}")
+    return methods
+
+
+def _problem(settings: Settings) -> problems.Problem:
+    images = stream.check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
+    problem = problems.online_permuted(
+        images,
+        examples_per_task=settings.examples_per_task,
+        batch_size=settings.batch_size,
+        flatten=stream.flat(settings, images),
+    )
+    if 2 * settings.window > problem.steps_per_task:
+        raise ValueError(
+            f"window must be at most half of the {problem.steps_per_task} updates of a task, got {settings.window}"
+        )
+    return problem
+
+
+def onlooker(
+    tx: optax.GradientTransformation, units: Units, decay_rate: float
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer around another that averages all utilities and changes nothing.
+
+    Args:
+      tx: the optimizer.
+      units: of the network.
+      decay_rate: of the averages.
+
+    Returns:
+      a transformation whose state has in `memory` for each group `utility`, running means [units] by name, and
+      `weight`, [units], the sum of the weights of each mean, which corrects for its start.
+    """
+
+    def init(group: UnitGroup, params: optax.Params) -> dict[str, Any]:
+        zeros = jnp.zeros(group.size)
+        means = tuple(jnp.zeros(consumer.kernel.index.shape) for consumer in group.operands())
+        return {"weight": zeros, "utility": dict.fromkeys(UTILITIES, zeros), "mean_activation": means}
+
+    def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
+        here = view.outgoing_magnitude() > 0  # else it has just been replaced
+        mean = lambda old, new: jnp.where(here, decay_rate * old + (1 - decay_rate) * new, 0.0)
+        weight = mean(memory["weight"], 1.0)
+        means = tuple(
+            mean(old, batch_mean(values, old.shape[0]))
+            for old, values in zip(memory["mean_activation"], view.features, strict=True)
+        )
+        corrected = tuple(each / jnp.where(weight > 0, weight, 1.0) for each in means)
+        view = dataclasses.replace(view, mean_activation=corrected)
+        utility = {
+            name: mean(old, replacement.UTILITIES[name](view).astype(jnp.float32))
+            for name, old in memory["utility"].items()
+        }
+        nobody = jnp.full(1, view.group.size)
+        return replacement.Choice(nobody, {"weight": weight, "utility": utility, "mean_activation": means})
+
+    return replacement.replace_units(tx, units, replacement.Policy(choose, init), reset_inner_state=False)
+
+
+def compare(true: Sequence[chex.Array], memory: dict[str, Any], units: Units) -> dict[str, chex.Array]:
+    """Correlations [utilities, layers] of averaged utilities with the true ones, by kind.
+
+    Args:
+      true: for each group, [units].
+      memory: of `onlooker`.
+      units: the groups.
+    """
+    rows = []
+    for group, values in zip(units, true, strict=True):
+        weight = memory["weight"][group.name]
+        found = memory["utility"][group.name]
+        found = jnp.stack([values, *(found[name] / jnp.where(weight > 0, weight, 1.0) for name in UTILITIES)])
+        rows.append(jnp.where(jnp.isfinite(found), found, 0.0))
+    return {kind: jnp.stack([correlate(row) for row in rows], 1) for kind, correlate in KINDS.items()}
+
+
+def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
+    """What takes the place of `training.run_tasks`."""
+
+    def run_tasks(learner, problem, seeds, hyperparameters, tasks, *, mode, measured_examples, checkpoint, **unused):
+        go_on = lambda data, state: run_task(
+            learner, problem, data, state, settings.window, settings.decay_rate, measured_examples
+        )
+        start = lambda seed, values: training.init_state(learner, seed, values)
+        return training.run_lanes(
+            start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint
+        )
+
+    return run_tasks
+
+
+def run_task(
+    learner: training.Learner,
+    problem: problems.Problem,
+    data: Any,
+    state: training.TrainState,
+    window: int,
+    decay_rate: float,
+    measured_examples: int,
+) -> tuple[training.TrainState, dict[str, chex.Array]]:
+    """Trains a network on a task and compares utilities, one lane; see `training.run_task`."""
+    keys = stream_keys(state.key)
+    task = problem.make_task(data, keys.problem, state.task)
+    x, y = problem.evaluation(data, task, measured_examples)
+    tx = optax.with_extra_args_support(learner.optimizer(state.hyperparameters, keys.optimizer))
+    watching, task_key = onlooker(tx, learner.units, decay_rate), jax.random.fold_in(keys.dropout, state.task)
+    losses_of, _, _ = losses.LOSSES[problem.loss]
+
+    def step(learner, tx, carry, number):
+        params, opt_state, totals = carry
+        batch, key = problem.batch(data, task, number), jax.random.fold_in(task_key, number)
+        params, opt_state, found = learn(learner, tx, problem.loss, params, opt_state, batch, key)
+        found["replaced_units"] = replacement.replaced_units(opt_state)
+        return params, opt_state, {name: totals[name] + value for name, value in found.items()}
+
+    def until(carry, ends):
+        """Trains up to the window, and in it with an eye on utilities; compares these."""
+        first, last = ends
+        carry = jax.lax.fori_loop(first, last - window, lambda i, carry: step(learner, tx, carry, i), carry)
+        params, opt_state, totals = carry
+        watched = params, watching.init(params)._replace(inner_state=opt_state), totals
+        curved = learner._replace(curvature=True)
+        body = lambda i, carry: step(curved, watching, carry, i)
+        params, opt_state, totals = jax.lax.fori_loop(last - window, last, body, watched)
+        loss_fn = lambda params: jnp.mean(losses_of(learner.predict(params, x)[0], y))
+        true = true_feature_utility(loss_fn, params, learner.units)
+        return (params, opt_state.inner_state, totals), compare(true, opt_state.memory, learner.units)
+
+    totals = dict.fromkeys(("loss", *losses.LOSSES[problem.loss].metrics, "replaced_units"), jnp.zeros([]))
+    ends = jnp.array([[0, window], [window, problem.steps_per_task]])
+    (params, opt_state, totals), found = jax.lax.scan(until, (*begin_task(learner, tx, state), totals), ends)
+    measures = {
+        name: total if name == "replaced_units" else total / problem.steps_per_task for name, total in totals.items()
+    }
+    measures |= {
+        measure_name(utility, kind, moment, layer + 1): values[i, j, layer]
+        for kind, values in found.items()
+        for i, moment in enumerate(MOMENTS)
+        for j, utility in enumerate(UTILITIES)
+        for layer in range(len(learner.units))
+    }
+    return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
+
+
+def _layers(results: Any) -> range:
+    found = [name for name in results.data_vars if name.startswith(f"{UTILITIES[0]}_spearman_late_")]
+    return range(1, len(found) + 1)
+
+
+def _per_seed(results: Any, method: str, utility: str, kind: str, moment: str, layer: int) -> Any:
+    """Means over finished tasks, [seeds]."""
+    values = results[measure_name(utility, kind, moment, layer)].loc[{"method": method}]
+    return values.mean("task").dropna("seed").values.astype(float)
+
+
+def summary(results: Any) -> str:
+    """The results of a run as a table of text.
+
+    Args:
+      results: results of a run, finished or not.
+
+    Returns:
+      for each method, kind of correlation and utility, the mean over tasks and then over seeds ± half the 95%
+      confidence interval over seeds, by layer, early and late; without a newline at its end.
+    """
+    from cbp_jax.report.statistics import interval_text
+
+    columns = [(moment, layer) for moment in MOMENTS for layer in _layers(results)]
+    lines = [f"{NAME}: correlation with the true utility, mean over seeds ± half its 95% confidence interval"]
+    width = max(map(len, UTILITIES))
+    for method in results.method.values.tolist():
+        for kind in KINDS:
+            heads = "  ".join(f"{f'{moment}, layer {layer}':>16}" for moment, layer in columns)
+            lines += ["", f"{method}, {kind}", f"{'':{width}}  {heads}"]
+            for utility in UTILITIES:
+                cells = [_per_seed(results, method, utility, kind, *column) for column in columns]
+                texts = [interval_text(cell, 3) if len(cell) else "" for cell in cells]
+                lines.append(f"{utility:{width}}  " + "  ".join(f"{text:>16}" for text in texts))
+    return "\n".join(lines)
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws rank correlations: a line a utility, early and late beside each other, a mark for each layer.
+
+    Bars are 95% bootstrap intervals of the mean over seeds, where there are several. A picture for each method.
+
+    Args:
+      results: results of a run, finished or not.
+      out: folder for the pictures.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      paths of the pictures, for each method one for each format.
+    """
+    import numpy as np
+
+    from cbp_jax.report import looks, plots
+    from cbp_jax.report.results import require
+    from cbp_jax.report.statistics import bootstrap_interval
+
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    layers, paths = _layers(results), []
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for number, method in enumerate(results.method.values.tolist()):
+        with plots._rc():
+            figure = Figure(figsize=(6.4, 0.26 * len(UTILITIES) + 1.1), layout="constrained")
+            axes = figure.subplots(1, len(MOMENTS), sharex=True, sharey=True)
+            for ax, moment in zip(axes, MOMENTS, strict=True):
+                for layer, style in zip(layers, looks.PALETTE, strict=False):
+                    for row, utility in enumerate(UTILITIES):
+                        values = _per_seed(results, method, utility, "spearman", moment, layer)
+                        if not len(values):
+                            continue
+                        place = row + 0.6 * (layer - 0.5) / len(layers) - 0.3
+                        low, high = (end[0] for end in bootstrap_interval(values[:, None]))
+                        if np.isfinite(low):
+                            ax.plot([low, high], [place, place], color=style.color, linewidth=1.2)
+                        label = f"Layer {layer}" if row == 0 else None
+                        ax.plot(values.mean(), place, "o", color=style.color, markersize=3, label=label)
+                ax.axvline(0, color="#999999", linewidth=0.6, zorder=0)
+                ax.set_title(f"{moment.capitalize()} in a task")
+                ax.set_xlabel("Rank correlation with the true utility")
+            axes[0].set_yticks(range(len(UTILITIES)), [utility.replace("_", " ") for utility in UTILITIES])
+            axes[0].invert_yaxis()
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper center", ncols=len(layers))
+            note = f"{method}; mean and 95% bootstrap interval of {results.sizes['seed']} seeds"
+            figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+            name = NAME if results.sizes["method"] == 1 else f"{NAME}_{number + 1}"
+            for kind in formats:
+                paths.append(Path(out) / f"{name}.{kind}")
+                figure.savefig(paths[-1])
+    return paths
+
+
+def _smoke(dataset: str | None) -> Settings:
+    sizes = {"tasks": 2, "examples_per_task": 100, "hidden": (6, 5), "measured_examples": 50, "window": 20}
+    return Settings(dataset=dataset or "digits", seeds=2, **sizes)
+
+
+def _laptop(dataset: str | None) -> Settings:
+    digits = (dataset or "digits") == "digits"
+    return Settings(
+        dataset=dataset or "digits",
+        methods=(f"cbp:step_size={0.01 if digits else 0.003}",),
+        seeds=10,
+        tasks=100 if digits else 50,
+        examples_per_task=None if digits else 4000,
+        hidden=(50, 50, 50) if digits else (100, 100, 100),
+        measured_examples=1000,
+    )
+
+
+def _paper(dataset: str | None) -> Settings:
+    """All images of MNIST, and the smallest of the networks of Dohare et al. (Nature 2024)."""
+    laptop = _laptop(dataset or "mnist")
+    return dataclasses.replace(laptop, seeds=30, tasks=100, examples_per_task=None, hidden=(100, 100, 100))
+
+
+question_utility_ranking = Experiment(
+    name=NAME,
+    about="Which utility ranks units by their true utility, early and late in tasks, while continual backprop runs.",
+    Settings=Settings,
+    presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
+    problem=_problem,
+    network=kaiming,
+    train=_train,
+    measures=_measures,
+    check=check,
+    plot=plot,
+    summary=summary,
+)
