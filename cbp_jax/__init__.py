@@ -9,6 +9,7 @@ from cbp_jax.train_state import TrainState
 from cbp_jax.transforms import (
     ContinualBackpropState,
     adam,
+    adam_reset,
     adaptive_upgd,
     add_l1,
     add_l1_init,
@@ -25,6 +26,7 @@ from cbp_jax.transforms import (
     scale_by_upgd,
     shrink_and_perturb,
     synaptic_intelligence,
+    trac,
     upgd,
 )
 from cbp_jax.units import Consumer, ParamSlice, UnitGroup, Units, discover_units, reset_batch_stats, with_features
@@ -43,6 +45,7 @@ __all__ = [
     "UnitGroup",
     "Units",
     "adam",
+    "adam_reset",
     "adaptive_upgd",
     "add_l1",
     "add_l1_init",
@@ -68,6 +71,7 @@ __all__ = [
     "shrink_and_perturb",
     "synaptic_intelligence",
     "tickets",
+    "trac",
     "upgd",
     "with_features",
 ]

@@ -1,19 +1,23 @@
 """Optax transformations that keep networks plastic, an algorithm a file."""
 
 from cbp_jax.transforms.adam import adam, scale_by_adam
+from cbp_jax.transforms.adam_reset import adam_reset, scale_by_adam_reset
 from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
 from cbp_jax.transforms.regularization import add_l1, add_l1_init, add_l2_init, proximal_l1_init
 from cbp_jax.transforms.shrink_and_perturb import shrink_and_perturb
+from cbp_jax.transforms.trac import TracState, trac
 from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 from cbp_jax.transforms.weight_clipping import clip_weights
 
 __all__ = [
     "ContinualBackpropState",
     "RedoState",
+    "TracState",
     "adam",
+    "adam_reset",
     "adaptive_upgd",
     "add_consolidation",
     "add_l1",
@@ -29,8 +33,10 @@ __all__ = [
     "redo",
     "rwalk",
     "scale_by_adam",
+    "scale_by_adam_reset",
     "scale_by_upgd",
     "shrink_and_perturb",
     "synaptic_intelligence",
+    "trac",
     "upgd",
 ]

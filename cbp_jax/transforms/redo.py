@@ -10,7 +10,7 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.replacement import resample
 
 
@@ -86,9 +86,7 @@ def redo(
       <https://arxiv.org/abs/2302.12902>`_, ICML 2023
     """
     check_scalar("threshold", threshold, at_least=0)
-    check_scalar("every", every, at_least=1)
-    if not isinstance(every, jax.core.Tracer) and float(every) != int(every):
-        raise ValueError(f"every must be a whole number, got {every}")
+    check_whole("every", every)
 
     def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
         return replacement.Choice(_score(view.features) <= threshold, memory)

@@ -32,6 +32,7 @@ STRONG = {
     "threshold": 0.1,
     "every": 60,
     "bound": 1.0,
+    "s_init": 1e-3,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
@@ -39,6 +40,7 @@ FACTOR = {
     "every": 2,
     "threshold": 20,
     "bound": 0.5,
+    "beta": 0.5,
     "replacement_rate": 2,
     "b1": 0.5,
     "b2": 0.5,
@@ -259,9 +261,9 @@ def test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not(name, dir
 
 
 @pytest.mark.parametrize("reset", ["head", "network"])
-@pytest.mark.parametrize("name", ["adam", "shrink_and_perturb_adam"])
+@pytest.mark.parametrize("name", ["adam", "adam_reset", "shrink_and_perturb_adam"])
 def test_adam_starts_anew_with_what_is_reset(name, reset):
-    text = f"{name}:step_size=0.01,reset={reset}" + (",noise=0,l2=0" if name != "adam" else "")
+    text = f"{name}:step_size=0.01,reset={reset}" + (",noise=0,l2=0" if name.startswith("shrink") else "")
     learner = make_learner([parse_method(text)], (3,), "tanh", (PIXELS,), CLASSES)
     numbers = {name: jnp.float32(value) for name, value in parse_method(text).hyperparameters.items()}
     params = jax.jit(learner.init)(jax.random.key(0))

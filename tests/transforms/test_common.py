@@ -21,6 +21,7 @@ from cbp_jax.replacement import Choice, Policy, replace_units
 from cbp_jax.tickets import masked, masked_changes
 from cbp_jax.transforms import (
     adam,
+    adam_reset,
     adaptive_upgd,
     add_l1,
     add_l1_init,
@@ -35,6 +36,7 @@ from cbp_jax.transforms import (
     rwalk,
     shrink_and_perturb,
     synaptic_intelligence,
+    trac,
     upgd,
 )
 from cbp_jax.units import discover_units
@@ -286,6 +288,16 @@ ROWS = [
         {"learning_rate": 0.1, "replacement_rate": 0.2},
         {"learning_rate": 0.2, "replacement_rate": 0.3},
         noisy=True,
+        slow=True,
+    ),
+    Row("trac of sgd", trac, (optax.sgd(0.1),), {"s_init": 0.1, "eps": 0.1}, {"s_init": 0.2, "eps": 1.0}),
+    Row(
+        "adam_reset",
+        adam_reset,
+        (),
+        {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99, "every": 3},
+        {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9, "every": 2},
+        {"forget": "time"},
         slow=True,
     ),
     Row("masked_changes of adam", masked_changes, (adam(0.1), TICKET, PARAMS), {}, {}),

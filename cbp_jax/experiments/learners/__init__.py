@@ -25,6 +25,7 @@ from cbp_jax.experiments.learners.method import (
     settings_of,
 )
 from cbp_jax.experiments.learners.networks import CReLU, Dropout, LayerNorm, OnlineNorm
+from cbp_jax.experiments.learners.nonstationary import AdamReset, Muon, Trac
 from cbp_jax.experiments.learners.pictures import looks_by_learner, with_looks
 from cbp_jax.experiments.learners.plain import Adam, Backprop
 from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam
@@ -49,6 +50,7 @@ __all__ = [
     "PGD",
     "UPGD",
     "Adam",
+    "AdamReset",
     "AdaptiveUPGD",
     "Backprop",
     "CReLU",
@@ -60,6 +62,7 @@ __all__ = [
     "L2Init",
     "LayerNorm",
     "Method",
+    "Muon",
     "OnlineNorm",
     "RWalk",
     "ReDo",
@@ -67,6 +70,7 @@ __all__ = [
     "ShrinkAndPerturb",
     "ShrinkAndPerturbAdam",
     "SynapticIntelligence",
+    "Trac",
     "WeightClipping",
     "choice",
     "count",
