@@ -20,7 +20,7 @@ EXTRAS = (
 # From the ground up. A room imports from its own and from those below; rooms of one floor do not know each other.
 FLOORS = (
     {"by_path", "files", "jaxprs", "numerics"},
-    {"factored", "safetensors"},
+    {"factored", "network_metrics", "safetensors"},
     {"units", "metrics", "losses", "nets", "data"},
     {"contracted", "curvature", "lora"},
     {"replacement"},
