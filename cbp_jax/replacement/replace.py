@@ -15,6 +15,7 @@ import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.numerics import keys
+from cbp_jax.numerics.batching import anywhere
 from cbp_jax.replacement import edits, resample
 from cbp_jax.replacement import inner_state as inner_state_lib
 from cbp_jax.replacement.views import GroupView, UpdatedParams
@@ -199,7 +200,7 @@ def replace_units(
         else:
             # Whole groups may be drawn anew, so that most updates must not come to it, under vmap neither.
             updates = _widen(updates, params, {part.path for group in groups for part in group.slices()})
-            new_updates, inner_state, replaced, memories = jax.lax.cond(_anywhere(due), replace, keep)
+            new_updates, inner_state, replaced, memories = jax.lax.cond(anywhere(due), replace, keep)
         new_state = state._replace(
             count=count, replaced=replaced, inner_state=inner_state, **_memory_fields(policy, memories)
         )
@@ -262,15 +263,3 @@ def _widen(updates: optax.Updates, params: optax.Params, paths: set[str]) -> opt
         update.astype(jnp.promote_types(update.dtype, param.dtype)) if units_lib.join_path(path) in paths else update
     )
     return jax.tree_util.tree_map_with_path(widen, updates, params)
-
-
-@jax.custom_batching.custom_vmap
-def _anywhere(due: chex.Array) -> chex.Array:
-    """Whether an update is due; under vmap, whether it is in any row, so that a `cond` on it stays one."""
-    return due
-
-
-@_anywhere.def_vmap
-def _anywhere_in_batch(axis_size, in_batched, due):
-    del axis_size, in_batched
-    return _anywhere(jnp.any(due)), False  # asks again, for the rows of an outer vmap

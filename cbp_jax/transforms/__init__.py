@@ -4,6 +4,7 @@ from cbp_jax.transforms.adam import adam, scale_by_adam
 from cbp_jax.transforms.adam_reset import adam_reset, scale_by_adam_reset
 from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
+from cbp_jax.transforms.periodic_reset import PeriodicResetState, periodic_reset
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
 from cbp_jax.transforms.regularization import add_l1, add_l1_init, add_l2_init, proximal_l1_init
@@ -14,6 +15,7 @@ from cbp_jax.transforms.weight_clipping import clip_weights
 
 __all__ = [
     "ContinualBackpropState",
+    "PeriodicResetState",
     "RedoState",
     "TracState",
     "adam",
@@ -28,6 +30,7 @@ __all__ = [
     "continual_backprop",
     "ewc",
     "mas",
+    "periodic_reset",
     "perturbed_gradient_descent",
     "proximal_l1_init",
     "redo",

@@ -30,6 +30,7 @@ from cbp_jax.transforms import (
     continual_backprop,
     ewc,
     mas,
+    periodic_reset,
     perturbed_gradient_descent,
     proximal_l1_init,
     redo,
@@ -290,6 +291,16 @@ ROWS = [
         noisy=True,
         slow=True,
     ),
+    Row(
+        "periodic_reset of sgd",
+        periodic_reset,
+        (optax.sgd(0.1, 0.9),),
+        {"every": 2},
+        {"every": 4},
+        {"init": lambda key: {name: jax.random.normal(key, w.shape) for name, w in make_params(0).items()}},
+        noisy=True,
+        slow=True,
+    ),
     Row("trac of sgd", trac, (optax.sgd(0.1),), {"s_init": 0.1, "eps": 0.1}, {"s_init": 0.2, "eps": 1.0}),
     Row(
         "adam_reset",
@@ -304,7 +315,11 @@ ROWS = [
 ]
 
 
-EVERYWHERE = (shrink_and_perturb, perturbed_gradient_descent)  # add noise to all weights; replacements draw only w1
+EVERYWHERE = (
+    shrink_and_perturb,
+    perturbed_gradient_descent,
+    periodic_reset,
+)  # add noise to all weights; replacements draw only w1
 
 
 @pytest.fixture(params=[pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else []) for row in ROWS])

@@ -24,7 +24,7 @@ from cbp_jax.experiments.learners.method import (
     ranged,
     settings_of,
 )
-from cbp_jax.experiments.learners.networks import CReLU, Dropout, LayerNorm, OnlineNorm
+from cbp_jax.experiments.learners.networks import CReLU, DeepFourier, Dropout, LayerNorm, OnlineNorm
 from cbp_jax.experiments.learners.nonstationary import AdamReset, Muon, Trac
 from cbp_jax.experiments.learners.pictures import looks_by_learner, with_looks
 from cbp_jax.experiments.learners.plain import Adam, Backprop
@@ -58,6 +58,7 @@ __all__ = [
     "ContinualBackpropAdam",
     "ContinualBackpropUPGD",
     "Custom",
+    "DeepFourier",
     "Dropout",
     "L2Init",
     "LayerNorm",

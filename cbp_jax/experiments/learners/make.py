@@ -91,10 +91,15 @@ def make_learner(
     init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
     head = output_layers(units) if reset_head or first.reset == "head" else ()
 
+    optimizer = make_optimizer(methods, units, _shared(net, attributes))
+    if first.reset_every:
+        optimizer = _resetting(optimizer, init, first.reset_every, head if first.reset == "head" else None)
+    at_tasks = first.reset if not first.reset_every else ""
+
     def begin_task(tx, key, task, params, opt_state):
         start = params, opt_state
-        if first.reset:
-            start = restart(first.reset, tx, params, opt_state, head, init(key))
+        if at_tasks:
+            start = restart(at_tasks, tx, params, opt_state, head, init(key))
         # In the first task the weights are fresh, and those that all methods start from.
         start = jax.tree.map(lambda new, old: jnp.where(task == 0, old, new), start, (params, opt_state))
         return reset_layers(tx, *start, head) if reset_head else start
@@ -103,13 +108,28 @@ def make_learner(
         init=init,
         predict=apply,
         train=train,
-        optimizer=make_optimizer(methods, units, _shared(net, attributes)),
+        optimizer=optimizer,
         units=units,
-        begin_task=begin_task if reset_head or first.reset else None,
+        begin_task=begin_task if reset_head or at_tasks else None,
         batch_stats=batch_stats,
         curvature=first.curvature,
         scheduled=first.scheduled,
     )
+
+
+def _resetting(
+    optimizer: Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation],
+    init: Callable[[chex.PRNGKey], optax.Params],
+    every: int,
+    layers: Sequence[str] | None,
+) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
+    """The same optimizer, with layers, or all, drawn anew every so many updates."""
+
+    def make(numbers: Mapping[str, Any], key: chex.PRNGKey) -> optax.GradientTransformation:
+        key, of_resets = jax.random.split(key)
+        return cbp_jax.periodic_reset(optimizer(numbers, key), init, every=every, layers=layers, key=of_resets)
+
+    return make
 
 
 def _shared(net: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ LEARNERS: dict[str, type[Method]] = {
         networks.LayerNorm,
         networks.OnlineNorm,
         networks.CReLU,
+        networks.DeepFourier,
         continual_backprop.ContinualBackprop,
         continual_backprop.ContinualBackpropAdam,
         continual_backprop.ContinualBackpropUPGD,
