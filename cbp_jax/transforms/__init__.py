@@ -2,6 +2,7 @@
 
 from cbp_jax.transforms.adam import adam, scale_by_adam
 from cbp_jax.transforms.adam_reset import adam_reset, scale_by_adam_reset
+from cbp_jax.transforms.churn_reduction import add_churn_reduction
 from cbp_jax.transforms.consolidation import add_consolidation, ewc, mas, rwalk, synaptic_intelligence
 from cbp_jax.transforms.continual_backprop import ContinualBackpropState, continual_backprop
 from cbp_jax.transforms.periodic_reset import PeriodicResetState, periodic_reset
@@ -21,6 +22,7 @@ __all__ = [
     "adam",
     "adam_reset",
     "adaptive_upgd",
+    "add_churn_reduction",
     "add_consolidation",
     "add_l1",
     "add_l1_init",

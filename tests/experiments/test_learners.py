@@ -75,7 +75,8 @@ def train(learner, params, examples, numbers):
                 return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), features
 
             (loss, features), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            updates, opt_state = tx.update(grads, opt_state, params, features=features)
+            extra = {"reference": examples[0].reshape(-1, PIXELS)[: learner.reference]} if learner.reference else {}
+            updates, opt_state = tx.update(grads, opt_state, params, features=features, **extra)
             return (optax.apply_updates(params, updates), opt_state, replaced + replaced_units(opt_state)), loss
 
         steps = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), examples)

@@ -23,6 +23,7 @@ from cbp_jax.transforms import (
     adam,
     adam_reset,
     adaptive_upgd,
+    add_churn_reduction,
     add_l1,
     add_l1_init,
     add_l2_init,
@@ -106,6 +107,23 @@ def with_curvature(tx):
 
     def update_fn(grads, state, params, **extra_args):
         return tx.update(grads, state, params, hessian_diag=jax.tree.map(jnp.square, grads), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def by_sums(params, x):
+    """`apply_fn` without products of matrices, of which vmapped ones may differ in the last bit."""
+    times = lambda x, w: jnp.sum(x[:, :, None] * w, 1)
+    return times(jax.nn.relu(times(x, params["w1"]) + params["b1"]), params["w2"])
+
+
+def with_reference(tx):
+    """SGD behind it, and a reference batch with each update."""
+    tx = optax.with_extra_args_support(optax.chain(tx, optax.sgd(0.1)))
+    reference = np.random.default_rng(3).normal(size=(5, 4))
+
+    def update_fn(grads, state, params, **extra_args):
+        return tx.update(grads, state, params, reference=jnp.asarray(reference, params["w1"].dtype), **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -300,6 +318,15 @@ ROWS = [
         {"init": lambda key: {name: jax.random.normal(key, w.shape) for name, w in make_params(0).items()}},
         noisy=True,
         slow=True,
+    ),
+    Row(
+        "add_churn_reduction",
+        add_churn_reduction,
+        (),
+        {"strength": 0.5},
+        {"strength": 1.0},
+        {"apply_fn": by_sums},
+        wrap=with_reference,
     ),
     Row("trac of sgd", trac, (optax.sgd(0.1),), {"s_init": 0.1, "eps": 0.1}, {"s_init": 0.2, "eps": 1.0}),
     Row(

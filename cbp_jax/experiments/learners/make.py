@@ -92,6 +92,8 @@ def make_learner(
     head = output_layers(units) if reset_head or first.reset == "head" else ()
 
     optimizer = make_optimizer(methods, units, _shared(net, attributes))
+    if first.loss_term(apply) is not None:
+        optimizer = _with_term(optimizer, first, lambda params, x: apply(params, x)[0])
     if first.reset_every:
         optimizer = _resetting(optimizer, init, first.reset_every, head if first.reset == "head" else None)
     at_tasks = first.reset if not first.reset_every else ""
@@ -113,8 +115,18 @@ def make_learner(
         begin_task=begin_task if reset_head or at_tasks else None,
         batch_stats=batch_stats,
         curvature=first.curvature,
+        reference=first.reference,
         scheduled=first.scheduled,
     )
+
+
+def _with_term(
+    optimizer: Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation],
+    method: Method,
+    predict: Callable[[optax.Params, chex.Array], chex.Array],
+) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
+    """The same optimizer, of a loss with the method's own term."""
+    return lambda numbers, key: optax.chain(method.with_numbers(numbers).loss_term(predict), optimizer(numbers, key))
 
 
 def _resetting(

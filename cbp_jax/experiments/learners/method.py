@@ -192,6 +192,7 @@ class Method:
     # What is drawn anew before each task but the first: "head" or "network". Not annotated: even as a ClassVar it would
     # hide the field that only some of the bases of a subclass have.
     reset = ""
+    reference = 0  # how many batches of before the optimizer wants with each update, as `reference`
     reset_every = None  # updates after which it is, where that is not before each task
 
     activation: str | None = named(None, nets.get_activation, optional=True)
@@ -265,6 +266,16 @@ class Method:
     def scheduled(self) -> str:
         """The number that a schedule of the experiment's multiplies; "" if there is none."""
         return next((name for name in ("step_size", "learning_rate") if name in self.hyperparameters), "")
+
+    def loss_term(
+        self, predict: Callable[[optax.Params, chex.Array], chex.Array]
+    ) -> optax.GradientTransformation | None:
+        """What it adds to the gradients before its optimizer, by the network's outputs; None if nothing.
+
+        Args:
+          predict: `(params, x) -> outputs`, not in training.
+        """
+        return None
 
     def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
         """The same with other numbers, which may be traced."""

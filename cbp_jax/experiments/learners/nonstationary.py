@@ -5,13 +5,14 @@ optimizers run by their path, as `optax.contrib:prodigy(learning_rate=1.0)`.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import chex
 import jax
 import optax
 
 import cbp_jax
-from cbp_jax.experiments.learners.method import Method, choice, ranged
+from cbp_jax.experiments.learners.method import Method, choice, count, ranged
 from cbp_jax.experiments.learners.plain import Moments
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
@@ -86,6 +87,33 @@ class Muon(Method):
             adam_learning_rate=self.adam_step_size if "adam_step_size" in self.given else None,
             muon_weight_dimension_numbers=_as_matrices,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CChain(Moments):
+    """Adam of a loss with C-CHAIN's term, on streams of tasks.
+
+    Attributes:
+      strength: of the term; see `cbp_jax.add_churn_reduction`.
+      change: how outputs are compared, "kl" where they are logits, or "squared".
+      reference: how many earlier batches of the task are a reference batch, drawn anew at each update.
+    """
+
+    name = "c_chain"
+    about = "Adam with a loss on the change of outputs for earlier examples (C-CHAIN)"
+    look = Look("C-CHAIN")
+
+    strength: float = ranged(1.0)
+    change: str = choice("kl", "squared")
+    reference: int = count(16)
+
+    def loss_term(self, predict: Callable[[optax.Params, chex.Array], chex.Array]) -> optax.GradientTransformation:
+        """See `Method`."""
+        return cbp_jax.add_churn_reduction(predict, self.strength, change=self.change)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return self.adam(optax.adam)
 
 
 def _as_matrices(params: optax.Params) -> optax.Params:

@@ -35,6 +35,7 @@ LEARNERS: dict[str, type[Method]] = {
         nonstationary.Trac,
         nonstationary.AdamReset,
         nonstationary.Muon,
+        nonstationary.CChain,
         networks.Dropout,
         networks.LayerNorm,
         networks.OnlineNorm,
