@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from cbp_jax import curvature, lora, metrics, tickets
+from cbp_jax import curvature, injection, lora, metrics, tickets
 from cbp_jax.contracted import contract_convolutions
 from cbp_jax.replacement import Choice, GroupView, Policy, ReplacementState, replace_units
 from cbp_jax.train_state import TrainState
@@ -60,6 +60,7 @@ __all__ = [
     "curvature",
     "discover_units",
     "ewc",
+    "injection",
     "load_results",
     "lora",
     "mas",
