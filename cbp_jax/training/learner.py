@@ -12,7 +12,8 @@ from cbp_jax.nets import online_norm
 from cbp_jax.units import Features, UnitGroup
 
 # Collections of a network's variables that are learned by no gradient.
-STATISTICS = ("batch_stats", online_norm.COLLECTION)
+INJECTION = "injection"  # frozen heads
+STATISTICS = ("batch_stats", online_norm.COLLECTION, INJECTION)
 
 Hyperparameters = dict[str, chex.Numeric]
 

@@ -11,6 +11,7 @@ from cbp_jax.experiments.learners import LEARNERS, make_learner, parse_method, w
 from cbp_jax.replacement import replaced_units
 from cbp_jax.report import looks, plot_tasks
 from cbp_jax.training import init_state
+from cbp_jax.training.learner import weights_of
 
 CLASSES, PIXELS, HIDDEN, TASKS = 4, 6, (7,), 3
 
@@ -102,7 +103,7 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     learner = make_learner(given, HIDDEN, "relu", (PIXELS,), CLASSES)
     params = learner.init(jax.random.key(0))
     if not set(given[0].options) & {"normalization", "activation"}:
-        jax.tree.map(np.testing.assert_array_equal, params, start)
+        jax.tree.map(np.testing.assert_array_equal, weights_of(params), start)
     numbers = {key: np.array([lane[key] for lane in lanes], np.float32) for key in base}
     loss, after, replaced = train(learner, params, examples, numbers)
     assert loss.shape == (TASKS, len(lanes)) and np.isfinite(loss).all()

@@ -111,6 +111,7 @@ def test_two_learners_of_the_alternating_preset_differ_in_continual_backpropagat
             {"methods": ("adam:reset=head,reset_every=9",)},
             "an agent is reset where friction changes, not every so many",
         ),
+        ({"methods": ("injection",)}, "method 'injection': heads are injected before tasks of a stream"),
         ({"methods": ("c_chain",)}, "method 'c_chain': the agent keeps no earlier examples"),
         ({"methods": ("upgd:order=2",)}, "method 'upgd:order=2': the agent has no curvature"),
         ({"activation": "rely"}, "activation must be .*, got 'rely'"),

@@ -25,7 +25,7 @@ from cbp_jax.experiments.learners.method import (
     settings_of,
 )
 from cbp_jax.experiments.learners.networks import CReLU, DeepFourier, Dropout, LayerNorm, OnlineNorm
-from cbp_jax.experiments.learners.nonstationary import AdamReset, CChain, Muon, Trac
+from cbp_jax.experiments.learners.nonstationary import AdamReset, CChain, Muon, PlasticityInjection, Trac
 from cbp_jax.experiments.learners.pictures import looks_by_learner, with_looks
 from cbp_jax.experiments.learners.plain import Adam, Backprop
 from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam
@@ -66,6 +66,7 @@ __all__ = [
     "Method",
     "Muon",
     "OnlineNorm",
+    "PlasticityInjection",
     "RWalk",
     "ReDo",
     "ReDoAdam",

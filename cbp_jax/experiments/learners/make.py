@@ -14,7 +14,7 @@ import optax
 import cbp_jax
 from cbp_jax import nets
 from cbp_jax.experiments.learners.method import Method
-from cbp_jax.training import Learner, output_layers, reset_layers, restart
+from cbp_jax.training import Learner, last_layers, output_layers, reset_layers, restart, with_injection
 from cbp_jax.units import NoUnits, Units
 
 
@@ -106,7 +106,7 @@ def make_learner(
         start = jax.tree.map(lambda new, old: jnp.where(task == 0, old, new), start, (params, opt_state))
         return reset_layers(tx, *start, head) if reset_head else start
 
-    return Learner(
+    learner = Learner(
         init=init,
         predict=apply,
         train=train,
@@ -118,6 +118,12 @@ def make_learner(
         reference=first.reference,
         scheduled=first.scheduled,
     )
+    if first.inject_at is None:
+        return learner
+    if batch_stats or reset_head or first.reset:
+        what = "running statistics" if batch_stats else "a head that starts anew before each task"
+        raise ValueError(f"method {first.text!r}: nothing can be injected into a network with {what}")
+    return with_injection(learner, last_layers(units, first.head_layers), first.inject_at)
 
 
 def _with_term(

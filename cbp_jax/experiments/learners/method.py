@@ -193,6 +193,7 @@ class Method:
     # hide the field that only some of the bases of a subclass have.
     reset = ""
     reference = 0  # how many batches of before the optimizer wants with each update, as `reference`
+    inject_at = None  # the task before which a fresh head is injected; see `training.with_injection`
     reset_every = None  # updates after which it is, where that is not before each task
 
     activation: str | None = named(None, nets.get_activation, optional=True)

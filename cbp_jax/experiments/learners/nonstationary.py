@@ -116,6 +116,27 @@ class CChain(Moments):
         return self.adam(optax.adam)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlasticityInjection(Moments):
+    """Adam with plasticity injection, on streams of tasks.
+
+    Attributes:
+      inject_at: the number of the task, from 0, before which a fresh head is injected, once.
+      head_layers: how many layers are the head, that of the output among them.
+    """
+
+    name = "injection"
+    about = "Adam with plasticity injection: a fresh head learns beside the frozen old one"
+    look = Look("Plasticity injection")
+
+    inject_at: int = count(1)
+    head_layers: int = count(2)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return self.adam(cbp_jax.adam)  # with a count of steps for each weight, so that only the head's starts anew
+
+
 def _as_matrices(params: optax.Params) -> optax.Params:
     """Of each kernel, whose last axis are the outputs, which axes are the rows and columns of its matrix."""
     axes = lambda w: optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1) if w.ndim > 1 else None

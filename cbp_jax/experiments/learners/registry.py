@@ -36,6 +36,7 @@ LEARNERS: dict[str, type[Method]] = {
         nonstationary.AdamReset,
         nonstationary.Muon,
         nonstationary.CChain,
+        nonstationary.PlasticityInjection,
         networks.Dropout,
         networks.LayerNorm,
         networks.OnlineNorm,
