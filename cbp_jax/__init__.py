@@ -2,14 +2,16 @@
 
 from typing import Any
 
-from cbp_jax import curvature, lora, metrics, tickets
+from cbp_jax import curvature, injection, lora, metrics, tickets
 from cbp_jax.contracted import contract_convolutions
 from cbp_jax.replacement import Choice, Fresh, GroupView, NewUnits, Policy, ReplacementState, replace_units
 from cbp_jax.train_state import TrainState
 from cbp_jax.transforms import (
     ContinualBackpropState,
     adam,
+    adam_reset,
     adaptive_upgd,
+    add_churn_reduction,
     add_kernel_penalty,
     add_l1,
     add_l1_init,
@@ -26,6 +28,7 @@ from cbp_jax.transforms import (
     normalize_and_project,
     orthogonal_penalty,
     parseval_penalty,
+    periodic_reset,
     perturbed_gradient_descent,
     proximal_l1_init,
     redo,
@@ -36,6 +39,7 @@ from cbp_jax.transforms import (
     shrink_and_perturb,
     spectral_penalty,
     synaptic_intelligence,
+    trac,
     upgd,
     wasserstein_penalty,
 )
@@ -57,7 +61,9 @@ __all__ = [
     "UnitGroup",
     "Units",
     "adam",
+    "adam_reset",
     "adaptive_upgd",
+    "add_churn_reduction",
     "add_kernel_penalty",
     "add_l1",
     "add_l1_init",
@@ -73,6 +79,7 @@ __all__ = [
     "ewc",
     "fire",
     "hare_and_tortoise",
+    "injection",
     "load_results",
     "lora",
     "mas",
@@ -80,6 +87,7 @@ __all__ = [
     "normalize_and_project",
     "orthogonal_penalty",
     "parseval_penalty",
+    "periodic_reset",
     "perturbed_gradient_descent",
     "proximal_l1_init",
     "redo",
@@ -93,6 +101,7 @@ __all__ = [
     "spectral_penalty",
     "synaptic_intelligence",
     "tickets",
+    "trac",
     "upgd",
     "wasserstein_penalty",
     "with_features",

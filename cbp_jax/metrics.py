@@ -16,22 +16,30 @@ the stable rank by one for a ReLU layer of 2000 units). On a CPU the Gram matrix
 2000 x 100 and nothing at 2000 x 2000.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbp_jax.network_metrics import churn, tangent_kernel, weight_change
+
 __all__ = [
     "Ranks",
     "approximate_rank",
+    "churn",
     "dead_fraction",
     "dormant_fraction",
     "effective_rank",
     "gradient_dormant_units",
+    "linearized_fraction",
+    "ntk_ranks",
     "plasticity",
     "ranks",
     "stable_rank",
+    "tangent_kernel",
+    "weight_change",
     "weight_magnitude",
     "weight_rank",
 ]
@@ -124,6 +132,33 @@ def gradient_dormant_units(grads: Any, threshold: float | jax.Array = 0.01) -> j
     if not kernels:
         raise ValueError(f"grads must hold at least one kernel's gradient; got {jax.tree.structure(grads)}")
     return _small_beside_their_layer(_groups(kernels), threshold)
+
+
+def linearized_fraction(features: Any) -> jax.Array:
+    r"""Fraction of units that are on, and so linear, on the whole batch.
+
+    .. math:: \frac{1}{H} \sum_i \big[\, h_i(x) > 0 \text{ for all } x \,\big]
+
+    For ReLU and what else is linear above 0, leaky ReLU for one: such a unit is a linear function of its inputs, and a
+    network of such units is linear. Lyle et al., "Disentangling the causes of plasticity loss in neural networks",
+    2024, have these *linearized* units beside the dead ones.
+
+    Args:
+      features: array [..., units] of activations, or a pytree of such arrays, one for each group of units.
+
+    Returns:
+      float32 scalar in [0, 1]: linearized units over all units of all groups. Where a
+      maximum over positions was taken, it is of the maxima. Units of concatenated ReLU have a position that is off.
+
+    Raises:
+      ValueError: if there are no features, or a group has no units or no examples.
+
+    >>> import jax.numpy as jnp
+    >>> float(linearized_fraction(jnp.array([[0.0, 0.5, 1.0, 2.0], [0.0, 3.0, 0.0, 0.0]])))
+    0.25
+    """
+    on = [jnp.all(h > 0, axis=_all_but_units(h)) for h in _groups(features)]
+    return jnp.mean(jnp.concatenate(on), dtype=jnp.float32)
 
 
 def effective_rank(x: jax.Array) -> jax.Array:
@@ -226,6 +261,37 @@ def ranks(x: jax.Array, threshold: float | jax.Array = 0.99) -> Ranks:
         _least_sufficient(jnp.square(values), threshold),
         _least_sufficient(values, threshold),
     )
+
+
+def ntk_ranks(
+    apply_fn: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array, threshold: float | jax.Array = 0.99
+) -> Ranks:
+    r"""The ranks of the empirical neural tangent kernel's Gram matrix on a batch.
+
+    A network whose Gram matrix, :func:`tangent_kernel`, has low rank can change its outputs on the batch in few
+    directions, however many weights it has. Its rank falls with plasticity: Lyle et al., "Disentangling the causes of
+    plasticity loss in neural networks", 2024; Tang et al., "Mitigating plasticity loss in continual reinforcement
+    learning by reducing churn", ICML 2025. The matrix is not centered, nor are its rows scaled.
+
+    Args:
+      apply_fn: `(params, x [n, ...]) -> outputs [n, ...]`, as in :func:`tangent_kernel`, like what follows.
+      params: pytree of arrays.
+      x: examples [n, ...].
+      threshold: of the approximate and the stable rank, in (0, 1]; may be traced.
+
+    Returns:
+      what :func:`ranks` gives of the matrix: each at most n times the number of outputs. Singular values of this matrix
+      are the squares of the Jacobian's.
+
+    Raises:
+      ValueError: there are no examples or no float leaves, or the threshold is outside (0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> linear = lambda w, x: x @ w
+    >>> float(ntk_ranks(linear, jnp.ones(3), jnp.eye(4, 3)).stable)  # three weights, whatever the examples
+    3.0
+    """
+    return ranks(tangent_kernel(apply_fn, params, x), threshold)
 
 
 def weight_magnitude(params: Any) -> jax.Array:

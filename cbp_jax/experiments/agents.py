@@ -118,6 +118,12 @@ def check(settings: Settings) -> list[learners.Method]:
         unusable = [name for name in ("normalization", "dropout_rate") if getattr(method, name)]
         if unusable or method.curvature:
             raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")
+        if method.reference:
+            raise ValueError(f"method {text!r}: the agent keeps no earlier examples for a reference batch")
+        if method.inject_at is not None:
+            raise ValueError(f"method {text!r}: heads are injected before tasks of a stream, and an agent has none")
+        if method.reset_every:
+            raise ValueError(f"method {text!r}: an agent is reset where friction changes, not every so many updates")
     return methods
 
 

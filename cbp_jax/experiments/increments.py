@@ -155,8 +155,9 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"measure_every cannot be given for class_incremental, got {settings.measure_every}")
     methods = pools.check(settings)
     for text, method in zip(settings.methods, methods, strict=True):
-        if method.curvature:
-            raise ValueError(f"method {text!r}: class_incremental has no curvature")
+        if method.curvature or method.reference:
+            what = "curvature" if method.curvature else "reference batches"
+            raise ValueError(f"method {text!r}: class_incremental has no {what}")
         if not method.scheduled:
             raise ValueError(
                 f"method {text!r}: its step size must be a floating-point setting called step_size or learning_rate, "

@@ -1,6 +1,6 @@
 """Networks of the experiments, as Flax linen modules."""
 
-from cbp_jax.nets.activations import crelu, get_activation
+from cbp_jax.nets.activations import crelu, fourier, get_activation
 from cbp_jax.nets.actor_critic import ActorCritic
 from cbp_jax.nets.bert import Bert, TextClassifier
 from cbp_jax.nets.bert_files import hugging_face_names, installed_encoder, load_bert
@@ -30,6 +30,7 @@ __all__ = [
     "ViT",
     "crelu",
     "fan_in_uniform",
+    "fourier",
     "get_activation",
     "hugging_face_names",
     "installed_encoder",

@@ -32,9 +32,38 @@ def crelu(x: jax.Array) -> jax.Array:
     return jnp.concatenate([nn.relu(x), nn.relu(-x)], axis=-1)
 
 
+def fourier(x: jax.Array) -> jax.Array:
+    r"""Deep Fourier features: the sine of every unit and then the cosine, side by side.
+
+    .. math:: [\sin(z_1), \dots, \sin(z_n), \cos(z_1), \dots, \cos(z_n)]
+
+    Wherever z is, one of the two is close to a linear function of it, so that the network stays trainable as deep
+    linear ones do. The next layer has twice as many inputs: for the paper's network, whose layers are as wide as those
+    of ReLU networks, choose half as many hidden units. A unit has two positions, as with `crelu`: `discover_units`
+    finds one group of n units, and one that is replaced has both of its outputs cut off.
+
+    Args:
+      x: [..., units].
+
+    Returns:
+      [..., 2 units].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fourier(jnp.array([0.0, jnp.pi / 2])).round(3).tolist()
+      [0.0, 1.0, 1.0, -0.0]
+
+    References:
+      Lewandowski, Schuurmans & Machado, `Plastic learning with deep Fourier features
+      <https://arxiv.org/abs/2410.20634>`_, ICLR 2025
+    """
+    return jnp.concatenate([jnp.sin(x), jnp.cos(x)], axis=-1)
+
+
 _ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.relu,
     "crelu": crelu,
+    "fourier": fourier,
     "leaky_relu": nn.leaky_relu,
     "elu": nn.elu,
     "selu": nn.selu,
@@ -49,11 +78,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(activation: str | Activation) -> Activation:
-    """The function of a name, elementwise but for "crelu"; a function is returned as it is.
+    """The function of a name, elementwise but for "crelu" and "fourier"; a function is returned as it is.
 
     Args:
-      activation: "relu", "crelu", "leaky_relu", "elu", "selu", "gelu", "silu" or "swish", which are one, "softplus",
-        "sigmoid", "tanh", "identity", or a function of one array.
+      activation: "relu", "crelu", "fourier", "leaky_relu", "elu", "selu", "gelu", "silu" or "swish", which are one,
+        "softplus", "sigmoid", "tanh", "identity", or a function of one array.
 
     Returns:
       a function of one array.

@@ -15,6 +15,7 @@ GAINS = {
     "tanh": 5 / 3,
     "relu": math.sqrt(2),
     "crelu": math.sqrt(2),
+    "fourier": math.sqrt(2),  # the mean square of the two is 1/2
     "leaky_relu": math.sqrt(2 / (1 + 0.01**2)),
     "elu": math.sqrt(2),
     "silu": math.sqrt(2),
@@ -28,8 +29,8 @@ def kaiming_uniform(activation: str) -> nn.initializers.Initializer:
     Weights are uniform in ±gain sqrt(3 / fan_in); that of "relu" is `jax.nn.initializers.he_uniform()`.
 
     Args:
-      activation: "identity" (of an output layer), "sigmoid", "tanh", "relu", "crelu", "leaky_relu", "elu", "silu" or
-        "swish".
+      activation: "identity" (of an output layer), "sigmoid", "tanh", "relu", "crelu", "fourier", "leaky_relu", "elu",
+        "silu" or "swish".
 
     Returns:
       a `jax.nn.initializers` function.

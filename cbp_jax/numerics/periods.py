@@ -2,37 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from cbp_jax.numerics.scalars import check_scalar
-
 T = TypeVar("T")
-
-
-def check_period(name: str, value: Any) -> None:
-    """Raises unless a setting is a whole number of updates >= 1, or a tracer.
-
-    Args:
-      name: the argument's name, for the message.
-      value: a number, a scalar array, or a tracer of one.
-
-    Raises:
-      TypeError: `value` is not a real scalar.
-      ValueError: `value` is smaller than 1 or has a fraction.
-
-    Example:
-      >>> check_period("every", 2.5)
-      Traceback (most recent call last):
-      ...
-      ValueError: every must be a whole number, got 2.5
-    """
-    check_scalar(name, value, at_least=1)
-    if not isinstance(value, jax.core.Tracer) and float(value) != int(value):
-        raise ValueError(f"{name} must be a whole number, got {value}")
 
 
 def is_due(count: chex.Array, every: chex.Numeric) -> chex.Array:

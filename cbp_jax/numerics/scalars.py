@@ -71,3 +71,25 @@ def check_like(name: str, tree: Any, updates: Any) -> None:
     found, wanted = (jax.tree.map(lambda leaf: str(np.shape(leaf)), each) for each in (tree, updates))
     if jax.tree.structure(found) != jax.tree.structure(wanted) or jax.tree.leaves(found) != jax.tree.leaves(wanted):
         raise ValueError(f"{name} must be a tree of the gradients' shapes, {wanted}, got {found}")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises if a setting is no whole number of at least 1; whether floating-point or integer, or a tracer, is one.
+
+    Args:
+      name: the argument's name, for the message.
+      value: as in :func:`check_scalar`.
+
+    Raises:
+      TypeError: `value` is not a real scalar.
+      ValueError: `value` is below 1 or not whole.
+
+    Example:
+      >>> check_whole("every", 1.5)
+      Traceback (most recent call last):
+      ...
+      ValueError: every must be a whole number, got 1.5
+    """
+    check_scalar(name, value, at_least=1)
+    if not isinstance(value, jax.core.Tracer) and float(value) != np.floor(float(value)):
+        raise ValueError(f"{name} must be a whole number, got {value}")

@@ -47,9 +47,9 @@ def prune_units(
       keep: the units that are there, by default all.
       scope: "layer": the fraction of each group; "global": of all together, whose utilities are compared.
       utility: by name of group an array [units], such as the state of `continual_backprop` has in `utility`; or a name
-        or function that `continual_backprop` takes, of these params, features and gradients. By default the magnitude of
-        the outgoing weights, which needs no examples and keeps LeNet-300-100 as accurate as any other by name;
-        "contribution" favors units that are always on, which a bias could stand for, and does worse than chance there.
+        or function that `continual_backprop` takes, of these params, features and gradients. By default the magnitude
+        of the outgoing weights, which needs no examples. Note that "contribution" favors units that are always on,
+        though a bias could stand for them.
       features: activations on some examples, as `with_features` gives them, where the utility looks at them.
       grads: gradients, where it looks at them.
       key: int or jax key, where it draws.

@@ -3,6 +3,7 @@
 from cbp_jax.training.checkpoint import Checkpoint
 from cbp_jax.training.head import output_layers, reset_layers, restart
 from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
+from cbp_jax.training.injection import last_layers, with_injection
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.training.learner import Learner, TrainState, init_state
 from cbp_jax.training.loop import measure, run_lanes, run_task, run_tasks
@@ -15,6 +16,7 @@ __all__ = [
     "Learner",
     "TrainState",
     "init_state",
+    "last_layers",
     "measure",
     "one_blas_thread",
     "output_layers",
@@ -28,4 +30,5 @@ __all__ = [
     "step_size_factor",
     "symptoms",
     "train_step",
+    "with_injection",
 ]

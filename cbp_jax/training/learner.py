@@ -12,7 +12,8 @@ from cbp_jax.nets import online_norm
 from cbp_jax.units import Features, UnitGroup
 
 # Collections of a network's variables that are learned by no gradient.
-STATISTICS = ("batch_stats", online_norm.COLLECTION)
+INJECTION = "injection"  # frozen heads
+STATISTICS = ("batch_stats", online_norm.COLLECTION, INJECTION)
 
 Hyperparameters = dict[str, chex.Numeric]
 
@@ -29,6 +30,7 @@ class Learner(NamedTuple):
     begin_task: Callable[..., tuple[optax.Params, optax.OptState]] | None = None
     batch_stats: bool = False  # whether outputs of `train` are (logits, new running statistics), see `run_increment`
     curvature: bool = False  # whether the optimizer wants the diagonal of the Hessian, from HesScale
+    reference: int = 0  # how many batches of before the optimizer wants with each update, as `reference`
     scheduled: str = "step_size"  # the hyperparameter that a schedule multiplies
 
 

@@ -92,6 +92,13 @@ def run_task(
     )
     tx = optax.with_extra_args_support(learner.optimizer(state.hyperparameters, keys.optimizer))
     task_key = jax.random.fold_in(keys.dropout, state.task)
+    reference_key = jax.random.fold_in(task_key, 2**31)
+
+    def earlier(number):
+        """Inputs of batches of this task before this one, drawn with replacement; at the first, its own."""
+        drawn = jax.random.randint(jax.random.fold_in(reference_key, number), (learner.reference,), 0, number)
+        x = jax.vmap(lambda each: problem.batch(data, task, each)[0])(drawn)
+        return x.reshape(-1, *x.shape[2:])
 
     def step(carry, number, measured=False):
         params, opt_state, totals = carry
@@ -104,6 +111,7 @@ def run_task(
             problem.batch(data, task, number),
             jax.random.fold_in(task_key, number),
             measured=measured,
+            reference=earlier(number) if learner.reference else None,
         )
         found["replaced_units"] = replaced_units(opt_state)
         totals = totals | {name: totals[name] + value for name, value in found.items()}

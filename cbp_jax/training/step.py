@@ -74,6 +74,7 @@ def learn(
     *,
     head: Callable[[chex.Array], chex.Array] = as_it_is,
     measured: bool = False,
+    reference: chex.Array | None = None,
 ) -> tuple[optax.Params, optax.OptState, dict[str, chex.Array]]:
     """One step of a learner on a batch.
 
@@ -87,6 +88,7 @@ def learn(
       key: of what is random in training.
       head: what the loss is of, of the outputs.
       measured: whether plasticity and gradients are measured, which takes another forward pass.
+      reference: inputs of before, where the learner wants them.
 
     Returns:
       the parameters and the optimizer's state after the step; and scalars: `loss` and the loss' own metrics, before
@@ -107,7 +109,7 @@ def learn(
         losses = losses_of(outputs, y)
         return jnp.mean(losses), (features, (outputs, losses, statistics))
 
-    extra = {}
+    extra = {} if reference is None else {"reference": reference}
     if learner.curvature:
         extra["hessian_diag"] = curvature.hesscale(lambda params, x: in_training(params, x)[0], params, x, y, loss)[2]
     params, opt_state, mean, grads, (outputs, losses, statistics) = train_step(tx, loss_fn, params, opt_state, **extra)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax import units as units_lib
-from cbp_jax.numerics.periods import check_period, is_due
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.periods import is_due
+from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.transforms.kernels import Kernels, chosen_kernels, edit_after, wide
 
 
@@ -70,7 +70,7 @@ def dash(
       Shin et al., `DASH: warm-starting neural network training in stationary settings without loss of plasticity
       <https://arxiv.org/abs/2410.23495>`_, NeurIPS 2024
     """
-    check_period("every", every)
+    check_whole("every", every)
     check_scalar("least", least, at_least=0, at_most=1)
     check_scalar("alpha", alpha, at_least=0, at_most=1)
     inner = optax.with_extra_args_support(inner)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cbp_jax.numerics.periods import check_period, is_due, when_due
+from cbp_jax.numerics.periods import is_due, when_due
+from cbp_jax.numerics.scalars import check_whole
 from cbp_jax.replacement import inner_state as inner_state_lib
 from cbp_jax.transforms.kernels import Kernels, chosen_kernels, edit_after
 
@@ -69,7 +70,7 @@ def fire(
       Han et al., `FIRE: Frobenius-isometry reinitialization for balancing the stability-plasticity tradeoff
       <https://arxiv.org/abs/2602.08040>`_, ICLR 2026
     """
-    check_period("every", every)
+    check_whole("every", every)
     if type(iterations) is not int or iterations < 1:
         raise ValueError(f"iterations must be a positive int, got {iterations!r}")
     inner = optax.with_extra_args_support(inner)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax import units as units_lib
-from cbp_jax.numerics.periods import check_period, is_due
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.periods import is_due
+from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.transforms.kernels import edit_after, wide
 
 
@@ -65,7 +65,7 @@ def hare_and_tortoise(
       <https://arxiv.org/abs/2406.02596>`_, ICML 2024
     """
     check_scalar("decay", decay, at_least=0, at_most=1)
-    check_period("every", every)
+    check_whole("every", every)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> HareAndTortoiseState:

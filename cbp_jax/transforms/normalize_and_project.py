@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax import units as units_lib
-from cbp_jax.numerics.periods import check_period, is_due
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.periods import is_due
+from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.transforms.kernels import Kernels, chosen_kernels, edit_after, wide
 
 
@@ -69,7 +69,7 @@ def normalize_and_project(
       Lyle et al., `Normalization and effective learning rates in reinforcement learning
       <https://arxiv.org/abs/2407.01800>`_, NeurIPS 2024
     """
-    check_period("every", every)
+    check_whole("every", every)
     check_scalar("pull", pull, at_least=0, at_most=1)
     inner = optax.with_extra_args_support(inner)
 

@@ -10,8 +10,8 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
-from cbp_jax.numerics.periods import check_period, is_due
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.periods import is_due
+from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.replacement import resample
 
 
@@ -90,7 +90,7 @@ def redo(
       <https://arxiv.org/abs/2302.12902>`_, ICML 2023
     """
     check_scalar("threshold", threshold, at_least=0)
-    check_period("every", every)
+    check_whole("every", every)
 
     score = activation_score if score is None else score
 

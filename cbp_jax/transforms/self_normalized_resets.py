@@ -11,8 +11,8 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
-from cbp_jax.numerics.periods import check_period, is_due, when_due
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.periods import is_due, when_due
+from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.replacement import resample
 from cbp_jax.replacement.edits import as_mask
 
@@ -110,7 +110,7 @@ def self_normalized_resets(
       <https://arxiv.org/abs/2410.20098>`_, ICLR 2025
     """
     check_scalar("rejection", rejection, at_least=0, at_most=1)
-    check_period("every", every)
+    check_whole("every", every)
     for name, value in (("max_silence", max_silence), ("max_resets", max_resets)):
         if (type(value) is not int or value < 1) and not (name == "max_resets" and value is None):
             raise ValueError(f"{name} must be a positive int{' or None' * (name == 'max_resets')}, got {value!r}")

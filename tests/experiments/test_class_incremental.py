@@ -138,6 +138,7 @@ def test_the_network_and_images_are_those_of_the_settings(tmp_path, monkeypatch)
         ({"blocks": (1, 1)}, "widths and blocks must be of one length"),
         ({"methods": ("dropout",)}, "method 'dropout': network 'resnet18' has no dropout_rate"),
         ({"methods": ("bp:normalization=layer",)}, "network 'resnet18' has no normalization"),
+        ({"methods": ("c_chain",)}, "class_incremental has no reference batches"),
         ({"methods": ("upgd:order=2",)}, "class_incremental has no curvature"),
         (
             {"methods": ("optax:sgd(learning_rate=1)",)},

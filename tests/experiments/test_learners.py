@@ -11,6 +11,7 @@ from cbp_jax.experiments.learners import LEARNERS, make_learner, parse_method, w
 from cbp_jax.replacement import replaced_units
 from cbp_jax.report import looks, plot_tasks
 from cbp_jax.training import init_state
+from cbp_jax.training.learner import weights_of
 
 CLASSES, PIXELS, HIDDEN, TASKS = 4, 6, (7,), 3
 
@@ -39,6 +40,7 @@ STRONG = {
     "least": 0.3,
     "alpha": 0.1,
     "decay": 0.99,
+    "s_init": 1e-3,
 }
 BETAS = {"beta_utility": 0.5, "beta_weight": 0.5, "beta_importance": 0.5}
 FACTOR = {
@@ -48,6 +50,7 @@ FACTOR = {
     "bound": 0.5,
     "power": 0.5,
     "decay": 0.9,
+    "beta": 0.5,
     "replacement_rate": 2,
     "b1": 0.5,
     "b2": 0.5,
@@ -82,7 +85,8 @@ def train(learner, params, examples, numbers):
                 return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), features
 
             (loss, features), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            updates, opt_state = tx.update(grads, opt_state, params, features=features)
+            extra = {"reference": examples[0].reshape(-1, PIXELS)[: learner.reference]} if learner.reference else {}
+            updates, opt_state = tx.update(grads, opt_state, params, features=features, **extra)
             return (optax.apply_updates(params, updates), opt_state, replaced + replaced_units(opt_state)), loss
 
         steps = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), examples)
@@ -123,7 +127,7 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     learner = make_learner(given, HIDDEN, "relu", (PIXELS,), CLASSES)
     params = learner.init(jax.random.key(0))
     if not set(given[0].options) & {"normalization", "activation"}:
-        jax.tree.map(np.testing.assert_array_equal, params, start)
+        jax.tree.map(np.testing.assert_array_equal, weights_of(params), start)
     numbers = {key: np.array([lane[key] for lane in lanes], np.float32) for key in base}
     loss, after, replaced = train(learner, params, examples, numbers)
     assert loss.shape == (TASKS, len(lanes)) and np.isfinite(loss).all()
@@ -283,9 +287,9 @@ def test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not(name, dir
 
 
 @pytest.mark.parametrize("reset", ["head", "network"])
-@pytest.mark.parametrize("name", ["adam", "shrink_and_perturb_adam"])
+@pytest.mark.parametrize("name", ["adam", "adam_reset", "shrink_and_perturb_adam"])
 def test_adam_starts_anew_with_what_is_reset(name, reset):
-    text = f"{name}:step_size=0.01,reset={reset}" + (",noise=0,l2=0" if name != "adam" else "")
+    text = f"{name}:step_size=0.01,reset={reset}" + (",noise=0,l2=0" if name.startswith("shrink") else "")
     learner = make_learner([parse_method(text)], (3,), "tanh", (PIXELS,), CLASSES)
     numbers = {name: jnp.float32(value) for name, value in parse_method(text).hyperparameters.items()}
     params = jax.jit(learner.init)(jax.random.key(0))

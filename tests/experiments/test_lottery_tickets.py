@@ -322,6 +322,8 @@ def test_global_pruning_compares_layers_of_one_fraction():
         ({"activation": "rleu"}, "activation must be .* got 'rleu'"),
         ({"learner": "adamm"}, "the learner must be one of .* got 'adamm'"),
         ({"learner": "bp:reset=head"}, "lottery tickets have no tasks before which it could start anew"),
+        ({"learner": "injection"}, "lottery tickets have no tasks before which"),
+        ({"learner": "c_chain"}, "lottery tickets have no reference batches"),
         ({"learner": "upgd:order=2"}, "lottery tickets have no curvature"),
         ({"network": "lenet", "learner": "layer_norm"}, "network 'lenet' has no normalization"),
         ({"iterations": 10**9}, "iterations times batch_size must be at most 2147483647"),

@@ -107,6 +107,12 @@ def test_two_learners_of_the_alternating_preset_differ_in_continual_backpropagat
         ({"common_clock": True, "change_every": 33, "interval": 32}, r"at least 2 \* num_envs \* episode_length = 64"),
         ({"friction": 0.5, "frictions": (0.5,)}, r"friction stays as it is .* frictions must be empty, got \(0.5,\)"),
         ({"frictions": (0.5, -1.0)}, r"frictions must be in \[0, inf\), got -1.0"),
+        (
+            {"methods": ("adam:reset=head,reset_every=9",)},
+            "an agent is reset where friction changes, not every so many",
+        ),
+        ({"methods": ("injection",)}, "method 'injection': heads are injected before tasks of a stream"),
+        ({"methods": ("c_chain",)}, "method 'c_chain': the agent keeps no earlier examples"),
         ({"methods": ("upgd:order=2",)}, "method 'upgd:order=2': the agent has no curvature"),
         ({"activation": "rely"}, "activation must be .*, got 'rely'"),
         ({"hidden": ()}, r"hidden must be sizes of at least one hidden layer, got \(\)"),

@@ -17,6 +17,7 @@ X = np.linspace(-3, 3, 13)
         ("silu", X / (1 + np.exp(-X))),
         ("swish", X / (1 + np.exp(-X))),
         ("crelu", np.concatenate([np.maximum(X, 0), np.maximum(-X, 0)])),
+        ("fourier", np.concatenate([np.sin(X), np.cos(X)])),
         ("softplus", np.log1p(np.exp(X))),
         ("elu", np.where(X > 0, X, np.expm1(X))),
         ("identity", X),

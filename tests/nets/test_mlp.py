@@ -85,6 +85,18 @@ def test_concatenated_relu_gives_a_unit_two_positions():
     np.testing.assert_allclose(features["params/Dense_0"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_deep_fourier_features_give_a_unit_a_sine_and_a_cosine():
+    net = MLP(hidden=(5, 4), num_outputs=3, activation="fourier")
+    params = net.init(jax.random.key(0), X)
+    units = discover_units(net.apply, params, X, check=True)
+    assert [(group.name, group.size) for group in units] == [("params/Dense_0", 5), ("params/Dense_1", 4)]
+    assert units[1].outgoing[0].kernel.index.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    _, features = with_features(net.apply, units)(params, X)
+    first = X @ params["params"]["Dense_0"]["kernel"]
+    expected = np.stack([np.sin(first), np.cos(first)], axis=1)
+    np.testing.assert_allclose(features["params/Dense_0"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_initial_weights_of_pytorch():
     net = MLP((400,), 300, kernel_init=fan_in_uniform(), bias_init="fan_in", output_init=jax.nn.initializers.ones)
     params = net.init(jax.random.key(0), jnp.zeros((1, 25)))["params"]

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbp_jax.numerics.periods import check_period, is_due, when_due
+from cbp_jax.numerics.periods import is_due, when_due
+from cbp_jax.numerics.scalars import check_whole
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -22,9 +23,9 @@ def test_a_change_is_made_where_it_is_due_and_stays_a_branch(depth):
 
 def test_periods_are_whole_numbers_from_1():
     for value in (1, 3.0, np.float32(2)):
-        check_period("every", value)
+        check_whole("every", value)
     for value in (0, 0.5, 1.5, float("nan")):
         with pytest.raises(ValueError, match="every must be"):
-            check_period("every", value)
+            check_whole("every", value)
     with pytest.raises(TypeError, match="every must be a scalar"):
-        check_period("every", "often")
+        check_whole("every", "often")

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import types
 from functools import partial
 
 import jax
@@ -434,3 +435,36 @@ def test_statistics_are_no_weights(problem):
     assert len(params) > 1 and weights
     assert float(measured["weight_l2"]) == pytest.approx(float(optax.tree.norm(weights)), rel=1e-5)
     assert float(measured["weight_magnitude"]) == pytest.approx(float(metrics.weight_magnitude(weights)), rel=1e-5)
+
+
+def test_a_reference_batch_is_of_earlier_steps_of_the_task():
+    """Where a learner asks for it; here the optimizer keeps what it gets."""
+
+    def make_batch(data, task, number):
+        return data[number][None], jnp.zeros(1, jnp.int32)
+
+    problem = types.SimpleNamespace(
+        data=jnp.arange(12.0)[:, None],
+        make_task=lambda data, key, task: task,
+        evaluation=lambda data, task, count: (data, None),
+        batch=make_batch,
+        loss="softmax_cross_entropy",
+        steps_per_task=12,
+        test=None,
+    )
+    learner = make_learner([parse_method("c_chain:reference=5")], (3,), "relu", (1,), 2)
+
+    def keeping(numbers, key):
+        def update(grads, state, params, *, reference, **extra):
+            count, kept = state
+            return jax.tree.map(jnp.zeros_like, grads), (count + 1, kept.at[count].set(reference[:, 0]))
+
+        return optax.GradientTransformationExtraArgs(lambda params: (jnp.int32(0), jnp.full((12, 5), -1.0)), update)
+
+    learner = learner._replace(optimizer=keeping)
+    state = init_state(learner, jnp.int32(0), {})
+    state, _ = jax.jit(lambda state: run_task(learner, problem, problem.data, state))(state)
+    kept = np.asarray(state.opt_state[1])
+    assert (kept[0] == 0).all()  # nothing is earlier than the first
+    assert all((kept[n] < n).all() and (kept[n] >= 0).all() for n in range(1, 12))
+    assert len(np.unique(kept[8:])) > 5

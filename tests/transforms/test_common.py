@@ -21,7 +21,9 @@ from cbp_jax.replacement import Choice, Policy, replace_units
 from cbp_jax.tickets import masked, masked_changes
 from cbp_jax.transforms import (
     adam,
+    adam_reset,
     adaptive_upgd,
+    add_churn_reduction,
     add_kernel_penalty,
     add_l1,
     add_l1_init,
@@ -36,6 +38,7 @@ from cbp_jax.transforms import (
     normalize_and_project,
     orthogonal_penalty,
     parseval_penalty,
+    periodic_reset,
     perturbed_gradient_descent,
     proximal_l1_init,
     redo,
@@ -45,6 +48,7 @@ from cbp_jax.transforms import (
     shrink_and_perturb,
     spectral_penalty,
     synaptic_intelligence,
+    trac,
     upgd,
     wasserstein_penalty,
 )
@@ -137,6 +141,23 @@ def firing_seldom(tx):
     def update_fn(grads, state, params, *, features, **extra_args):
         features = jax.tree.map(lambda h: h - 1.6, features)
         return tx.update(grads, state, params, features=features, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def by_sums(params, x):
+    """`apply_fn` without products of matrices, of which vmapped ones may differ in the last bit."""
+    times = lambda x, w: jnp.sum(x[:, :, None] * w, 1)
+    return times(jax.nn.relu(times(x, params["w1"]) + params["b1"]), params["w2"])
+
+
+def with_reference(tx):
+    """SGD behind it, and a reference batch with each update."""
+    tx = optax.with_extra_args_support(optax.chain(tx, optax.sgd(0.1)))
+    reference = np.random.default_rng(3).normal(size=(5, 4))
+
+    def update_fn(grads, state, params, **extra_args):
+        return tx.update(grads, state, params, reference=jnp.asarray(reference, params["w1"].dtype), **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -434,11 +455,44 @@ ROWS = [
         noisy=True,
         slow=True,
     ),
+    Row(
+        "periodic_reset of sgd",
+        periodic_reset,
+        (optax.sgd(0.1, 0.9),),
+        {"every": 2},
+        {"every": 4},
+        {"init": lambda key: {name: jax.random.normal(key, w.shape) for name, w in make_params(0).items()}},
+        noisy=True,
+        slow=True,
+    ),
+    Row(
+        "add_churn_reduction",
+        add_churn_reduction,
+        (),
+        {"strength": 0.5},
+        {"strength": 1.0},
+        {"apply_fn": by_sums},
+        wrap=with_reference,
+    ),
+    Row("trac of sgd", trac, (optax.sgd(0.1),), {"s_init": 0.1, "eps": 0.1}, {"s_init": 0.2, "eps": 1.0}),
+    Row(
+        "adam_reset",
+        adam_reset,
+        (),
+        {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99, "every": 3},
+        {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9, "every": 2},
+        {"forget": "time"},
+        slow=True,
+    ),
     Row("masked_changes of adam", masked_changes, (adam(0.1), TICKET, PARAMS), {}, {}),
 ]
 
 
-EVERYWHERE = (shrink_and_perturb, perturbed_gradient_descent)  # add noise to all weights; replacements draw only w1
+EVERYWHERE = (
+    shrink_and_perturb,
+    perturbed_gradient_descent,
+    periodic_reset,
+)  # add noise to all weights; replacements draw only w1
 
 
 @pytest.fixture(params=[pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else []) for row in ROWS])

@@ -24,7 +24,8 @@ from cbp_jax.experiments.learners.method import (
     ranged,
     settings_of,
 )
-from cbp_jax.experiments.learners.networks import CReLU, Dropout, LayerNorm, OnlineNorm
+from cbp_jax.experiments.learners.networks import CReLU, DeepFourier, Dropout, LayerNorm, OnlineNorm
+from cbp_jax.experiments.learners.nonstationary import AdamReset, CChain, Muon, PlasticityInjection, Trac
 from cbp_jax.experiments.learners.pictures import looks_by_learner, with_looks
 from cbp_jax.experiments.learners.plain import Adam, Backprop
 from cbp_jax.experiments.learners.redo import ReDo, ReDoAdam, ReGraMa, ReGraMaAdam
@@ -58,22 +59,27 @@ __all__ = [
     "SNR",
     "UPGD",
     "Adam",
+    "AdamReset",
     "AdaptiveUPGD",
     "Backprop",
+    "CChain",
     "CReLU",
     "ContinualBackprop",
     "ContinualBackpropAdam",
     "ContinualBackpropUPGD",
     "Custom",
+    "DeepFourier",
     "Dropout",
     "HareAndTortoise",
     "L2Init",
     "LayerNorm",
     "Method",
+    "Muon",
     "NormalizeAndProject",
     "OnlineNorm",
     "Orthogonal",
     "Parseval",
+    "PlasticityInjection",
     "RWalk",
     "ReDo",
     "ReDoAdam",
@@ -84,6 +90,7 @@ __all__ = [
     "ShrinkAndPerturbAdam",
     "Spectral",
     "SynapticIntelligence",
+    "Trac",
     "Wasserstein",
     "WeightClipping",
     "choice",

@@ -14,7 +14,7 @@ import optax
 import cbp_jax
 from cbp_jax import nets
 from cbp_jax.experiments.learners.method import Method
-from cbp_jax.training import Learner, output_layers, reset_layers, restart
+from cbp_jax.training import Learner, last_layers, output_layers, reset_layers, restart, with_injection
 from cbp_jax.units import NoUnits, Units
 
 
@@ -91,25 +91,63 @@ def make_learner(
     init = lambda key: net.init(key, jnp.zeros((1, *input_shape)))
     head = output_layers(units) if reset_head or first.reset == "head" else ()
 
+    optimizer = make_optimizer(methods, units, _shared(net, attributes))
+    if first.loss_term(apply) is not None:
+        optimizer = _with_term(optimizer, first, lambda params, x: apply(params, x)[0])
+    if first.reset_every:
+        optimizer = _resetting(optimizer, init, first.reset_every, head if first.reset == "head" else None)
+    at_tasks = first.reset if not first.reset_every else ""
+
     def begin_task(tx, key, task, params, opt_state):
         start = params, opt_state
-        if first.reset:
-            start = restart(first.reset, tx, params, opt_state, head, init(key))
+        if at_tasks:
+            start = restart(at_tasks, tx, params, opt_state, head, init(key))
         # In the first task the weights are fresh, and those that all methods start from.
         start = jax.tree.map(lambda new, old: jnp.where(task == 0, old, new), start, (params, opt_state))
         return reset_layers(tx, *start, head) if reset_head else start
 
-    return Learner(
+    learner = Learner(
         init=init,
         predict=apply,
         train=train,
-        optimizer=make_optimizer(methods, units, _shared(net, attributes)),
+        optimizer=optimizer,
         units=units,
-        begin_task=begin_task if reset_head or first.reset else None,
+        begin_task=begin_task if reset_head or at_tasks else None,
         batch_stats=batch_stats,
         curvature=first.curvature,
+        reference=first.reference,
         scheduled=first.scheduled,
     )
+    if first.inject_at is None:
+        return learner
+    if batch_stats or reset_head or first.reset:
+        what = "running statistics" if batch_stats else "a head that starts anew before each task"
+        raise ValueError(f"method {first.text!r}: nothing can be injected into a network with {what}")
+    return with_injection(learner, last_layers(units, first.head_layers), first.inject_at)
+
+
+def _with_term(
+    optimizer: Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation],
+    method: Method,
+    predict: Callable[[optax.Params, chex.Array], chex.Array],
+) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
+    """The same optimizer, of a loss with the method's own term."""
+    return lambda numbers, key: optax.chain(method.with_numbers(numbers).loss_term(predict), optimizer(numbers, key))
+
+
+def _resetting(
+    optimizer: Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation],
+    init: Callable[[chex.PRNGKey], optax.Params],
+    every: int,
+    layers: Sequence[str] | None,
+) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
+    """The same optimizer, with layers, or all, drawn anew every so many updates."""
+
+    def make(numbers: Mapping[str, Any], key: chex.PRNGKey) -> optax.GradientTransformation:
+        key, of_resets = jax.random.split(key)
+        return cbp_jax.periodic_reset(optimizer(numbers, key), init, every=every, layers=layers, key=of_resets)
+
+    return make
 
 
 def _shared(net: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

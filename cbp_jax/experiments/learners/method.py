@@ -80,7 +80,7 @@ def check_finite(name: str, value: float) -> None:
             raise ValueError(f"{name} must be a finite number of float32, got {value:g}")
 
 
-def count(default: int | None) -> Any:
+def count(default: int | None, *, optional: bool = False) -> Any:
     """A field for an integer from 1; where the default is None, also for None."""
 
     def check(name: str, value: Any) -> None:
@@ -91,7 +91,7 @@ def count(default: int | None) -> Any:
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
-    return _field(default, Setting(check, int, "a number"))
+    return _field(default, Setting(check, int, "a number", optional=optional))
 
 
 def flag(default: bool) -> Any:
@@ -192,6 +192,9 @@ class Method:
     # What is drawn anew before each task but the first: "head" or "network". Not annotated: even as a ClassVar it would
     # hide the field that only some of the bases of a subclass have.
     reset = ""
+    reference = 0  # how many batches of before the optimizer wants with each update, as `reference`
+    inject_at = None  # the task before which a fresh head is injected; see `training.with_injection`
+    reset_every = None  # updates after which it is, where that is not before each task
 
     activation: str | None = named(None, nets.get_activation, optional=True)
     normalization: str = choice("", *nets.NORMALIZATIONS, optional=True)
@@ -202,6 +205,8 @@ class Method:
     def __post_init__(self):
         for name, setting in settings_of(self).items():
             setting.check(name, getattr(self, name))
+        if self.reset_every and not self.reset:
+            raise ValueError("reset_every says when, and reset must say what is drawn anew: 'head' or 'network'")
         if self.given is None:
             fields = self.__dataclass_fields__
             changed = (name for name in settings_of(self) if getattr(self, name) != fields[name].default)
@@ -262,6 +267,16 @@ class Method:
     def scheduled(self) -> str:
         """The number that a schedule of the experiment's multiplies; "" if there is none."""
         return next((name for name in ("step_size", "learning_rate") if name in self.hyperparameters), "")
+
+    def loss_term(
+        self, predict: Callable[[optax.Params, chex.Array], chex.Array]
+    ) -> optax.GradientTransformation | None:
+        """What it adds to the gradients before its optimizer, by the network's outputs; None if nothing.
+
+        Args:
+          predict: `(params, x) -> outputs`, not in training.
+        """
+        return None
 
     def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
         """The same with other numbers, which may be traced."""

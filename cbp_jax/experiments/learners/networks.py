@@ -51,3 +51,14 @@ class CReLU(SGD):
     look = Look("CReLU")
 
     activation: str = named("crelu", nets.get_activation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepFourier(SGD):
+    """SGD with deep Fourier features: two outputs of each hidden unit, its sine and its cosine."""
+
+    name = "deep_fourier"
+    about = "SGD with deep Fourier features, the sine and the cosine of each hidden unit"
+    look = Look("Deep Fourier features")
+
+    activation: str = named("fourier", nets.get_activation)

@@ -7,7 +7,7 @@ import chex
 import optax
 
 import cbp_jax
-from cbp_jax.experiments.learners.method import Method, choice, ranged
+from cbp_jax.experiments.learners.method import Method, choice, count, ranged
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
@@ -31,10 +31,12 @@ class MomentumSGD(SGD):
     Attributes:
       momentum: decay of the sum of gradients.
       reset: "head" or "network", for what is drawn anew before each task but the first.
+      reset_every: updates after which it is drawn anew, and again, instead of before each task.
     """
 
     momentum: float = ranged(0.0, below=1, traced=False, optional=True)
     reset: str = choice("", "head", "network", optional=True)
+    reset_every: int | None = count(None, optional=True)
 
     def sgd(self) -> optax.GradientTransformation:
         """SGD; without momentum there is no trace, which costs memory and time."""
@@ -52,6 +54,7 @@ class Moments(Method):
     Attributes:
       reset: "head" or "network", for what is drawn anew before each task but the first: with it what Adam keeps of
         it, its moments and its count of steps, starts anew.
+      reset_every: updates after which it is drawn anew, and again, instead of before each task.
       eps: what is added to the root of the mean square.
     """
 
@@ -59,6 +62,7 @@ class Moments(Method):
     b1: float = ranged(0.9, below=1)
     b2: float = ranged(0.999, below=1)
     reset: str = choice("", "head", "network", optional=True)
+    reset_every: int | None = count(None, optional=True)
     eps: float = ranged(1e-8, traced=False, optional=True)
 
     def adam(self, make: Callable[..., optax.GradientTransformation], l2: float = 0.0) -> optax.GradientTransformation:

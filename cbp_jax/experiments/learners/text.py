@@ -16,8 +16,9 @@ def parse_method(text: str) -> Method:
       text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
         `activation`, `normalization`, `dropout_rate` and `hidden`, sizes of its hidden layers as in `hidden=100x100`,
         or `hidden=none` for a linear network; those around SGD that say so `momentum`, and these and those around Adam
-        `reset`, "head" or "network", for what is drawn anew before each task but the first. A function of the user's is
-        given as `"my_package.my_module:my_factory(learning_rate=0.01)"`; see `custom`.
+        `reset`, "head" or "network", for what is drawn anew before each task but the first, or, with
+        `reset_every=1000`, after every so many updates. A function of the user's is given as
+        `"my_package.my_module:my_factory(learning_rate=0.01)"`; see `custom`.
 
     Returns:
       the method.
