@@ -37,6 +37,7 @@ from cbp_jax.experiments.learners.regularization import (
     ShrinkAndPerturbAdam,
     WeightClipping,
 )
+from cbp_jax.experiments.learners.search import LogUniform, Space, configurations
 from cbp_jax.experiments.learners.text import parse_method, read_methods
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
 
@@ -59,6 +60,7 @@ __all__ = [
     "Dropout",
     "L2Init",
     "LayerNorm",
+    "LogUniform",
     "Method",
     "OnlineNorm",
     "RWalk",
@@ -66,9 +68,11 @@ __all__ = [
     "ReDoAdam",
     "ShrinkAndPerturb",
     "ShrinkAndPerturbAdam",
+    "Space",
     "SynapticIntelligence",
     "WeightClipping",
     "choice",
+    "configurations",
     "count",
     "custom",
     "defaults_of",
