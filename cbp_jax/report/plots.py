@@ -56,6 +56,8 @@ _PANELS = {
         _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
         _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
         _Panel("weight_rank", "Weight rank (%)", 100.0, False),
+        _Panel("weight_effective_rank", "Effective rank of weights (%)", 100.0, False),
+        _Panel("weight_sparsity", "Weights near 0 (%)", 100.0, True),
         _Panel("weight_l1", "L1 norm of weights", 1.0, False),
         _Panel("weight_l2", "L2 norm of weights", 1.0, False),
         _Panel("gradient_l0", "Gradients not 0 (%)", 100.0, False),
