@@ -6,6 +6,7 @@ NATURE = "Dohare et al. 2024"
 UPGD = "Elsayed & Mahmood 2024"
 TICKETS = "Frankle & Carbin 2019"
 DOMINANT = "Gong et al. 2022"
+QUESTIONS = "Open questions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,5 +172,26 @@ FIGURES: tuple[Figure, ...] = (
         "one low-rank adapter for each task of a stream, with and without L1 on its change",
         "continual_lora --preset paper",
         "hours of an accelerator",
+    ),
+    Figure(
+        QUESTIONS,
+        "1",
+        "is there a better utility than activation times outgoing weight: CBP with each at its best replacement rate",
+        "question_utility --preset laptop",
+        "an hour of one core, tuning included",
+    ),
+    Figure(
+        QUESTIONS,
+        "2",
+        "is there a better reinitialization: CBP with each at its best replacement rate",
+        "question_reinitialization --preset laptop",
+        "an hour of one core, tuning included",
+    ),
+    Figure(
+        QUESTIONS,
+        "3",
+        "L1 or L2, toward zero or toward the initial weights, each at its best strength",
+        "question_penalty --preset laptop",
+        "an hour of one core, tuning included",
     ),
 )

@@ -100,14 +100,16 @@ class Plan:
         for lane in self.lanes:
             (method,) = learners.read_methods([lane.method])
             try:
-                drawn = configurations(lane.space, self.count, self.search_seed)
-                found[lane.name] = [method.with_settings(values) for values in drawn]
+                found[lane.name] = [method.with_settings(values) for values in self._drawn(lane)]
             except (TypeError, ValueError) as error:
                 raise ValueError(f"lane {lane.name!r}: {error}") from error
         counts = {lane.name: len(found[lane.name]) for lane in self.lanes if lane.space}
         if len(set(counts.values())) > 1:
             raise ValueError(f"lanes must try as many configurations as each other, got {counts}")
         return found
+
+    def _drawn(self, lane: Lane) -> list[dict[str, Any]]:
+        return configurations(lane.space, self.count, self.search_seed)
 
     def check(self) -> list[str]:
         """Checks what can be checked before anything is computed.
@@ -148,7 +150,8 @@ class Plan:
         Returns:
           what runs it, of a folder and of progress as in `Experiment.run`. Its results are, by lane, the measures
           [method, seed, task] with the chosen settings, `tuning_performance` [method, candidate, tuning_seed], and the
-          coordinates `configurations`, the texts of all that was tried, and `chosen`, that of what is reported.
+          coordinates `configurations`, JSON of the settings by name of all that was tried, and `chosen`, the text of
+          the method that is reported.
 
         Raises:
           ValueError: as `check`, or as the experiment's `prepare`.
@@ -196,13 +199,13 @@ class Plan:
             measures=self.measures,
             looks={lane.name: lane.look or Look(readable(lane.name)) for lane in self.lanes},
         )
-        texts = [json.dumps([method.text for method in methods]) for methods in tried.values()]
+        drawn = [json.dumps(self._drawn(lane)) for lane in self.lanes]
         dims, shape = ("method", "candidate", "tuning_seed"), (len(tried), most, len(seeds))
         meaning = {"long_name": "mean performance over all tasks of the search; NaN where it diverged"}
         return results.assign(tuning_performance=(dims, np.full(shape, np.nan, np.float32), meaning)).assign_coords(
             candidate=np.arange(most),
             tuning_seed=np.asarray(seeds, np.int64),
-            configurations=("method", texts),
+            configurations=("method", drawn),
             chosen=("method", [""] * len(tried)),
         )
 
@@ -241,7 +244,9 @@ def choose(results: Any, tried: Mapping[str, list[Method]], tuned: Any) -> dict[
             if "loss" in of_method:
                 finite &= np.isfinite(of_method["loss"].transpose("seed", "task").values).all(1)
             results.tuning_performance.values[i, j] = np.where(finite, values.mean(1), np.nan)
-        scores = statistics.better(measure) * results.tuning_performance.values[i, : len(methods)].mean(1)
+        scores = statistics.better(measure) * results.tuning_performance.values[i, : len(methods)].mean(
+            1, dtype=np.float64
+        )
         chosen[lane] = methods[int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
     return chosen
 

@@ -77,7 +77,7 @@ def test_the_best_configuration_of_each_lane_is_reported_with_other_seeds(finish
         np.testing.assert_allclose(results.accuracy.loc[{"method": lane.name}], expected, rtol=1e-6)
     np.testing.assert_array_equal(results.l2, [np.nan, 0.1, np.nan, np.nan])
     np.testing.assert_array_equal(results.step_size, [0.03, 0.02, 0.03, 0.02])
-    assert json.loads(results.configurations.values[0]) == [f"bp:step_size={step}" for step in (0.01, 0.03, 0.1)]
+    assert json.loads(results.configurations.values[0]) == [{"step_size": step} for step in (0.01, 0.03, 0.1)]
     assert sum(lanes for _, lanes, _ in told) == 3 * (9 * 2 + 3 * 3) == PLAN.total() - 3 * 3
     assert results.identical(load_results(out))
 
