@@ -55,6 +55,7 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
     if not baselines or len(methods) < 2:
         raise ValueError(f"baselines: none of the methods to compare has finished, of {list(means)}")
     settings = chosen_settings(results)
+    at_edge = any(settings[method].at_edge for method in methods)
     with _rc():
         figure = Figure(figsize=(2.2 + 2.9 * len(baselines), 0.9 + 0.26 * len(methods)), layout="constrained")
         axes = figure.subplots(1, len(baselines), sharey=True, squeeze=False).ravel()
@@ -62,16 +63,14 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
             found = paired_differences(results, baseline)
             _draw_differences(ax, results, [(i, m, found[m]) for i, m in enumerate(methods) if m != baseline])
             ax.axvline(0, color="black", linewidth=0.8, zorder=1)
-            ax.plot(0, methods.index(baseline), marker="|", color="black", markersize=9)
-            ax.set_xlabel(f"{_label(measure)}, less {_name(results, baseline)}")
+            ax.set_xlabel(f"{_label(measure)}: difference to {_name(results, baseline)}")
             ax.grid(axis="y", visible=False)
-        labels = [
-            f"{_name(results, m)}\n{settings[m].text}" if settings[m].text else _name(results, m) for m in methods
-        ]
+        labels = [f"{_name(results, m)}\n{settings[m].text.replace('_', ' ')}".strip() for m in methods]
         axes[0].set_yticks(range(len(methods)), labels, fontsize=6)
         axes[0].set_ylim(-0.6, len(methods) - 0.4)
         note = f"Paired differences over {results.sizes['seed']} seeds, mean over all {results.sizes['task']} tasks; "
-        figure.supxlabel(note + "95% bootstrap intervals, hollow: includes 0", x=0.99, ha="right", fontsize=6.5)
+        note += "95% bootstrap intervals, hollow: includes 0" + "; !: at an end of what was tried" * at_edge
+        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
 
 
@@ -107,8 +106,9 @@ def plot_search(results: xr.Dataset) -> Figure:
             ax.set_ylabel(_label(performance(results)) if i % columns == 0 else "")
         for ax in axes[len(methods) :]:
             ax.remove()
+        seeds = results.sizes["tuning_seed"]
         note = (
-            f"Mean over {results.sizes['tuning_seed']} tuning seeds and all tasks; ring: chosen, then run with others"
+            f"Mean over {seeds} tuning seed{'s' * (seeds > 1)} and all tasks; ring: chosen, then run with other seeds"
         )
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure

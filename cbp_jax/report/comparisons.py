@@ -125,12 +125,11 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
         f"apart. Intervals are not corrected for there being {max(len(methods) - 1, 1)} of them in a column.",
     ]
     if "tuning_seed" in results.dims:
-        lines += [
-            f"Each method has its best of {results.sizes['candidate']} configurations (at most), over "
-            f"{results.sizes['tuning_seed']} other seeds."
-            + " !: at an end of the values that were tried; beyond it may be better."
-            * at_edge
-        ]
+        tried, seeds = results.sizes["candidate"], results.sizes["tuning_seed"]
+        lines.append(
+            f"Each method has its best of {tried} configurations, over {seeds} other seed{'s' * (seeds > 1)}."
+            + " !: at an end of the values that were tried." * at_edge
+        )
     measures = [name for name in measures if name in results]
     if measures:
         rows = [("last tenth of tasks", *(name.replace("_", " ") for name in measures))]
