@@ -40,8 +40,10 @@ __all__ = [
     "stable_rank",
     "tangent_kernel",
     "weight_change",
+    "weight_effective_rank",
     "weight_magnitude",
     "weight_rank",
+    "weight_sparsity",
 ]
 
 # Ties in the integer ranks are decided up to this relative error, a few times that of a float32 sum.
@@ -339,12 +341,60 @@ def weight_rank(params: Any) -> jax.Array:
     >>> float(weight_rank({"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}))
     0.5
     """
+    kernels = _kernels(params)
+    ranks = sum(jnp.linalg.matrix_rank(w) for w in kernels)
+    return ranks / np.float32(sum(min(w.shape) for w in kernels))
+
+
+def weight_effective_rank(params: Any) -> jax.Array:
+    """Effective rank of the kernels over the largest that it could be.
+
+    The sum of the effective ranks of all kernels over the sum of their smaller sides. Unlike :func:`weight_rank` it
+    tells directions of little weight from others, where training leaves no kernel without full rank.
+
+    Args:
+      params: as in :func:`weight_rank`, which says what it raises.
+
+    Returns:
+      float32 scalar in [0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> float(weight_effective_rank({"kernel": jnp.eye(3)[:2], "bias": jnp.zeros(3)}))
+    1.0
+    """
+    kernels = _kernels(params)
+    return sum(effective_rank(w) for w in kernels) / np.float32(sum(min(w.shape) for w in kernels))
+
+
+def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Array:
+    """Fraction of the kernels' weights that hardly matter: far smaller than the kernel's root mean square.
+
+    Together they hold at most the threshold's square of the kernel's squared norm, so that it can be pruned to the
+    rest. The scale of a kernel does not matter: a penalty that shrinks all weights alike makes none sparse.
+
+    Args:
+      params: as in :func:`weight_rank`, which says what it raises.
+      threshold: what weights are at most, over the root mean square; 0 counts those that are exactly 0.
+
+    Returns:
+      float32 scalar in [0, 1]: all kernels together. A kernel of zeros counts as sparse.
+
+    >>> import jax.numpy as jnp
+    >>> float(weight_sparsity({"kernel": jnp.array([[1.0, 1e-4], [0.0, -1.0]])}))
+    0.5
+    """
+    kernels = _kernels(params)
+    small = sum(jnp.sum(jnp.abs(w) <= threshold * jnp.sqrt(jnp.mean(jnp.square(w)))) for w in kernels)
+    return small / np.float32(sum(w.size for w in kernels))
+
+
+def _kernels(params: Any) -> list[jax.Array]:
+    """Leaves of at least two axes as float32 matrices of their last axis by all others."""
     leaves = [w for w in map(_as_array, jax.tree.leaves(params)) if jnp.issubdtype(w.dtype, jnp.floating)]
     kernels = [w.astype(jnp.float32).reshape(-1, w.shape[-1]) for w in leaves if w.ndim > 1 and w.size]
     if not kernels:
         raise ValueError(f"params must hold at least one kernel; got {jax.tree.structure(params)}")
-    ranks = sum(jnp.linalg.matrix_rank(w) for w in kernels)
-    return ranks / np.float32(sum(min(w.shape) for w in kernels))
+    return kernels
 
 
 def plasticity(loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLike, epsilon: float = 1e-8) -> jax.Array:

@@ -240,10 +240,29 @@ def test_weight_rank_is_numpys_over_the_largest_possible():
     assert float(metrics.weight_rank(params["conv"])) == pytest.approx(5 / 7)
 
 
-def test_weight_rank_refuses_what_has_no_kernel():
+def test_effective_rank_and_sparsity_of_weights_are_of_all_kernels_together():
+    rng = np.random.default_rng(4)
+    wide, conv = low_rank(rng, (6, 20), 4), low_rank(rng, (3, 2, 4, 7), 5)
+    wide[rng.random(wide.shape) < 0.3] = 1e-4
+    conv[..., 1] = 0
+    params = {"wide": {"kernel": wide, "bias": np.zeros(20)}, "conv": {"kernel": conv}}
+    matrices = [wide, conv.reshape(-1, 7)]
+    expected = sum(float(metrics.effective_rank(w)) for w in matrices) / (6 + 7)
+    assert float(metrics.weight_effective_rank(params)) == pytest.approx(expected, rel=1e-5)
+    small = [np.abs(w) <= 0.01 * np.sqrt(np.mean(w.astype(np.float64) ** 2)) for w in matrices]
+    fraction = np.mean(np.concatenate([np.ravel(each) for each in small]))
+    sparsity = jax.jit(metrics.weight_sparsity)
+    assert 0.15 < fraction < 0.5 and float(sparsity(params)) == pytest.approx(fraction, rel=1e-5)
+    assert float(sparsity(jax.tree.map(lambda w: 1e-3 * w, params))) == pytest.approx(fraction, rel=1e-5)
+    assert float(sparsity(params, 0.0)) == pytest.approx((conv == 0).sum() / (wide.size + conv.size), rel=1e-5)
+    assert float(sparsity({"kernel": np.zeros((2, 3))})) == 1.0
+
+
+@pytest.mark.parametrize("measure", [metrics.weight_rank, metrics.weight_effective_rank, metrics.weight_sparsity])
+def test_measures_of_weights_refuse_what_has_no_kernel(measure):
     for params in ({"bias": jnp.ones(3)}, {"count": jnp.ones((2, 2), jnp.int32)}, {}):
         with pytest.raises(ValueError, match="params must hold at least one kernel; got PyTreeDef"):
-            metrics.weight_rank(params)
+            measure(params)
 
 
 def test_gradient_dormant_units_are_small_beside_their_layer():

@@ -13,6 +13,9 @@ from cbp_jax.experiments.increments import class_incremental
 from cbp_jax.experiments.lottery import convolutional_tickets, lottery_tickets
 from cbp_jax.experiments.permuted import input_permuted, label_permuted, online_permuted
 from cbp_jax.experiments.quality import utility_quality
+from cbp_jax.experiments.questions.penalties import question_penalty
+from cbp_jax.experiments.questions.reinitializations import question_reinitialization
+from cbp_jax.experiments.questions.utilities import question_utility
 from cbp_jax.experiments.questions.utility_ranking import question_utility_ranking
 from cbp_jax.experiments.regression import slowly_changing_regression
 from cbp_jax.experiments.stream import Progress
@@ -35,6 +38,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         dominant_tickets,
         continual_lora,
         question_utility_ranking,
+        question_utility,
+        question_reinitialization,
+        question_penalty,
     )
 }
 # So that `from cbp_jax.experiments.online_permuted import Settings` finds it, too, as if each had a file of its own.

@@ -6,7 +6,7 @@ NATURE = "Dohare et al. 2024"
 UPGD = "Elsayed & Mahmood 2024"
 TICKETS = "Frankle & Carbin 2019"
 DOMINANT = "Gong et al. 2022"
-QUESTIONS = "open questions"
+QUESTIONS = "Open questions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +175,30 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         QUESTIONS,
-        "ranking",
+        "1a",
         "which utility ranks units by their true utility, early and late in tasks, while CBP runs",
         "question_utility_ranking --preset laptop",
         "10 lanes of 180,000 updates; a minute or two a lane",
+    ),
+    Figure(
+        QUESTIONS,
+        "1b",
+        "is there a better utility than activation times outgoing weight: CBP with each at its best replacement rate",
+        "question_utility --preset laptop",
+        "an hour of one core, tuning included",
+    ),
+    Figure(
+        QUESTIONS,
+        "2",
+        "is there a better reinitialization: CBP with each at its best replacement rate",
+        "question_reinitialization --preset laptop",
+        "an hour of one core, tuning included",
+    ),
+    Figure(
+        QUESTIONS,
+        "3",
+        "L1 or L2, toward zero or toward the initial weights, each at its best strength",
+        "question_penalty --preset laptop",
+        "an hour of one core, tuning included",
     ),
 )

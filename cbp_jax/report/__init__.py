@@ -1,7 +1,9 @@
 """From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
 
+from cbp_jax.report.comparison_plots import plot_differences, plot_search
+from cbp_jax.report.comparisons import Estimate, comparison_table, estimate, paired_differences
 from cbp_jax.report.network import plot_units
-from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates
+from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates, save_figures
 from cbp_jax.report.results import (
     VALIDATION_MEASURES,
     join_results,
@@ -16,22 +18,29 @@ from cbp_jax.report.tickets import plot_accuracies, plot_densities, plot_tickets
 
 __all__ = [
     "VALIDATION_MEASURES",
+    "Estimate",
     "best_variants",
     "blocks_of_tasks",
+    "comparison_table",
+    "estimate",
     "finished_tasks",
     "join_results",
     "last_tenth",
     "load_results",
     "new_results",
+    "paired_differences",
     "plot_accuracies",
     "plot_densities",
+    "plot_differences",
     "plot_run",
+    "plot_search",
     "plot_sensitivity",
     "plot_tasks",
     "plot_tickets",
     "plot_units",
     "plot_updates",
     "record_task",
+    "save_figures",
     "save_results",
     "stream_measures",
     "summarize_tickets",

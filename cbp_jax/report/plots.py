@@ -56,6 +56,8 @@ _PANELS = {
         _Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
         _Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
         _Panel("weight_rank", "Weight rank (%)", 100.0, False),
+        _Panel("weight_effective_rank", "Effective rank of weights (%)", 100.0, False),
+        _Panel("weight_sparsity", "Weights near 0 (%)", 100.0, True),
         _Panel("weight_l1", "L1 norm of weights", 1.0, False),
         _Panel("weight_l2", "L2 norm of weights", 1.0, False),
         _Panel("gradient_l0", "Gradients not 0 (%)", 100.0, False),
@@ -170,7 +172,13 @@ def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str
     return paths
 
 
-def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
+def plot_tasks(
+    results: xr.Dataset,
+    *,
+    methods: Sequence[str] | None = None,
+    bin_size: int | None = None,
+    measures: Sequence[str] | None = None,
+) -> Figure:
     """Draws performance, dead units, weight magnitude and effective rank over the tasks; with test examples, more.
 
     One line a method: the mean over seeds, in a band of one standard error to either side; for agents, over steps of
@@ -183,6 +191,7 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
         more than eight, the :func:`best_variants`.
       bin_size: tasks to a bin; by default 1 for up to 100 tasks, and so many that there are about 50 bins for
         more.
+      measures: what is drawn, a panel each, in place of the above; what was not measured is left out.
 
     Returns:
       A Matplotlib figure; ``figure.savefig(path)`` writes it.
@@ -191,6 +200,9 @@ def plot_tasks(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin
       ValueError: an unknown method, a bin size under 1, no finished task, or neither accuracy nor loss in the results.
     """
     judged_by = performance(results)
+    if measures is not None:
+        panels = _panels(" ".join(measures))
+        return _plot_panels(results, panels, methods, bin_size, columns=2 if len(panels) <= 4 else 3)
     panels = {"test_accuracy": _TEST_PANELS, "episode_return": _AGENT_PANELS}.get(
         judged_by, (_PANELS[judged_by], *_SYMPTOM_PANELS)
     )

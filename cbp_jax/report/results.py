@@ -46,6 +46,8 @@ UPDATE_MEASURES: dict[str, str] = {
     "gradient_l1": "L1 norm of the gradient, mean over measured updates",
     "gradient_l2": "L2 norm of the gradient, mean over measured updates",
     "weight_rank": "sum of the kernels' ranks over the largest possible, before the task",
+    "weight_effective_rank": "sum of the kernels' effective ranks over the largest possible, before the task",
+    "weight_sparsity": "fraction of weights of at most a hundredth of their kernel's root mean square, before the task",
     "weight_l1": "L1 norm of the weights, before the task",
     "weight_l2": "L2 norm of the weights, before the task",
 }

@@ -32,7 +32,7 @@ def symptoms(
     Returns:
       scalars: `dead_units`, `weight_magnitude`, and `effective_rank` and `stable_rank`, each over the number of
       units of a layer and averaged over layers; NaN for these, but the magnitude, where there are no units. With
-      `matrices` also `weight_rank`, over the largest possible,
+      `matrices` also `weight_rank` and `weight_effective_rank`, over the largest possible, `weight_sparsity`,
       `weight_l1` and `weight_l2`; with a threshold `dormant_units`.
 
     Example:
@@ -54,6 +54,8 @@ def symptoms(
         measures["dormant_units"] = of_units(lambda: metrics.dormant_fraction(features, dormant_threshold))
     if matrices:
         measures["weight_rank"] = metrics.weight_rank(weights)
+        measures["weight_effective_rank"] = metrics.weight_effective_rank(weights)
+        measures["weight_sparsity"] = metrics.weight_sparsity(weights)
         measures["weight_l1"] = optax.tree.norm(weights, ord=1)
         measures["weight_l2"] = optax.tree.norm(weights)
     return measures

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cbp_jax.numerics.periods import is_due
 from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.transforms.adam import ScaleByAdamState, scale_by_adam
 
@@ -63,7 +64,7 @@ def scale_by_adam_reset(
     def update_fn(
         updates: optax.Updates, state: ScaleByAdamResetState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ScaleByAdamResetState]:
-        due = state.count % jnp.asarray(every).astype(jnp.int32) == 0
+        due = is_due(state.count, every)
         cleared = lambda tree: jax.tree.map(lambda leaf: jnp.where(due, jnp.zeros_like(leaf), leaf), tree)
         if forget == "moments":
             start = cleared(state.adam)

@@ -162,6 +162,9 @@ def direction(name, at):
         (("l2", "step_size=0.5,l2=0.1"), lambda first, w: w - 0.5 * 0.1 * w),
         (("l1", "step_size=0.5,l1=0.1"), lambda first, w: w - 0.5 * 0.1 * jnp.sign(w)),
         (("l2_init", "step_size=0.5,l2=0.1"), lambda first, w: w - 0.5 * 0.1 * (w - first)),
+        (("l1_init", "step_size=0.5,l1=0.1"), lambda first, w: w - 0.5 * 0.1 * jnp.sign(w - first)),
+        (("proximal_l1_init", "step_size=0.5,l1=0.1"), lambda first, w: w - 0.5 * 0.1 * jnp.sign(w - first)),
+        (("proximal_l1_init", "step_size=0.5,l1=1.1"), lambda first, w: first),
         (("shrink_and_perturb", "step_size=0.5,l2=0.1,noise=0"), lambda first, w: w - 0.5 * 0.1 * w),
         (("adam", "step_size=0.5,weight_decay=0.1"), lambda first, w: w - 0.5 * 0.1 * w),
         (("adam", "step_size=0.5,l2=0.1"), lambda first, w: w - 0.5 * jnp.sign(w)),  # through the moments

@@ -24,7 +24,10 @@ SETTINGS = "maturity_threshold=3,decay_rate=0.9"
 HIGH = parse_method(f"cbp:step_size=0.1,replacement_rate=0.2,{SETTINGS}")  # above 1 / width: two units in some steps
 LOW = parse_method(f"cbp:step_size=0.05,replacement_rate=0.05,{SETTINGS}")
 SYMPTOMS = ("dead_units", "weight_magnitude", "effective_rank", "stable_rank")
-OF_UPDATES = ("plasticity", "gradient_l0", "gradient_l1", "gradient_l2", "weight_rank", "weight_l1", "weight_l2")
+OF_UPDATES = (
+    *("plasticity", "gradient_l0", "gradient_l1", "gradient_l2"),
+    *("weight_rank", "weight_effective_rank", "weight_sparsity", "weight_l1", "weight_l2"),
+)
 EVERY = 5  # of the 12 updates of a task the 5th and the 10th are measured
 LANES = ((0, HIGH), (1, HIGH), (0, LOW))
 
@@ -162,6 +165,12 @@ def update_measures(before, after, grads):
     }
 
 
+def effective_rank(matrix):
+    share = np.linalg.svd(matrix, compute_uv=False)
+    share = share[share > 1e-12] / share.sum()
+    return np.exp(-(share * np.log(share)).sum())
+
+
 def symptoms(params, x):
     hidden = forward(params, x)[1]
     weights = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
@@ -169,11 +178,15 @@ def symptoms(params, x):
     for h in hidden:
         share = np.linalg.svd(h, compute_uv=False)
         share = share[share > 1e-12] / share.sum()
-        effective.append(np.exp(-(share * np.log(share)).sum()) / h.shape[1])
+        effective.append(effective_rank(h) / h.shape[1])
         stable.append((1 + (np.cumsum(share) < 0.99).sum()) / h.shape[1])
     kernels = [np.asarray(layer["kernel"]) for layer in params["params"].values()]
+    largest = sum(min(w.shape) for w in kernels)
+    small = [np.abs(w) <= 0.01 * np.sqrt(np.mean(w.astype(np.float64) ** 2)) for w in kernels]
     return {
-        "weight_rank": sum(map(np.linalg.matrix_rank, kernels)) / sum(min(w.shape) for w in kernels),
+        "weight_effective_rank": sum(map(effective_rank, kernels)) / largest,
+        "weight_sparsity": np.mean(np.concatenate([np.ravel(each) for each in small])),
+        "weight_rank": sum(map(np.linalg.matrix_rank, kernels)) / largest,
         "weight_l1": np.abs(weights).sum(),
         "weight_l2": np.sqrt((weights**2).sum()),
         "dead_units": np.mean(np.concatenate([(h == 0).all(0) for h in hidden])),

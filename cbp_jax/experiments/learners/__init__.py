@@ -33,9 +33,11 @@ from cbp_jax.experiments.learners.registry import LEARNERS
 from cbp_jax.experiments.learners.regularization import (
     L1,
     L2,
+    L1Init,
     L2Init,
     Orthogonal,
     Parseval,
+    ProximalL1Init,
     ShrinkAndPerturb,
     ShrinkAndPerturbAdam,
     Spectral,
@@ -43,6 +45,7 @@ from cbp_jax.experiments.learners.regularization import (
     WeightClipping,
 )
 from cbp_jax.experiments.learners.returning import DASH, FIRE, HareAndTortoise, NormalizeAndProject
+from cbp_jax.experiments.learners.search import LogUniform, Space, configurations
 from cbp_jax.experiments.learners.snr import SNR, SNRAdam
 from cbp_jax.experiments.learners.text import parse_method, read_methods
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
@@ -71,8 +74,10 @@ __all__ = [
     "DeepFourier",
     "Dropout",
     "HareAndTortoise",
+    "L1Init",
     "L2Init",
     "LayerNorm",
+    "LogUniform",
     "Method",
     "Muon",
     "NormalizeAndProject",
@@ -80,6 +85,7 @@ __all__ = [
     "Orthogonal",
     "Parseval",
     "PlasticityInjection",
+    "ProximalL1Init",
     "RWalk",
     "ReDo",
     "ReDoAdam",
@@ -88,12 +94,14 @@ __all__ = [
     "SNRAdam",
     "ShrinkAndPerturb",
     "ShrinkAndPerturbAdam",
+    "Space",
     "Spectral",
     "SynapticIntelligence",
     "Trac",
     "Wasserstein",
     "WeightClipping",
     "choice",
+    "configurations",
     "count",
     "custom",
     "defaults_of",

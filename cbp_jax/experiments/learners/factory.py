@@ -85,6 +85,10 @@ class Custom(Method):
         """See `Method`."""
         return dataclasses.replace(self, settings=tuple((dict(self.settings) | dict(numbers)).items()))
 
+    def with_settings(self, values: Mapping[str, Any]) -> Self:
+        """See `Method`."""
+        return custom(self.factory, self._values(self.given) | dict(values), path=self.path)
+
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
         names = inspect.signature(self.factory).parameters

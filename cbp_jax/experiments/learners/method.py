@@ -282,6 +282,22 @@ class Method:
         """The same with other numbers, which may be traced."""
         return dataclasses.replace(self, **numbers)
 
+    def with_settings(self, values: Mapping[str, Any]) -> Self:
+        """The same with other settings, which its label shows.
+
+        Raises:
+          ValueError: it has no such setting, or the value is not allowed.
+
+        Example:
+          >>> from cbp_jax.experiments.learners import parse_method
+          >>> parse_method("cbp:utility=weight").with_settings({"replacement_rate": 1e-3}).text
+          'cbp:utility=weight,replacement_rate=0.001'
+        """
+        known = settings_of(self)
+        if unknown := [name for name in values if name not in known]:
+            raise ValueError(f"{self.learner} has the settings {list(known)}, got {', '.join(unknown)}")
+        return dataclasses.replace(self, **values, given=tuple(dict.fromkeys((*self.given, *values))))
+
     def on(self, network: Mapping[str, Any], units: Units, methods: "Sequence[Method]") -> Self:
         """The same for a network.
 

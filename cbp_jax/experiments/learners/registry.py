@@ -23,6 +23,8 @@ LEARNERS: dict[str, type[Method]] = {
         regularization.L2,
         regularization.L1,
         regularization.L2Init,
+        regularization.L1Init,
+        regularization.ProximalL1Init,
         regularization.ShrinkAndPerturb,
         upgd.PGD,
         upgd.UPGD,

@@ -12,7 +12,7 @@ from cbp_jax.experiments.learners.plain import SGD, Moments, MomentumSGD
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 from cbp_jax.transforms.kernel_penalties import Penalty
-from cbp_jax.transforms.regularization import add_l1, add_l2_init
+from cbp_jax.transforms.regularization import add_l1, add_l1_init, add_l2_init, proximal_l1_init
 from cbp_jax.units import Units
 
 
@@ -59,6 +59,34 @@ class L2Init(SGD):
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
         return optax.chain(add_l2_init(self.l2), optax.sgd(self.step_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class L1Init(SGD):
+    """SGD with L1 toward the initial weights."""
+
+    name = "l1_init"
+    about = "SGD with L1 toward the initial weights"
+    look = Look("L1 init")
+
+    l1: float = ranged(1e-4)
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return optax.chain(add_l1_init(self.l1), optax.sgd(self.step_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProximalL1Init(L1Init):
+    """SGD, and behind it the proximal step of L1: weights that hardly move are exactly the initial ones."""
+
+    name = "proximal_l1_init"
+    about = "SGD with proximal steps of L1 toward the initial weights"
+    look = Look("L1 init, proximal")
+
+    def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
+        """See `Method`."""
+        return optax.chain(optax.sgd(self.step_size), proximal_l1_init(self.l1, self.step_size))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

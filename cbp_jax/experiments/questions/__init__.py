@@ -1,1 +1,1 @@
-"""Experiments that answer open questions, one a file."""
+"""Open questions about the loss of plasticity, each an experiment."""

@@ -1,0 +1,87 @@
+"""Where the settings of a method are searched: values of a grid, and ranges from which they are drawn."""
+
+import dataclasses
+import itertools
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class LogUniform:
+    """Numbers of a range, drawn so that their logarithm is uniform, and rounded to three digits.
+
+    Attributes:
+      low: smallest number, above 0.
+      high: largest number.
+
+    Example:
+      >>> LogUniform(1e-3, 1e-1).draw(np.random.default_rng(0), 3)
+      [0.0188, 0.00346, 0.00121]
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self):
+        if not 0 < self.low < self.high < math.inf:
+            raise ValueError(f"low and high must be finite and 0 < low < high, got {self.low} and {self.high}")
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[float]:
+        """So many numbers of the range."""
+        drawn = np.exp(rng.uniform(np.log(self.low), np.log(self.high), count))
+        return [min(max(float(f"{value:.3g}"), self.low), self.high) for value in drawn]
+
+
+# By setting, the values that are tried, or the range that they are drawn from.
+Space = Mapping[str, tuple[Any, ...] | LogUniform]
+
+
+def configurations(space: Space, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """The configurations that a search tries.
+
+    Where all settings have values, these are all combinations of them, a grid. Where one has a range, they are drawn:
+    numbers of the range, and any of the values as likely as any other. The draws of a setting depend on the seed, its
+    name and its range alone, so that methods that share a setting try the same numbers.
+
+    Args:
+      space: by setting, its values or its range. An empty one has a single configuration, that without settings.
+      count: how many configurations; it must be the size of a grid, and has to be given where some are drawn.
+      seed: of the draws.
+
+    Returns:
+      settings by name, for each configuration.
+
+    Raises:
+      ValueError: a setting has no values or the same twice, or the count is under 1 or does not fit.
+
+    Example:
+      >>> configurations({"step_size": (0.1, 0.01), "l2": (0.0, 1e-3)}, count=4)[1]
+      {'step_size': 0.1, 'l2': 0.001}
+      >>> [len(configurations({"step_size": LogUniform(1e-4, 1e-1)}, count)) for count in (1, 5)]
+      [1, 5]
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    ranges = [name for name, values in space.items() if isinstance(values, LogUniform)]
+    for name, values in space.items():
+        if name not in ranges and (not values or len(set(values)) < len(values)):
+            raise ValueError(f"space: {name} must have values that all differ, got {values}")
+    if not ranges:
+        grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+        if space and count not in (None, len(grid)):
+            raise ValueError(f"count must be the {len(grid)} combinations of the values of {list(space)}, got {count}")
+        return grid
+    if count is None:
+        raise ValueError(f"count must be given, as {', '.join(ranges)} are drawn from ranges")
+    columns = {}
+    for name, values in space.items():
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        drawn = (
+            values.draw(rng, count) if name in ranges else [values[i] for i in rng.integers(len(values), size=count)]
+        )
+        columns[name] = drawn
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

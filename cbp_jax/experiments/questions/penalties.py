@@ -1,0 +1,42 @@
+"""L1 or L2, toward zero or toward the initial weights?
+
+SGD with each penalty at its best step size and strength, of one grid for all, beside plain backpropagation: accuracy,
+and what networks become, their dead units and the rank of their representations, and the magnitude, rank and sparsity
+of their weights. The proximal step is the form of L1 that leaves weights exactly where they are pulled to.
+"""
+
+from cbp_jax.experiments.questions.common import BACKPROP, question
+from cbp_jax.experiments.tuning import Lane
+from cbp_jax.report.looks import BLUE, GREEN, ORANGE, SKY, WINE, Look
+
+STEP_SIZES = (5e-3, 1e-2)
+STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def lanes() -> list[Lane]:
+    """Plain backpropagation, and a lane for each penalty."""
+    looks = {
+        "l2": Look("L2", GREEN),
+        "l1": Look("L1", SKY),
+        "l2_init": Look("L2 toward the start", ORANGE),
+        "l1_init": Look("L1 toward the start", BLUE),
+        "proximal_l1_init": Look("L1 toward the start, proximal", WINE),
+    }
+    strength = lambda name: "l2" if name.startswith("l2") else "l1"
+    return [
+        BACKPROP,
+        *(Lane(name, name, {strength(name): STRENGTHS, "step_size": STEP_SIZES}, look) for name, look in looks.items()),
+    ]
+
+
+question_penalty = question(
+    "question_penalty",
+    "L1 or L2, toward zero or toward the initial weights? Each at its best strength, and what becomes of the weights.",
+    lanes,
+    baselines=("bp", "l2", "l2_init"),
+    tasks=1000,
+    measures=(
+        *("accuracy", "dead_units", "effective_rank"),
+        *("weight_magnitude", "weight_effective_rank", "weight_sparsity"),
+    ),
+)

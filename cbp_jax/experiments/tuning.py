@@ -1,0 +1,295 @@
+"""Comparisons with an equal budget for tuning: every method is searched alike, and reported on other seeds.
+
+A comparison has *lanes*: methods with a search space each. All of them try the same number of configurations with the
+same tuning seeds; of each lane the best by mean performance, over all tasks and these seeds, runs with the seeds that
+are reported. Both are runs of an experiment that exists, in the folders "tuning" and "reported" of the comparison's
+own: they go on where they were stopped, and so does the comparison.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.experiments import folder, learners, memory, stream
+from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.learners import Method
+from cbp_jax.experiments.learners.search import Space, configurations
+from cbp_jax.report.looks import Look, readable
+
+TUNING, REPORTED = "tuning", "reported"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """What is compared: a method, and where its settings are searched.
+
+    Attributes:
+      name: in results and pictures.
+      method: with the settings that are not searched, as `learners.read_methods` takes it.
+      space: by setting, the values that are tried, or the range that they are drawn from, as in
+        `learners.configurations`.
+      look: in pictures; its name, readable, by default.
+    """
+
+    name: str
+    method: Any
+    space: Space = dataclasses.field(default_factory=dict)
+    look: Look | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedSettings:
+    """Settings of a comparison beside those of its runs."""
+
+    tuning_seeds: int = 2
+    """Number of seeds with which every configuration is tried; none of them is reported."""
+    first_tuning_seed: int = 1000
+    """The first of these seeds; the others follow it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A comparison with an equal budget.
+
+    Attributes:
+      experiment: what runs, of settings with `methods`, `seeds`, `first_seed` and `tasks` as `stream.StreamSettings`.
+      lanes: what is compared.
+      tuning: settings of the search, whose `methods` are left open.
+      reporting: settings of what is reported, likewise.
+      measures: names and meanings of what is kept of the reported run.
+      count: how many configurations each lane tries; the size of the lanes' grids if not given.
+      search_seed: of configurations that are drawn.
+
+    Example:
+      >>> from cbp_jax import report
+      >>> from cbp_jax.experiments import online_permuted
+      >>> settings = online_permuted.preset("smoke")
+      >>> lanes = (
+      ...     Lane("bp", "bp", {"step_size": (0.1, 0.01)}),
+      ...     Lane("l2", "l2:step_size=0.01", {"l2": (1e-3, 1e-2)}),
+      ... )
+      >>> tuning = dataclasses.replace(settings, first_seed=1000)
+      >>> plan = Plan(online_permuted, lanes, tuning, settings, report.stream_measures())
+      >>> [method.text for method in plan.tried()["l2"]]
+      ['l2:step_size=0.01,l2=0.001', 'l2:step_size=0.01,l2=0.01']
+    """
+
+    experiment: Experiment
+    lanes: tuple[Lane, ...]
+    tuning: Any
+    reporting: Any
+    measures: Mapping[str, str]
+    count: int | None = None
+    search_seed: int = 0
+
+    def tried(self) -> dict[str, list[Method]]:
+        """By lane, the methods that are tried: its configurations, as many for all lanes that have a choice.
+
+        Raises:
+          ValueError: there is no lane, two have one name, they differ in how many they try, or a setting is not
+            allowed.
+        """
+        names = [lane.name for lane in self.lanes]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"lanes must be at least one, of different names, got {names}")
+        found = {}
+        for lane in self.lanes:
+            (method,) = learners.read_methods([lane.method])
+            try:
+                found[lane.name] = [method.with_settings(values) for values in self._drawn(lane)]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"lane {lane.name!r}: {error}") from error
+        counts = {lane.name: len(found[lane.name]) for lane in self.lanes if lane.space}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"lanes must try as many configurations as each other, got {counts}")
+        return found
+
+    def _drawn(self, lane: Lane) -> list[dict[str, Any]]:
+        return configurations(lane.space, self.count, self.search_seed)
+
+    def check(self) -> list[str]:
+        """Checks what can be checked before anything is computed.
+
+        Returns:
+          the lanes' names.
+
+        Raises:
+          ValueError: as `tried`, or a setting of the runs is out of range, or a seed is for tuning and reported.
+        """
+        tried = self.tried()
+        self.experiment.check(self._searching(tried))
+        self.experiment.check(_with_methods(self.reporting, [methods[0] for methods in tried.values()]))
+        both = sorted(set(stream.seeds_of(self.tuning)) & set(stream.seeds_of(self.reporting)))
+        if both:
+            raise ValueError(
+                f"tuning seeds must not be reported, and {both[0]} is both: tuning has {_told(self.tuning)}, "
+                f"and {_told(self.reporting)} are reported"
+            )
+        return list(tried)
+
+    def total(self) -> int:
+        """How many tasks all lanes have to do in both runs, for a progress bar."""
+        tried = self.tried()
+        reported = _with_methods(self.reporting, [methods[0] for methods in tried.values()])
+        return self.experiment.total(self._searching(tried)) + self.experiment.total(reported)
+
+    def _searching(self, tried: Mapping[str, list[Method]]) -> Any:
+        return _with_methods(self.tuning, [method for methods in tried.values() for method in methods])
+
+    def prepare(self, name: str, settings: Any) -> stream.Job:
+        """Checks everything and makes the networks of the search.
+
+        Args:
+          name: of the comparison, in results.
+          settings: of the comparison, which results keep.
+
+        Returns:
+          what runs it, of a folder and of progress as in `Experiment.run`. Its results are, by lane, the measures
+          [method, seed, task] with the chosen settings, `tuning_performance` [method, candidate, tuning_seed], and the
+          coordinates `configurations`, JSON of the settings by name of all that was tried, and `chosen`, the text of
+          the method that is reported.
+
+        Raises:
+          ValueError: as `check`, or as the experiment's `prepare`.
+        """
+        from cbp_jax import report
+
+        tried = self.check() and self.tried()
+        memory.check_results(len(self.lanes), self.reporting.seeds, self.reporting.tasks, len(self.measures))
+        search = self.experiment.prepare(self._searching(tried))
+
+        def job(out: Path, progress: stream.Progress | None = None) -> Any:
+            out = Path(out)
+            with folder.opened(self._empty_results(name, settings, tried), out) as results:
+                report.save_results(results, out)
+                tuned = search(out / TUNING, progress)
+                chosen = choose(results, tried, tuned)
+                results = with_choice(results, chosen)
+                report.save_results(results, out)
+                run = self.experiment.prepare(_with_methods(self.reporting, chosen.values()))
+                try:
+                    reported = run(out / REPORTED, progress)
+                except KeyboardInterrupt:  # what was finished can be seen
+                    if (out / REPORTED / report.results.FILE_NAME).exists():
+                        self._take(results, chosen, report.load_results(out / REPORTED))
+                        report.save_results(results, out)
+                    raise
+                self._take(results, chosen, reported)
+                report.save_results(results, out)
+            return results
+
+        return job
+
+    def _empty_results(self, name: str, settings: Any, tried: Mapping[str, list[Method]]) -> Any:
+        from cbp_jax import report
+
+        seeds, most = list(stream.seeds_of(self.tuning)), max(map(len, tried.values()))
+        results = report.new_results(
+            list(tried),
+            list(tried),
+            [{}] * len(tried),
+            seeds=stream.seeds_of(self.reporting),
+            tasks=self.reporting.tasks,
+            settings=settings,
+            experiment=name,
+            measures=self.measures,
+            looks={lane.name: lane.look or Look(readable(lane.name)) for lane in self.lanes},
+        )
+        drawn = [json.dumps(self._drawn(lane)) for lane in self.lanes]
+        dims, shape = ("method", "candidate", "tuning_seed"), (len(tried), most, len(seeds))
+        meaning = {"long_name": "mean performance over all tasks of the search; NaN where it diverged"}
+        return results.assign(tuning_performance=(dims, np.full(shape, np.nan, np.float32), meaning)).assign_coords(
+            candidate=np.arange(most),
+            tuning_seed=np.asarray(seeds, np.int64),
+            configurations=("method", drawn),
+            chosen=("method", [""] * len(tried)),
+        )
+
+    def _take(self, results: Any, chosen: Mapping[str, Method], reported: Any) -> None:
+        """Copies what was measured with the chosen settings, in place."""
+        labels = _labels(chosen.values())
+        for measure in self.measures:
+            rows = [reported[measure].loc[{"method": labels[method]}].values for method in chosen.values()]
+            results[measure].values[:] = np.stack(rows)
+
+
+def choose(results: Any, tried: Mapping[str, list[Method]], tuned: Any) -> dict[str, Method]:
+    """The best configuration of each lane, the first of them where several are; what was measured goes into results.
+
+    Performance is what `report.statistics.performance` names, averaged over all tasks and tuning seeds. What diverged
+    or did not finish with any of the seeds, so that a performance or a loss is not finite, is worse than all others.
+
+    Args:
+      results: of the comparison; its `tuning_performance` is filled in place.
+      tried: by lane, its configurations.
+      tuned: results of the search.
+
+    Returns:
+      by lane, the method.
+    """
+    from cbp_jax.report import statistics
+
+    measure = statistics.performance(tuned)
+    labels = _labels([method for methods in tried.values() for method in methods])
+    chosen = {}
+    for i, (lane, methods) in enumerate(tried.items()):
+        for j, method in enumerate(methods):
+            of_method = tuned.loc[{"method": labels[method]}]
+            values = of_method[measure].transpose("seed", "task").values.astype(np.float64)
+            finite = np.isfinite(values).all(1)
+            if "loss" in of_method:
+                finite &= np.isfinite(of_method["loss"].transpose("seed", "task").values).all(1)
+            results.tuning_performance.values[i, j] = np.where(finite, values.mean(1), np.nan)
+        scores = statistics.better(measure) * results.tuning_performance.values[i, : len(methods)].mean(
+            1, dtype=np.float64
+        )
+        chosen[lane] = methods[int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
+    return chosen
+
+
+def with_choice(results: Any, chosen: Mapping[str, Method]) -> Any:
+    """The results with the chosen methods' texts and numbers as coordinates along `method`."""
+    taken = {*results.variables, *results.dims}
+    numbers = [method.hyperparameters for method in chosen.values()]
+    names = [name for name in dict.fromkeys(name for each in numbers for name in each) if name not in taken]
+    columns = {name: ("method", [each.get(name, np.nan) for each in numbers]) for name in names}
+    return results.assign_coords(chosen=("method", [method.text for method in chosen.values()]), **columns)
+
+
+def tuned_experiment(plan: Callable[[Any], Plan], *, name: str, **what: Any) -> Experiment:
+    """An experiment that is a comparison with an equal budget.
+
+    Args:
+      plan: of the settings, the comparison.
+      name: of the experiment.
+      **what: other fields of `Experiment`, such as `Settings` and `presets`.
+    """
+    return Experiment(
+        name=name,
+        check=lambda settings: plan(settings).check(),
+        total=lambda settings: plan(settings).total(),
+        job=lambda settings: plan(settings).prepare(name, settings),
+        **what,
+    )
+
+
+def _with_methods(settings: Any, methods: Any) -> Any:
+    """The settings with these methods, each once."""
+    return dataclasses.replace(settings, methods=tuple(_labels(methods)))
+
+
+def _labels(methods: Any) -> dict[Method, str]:
+    """By method, what it is called in results: lanes may meet in one method, and call it otherwise."""
+    found: dict[Method, str] = {}
+    for method in methods:
+        found.setdefault(method, method.label)
+    return found
+
+
+def _told(settings: Any) -> str:
+    seeds = stream.seeds_of(settings)
+    return f"{seeds[0]} to {seeds[-1]}"

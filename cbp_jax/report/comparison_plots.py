@@ -1,0 +1,145 @@
+"""Pictures of comparisons: differences paired by seed, and what a search has tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cbp_jax.report.comparisons import (
+    Estimate,
+    best_candidate,
+    chosen_settings,
+    of_seeds,
+    paired_differences,
+    scaled,
+    tried_settings,
+    tuning_scores,
+)
+from cbp_jax.report.looks import looks_of, readable
+from cbp_jax.report.plots import _PANELS, _name, _rc
+from cbp_jax.report.results import require
+from cbp_jax.report.statistics import better, is_accuracy, performance
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
+    """Draws by how much methods differ from others, paired by seed, over all tasks.
+
+    A panel for each baseline and a row for each method, the best on top: the mean difference and its 95% bootstrap
+    interval, hollow where this includes 0.
+
+    Args:
+      results: results of a run.
+      baselines: methods that the others are compared with, of which those that are absent are left out.
+
+    Returns:
+      A Matplotlib figure.
+
+    Raises:
+      ValueError: no baseline has finished, or no other method.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    measure = performance(results)
+    scale = 100 if is_accuracy(measure) else 1
+    results = scaled(results, measure, scale)
+    means = {method: of_seeds(results, method).mean() for method in results.method.values.tolist()}
+    methods = sorted((m for m in means if math.isfinite(means[m])), key=lambda m: better(measure) * means[m])
+    baselines = [baseline for baseline in baselines if baseline in methods]
+    if not baselines or len(methods) < 2:
+        raise ValueError(f"baselines: none of the methods to compare has finished, of {list(means)}")
+    settings = chosen_settings(results)
+    at_edge = any(settings[method].at_edge for method in methods)
+    with _rc():
+        figure = Figure(figsize=(2.2 + 2.9 * len(baselines), 0.9 + 0.26 * len(methods)), layout="constrained")
+        axes = figure.subplots(1, len(baselines), sharey=True, squeeze=False).ravel()
+        for ax, baseline in zip(axes, baselines, strict=True):
+            found = paired_differences(results, baseline)
+            _draw_differences(ax, results, [(i, m, found[m]) for i, m in enumerate(methods) if m != baseline])
+            ax.axvline(0, color="black", linewidth=0.8, zorder=1)
+            ax.set_xlabel(f"{_label(measure)}: difference to {_name(results, baseline)}")
+            ax.grid(axis="y", visible=False)
+        labels = [f"{_name(results, m)}\n{settings[m].text.replace('_', ' ')}".strip() for m in methods]
+        axes[0].set_yticks(range(len(methods)), labels, fontsize=6)
+        axes[0].set_ylim(-0.6, len(methods) - 0.4)
+        note = f"Paired differences over {results.sizes['seed']} seeds, mean over all {results.sizes['task']} tasks; "
+        note += "95% bootstrap intervals, hollow: includes 0" + "; !: at an end of what was tried" * at_edge
+        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    return figure
+
+
+def plot_search(results: xr.Dataset) -> Figure:
+    """Draws what a search has tried: performance with the tuning seeds, a panel for each method.
+
+    The axis is that of the first setting of its search, logarithmic; a line for each value of the others. The mean
+    over tuning seeds and all tasks, and a ring around what was chosen.
+
+    Args:
+      results: of a comparison with an equal budget, see `experiments.tuning`.
+
+    Returns:
+      A Matplotlib figure.
+
+    Raises:
+      ValueError: no method has a search that has ended.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    methods = [m for m in results.method.values.tolist() if best_candidate(results, m) is not None]
+    methods = [method for method in methods if tried_settings(results, method)[0]]
+    if not methods:
+        raise ValueError("results: no search has ended, so there is nothing to draw")
+    columns = min(4, len(methods))
+    rows = math.ceil(len(methods) / columns)
+    with _rc():
+        figure = Figure(figsize=(2.1 * columns + 0.4, 1.75 * rows + 0.3), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for i, (ax, method) in enumerate(zip(axes, methods, strict=False)):
+            _draw_search(ax, results, method)
+            ax.set_ylabel(_label(performance(results)) if i % columns == 0 else "")
+        for ax in axes[len(methods) :]:
+            ax.remove()
+        seeds = results.sizes["tuning_seed"]
+        note = (
+            f"Mean over {seeds} tuning seed{'s' * (seeds > 1)} and all tasks; ring: chosen, then run with other seeds"
+        )
+        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    return figure
+
+
+def _draw_differences(ax: Axes, results: xr.Dataset, rows: Sequence[tuple[int, str, Estimate]]) -> None:
+    looks = looks_of(results)
+    for i, method, found in rows:
+        style = looks[method].style if method in looks else None
+        color = style.color if style else "#444444"
+        ax.hlines(i, found.low, found.high, color=color, linewidth=1.4, zorder=3)
+        face = color if found.excludes_zero else "white"
+        ax.plot(found.mean, i, marker="o", markersize=4.5, color=color, markerfacecolor=face, zorder=4)
+
+
+def _draw_search(ax: Axes, results: xr.Dataset, method: str) -> None:
+    scale = 100 if is_accuracy(performance(results)) else 1
+    tried, best = tried_settings(results, method), best_candidate(results, method)
+    scores = scale * tuning_scores(results, method)[: len(tried)]
+    axis = next(iter(tried[0]))
+    others = lambda i: ", ".join(f"{readable(name)} {value}" for name, value in tried[i].items() if name != axis)
+    for line in dict.fromkeys(map(others, range(len(tried)))):
+        points = sorted((tried[i][axis], scores[i]) for i in range(len(tried)) if others(i) == line)
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=line)
+    ax.plot(tried[best][axis], scores[best], "o", markersize=7.5, markerfacecolor="none", markeredgecolor="black")
+    ax.set_xscale("log")
+    ax.set_xlabel(readable(axis), fontsize=7)
+    ax.set_title(_name(results, method), fontsize=7.5, pad=3)
+    if others(0):
+        ax.legend(fontsize=5.5, handlelength=1.5)
+
+
+def _label(measure: str) -> str:
+    return _PANELS[measure].label
