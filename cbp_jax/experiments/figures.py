@@ -6,6 +6,7 @@ NATURE = "Dohare et al. 2024"
 UPGD = "Elsayed & Mahmood 2024"
 TICKETS = "Frankle & Carbin 2019"
 DOMINANT = "Gong et al. 2022"
+QUESTIONS = "Open questions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,5 +172,12 @@ FIGURES: tuple[Figure, ...] = (
         "one low-rank adapter for each task of a stream, with and without L1 on its change",
         "continual_lora --preset paper",
         "hours of an accelerator",
+    ),
+    Figure(
+        QUESTIONS,
+        "tickets and plasticity",
+        "whether winning tickets vanish as plasticity is lost, for backpropagation, L2 and CBP",
+        "question_tickets --preset laptop",
+        "30 lanes of 540,000 updates and 12 searches for tickets",
     ),
 )

@@ -1,0 +1,1 @@
+"""Experiments on open questions about units, tickets, ranks and adapters."""
