@@ -180,4 +180,11 @@ FIGURES: tuple[Figure, ...] = (
         "question_tickets --preset laptop",
         "30 lanes of 540,000 updates and 12 searches for tickets",
     ),
+    Figure(
+        QUESTIONS,
+        "ranks",
+        "ranks of changes and of representations, against forgetting and plasticity, of all learners of a stream",
+        "question_rank --preset laptop",
+        "150 lanes of 270,000 updates",
+    ),
 )

@@ -1,4 +1,4 @@
-"""What pictures and tables of the questions share: lines with a band over seeds, and values of a method."""
+"""What pictures and tables of the questions share: lines with a band, differences and correlations by seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -93,3 +93,19 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of each row [n] with its like; NaN for fewer than three values or where one is constant.
+
+    >>> rank_correlation(np.array([[1.0, 2.0, 4.0]]), np.array([[9.0, 5.0, 0.0]])).tolist()
+    [-1.0]
+    """
+    from scipy import stats
+
+    found = np.full(len(a), np.nan)
+    for row, (x, y) in enumerate(zip(a, b, strict=True)):
+        some = np.isfinite(x) & np.isfinite(y)
+        if some.sum() > 2 and np.ptp(x[some]) > 0 and np.ptp(y[some]) > 0:
+            found[row] = stats.spearmanr(x[some], y[some]).statistic
+    return found

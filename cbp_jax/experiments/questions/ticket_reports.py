@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.experiments.questions.drawing import differences, draw_line, mean_of, note, table, values_of
+from cbp_jax.experiments.questions.drawing import (
+    differences,
+    draw_line,
+    mean_of,
+    note,
+    rank_correlation,
+    table,
+    values_of,
+)
 from cbp_jax.report.statistics import bootstrap_text
 
 #: By name and method, [seeds, measurements]; see `tickets.measured`.
@@ -35,22 +43,6 @@ def early_and_late(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
     """Means [seeds] over the first and the last third of so many measurements, or over one of each."""
     third = max(1, count // 3)
     return mean_of(values[:, :third]), mean_of(values[:, count - third : count])
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row [n] with its like; NaN for fewer than three values or where one is constant.
-
-    >>> rank_correlation(np.array([[1.0, 2.0, 4.0]]), np.array([[9.0, 5.0, 0.0]])).tolist()
-    [-1.0]
-    """
-    from scipy import stats
-
-    found = np.full(len(a), np.nan)
-    for row, (x, y) in enumerate(zip(a, b, strict=True)):
-        some = np.isfinite(x) & np.isfinite(y)
-        if some.sum() > 2 and np.ptp(x[some]) > 0 and np.ptp(y[some]) > 0:
-            found[row] = stats.spearmanr(x[some], y[some]).statistic
-    return found
 
 
 def summary(results: Any, measured: Measured) -> str:
