@@ -13,6 +13,7 @@ from cbp_jax.experiments.increments import class_incremental
 from cbp_jax.experiments.lottery import convolutional_tickets, lottery_tickets
 from cbp_jax.experiments.permuted import input_permuted, label_permuted, online_permuted
 from cbp_jax.experiments.quality import utility_quality
+from cbp_jax.experiments.questions.adapters import question_adapters
 from cbp_jax.experiments.questions.ranks import question_rank
 from cbp_jax.experiments.questions.tickets import question_tickets
 from cbp_jax.experiments.regression import slowly_changing_regression
@@ -37,6 +38,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         continual_lora,
         question_tickets,
         question_rank,
+        question_adapters,
     )
 }
 # So that `from cbp_jax.experiments.online_permuted import Settings` finds it, too, as if each had a file of its own.

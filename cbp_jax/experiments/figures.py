@@ -178,13 +178,20 @@ FIGURES: tuple[Figure, ...] = (
         "tickets and plasticity",
         "whether winning tickets vanish as plasticity is lost, for backpropagation, L2 and CBP",
         "question_tickets --preset laptop",
-        "30 lanes of 540,000 updates and 12 searches for tickets",
+        "30 lanes of 541,000 updates and 13 searches for tickets; 30 seconds a lane",
     ),
     Figure(
         QUESTIONS,
         "ranks",
         "ranks of changes and of representations, against forgetting and plasticity, of all learners of a stream",
         "question_rank --preset laptop",
-        "150 lanes of 270,000 updates",
+        "150 lanes of 270,000 updates; 10 seconds a lane",
+    ),
+    Figure(
+        QUESTIONS,
+        "adapters and plasticity",
+        "whether an adapter that is trained on and on learns worse than a fresh one",
+        "question_adapters --preset laptop",
+        "80 lanes of 80,000 updates; 10 seconds a lane",
     ),
 )

@@ -154,7 +154,9 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
     """A point for each learner: means over seeds of its second half, with bars of one standard error."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.4, 3.6), layout="constrained")
+    from cbp_jax.report import plots
+
+    figure = Figure(figsize=(10.4, 3.2 + 0.09 * len(methods)), layout="constrained")
     axes = figure.subplots(1, len(_SCATTER))
     labels = {**PREDICTORS, **OUTCOMES}
     for letter, ax, (x, y) in zip("abcd", axes, _SCATTER, strict=True):
@@ -173,7 +175,8 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
         ax.set_ylabel(f"{labels[y]} (%)")
         ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
     handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=3, fontsize=6.5)
+    columns = plots._legend_columns(texts, 10.4)
+    figure.legend(handles, texts, loc="outside upper center", ncols=columns, fontsize=6.5)
     seeds = results.sizes["seed"]
     text = f"Second half of the tasks; mean and one standard error of {seeds} seeds" if seeds > 1 else "One seed"
     figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
