@@ -13,8 +13,11 @@ from cbp_jax.experiments.increments import class_incremental
 from cbp_jax.experiments.lottery import convolutional_tickets, lottery_tickets
 from cbp_jax.experiments.permuted import input_permuted, label_permuted, online_permuted
 from cbp_jax.experiments.quality import utility_quality
+from cbp_jax.experiments.questions.adapters import question_adapters
 from cbp_jax.experiments.questions.penalties import question_penalty
+from cbp_jax.experiments.questions.ranks import question_rank
 from cbp_jax.experiments.questions.reinitializations import question_reinitialization
+from cbp_jax.experiments.questions.tickets import question_tickets
 from cbp_jax.experiments.questions.utilities import question_utility
 from cbp_jax.experiments.questions.utility_ranking import question_utility_ranking
 from cbp_jax.experiments.regression import slowly_changing_regression
@@ -41,6 +44,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         question_utility,
         question_reinitialization,
         question_penalty,
+        question_tickets,
+        question_rank,
+        question_adapters,
     )
 }
 # So that `from cbp_jax.experiments.online_permuted import Settings` finds it, too, as if each had a file of its own.

@@ -27,6 +27,7 @@ class Experiment:
       network: of the settings, what `learners.make_learner` gets besides, such as settings of the network.
       train: of the settings, what takes the place of `training.run_tasks`.
       measures: of the settings, what `train` measures: names and their meanings.
+      curves: of the settings, what `train` measures of a task at several points, by name: a `stream.Curve` each.
       check: of the settings, raises a ValueError where they are out of range, and returns the methods.
       total: of the settings, how many tasks all lanes have to do, for a progress bar.
       plot: draws the pictures of results: of these, a folder and formats as Matplotlib names them, the paths.
@@ -42,6 +43,7 @@ class Experiment:
     network: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
     train: Callable[[Any], Callable[..., Iterator[dict[str, Any]]]] | None = None
     measures: Callable[[Any], Mapping[str, str]] | None = None
+    curves: Callable[[Any], Mapping[str, stream.Curve]] | None = None
     check: Callable[[Any], list[Any]] = stream.check
     total: Callable[[Any], int] = stream.total
     plot: Callable[..., list[Path]] = stream.plot
@@ -112,6 +114,7 @@ class Experiment:
             asked_for=asked_for,
             train=self.train and self.train(settings),
             measures=self.measures and self.measures(settings),
+            curves=self.curves and self.curves(settings),
             **self.network(settings),
         )
 

@@ -201,4 +201,25 @@ FIGURES: tuple[Figure, ...] = (
         "question_penalty --preset laptop",
         "an hour of one core, tuning included",
     ),
+    Figure(
+        QUESTIONS,
+        "4",
+        "whether winning tickets vanish as plasticity is lost, for backpropagation, L2 and CBP",
+        "question_tickets --preset laptop",
+        "30 lanes of 541,000 updates and 13 searches for tickets; 30 seconds a lane",
+    ),
+    Figure(
+        QUESTIONS,
+        "5",
+        "ranks of changes and of representations, against forgetting and plasticity, of all learners of a stream",
+        "question_rank --preset laptop",
+        "150 lanes of 270,000 updates; 10 seconds a lane",
+    ),
+    Figure(
+        QUESTIONS,
+        "6",
+        "whether an adapter that is trained on and on learns worse than a fresh one",
+        "question_adapters --preset laptop",
+        "80 lanes of 80,000 updates; 10 seconds a lane",
+    ),
 )

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +25,20 @@ Progress = Callable[[str, int, dict[str, float]], None]
 Job = Callable[[Path, Progress | None], Any]
 # seeds [lanes], arrays [lanes] of hyperparameters, checkpoint -> arrays [lanes] of what was measured, for each task
 Train = Callable[[np.ndarray, dict[str, np.ndarray], training.Checkpoint], Iterator[dict[str, Any]]]
+
+
+class Curve(NamedTuple):
+    """What is measured of a task at several points.
+
+    Attributes:
+      meaning: of a value.
+      dim: name of the points, a dimension of results.
+      points: their coordinates.
+    """
+
+    meaning: str
+    dim: str
+    points: Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +224,7 @@ def prepare(
     asked_for: Collection[str] = (),
     train: Callable[..., Iterator[dict[str, Any]]] | None = None,
     measures: Mapping[str, str] | None = None,
+    curves: Mapping[str, Curve] | None = None,
     **network: Any,
 ) -> Job:
     """Checks settings that depend on the stream of tasks, and makes the learners.
@@ -222,6 +237,7 @@ def prepare(
       asked_for: names of settings that are not made to fit where they do not.
       train: what takes the place of `training.run_tasks`.
       measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
+      curves: what it measures of a task at several points, by name.
       **network: how to make the network, see `learners.make_learner`.
 
     Returns:
@@ -256,7 +272,8 @@ def prepare(
     for sizes in {settings.hidden, *(method.hidden for method in methods if method.hidden is not None)}:
         memory.check_layers((math.prod(problem.input_shape), *sizes, problem.num_classes))
     memory.check_examples(measured, problem.input_shape)
-    memory.check_results(len(methods), settings.seeds, settings.tasks, len(measures))
+    numbers_each = len(measures) + sum(len(curve.points) for curve in (curves or {}).values())
+    memory.check_results(len(methods), settings.seeds, settings.tasks, numbers_each)
 
     def make(group: list[learners.Method]) -> Train:
         learner = learners.make_learner(
@@ -283,7 +300,8 @@ def prepare(
             checkpoint=checkpoint,
         )
 
-    return prepare_methods(empty_results(experiment, settings, methods, settings.tasks, measures), methods, make)
+    empty = empty_results(experiment, settings, methods, settings.tasks, measures)
+    return prepare_methods(with_curves(empty, curves or {}), methods, make)
 
 
 def empty_results(
@@ -312,6 +330,16 @@ def empty_results(
         measures=measures,
         looks=learners.looks_by_learner(methods),
     )
+
+
+def with_curves(results: Any, curves: Mapping[str, Curve]) -> Any:
+    """Empty results with what is measured of each task at several points, [method, seed, task, points]."""
+    for name, curve in curves.items():
+        dims = ("method", "seed", "task", curve.dim)
+        blank = np.full((*(results.sizes[dim] for dim in dims[:3]), len(curve.points)), np.nan, np.float32)
+        results = results.assign({name: (dims, blank, {"long_name": curve.meaning})})
+        results = results.assign_coords({curve.dim: list(curve.points)})
+    return results
 
 
 def _check_curvature(learner: training.Learner, problem: Problem, method: str) -> None:
@@ -388,7 +416,8 @@ def _run_group(results: Any, group: list[learners.Method], train: Train, out: Pa
     saved = time.monotonic()
     rows_of_tasks = train(np.tile(seeds, len(group)), numbers, checkpoint)
     for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
-        rows = {name: values.reshape(len(group), -1) for name, values in measured.items()}
+        by_method = lambda values: values.reshape(len(group), len(seeds), *values.shape[1:])
+        rows = {name: by_method(values) for name, values in measured.items()}
         report.record_task(results, task, rows, methods=labels)
         if time.monotonic() - saved > SAVE_EVERY:
             report.save_results(results, out)

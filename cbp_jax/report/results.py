@@ -222,7 +222,8 @@ def record_task(
     Args:
       results: a dataset as :func:`new_results` makes it.
       task: the task's index, from 0.
-      values: name of a measure -> array [methods, seeds]. Measures that are left out stay as they are.
+      values: name of a measure -> array [methods, seeds], and further axes where the measure has them. Measures that
+        are left out stay as they are.
       methods: labels of the rows; all methods by default.
       seeds: seeds of the columns; all seeds by default.
 
@@ -251,14 +252,18 @@ def record_task(
     shape = (len(labels["method"]), len(labels["seed"]))
     arrays = {}
     for name, value in values.items():
-        if name not in results.data_vars:
+        if name not in results.data_vars or results[name].dims[: len(_DIMS)] != _DIMS:
             raise ValueError(f"values: unknown measure {name!r}; these results have {list(results.data_vars)}")
         arrays[name] = np.asarray(value, dtype=results[name].dtype)
-        if arrays[name].shape != shape:
-            raise ValueError(f"values: {name} must have the shape [methods, seeds] = {shape}; got {arrays[name].shape}")
+        further = results[name].shape[len(_DIMS) :]
+        if arrays[name].shape != (*shape, *further):
+            raise ValueError(
+                f"values: {name} must have the shape {['methods', 'seeds', *results[name].dims[len(_DIMS) :]]} = "
+                f"{(*shape, *further)}; got {arrays[name].shape}"
+            )
     where = np.ix_(position["method"], position["seed"], position["task"])
     for name, array in arrays.items():
-        results[name].values[where] = array[..., None]
+        results[name].values[where] = array[:, :, None]
 
 
 def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -189,6 +190,30 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np
     ends = np.full((2, values.shape[1]), np.nan)
     ends[:, some] = np.nanpercentile(means[:, some], [2.5, 97.5], axis=0)
     return ends[0], ends[1]
+
+
+def bootstrap_text(values: np.ndarray, digits: int = 2, of: Callable[[Any], Any] = lambda value: value) -> str:
+    """The mean over seeds and its 95% bootstrap interval.
+
+    Args:
+      values: array [seeds]; what is not finite is left out.
+      digits: after the point.
+      of: an increasing function of the mean and of the ends: `np.exp` makes a geometric mean of logarithms.
+
+    Returns:
+      "mean [low, high]"; the mean alone of one seed, and "-" of none.
+
+    Example:
+      >>> bootstrap_text(np.array([1.0, 1.0, np.nan])), bootstrap_text(np.log([8.0]), 1, np.exp)
+      ('1.00 [1.00, 1.00]', '8.0')
+    """
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "-"
+    low, high = bootstrap_interval(values[:, None])
+    mean = f"{of(values.mean()):.{digits}f}"
+    return mean if values.size < 2 else f"{mean} [{of(low[0]):.{digits}f}, {of(high[0]):.{digits}f}]"
 
 
 def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:

@@ -154,6 +154,8 @@ def run_tasks(
     measure_every: int | None = None,
     dormant_threshold: float | None = None,
     checkpoint: Checkpoint | None = None,
+    probe: Callable[[Any, TrainState], dict[str, chex.Array]] | None = None,
+    probe_every: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Trains all lanes on a stream of tasks.
 
@@ -168,9 +170,11 @@ def run_tasks(
       measure_every: as in `run_task`.
       dormant_threshold: as in `measure`.
       checkpoint: where the state is kept. A run goes on from the state found there, after `checkpoint.tasks` tasks.
+      probe: what else is measured of a lane before some tasks, see `run_lanes`.
+      probe_every: before every so many tasks, from the first on.
 
     Yields:
-      after each task, NumPy arrays [lanes] of what `run_task` measures.
+      after each task, NumPy arrays [lanes] of what `run_task` measures, and arrays [lanes, ...] of what the probe does.
 
     Raises:
       ValueError: there are no lanes, the mode is unknown, the checkpoint is of another run.
@@ -196,7 +200,18 @@ def run_tasks(
         dormant_threshold=dormant_threshold,
     )
     start = lambda seed, values: init_state(learner, seed, values)
-    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+    return run_lanes(
+        start,
+        go_on,
+        problem.data,
+        seeds,
+        hyperparameters,
+        tasks,
+        mode=mode,
+        checkpoint=checkpoint,
+        probe=probe,
+        probe_every=probe_every,
+    )
 
 
 def run_lanes(
@@ -210,6 +225,8 @@ def run_lanes(
     mode: str = "auto",
     checkpoint: Checkpoint | None = None,
     finish: Callable[[Any], None] | None = None,
+    probe: Callable[[Any, Any], dict[str, chex.Array]] | None = None,
+    probe_every: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Runs task after task on all lanes.
 
@@ -224,14 +241,18 @@ def run_lanes(
       checkpoint: where the state is kept.
       finish: called after the last task with the states [lanes, ...], on the host; again, where the run was stopped
         before it came back.
+      probe: what else is measured of one lane before some tasks, `(data, state) -> measures`: a program of its own,
+        for what takes long and changes nothing.
+      probe_every: the probe runs before every so many tasks, from the first on.
 
     Yields:
-      after each task, NumPy arrays [lanes] of what was measured.
+      after each task, NumPy arrays [lanes] of what was measured; what the probe measured only where it ran.
     """
     lanes = Lanes(len(seeds), mode)
     data = lanes.share(data)
     first = lanes.jit(lambda _, seed, values: start(seed, values))
     step = lanes.jit(go_on, donate_lane=0)
+    look = None if probe is None else lanes.jit(probe)
     hyperparameters = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
     state = first(data, lanes.scatter(jnp.asarray(seeds, jnp.int32)), lanes.scatter(hyperparameters))
     done = 0
@@ -239,8 +260,9 @@ def run_lanes(
         done = checkpoint.tasks
         state = lanes.scatter(checkpoint.restore(lanes.gather(state)))
     for task in range(done, tasks):
+        found = lanes.gather(look(data, state)) if look is not None and task % probe_every == 0 else {}
         state, measures = zip(*step(data, state), strict=True)
-        yield lanes.gather(measures)
+        yield {**lanes.gather(measures), **found}
         if checkpoint is not None:
             # What comes after the last task can fail, or be killed, as well.
             last = finish is not None and task + 1 == tasks

@@ -1,7 +1,7 @@
 """From what a user gives to methods: texts, functions, and methods themselves."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cbp_jax.experiments.learners.factory import custom, read_path
@@ -9,7 +9,7 @@ from cbp_jax.experiments.learners.method import Method, Setting, settings_of
 from cbp_jax.experiments.learners.registry import LEARNERS
 
 
-def parse_method(text: str) -> Method:
+def parse_method(text: str, known: Mapping[str, type[Method]] = LEARNERS) -> Method:
     """Reads a method: a learner's name and, after a colon, settings that differ from its defaults; or a path.
 
     Args:
@@ -19,6 +19,7 @@ def parse_method(text: str) -> Method:
         `reset`, "head" or "network", for what is drawn anew before each task but the first, or, with
         `reset_every=1000`, after every so many updates. A function of the user's is given as
         `"my_package.my_module:my_factory(learning_rate=0.01)"`; see `custom`.
+      known: the learners by name.
 
     Returns:
       the method.
@@ -32,22 +33,22 @@ def parse_method(text: str) -> Method:
       ('cbp(replacement_rate=1e-05)', 1e-05, 'contribution')
     """
     try:
-        return _parsed(text)
+        return _parsed(text, known)
     except (TypeError, ValueError) as error:
         raise ValueError(f"method {text!r}: {error}") from error
 
 
-def _parsed(text: str) -> Method:
+def _parsed(text: str, known: Mapping[str, type[Method]]) -> Method:
     name, _, given = text.partition(":")
-    if name not in LEARNERS:
+    if name not in known:
         found = read_path(text)
         if found is None:
             raise ValueError(
-                f"the learner must be one of {list(LEARNERS)}, or a function's path as in "
+                f"the learner must be one of {list(known)}, or a function's path as in "
                 f"my_module:my_factory(learning_rate=0.01), got {name!r}"
             )
         return found
-    settings = {name: setting for name, setting in settings_of(LEARNERS[name]).items() if setting.read is not None}
+    settings = {name: setting for name, setting in settings_of(known[name]).items() if setting.read is not None}
     changed: dict[str, Any] = {}
     for item in given.split(",") if given else ():
         key, equals, value = item.partition("=")
@@ -59,7 +60,7 @@ def _parsed(text: str) -> Method:
         if key in changed:
             raise ValueError(f"{key} is given twice")
         changed[key] = _read(settings[key], key, value)
-    return LEARNERS[name](**changed, given=tuple(changed))
+    return known[name](**changed, given=tuple(changed))
 
 
 def _read(setting: Setting, key: str, value: str) -> Any:
@@ -69,13 +70,19 @@ def _read(setting: Setting, key: str, value: str) -> Any:
         raise ValueError(f"{key} must be {setting.kind}, got {value!r}") from error
 
 
-def read_methods(given: Sequence[str | Method | Callable[..., Any]], *, activation: str | None = None) -> list[Method]:
+def read_methods(
+    given: Sequence[str | Method | Callable[..., Any]],
+    *,
+    activation: str | None = None,
+    known: Mapping[str, type[Method]] = LEARNERS,
+) -> list[Method]:
     """Reads methods that are to be compared.
 
     Args:
       given: each a text (see `parse_method`), a method, or a function that makes an optax transformation (see
         `custom`), such as `functools.partial(my_factory, learning_rate=0.01)`.
       activation: of the experiment's network, where a method has not its own.
+      known: the learners by name.
 
     Returns:
       the methods.
@@ -90,8 +97,8 @@ def read_methods(given: Sequence[str | Method | Callable[..., Any]], *, activati
       ValueError: methods must differ, and 'bp' and 'bp:step_size=0.01' have the same settings
     """
     if isinstance(given, str) or not given:
-        raise ValueError(f"methods must name at least one of {list(LEARNERS)}, got {given!r}")
-    methods = [_method(one) for one in given]
+        raise ValueError(f"methods must name at least one of {list(known)}, got {given!r}")
+    methods = [_method(one, known) for one in given]
     seen: dict[Any, int] = {}
     for i, method in enumerate(methods):
         settings = method if method.activation or not activation else dataclasses.replace(method, activation=activation)
@@ -102,9 +109,9 @@ def read_methods(given: Sequence[str | Method | Callable[..., Any]], *, activati
     return methods
 
 
-def _method(given: Any) -> Method:
+def _method(given: Any, known: Mapping[str, type[Method]] = LEARNERS) -> Method:
     if isinstance(given, str):
-        return parse_method(given)
+        return parse_method(given, known)
     if isinstance(given, Method):
         return given
     if isinstance(given, type) and issubclass(given, Method):

@@ -1,0 +1,141 @@
+"""Table and picture of `question_adapters`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.experiments import learners
+from cbp_jax.experiments.questions.adapter_learners import LEARNERS, is_fresh
+from cbp_jax.experiments.questions.drawing import draw_line, mean_of, note, table, values_of
+from cbp_jax.report.statistics import blocks_of_tasks, bootstrap_text, finished_tasks
+
+_BINS = 25
+_PANELS = {
+    "accuracy": ("Online accuracy (%)", 100.0),
+    "less_fresh": ("Accuracy less the fresh\nadapter's (points)", 100.0),
+    "change_rank": ("Effective rank of the change", 1.0),
+    "dormant_components": ("Dormant components (%)", 100.0),
+    "effective_rank": ("Effective rank, representation (%)", 100.0),
+    "dead_units": ("Dead units (%)", 100.0),
+}
+
+
+def fresh_of(results: Any) -> str:
+    """The method with a fresh adapter for each task, the first of them."""
+    given = json.loads(results.attrs["settings"])["methods"]
+    for method in learners.read_methods(given, known=LEARNERS):
+        if is_fresh(method) and method.label in results.method.values:
+            return method.label
+    raise ValueError(f"results have no fresh adapter among their methods {results.method.values.tolist()}")
+
+
+def measured(results: Any) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
+    """What the table and the picture are of.
+
+    Args:
+      results: of a run, finished or not.
+
+    Returns:
+      methods that have begun; by name and method [seeds, tasks that all of these have finished]: what was measured, and
+      `less_fresh`, that accuracy less the fresh adapter's on the same task of the same seed (NaN until that has run).
+    """
+    methods = [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
+    if not methods:
+        return [], {}
+    tasks = min(finished_tasks(results, method)[1] for method in methods)
+    fresh = values_of(results, "accuracy", fresh_of(results))[:, :tasks]
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in _PANELS}
+    for method in methods:
+        for name in _PANELS:
+            found[name][method] = (
+                values_of(results, "accuracy", method)[:, :tasks] - fresh
+                if name == "less_fresh"
+                else values_of(results, name, method)[:, :tasks]
+            )
+    return methods, found
+
+
+def summary(results: Any) -> str:
+    """The table of a run, finished or not: the first and the last tenth of the tasks.
+
+    For each method its accuracy, how much more that is than the fresh adapter's on the same tasks of the same seed, by
+    how much this fell, and of the last tenth the rank of the change, dormant components and the representation's rank.
+    """
+    methods, found = measured(results)
+    title = f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval], accuracies in percent"
+    if not methods:
+        return title
+    tasks = found["accuracy"][methods[0]].shape[1]
+    first, last = (blocks_of_tasks(tasks)[place] for place in (0, -1))
+    head = (
+        "",
+        "accuracy, first tenth",
+        "last tenth",
+        "less fresh, first",
+        "less fresh, last",
+        "fell by",
+        "change rank",
+    )
+    rows = [(*head, "dormant (%)", "effective rank (%)", "dead units (%)")]
+    for method in methods:
+        at = lambda name, block, method=method: mean_of(found[name][method][:, block])
+        accuracy, more = ([100 * at(name, block) for block in (first, last)] for name in ("accuracy", "less_fresh"))
+        cells = [bootstrap_text(values, 1) for values in (*accuracy, *more, more[0] - more[1])]
+        cells.append(bootstrap_text(at("change_rank", last), 2))
+        cells += [
+            bootstrap_text(100 * at(name, last), 1) for name in ("dormant_components", "effective_rank", "dead_units")
+        ]
+        rows.append((method, *cells))
+    return "\n".join([title, f"{tasks} tasks; compared with {fresh_of(results)}", "", *table(rows)])
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws accuracy, also less the fresh adapter's, and what becomes of changes and representations.
+
+    Args:
+      results: of a run, finished or not.
+      out: folder for the picture.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      paths of the picture.
+
+    Raises:
+      ValueError: no method has finished a task.
+    """
+    from cbp_jax.report import plots
+    from cbp_jax.report.results import require
+
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    methods, found = measured(results)
+    if not methods:
+        raise ValueError("results: no method has finished a task, so that there is nothing to draw")
+    styles, names = plots._styles(results, methods), plots._names(results, methods)
+    blocks = blocks_of_tasks(found["accuracy"][methods[0]].shape[1], _BINS)
+    x = np.array([(block.start + block.stop + 1) / 2 for block in blocks])
+    with plots._rc():
+        figure = Figure(figsize=(9.2, 5.2), layout="constrained")
+        axes = figure.subplots(2, 3).ravel()
+        for letter, ax, (name, (label, scale)) in zip("abcdef", axes, _PANELS.items(), strict=True):
+            for method, title in zip(methods, names, strict=True):
+                values = np.stack([mean_of(found[name][method][:, block]) for block in blocks], 1)
+                if np.isfinite(values).any():
+                    draw_line(ax, x, scale * values, styles[method], title)
+            if name == "less_fresh":
+                ax.axhline(0.0, color="#6B6B6B", linewidth=0.8)
+            if name == "change_rank":
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:g}")
+            ax.set_xlabel("Task")
+            ax.set_ylabel(label)
+            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+        handles, texts = axes[0].get_legend_handles_labels()
+        columns = plots._legend_columns(texts, 9.2)
+        figure.legend(handles, texts, loc="outside upper center", ncols=columns, handlelength=plots._HANDLE)
+        note(figure, results)
+        return plots.save_figures({"adapters": figure}, Path(out), formats)

@@ -1,0 +1,111 @@
+"""What pictures and tables of the questions share: lines with a band, differences and correlations by seed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.report.looks import Style
+from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, mean_and_error
+
+
+def values_of(results: Any, name: str, method: str) -> np.ndarray:
+    """Of one method, float64 [seeds, tasks, ...]."""
+    return results[name].loc[{"method": method}].transpose("seed", "task", ...).values.astype(np.float64)
+
+
+def mean_of(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Means along an axis of what is finite; NaN where nothing is."""
+    return mean_and_error(values, axis)[0]
+
+
+def draw_line(
+    ax: Any,
+    x: np.ndarray,
+    values: np.ndarray,
+    style: Style,
+    label: str | None = None,
+    *,
+    dashes: Any = None,
+    of: Callable[[Any], Any] = lambda value: value,
+    band: bool = True,
+) -> None:
+    """Draws the mean over seeds in a band, the 95% bootstrap interval; points that no seed has are left out.
+
+    Args:
+      ax: Matplotlib's axes.
+      x: [n].
+      values: [seeds, n].
+      style: of the line.
+      label: in the legend.
+      dashes: in place of the style's.
+      of: an increasing function of means and ends, as in `bootstrap_text`.
+      band: whether the band is drawn.
+    """
+    mean, _ = mean_and_error(values)
+    some = np.isfinite(mean)
+    ax.plot(
+        x[some],
+        of(mean[some]),
+        color=style.color,
+        linestyle=style.dashes if dashes is None else dashes,
+        linewidth=1.3,
+        marker=style.marker,
+        markersize=3.5,
+        markerfacecolor="white" if style.hollow else style.color,
+        markeredgecolor=style.color if style.hollow else "white",
+        markeredgewidth=0.5,
+        label=label,
+    )
+    if band and len(values) > 1:
+        low, high = bootstrap_interval(values[:, some])
+        ax.fill_between(x[some], of(low), of(high), color=style.color, alpha=0.18, linewidth=0)
+
+
+def note(figure: Any, results: Any) -> None:
+    """Says under a picture what its bands are."""
+    seeds = results.sizes["seed"]
+    text = f"Mean and 95% bootstrap interval of {seeds} seeds" if seeds > 1 else "One seed"
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
+
+
+def differences(
+    values: Mapping[str, np.ndarray], first: str, digits: int = 2, of: Callable[[Any], Any] = lambda value: value
+) -> dict[str, str]:
+    """Of each method but the first, how much more it has than that: differences within each seed.
+
+    Args:
+      values: by method, [seeds]; those of a method that was run with other seeds are not paired.
+      first: the method that others are compared with.
+      digits, of: as in `bootstrap_text`.
+
+    Example:
+      >>> differences({"bp": np.array([1.0, 2.0]), "cbp": np.array([2.0, 3.0])}, "bp", 1)
+      {'cbp': '1.0 [1.0, 1.0]'}
+    """
+    return {
+        method: bootstrap_text(each - values[first], digits, of) for method, each in values.items() if method != first
+    }
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, the first row its head, columns after the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of each row [n] with its like; NaN for fewer than three values or where one is constant.
+
+    >>> rank_correlation(np.array([[1.0, 2.0, 4.0]]), np.array([[9.0, 5.0, 0.0]])).tolist()
+    [-1.0]
+    """
+    from scipy import stats
+
+    found = np.full(len(a), np.nan)
+    for row, (x, y) in enumerate(zip(a, b, strict=True)):
+        some = np.isfinite(x) & np.isfinite(y)
+        if some.sum() > 2 and np.ptp(x[some]) > 0 and np.ptp(y[some]) > 0:
+            found[row] = stats.spearmanr(x[some], y[some]).statistic
+    return found

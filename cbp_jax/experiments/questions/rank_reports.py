@@ -1,0 +1,240 @@
+"""Table and pictures of `question_rank`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.experiments.questions.drawing import draw_line, mean_of, note, rank_correlation, table, values_of
+from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
+
+#: What is told from, and what of; by name in `aligned`, with the names of pictures.
+PREDICTORS = {
+    "change_rank": "Stable rank of the change",
+    "overlap": "Overlap with earlier changes",
+    "effective_rank": "Effective rank, representation",
+    "stable_rank": "Stable rank, representation",
+}
+OUTCOMES = {
+    "forgetting": "Forgetting",
+    "earlier_accuracy": "Accuracy on earlier tasks",
+    "next_accuracy": "Online accuracy, next task",
+}
+KINDS = {"over": "over learners", "within": "within a learner", "detrended": "within, without trend"}
+_SCATTER = (
+    ("change_rank", "forgetting"),
+    ("overlap", "forgetting"),
+    ("effective_rank", "next_accuracy"),
+    ("change_rank", "next_accuracy"),
+)
+
+
+def aligned(results: Any) -> tuple[list[str], dict[str, np.ndarray]]:
+    """What goes with each task: its change and what it made forget, and the representation that it leaves.
+
+    Args:
+      results: of a run, finished or not.
+
+    Returns:
+      labels of the methods that have begun; by name, float64 [methods, seeds, tasks that all of them finished less
+      one]: those of a task, but ranks of the representation and the online accuracy are of the next one.
+    """
+    started = [method for method in results.method.values.tolist() if finished_tasks(results, method)[1] > 1]
+    if not started:
+        return [], {}
+    tasks = min(finished_tasks(results, method)[1] for method in started)
+    of_next = {"next_accuracy": "accuracy", "effective_rank": "effective_rank", "stable_rank": "stable_rank"}
+    found = {}
+    for name in (*PREDICTORS, *OUTCOMES):
+        values = np.stack([values_of(results, of_next.get(name, name), method)[:, :tasks] for method in started])
+        found[name] = values[..., 1:] if name in of_next else values[..., :-1]
+    return started, found
+
+
+def correlations(values: dict[str, np.ndarray]) -> dict[tuple[str, str, str], np.ndarray]:
+    """Rank correlations of all predictors with all outcomes.
+
+    Args:
+      values: of `aligned`.
+
+    Returns:
+      by kind (`KINDS`), predictor and outcome, [seeds]: over learners, of means over the second half of the tasks; and
+      over the tasks of each learner, the mean over learners, as they are and without the linear trend of both.
+    """
+    found = {}
+    for predictor in PREDICTORS:
+        for outcome in OUTCOMES:
+            x, y = values[predictor], values[outcome]
+            late = lambda array: mean_of(array[..., array.shape[-1] // 2 :]).T
+            within = lambda x, y: mean_of(
+                rank_correlation(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])).reshape(x.shape[:2]), 0
+            )
+            found["over", predictor, outcome] = rank_correlation(late(x), late(y))
+            found["within", predictor, outcome] = within(x, y)
+            found["detrended", predictor, outcome] = within(detrended(x), detrended(y))
+    return found
+
+
+def detrended(values: np.ndarray) -> np.ndarray:
+    """What is left of values [..., tasks] by their linear regression on the number of the task; NaN stays.
+
+    >>> detrended(np.array([[1.0, 2.0, 3.0]])).round(6).tolist()
+    [[0.0, 0.0, 0.0]]
+    """
+    some = np.isfinite(values)
+    count = np.maximum(some.sum(-1, keepdims=True), 1)
+    centred = lambda array: np.where(some, array - np.where(some, array, 0).sum(-1, keepdims=True) / count, 0)
+    task = centred(np.broadcast_to(np.arange(values.shape[-1], dtype=float), values.shape))
+    y = centred(values)
+    slope = (task * y).sum(-1, keepdims=True) / np.maximum((task**2).sum(-1, keepdims=True), 1e-300)
+    left = y - slope * task
+    # What a line leaves of a line is rounding, which has ranks of its own.
+    left = np.where(np.abs(left) > 1e-9 * np.abs(y).max(-1, keepdims=True), left, 0)
+    return np.where(some, left, np.nan)
+
+
+def summary(results: Any) -> str:
+    """The tables of a run, finished or not: what each learner has in the second half, and all correlations."""
+    methods, values = aligned(results)
+    title = f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval]"
+    if not methods:
+        return title
+    tasks = values["forgetting"].shape[-1]
+    late = {name: mean_of(array[..., tasks // 2 :]) for name, array in values.items()}
+    lines = [title, "", f"In percent, means over the second half of {tasks + 1} tasks"]
+    names = {**PREDICTORS, **OUTCOMES}
+    rows = [("", *names.values())]
+    for number, method in enumerate(methods):
+        rows.append((method, *(bootstrap_text(100 * late[name][number], 1) for name in names)))
+    lines += table(rows)
+    found = correlations(values)
+    for kind, title in KINDS.items():
+        lines += ["", f"Rank correlation {title}"]
+        rows = [("", *OUTCOMES.values())]
+        for predictor, label in PREDICTORS.items():
+            rows.append((label, *(bootstrap_text(found[kind, predictor, outcome]) for outcome in OUTCOMES)))
+        lines += table(rows)
+    return "\n".join(lines)
+
+
+def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws learners against each other, all correlations, and what is measured along the stream.
+
+    Args:
+      results: of a run, finished or not.
+      out: folder for the pictures.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      paths of the pictures.
+
+    Raises:
+      ValueError: no method has finished two tasks.
+    """
+    from cbp_jax.report import plots
+    from cbp_jax.report.results import require
+
+    require("matplotlib")
+    methods, values = aligned(results)
+    if not methods:
+        raise ValueError("results: no method has finished two tasks, so that there is nothing to draw")
+    styles = plots._styles(results, methods)
+    names = dict(zip(methods, plots._names(results, methods), strict=True))
+    with plots._rc():
+        figures = {
+            "learners": _learners(results, methods, values, styles, names),
+            "correlations": _correlations(results, correlations(values)),
+            "tasks": _tasks(results, methods, values, styles, names),
+        }
+        return plots.save_figures(figures, Path(out), formats)
+
+
+def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:
+    """A point for each learner: means over seeds of its second half, with bars of one standard error."""
+    from matplotlib.figure import Figure
+
+    from cbp_jax.report import plots
+
+    figure = Figure(figsize=(10.4, 3.2 + 0.09 * len(methods)), layout="constrained")
+    axes = figure.subplots(1, len(_SCATTER))
+    labels = {**PREDICTORS, **OUTCOMES}
+    for letter, ax, (x, y) in zip("abcd", axes, _SCATTER, strict=True):
+        for number, method in enumerate(methods):
+            point = []
+            for name in (x, y):
+                late = values[name][number]
+                point.append(mean_and_error(100 * mean_of(late[:, late.shape[1] // 2 :])))
+            style = styles[method]
+            ax.errorbar(
+                point[0][0], point[1][0], point[1][1], point[0][1], color=style.color, marker=style.marker,
+                markersize=5, markerfacecolor="white" if style.hollow else style.color, linestyle="none",
+                elinewidth=0.7, label=names[method],
+            )  # fmt: skip
+        ax.set_xlabel(f"{labels[x]} (%)")
+        ax.set_ylabel(f"{labels[y]} (%)")
+        ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+    handles, texts = axes[0].get_legend_handles_labels()
+    columns = plots._legend_columns(texts, 10.4)
+    figure.legend(handles, texts, loc="outside upper center", ncols=columns, fontsize=6.5)
+    seeds = results.sizes["seed"]
+    text = f"Second half of the tasks; mean and one standard error of {seeds} seeds" if seeds > 1 else "One seed"
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    return figure
+
+
+def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -> Any:
+    """A panel for each outcome, a row for each predictor, a marker for each kind of correlation."""
+    from matplotlib.figure import Figure
+
+    from cbp_jax.report.looks import PALETTE
+
+    figure = Figure(figsize=(9.0, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(OUTCOMES), sharey=True)
+    for ax, (outcome, title) in zip(axes, OUTCOMES.items(), strict=True):
+        for shift, ((kind, label), style) in enumerate(zip(KINDS.items(), PALETTE, strict=False)):
+            for row, predictor in enumerate(PREDICTORS):
+                each = found[kind, predictor, outcome]
+                mean, _ = mean_and_error(each)
+                low, high = bootstrap_interval(each[:, None])
+                place = row + 0.2 * (shift - 1)
+                if np.isfinite(low[0]):
+                    ax.plot([low[0], high[0]], [place, place], color=style.color, linewidth=1.2)
+                ax.plot(
+                    [mean], [place], color=style.color, marker=style.marker, markersize=4.5, linestyle="none",
+                    label=label if row == 0 else None,
+                )  # fmt: skip
+        ax.axvline(0.0, color="#6B6B6B", linewidth=0.8)
+        ax.set_xlim(-1.05, 1.05)
+        ax.set_title(title, fontsize=8)
+        ax.set_xlabel("Rank correlation")
+    axes[0].set_yticks(range(len(PREDICTORS)), PREDICTORS.values())
+    axes[0].invert_yaxis()
+    handles, texts = axes[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside upper center", ncols=3)
+    note(figure, results)
+    return figure
+
+
+def _tasks(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:
+    """What is measured along the stream, in at most 25 bins of tasks."""
+    from matplotlib.figure import Figure
+
+    from cbp_jax.report.statistics import blocks_of_tasks
+
+    panels = {**PREDICTORS, **OUTCOMES}
+    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
+    axes = figure.subplots(2, 4).ravel()
+    blocks = blocks_of_tasks(values["forgetting"].shape[-1], 25)
+    x = np.array([(block.start + block.stop + 1) / 2 for block in blocks])
+    for letter, ax, (name, label) in zip("abcdefg", axes, panels.items(), strict=False):
+        for number, method in enumerate(methods):
+            binned = np.stack([mean_of(values[name][number][:, block]) for block in blocks], 1)
+            draw_line(ax, x, 100 * binned, styles[method], names[method], band=len(methods) <= 6)
+        ax.set_xlabel("Task")
+        ax.set_ylabel(f"{label} (%)")
+        ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+    handles, texts = axes[0].get_legend_handles_labels()
+    axes[-1].axis("off")
+    axes[-1].legend(handles, texts, loc="center", fontsize=5.5 if len(methods) > 8 else 7)
+    return figure

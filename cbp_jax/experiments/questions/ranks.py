@@ -1,0 +1,247 @@
+"""Which rank tells what: that of a task's change of the weights, or that of the representation?
+
+All learners run on one Online Permuted stream. After each task is measured, of every kernel as a matrix [in, out] and
+averaged over kernels,
+
+    change_rank    the stable rank of the weights' change in the task, over the smaller side of the kernel
+    overlap        the mean squared cosine between the directions of the input that this change reads and those that
+                   the changes of the last few tasks read: the first left singular vectors of each
+
+and what the learner still knows: its accuracy on the last few tasks before (`earlier_accuracy`), and how much less that
+is than right after each of them was learned (`forgetting`). Plasticity is the online accuracy on the next task, how
+fast and how well it is learned. The rank of the representation, `effective_rank` and `stable_rank`, is measured before
+each task, as in all streams.
+
+Reported are rank correlations over learners (of each seed, of means over the second half of the tasks) and within a
+learner (over its tasks, averaged over learners), the latter also without the linear trend of either, since everything
+drifts as tasks go by; each with its bootstrap interval over seeds.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from cbp_jax import metrics, report, training
+from cbp_jax.experiments import learners, permuted, stream
+from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.questions import rank_reports
+from cbp_jax.problems import Problem
+from cbp_jax.training.learner import stream_keys
+from cbp_jax.training.step import evaluate
+from cbp_jax.units import leaves_by_path
+
+MEASURES = {
+    "change_rank": "stable rank of the weights' change in the task over the largest possible, mean over kernels",
+    "overlap": "mean squared cosine between what this task's change reads and earlier ones', mean over kernels",
+    "learned_accuracy": "fraction of the task's examples classified correctly right after it",
+    "earlier_accuracy": "fraction of earlier tasks' examples classified correctly after this task",
+    "forgetting": "how much less that is than right after each of them",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(permuted.Online):
+    """Ranks, forgetting and plasticity of learners on an Online Permuted stream."""
+
+    earlier: int = 3
+    """How many of the last tasks before count as earlier ones, for forgetting and overlap."""
+    subspace: int = 5
+    """Directions of the input that count as read by a change, the first ones."""
+
+
+class State(NamedTuple):
+    """All that a lane needs to go on; of earlier tasks, the last first."""
+
+    train: training.TrainState
+    reads: dict[str, chex.Array]  # by kernel, [earlier, in, directions]
+    learned: chex.Array  # [earlier], accuracies right after each
+
+
+def _smoke(dataset: str | None) -> Settings:
+    return Settings(
+        dataset=dataset or "digits",
+        methods=("bp:step_size=0.01", "bp:step_size=0.03", "bp:step_size=0.1"),
+        seeds=2,
+        tasks=5,
+        examples_per_task=150,
+        measured_examples=100,
+        hidden=(20, 10),
+        earlier=2,
+    )
+
+
+def _laptop(dataset: str | None) -> Settings:
+    dataset = dataset or "digits"
+    best = permuted.online_permuted.preset("laptop", dataset)
+    step = "0.01" if dataset == "digits" else "0.003"
+    more = (
+        *(f"l1:step_size={step},l1={strength}" for strength in ("1e-4", "1e-5")),
+        f"layer_norm:step_size={step}",
+        f"crelu:step_size={step}",
+        f"redo:step_size={step}",
+        f"upgd:step_size={step},sigma=0.01,weight_decay=1e-2",
+        f"cbp:step_size={step},replacement_rate=1e-3",
+    )
+    return Settings(
+        dataset=dataset,
+        methods=(*best.methods, *more),
+        seeds=10,
+        first_seed=100,
+        tasks=150 if dataset == "digits" else 60,
+        examples_per_task=best.examples_per_task,
+        measured_examples=1000,
+        hidden=best.hidden,
+    )
+
+
+def check(settings: Settings) -> list[learners.Method]:
+    """Checks settings before anything is computed.
+
+    Returns:
+      the methods.
+
+    Raises:
+      ValueError: a setting is out of range or unknown.
+    """
+    methods = stream.check(settings)
+    stream.check_counts(settings, "earlier", "subspace")
+    if settings.earlier >= settings.tasks:
+        raise ValueError(f"earlier must be less than tasks = {settings.tasks}, got {settings.earlier}")
+    return methods
+
+
+def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
+    """The training of the stream, with what each task changed and what is still known."""
+
+    def train(
+        learner: training.Learner,
+        problem: Problem,
+        seeds: chex.Array,
+        hyperparameters: dict[str, chex.Array],
+        tasks: int,
+        *,
+        mode: str,
+        checkpoint: training.Checkpoint,
+        **measuring: Any,
+    ) -> Iterator[dict[str, Any]]:
+        start = functools.partial(init_state, learner, settings.earlier, settings.subspace)
+        go_on = functools.partial(run_task, learner, problem, **measuring)
+        return training.run_lanes(
+            start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint
+        )
+
+    return train
+
+
+def init_state(
+    learner: training.Learner, earlier: int, subspace: int, seed: chex.Array, hyperparameters: dict[str, chex.Array]
+) -> State:
+    """The state of one lane before its first task."""
+    train = training.init_state(learner, seed, hyperparameters)
+    reads = {
+        path: jnp.zeros((earlier, matrix.shape[0], min(subspace, *matrix.shape)))
+        for path, matrix in _matrices(learner, train.params).items()
+    }
+    return State(train, reads, jnp.full(earlier, jnp.nan))
+
+
+def run_task(
+    learner: training.Learner, problem: Problem, data: Any, state: State, *, measured_examples: int, **measuring: Any
+) -> tuple[State, dict[str, chex.Array]]:
+    """Trains one lane on its next task, and measures what the task changed and what is still known.
+
+    Args:
+      learner: what is trained.
+      problem: the stream.
+      data: the problem's.
+      state: the lane's.
+      measured_examples: of a task, for accuracies after it too.
+      **measuring: as of `training.run_task`.
+
+    Returns:
+      the state after the task; scalars: those of `training.run_task`, and `MEASURES`, of which those about earlier
+      tasks are NaN where there are fewer.
+    """
+    earlier, keys = len(state.learned), stream_keys(state.train.key)
+    after, measures = training.run_task(
+        learner, problem, data, state.train, measured_examples=measured_examples, **measuring
+    )
+
+    def accuracy(index: chex.Array) -> chex.Array:
+        task = problem.make_task(data, keys.problem, index)
+        batch = problem.evaluation(data, task, measured_examples)
+        return evaluate(learner, problem.loss, after.params, batch)["accuracy"]
+
+    tasks = state.train.task - jnp.arange(earlier + 1)  # this one, and those before
+    accuracies = jax.lax.map(accuracy, jnp.maximum(tasks, 0))
+    # Only where there are as many as are asked for: fewer are forgotten less.
+    of_earlier = lambda values: jnp.where(tasks[-1] >= 0, jnp.mean(values), jnp.nan)
+
+    change = jax.tree.map(jnp.subtract, after.params, state.train.params)
+    ranks, overlaps, reads = [], [], {}
+    for path, matrix in _matrices(learner, change).items():
+        ranks.append(metrics.stable_rank(matrix) / min(matrix.shape))
+        new = read_directions(matrix, state.reads[path].shape[-1])
+        overlaps.append(jax.vmap(lambda old, new=new: subspace_overlap(new, old))(state.reads[path]))
+        reads[path] = jnp.concatenate([new[None], state.reads[path][:-1]])
+    measures |= {
+        "change_rank": sum(ranks) / len(ranks),
+        "overlap": of_earlier(sum(overlaps) / len(overlaps)),
+        "learned_accuracy": accuracies[0],
+        "earlier_accuracy": of_earlier(accuracies[1:]),
+        "forgetting": of_earlier(state.learned - accuracies[1:]),
+    }
+    learned = jnp.concatenate([accuracies[:1], state.learned[:-1]])
+    return State(after, reads, learned), measures
+
+
+def read_directions(change: chex.Array, count: int) -> chex.Array:
+    """The directions of the input that a change reads most, orthonormal columns [in, count].
+
+    Args:
+      change: of a kernel, [in, out].
+      count: how many, at most the smaller side.
+    """
+    return jnp.linalg.svd(change, full_matrices=False)[0][:, :count]
+
+
+def subspace_overlap(a: chex.Array, b: chex.Array) -> chex.Array:
+    """The mean squared cosine of the principal angles between two subspaces: in [0, 1], by chance `directions / in`.
+
+    Args:
+      a: orthonormal columns [in, directions].
+      b: the same.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(subspace_overlap(jnp.eye(4)[:, :2], jnp.eye(4)[:, 1:3]))
+      0.5
+    """
+    return jnp.sum(jnp.square(jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST))) / a.shape[1]
+
+
+def _matrices(learner: training.Learner, params: optax.Params) -> dict[str, chex.Array]:
+    """The kernels of a network as matrices [in, out], by path."""
+    leaves = leaves_by_path(params)
+    return {path: leaves[path].reshape(-1, leaves[path].shape[-1]) for path in learner.units.kernels}
+
+
+question_rank = Experiment(
+    name="question_rank",
+    about="Which rank tells what? Ranks of changes and of representations, forgetting and plasticity, of all learners.",
+    Settings=Settings,
+    presets={"smoke": _smoke, "laptop": _laptop},
+    problem=permuted.online_permuted.problem,
+    network=permuted.online_permuted.network,
+    train=_train,
+    measures=lambda settings: {**report.stream_measures(updates=settings.measure_every is not None), **MEASURES},
+    check=check,
+    plot=rank_reports.plot,
+    summary=rank_reports.summary,
+)

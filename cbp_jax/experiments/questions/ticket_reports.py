@@ -1,0 +1,184 @@
+"""Table and pictures of `question_tickets`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cbp_jax.experiments.questions.drawing import (
+    differences,
+    draw_line,
+    mean_of,
+    note,
+    rank_correlation,
+    table,
+    values_of,
+)
+from cbp_jax.report.statistics import bootstrap_text
+
+#: By name and method, [seeds, measurements]; see `tickets.measured`.
+Measured = Mapping[str, Mapping[str, np.ndarray]]
+
+_KINDS = {"ticket": "Ticket", "random": "Random mask"}
+_PANELS = {
+    "log_density": ("Sparsest ticket that matches (%)", 100.0),
+    "advantage": ("Ticket less random mask (points)", 100.0),
+    "dense_accuracy": ("Dense network, next task (%)", 100.0),
+    "best_accuracy": ("Best ticket, next task (%)", 100.0),
+    "effective_rank": ("Effective rank (scaled, 0-100)", 100.0),
+    "dead_units": ("Dead units (%)", 100.0),
+    "young": ("Ticket's weights in young units\nover chance", 1.0),
+}
+
+
+def finished(measured: Measured) -> int:
+    """How many measurements all methods and seeds have."""
+    done = [np.isfinite(values).all(0) for values in measured["log_density"].values()]
+    return int(np.logical_and.reduce(done).cumprod().sum())
+
+
+def early_and_late(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means [seeds] over the first and the last third of so many measurements, or over one of each."""
+    third = max(1, count // 3)
+    return mean_of(values[:, :third]), mean_of(values[:, count - third : count])
+
+
+def summary(results: Any, measured: Measured) -> str:
+    """The table of a run, finished or not.
+
+    For each method the means over the first and over the last third of the measurements: matching density, advantage of
+    tickets in points, accuracy of the dense network and of the best ticket, effective rank and dead units in percent,
+    and the young weights of the matching ticket over chance. Then what differs from the first method within each seed,
+    the rank correlations over the measurements of a seed, and the last third less the first.
+    """
+    count, methods = finished(measured), results.method.values.tolist()
+    lines = [f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval]; first and last third of "
+             f"{count} measurements"]  # fmt: skip
+    if not count:
+        return lines[0]
+    head = ("", *("density (%)", "advantage", "dense (%)", "best (%)", "effective rank", "dead (%)", "young/chance"))
+    shown = ("log_density", "advantage", "dense_accuracy", "best_accuracy", "effective_rank", "dead_units", "young")
+    halves = {name: {method: early_and_late(measured[name][method], count) for method in methods} for name in shown}
+    scaled = lambda name: lambda value: 100 * (np.exp(value) if name == "log_density" else value)
+    rows = [head]
+    for number, when in enumerate(("first", "last")):
+        for method in methods:
+            cells = [bootstrap_text(halves[name][method][number], 1, scaled(name)) for name in shown[:-1]]
+            rows.append((f"{method}, {when}", *cells, bootstrap_text(halves["young"][method][number], 2)))
+    lines += ["", *table(rows), "", f"Last third, against {methods[0]} of the same seed (densities: the ratio)"]
+    rows = [("", *head[1:7])]
+    late = {name: {method: both[1] for method, both in halves[name].items()} for name in shown[:-1]}
+    against = {
+        name: differences(late[name], methods[0], 2, np.exp if name == "log_density" else scaled(name))
+        for name in shown[:-1]
+    }
+    rows += [(method, *(against[name][method] for name in shown[:-1])) for method in methods[1:]]
+    lines += table(rows) if len(rows) > 1 else ["(one method)"]
+    lines += ["", "Rank correlation with the effective rank, over the measurements of a seed"]
+    rows = [("", "density", "advantage")]
+    for method in methods:
+        rank = measured["effective_rank"][method][:, :count]
+        cells = [bootstrap_text(rank_correlation(measured[name][method][:, :count], rank)) for name in shown[:2]]
+        rows.append((method, *cells))
+    lines += [*table(rows), "", "Last less first third (densities: the ratio)"]
+    rows = [("", *head[1:7])]
+    for method in methods:
+        cells = []
+        for name in shown[:-1]:
+            first, last = halves[name][method]
+            cells.append(bootstrap_text(last - first, 2, np.exp if name == "log_density" else scaled(name)))
+        rows.append((method, *cells))
+    return "\n".join([*lines, *table(rows)])
+
+
+def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+    """Draws what is measured along the stream, and accuracy against density early and late in it.
+
+    Args:
+      results: of a run, finished or not.
+      measured: of these.
+      out: folder for the pictures.
+      formats: kinds of file to write, as Matplotlib names them.
+
+    Returns:
+      paths of the pictures.
+
+    Raises:
+      ValueError: nothing has been measured.
+    """
+    from cbp_jax.report import plots
+    from cbp_jax.report.results import require
+
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    count, methods = finished(measured), results.method.values.tolist()
+    if not count:
+        raise ValueError("results: tickets have not been looked for with all methods, so that there is nothing to draw")
+    styles, names = plots._styles(results, methods), plots._names(results, methods)
+    tasks = _tasks(results, measured)[:count]
+    with plots._rc():
+        along = Figure(figsize=(10.6, 4.6), layout="constrained")
+        axes = along.subplots(2, 4, sharex=True)
+        axes[1, 3].remove()
+        for letter, ax, (name, (label, scale)) in zip("abcdefg", axes.ravel(), _PANELS.items(), strict=False):
+            for method, title in zip(methods, names, strict=True):
+                values = measured[name][method][:, :count]
+                if np.isfinite(values).any():
+                    of = (lambda v, s=scale: s * np.exp(v)) if name == "log_density" else (lambda v, s=scale: s * v)
+                    draw_line(ax, tasks, values, styles[method], title, of=of)
+            if name == "log_density":
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter("{x:g}")
+            if name == "young":
+                ax.yaxis.set_major_formatter("{x:.2f}")
+                ax.axhline(1.0, color="#6B6B6B", linestyle=":", linewidth=0.8)
+            ax.set_ylabel(label)
+            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+        for ax in (*axes[1, :3], axes[0, 3]):
+            ax.set_xlabel("Tasks before")
+            ax.tick_params(labelbottom=True)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        columns = plots._legend_columns(labels, 10.6)
+        along.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=plots._HANDLE)
+        note(along, results)
+        curves = _curves(results, methods, styles, names, count, _tasks(results, measured))
+        return plots.save_figures({"tickets": along, "curves": curves}, Path(out), formats)
+
+
+def _tasks(results: Any, measured: Measured) -> np.ndarray:
+    """The tasks before which was measured."""
+    total = next(iter(measured["log_density"].values())).shape[1]
+    return json.loads(results.attrs["settings"])["every"] * np.arange(total)
+
+
+def _curves(results: Any, methods: Sequence[str], styles: Any, names: Sequence[str], count: int, tasks: Any) -> Any:
+    """Accuracy against density: a column for each method, tickets and random masks at first and at last."""
+    from matplotlib.figure import Figure
+
+    from cbp_jax.report.looks import GRAY
+
+    figure = Figure(figsize=(max(2.5 * len(methods) + 0.6, 4.6), 3.1), layout="constrained")
+    axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    for ax, method, title in zip(axes, methods, names, strict=True):
+        for place, style in ((0, GRAY), (count - 1, styles[method])):
+            density = 100 * values_of(results, "density", method)[:, tasks[place]].mean(0)
+            for kind, dashes in (("ticket", "-"), ("random", ":")):
+                values = 100 * values_of(results, f"{kind}_accuracy", method)[:, tasks[place]]
+                when = "at first" if place == 0 else f"before task {tasks[place]}, in the method's color"
+                draw_line(ax, density, values, style, f"{_KINDS[kind]} {when}", dashes=dashes)
+            if count == 1:
+                break
+        ax.set_xscale("log")
+        ax.invert_xaxis()
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel("Weights that live (%)")
+        ax.set_title(title, fontsize=8)
+    axes[0].set_ylabel("Correct on the next task (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, handlelength=3.6)
+    note(figure, results)
+    return figure
