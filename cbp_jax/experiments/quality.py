@@ -326,9 +326,9 @@ def pearson_correlations(values: chex.Array) -> chex.Array:
       array [n]; 0 where a row, or the first, is constant.
 
     Example:
-      >>> values = jnp.array([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [5.0, 5.0, 5.0], [1e-9, 1e-9, 0.0]])
+      >>> values = jnp.array([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [5.0, 5.0, 5.0], [2e-9, 1e-9, 0.0]])
       >>> pearson_correlations(values).round(3).tolist()
-      [1.0, 0.0, -0.866]
+      [1.0, 0.0, -1.0]
     """
     largest = jnp.max(jnp.abs(values), 1, keepdims=True)
     scaled = values / jnp.where(largest > 0, largest, 1.0)  # so that squares of small utilities are not 0
