@@ -34,9 +34,10 @@ def regrama(
     front changes no score. Biases do not count. The mean runs over all kernels that write the group.
 
     A choice made here: a group without any gradient is left alone, as is one whose gradient is not finite, for a batch
-    that is fitted perfectly has no gradient and says nothing about units. By the formula with a small number added to
-    its denominator, as programs have it, such a group would be recycled whole. (:func:`metrics.gradient_dormant_units` counts such a group as dormant.) The batch should be large enough for the
-    scores to mean something: on one example, ReLU units that are silent have no gradient.
+    that is fitted perfectly has no gradient and says nothing about units. With a small number added to the denominator,
+    as programs have it, such a group would be recycled whole, and :func:`metrics.gradient_dormant_units` counts it as
+    dormant. The batch should be large enough for the scores to mean something: on one example, ReLU units that are
+    silent have no gradient.
 
     Args:
       inner: the optimizer that trains the network.
