@@ -94,10 +94,9 @@ def add_kernel_penalty(
 def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
     r"""Spectral regularization, :math:`R(W) = (\sigma_{\max}(W)^k - 1)^2`.
 
-    The largest singular value is estimated by one power iteration an update, whose vector is kept in the state, and
-    by twenty at first; the gradient takes its singular vectors for constants. These iterations start from
-    W's longest row. The paper penalizes biases toward 0 and scales of normalization toward 1 likewise; here kernels
-    alone are penalized.
+    The largest singular value is estimated by one power iteration an update, whose vector is kept in the state, and by
+    twenty at first, which start from W's longest row. Singular vectors count as constants in the gradient. The paper
+    also keeps biases near 0 and scales of normalization near 1; here kernels alone are penalized.
 
     Args:
       power: k, > 0. May be traced.

@@ -37,9 +37,9 @@ def normalize_and_project(
     :func:`effective_learning_rate`. The *normalize* of the method is the network's: give it layer normalization (the
     learner `nap` does). Kernels that start at 0 are left free.
 
-    Scales and offsets of normalization, and biases, are no kernels. The paper lets them drift in short runs, and
-    regularizes them toward their initial values in long ones; here a fraction `pull` of their distance from there is
-    taken back at every projection, none by default.
+    Scales and offsets of normalization, and biases, are no kernels. The paper lets scales and offsets drift, or keeps
+    them near their initial values where runs are long; how exactly is a choice made here: a fraction `pull` of their
+    distance from there is taken back at every projection, none by default.
 
     Around transformations that replace units this stands outside, as
     `normalize_and_project(continual_backprop(...))`.

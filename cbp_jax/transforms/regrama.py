@@ -33,10 +33,11 @@ def regrama(
     The gradient is that of this update, as it comes to this transformation; clipping by the norm of all gradients in
     front changes no score. Biases do not count. The mean runs over all kernels that write the group.
 
-    The paper does not say what a group without any gradient means. Here it is left alone, as is one whose gradient is
-    not finite: a batch that is fitted perfectly has no gradient, and says nothing about units.
-    (:func:`metrics.gradient_dormant_units` counts such a group as dormant.) The batch should be large enough for the
-    scores to mean something: on one example, ReLU units that are silent have no gradient.
+    A choice made here: a group without any gradient is left alone, as is one whose gradient is not finite, for a batch
+    that is fitted perfectly has no gradient and says nothing about units. With a small number added to the denominator,
+    as programs have it, such a group would be recycled whole, and :func:`metrics.gradient_dormant_units` counts it as
+    dormant. The batch should be large enough for the scores to mean something: on one example, ReLU units that are
+    silent have no gradient.
 
     Args:
       inner: the optimizer that trains the network.
