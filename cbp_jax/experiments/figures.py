@@ -178,20 +178,20 @@ FIGURES: tuple[Figure, ...] = (
         "1",
         "is there a better utility than activation times outgoing weight: CBP with each at its best replacement rate",
         "question_utility --preset laptop",
-        "an hour of one core, tuning included",
+        "4 minutes of one core a utility, tuning included",
     ),
     Figure(
         QUESTIONS,
         "2",
         "is there a better reinitialization: CBP with each at its best replacement rate",
         "question_reinitialization --preset laptop",
-        "an hour of one core, tuning included",
+        "6 minutes of one core each, tuning included",
     ),
     Figure(
         QUESTIONS,
         "3",
         "L1 or L2, toward zero or toward the initial weights, each at its best strength",
         "question_penalty --preset laptop",
-        "an hour of one core, tuning included",
+        "half an hour of one core, tuning included",
     ),
 )
