@@ -14,15 +14,12 @@ from cbp_jax.report.looks import BLUE, Look, readable
 def lanes() -> list[Lane]:
     """Plain backpropagation, and a lane for each reinitialization, by its name."""
     space = {"replacement_rate": RATES, "step_size": STEP_SIZES}
-    looks = {"resample": Look("Resample", BLUE, strong=True)}
-    method = lambda name: "cbp" if name == "resample" else f"cbp:reinitialization={name}"
-    return [
-        BACKPROP,
-        *(
-            Lane(name, method(name), space, looks.get(name, Look(readable(name))))
-            for name in replacement.REINITIALIZATIONS
-        ),
-    ]
+    found = [BACKPROP]
+    for name in replacement.REINITIALIZATIONS:
+        plain = name == "resample"
+        look = Look("Resample", BLUE, strong=True) if plain else Look(readable(name))
+        found.append(Lane(name, "cbp" if plain else f"cbp:reinitialization={name}", space, look))
+    return found
 
 
 question_reinitialization = question(
