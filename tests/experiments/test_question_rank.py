@@ -112,11 +112,16 @@ def test_correlations_one_by_one():
     assert np.isnan(drawing.rank_correlation(np.ones((1, 5)), np.arange(5.0)[None])).all()
 
 
-def test_table_and_pictures(smoke, tmp_path):
+def test_the_table_has_means_over_seeds_and_all_correlations(smoke):
     results, _ = smoke
     table = question_rank.summary(results)
     late = 100 * results.forgetting[0, :, 2:4].values.astype(float).mean()
     assert f"{late:.1f} [" in table and table.count("Rank correlation") == 3
+
+
+@pytest.mark.slow
+def test_pictures(smoke, tmp_path):
+    results, _ = smoke
     paths = question_rank.plot(results, tmp_path)
     assert [path.stem for path in paths] == ["learners", "correlations", "tasks"]
     with pytest.raises(ValueError, match="nothing to draw"):

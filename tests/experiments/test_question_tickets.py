@@ -1,7 +1,6 @@
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from cbp_jax import data, problems, training
 from cbp_jax.experiments import learners, question_tickets
 from cbp_jax.experiments.questions import ticket_reports, tickets
 from cbp_jax.units import leaves_by_path
+from cbp_jax.units.groups import Consumer, ParamSlice, UnitGroup
 
 preset, run = question_tickets.preset, question_tickets.run
 # One program of each kind: those of several methods are tested with other streams.
@@ -65,18 +65,23 @@ def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
         run(SMOKE, tmp_path, stop)
     partial = cbp_jax.load_results(tmp_path)
     assert np.isfinite(partial.density.values[:, :, 0]).all() and np.isnan(partial.accuracy.values[:, :, 1:]).all()
-    assert ticket_reports.finished(tickets.measured(partial)) == 1
+    assert ticket_reports.finished(tickets.measured(partial)) == (partial.method.values.tolist(), 1)
     assert question_tickets.plot(partial, tmp_path / "pictures")[0].is_file()
     assert run(SMOKE, tmp_path).identical(whole)
 
 
-def test_table_and_pictures(smoke, tmp_path):
+def test_the_table_has_means_over_seeds(smoke):
     results, _, _ = smoke
     table = question_tickets.summary(results)
     assert "first and last third of 2 measurements" in table and "(one method)" in table
     settings = json.loads(results.attrs["settings"])
     dense = 100 * results.ticket_accuracy.values[0, :, 2, 0].astype(float).mean()
     assert f"{dense:.1f} [" in table and settings["tolerance"] == 0.01
+
+
+@pytest.mark.slow
+def test_pictures(smoke, tmp_path):
+    results, _, _ = smoke
     paths = question_tickets.plot(results, tmp_path)
     assert [path.name for path in paths] == ["tickets.png", "curves.png"]
     with pytest.raises(ValueError, match="nothing to draw"):
@@ -103,20 +108,18 @@ def test_the_sparsest_round_that_matches():
 
 
 def test_young_weights_and_their_chance_by_counting():
-    learner = learners.make_learner(learners.read_methods(["cbp"]), (5, 4), "relu", (3,), 2)
-    params = learner.init(jax.random.key(0))
     rng = np.random.default_rng(0)
-    shapes = {path: leaf.shape for path, leaf in leaves_by_path(params).items() if leaf.ndim == 2}
+    shapes = {"w0": (3, 5), "w1": (5, 4), "w2": (4, 2)}
+    groups = [
+        UnitGroup(
+            name, size, (ParamSlice.whole_axis(name, 1, size),), (), (Consumer(ParamSlice.whole_axis(after, 0, size)),)
+        )
+        for name, after, size in (("w0", "w1", 5), ("w1", "w2", 4))
+    ]
+    params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
     living = {path: rng.random(shape) < 0.4 for path, shape in shapes.items()}
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(
-            living.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf == leaf)
-        ),
-        params,
-    )
     first, second = np.array([3, 10, 12, 9, 10]), np.array([10, 99, 0, 10])
-    ages = {"params/Dense_0": jnp.asarray(first), "params/Dense_1": jnp.asarray(second)}
-    young = tickets.young_weights(learner.units, ages, params, below=10)
+    young = tickets.young_weights(groups, {"w0": jnp.asarray(first), "w1": jnp.asarray(second)}, params, below=10)
     new = [np.zeros(3, bool), first < 10, second < 10, np.zeros(2, bool)]
     there = expected = alive = 0
     for number, (path, shape) in enumerate(shapes.items()):
@@ -124,7 +127,7 @@ def test_young_weights_and_their_chance_by_counting():
         np.testing.assert_array_equal(young[path], one)
         there, alive = there + (living[path] & one).sum(), alive + living[path].sum()
         expected += living[path].mean() * one.sum()
-    found = tickets.young_shares(mask, young)
+    found = tickets.young_shares(living, young)
     np.testing.assert_allclose([found["young"], found["young_chance"]], [there / alive, expected / alive], rtol=1e-6)
 
 

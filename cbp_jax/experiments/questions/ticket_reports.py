@@ -33,10 +33,11 @@ _PANELS = {
 }
 
 
-def finished(measured: Measured) -> int:
-    """How many measurements all methods and seeds have."""
-    done = [np.isfinite(values).all(0) for values in measured["log_density"].values()]
-    return int(np.logical_and.reduce(done).cumprod().sum())
+def finished(measured: Measured) -> tuple[list[str], int]:
+    """The methods that have been measured, and how many measurements all of these and all seeds have."""
+    done = {method: np.isfinite(values).all(0) for method, values in measured["log_density"].items()}
+    begun = [method for method, each in done.items() if each.any()]
+    return begun, int(np.logical_and.reduce([done[method] for method in begun]).cumprod().sum()) if begun else 0
 
 
 def early_and_late(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +54,7 @@ def summary(results: Any, measured: Measured) -> str:
     and the young weights of the matching ticket over chance. Then what differs from the first method within each seed,
     the rank correlations over the measurements of a seed, and the last third less the first.
     """
-    count, methods = finished(measured), results.method.values.tolist()
+    methods, count = finished(measured)
     lines = [f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval]; first and last third of "
              f"{count} measurements"]  # fmt: skip
     if not count:
@@ -114,9 +115,9 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    count, methods = finished(measured), results.method.values.tolist()
+    methods, count = finished(measured)
     if not count:
-        raise ValueError("results: tickets have not been looked for with all methods, so that there is nothing to draw")
+        raise ValueError("results: tickets have not been looked for, so that there is nothing to draw")
     styles, names = plots._styles(results, methods), plots._names(results, methods)
     tasks = _tasks(results, measured)[:count]
     with plots._rc():

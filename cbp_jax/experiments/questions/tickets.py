@@ -11,7 +11,7 @@ What is measured of a mask is the online accuracy: the fraction of the task's ex
 each before learning from it. Of the curve of accuracy against density follow
 
     matching density    the least density at which, and at all larger ones of the curve, the ticket's accuracy is at
-                        least that of the dense network less a tolerance
+                        least that of the dense network less a tolerance; not less than that of the last round
     advantage           the accuracy of tickets less that of random masks, the mean over all rounds but the first
 
 A weight lies in a unit that writes it or reads it. Where units have ages, as in continual backpropagation, `young` is
@@ -22,7 +22,7 @@ masks of the same numbers per layer, as expected.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -39,7 +39,7 @@ from cbp_jax.experiments.stream import Curve
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.problems import Problem
 from cbp_jax.training.learner import stream_keys
-from cbp_jax.units import Units, leaves_by_path
+from cbp_jax.units import UnitGroup, leaves_by_path
 
 _RANDOM = 7  # folded into a seed's key for the optimizer: random masks
 
@@ -204,7 +204,7 @@ def find_tickets(
 
 
 def young_weights(
-    units: Units, ages: Mapping[str, chex.Array], params: optax.Params, below: int
+    units: Sequence[UnitGroup], ages: Mapping[str, chex.Array], params: optax.Params, below: int
 ) -> dict[str, chex.Array]:
     """Which weights lie in young units: those that write one or read one.
 
