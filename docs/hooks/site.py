@@ -45,11 +45,12 @@ _DOLLARS = re.compile(r"(<code.*?</code>)|\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTA
 @event_priority(100)  # before notebooks are looked for
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that lie elsewhere."""
-    pages = dict(PAGES)
+    for source, target in PAGES.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        pages[f"notebooks/{notebook.name}"] = f"notebooks/{notebook.name}"
-    for source, target in pages.items():
-        files.append(_file(config, target, ROOT / source))
+        # Not `generated`: the plugin for notebooks asks for the folder of the source.
+        name = notebook.relative_to(ROOT).as_posix()
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
@@ -89,10 +90,6 @@ def _mathml(tex: str, display: bool, page: Page) -> str:
         return html.escape(tex)
 
 
-def _file(config: Any, target: str, source: pathlib.Path) -> File:
-    return File.generated(config, target, abs_src_path=str(source))
-
-
 def _target(link: str, source: pathlib.Path, page: Page, config: Any, files: Files) -> str:
     """Where a link of a page leads in the site."""
     path, _, anchor = link.partition("#")
@@ -111,7 +108,7 @@ def _target(link: str, source: pathlib.Path, page: Page, config: Any, files: Fil
             log.warning("%s: %s is no page of the site", page.file.src_uri, name)
         name = f"files/{name}"
         if files.get_file_from_path(name) is None:
-            files.append(_file(config, name, there))
+            files.append(File.generated(config, name, abs_src_path=str(there)))
     found = os.path.relpath(name, pathlib.PurePosixPath(page.file.src_uri).parent)
     return f"{found}#{anchor}" if anchor else found
 

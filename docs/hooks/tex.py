@@ -148,9 +148,9 @@ class _Parser:
         while self.peek() in ("_", "^", "'"):
             sign = self.take()
             if sign == "_":
-                below = self.atom()
+                below = self.argument()
             else:
-                mark = "<mo>′</mo>" if sign == "'" else self.atom()
+                mark = "<mo>′</mo>" if sign == "'" else self.argument()
                 above = mark if above is None else f"<mrow>{above}{mark}</mrow>"
         under, over, both = ("munder", "mover", "munderover") if limits else ("msub", "msup", "msubsup")
         if below is not None and above is not None:
@@ -173,6 +173,13 @@ class _Parser:
             return f"<mo>{html.escape(token.replace('-', '−'))}</mo>"
         raise ValueError(f"{token!r} is not understood in the equation {self.tex}")
 
+    def argument(self) -> str:
+        """What belongs to a command or a script: of a number without braces, its first digit."""
+        token = self.peek() or ""
+        if len(token) > 1 and token[0].isdigit():
+            self.tokens[self.place : self.place + 1] = [token[0], token[1:]]
+        return self.atom()
+
     def command(self, name: str) -> str:
         if name in _LETTERS:
             return f"<mi>{_LETTERS[name]}</mi>"
@@ -184,13 +191,13 @@ class _Parser:
             return f'<mspace width="{_SPACES[name]}em"/>'
         if name in ("frac", "tfrac", "dfrac"):
             style = ' displaystyle="false" scriptlevel="0"' if name == "tfrac" else ""
-            over, under = self.atom(), self.atom()
+            over, under = self.argument(), self.argument()
             return f"<mfrac{style}>{over}{under}</mfrac>"
         if name == "sqrt":
-            return f"<msqrt>{self.atom()}</msqrt>"
+            return f"<msqrt>{self.argument()}</msqrt>"
         if name in _ACCENTS:
             stretchy = "true" if name == "overline" else "false"
-            return f'<mover accent="true">{self.atom()}<mo stretchy="{stretchy}">{_ACCENTS[name]}</mo></mover>'
+            return f'<mover accent="true">{self.argument()}<mo stretchy="{stretchy}">{_ACCENTS[name]}</mo></mover>'
         if name in _TEXTS:
             tag = _TEXTS[name]
             normal = ' mathvariant="normal"' if tag == "mi" else ""
