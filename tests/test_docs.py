@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 # Pages that take seconds to compile.
-SLOW = {"docs/algorithms/lottery_tickets.md", "docs/units.md"}
+SLOW = {"docs/algorithms/lottery_tickets.md", "docs/algorithms/upgd.md", "docs/units.md"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```(?:text)?\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)

@@ -12,6 +12,7 @@ _LINK = re.compile(r"`([^`<]+?)\s*<(https?://[^>]+)>`__?", re.DOTALL)
 _CODE = re.compile(r"``([^`]+)``")
 _HEADING = re.compile(r"^(\S.*)\n-{4,}$", re.MULTILINE)
 _TABLE = re.compile(r"^(=+)  =+\n(.*?)\n=+  =+\n(.*?)\n=+  =+$", re.MULTILINE | re.DOTALL)
+_RETURNS = re.compile(r"^( *Returns:\n +)(?=\S)", re.MULTILINE)
 _EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1\S.*|\n\1 +\S.*)*", re.MULTILINE)
 
 
@@ -33,6 +34,7 @@ def as_markdown(text: str) -> str:
     text = _ROLE.sub(r"`\1`", text)
     text = _LINK.sub(lambda match: f"[{' '.join(match[1].split())}]({match[2]})", text)
     text = _CODE.sub(r"`\1`", text)
+    text = _RETURNS.sub(r"\1: ", text)  # what stands in front of a colon is taken for a type
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
     return _EXAMPLE.sub(_fenced, text)
 
