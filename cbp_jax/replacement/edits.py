@@ -135,8 +135,8 @@ def _draw(params, groups, chosen, initializer, random_key):
         _, columns = jax.eval_shape(draw)
         return none, jax.tree.map(lambda column: jnp.zeros(column.shape, column.dtype), columns)
 
-    # Random bits are dear, and most steps replace nothing. The chosen units pass through the branch, so that the
-    # loops over the weights below read them instead of computing them over again for every weight.
+    # Generating random bits is expensive, and most steps replace nothing. The chosen units pass through the branch, so
+    # that the loops over the weights below read them instead of computing them over again for every weight.
     some = [jnp.any(units < group.size) for units, group in zip(chosen, groups, strict=True)]
     return jax.lax.cond(jnp.any(jnp.stack(some)), draw, nothing)
 

@@ -12,65 +12,12 @@ import re
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\S|\s+", re.DOTALL)
 
-_LETTERS = {
-    name: chr(code)
-    for name, code in {
-        "alpha": 0x3B1,
-        "beta": 0x3B2,
-        "gamma": 0x3B3,
-        "delta": 0x3B4,
-        "epsilon": 0x3F5,
-        "varepsilon": 0x3B5,
-        "eta": 0x3B7,
-        "theta": 0x3B8,
-        "kappa": 0x3BA,
-        "lambda": 0x3BB,
-        "mu": 0x3BC,
-        "xi": 0x3BE,
-        "pi": 0x3C0,
-        "rho": 0x3C1,
-        "sigma": 0x3C3,
-        "tau": 0x3C4,
-        "phi": 0x3D5,
-        "Delta": 0x394,
-        "Sigma": 0x3A3,
-        "Omega": 0x3A9,
-        "partial": 0x2202,
-        "infty": 0x221E,
-        "ell": 0x2113,
-        "top": 0x22A4,
-    }.items()
-}
-_OPERATORS = {
-    "leftarrow": "←",
-    "to": "→",
-    "cdot": "⋅",
-    "cdots": "⋯",
-    "dots": "…",
-    "ldots": "…",
-    "times": "×",
-    "pm": "±",
-    "circ": "∘",
-    "odot": "⊙",
-    "sim": "∼",
-    "approx": "≈",
-    "le": "≤",
-    "ge": "≥",
-    "ne": "≠",
-    "in": "∈",
-    "mid": "∣",
-    "sum": "∑",
-    "prod": "∏",
-    "lVert": "‖",
-    "rVert": "‖",
-    "lvert": "|",
-    "rvert": "|",
-    "lfloor": "⌊",
-    "rfloor": "⌋",
-    "{": "{",
-    "}": "}",
-    "|": "‖",
-}
+_NAMES = """alpha beta gamma delta epsilon varepsilon eta theta kappa lambda mu xi pi rho sigma tau phi Delta Sigma
+Omega partial infty ell top"""
+_LETTERS = dict(zip(_NAMES.split(), "αβγδϵεηθκλμξπρστϕΔΣΩ∂∞ℓ⊤", strict=True))
+_SIGNS = r"""leftarrow to cdot cdots dots ldots times pm circ odot sim approx le ge ne in mid sum prod lVert rVert
+lvert rvert lfloor rfloor { } |"""
+_OPERATORS = dict(zip(_SIGNS.split(), "←→⋅⋯……×±∘⊙∼≈≤≥≠∈∣∑∏‖‖||⌊⌋{}‖", strict=True))
 _FUNCTIONS = {"log", "exp", "max", "min", "sin", "cos", "tanh", "arg"}
 _LIMITS = {"sum", "prod", "max", "min"}
 _SPACES = {",": 0.17, ";": 0.28, ":": 0.22, "!": -0.17, " ": 0.3, "quad": 1, "qquad": 2}
