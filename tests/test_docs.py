@@ -1,11 +1,13 @@
 """The documentation: its links lead somewhere, its code runs and prints what it says, its equations are understood."""
 
 import ast
+import html.parser
 import importlib.util
 import pathlib
 import re
 import subprocess
 import sys
+import urllib.parse
 
 import jax
 import jax.numpy as jnp
@@ -203,10 +205,45 @@ def test_site_builds_offline(tmp_path):
     """Warnings are errors, and no page fetches anything from elsewhere."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    pages = sorted(tmp_path.rglob("*.html"))
+    check_site(tmp_path)
+
+
+def check_site(folder):
+    """Every link of every page leads to a file, and to an anchor in it; nothing comes from elsewhere."""
+    pages = {path: Page(path) for path in sorted(folder.rglob("*.html"))}
     assert len(pages) > 40
-    fetched = re.compile(r"<(?:script|img|source|iframe)[^>]*src=\"?https?:|<link[^>]*stylesheet[^>]*href=\"?https?:")
-    for page in pages:
-        text = page.read_text()
-        assert not fetched.search(text), page
-        assert "arithmatex" not in text and "MathJax" not in text, page
+    fetched = [(path, url) for path, page in pages.items() for url in page.sources if re.match(r"(https?:)?//", url)]
+    assert not fetched
+    for path, page in pages.items():
+        text = path.read_text()
+        assert "arithmatex" not in text and "MathJax" not in text, path
+        if path.parts[-3] == "api":
+            assert not re.search(r":math:|:func:|\.\. math::", text), path
+        for url in {*page.links, *page.sources}:
+            if re.match(r"[a-z]+:|$", url) or path.name == "404.html":
+                continue
+            target, _, anchor = urllib.parse.unquote(url).partition("#")
+            there = (path.parent / target).resolve() if target else path
+            there = there / "index.html" if there.is_dir() else there
+            assert there.is_file(), f"{path}: {url} leads nowhere"
+            if anchor and there in pages:
+                assert anchor in pages[there].anchors, f"{path}: {url}: there is no such anchor"
+
+
+class Page(html.parser.HTMLParser):
+    """What a page links to, what it loads, and its anchors."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.sources, self.anchors = [], [], set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        values = {name: value or "" for name, value in attrs}
+        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        if tag in ("script", "img", "source", "iframe") and "src" in values:
+            self.sources.append(values["src"])
+        elif tag == "link" and {"stylesheet", "icon", "preconnect"} & set(values.get("rel", "").split()):
+            self.sources.append(values.get("href", ""))
+        elif tag == "a":
+            self.links.append(values.get("href", ""))
