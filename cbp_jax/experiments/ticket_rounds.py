@@ -53,7 +53,7 @@ class Data(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that a lane needs to go on; [kinds, ...] what each kind has."""
+    """State needed to resume one lane; arrays [kinds, ...] are of each kind of network."""
 
     starts: optax.Params  # [kinds, ...], weights that the next round starts from, before the mask
     masks: tickets.Mask  # [kinds, ...]

@@ -169,10 +169,10 @@ def _fresh(params, updates, groups, chosen, initializer, random_key, reinitializ
         ones = (None if new.kept is None else jnp.ones_like(new.kept) for new in zeros)
         return none, [new._replace(kept=kept) for new, kept in zip(zeros, ones, strict=True)]
 
-    # Random bits are dear, and most steps replace nothing. The chosen units pass through the branch, so that the
-    # loops over the weights below read them instead of computing them over again for every weight.
+    # Generating random bits is expensive, and most steps replace nothing. The chosen units pass through the branch, so
+    # that the loops over the weights below read them instead of computing them over again for every weight.
     some = jnp.any(jnp.stack([jnp.any(units < group.size) for units, group in zip(chosen, groups, strict=True)]))
-    # Under vmap a draw is left to run in every step; what is dearer runs in those in which some row replaces a unit.
+    # Under vmap a draw runs in every step. What costs more runs only where some row replaces a unit.
     some = some if reinitialization is reinitializations.resample else anywhere(some)
     return jax.lax.cond(some, draw, nothing)
 

@@ -1,4 +1,4 @@
-"""Takes weights back to the start inside the state of any optimizer: those of replaced units, or of whole layers."""
+"""Resets the state of any optimizer for the weights of replaced units, or of whole layers."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -95,7 +95,7 @@ def replace_units(
     `inner`.
 
     In a chain, whatever remembers weights (momentum, Adam) belongs inside, as `inner`, so that its memory of replaced
-    weights is reset; gradient clipping may stand in front; what edits updates must not stand behind.
+    weights is reset; gradient clipping may stand in front; no transformation that changes updates may follow.
 
     Args:
       inner: the optimizer that trains the network.

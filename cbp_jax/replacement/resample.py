@@ -29,9 +29,9 @@ def sample_units(
 ) -> chex.Array:
     """Draws the rows along `axes` of a kernel of the given shape that belong to `count` units.
 
-    Random bits are dear, so that only the rows wanted are drawn. An initializer that scales by fans would take the
-    number drawn for the kernel's own; the scale that it uses for the full kernel is put back. The i-th unit's weights
-    do not depend on how many units are drawn.
+    Generating random bits is expensive, so that only the rows wanted are drawn. An initializer that scales by fans
+    would take the number drawn for the kernel's own; the scale that it uses for the full kernel is put back. The i-th
+    unit's weights do not depend on how many units are drawn.
 
     Args:
       initializer: a `jax.nn.initializers` function of (key, shape, dtype).

@@ -21,7 +21,7 @@ from cbp_jax.units import Units, leaves_by_path
 
 
 class State(NamedTuple):
-    """All that an agent needs to go on."""
+    """State needed to resume an agent."""
 
     params: optax.Params
     opt_state: optax.OptState

@@ -35,7 +35,7 @@ class Learner(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on, one lane."""
+    """State needed to resume one lane."""
 
     params: optax.Params
     opt_state: optax.OptState

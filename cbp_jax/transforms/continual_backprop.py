@@ -67,7 +67,7 @@ def continual_backprop(
     not 0. With `replacement_rate=0` the updates are bit for bit those of `inner`.
 
     In a chain, whatever remembers weights (momentum, Adam) belongs inside, as `inner`, so that its memory of replaced
-    weights is reset; gradient clipping may stand in front; what edits updates must not stand behind. In
+    weights is reset; gradient clipping may stand in front; no transformation that changes updates may follow. In
     `optax.inject_hyperparams`, name `max_replacements`, and a callable `utility`, `initializer` or `reinitialization`,
     in `static_args`.
 

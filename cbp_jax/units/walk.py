@@ -123,7 +123,7 @@ class Walk:
         return list(self._contractions.values())
 
     def data(self) -> set[str]:
-        """Leaves of inputs that came as state and are none.
+        """Inputs provisionally treated as state that turn out to be data.
 
         A statistic is a number for each unit, which is only used to normalize and only updated from a sum over the
         batch. What stands under "batch_stats" is taken for one.

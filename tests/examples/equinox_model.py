@@ -1,4 +1,4 @@
-"""An Equinox network, trained with continual backpropagation."""
+"""An Equinox network on digits, trained with continual backpropagation."""
 
 import equinox as eqx
 import jax
@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import optax
 
 import cbp_jax
+from cbp_jax import data
 
-x, y = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 4
-model = eqx.nn.MLP(8, 4, width_size=32, depth=2, key=jax.random.key(1))
+digits = data.load("digits")
+x, y = jnp.asarray(digits.images[:256].reshape(256, 64) / 16), jnp.asarray(digits.labels[:256])
+model = eqx.nn.MLP(64, 10, width_size=32, depth=2, key=jax.random.key(1))
 params, static = eqx.partition(model, eqx.is_inexact_array)
 
 

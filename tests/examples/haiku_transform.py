@@ -1,4 +1,4 @@
-"""A Haiku network, trained with continual backpropagation."""
+"""A Haiku network on digits, trained with continual backpropagation."""
 
 import haiku as hk
 import jax
@@ -6,15 +6,17 @@ import jax.numpy as jnp
 import optax
 
 import cbp_jax
+from cbp_jax import data
 
 
 def forward(x):
     x = hk.BatchNorm(True, True, 0.9)(hk.Linear(32)(x), is_training=True)
-    return hk.nets.MLP([32, 4])(jax.nn.relu(x))
+    return hk.nets.MLP([32, 10])(jax.nn.relu(x))
 
 
 net = hk.without_apply_rng(hk.transform_with_state(forward))
-x, y = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 4
+digits = data.load("digits")
+x, y = jnp.asarray(digits.images[:256].reshape(256, 64) / 16), jnp.asarray(digits.labels[:256])
 params, batch_stats = net.init(jax.random.key(1), x)
 units = cbp_jax.discover_units(net.apply, params, batch_stats, x)
 apply = cbp_jax.with_features(net.apply, units)

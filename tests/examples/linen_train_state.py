@@ -1,4 +1,4 @@
-"""A Flax linen network, trained with continual backpropagation by a TrainState."""
+"""A Flax linen network on digits, trained with continual backpropagation by a TrainState."""
 
 import flax.linen as nn
 import jax
@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import optax
 
 import cbp_jax
+from cbp_jax import data
 
 
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(32)(x)))
-        return nn.Dense(4)(nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Dense(32)(x))))
+        return nn.Dense(10)(nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Dense(32)(x))))
 
 
 class State(cbp_jax.TrainState):
@@ -24,7 +25,9 @@ def apply_fn(params, batch_stats, x, key):
     return Net().apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])
 
 
-x, y, key = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 4, jax.random.key(1)
+digits = data.load("digits")
+x, y = jnp.asarray(digits.images[:256].reshape(256, 64) / 16), jnp.asarray(digits.labels[:256])
+key = jax.random.key(1)
 variables = Net().init(key, x, train=False)
 units = cbp_jax.discover_units(apply_fn, variables["params"], variables["batch_stats"], x, key)
 tx = cbp_jax.continual_backprop(cbp_jax.adam(3e-3), units, replacement_rate=1e-2, maturity_threshold=20)

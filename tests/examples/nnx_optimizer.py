@@ -1,24 +1,25 @@
-"""A Flax NNX network, trained with continual backpropagation by `nnx.Optimizer`."""
+"""A Flax NNX network on digits, trained with continual backpropagation by `nnx.Optimizer`."""
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
 import cbp_jax
+from cbp_jax import data
 
 
 class Net(nnx.Module):
     def __init__(self, rngs):
-        self.first, self.norm = nnx.Linear(8, 32, rngs=rngs), nnx.BatchNorm(32, rngs=rngs)
+        self.first, self.norm = nnx.Linear(64, 32, rngs=rngs), nnx.BatchNorm(32, rngs=rngs)
         self.second, self.dropout = nnx.Linear(32, 32, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
-        self.head = nnx.Linear(32, 4, rngs=rngs)
+        self.head = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x):
         return self.head(self.dropout(nnx.relu(self.second(nnx.relu(self.norm(self.first(x)))))))
 
 
-x, y = jax.random.normal(jax.random.key(0), (64, 8)), jnp.arange(64) % 4
+digits = data.load("digits")
+x, y = jnp.asarray(digits.images[:256].reshape(256, 64) / 16), jnp.asarray(digits.labels[:256])
 model = Net(nnx.Rngs(0))
 units = cbp_jax.discover_units(model, x)
 apply = cbp_jax.with_features(lambda model, x: model(x), units)
