@@ -77,7 +77,7 @@ def test_a_head_of_one_linear_layer_learns_as_if_nothing_had_been_injected():
 def test_the_optimizer_goes_on_with_the_new_head():
     params, fresh = jax.tree.map(jnp.float32, (PARAMS, FRESH))
     tx = cbp_jax.adam(0.1)
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
     new, _ = injection.inject(params, fresh, HEAD)
     same, state = reset_layers(tx, params, state, HEAD, fresh)
     jax.tree.map(np.testing.assert_array_equal, new, same)

@@ -473,8 +473,9 @@ ROWS = [
         {"strength": 1.0},
         {"apply_fn": by_sums},
         wrap=with_reference,
+        slow=True,
     ),
-    Row("trac of sgd", trac, (optax.sgd(0.1),), {"s_init": 0.1, "eps": 0.1}, {"s_init": 0.2, "eps": 1.0}),
+    Row("trac of sgd", trac, (optax.sgd(0.1),), {"s_init": 0.1, "eps": 0.1}, {"s_init": 0.2, "eps": 1.0}, slow=True),
     Row(
         "adam_reset",
         adam_reset,
