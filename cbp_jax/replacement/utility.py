@@ -32,12 +32,14 @@ For a ReLU unit (without normalization) the sum of v times its gradient, and bia
 to the unit is s as well, so that nothing is gained by looking at incoming weights too.
 """
 
+import functools
 from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from cbp_jax import by_path
 from cbp_jax.replacement.views import GroupView
 
 Utility = Callable[[GroupView], chex.Array]
@@ -151,13 +153,31 @@ def needs_curvature(utility: str | Utility) -> bool:
 
 
 def get_utility(utility: str | Utility) -> Utility:
-    """Looks a utility up by name; a callable is taken as it is.
+    """Looks a utility up by its name or import path; a callable is taken as it is.
+
+    Args:
+      utility: a name of `UTILITIES`; the path of a function of your own, "my_module:my_utility"; or the function.
+
+    Returns:
+      a function of a `GroupView` that returns an array [units].
 
     Raises:
-      ValueError: there is no utility of that name.
+      ValueError: there is no utility of that name, or the path leads to no function.
+
+    Example:
+      >>> get_utility("weight") is get_utility("cbp_jax.replacement.utility:weight")
+      True
     """
     if callable(utility):
         return utility
+    found = by_path.read(utility, "utility") if isinstance(utility, str) else None
+    if found is not None:
+        if not callable(found.value):
+            raise ValueError(f"utility must be a function, and {found.path} is {found.value!r}")
+        return functools.partial(found.value, **found.settings) if found.settings else found.value
     if not isinstance(utility, str) or utility not in UTILITIES:
-        raise ValueError(f"utility must be a callable or one of {sorted(UTILITIES)}, got {utility!r}")
+        raise ValueError(
+            f"utility must be a callable, its path as in 'my_module:my_utility', or one of {sorted(UTILITIES)}, "
+            f"got {utility!r}"
+        )
     return UTILITIES[utility]

@@ -201,7 +201,7 @@ def test_bad_input():
         prune_units(VARIABLES, UNITS, 0.95, utility="weight")
     with pytest.raises(ValueError, match="features must hold the activations of group"):
         prune_units(VARIABLES, UNITS, 0.5, utility="contribution")
-    with pytest.raises(ValueError, match="utility must be a callable or one of"):
+    with pytest.raises(ValueError, match="utility must be a callable, its path"):
         prune_units(VARIABLES, UNITS, 0.5, utility="worth")
     with pytest.raises(ValueError, match="utility must have an array for each group; it has none for"):
         prune_units(VARIABLES, UNITS, 0.5, utility={NAMES[0]: jnp.ones(8)})

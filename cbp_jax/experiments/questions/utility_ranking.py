@@ -1,7 +1,7 @@
 """How well do utilities rank units by what they are worth, while continual backpropagation runs?
 
 The true utility of a unit is the loss without it (its outgoing weights set to 0) minus the loss. On Online Permuted
-images, or others, every utility of `cbp_jax.replacement.UTILITIES` is averaged as continual backpropagation averages
+images, every utility of `cbp_jax.replacement.UTILITIES`, or of your own, is averaged as continual backpropagation averages
 its own, over the last updates before a measurement, and compared with the true utility on examples of the task: early
 in every task, after its first `window` updates, and late, after its last. Spearman's rank correlation says how well
 the order of units agrees, Pearson's how well the values do; each is of the units of one layer.
@@ -11,7 +11,7 @@ window, and for units that are replaced in it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from cbp_jax.units import UnitGroup, Units
 NAME = "question_utility_ranking"
 MOMENTS = ("early", "late")
 KINDS = {"spearman": rank_correlations, "pearson": pearson_correlations}
-UTILITIES = tuple(replacement.UTILITIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +41,30 @@ class Settings(stream.ImageStreamSettings):
 
     methods: tuple[str, ...] = ("cbp:step_size=0.01",)
     """What trains the network: learners, each a name, with settings if wanted."""
+    utilities: tuple[str, ...] = tuple(replacement.UTILITIES)
+    """Utilities that are compared, by name or import path: "my_module:my_utility"; from Python, functions too."""
     window: int = 200
     """Updates over which utilities are averaged before a measurement, at most half of a task's."""
     decay_rate: float = 0.99
     """Of these averages."""
+
+
+def utilities_of(settings: Settings) -> dict[str, replacement.Utility]:
+    """The utilities that are compared, by the names that they have in results.
+
+    Raises:
+      ValueError: there are none, one is unknown, or two have one name.
+    """
+    if not settings.utilities:
+        raise ValueError("utilities must be at least one, got none")
+    found: dict[str, replacement.Utility] = {}
+    for utility in settings.utilities:
+        function = replacement.get_utility(utility)
+        name = utility if utility in replacement.UTILITIES else getattr(function, "__name__", "utility")
+        if name in found:
+            raise ValueError(f"utilities must have different names, got {name!r} twice")
+        found[name] = function
+    return found
 
 
 def measure_name(utility: str, kind: str, moment: str, layer: int) -> str:
@@ -66,7 +85,7 @@ def _measures(settings: Settings) -> dict[str, str]:
         "replaced_units": "units replaced in a task",
     } | {
         measure_name(utility, kind, moment, layer + 1): f"{title} of {utility} with the true utility, layer {layer + 1}"
-        for utility in UTILITIES
+        for utility in utilities_of(settings)
         for kind, title in kinds.items()
         for moment in MOMENTS
         for layer in range(len(settings.hidden))
@@ -76,6 +95,7 @@ def _measures(settings: Settings) -> dict[str, str]:
 def check(settings: Settings) -> list[Any]:
     """Checks settings before anything is computed; see `stream.check`."""
     stream.check_counts(settings, "window")
+    utilities_of(settings)
     if not 0 <= settings.decay_rate < 1:
         raise ValueError(f"decay_rate must be in [0, 1), got {settings.decay_rate}")
     methods = stream.check(settings)
@@ -100,14 +120,15 @@ def _problem(settings: Settings) -> problems.Problem:
 
 
 def onlooker(
-    tx: optax.GradientTransformation, units: Units, decay_rate: float
+    tx: optax.GradientTransformation, units: Units, decay_rate: float, utilities: Mapping[str, replacement.Utility]
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer around another that averages all utilities and changes nothing.
+    """An optimizer around another that averages utilities and changes nothing.
 
     Args:
       tx: the optimizer.
       units: of the network.
       decay_rate: of the averages.
+      utilities: by name.
 
     Returns:
       a transformation whose state has in `memory` for each group `utility`, running means [units] by name, and
@@ -117,7 +138,7 @@ def onlooker(
     def init(group: UnitGroup, params: optax.Params) -> dict[str, Any]:
         zeros = jnp.zeros(group.size)
         means = tuple(jnp.zeros(consumer.kernel.index.shape) for consumer in group.operands())
-        return {"weight": zeros, "utility": dict.fromkeys(UTILITIES, zeros), "mean_activation": means}
+        return {"weight": zeros, "utility": dict.fromkeys(utilities, zeros), "mean_activation": means}
 
     def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
         here = view.outgoing_magnitude() > 0  # else it has just been replaced
@@ -130,8 +151,7 @@ def onlooker(
         corrected = tuple(each / jnp.where(weight > 0, weight, 1.0) for each in means)
         view = dataclasses.replace(view, mean_activation=corrected)
         utility = {
-            name: mean(old, replacement.UTILITIES[name](view).astype(jnp.float32))
-            for name, old in memory["utility"].items()
+            name: mean(old, utilities[name](view).astype(jnp.float32)) for name, old in memory["utility"].items()
         }
         nobody = jnp.full(1, view.group.size)
         return replacement.Choice(nobody, {"weight": weight, "utility": utility, "mean_activation": means})
@@ -139,29 +159,33 @@ def onlooker(
     return replacement.replace_units(tx, units, replacement.Policy(choose, init), reset_inner_state=False)
 
 
-def compare(true: Sequence[chex.Array], memory: dict[str, Any], units: Units) -> dict[str, chex.Array]:
+def compare(
+    true: Sequence[chex.Array], memory: dict[str, Any], units: Units, utilities: Sequence[str]
+) -> dict[str, chex.Array]:
     """Correlations [utilities, layers] of averaged utilities with the true ones, by kind.
 
     Args:
       true: for each group, [units].
       memory: of `onlooker`.
       units: the groups.
+      utilities: their names, in the order of the correlations.
     """
     rows = []
     for group, values in zip(units, true, strict=True):
         weight = memory["weight"][group.name]
         found = memory["utility"][group.name]
-        found = jnp.stack([values, *(found[name] / jnp.where(weight > 0, weight, 1.0) for name in UTILITIES)])
+        found = jnp.stack([values, *(found[name] / jnp.where(weight > 0, weight, 1.0) for name in utilities)])
         rows.append(jnp.where(jnp.isfinite(found), found, 0.0))
     return {kind: jnp.stack([correlate(row) for row in rows], 1) for kind, correlate in KINDS.items()}
 
 
 def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
     """What takes the place of `training.run_tasks`."""
+    utilities = utilities_of(settings)
 
     def run_tasks(learner, problem, seeds, hyperparameters, tasks, *, mode, measured_examples, checkpoint, **unused):
         go_on = lambda data, state: run_task(
-            learner, problem, data, state, settings.window, settings.decay_rate, measured_examples
+            learner, problem, data, state, settings.window, settings.decay_rate, measured_examples, utilities
         )
         start = lambda seed, values: training.init_state(learner, seed, values)
         return training.run_lanes(
@@ -179,13 +203,17 @@ def run_task(
     window: int,
     decay_rate: float,
     measured_examples: int,
+    utilities: Mapping[str, replacement.Utility],
 ) -> tuple[training.TrainState, dict[str, chex.Array]]:
     """Trains a network on a task and compares utilities, one lane; see `training.run_task`."""
     keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
     x, y = problem.evaluation(data, task, measured_examples)
     tx = optax.with_extra_args_support(learner.optimizer(state.hyperparameters, keys.optimizer))
-    watching, task_key = onlooker(tx, learner.units, decay_rate), jax.random.fold_in(keys.dropout, state.task)
+    watching, task_key = (
+        onlooker(tx, learner.units, decay_rate, utilities),
+        jax.random.fold_in(keys.dropout, state.task),
+    )
     losses_of, _, _ = losses.LOSSES[problem.loss]
 
     def step(learner, tx, carry, number):
@@ -206,7 +234,7 @@ def run_task(
         params, opt_state, totals = jax.lax.fori_loop(last - window, last, body, watched)
         loss_fn = lambda params: jnp.mean(losses_of(learner.predict(params, x)[0], y))
         true = true_feature_utility(loss_fn, params, learner.units)
-        return (params, opt_state.inner_state, totals), compare(true, opt_state.memory, learner.units)
+        return (params, opt_state.inner_state, totals), compare(true, opt_state.memory, learner.units, tuple(utilities))
 
     totals = dict.fromkeys(("loss", *losses.LOSSES[problem.loss].metrics, "replaced_units"), jnp.zeros([]))
     ends = jnp.array([[0, window], [window, problem.steps_per_task]])
@@ -218,15 +246,19 @@ def run_task(
         measure_name(utility, kind, moment, layer + 1): values[i, j, layer]
         for kind, values in found.items()
         for i, moment in enumerate(MOMENTS)
-        for j, utility in enumerate(UTILITIES)
+        for j, utility in enumerate(utilities)
         for layer in range(len(learner.units))
     }
     return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
 
 
-def _layers(results: Any) -> range:
-    found = [name for name in results.data_vars if name.startswith(f"{UTILITIES[0]}_spearman_late_")]
-    return range(1, len(found) + 1)
+_LATE = f"_spearman_{MOMENTS[-1]}_"
+
+
+def _shown(results: Any) -> tuple[list[str], range]:
+    """The utilities and the layers of results."""
+    found = [name.rsplit(_LATE, 1) for name in results.data_vars if _LATE in name]
+    return list(dict.fromkeys(utility for utility, _ in found)), range(1, max(int(layer) for _, layer in found) + 1)
 
 
 def _per_seed(results: Any, method: str, utility: str, kind: str, moment: str, layer: int) -> Any:
@@ -247,14 +279,15 @@ def summary(results: Any) -> str:
     """
     from cbp_jax.report.statistics import interval_text
 
-    columns = [(moment, layer) for moment in MOMENTS for layer in _layers(results)]
+    utilities, layers = _shown(results)
+    columns = [(moment, layer) for moment in MOMENTS for layer in layers]
     lines = [f"{NAME}: correlation with the true utility, mean over seeds ± half its 95% confidence interval"]
-    width = max(map(len, UTILITIES))
+    width = max(map(len, utilities))
     for method in results.method.values.tolist():
         for kind in KINDS:
             heads = "  ".join(f"{f'{moment}, layer {layer}':>16}" for moment, layer in columns)
             lines += ["", f"{method}, {kind}", f"{'':{width}}  {heads}"]
-            for utility in UTILITIES:
+            for utility in utilities:
                 cells = [_per_seed(results, method, utility, kind, *column) for column in columns]
                 texts = [interval_text(cell, 3) if len(cell) else "" for cell in cells]
                 lines.append(f"{utility:{width}}  " + "  ".join(f"{text:>16}" for text in texts))
@@ -283,15 +316,15 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    layers, paths = _layers(results), []
+    (utilities, layers), paths = _shown(results), []
     Path(out).mkdir(parents=True, exist_ok=True)
     for number, method in enumerate(results.method.values.tolist()):
         with plots._rc():
-            figure = Figure(figsize=(6.4, 0.26 * len(UTILITIES) + 1.1), layout="constrained")
+            figure = Figure(figsize=(6.4, 0.26 * len(utilities) + 1.1), layout="constrained")
             axes = figure.subplots(1, len(MOMENTS), sharex=True, sharey=True)
             for ax, moment in zip(axes, MOMENTS, strict=True):
                 for layer, style in zip(layers, looks.PALETTE, strict=False):
-                    for row, utility in enumerate(UTILITIES):
+                    for row, utility in enumerate(utilities):
                         values = _per_seed(results, method, utility, "spearman", moment, layer)
                         if not len(values):
                             continue
@@ -304,7 +337,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                 ax.axvline(0, color="#999999", linewidth=0.6, zorder=0)
                 ax.set_title(f"{moment.capitalize()} in a task")
                 ax.set_xlabel("Rank correlation with the true utility")
-            axes[0].set_yticks(range(len(UTILITIES)), [utility.replace("_", " ") for utility in UTILITIES])
+            axes[0].set_yticks(range(len(utilities)), [utility.replace("_", " ") for utility in utilities])
             axes[0].invert_yaxis()
             handles, labels = axes[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper center", ncols=len(layers))

@@ -11,7 +11,8 @@ from scipy import stats
 
 import cbp_jax
 from cbp_jax.experiments import online_permuted, question_utility_ranking
-from cbp_jax.experiments.questions.utility_ranking import MOMENTS, UTILITIES, compare, measure_name, onlooker
+from cbp_jax.experiments.questions.utility_ranking import MOMENTS, compare, measure_name, onlooker
+from cbp_jax.replacement import UTILITIES
 
 PARAMS = {"w1": jnp.ones((4, 6)), "w2": jnp.arange(12.0).reshape(6, 2) - 4}
 FEATURES = {"w1": jax.random.normal(jax.random.key(1), (3, 6))}
@@ -29,7 +30,7 @@ def test_utilities_are_averaged_as_continual_backprop_does():
     """The mean that it would rank by; and the updates are those of the optimizer within."""
     replacing = {"replacement_rate": 0.0, "decay_rate": 0.9}
     cbp = cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, utility="zero_contribution", **replacing)
-    watching = onlooker(cbp, UNITS, 0.9)
+    watching = onlooker(cbp, UNITS, 0.9, UTILITIES)
 
     @jax.jit
     def both(params):
@@ -52,7 +53,7 @@ def test_correlations_are_scipys():
     rng = np.random.default_rng(0)
     values = {name: jnp.asarray(rng.normal(size=6), jnp.float32) for name in UTILITIES}
     true, weight = jnp.asarray(rng.normal(size=6), jnp.float32), jnp.asarray([0.5, 0.1, 0.9, 0.3, 1.0, 0.0])
-    found = compare([true], {"weight": {"w1": weight}, "utility": {"w1": values}}, UNITS)
+    found = compare([true], {"weight": {"w1": weight}, "utility": {"w1": values}}, UNITS, tuple(UTILITIES))
     for number, name in enumerate(UTILITIES):
         mean = np.asarray(values[name]) / np.where(weight > 0, weight, 1)
         np.testing.assert_allclose(found["spearman"][number, 0], stats.spearmanr(mean, true)[0], atol=1e-5)
@@ -65,6 +66,9 @@ def test_correlations_are_scipys():
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"window": 51}, "window must be at most half of the 100 updates of a task, got 51"),
         ({"decay_rate": 1.0}, r"decay_rate must be in \[0, 1\), got 1.0"),
+        ({"utilities": ()}, "utilities must be at least one, got none"),
+        ({"utilities": ("worth",)}, "utility must be a callable, its path as in .* or one of .* got 'worth'"),
+        ({"utilities": ("taylor", "fisher", "taylor")}, "utilities must have different names, got 'taylor' twice"),
         ({"hidden": ()}, "hidden must be at least one layer and the same for all methods"),
         ({"methods": ("cbp:hidden=3",)}, "hidden must be at least one layer and the same for all methods"),
     ],
@@ -74,14 +78,20 @@ def test_bad_settings(setting, message):
         question_utility_ranking.prepare(dataclasses.replace(question_utility_ranking.preset("smoke"), **setting))
 
 
+def opposite(view):
+    return -cbp_jax.replacement.get_utility("taylor")(view)
+
+
 @pytest.mark.slow
 def test_a_run_from_end_to_end(tmp_path):
     """The network learns what it does unwatched, and correlations are in their places."""
     settings = question_utility_ranking.preset("smoke")
+    settings = dataclasses.replace(settings, utilities=(*settings.utilities, opposite))
     results = question_utility_ranking.run(settings, tmp_path / "watched")
     for utility in UTILITIES:
         values = results[measure_name(utility, "spearman", "late", 2)].values
         assert np.isfinite(values).all() and np.abs(values).max() <= 1
+    np.testing.assert_allclose(results.opposite_spearman_late_1, -results.taylor_spearman_late_1, atol=1e-5)
     assert not np.allclose(results.taylor_spearman_early_1, results.taylor_spearman_late_1)
     common = {field.name for field in dataclasses.fields(online_permuted.Settings)}
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name in common}
