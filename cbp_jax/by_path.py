@@ -45,6 +45,18 @@ def read(text: str, kind: str) -> Found | None:
     return Found(f"{match['module']}:{match['attribute']}", value, read_settings(match["settings"] or ""))
 
 
+def path_of(function: Any) -> str:
+    """The path of a function or a class, or of an object's class: a text that is the same in every process.
+
+    Example:
+      >>> import math
+      >>> path_of(math.gcd)
+      'math:gcd'
+    """
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
 def _imported(module: str, attribute: str, kind: str) -> Any:
     # At the end, so that nothing there takes the place of what is installed.
     if os.getcwd() not in sys.path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbp_jax import files
+from cbp_jax import by_path, files
 from cbp_jax.report import looks as looks_lib
 
 if TYPE_CHECKING:
@@ -393,6 +393,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "tolist"):
         return value.tolist()
+    if callable(value):
+        return by_path.path_of(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 

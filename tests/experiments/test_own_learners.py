@@ -16,6 +16,7 @@ import cbp_jax
 from cbp_jax import cli, load_results
 from cbp_jax.experiments import learners, online_permuted
 from cbp_jax.experiments.learners import LEARNERS, Backprop, ContinualBackprop, custom, parse_method, read_methods
+from cbp_jax.replacement import get_utility
 from cbp_jax.report import looks, plot_tasks
 
 ROW = """
@@ -283,3 +284,10 @@ def test_what_is_no_method_is_refused():
         ContinualBackprop(max_replacements=2.5)
     with pytest.raises(TypeError, match=r"step_size must be a scalar, got '0\.1'"):
         Backprop(step_size="0.1")
+
+
+def test_a_function_among_the_settings_is_written_as_its_path():
+    """So that another process, in which the function has another address, goes on with the run."""
+    method = ContinualBackprop(utility=get_utility("weight"))
+    assert method.text == "cbp:utility=cbp_jax.replacement.utility:weight" and method.label == "cbp(utility=weight)"
+    assert parse_method(method.text).text == method.text

@@ -175,7 +175,7 @@ def custom(
     while isinstance(factory, functools.partial):
         settings = _bound(factory) | settings
         factory = factory.func
-    path = path or _own_path(factory)
+    path = path or by_path.path_of(factory)
     parameters = _parameters(factory, path)
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     own = {
@@ -215,14 +215,9 @@ def _bound(partial: functools.partial) -> dict[str, Any]:
     return dict(inspect.signature(partial.func).bind_partial(*partial.args, **partial.keywords).arguments)
 
 
-def _own_path(function: Callable[..., Any]) -> str:
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
-
-
 def _written(value: Any) -> str:
     """A setting as text, which is the same in every process."""
-    return _own_path(value) if callable(value) else repr(value)
+    return by_path.path_of(value) if callable(value) else repr(value)
 
 
 def _parameters(factory: Callable[..., Any], path: str) -> Mapping[str, inspect.Parameter]:

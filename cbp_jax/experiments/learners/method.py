@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from cbp_jax import nets
+from cbp_jax import by_path, nets
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
@@ -331,4 +331,4 @@ def _written(value: Any) -> str:
     """As a text has it."""
     if isinstance(value, tuple) and all(isinstance(each, int) for each in value):
         return "x".join(map(str, value)) or "none"
-    return str(value)
+    return by_path.path_of(value) if callable(value) else str(value)

@@ -1,10 +1,10 @@
 """How well do utilities rank units by what they are worth, while continual backpropagation runs?
 
 The true utility of a unit is the loss without it (its outgoing weights set to 0) minus the loss. On Online Permuted
-images, every utility of `cbp_jax.replacement.UTILITIES`, or of your own, is averaged as continual backpropagation averages
-its own, over the last updates before a measurement, and compared with the true utility on examples of the task: early
-in every task, after its first `window` updates, and late, after its last. Spearman's rank correlation says how well
-the order of units agrees, Pearson's how well the values do; each is of the units of one layer.
+images, every utility of `cbp_jax.replacement.UTILITIES`, or of your own, is averaged as continual backpropagation
+averages its own, over the last updates before a measurement, and compared with the true utility on examples of the
+task: early in every task, after its first `window` updates, and late, after its last. Spearman's rank correlation says
+how well the order of units agrees, Pearson's how well the values do; each is of the units of one layer.
 
 The network is trained by the method's own utility throughout; the others only look on. Means start anew with the
 window, and for units that are replaced in it.
