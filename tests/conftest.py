@@ -38,6 +38,22 @@ def _with_options(*args, get=compiler.get_compile_options, env_options_overrides
 compiler.get_compile_options = _with_options
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as slow what modules list of their parametrized tests: `SLOW_CASES = {"test_name": ("case", ...)}`."""
+    left = {}
+    for item in items:
+        name, _, case = item.name.removesuffix("]").partition("[")
+        cases = getattr(item.module, "SLOW_CASES", {}).get(name, ()) if hasattr(item, "module") else ()
+        if cases:
+            unseen = left.setdefault((item.module.__name__, name), set(cases))
+            unseen.discard(case)
+            if case in cases:
+                item.add_marker(pytest.mark.slow)
+    if any(left.values()) and len(items) > 100:  # else some cases may have been chosen on the command line
+        raise pytest.UsageError(f"SLOW_CASES names cases that there are not: {left}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
     """A third of the time of compiling; what is computed stays the same within rounding.

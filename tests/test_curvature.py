@@ -11,6 +11,12 @@ from scipy import stats
 from cbp_jax.curvature import hesscale, hessian_diagonal, hutchinson
 from cbp_jax.nets import MLP, ConvNet, get_activation
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_hutchinson_converges_to_the_exact_diagonal": ("softmax_cross_entropy",),
+    "test_a_convolution_squares_the_coefficients_of_its_linear_maps": ("grouped", "transposed"),
+}
+
 LOSSES = {
     "softmax_cross_entropy": lambda y, t: optax.softmax_cross_entropy_with_integer_labels(y, t).mean(),
     "squared_error": lambda y, t: optax.squared_error(y, t).sum(-1).mean(),
@@ -255,6 +261,7 @@ def test_a_convolution_squares_the_coefficients_of_its_linear_maps(options):
 # Other networks
 
 
+@pytest.mark.slow
 def test_every_tool_of_the_packages_networks_is_followed():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 2)), jnp.float32)
     labels = jnp.array([0, 2])
@@ -372,6 +379,7 @@ def test_half_precision_keeps_its_type():
 # How good it is, and how it is called
 
 
+@pytest.mark.slow
 def test_ranks_inner_weights_better_than_squared_gradients():
     sizes = (8, 12, 12, 4)
 

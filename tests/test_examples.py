@@ -7,6 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_example": ("equinox_model", "haiku_transform"),
+}
+
 EXAMPLES = sorted((pathlib.Path(__file__).parent / "examples").glob("*.py"))
 
 

@@ -108,6 +108,7 @@ def test_friction_changes_with_the_first_episode_that_ends_late_enough(runs):
     assert len(set(np.asarray(frictions).ravel().tolist())) == 6, "seeds and periods have frictions of their own"
 
 
+@pytest.mark.slow
 def test_changes_are_not_traced_again(runs, traces):
     assert len(traces) == 1
 

@@ -58,6 +58,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
     assert EXPERIMENTS["class_incremental"] is class_incremental
 
 
+@pytest.mark.slow
 def test_a_linear_network_has_no_units_to_measure(tmp_path):
     settings = dataclasses.replace(TINY, network="mlp", hidden=(), methods=("bp:step_size=0.1",), tasks=1)
     results = run(settings, tmp_path)

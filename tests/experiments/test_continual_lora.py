@@ -123,6 +123,7 @@ def test_of_which_tasks_batches_are(tiny, method, position, expected):
     assert asked.all() and (batch.classes.sum(-1) <= 3).all()  # with a head of its own each text has its task's classes
 
 
+@pytest.mark.slow
 def test_earlier_adapters_are_kept_in_use(tiny, monkeypatch):
     """Of "added" the next adapter is trained beside the sum of those before; of "new" beside none."""
     _, _, trials = tiny

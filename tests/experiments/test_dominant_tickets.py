@@ -84,6 +84,7 @@ def test_overlaps_are_of_both_tasks(keywords):
     assert ((jaccard > 0) & (jaccard < 1)).all()
 
 
+@pytest.mark.slow
 def test_measures_are_those_of_their_seed(keywords, monkeypatch):
     """Of one seed of the second task, from the networks themselves."""
     settings, results, _, _ = keywords

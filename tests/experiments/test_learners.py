@@ -13,6 +13,19 @@ from cbp_jax.report import looks, plot_tasks
 from cbp_jax.training import init_state
 from cbp_jax.training.learner import weights_of
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not": ("cbp",),
+    "test_a_learner_learns_and_heeds_its_numbers": (
+        "cbp_upgd",
+        "redo_adam",
+        "shrink_and_perturb_adam",
+        "synaptic_intelligence",
+        "mas",
+        "l1_init",
+    ),
+}
+
 CLASSES, PIXELS, HIDDEN, TASKS = 4, 6, (7,), 3
 
 # Settings with which each number matters within a few steps, and by what it is then multiplied.

@@ -145,6 +145,7 @@ def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
     assert all((late[0][path] == late[2][path]).all() for path in late[0])
 
 
+@pytest.mark.slow
 def test_a_round_is_training_by_hand():
     """The ticket's second round, step by step in other words."""
     states, _, data = rounds_of_a_lane()

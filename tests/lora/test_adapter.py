@@ -129,6 +129,7 @@ def test_gradients_reach_the_adapter_alone():
     assert all(leaf.any() for leaf in jax.tree.leaves(jax.grad(loss, 1)(PARAMS, moved)))
 
 
+@pytest.mark.slow
 def test_seeds_are_independent():
     adapters = jax.vmap(lambda key: lora.init(PARAMS, key, rank=2))(jax.random.split(jax.random.key(0), 2))
     outputs = jax.vmap(lambda adapter: NET.apply(lora.apply(PARAMS, adapter), X))(filled(adapters))

@@ -130,6 +130,7 @@ def test_the_forward_pass_of_a_checkpoint(config, prefix, pooler, tmp_path):
     np.testing.assert_allclose(alone[mask], zero[mask], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_padded_changes_nothing(tmp_path):
     for config in (CONFIG, ROBERTA):
         net, variables = load_bert(write(tmp_path / config["model_type"], config, make_tensors(config)))

@@ -59,6 +59,7 @@ def test_no_ratio_of_probabilities_is_past_the_largest_float(advantage):
     assert jnp.isfinite(loss) and jnp.isfinite(grad).all()
 
 
+@pytest.mark.slow
 def test_a_value_that_runs_ahead_of_the_rollouts_has_the_larger_error():
     rng = np.random.default_rng(1)
     old, value, targets = rng.normal(size=(3, 200)) * [[1.0], [1.0], [2.0]]

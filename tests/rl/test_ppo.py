@@ -15,6 +15,11 @@ import cbp_jax
 from cbp_jax import nets
 from cbp_jax.rl import ppo
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_any_transformation_trains_an_agent_without_being_traced_again": ("redo", "upgd"),
+}
+
 PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action", "cut_elsewhere")
 SETTINGS = ppo.Settings(num_envs=8, rollout_length=16, epochs=4, minibatches=4, discount=0.8)
 
@@ -224,6 +229,7 @@ class Drawn(Probe):
         return key, jax.random.normal(draw, (1,))
 
 
+@pytest.mark.slow
 def test_an_epoch_learns_from_each_step_once_in_an_order_of_its_own():
     settings = ppo.Settings(num_envs=4, rollout_length=8, epochs=2, minibatches=4)
 
@@ -394,6 +400,7 @@ def test_episodes_that_were_interrupted_are_not_counted_and_friction_is_that_of_
     assert found["friction"] == 3.5  # 0 to 7
 
 
+@pytest.mark.slow
 def test_gradients_are_brought_down_to_a_norm_where_they_are_larger():
     norms = []
     for limit in (None, 0.01, 100.0):
@@ -409,6 +416,7 @@ def test_gradients_are_brought_down_to_a_norm_where_they_are_larger():
     assert norms[0] > 0.02 and norms[1] == pytest.approx(0.01, rel=1e-4) and norms[2] == pytest.approx(norms[0])
 
 
+@pytest.mark.slow
 def test_advantages_that_are_normalized_later_come_as_they_are():
     """A step of SGD on one minibatch is the same, but for the unbiased deviation."""
     steps = []

@@ -10,6 +10,11 @@ import cbp_jax
 from cbp_jax.replacement import Choice, Policy
 from cbp_jax.tickets import apply_mask, full_mask, masked, prune
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_dead_weights_and_moments_are_0_after_a_thousand_updates": ("momentum",),
+}
+
 OPTIMIZED = True  # bits are compared
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
@@ -151,6 +156,7 @@ def test_against_numpy():
     np.testing.assert_array_equal(params["w"] == 0, ~mask)
 
 
+@pytest.mark.slow
 def test_vmap_over_masks():
     keys = jax.random.split(jax.random.key(0), 3)
     masks = jax.vmap(lambda key: cbp_jax.tickets.random_mask_like(MASK, key))(keys)

@@ -138,6 +138,7 @@ def test_lanes_are_what_each_is_alone(rewind_step):
     assert (together[0].mask["w1"][0] != together[0].mask["w1"][1]).any()
 
 
+@pytest.mark.slow
 def test_the_whole_search_may_be_traced():
     def last(key):
         *_, ticket = iterative_magnitude_pruning(TRAIN, init(key), rounds=2)

@@ -101,6 +101,7 @@ def test_attention_heads():
 
 @settings(max_examples=12)
 @given(data=st.data())
+@pytest.mark.slow
 def test_random_networks(data):
     """Layers of any sizes, concatenated inputs, any units gone."""
     sizes = data.draw(st.tuples(*[st.integers(2, 4)] * 3))

@@ -135,6 +135,7 @@ def test_networks_are_measured_before_each_increment_on_classes_to_come(problem,
     assert int(after.task) == 1
 
 
+@pytest.mark.slow
 def test_statistics_of_replaced_channels_start_anew(problem):
     text = "cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=1,maturity_threshold=0"
     state, task_fn = start_and_task(problem, text, early_stopping=False)
@@ -191,6 +192,7 @@ def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_pat
     assert all((row["replaced_units"] > 0).all() for row in whole) and len(set(last["loss"])) == 2
 
 
+@pytest.mark.slow
 def test_the_last_hidden_layer_is_the_last_in_forward_order():
     """Of more than ten layers the last by name is another; and ranks are of what has no positions."""
     method = parse_method("bp")

@@ -304,6 +304,7 @@ def test_a_run_goes_on_from_its_state(alone):
     jax.tree.map(np.testing.assert_array_equal, rest, whole)
 
 
+@pytest.mark.slow
 def test_running_statistics_are_carried_and_those_of_replaced_units_start_anew(quick_compilation):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 4, 4, 1), dtype=np.uint8)
@@ -397,6 +398,7 @@ def test_updates_are_measured_on_the_sample_that_they_learned_from(together, pro
         assert len(set(np.round(expected[name], 6))) > 1, f"{name} stays: it could not tell tasks apart"
 
 
+@pytest.mark.slow
 def test_a_regression_with_curvature_is_what_a_plain_loop_makes_of_it():
     problem = slowly_changing_regression(examples_per_task=8, batch_size=2)
     method = parse_method("upgd:step_size=0.005,sigma=0.1,beta_utility=0.9,order=2,activation=tanh")

@@ -13,6 +13,22 @@ from reference import Conv, Dense
 
 import cbp_jax
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_follows_the_numpy_reference": (
+        "conv-sgd-contribution",
+        "mlp-adam-fast-zero_contribution",
+        "conv-sgd-fast-zero_contribution",
+        "mlp-adam-contribution",
+        "conv-sgd-fast-adaptable_contribution",
+        "mlp-adam-adaptation",
+        "mlp-sgd-fast-adaptation",
+        "mlp-adam-weight",
+        "mlp-sgd-adaptable_contribution",
+        "mlp-sgd-fast-weight",
+    ),
+}
+
 STEPS = 320
 
 

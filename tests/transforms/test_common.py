@@ -320,8 +320,9 @@ ROWS = [
         (),
         {**CONSOLIDATE, "epsilon": 0.1},
         {**CONSOLIDATE_OTHERWISE, "epsilon": 0.2},
+        slow=True,
     ),
-    Row("rwalk", rwalk, (), {**CONSOLIDATE, "epsilon": 0.1}, {**CONSOLIDATE_OTHERWISE, "epsilon": 0.2}),
+    Row("rwalk", rwalk, (), {**CONSOLIDATE, "epsilon": 0.1}, {**CONSOLIDATE_OTHERWISE, "epsilon": 0.2}, slow=True),
     Row("upgd", upgd, (), GATE, GATE_OTHERWISE, noisy=True),
     Row(
         "upgd of order 2, local, unprotected",
@@ -334,7 +335,7 @@ ROWS = [
         noisy=True,
         slow=True,
     ),
-    Row("upgd of units", upgd, (), GATE, GATE_OTHERWISE, {"units": UNITS}, noisy=True),
+    Row("upgd of units", upgd, (), GATE, GATE_OTHERWISE, {"units": UNITS}, noisy=True, slow=True),
     Row(
         "adaptive_upgd",
         adaptive_upgd,
@@ -360,6 +361,7 @@ ROWS = [
         {"learning_rate": 0.1, "sigma": 0.3, "weight_decay": 0.1},
         {"learning_rate": 0.2, "sigma": 0.1, "weight_decay": 0.2},
         noisy=True,
+        slow=True,
     ),
     Row(
         "redo of sgd",
@@ -738,6 +740,7 @@ def test_noise_changes_from_step_to_step(row):
     assert_same(fresh(count(state, 20)), fresh(count(state, 20)))
 
 
+@pytest.mark.slow  # every operation is compiled by itself
 def test_without_jit(row):
     tx = row.make()
     params, state = PARAMS, tx.init(PARAMS)

@@ -13,6 +13,17 @@ import pytest
 
 import cbp_jax
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones": ("per-weight-adam", "chain"),
+    "test_moments_of_replaced_units_return_to_their_initial_values_and_no_others": (
+        "chain",
+        "adam",
+        "adagrad",
+        "momentum",
+    ),
+}
+
 UTILITIES = ["contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random"]
 
 
@@ -479,6 +490,7 @@ def test_custom_initializer_reaches_the_incoming_weights():
     np.testing.assert_allclose(new["layer_1"]["kernel"][:, 4], 0.25, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_more_than_ten_layers_whose_names_sort_otherwise_are_wired_in_forward_order():
     sizes = (4,) * 14
     params, units = make(sizes)
@@ -655,6 +667,7 @@ def test_factored_moments_are_unknown_too():
         trace(tx, params, features={"layer_1": jnp.ones((1, 130))})
 
 
+@pytest.mark.slow
 def test_first_step_after_a_reset_is_of_ordinary_size_with_a_count_per_weight():
     sizes = (3, 5, 2)
     params, units = make(sizes)
@@ -708,6 +721,7 @@ def test_traced_rate_of_zero_is_bit_identical_too():
     jax.tree.map(np.testing.assert_array_equal, updates(0.0), want)
 
 
+@pytest.mark.slow
 def test_captured_key_gives_every_vmapped_seed_its_own_noise_and_the_solo_run_s_result():
     _, units = make((3, 5, 2))
     seeds = [make_params((3, 5, 2), seed) for seed in range(3)]
@@ -732,6 +746,7 @@ def test_captured_key_gives_every_vmapped_seed_its_own_noise_and_the_solo_run_s_
     assert np.all(fresh[0] != fresh[1]) and np.all(fresh[1] != fresh[2]) and np.all(fresh[0] != fresh[2])
 
 
+@pytest.mark.slow
 def test_key_may_be_an_int_a_key_or_traced_and_decides_the_draw():
     params, units = make((3, 5, 2))
     features = {"layer_1": jnp.ones((1, 5))}
@@ -751,6 +766,7 @@ def test_key_may_be_an_int_a_key_or_traced_and_decides_the_draw():
     assert np.all(rows[0] != rows[1]) and np.all(rows[1] != rows[2])
 
 
+@pytest.mark.slow
 def test_grid_of_hyperparameters_is_a_vmap():
     params, units = make((3, 10, 2))
     grads = jax.tree.map(lambda leaf: 0.01 * leaf, random_like(params, 0))

@@ -13,6 +13,11 @@ import cbp_jax
 from cbp_jax import metrics
 from cbp_jax.units import Consumer, ParamSlice, UnitGroup
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_under_vmap_the_branch_stays_a_branch": ("1",),
+}
+
 STEPS = 70
 MLP = (Dense(12, "relu"), Dense(10, "relu"), Dense(3))
 CONVNET = (Conv(6, 3, "SAME", "relu", 2), Conv(5, 2, "VALID", "relu"), Dense(3))

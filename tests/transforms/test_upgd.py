@@ -13,6 +13,11 @@ import cbp_jax
 from cbp_jax.numerics import noise
 from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_zero_gradients_and_tiny_ones": ("None-global",),
+}
+
 SIZES, STEPS, ALPHA, DECAY = (5, 4, 3), 60, 0.05, 0.1
 LAYERS = [reference.Dense(4, "tanh"), reference.Dense(3)]
 
@@ -298,6 +303,7 @@ def conv_network(params, x, gates=None):
     return h @ params["head1"], h @ params["head2"]
 
 
+@pytest.mark.slow
 def test_a_units_utility_is_minus_the_gradient_of_its_gate():
     """Whatever reads the unit: positions of a flattened convolution, several heads."""
     rng = np.random.default_rng(0)

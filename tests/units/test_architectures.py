@@ -17,6 +17,14 @@ import cbp_jax
 from cbp_jax import nets
 from cbp_jax.units import LeftOutKind
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_chosen_networks": (
+        "joined depthwise grouped squeezed--gated-True-1",
+        "strided group_norm-embedded attention perceptron fused_attention layer_norm--True-1",
+    ),
+}
+
 # ------------------------------------------------------------------------- random networks of all constructs
 
 

@@ -76,6 +76,7 @@ def test_features_of_an_nnx_module_leave_its_state_as_a_call_does():
     assert int(one.dropout.rngs.count[...]) == 2 and np.any(np.asarray(one.norm.mean[...]) != 0)
 
 
+@pytest.mark.slow
 def test_the_nnx_optimizer_sees_one_name_for_a_parameter():
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
     x = jnp.ones((5, 3))

@@ -203,6 +203,7 @@ def test_nnx_norms_in_both_modes():
         assert [part.reset for part in units[0].statistics] == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_batch_normalisation_absorbs_what_a_unit_gave_on_average():
     class Model(nn.Module):
         @nn.compact

@@ -12,6 +12,13 @@ from flax import nnx
 
 import cbp_jax
 
+# Close to other cases, and seconds long to compile; see conftest.py.
+SLOW_CASES = {
+    "test_the_state_of_a_cell_is_a_group": ("optimized lstm-False", "minimal-False", "simple-False"),
+    "test_each_layer_has_its_units": ("linen, rematerialized", "nnx"),
+    "test_gradients_with_features_are_those_without": ("linen, rematerialized",),
+}
+
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
 SEQUENCE = jnp.asarray(np.random.default_rng(1).normal(size=(4, 5, 3)), jnp.float32)
 
@@ -141,6 +148,7 @@ def test_normalized_layers():
     assert len(units[0].scales) == 1 and units[0].scales[0].positions == 3
 
 
+@pytest.mark.slow
 def test_scans_in_scans_and_backward():
     """Blocks of layers, each run over time from the end, with a kernel that all share."""
     params = draw(stem=(3, 4), inside=(2, 4, 4), shared=(4, 4), head=(4, 2))

@@ -136,6 +136,7 @@ def test_another_batch_size_than_the_example():
     assert [h.shape[0] for h in features.values()] == [5, 5, 5]
 
 
+@pytest.mark.slow
 def test_nnx_through_split_and_merge():
     class Net(nnx.Module):
         def __init__(self, rngs):
