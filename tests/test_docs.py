@@ -193,7 +193,7 @@ def test_figures_need_no_jax():
 def test_every_paper_has_its_page():
     from cbp_jax.experiments import figures
 
-    texts = {path: path.read_text() for path in (ROOT / "docs" / "papers").glob("*.md")}
+    texts = {path: path.read_text() for path in DOCS}  # that of the open questions is docs/findings.md
     for paper in {figure.paper for figure in figures.FIGURES}:
         pages = [path for path, text in texts.items() if f"<!-- figures: {paper} -->" in text]
         assert len(pages) == 1, paper

@@ -126,6 +126,16 @@ def check_lottery_tickets(found, folder):
     assert (folder / "runs/05_lottery_tickets/results.nc").is_file()
 
 
+def check_questions(found, folder):
+    assert set(found["found"]) == {"contribution", "random", "blend"}
+    assert all(-1 <= value <= 1 for value in found["found"].values()) and abs(found["found"]["random"]) < 0.6
+    # What is averaged is the function of the notebook's, at each of so many measurements.
+    assert found["measured"] == [1, 2, 2] and found["labels"][-1] == "cbp(replacement_rate=0.01, utility=blend)"
+    assert found["differ"]  # what is replaced is not the same
+    assert found["low"] <= found["less"] <= found["high"]
+    assert (folder / "runs/06_questions/stream/results.nc").is_file()
+
+
 CASES = {
     "01_continual_backprop": Case(
         sizes={
@@ -275,6 +285,29 @@ CASES = {
         },
         check=check_lottery_tickets,
         slow=True,  # compiles four trainings and a round of the experiment
+    ),
+    "06_questions": Case(
+        sizes={
+            "UTILITIES": ("contribution", "random"),
+            "HIDDEN": (8,),
+            "EXAMPLES": 100,
+            "TASKS": 2,
+            "WINDOW": 20,
+            "SEEDS": 2,
+            "RATE": 0.01,
+            "STREAM_TASKS": 3,
+        },
+        read_back={
+            "found": "found",
+            "measured": "list(ranking.blend_spearman_late_1.shape)",
+            "labels": "results.method.values.tolist()",
+            "differ": "bool((results.accuracy[1] != results.accuracy[2]).any())",
+            "less": "float(less.mean())",
+            "low": "low",
+            "high": "high",
+        },
+        check=check_questions,
+        slow=True,
     ),
 }
 

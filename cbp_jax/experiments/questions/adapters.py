@@ -93,18 +93,18 @@ def _smoke(dataset: str | None) -> Settings:
 
 
 def _laptop(dataset: str | None) -> Settings:
-    # Each has the best of a few settings on one seed, which is not among these.
+    # Each learner's best of six settings over 200 tasks with seeds 1000 and 1001, by mean accuracy.
     return Settings(
         dataset=dataset or "digits",
         methods=(
-            "adapter:step_size=0.01,reset=network",
+            "adapter:step_size=0.02,reset=network",
             "adapter:step_size=0.003",
-            "adapter:step_size=0.003,l1=1e-4",
-            "adapter_cbp:step_size=0.003,replacement_rate=1e-3",
+            "adapter:step_size=0.01,l1=1e-3",
+            "adapter_cbp:step_size=0.01,replacement_rate=1e-2",
             "full:step_size=0.001",
-            "full:step_size=0.003,l1=0.1",
+            "full:step_size=0.01,l1=0.1",
             "full:step_size=0.01,reset=network",
-            "full_cbp:step_size=0.003,replacement_rate=1e-3",
+            "full_cbp:step_size=0.01,replacement_rate=1e-2",
         ),
         seeds=10,
         first_seed=100,

@@ -90,7 +90,16 @@ def _smoke(dataset: str | None) -> Settings:
 
 
 def _laptop(dataset: str | None) -> Settings:
-    return Settings(dataset=dataset or "digits", seeds=10, first_seed=100, tasks=301, hidden=(50, 50, 50))
+    # Each learner's best of six settings over 150 tasks with seeds 1000 and 1001, by mean accuracy; and
+    # backpropagation at a larger step size, at which it loses more.
+    methods = (
+        "bp:step_size=0.003",
+        "bp:step_size=0.01",
+        "l2:step_size=0.003,l2=1e-3",
+        "cbp:step_size=0.01,replacement_rate=1e-3",
+    )
+    sizes = {"seeds": 10, "first_seed": 100, "tasks": 301, "hidden": (50, 50, 50)}
+    return Settings(dataset=dataset or "digits", methods=methods, **sizes)
 
 
 def check(settings: Settings) -> list[learners.Method]:

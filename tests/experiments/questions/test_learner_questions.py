@@ -44,8 +44,7 @@ def test_every_utility_and_reinitialization_of_the_library_is_compared():
 
 def test_a_new_reinitialization_appears_by_itself(monkeypatch):
     names = {"resample": None, "rewind": None}
-    monkeypatch.setattr(reinitializations.replacement, "REINITIALIZATIONS", names, raising=False)
-    monkeypatch.setattr(reinitializations, "settings_of", lambda learner: {"reinitialization": None})
+    monkeypatch.setattr(reinitializations.replacement, "REINITIALIZATIONS", names)
     assert [(lane.name, lane.method) for lane in reinitializations.lanes()[1:]] == [
         ("resample", "cbp"),
         ("rewind", "cbp:reinitialization=rewind"),
