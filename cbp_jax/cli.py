@@ -107,6 +107,7 @@ def _run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cbp-jax run",
         add_help=False,
+        allow_abbrev=False,  # --lanes is a setting of the experiment
         description="Runs an experiment. `cbp-jax run EXPERIMENT --preset NAME --help` lists its options.",
     )
     parser.add_argument(
@@ -119,9 +120,20 @@ def _run(argv: list[str]) -> None:
     )
     parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
     parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="SETTING=VALUE,VALUE",
+        help="run every method that has these settings with every combination of their values, such as "
+        "replacement_rate=1e-4,1e-5 step_size=0.01,0.003",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("-h", "--help", action="store_true")
     given, rest = parser.parse_known_args(argv)
+    from cbp_jax.experiments import learners
+
+    grid = learners.read_grid(given.grid)
     if given.experiment is None:
         parser.print_help()
         return
@@ -131,6 +143,8 @@ def _run(argv: list[str]) -> None:
         parser.print_help()
         rest = ["--help"]
     settings = _parse(f"cbp-jax run {given.experiment}", start, rest)
+    if grid:
+        settings = _swept(experiment, settings, grid)
     out = given.out or Path("runs") / f"{experiment.name}-{given.preset}-{_hash(settings)}"
     from cbp_jax import report
     from cbp_jax.cli_progress import Bar
@@ -175,6 +189,16 @@ def _plot(argv: list[str]) -> None:
     if len(args.run_dir) > 1:
         print(f"results: {report.save_results(results, out)}")
     _show(results, out, tuple(args.formats))
+
+
+def _swept(experiment: Any, settings: Any, grid: dict[str, tuple[str, ...]]) -> Any:
+    """The settings with a method for each combination of the grid's values."""
+    from cbp_jax.experiments import learners
+
+    methods = experiment.check(settings)
+    if not hasattr(settings, "methods") or not all(isinstance(method, learners.Method) for method in methods):
+        raise ValueError(f"grid must be left out: {experiment.name} compares no learners; got {' '.join(grid)}")
+    return dataclasses.replace(settings, methods=learners.expand(settings.methods, grid))
 
 
 def _told(settings: Any) -> str:

@@ -343,6 +343,19 @@ def test_options_change_the_presets_settings(fake_run, tmp_path, capsys):
     assert f"results: {out / 'results.nc'}" in capsys.readouterr().out
 
 
+def test_a_grid_makes_a_method_of_each_combination(fake_run, tmp_path, capsys):
+    words = ["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]
+    grid = ["--grid", "replacement_rate=1e-4,1e-5", "step_size=0.1,0.2"]
+    assert cli.main([*words, "--methods", "bp", "cbp", *grid]) == 0
+    ((settings, _),) = fake_run
+    assert settings.methods[:2] == ("bp:step_size=0.1", "bp:step_size=0.2") and len(settings.methods) == 6
+    assert settings.methods[-1] == "cbp:replacement_rate=1e-5,step_size=0.2"
+    assert "cbp(replacement_rate=1e-05, step_size=0.2)" in capsys.readouterr().out
+    assert "no method has rate; bp have" in refused_in_one_line(capsys, *words, "--methods", "bp", "--grid", "rate=1")
+    lottery = ["run", "lottery_tickets", "--preset", "smoke", "--grid", "step_size=1,2"]
+    assert "grid must be left out: lottery_tickets compares no learners" in refused_in_one_line(capsys, *lottery)
+
+
 def test_the_presets_sizes_follow_the_dataset(fake_run, tmp_path):
     for name, dataset in (("laptop", "mnist"), ("smoke", "digits")):
         words = ["run", "online_permuted", "--preset", name, "--dataset", dataset, "--quiet"]
