@@ -146,6 +146,7 @@ def run_tasks(
     measure_every: int | None = None,
     dormant_threshold: float | None = None,
     checkpoint: Checkpoint | None = None,
+    lanes_at_once: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains all lanes on a stream of tasks.
 
@@ -160,6 +161,7 @@ def run_tasks(
       measure_every: as in `run_task`.
       dormant_threshold: as in `measure`.
       checkpoint: where the state is kept. A run goes on from the state found there, after `checkpoint.tasks` tasks.
+      lanes_at_once: the most lanes that the devices hold, by default all; see `Lanes`.
 
     Yields:
       after each task, NumPy arrays [lanes] of what `run_task` measures.
@@ -188,7 +190,8 @@ def run_tasks(
         dormant_threshold=dormant_threshold,
     )
     start = lambda seed, values: init_state(learner, seed, values)
-    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+    how = {"mode": mode, "checkpoint": checkpoint, "lanes_at_once": lanes_at_once}
+    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, **how)
 
 
 def run_lanes(
@@ -202,6 +205,7 @@ def run_lanes(
     mode: str = "auto",
     checkpoint: Checkpoint | None = None,
     finish: Callable[[Any], None] | None = None,
+    lanes_at_once: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Runs task after task on all lanes.
 
@@ -216,11 +220,12 @@ def run_lanes(
       checkpoint: where the state is kept.
       finish: called after the last task with the states [lanes, ...], on the host; again, where the run was stopped
         before it came back.
+      lanes_at_once: as in `run_tasks`.
 
     Yields:
       after each task, NumPy arrays [lanes] of what was measured.
     """
-    lanes = Lanes(len(seeds), mode)
+    lanes = Lanes(len(seeds), mode, at_once=lanes_at_once)
     data = lanes.share(data)
     first = lanes.jit(lambda _, seed, values: start(seed, values))
     step = lanes.jit(go_on, donate_lane=0)

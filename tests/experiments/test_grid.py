@@ -43,5 +43,5 @@ def test_a_grid_of_another_form_is_refused(texts, message):
 def test_what_no_method_has_or_a_method_has_already_is_refused():
     with pytest.raises(ValueError, match=r"no method has replacement_rat; bp cbp have .*replacement_rate"):
         expand(["bp", "cbp"], {"replacement_rat": ("1",)})
-    with pytest.raises(ValueError, match="grid must leave step_size out, or method 'bp:step_size=0.1' must"):
+    with pytest.raises(ValueError, match=r"grid must leave step_size out, or method 'bp:step_size=0\.1' must"):
         expand(["bp:step_size=0.1"], {"step_size": ("1",)})
