@@ -128,6 +128,18 @@ def _run(argv: list[str]) -> None:
         help="run every method that has these settings with every combination of their values, such as "
         "replacement_rate=1e-4,1e-5 step_size=0.01,0.003",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only print what would be compiled, how many lanes (methods times seeds) run, and the memory they take",
+    )
+    parser.add_argument(
+        "--lanes-at-once",
+        type=int,
+        default=None,
+        metavar="N",
+        help="the most lanes that the devices hold, for the same results in less memory; found if not given",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("-h", "--help", action="store_true")
     given, rest = parser.parse_known_args(argv)
@@ -150,11 +162,20 @@ def _run(argv: list[str]) -> None:
     from cbp_jax.cli_progress import Bar
     from cbp_jax.experiments import folder
 
-    folder.check(out, experiment.name, settings)
+    if not given.plan:
+        folder.check(out, experiment.name, settings)
     _use_all_cores()  # before a user's module is imported, which may start JAX
     asked_for = [name for name, value in vars(settings).items() if value != getattr(start, name)]
-    job = experiment.prepare(settings, asked_for)
+    job = experiment.prepare(settings, asked_for, lanes_at_once=given.lanes_at_once)
+    plan = getattr(job, "plan", None)
+    if given.plan:
+        if plan is None:
+            raise ValueError(f"--plan must be left out: the methods of {experiment.name} are no lanes of programs")
+        print(plan.text())
+        return
     print(f"{experiment.name}: {experiment.about}\n{_told(settings)}", file=sys.stderr)
+    if plan is not None:
+        print(plan.text(), file=sys.stderr)
     with Bar(experiment.total(settings), given.quiet) as bar:
         results = job(out, bar)
     _show(results, out, experiment=experiment)

@@ -356,6 +356,23 @@ def test_a_grid_makes_a_method_of_each_combination(fake_run, tmp_path, capsys):
     assert "grid must be left out: lottery_tickets compares no learners" in refused_in_one_line(capsys, *lottery)
 
 
+def test_the_plan_is_printed_alone_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "online_permuted", "--preset", "smoke", "--seeds", "3", "--methods", "bp", "cbp"]
+    assert cli.main([*words, "--grid", "replacement_rate=0,1", "--lanes-at-once", "4", "--plan"]) == 0
+    printed = capsys.readouterr()
+    first, of_bp, of_cbp = printed.out.splitlines()
+    assert first.startswith("plan: 2 programs to compile, 9 lanes (3 methods x 3 seeds) of 4 tasks, on ")
+    assert of_bp.startswith("  bp: 3 lanes; at least ") and " KiB on each device" in of_bp
+    assert of_cbp.startswith("  cbp(replacement_rate=0), cbp(replacement_rate=1): 6 lanes in 2 batches; ")
+    assert printed.err == "" and not list(tmp_path.iterdir())
+    assert "lanes_at_once must be at least 1, got 0" in refused_in_one_line(capsys, *words, "--lanes-at-once", "0")
+    quality = ["run", "utility_quality", "--preset", "smoke"]
+    assert "--plan must be left out: the methods of utility_quality" in refused_in_one_line(capsys, *quality, "--plan")
+    message = refused_in_one_line(capsys, *quality, "--lanes-at-once", "2")
+    assert "lanes_at_once must be left out: utility_quality has none, got 2" in message
+
+
 def test_the_presets_sizes_follow_the_dataset(fake_run, tmp_path):
     for name, dataset in (("laptop", "mnist"), ("smoke", "digits")):
         words = ["run", "online_permuted", "--preset", name, "--dataset", dataset, "--quiet"]

@@ -5,13 +5,14 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from cbp_jax import curvature, data, losses, nets, training
 from cbp_jax.experiments import folder, learners, memory
+from cbp_jax.experiments.plan import Plan, Program
 from cbp_jax.problems import Problem
 
 MOST_STEPS = 2**31 - 1  # they are counted in int32
@@ -210,8 +211,9 @@ def prepare(
     asked_for: Collection[str] = (),
     train: Callable[..., Iterator[dict[str, Any]]] | None = None,
     measures: Mapping[str, str] | None = None,
+    lanes_at_once: int | None = None,
     **network: Any,
-) -> Job:
+) -> "Prepared":
     """Checks settings that depend on the stream of tasks, and makes the learners.
 
     Args:
@@ -222,6 +224,7 @@ def prepare(
       asked_for: names of settings that are not made to fit where they do not.
       train: what takes the place of `training.run_tasks`.
       measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
+      lanes_at_once: the most lanes that the devices hold; by default all, or as many as they have memory for.
       **network: how to make the network, see `learners.make_learner`.
 
     Returns:
@@ -258,7 +261,9 @@ def prepare(
     memory.check_examples(measured, problem.input_shape)
     memory.check_results(len(methods), settings.seeds, settings.tasks, len(measures))
 
-    def make(group: list[learners.Method]) -> Train:
+    check_lanes_at_once(lanes_at_once)
+
+    def make(group: list[learners.Method]) -> tuple[Train, Program]:
         learner = learners.make_learner(
             group,
             settings.hidden,
@@ -267,10 +272,15 @@ def prepare(
             problem.num_classes,
             **{"network": getattr(settings, "network", "mlp"), **network},
         )
-        memory.check_states(learner, group, settings.seeds)
+        lane, shared = memory.check_states(learner, group, settings.seeds), _size_of(problem.data)
+        program = program_of(group, settings, lanes_at_once)._replace(lane_bytes=lane, shared_bytes=shared)
+        if lanes_at_once is None:
+            program = program._replace(at_once=memory.lanes_that_fit(lane, program.lanes, shared))
+        # Not every function that trains knows of batches.
+        in_batches = {} if program.at_once is None else {"lanes_at_once": program.at_once}
         if group[0].curvature:
             _check_curvature(learner, problem, group[0].text)
-        return lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
+        run = lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
             learner,
             problem,
             seeds,
@@ -281,9 +291,28 @@ def prepare(
             measure_every=every,
             dormant_threshold=dormant_threshold,
             checkpoint=checkpoint,
+            **in_batches,
         )
+        return run, program
 
     return prepare_methods(empty_results(experiment, settings, methods, settings.tasks, measures), methods, make)
+
+
+def check_lanes_at_once(lanes: int | None) -> None:
+    """Raises a ValueError if a number of lanes is given and less than 1."""
+    if lanes is not None and lanes < 1:
+        raise ValueError(f"lanes_at_once must be at least 1, got {lanes}")
+
+
+def program_of(group: Sequence[learners.Method], settings: Any, lanes_at_once: int | None) -> Program:
+    """The plan of methods that run as lanes of one program."""
+    labels = tuple(method.label for method in group)
+    return Program(labels, len(group) * settings.seeds, at_once=lanes_at_once)
+
+
+def _size_of(data: Any) -> int:
+    """Bytes of arrays."""
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(data))
 
 
 def empty_results(
@@ -328,37 +357,53 @@ def _check_curvature(learner: training.Learner, problem: Problem, method: str) -
         raise ValueError(f"method {method!r} needs the network's curvature: {error}") from error
 
 
+class Prepared(NamedTuple):
+    """Methods that are ready to run: a `Job` that tells its plan.
+
+    Attributes:
+      results: empty.
+      groups: methods that run as lanes of one program, and what trains them.
+      plan: what is compiled, and the memory that it takes.
+    """
+
+    results: Any
+    groups: list[tuple[list[learners.Method], Train]]
+    plan: Plan
+
+    def __call__(self, out: Path, progress: Progress | None = None) -> Any:
+        """Runs the methods, fills the results, and keeps them and the state on disk; see `prepare_methods`."""
+        from cbp_jax import report
+
+        out = Path(out)
+        with training.one_blas_thread(), folder.opened(self.results, out) as found:
+            report.save_results(found, out)
+            try:
+                for group, train in self.groups:
+                    _run_group(found, group, train, out, progress)
+            finally:
+                report.save_results(found, out)
+        return found
+
+
 def prepare_methods(
-    results: Any, methods: Sequence[learners.Method], make: Callable[[list[learners.Method]], Train]
-) -> Job:
+    results: Any, methods: Sequence[learners.Method], make: Callable[[list[learners.Method]], tuple[Train, Program]]
+) -> Prepared:
     """Prepares what runs methods with all seeds, fills the results, and keeps them and the state on disk.
 
     Args:
       results: empty, of `empty_results`; one of its measures is `replaced_units`, which tells what has been run.
       methods: what to run.
-      make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them.
+      make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them,
+        and the plan of it.
 
     Returns:
       a function of a folder and of progress as in `run`, to the results, of which those on disk are a part. It raises
       a BlockingIOError where another run is at work in the folder, and a ValueError where the folder holds another run,
       or a state that cannot be used; both are left as they are.
     """
-    groups = [(group, make(group)) for group in _compiled_together(methods)]
-
-    def job(out: Path, progress: Progress | None = None) -> Any:
-        from cbp_jax import report
-
-        out = Path(out)
-        with training.one_blas_thread(), folder.opened(results, out) as found:
-            report.save_results(found, out)
-            try:
-                for group, train in groups:
-                    _run_group(found, group, train, out, progress)
-            finally:
-                report.save_results(found, out)
-        return found
-
-    return job
+    groups = [(group, *make(group)) for group in _compiled_together(methods)]
+    plan = Plan(tuple(program for *_, program in groups), results.sizes["seed"], results.sizes["task"])
+    return Prepared(results, [(group, train) for group, train, _ in groups], plan)
 
 
 def _run_group(results: Any, group: list[learners.Method], train: Train, out: Path, progress: Progress | None) -> None:

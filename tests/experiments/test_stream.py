@@ -167,7 +167,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(training, "run_tasks", run_tasks)
     monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
-    monkeypatch.setattr(stream.memory, "check_states", lambda *args: None)
+    monkeypatch.setattr(stream.memory, "check_states", lambda *args: 1000)
     return asked
 
 
@@ -195,6 +195,49 @@ def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(a
         np.testing.assert_array_equal(values, expected, err_msg=name)
     assert [call[:2] for call in calls] == [(BP.replace("; ", ", "), 4)] * 3 + [(ADAM, 2)] * 3
     assert calls[1][2]["loss"] == 120.5
+
+
+BACKPROP = dataclasses.replace(SETTINGS, methods=("bp:step_size=0.1", "bp:step_size=0.05"), tasks=3, measure_every=None)
+
+
+@pytest.mark.parametrize("mode", [pytest.param("vmap", marks=pytest.mark.slow), "map"])
+def test_lanes_in_batches_give_the_results_of_all_together_and_go_on_the_same(tmp_path, mode):
+    settings = dataclasses.replace(BACKPROP, lanes=mode)
+    batched = lambda out, progress=None, at_once=3: stream.run(
+        "toy", settings, tiny_problem(), out, progress, lanes_at_once=at_once
+    )
+    together = run(tmp_path / "together", None, settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+        batched(tmp_path / "batches", Calls(2), at_once=2)
+    calls = Calls()
+    in_batches = batched(tmp_path / "batches", calls)
+    assert told_at_once(calls) == [4]
+    for name, values in together.data_vars.items():
+        if mode == "map":
+            np.testing.assert_array_equal(in_batches[name], values, err_msg=name)
+        else:
+            np.testing.assert_allclose(in_batches[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_plan_tells_programs_lanes_and_memory(monkeypatch):
+    job = stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=3)
+    cbp, upgd = job.plan.programs
+    assert [len(cbp.methods), cbp.lanes, cbp.at_once, len(upgd.methods), upgd.lanes] == [2, 4, 3, 1, 2]
+    weights = 6 * 4 + 4 + 4 * 3 + 3
+    assert 4 * weights < cbp.lane_bytes < 16 * weights and upgd.lane_bytes >= 2 * 4 * weights
+    assert cbp.shared_bytes >= 30 * 6
+    lines = job.plan.text(["device"]).splitlines()
+    assert lines[0] == "plan: 2 programs to compile, 6 lanes (3 methods x 2 seeds) of 4 tasks, on 1 device"
+    assert "4 lanes in 2 batches; at least " in lines[1] and "2 lanes; at least " in lines[2]
+    with pytest.raises(ValueError, match="lanes_at_once must be at least 1, got 0"):
+        stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=0)
+    # On an accelerator the number is found.
+    monkeypatch.setattr(stream.memory.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(stream.memory, "_of_device", lambda: 1000.0)
+    devices = len(jax.local_devices())
+    found = [stream.memory.lanes_that_fit(lane, 8 * devices, shared=100) for lane in (50, 100, 10_000)]
+    assert found == [None, 4 * devices, devices]
 
 
 def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_path):
