@@ -1,5 +1,6 @@
 """From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
 
+from cbp_jax.report.grids import plot_grid, sensitivity
 from cbp_jax.report.network import plot_units
 from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates
 from cbp_jax.report.results import (
@@ -25,6 +26,7 @@ __all__ = [
     "new_results",
     "plot_accuracies",
     "plot_densities",
+    "plot_grid",
     "plot_run",
     "plot_sensitivity",
     "plot_tasks",
@@ -33,6 +35,7 @@ __all__ = [
     "plot_updates",
     "record_task",
     "save_results",
+    "sensitivity",
     "stream_measures",
     "summarize_tickets",
     "summary",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from cbp_jax.report.grids import plot_grid, swept_settings
 from cbp_jax.report.looks import PALETTE, Look, Style, looks_of, readable
 from cbp_jax.report.results import load_results, require
 from cbp_jax.report.statistics import (
@@ -127,7 +128,8 @@ def plot_run(
 ) -> list[Path]:
     """Draws the pictures of a run.
 
-    ``tasks``, ``updates`` where these were measured, and ``sensitivity`` where a learner has several variants.
+    ``tasks``, ``updates`` where these were measured, ``sensitivity`` where a learner has several variants, and ``grid``
+    where several settings of a learner were swept.
 
     Args:
       run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
@@ -155,6 +157,9 @@ def plot_run(
         figures["updates"] = plot_updates(results, bin_size=bin_size)
     if _swept(results):
         figures["sensitivity"] = plot_sensitivity(results)
+    swept = [variant for variants in swept_settings(results, _started(results)).values() for variant in variants]
+    if len(set(swept)) < len(swept):
+        figures["grid"] = plot_grid(results)
     return save_figures(figures, out, formats)
 
 
@@ -165,7 +170,7 @@ def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str
     for name, figure in figures.items():
         for kind in formats:
             paths.append(out / f"{name}.{kind}")
-            with _rc():
+            with style_of_pictures():
                 figure.savefig(paths[-1])
     return paths
 
@@ -238,7 +243,7 @@ def _plot_panels(
         raise ValueError(f"bin_size must be at least 1; got {bin_size}")
 
     styles = _styles(results, methods)
-    with _rc():
+    with style_of_pictures():
         columns = min(columns, len(panels))
         rows = math.ceil(len(panels) / columns)
         width = 3.6 * columns if columns < 3 else 3.0 * columns
@@ -300,12 +305,9 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     if not swept:
         raise ValueError("results: no learner has finished tasks with several values of a hyperparameter")
     all_learners = [learner for learners in swept.values() for learner in learners]
-    if is_accuracy(performance(results)):
-        label = "Correct, last tenth of tasks (%)"
-    else:
-        label = _PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
+    label = performance_label(results)
     styles = _learner_styles(results, list(dict.fromkeys(all_learners)))
-    with _rc():
+    with style_of_pictures():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
         rows = math.ceil(len(swept) / columns)
         figure = Figure(figsize=(7.2 if columns > 1 else 3.6, 2.5 * rows + 0.25), layout="constrained")
@@ -321,6 +323,13 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
             note += "; hollow: unfinished"
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
+
+
+def performance_label(results: xr.Dataset) -> str:
+    """How an axis of the final performance is named."""
+    if is_accuracy(performance(results)):
+        return "Correct, last tenth of tasks (%)"
+    return _PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
 
 
 def best_variants(results: xr.Dataset) -> list[str]:
@@ -574,7 +583,7 @@ def _check(good: bool, name: str, value: object, allowed: list) -> None:
         raise ValueError(f"{name}: got {value!r}; these results have {allowed}")
 
 
-def _rc() -> AbstractContextManager:
+def style_of_pictures() -> AbstractContextManager:
     """Our settings for the time of a drawing; the user's come back after it."""
     matplotlib = require("matplotlib")
     # Without the backend: rc_context, which puts the rest back, leaves it as it was set last.
