@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,9 @@ SAVE_EVERY = 2.0  # seconds between two writings of the results
 CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
 
 
-# labels of the methods that ran, lanes that finished a task, means of what was measured
+# Labels of the methods that ran, lanes that finished a task, means of what was measured, over lanes that have a number.
+# An object may have methods besides: `task_done(method, task, means)`, called for each method alone, and
+# `diverged(method, seed, task)`, in place of a warning where the loss of a lane is not finite any more; tasks from 0.
 Progress = Callable[[str, int, dict[str, float]], None]
 # folder, progress -> results; everything is checked
 Job = Callable[[Path, Progress | None], Any]
@@ -376,10 +379,14 @@ class Prepared(NamedTuple):
 
         out = Path(out)
         with training.one_blas_thread(), folder.opened(self.results, out) as found:
+            found.attrs.pop("failed", None)  # of an earlier process
             report.save_results(found, out)
             try:
                 for group, train in self.groups:
                     _run_group(found, group, train, out, progress)
+            except Exception as error:
+                found.attrs["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise
             finally:
                 report.save_results(found, out)
         return found
@@ -430,18 +437,56 @@ def _run_group(results: Any, group: list[learners.Method], train: Train, out: Pa
         name: np.repeat([method.hyperparameters[name] for method in group], len(seeds))
         for name in group[0].hyperparameters
     }
-    saved = time.monotonic()
+    report.records.resume(results)
+    saved = since = time.monotonic()
     rows_of_tasks = train(np.tile(seeds, len(group)), numbers, checkpoint)
     for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
         rows = {name: values.reshape(len(group), -1) for name, values in measured.items()}
         report.record_task(results, task, rows, methods=labels)
-        if time.monotonic() - saved > SAVE_EVERY:
+        now = time.monotonic()
+        report.records.add_seconds(results, labels, now - since)
+        since = now
+        diverged = report.mark_diverged(results, task, labels)
+        if now - saved > SAVE_EVERY:
             report.save_results(results, out)
             saved = time.monotonic()
-        if progress is not None:
-            means = {name: float(np.mean(values)) for name, values in measured.items()}
-            progress(", ".join(labels), len(group) * len(seeds), means)
+        _tell(progress, results, group, task, measured, diverged)
     checkpoint.delete()
+
+
+def _tell(
+    progress: Progress | None,
+    results: Any,
+    group: list[learners.Method],
+    task: int,
+    measured: Mapping[str, np.ndarray],
+    diverged: Sequence[tuple[str, int]],
+) -> None:
+    """Tells of a task that a group has done, and of lanes that diverged in it."""
+    for method, seed in diverged:
+        if hasattr(progress, "diverged"):
+            progress.diverged(method, seed, task)
+        else:
+            warnings.warn(diverged_text(method, seed, task), RuntimeWarning, stacklevel=2)
+    if progress is None:
+        return
+    labels, seeds = [method.label for method in group], results.sizes["seed"]
+    if hasattr(progress, "task_done"):
+        for number, label in enumerate(labels):
+            rows = slice(number * seeds, (number + 1) * seeds)
+            progress.task_done(label, task, {name: _finite_mean(values[rows]) for name, values in measured.items()})
+    progress(", ".join(labels), len(measured["replaced_units"]), {k: _finite_mean(v) for k, v in measured.items()})
+
+
+def diverged_text(method: str, seed: int, task: int) -> str:
+    """What is said of a lane that diverges; `task` counts from 0, the text from 1."""
+    return f"{method} diverged with seed {seed} in task {task + 1}: its loss is not finite; the other lanes go on"
+
+
+def _finite_mean(values: np.ndarray) -> float:
+    """Of the lanes that have a number."""
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(np.mean(finite)) if finite.size else math.nan
 
 
 def _numbers(method: learners.Method, taken: set[str]) -> dict[str, float]:

@@ -1,8 +1,11 @@
 """From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
 
+from cbp_jax.report import records
+from cbp_jax.report.divergence import diverged_tasks, mark_diverged
 from cbp_jax.report.grids import plot_grid, sensitivity
 from cbp_jax.report.network import plot_units
 from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates
+from cbp_jax.report.records import list_runs, runs_table
 from cbp_jax.report.results import (
     VALIDATION_MEASURES,
     join_results,
@@ -19,10 +22,13 @@ __all__ = [
     "VALIDATION_MEASURES",
     "best_variants",
     "blocks_of_tasks",
+    "diverged_tasks",
     "finished_tasks",
     "join_results",
     "last_tenth",
+    "list_runs",
     "load_results",
+    "mark_diverged",
     "new_results",
     "plot_accuracies",
     "plot_densities",
@@ -34,6 +40,8 @@ __all__ = [
     "plot_units",
     "plot_updates",
     "record_task",
+    "records",
+    "runs_table",
     "save_results",
     "sensitivity",
     "stream_measures",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cbp_jax.report.divergence import diverged_tasks
 from cbp_jax.report.looks import PALETTE, looks_of, readable
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
@@ -53,7 +54,8 @@ def sensitivity(results: xr.Dataset) -> xr.Dataset:
       A dataset with the dimensions ``variant`` (a learner with what was set besides), one for each swept setting, whose
       coordinates are the values that were run, in order, and ``seed``. Its variables are the performance, such as
       ``accuracy``, float64, the mean over the last tenth of the tasks that a method has finished: NaN where a
-      combination was not run or a seed has finished nothing; and ``tasks``, without ``seed``, how many tasks that is.
+      combination was not run, or a seed has finished nothing or diverged; and, without ``seed``, ``tasks``, how many
+      tasks that is, and ``diverged``, how many seeds diverged.
       A variant that has not a setting has the same values all along its axis.
 
     Raises:
@@ -76,7 +78,8 @@ def sensitivity(results: xr.Dataset) -> xr.Dataset:
     variants = list(dict.fromkeys(_variant(results, method) for method in results.method.values.tolist()))
     axes = [np.unique(results[name].values[~np.isnan(results[name].values)]) for name in names]
     shape = (len(variants), *map(len, axes))
-    final, tasks = np.full((*shape, results.sizes["seed"]), np.nan), np.zeros(shape, int)
+    final = np.full((*shape, results.sizes["seed"]), np.nan)
+    tasks, diverged = np.zeros(shape, int), np.zeros(shape, int)
     for method in results.method.values.tolist():
         place: list[int | slice] = [variants.index(_variant(results, method))]
         for name, values in zip(names, axes, strict=True):
@@ -86,11 +89,13 @@ def sensitivity(results: xr.Dataset) -> xr.Dataset:
         of_seeds = np.full(results.sizes["seed"], np.nan)
         of_seeds[seeds] = last_tenth(results, method)[: len(seeds)] if done else np.nan
         final[tuple(place)], tasks[tuple(place)] = of_seeds, done
+        diverged[tuple(place)] = np.isfinite(diverged_tasks(results, method)).sum()
     dims = ("variant", *names)
     return xr.Dataset(
         {
             measure: ((*dims, "seed"), final, {"long_name": f"{measure} of the last tenth of the tasks"}),
             "tasks": (dims, tasks, {"long_name": "tasks that a method has finished"}),
+            "diverged": (dims, diverged, {"long_name": "seeds that diverged"}),
         },
         coords={"variant": variants, **dict(zip(names, axes, strict=True)), "seed": results.seed.values},
         attrs={name: results.attrs[name] for name in ("experiment", "looks") if name in results.attrs},
@@ -115,7 +120,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    from cbp_jax.report.plots import performance_label, style_of_pictures
+    from cbp_jax.report.plots import mark_values, performance_label, style_of_pictures
 
     found, swept = sensitivity(results), swept_settings(results)
     measure = performance(results)
@@ -139,12 +144,15 @@ def plot_grid(results: xr.Dataset) -> Figure:
                 # Axes of settings that this variant was not swept along have nothing to tell.
                 values = values.isel({other: 0 for other in swept if other not in (name, *others)})
                 _draw(axes[i, j], values, name, others)
+                diverged = found.diverged.loc[{"variant": variant}].max([other for other in swept if other != name])
+                mark_values(axes[i, j], found[name].values[diverged.values > 0])
                 axes[i, j].set_title(_title(results, variant), fontsize=8)
             first = axes[i, min(j for j, name in enumerate(columns) if (variant, name) in panels)]
             first.set_ylabel(performance_label(results))
             first.tick_params(labelleft=True)
         seeds = found.sizes["seed"]
         note = f"Mean and 95% confidence interval of {seeds} seeds" if seeds > 1 else "One seed"
+        note += "; cross: a seed diverged, and is left out" if found.diverged.any() else ""
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
 

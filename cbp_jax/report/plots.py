@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cbp_jax.report.divergence import before_divergence, diverged_tasks
 from cbp_jax.report.grids import plot_grid, swept_settings
 from cbp_jax.report.looks import PALETTE, Look, Style, looks_of, readable
 from cbp_jax.report.results import load_results, require
@@ -93,6 +94,7 @@ _UPDATE_PANELS = _panels(
 
 
 _MOST_LINES = 8  # beyond this, lines cannot be told apart: one variant of each learner is drawn
+_CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5, "linestyle": "none", "zorder": 5, "gid": "diverged"}
 _HANDLE = 3.6  # length of a line in the legend, in ems, so that its dashes repeat
 
 _RC = {
@@ -229,11 +231,11 @@ def _plot_panels(
 
     chosen = methods is None and len(_started(results)) > _MOST_LINES
     if methods is None:
-        methods = best_variants(results) if chosen else _started(results)
+        methods = best_variants(results) if chosen else _begun(results)
     else:
         for method in methods:
             _check(method in results.method.values, "methods", method, results.method.values.tolist())
-        methods = [method for method in methods if method in _started(results)]
+        methods = [method for method in methods if method in _begun(results)]
     if not methods:
         raise ValueError("results: no task has finished, so there is nothing to draw")
     panels = [panel for panel in panels if panel.measure in results]
@@ -262,6 +264,7 @@ def _plot_panels(
         for ax in axes[len(panels) :]:
             ax.remove()
         handles = {line.get_gid(): line for line in axes[0].lines}
+        _mark_diverged(axes[0], results, methods, handles)
         figure.legend(
             [handles[method] for method in methods],
             names,
@@ -273,6 +276,7 @@ def _plot_panels(
         note = _seeds_note(results, methods)
         note += f"; bins of {bin_size} {'intervals' if _over_steps(results) else 'tasks'}" if bin_size > 1 else ""
         note += "; the best variant of each learner" if chosen else ""
+        note += _diverged_note(results, methods)
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
 
@@ -321,6 +325,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
         note = _seeds_note(results, swept_methods)
         if any(_unfinished(results, method) for method in swept_methods):
             note += "; hollow: unfinished"
+        note += _diverged_note(results, [m for m in results.method.values if _learner(results, m) in all_learners])
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
 
@@ -362,8 +367,8 @@ def _draw_panel(
 ) -> None:
     means = []
     for i, method in enumerate(methods):
-        values = results[panel.measure].loc[{"method": method}].transpose("seed", "task").values
-        task, mean, low, high = _binned(panel.scale * values.astype(np.float64), bin_size, _over_steps(results))
+        values = before_divergence(results, method, panel.measure)
+        task, mean, low, high = _binned(panel.scale * values, bin_size, _over_steps(results))
         if _over_steps(results):
             task = np.interp(task, results.task.values + 1.0, results.step.values / 1e6)
         style, main = styles[method], _look(results, _learner(results, method)).strong
@@ -430,6 +435,11 @@ def _draw_sensitivity(
         ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
     else:
         ax.set_xscale("log")
+    of_learners = [method for method in results.method.values.tolist() if _learner(results, method) in learners]
+    diverged = {
+        float(results[hyperparameter].loc[{"method": method}]) for method in _with_diverged(results, of_learners)
+    }
+    mark_values(ax, sorted(value for value in diverged if not math.isnan(value)))
     tried = sorted({x for line in ax.lines for x in line.get_xdata()})
     if len(tried) <= 6:  # more would overlap, unlike the powers of ten
         ax.set_xticks(tried, [f"{value:g}" for value in tried])
@@ -572,6 +582,40 @@ def _learner(results: xr.Dataset, method: str) -> str:
 def _started(results: xr.Dataset) -> list[str]:
     """Methods that have finished a task with every seed they were begun with."""
     return [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
+
+
+def _begun(results: xr.Dataset) -> list[str]:
+    """Those, and methods of which every seed has diverged."""
+    started = _started(results)
+    all_diverged = lambda method: np.isfinite(diverged_tasks(results, method)).all()
+    return [method for method in results.method.values.tolist() if method in started or all_diverged(method)]
+
+
+def _with_diverged(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
+    return [method for method in methods if np.isfinite(diverged_tasks(results, method)).any()]
+
+
+def _diverged_note(results: xr.Dataset, methods: Sequence[str]) -> str:
+    return "; cross: a seed diverged, and is left out" if _with_diverged(results, methods) else ""
+
+
+def _mark_diverged(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines: Mapping[str, Any]) -> None:
+    """A cross on a method's line where a seed diverged; at the bottom where there is no line."""
+    for method in _with_diverged(results, methods):
+        x, y = lines[method].get_data()
+        for task in np.unique(diverged_tasks(results, method)[np.isfinite(diverged_tasks(results, method))]):
+            at = float(results.step.values[int(task)]) / 1e6 if _over_steps(results) else task + 1
+            if len(x):
+                ax.plot([at], [np.interp(at, x, y)], **_CROSS, color=lines[method].get_color())
+            else:
+                mark_values(ax, [at], lines[method].get_color())
+
+
+def mark_values(ax: Axes, values: Sequence[float], color: str = "black") -> None:
+    """Crosses at the bottom of a panel, at values of its horizontal axis."""
+    if len(values):
+        heights = np.full(len(values), 0.03)
+        ax.plot(values, heights, **_CROSS, color=color, transform=ax.get_xaxis_transform(), clip_on=False)
 
 
 def _unfinished(results: xr.Dataset, method: str) -> bool:
