@@ -8,6 +8,8 @@ import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
+from cbp_jax import cli_compiled
+
 # pytest imports test files by path (`--import-mode=importlib`), so shared helpers need a place on sys.path.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -36,6 +38,12 @@ def _with_options(*args, get=compiler.get_compile_options, env_options_overrides
 
 
 compiler.get_compile_options = _with_options
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """The command line keeps no compiled programs in the user's folder for caches."""
+    monkeypatch.setattr(cli_compiled, "keep_compiled", lambda: None)
 
 
 @pytest.fixture(scope="module", autouse=True)

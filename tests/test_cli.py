@@ -129,7 +129,7 @@ def finished(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     command = [sys.executable, "-m", "cbp_jax", "run", "online_permuted", *TINY]
     process = subprocess.run(
-        [*command, "--data-dir", str(data_dir), "--out", str(out)],
+        [*command, "--data-dir", str(data_dir), "--out", str(out), "--no-compilation-cache"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -231,11 +231,15 @@ def test_the_console_script_is_this_command():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--help"], ["list", "run", "plot", "data"]),
+        (["--help"], ["list", "run", "plot", "runs", "data"]),
         (["list", "--help"], ["Lists"]),
         (["run", "online_permuted", "--help"], ["--preset", "--out", "--quiet", "--methods", "--examples-per-task"]),
-        (["run", "--help"], ["EXPERIMENT", "--preset"]),
+        (
+            ["run", "--help"],
+            ["EXPERIMENT", "--preset", "--grid", "--plan", "--lanes-at-once", "--log", "--no-compilation-cache"],
+        ),
         (["plot", "--help"], ["run_dir", "--formats"]),
+        (["runs", "--help"], ["folder", "below it"]),
         (["data", "--help"], ["prepare"]),
         (["data", "prepare", "--help"], ["--from", "--data-dir", "IDX"]),
     ],
@@ -506,7 +510,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     words = ["run", "online_permuted", "--preset", "smoke", "--methods", "bp", "--tasks", "9", "--out", str(tmp_path)]
     process = subprocess.run(
-        [sys.executable, "-c", TERMINATED, *words, "--quiet"],
+        [sys.executable, "-c", TERMINATED, *words, "--quiet", "--no-compilation-cache"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -605,3 +609,41 @@ def test_list_shows_networks(capsys):
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name}" in shown for name in nets.NETWORKS) and "my_module:MyNet(width=64)" in shown
+
+
+SMALL = ("run", "online_permuted", "--preset", "smoke", "--seeds", "2", "--hidden", "4", "--tasks", "2", "--quiet")
+SMALL += ("--examples-per-task", "20", "--measured-examples", "10")
+
+
+def test_a_log_has_a_line_for_each_task_and_method_and_a_lane_that_diverges_is_told(tmp_path, capsys):
+    words = [*SMALL, "--methods", "bp", "bp:step_size=1e30", "--out", str(tmp_path), "--log", "jsonl", "tensorboard"]
+    assert cli.main(words) == 0
+    results = load_results(tmp_path)
+    lost = [
+        (str(results.method[i].item()), s)
+        for i, s in zip(*np.nonzero(np.isfinite(results.diverged.values)), strict=True)
+    ]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert lost and len(told) == len(lost)
+    assert all(
+        line.startswith(f"warning: {method} diverged with seed {seed} in task ")
+        for line, (method, seed) in zip(told, lost, strict=True)
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    tasks = [line for line in lines if "diverged" not in line]
+    assert [(line["method"], line["task"]) for line in tasks] == [
+        (m, t) for t in range(2) for m in results.method.values
+    ]
+    assert len(lines) - len(tasks) == len(lost)
+    for line in tasks[::2]:
+        expected = results.loss.loc[{"method": "bp", "task": line["task"]}].mean()
+        assert line["loss"] == pytest.approx(float(expected), rel=1e-5) and line["time"].endswith("+00:00")
+    written = sorted(path.parent.name for path in (tmp_path / "tensorboard").rglob("events.*"))
+    assert written == ["bp", "bp_step_size=1e+30"]
+
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.split()[:3] == [".", "online_permuted", "finished"] and "bp: accuracy " in row
+    assert "folder must be that of runs" in refused_in_one_line(capsys, "runs", str(tmp_path / "absent"))
+    quality = ["run", "utility_quality", "--preset", "smoke", "--log", "jsonl"]
+    assert "--log must be left out: utility_quality tells of no single method" in refused_in_one_line(capsys, *quality)
