@@ -1,4 +1,4 @@
-"""The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | data prepare NAME --from DIR`."""
+"""The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | runs DIR | data prepare NAME --from DIR`."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       143 where SIGTERM did.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"list": _list, "run": _run, "plot": _plot, "data": _data}
+    commands = {"list": _list, "run": _run, "plot": _plot, "runs": _runs, "data": _data}
     parser = argparse.ArgumentParser(prog="cbp-jax", description=__doc__)
     parser.add_argument("command", choices=commands, help="`cbp-jax COMMAND --help` tells more")
     if not argv or argv[0] not in commands:
@@ -107,6 +107,7 @@ def _run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cbp-jax run",
         add_help=False,
+        allow_abbrev=False,  # --lanes is a setting of the experiment
         description="Runs an experiment. `cbp-jax run EXPERIMENT --preset NAME --help` lists its options.",
     )
     parser.add_argument(
@@ -119,9 +120,45 @@ def _run(argv: list[str]) -> None:
     )
     parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
     parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="SETTING=VALUE,VALUE",
+        help="run every method that has these settings with every combination of their values, such as "
+        "replacement_rate=1e-4,1e-5 step_size=0.01,0.003",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only print what would be compiled, how many lanes (methods times seeds) run, and the memory they take",
+    )
+    parser.add_argument(
+        "--lanes-at-once",
+        type=int,
+        default=None,
+        metavar="N",
+        help="the most lanes that the devices hold, for the same results in less memory; found if not given",
+    )
+    parser.add_argument(
+        "--log",
+        nargs="+",
+        default=[],
+        choices=["jsonl", "tensorboard"],
+        help="write as tasks end, too: a line of JSON for each task and method (log.jsonl), scalars for TensorBoard",
+    )
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile all anew; compiled programs are else kept in the folder for caches of the user, or in that which "
+        "JAX_COMPILATION_CACHE_DIR names",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("-h", "--help", action="store_true")
     given, rest = parser.parse_known_args(argv)
+    from cbp_jax.experiments import learners
+
+    grid = learners.read_grid(given.grid)
     if given.experiment is None:
         parser.print_help()
         return
@@ -131,18 +168,35 @@ def _run(argv: list[str]) -> None:
         parser.print_help()
         rest = ["--help"]
     settings = _parse(f"cbp-jax run {given.experiment}", start, rest)
+    if grid:
+        settings = _swept(experiment, settings, grid)
     out = given.out or Path("runs") / f"{experiment.name}-{given.preset}-{_hash(settings)}"
-    from cbp_jax import report
+    from cbp_jax import cli_compiled, cli_log, report
     from cbp_jax.cli_progress import Bar
     from cbp_jax.experiments import folder
 
-    folder.check(out, experiment.name, settings)
+    if not given.no_compilation_cache and (kept := cli_compiled.keep_compiled()):
+        print(f"compiled programs are kept in {kept} (--no-compilation-cache: they are not)", file=sys.stderr)
+
+    if not given.plan:
+        folder.check(out, experiment.name, settings)
     _use_all_cores()  # before a user's module is imported, which may start JAX
     asked_for = [name for name, value in vars(settings).items() if value != getattr(start, name)]
-    job = experiment.prepare(settings, asked_for)
+    job = experiment.prepare(settings, asked_for, lanes_at_once=given.lanes_at_once)
+    plan = getattr(job, "plan", None)
+    if given.log and plan is None:
+        raise ValueError(f"--log must be left out: {experiment.name} tells of no single method; got {given.log}")
+    if given.plan:
+        if plan is None:
+            raise ValueError(f"--plan must be left out: the methods of {experiment.name} are no lanes of programs")
+        print(plan.text())
+        return
     print(f"{experiment.name}: {experiment.about}\n{_told(settings)}", file=sys.stderr)
+    if plan is not None:
+        print(plan.text(), file=sys.stderr)
+    logs = [cli_log.LOGS[kind](out) for kind in dict.fromkeys(given.log)]
     with Bar(experiment.total(settings), given.quiet) as bar:
-        results = job(out, bar)
+        results = job(out, cli_log.Logged(bar, logs))
     _show(results, out, experiment=experiment)
     print(f"results: {out / report.results.FILE_NAME}")
 
@@ -175,6 +229,28 @@ def _plot(argv: list[str]) -> None:
     if len(args.run_dir) > 1:
         print(f"results: {report.save_results(results, out)}")
     _show(results, out, tuple(args.formats))
+
+
+def _swept(experiment: Any, settings: Any, grid: dict[str, tuple[str, ...]]) -> Any:
+    """The settings with a method for each combination of the grid's values."""
+    from cbp_jax.experiments import learners
+
+    methods = experiment.check(settings)
+    if not hasattr(settings, "methods") or not all(isinstance(method, learners.Method) for method in methods):
+        raise ValueError(f"grid must be left out: {experiment.name} compares no learners; got {' '.join(grid)}")
+    return dataclasses.replace(settings, methods=learners.expand(settings.methods, grid))
+
+
+def _runs(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="cbp-jax runs",
+        description="Lists the runs in a folder and below it: what they are, how far they have come, and their best.",
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look, by default runs")
+    from cbp_jax import report
+
+    folder = parser.parse_args(argv).folder
+    print(report.runs_table(report.list_runs(folder), folder))
 
 
 def _told(settings: Any) -> str:

@@ -31,3 +31,9 @@ class Bar:
         elif "loss" in measures:
             self._bar.set_postfix_str(f"loss {measures['loss']:.4g}", refresh=False)
         self._bar.update(lanes)
+
+    def diverged(self, method: str, seed: int, task: int) -> None:
+        """Tells of a lane whose loss is not finite any more, above the bar; `task` counts from 0."""
+        from cbp_jax.experiments import stream
+
+        self._bar.write(f"warning: {stream.diverged_text(method, seed, task)}", file=sys.stderr)

@@ -8,6 +8,8 @@ import pytest
 from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 
+from cbp_jax import cli_compiled
+
 # pytest imports test files by path (`--import-mode=importlib`), so shared helpers need a place on sys.path.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
@@ -52,6 +54,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
     if any(left.values()) and len(items) > 100:  # else some cases may have been chosen on the command line
         raise pytest.UsageError(f"SLOW_CASES names cases that there are not: {left}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """The command line keeps no compiled programs in the user's folder for caches."""
+    monkeypatch.setattr(cli_compiled, "keep_compiled", lambda: None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -129,7 +129,7 @@ def finished(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     command = [sys.executable, "-m", "cbp_jax", "run", "online_permuted", *TINY]
     process = subprocess.run(
-        [*command, "--data-dir", str(data_dir), "--out", str(out)],
+        [*command, "--data-dir", str(data_dir), "--out", str(out), "--no-compilation-cache"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -231,11 +231,15 @@ def test_the_console_script_is_this_command():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--help"], ["list", "run", "plot", "data"]),
+        (["--help"], ["list", "run", "plot", "runs", "data"]),
         (["list", "--help"], ["Lists"]),
         (["run", "online_permuted", "--help"], ["--preset", "--out", "--quiet", "--methods", "--examples-per-task"]),
-        (["run", "--help"], ["EXPERIMENT", "--preset"]),
+        (
+            ["run", "--help"],
+            ["EXPERIMENT", "--preset", "--grid", "--plan", "--lanes-at-once", "--log", "--no-compilation-cache"],
+        ),
         (["plot", "--help"], ["run_dir", "--formats"]),
+        (["runs", "--help"], ["folder", "below it"]),
         (["data", "--help"], ["prepare"]),
         (["data", "prepare", "--help"], ["--from", "--data-dir", "IDX"]),
     ],
@@ -341,6 +345,36 @@ def test_options_change_the_presets_settings(fake_run, tmp_path, capsys):
         preset("smoke"), methods=("bp", "adam", "cbp:replacement_rate=1e-5"), seeds=3, hidden=(8,), lanes="vmap"
     )
     assert f"results: {out / 'results.nc'}" in capsys.readouterr().out
+
+
+def test_a_grid_makes_a_method_of_each_combination(fake_run, tmp_path, capsys):
+    words = ["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]
+    grid = ["--grid", "replacement_rate=1e-4,1e-5", "step_size=0.1,0.2"]
+    assert cli.main([*words, "--methods", "bp", "cbp", *grid]) == 0
+    ((settings, _),) = fake_run
+    assert settings.methods[:2] == ("bp:step_size=0.1", "bp:step_size=0.2") and len(settings.methods) == 6
+    assert settings.methods[-1] == "cbp:replacement_rate=1e-5,step_size=0.2"
+    assert "cbp(replacement_rate=1e-05, step_size=0.2)" in capsys.readouterr().out
+    assert "no method has rate; bp have" in refused_in_one_line(capsys, *words, "--methods", "bp", "--grid", "rate=1")
+    lottery = ["run", "lottery_tickets", "--preset", "smoke", "--grid", "step_size=1,2"]
+    assert "grid must be left out: lottery_tickets compares no learners" in refused_in_one_line(capsys, *lottery)
+
+
+def test_the_plan_is_printed_alone_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "online_permuted", "--preset", "smoke", "--seeds", "3", "--methods", "bp", "cbp"]
+    assert cli.main([*words, "--grid", "replacement_rate=0,1", "--lanes-at-once", "4", "--plan"]) == 0
+    printed = capsys.readouterr()
+    first, of_bp, of_cbp = printed.out.splitlines()
+    assert first.startswith("plan: 2 programs to compile, 9 lanes (3 methods x 3 seeds) of 4 tasks, on ")
+    assert of_bp.startswith("  bp: 3 lanes; at least ") and " KiB on each device" in of_bp
+    assert of_cbp.startswith("  cbp(replacement_rate=0), cbp(replacement_rate=1): 6 lanes in 2 batches; ")
+    assert printed.err == "" and not list(tmp_path.iterdir())
+    assert "lanes_at_once must be at least 1, got 0" in refused_in_one_line(capsys, *words, "--lanes-at-once", "0")
+    quality = ["run", "utility_quality", "--preset", "smoke"]
+    assert "--plan must be left out: the methods of utility_quality" in refused_in_one_line(capsys, *quality, "--plan")
+    message = refused_in_one_line(capsys, *quality, "--lanes-at-once", "2")
+    assert "lanes_at_once must be left out: utility_quality has none, got 2" in message
 
 
 def test_the_presets_sizes_follow_the_dataset(fake_run, tmp_path):
@@ -476,7 +510,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     words = ["run", "online_permuted", "--preset", "smoke", "--methods", "bp", "--tasks", "9", "--out", str(tmp_path)]
     process = subprocess.run(
-        [sys.executable, "-c", TERMINATED, *words, "--quiet"],
+        [sys.executable, "-c", TERMINATED, *words, "--quiet", "--no-compilation-cache"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -575,3 +609,41 @@ def test_list_shows_networks(capsys):
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name}" in shown for name in nets.NETWORKS) and "my_module:MyNet(width=64)" in shown
+
+
+SMALL = ("run", "online_permuted", "--preset", "smoke", "--seeds", "2", "--hidden", "4", "--tasks", "2", "--quiet")
+SMALL += ("--examples-per-task", "20", "--measured-examples", "10")
+
+
+def test_a_log_has_a_line_for_each_task_and_method_and_a_lane_that_diverges_is_told(tmp_path, capsys):
+    words = [*SMALL, "--methods", "bp", "bp:step_size=1e30", "--out", str(tmp_path), "--log", "jsonl", "tensorboard"]
+    assert cli.main(words) == 0
+    results = load_results(tmp_path)
+    lost = [
+        (str(results.method[i].item()), s)
+        for i, s in zip(*np.nonzero(np.isfinite(results.diverged.values)), strict=True)
+    ]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert lost and len(told) == len(lost)
+    assert all(
+        line.startswith(f"warning: {method} diverged with seed {seed} in task ")
+        for line, (method, seed) in zip(told, lost, strict=True)
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    tasks = [line for line in lines if "diverged" not in line]
+    assert [(line["method"], line["task"]) for line in tasks] == [
+        (m, t) for t in range(2) for m in results.method.values
+    ]
+    assert len(lines) - len(tasks) == len(lost)
+    for line in tasks[::2]:
+        expected = results.loss.loc[{"method": "bp", "task": line["task"]}].mean()
+        assert line["loss"] == pytest.approx(float(expected), rel=1e-5) and line["time"].endswith("+00:00")
+    written = sorted(path.parent.name for path in (tmp_path / "tensorboard").rglob("events.*"))
+    assert written == ["bp", "bp_step_size=1e+30"]
+
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.split()[:3] == [".", "online_permuted", "finished"] and "bp: accuracy " in row
+    assert "folder must be that of runs" in refused_in_one_line(capsys, "runs", str(tmp_path / "absent"))
+    quality = ["run", "utility_quality", "--preset", "smoke", "--log", "jsonl"]
+    assert "--log must be left out: utility_quality tells of no single method" in refused_in_one_line(capsys, *quality)

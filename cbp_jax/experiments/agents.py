@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import envs, nets, training
-from cbp_jax.experiments import learners, memory, stream
+from cbp_jax.experiments import learners, memory, plan, stream
 from cbp_jax.rl import ppo
 
 #: What is measured of each interval, for each method and seed.
@@ -153,7 +153,9 @@ class Parts(NamedTuple):
     measures: Mapping[str, str]
 
 
-def job(experiment: str, parts: Parts, settings: Settings, *, annealed: bool = False) -> stream.Job:
+def job(
+    experiment: str, parts: Parts, settings: Settings, *, annealed: bool = False, lanes_at_once: int | None = None
+) -> stream.Prepared:
     """Prepares what trains agents with all methods and all seeds.
 
     All methods with the same seed start from the same weights in the same environments. Results are written as
@@ -166,6 +168,7 @@ def job(experiment: str, parts: Parts, settings: Settings, *, annealed: bool = F
       settings: what to run.
       annealed: whether the step size falls linearly, from that of the method in the first rollout to that over the
         number of rollouts in the last.
+      lanes_at_once: the most agents that the devices hold, by default all.
 
     Returns:
       what runs it. In its results, tasks are intervals of steps; the coordinate `step` counts the environment's steps
@@ -180,13 +183,15 @@ def job(experiment: str, parts: Parts, settings: Settings, *, annealed: bool = F
     intervals = num_intervals(settings)
     memory.check_results(len(methods), settings.seeds, intervals, len(parts.measures))
 
-    def run(out: Path, progress: stream.Progress | None = None) -> Any:
-        results = stream.empty_results(experiment, settings, methods, intervals, parts.measures)
-        results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-        make = lambda group: functools.partial(_train, parts, settings, group, annealed, Path(out))
-        return stream.prepare_methods(results, methods, make)(out, progress)
+    stream.check_lanes_at_once(lanes_at_once)
+    results = stream.empty_results(experiment, settings, methods, intervals, parts.measures)
+    results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
 
-    return run
+    def make(group: list[learners.Method]) -> tuple[stream.Train, plan.Program]:
+        program = stream.program_of(group, settings, lanes_at_once)
+        return functools.partial(_train, parts, settings, group, annealed, lanes_at_once), program
+
+    return stream.prepare_methods(results, methods, make)
 
 
 class _Lane(NamedTuple):
@@ -203,7 +208,7 @@ def _train(
     settings: Settings,
     group: list[learners.Method],
     annealed: bool,
-    out: Path,
+    lanes_at_once: int | None,
     seeds: np.ndarray,
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
@@ -259,11 +264,12 @@ def _train(
     def finish(lanes: _Lane) -> None:
         for number, method in enumerate(group):  # the first seed of each
             state = jax.tree.map(lambda x, row=number * settings.seeds: x[row], lanes.agent)
-            save_episode(parts, settings, method, state, out / f"episode-{_file_name(method.label)}.html")
+            save_episode(
+                parts, settings, method, state, checkpoint.path.parent / f"episode-{_file_name(method.label)}.html"
+            )
 
-    return training.run_lanes(
-        first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint, finish=finish
-    )
+    how = {"mode": settings.lanes, "checkpoint": checkpoint, "finish": finish, "lanes_at_once": lanes_at_once}
+    return training.run_lanes(first, go_on, None, seeds, numbers, intervals, **how)
 
 
 def save_episode(parts: Parts, settings: Settings, method: learners.Method, state: ppo.State, path: Path) -> Path:

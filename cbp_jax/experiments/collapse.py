@@ -136,9 +136,9 @@ def make_network(settings: Settings, action_size: int, options: Mapping[str, Any
 PARTS = agents.Parts(check, make_env, make_network, agents.MEASURES)
 
 
-def job(settings: Settings) -> stream.Job:
+def job(settings: Settings, *, lanes_at_once: int | None = None) -> stream.Job:
     """Prepares what trains agents; see `agents.job`."""
-    return agents.job("policy_collapse", PARTS, settings, annealed=settings.anneal)
+    return agents.job("policy_collapse", PARTS, settings, annealed=settings.anneal, lanes_at_once=lanes_at_once)
 
 
 policy_collapse = Experiment(

@@ -1,6 +1,7 @@
 """What an experiment is: one object of one dataclass."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,31 @@ class Experiment:
             stream.check_dataset(dataset)
         return self.presets[name](dataset)
 
-    def prepare(self, settings: Any, asked_for: Collection[str] = ()) -> Job:
+    def prepare(self, settings: Any, asked_for: Collection[str] = (), *, lanes_at_once: int | None = None) -> Job:
         """Checks all settings, loads the data and makes the networks; nothing is computed or written.
 
         Args:
           settings: what to run.
           asked_for: names of settings that are not to be made to fit where they do not, as "measured_examples" is, but
             refused.
+          lanes_at_once: the most lanes (methods times seeds) that the devices hold; the others wait in the host's
+            memory. By default all, or as many as the devices have memory for. Results are the same, to the last bit
+            where lanes run in turn ("map"), and within rounding where they run together.
 
         Returns:
-          what runs it, of a folder and of what is told of progress, as in `run`.
+          what runs it, of a folder and of what is told of progress, as in `run`. That of methods that run as lanes has
+          a `plan`.
 
         Raises:
-          ValueError: a setting is out of range or unknown.
+          ValueError: a setting is out of range or unknown, or `lanes_at_once` is given where methods are no lanes.
           cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
         """
         if self.job is not None:
-            return self.job(settings)
+            if lanes_at_once is None:
+                return self.job(settings)
+            if "lanes_at_once" not in inspect.signature(self.job).parameters:
+                raise ValueError(f"lanes_at_once must be left out: {self.name} has none, got {lanes_at_once}")
+            return self.job(settings, lanes_at_once=lanes_at_once)
         methods = self.check(settings)
         return stream.prepare(
             self.name,
@@ -115,6 +124,7 @@ class Experiment:
             train=self.train and self.train(settings),
             measures=self.measures and self.measures(settings),
             curves=self.curves and self.curves(settings),
+            lanes_at_once=lanes_at_once,
             **self.network(settings),
         )
 

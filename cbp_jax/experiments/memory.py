@@ -93,26 +93,57 @@ def check_images(count: int, size: int) -> None:
         )
 
 
-def check_states(learner: Learner, methods: Sequence[Method], seeds: int) -> None:
-    """Refuses states of lanes, networks and what optimizers keep of them, that the devices have no memory for.
+def check_states(learner: Learner, methods: Sequence[Method], seeds: int) -> int:
+    """Refuses states of lanes, networks and what optimizers keep of them, that this machine has no memory for.
 
     Args:
       learner: of the methods.
       methods: that run together.
       seeds: of each.
 
+    Returns:
+      bytes of the state of a lane.
+
     Raises:
-      ValueError: they take more than there is.
+      ValueError: all together take more than the host has, where those wait that the devices do not hold; or a lane
+        takes more than a device has.
     """
     numbers = {name: jnp.float32(value) for name, value in methods[0].hyperparameters.items()}
     state = jax.eval_shape(lambda: init_state(learner, 0, numbers))
     lane = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    needed, there = lane * len(methods) * seeds, _of_devices()
+    needed, there = lane * len(methods) * seeds, _of_host()
     if needed > there:
         raise ValueError(
             f"seeds={seeds} with {len(methods)} method{'s' * (len(methods) > 1)} that run together keep networks and "
             f"optimizers of {needed / _GIB:,.0f} GiB, and there are {there / _GIB:,.0f} GiB of memory for them"
         )
+    if lane > _of_device():
+        raise ValueError(
+            f"method {methods[0].text!r} keeps a network and an optimizer of {lane / _GIB:,.0f} GiB, and a device has "
+            f"{_of_device() / _GIB:,.0f} GiB of memory"
+        )
+    return lane
+
+
+def lanes_that_fit(lane: int, count: int, shared: int = 0) -> int | None:
+    """How many lanes the devices have memory for; an estimate.
+
+    Each lane is counted twice, as gradients and updates are as large as networks, and a tenth of the memory is left to
+    what is measured.
+
+    Args:
+      lane: bytes of the state of a lane.
+      count: how many lanes there are.
+      shared: bytes of the data, which every device holds.
+
+    Returns:
+      the number, at least one; None where all fit, as they always do on a CPU, whose memory is the host's.
+    """
+    if jax.default_backend() == "cpu":
+        return None
+    devices = len(jax.local_devices())
+    fitting = devices * max(int((0.9 * _of_device() - shared) // (2 * lane)), 1) if _of_device() < math.inf else count
+    return fitting if fitting < count else None
 
 
 def _of_host() -> float:
@@ -123,9 +154,8 @@ def _of_host() -> float:
         return float("inf")
 
 
-def _of_devices() -> float:
-    """Bytes of memory of the devices that JAX uses."""
+def _of_device() -> float:
+    """Bytes of memory of the smallest device that JAX uses."""
     if jax.default_backend() == "cpu":
         return _of_host()
-    limits = [(device.memory_stats() or {}).get("bytes_limit", float("inf")) for device in jax.local_devices()]
-    return sum(limits)
+    return min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in jax.local_devices())

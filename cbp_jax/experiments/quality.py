@@ -492,7 +492,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     activations = results.method.values.tolist()
     bin_size = max(1, results.sizes["task"] // 25)
     every = int(results.step.values[1] - results.step.values[0]) if results.sizes["task"] > 1 else 1
-    with plots._rc():
+    with plots.style_of_pictures():
         figure = Figure(figsize=(2.6 * len(activations) + 0.6, 4.6), layout="constrained")
         axes = figure.subplots(len(LEVELS), len(activations), sharex=True, sharey=True, squeeze=False)
         for i, level in enumerate(LEVELS):

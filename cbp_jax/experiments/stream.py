@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from cbp_jax import curvature, data, losses, nets, training
 from cbp_jax.experiments import folder, learners, memory
+from cbp_jax.experiments.plan import Plan, Program
 from cbp_jax.problems import Problem
 
 MOST_STEPS = 2**31 - 1  # they are counted in int32
@@ -19,7 +21,9 @@ SAVE_EVERY = 2.0  # seconds between two writings of the results
 CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
 
 
-# labels of the methods that ran, lanes that finished a task, means of what was measured
+# Labels of the methods that ran, lanes that finished a task, means of what was measured, over lanes that have a number.
+# An object may have methods besides: `task_done(method, task, means)`, called for each method alone, and
+# `diverged(method, seed, task)`, in place of a warning where the loss of a lane is not finite any more; tasks from 0.
 Progress = Callable[[str, int, dict[str, float]], None]
 # folder, progress -> results; everything is checked
 Job = Callable[[Path, Progress | None], Any]
@@ -225,8 +229,9 @@ def prepare(
     train: Callable[..., Iterator[dict[str, Any]]] | None = None,
     measures: Mapping[str, str] | None = None,
     curves: Mapping[str, Curve] | None = None,
+    lanes_at_once: int | None = None,
     **network: Any,
-) -> Job:
+) -> "Prepared":
     """Checks settings that depend on the stream of tasks, and makes the learners.
 
     Args:
@@ -238,6 +243,7 @@ def prepare(
       train: what takes the place of `training.run_tasks`.
       measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
       curves: what it measures of a task at several points, by name.
+      lanes_at_once: the most lanes that the devices hold; by default all, or as many as they have memory for.
       **network: how to make the network, see `learners.make_learner`.
 
     Returns:
@@ -275,7 +281,9 @@ def prepare(
     numbers_each = len(measures) + sum(len(curve.points) for curve in (curves or {}).values())
     memory.check_results(len(methods), settings.seeds, settings.tasks, numbers_each)
 
-    def make(group: list[learners.Method]) -> Train:
+    check_lanes_at_once(lanes_at_once)
+
+    def make(group: list[learners.Method]) -> tuple[Train, Program]:
         learner = learners.make_learner(
             group,
             settings.hidden,
@@ -284,10 +292,15 @@ def prepare(
             problem.num_classes,
             **{"network": getattr(settings, "network", "mlp"), **network},
         )
-        memory.check_states(learner, group, settings.seeds)
+        lane, shared = memory.check_states(learner, group, settings.seeds), _size_of(problem.data)
+        program = program_of(group, settings, lanes_at_once)._replace(lane_bytes=lane, shared_bytes=shared)
+        if lanes_at_once is None:
+            program = program._replace(at_once=memory.lanes_that_fit(lane, program.lanes, shared))
+        # Not every function that trains knows of batches.
+        in_batches = {} if program.at_once is None else {"lanes_at_once": program.at_once}
         if group[0].curvature:
             _check_curvature(learner, problem, group[0].text)
-        return lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
+        run = lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
             learner,
             problem,
             seeds,
@@ -298,10 +311,29 @@ def prepare(
             measure_every=every,
             dormant_threshold=dormant_threshold,
             checkpoint=checkpoint,
+            **in_batches,
         )
+        return run, program
 
     empty = empty_results(experiment, settings, methods, settings.tasks, measures)
     return prepare_methods(with_curves(empty, curves or {}), methods, make)
+
+
+def check_lanes_at_once(lanes: int | None) -> None:
+    """Raises a ValueError if a number of lanes is given and less than 1."""
+    if lanes is not None and lanes < 1:
+        raise ValueError(f"lanes_at_once must be at least 1, got {lanes}")
+
+
+def program_of(group: Sequence[learners.Method], settings: Any, lanes_at_once: int | None) -> Program:
+    """The plan of methods that run as lanes of one program."""
+    labels = tuple(method.label for method in group)
+    return Program(labels, len(group) * settings.seeds, at_once=lanes_at_once)
+
+
+def _size_of(data: Any) -> int:
+    """Bytes of arrays."""
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(data))
 
 
 def empty_results(
@@ -356,37 +388,57 @@ def _check_curvature(learner: training.Learner, problem: Problem, method: str) -
         raise ValueError(f"method {method!r} needs the network's curvature: {error}") from error
 
 
+class Prepared(NamedTuple):
+    """Methods that are ready to run: a `Job` that tells its plan.
+
+    Attributes:
+      results: empty.
+      groups: methods that run as lanes of one program, and what trains them.
+      plan: what is compiled, and the memory that it takes.
+    """
+
+    results: Any
+    groups: list[tuple[list[learners.Method], Train]]
+    plan: Plan
+
+    def __call__(self, out: Path, progress: Progress | None = None) -> Any:
+        """Runs the methods, fills the results, and keeps them and the state on disk; see `prepare_methods`."""
+        from cbp_jax import report
+
+        out = Path(out)
+        with training.one_blas_thread(), folder.opened(self.results, out) as found:
+            found.attrs.pop("failed", None)  # of an earlier process
+            report.save_results(found, out)
+            try:
+                for group, train in self.groups:
+                    _run_group(found, group, train, out, progress)
+            except Exception as error:
+                found.attrs["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise
+            finally:
+                report.save_results(found, out)
+        return found
+
+
 def prepare_methods(
-    results: Any, methods: Sequence[learners.Method], make: Callable[[list[learners.Method]], Train]
-) -> Job:
+    results: Any, methods: Sequence[learners.Method], make: Callable[[list[learners.Method]], tuple[Train, Program]]
+) -> Prepared:
     """Prepares what runs methods with all seeds, fills the results, and keeps them and the state on disk.
 
     Args:
       results: empty, of `empty_results`; one of its measures is `replaced_units`, which tells what has been run.
       methods: what to run.
-      make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them.
+      make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them,
+        and the plan of it.
 
     Returns:
       a function of a folder and of progress as in `run`, to the results, of which those on disk are a part. It raises
       a BlockingIOError where another run is at work in the folder, and a ValueError where the folder holds another run,
       or a state that cannot be used; both are left as they are.
     """
-    groups = [(group, make(group)) for group in _compiled_together(methods)]
-
-    def job(out: Path, progress: Progress | None = None) -> Any:
-        from cbp_jax import report
-
-        out = Path(out)
-        with training.one_blas_thread(), folder.opened(results, out) as found:
-            report.save_results(found, out)
-            try:
-                for group, train in groups:
-                    _run_group(found, group, train, out, progress)
-            finally:
-                report.save_results(found, out)
-        return found
-
-    return job
+    groups = [(group, *make(group)) for group in _compiled_together(methods)]
+    plan = Plan(tuple(program for *_, program in groups), results.sizes["seed"], results.sizes["task"])
+    return Prepared(results, [(group, train) for group, train, _ in groups], plan)
 
 
 def _run_group(results: Any, group: list[learners.Method], train: Train, out: Path, progress: Progress | None) -> None:
@@ -413,19 +465,57 @@ def _run_group(results: Any, group: list[learners.Method], train: Train, out: Pa
         name: np.repeat([method.hyperparameters[name] for method in group], len(seeds))
         for name in group[0].hyperparameters
     }
-    saved = time.monotonic()
+    report.records.resume(results)
+    saved = since = time.monotonic()
     rows_of_tasks = train(np.tile(seeds, len(group)), numbers, checkpoint)
     for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
         by_method = lambda values: values.reshape(len(group), len(seeds), *values.shape[1:])
         rows = {name: by_method(values) for name, values in measured.items()}
         report.record_task(results, task, rows, methods=labels)
-        if time.monotonic() - saved > SAVE_EVERY:
+        now = time.monotonic()
+        report.records.add_seconds(results, labels, now - since)
+        since = now
+        diverged = report.mark_diverged(results, task, labels)
+        if now - saved > SAVE_EVERY:
             report.save_results(results, out)
             saved = time.monotonic()
-        if progress is not None:
-            means = {name: float(np.mean(values)) for name, values in measured.items()}
-            progress(", ".join(labels), len(group) * len(seeds), means)
+        _tell(progress, results, group, task, measured, diverged)
     checkpoint.delete()
+
+
+def _tell(
+    progress: Progress | None,
+    results: Any,
+    group: list[learners.Method],
+    task: int,
+    measured: Mapping[str, np.ndarray],
+    diverged: Sequence[tuple[str, int]],
+) -> None:
+    """Tells of a task that a group has done, and of lanes that diverged in it."""
+    for method, seed in diverged:
+        if hasattr(progress, "diverged"):
+            progress.diverged(method, seed, task)
+        else:
+            warnings.warn(diverged_text(method, seed, task), RuntimeWarning, stacklevel=2)
+    if progress is None:
+        return
+    labels, seeds = [method.label for method in group], results.sizes["seed"]
+    if hasattr(progress, "task_done"):
+        for number, label in enumerate(labels):
+            rows = slice(number * seeds, (number + 1) * seeds)
+            progress.task_done(label, task, {name: _finite_mean(values[rows]) for name, values in measured.items()})
+    progress(", ".join(labels), len(measured["replaced_units"]), {k: _finite_mean(v) for k, v in measured.items()})
+
+
+def diverged_text(method: str, seed: int, task: int) -> str:
+    """What is said of a lane that diverges; `task` counts from 0, the text from 1."""
+    return f"{method} diverged with seed {seed} in task {task + 1}: its loss is not finite; the other lanes go on"
+
+
+def _finite_mean(values: np.ndarray) -> float:
+    """Of the lanes that have a number."""
+    finite = np.asarray(values)[np.isfinite(values)]
+    return float(np.mean(finite)) if finite.size else math.nan
 
 
 def _numbers(method: learners.Method, taken: set[str]) -> dict[str, float]:

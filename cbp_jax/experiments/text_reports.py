@@ -153,7 +153,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
 
     tasks = results.name.values.tolist()
     methods = [method for method in results.method.values.tolist() if method != PROBE]
-    with plots._rc():
+    with plots.style_of_pictures():
         figure = Figure(figsize=(2.1 * len(tasks) + 0.8, 4.4), layout="constrained")
         axes = figure.subplots(2, len(tasks), sharey="col", squeeze=False)
         for row, (measure, dim) in enumerate((("ticket_accuracy", "density"), ("dimension_accuracy", "dimensions"))):
@@ -217,7 +217,7 @@ def heat_maps(
 
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
-    with plots._rc():
+    with plots.style_of_pictures():
         size = 0.42 * len(columns) + 0.9, 0.34 * len(rows) + 0.7
         figure = Figure(figsize=(max(size[0] * across + 0.9, 3.2), size[1] * down + 0.5), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False).ravel()

@@ -1,9 +1,13 @@
 """From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
 
+from cbp_jax.report import records
 from cbp_jax.report.comparison_plots import plot_differences, plot_search
 from cbp_jax.report.comparisons import Estimate, comparison_table, estimate, paired_differences
+from cbp_jax.report.divergence import diverged_tasks, mark_diverged
+from cbp_jax.report.grids import plot_grid, sensitivity
 from cbp_jax.report.network import plot_units
 from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates, save_figures
+from cbp_jax.report.records import list_runs, runs_table
 from cbp_jax.report.results import (
     VALIDATION_MEASURES,
     join_results,
@@ -22,16 +26,20 @@ __all__ = [
     "best_variants",
     "blocks_of_tasks",
     "comparison_table",
+    "diverged_tasks",
     "estimate",
     "finished_tasks",
     "join_results",
     "last_tenth",
+    "list_runs",
     "load_results",
+    "mark_diverged",
     "new_results",
     "paired_differences",
     "plot_accuracies",
     "plot_densities",
     "plot_differences",
+    "plot_grid",
     "plot_run",
     "plot_search",
     "plot_sensitivity",
@@ -40,8 +48,11 @@ __all__ = [
     "plot_units",
     "plot_updates",
     "record_task",
+    "records",
+    "runs_table",
     "save_figures",
     "save_results",
+    "sensitivity",
     "stream_measures",
     "summarize_tickets",
     "summary",

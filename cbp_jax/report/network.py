@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbp_jax.report.plots import _rc
+from cbp_jax.report.plots import style_of_pictures
 from cbp_jax.report.results import require
 from cbp_jax.units import LeftOut, UnitGroup, Units
 
@@ -64,7 +64,7 @@ def plot_units(units: Sequence[UnitGroup], path: str | Path | None = None) -> Fi
     notes = _notes(units, rows, writes)
     width = max(lanes.values()) + 1
     left, right = (_LETTER * max(map(len, texts)) for texts in ([_layer(row) for row in rows], notes.values()))
-    with _rc():
+    with style_of_pictures():
         figure = Figure(
             figsize=(left + right + _LANE * (width + 1) + 0.3, _ROW * len(rows) + 0.55), layout="constrained"
         )

@@ -12,10 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cbp_jax.report.divergence import before_divergence, diverged_tasks
+from cbp_jax.report.grids import plot_grid, swept_settings
 from cbp_jax.report.looks import PALETTE, Look, Style, looks_of, readable
 from cbp_jax.report.results import load_results, require
 from cbp_jax.report.statistics import (
@@ -94,6 +96,7 @@ _UPDATE_PANELS = _panels(
 
 
 _MOST_LINES = 8  # beyond this, lines cannot be told apart: one variant of each learner is drawn
+_CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5, "linestyle": "none", "zorder": 5, "gid": "diverged"}
 _HANDLE = 3.6  # length of a line in the legend, in ems, so that its dashes repeat
 
 _RC = {
@@ -129,7 +132,8 @@ def plot_run(
 ) -> list[Path]:
     """Draws the pictures of a run.
 
-    ``tasks``, ``updates`` where these were measured, and ``sensitivity`` where a learner has several variants.
+    ``tasks``, ``updates`` where these were measured, ``sensitivity`` where a learner has several variants, and ``grid``
+    where several settings of a learner were swept.
 
     Args:
       run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
@@ -157,6 +161,9 @@ def plot_run(
         figures["updates"] = plot_updates(results, bin_size=bin_size)
     if _swept(results):
         figures["sensitivity"] = plot_sensitivity(results)
+    swept = [variant for variants in swept_settings(results, _started(results)).values() for variant in variants]
+    if len(set(swept)) < len(swept):
+        figures["grid"] = plot_grid(results)
     return save_figures(figures, out, formats)
 
 
@@ -167,7 +174,7 @@ def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str
     for name, figure in figures.items():
         for kind in formats:
             paths.append(out / f"{name}.{kind}")
-            with _rc():
+            with style_of_pictures():
                 figure.savefig(paths[-1])
     return paths
 
@@ -236,11 +243,11 @@ def _plot_panels(
 
     chosen = methods is None and len(_started(results)) > _MOST_LINES
     if methods is None:
-        methods = best_variants(results) if chosen else _started(results)
+        methods = best_variants(results) if chosen else _begun(results)
     else:
         for method in methods:
             _check(method in results.method.values, "methods", method, results.method.values.tolist())
-        methods = [method for method in methods if method in _started(results)]
+        methods = [method for method in methods if method in _begun(results)]
     if not methods:
         raise ValueError("results: no task has finished, so there is nothing to draw")
     panels = [panel for panel in panels if panel.measure in results]
@@ -250,7 +257,7 @@ def _plot_panels(
         raise ValueError(f"bin_size must be at least 1; got {bin_size}")
 
     styles = _styles(results, methods)
-    with _rc():
+    with style_of_pictures():
         columns = min(columns, len(panels))
         rows = math.ceil(len(panels) / columns)
         width = 3.6 * columns if columns < 3 else 3.0 * columns
@@ -269,6 +276,7 @@ def _plot_panels(
         for ax in axes[len(panels) :]:
             ax.remove()
         handles = {line.get_gid(): line for line in axes[0].lines}
+        _mark_diverged(axes[0], results, methods, handles)
         figure.legend(
             [handles[method] for method in methods],
             names,
@@ -280,6 +288,7 @@ def _plot_panels(
         note = _seeds_note(results, methods)
         note += f"; bins of {bin_size} {'intervals' if _over_steps(results) else 'tasks'}" if bin_size > 1 else ""
         note += "; the best variant of each learner" if chosen else ""
+        note += _diverged_note(results, methods)
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
 
@@ -312,12 +321,9 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     if not swept:
         raise ValueError("results: no learner has finished tasks with several values of a hyperparameter")
     all_learners = [learner for learners in swept.values() for learner in learners]
-    if is_accuracy(performance(results)):
-        label = "Correct, last tenth of tasks (%)"
-    else:
-        label = _PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
+    label = performance_label(results)
     styles = _learner_styles(results, list(dict.fromkeys(all_learners)))
-    with _rc():
+    with style_of_pictures():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
         rows = math.ceil(len(swept) / columns)
         figure = Figure(figsize=(7.2 if columns > 1 else 3.6, 2.5 * rows + 0.25), layout="constrained")
@@ -331,8 +337,16 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
         note = _seeds_note(results, swept_methods)
         if any(_unfinished(results, method) for method in swept_methods):
             note += "; hollow: unfinished"
+        note += _diverged_note(results, [m for m in results.method.values if _learner(results, m) in all_learners])
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
     return figure
+
+
+def performance_label(results: xr.Dataset) -> str:
+    """How an axis of the final performance is named."""
+    if is_accuracy(performance(results)):
+        return "Correct, last tenth of tasks (%)"
+    return _PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
 
 
 def best_variants(results: xr.Dataset) -> list[str]:
@@ -365,8 +379,8 @@ def _draw_panel(
 ) -> None:
     means = []
     for i, method in enumerate(methods):
-        values = results[panel.measure].loc[{"method": method}].transpose("seed", "task").values
-        task, mean, low, high = _binned(panel.scale * values.astype(np.float64), bin_size, _over_steps(results))
+        values = before_divergence(results, method, panel.measure)
+        task, mean, low, high = _binned(panel.scale * values, bin_size, _over_steps(results))
         if _over_steps(results):
             task = np.interp(task, results.task.values + 1.0, results.step.values / 1e6)
         style, main = styles[method], _look(results, _learner(results, method)).strong
@@ -433,6 +447,11 @@ def _draw_sensitivity(
         ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
     else:
         ax.set_xscale("log")
+    of_learners = [method for method in results.method.values.tolist() if _learner(results, method) in learners]
+    diverged = {
+        float(results[hyperparameter].loc[{"method": method}]) for method in _with_diverged(results, of_learners)
+    }
+    mark_values(ax, sorted(value for value in diverged if not math.isnan(value)))
     tried = sorted({x for line in ax.lines for x in line.get_xdata()})
     if len(tried) <= 6:  # more would overlap, unlike the powers of ten
         ax.set_xticks(tried, [f"{value:g}" for value in tried])
@@ -577,6 +596,40 @@ def _started(results: xr.Dataset) -> list[str]:
     return [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
 
 
+def _begun(results: xr.Dataset) -> list[str]:
+    """Those, and methods of which every seed has diverged."""
+    started = _started(results)
+    all_diverged = lambda method: np.isfinite(diverged_tasks(results, method)).all()
+    return [method for method in results.method.values.tolist() if method in started or all_diverged(method)]
+
+
+def _with_diverged(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
+    return [method for method in methods if np.isfinite(diverged_tasks(results, method)).any()]
+
+
+def _diverged_note(results: xr.Dataset, methods: Sequence[str]) -> str:
+    return "; cross: a seed diverged, and is left out" if _with_diverged(results, methods) else ""
+
+
+def _mark_diverged(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines: Mapping[str, Any]) -> None:
+    """A cross on a method's line where a seed diverged; at the bottom where there is no line."""
+    for method in _with_diverged(results, methods):
+        x, y = lines[method].get_data()
+        for task in np.unique(diverged_tasks(results, method)[np.isfinite(diverged_tasks(results, method))]):
+            at = float(results.step.values[int(task)]) / 1e6 if _over_steps(results) else task + 1
+            if len(x):
+                ax.plot([at], [np.interp(at, x, y)], **_CROSS, color=lines[method].get_color())
+            else:
+                mark_values(ax, [at], lines[method].get_color())
+
+
+def mark_values(ax: Axes, values: Sequence[float], color: str = "black") -> None:
+    """Crosses at the bottom of a panel, at values of its horizontal axis."""
+    if len(values):
+        heights = np.full(len(values), 0.03)
+        ax.plot(values, heights, **_CROSS, color=color, transform=ax.get_xaxis_transform(), clip_on=False)
+
+
 def _unfinished(results: xr.Dataset, method: str) -> bool:
     return finished_tasks(results, method)[1] < results.sizes["task"]
 
@@ -586,7 +639,7 @@ def _check(good: bool, name: str, value: object, allowed: list) -> None:
         raise ValueError(f"{name}: got {value!r}; these results have {allowed}")
 
 
-def _rc() -> AbstractContextManager:
+def style_of_pictures() -> AbstractContextManager:
     """Our settings for the time of a drawing; the user's come back after it."""
     matplotlib = require("matplotlib")
     # Without the backend: rc_context, which puts the rest back, leaves it as it was set last.

@@ -144,7 +144,8 @@ def new_results(
       A dataset with a float32 variable [method, seed, task] for each measure; the coordinates ``method`` and
       ``learner`` (strings) and one float64 coordinate for each hyperparameter along ``method`` (NaN where a
       method has no such hyperparameter), ``seed`` and ``task`` (integers); and the attributes ``experiment``,
-      ``settings``, ``versions`` and, where given, ``looks`` (the last three are JSON).
+      ``settings``, ``versions``, ``device``, ``command`` and ``commit`` (see :func:`records.origin`) and, where given,
+      ``looks``; of these, settings, versions and looks are JSON.
 
     Raises:
       ValueError: a label is given twice, the lengths differ, there is nothing to run, or a hyperparameter is
@@ -187,6 +188,8 @@ def new_results(
                     f"hyperparameters: {name} of {methods[i]!r} must be a number; got {value!r}"
                 ) from error
 
+    from cbp_jax.report import records  # which reads results
+
     shape = (len(methods), len(seeds), tasks)
     return xr.Dataset(
         {
@@ -204,6 +207,7 @@ def new_results(
             "experiment": experiment,
             "settings": settings_json(settings),
             "versions": json.dumps(_versions(), sort_keys=True),
+            **records.origin(),
             **({looks_lib.ATTRIBUTE: looks_lib.to_json(looks)} if looks else {}),
         },
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbp_jax.report.divergence import diverged_tasks, told
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -90,15 +92,15 @@ def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
       method: label of the method.
 
     Returns:
-      The seeds that have finished a task, as indices, and the number of tasks that all of those have
-      finished.
+      The seeds that have finished a task and have not diverged, as indices, and the number of tasks that all of those
+      have finished.
 
     Raises:
       ValueError: no ``accuracy`` or ``loss`` [method, seed, task] in the results, by which to know a finished task.
     """
     values = results[performance(results)]
     done = np.isfinite(values.loc[{"method": method}].transpose("seed", "task").values)
-    seeds = np.flatnonzero(done.any(1))
+    seeds = np.flatnonzero(done.any(1) & np.isnan(diverged_tasks(results, method)))
     return seeds, int(done[seeds].all(0).cumprod().sum()) if len(seeds) else 0
 
 
@@ -123,7 +125,8 @@ def summary(results: xr.Dataset) -> str:
     last tenth of the tasks it has finished (the best being that of the best mean over seeds), how much of the best was
     lost at the end (a difference within each seed), the mean plasticity over all tasks where it was measured, and the
     dead units of the last tenth in percent, or dormant ones where only these were counted. Performances are the mean
-    over seeds and half the width of its 95% confidence interval (Student's t), which takes at least two seeds.
+    over seeds and half the width of its 95% confidence interval (Student's t), which takes at least two seeds. Seeds
+    that diverged are left out, and named below the table.
 
     Args:
       results: results of a run.
@@ -165,7 +168,8 @@ def summary(results: xr.Dataset) -> str:
     experiment = results.attrs.get("experiment", "run")
     what = measure.replace("_", " ") + (" in percent" if is_accuracy(measure) else "")
     title = f"{experiment}: {what}, mean over seeds ± half its 95% confidence interval"
-    return "\n".join([title, "", rows[0], "-" * len(rows[0]), *rows[1:]])
+    notes = told(results)
+    return "\n".join([title, "", rows[0], "-" * len(rows[0]), *rows[1:], *([""] if notes else []), *notes])
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:

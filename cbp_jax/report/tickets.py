@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbp_jax.report.looks import PALETTE, Look, looks_of, readable
-from cbp_jax.report.plots import _HANDLE, _rc, save_figures
+from cbp_jax.report.plots import _HANDLE, save_figures, style_of_pictures
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import interval_text
 
@@ -67,7 +67,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
     from matplotlib.figure import Figure
 
     rounds = _finished(results)
-    with _rc():
+    with style_of_pictures():
         figure = Figure(figsize=(3.0 * len(_PANELS), 2.7), layout="constrained")
         axes = figure.subplots(1, len(_PANELS))
         for letter, ax, (measure, label) in zip("abc", axes, _PANELS.items(), strict=True):
@@ -122,7 +122,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
         panels.append(chosen)
         for number in chosen:
             styles.setdefault(number, PALETTE[len(styles) % len(PALETTE)])
-    with _rc():
+    with style_of_pictures():
         figure = Figure(figsize=(9.0, 3.0), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True)
         iteration = results.iteration.values

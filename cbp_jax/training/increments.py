@@ -143,6 +143,7 @@ def run_increments(
     *,
     mode: str = "auto",
     checkpoint: Checkpoint | None = None,
+    lanes_at_once: int | None = None,
     **settings: Any,
 ) -> Iterator[dict[str, Any]]:
     """Trains all lanes on the first increments.
@@ -155,6 +156,7 @@ def run_increments(
       tasks: how many increments.
       mode: how the lanes of a device run, see `Lanes`.
       checkpoint: where the state is kept. A run goes on from the state found there.
+      lanes_at_once: the most lanes that the devices hold, by default all; see `Lanes`.
       **settings: of `run_increment`.
 
     Yields:
@@ -162,7 +164,8 @@ def run_increments(
     """
     go_on = lambda data, state: run_increment(learner, problem, data, state, **settings)
     start = lambda seed, values: init_state(learner, seed, values)
-    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint)
+    how = {"mode": mode, "checkpoint": checkpoint, "lanes_at_once": lanes_at_once}
+    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, **how)
 
 
 def _measure(learner: Learner, params: optax.Params, x: chex.Array, dormant_threshold: float) -> dict[str, chex.Array]:

@@ -44,9 +44,11 @@ class Lanes:
       count: number of lanes.
       mode: "vmap", "map" (in turn), or "auto", which is "map" on a CPU and "vmap" elsewhere.
       devices: the devices to use, by default all of the default backend, as many as there are lanes.
+      at_once: the most lanes that are on the devices at once, by default all. The others wait in the host's memory, and
+        every call moves them there and back.
 
     Raises:
-      ValueError: no lanes, or an unknown mode.
+      ValueError: no lanes, none at once, or an unknown mode.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,18 +58,32 @@ class Lanes:
       [0.0, 2.0, 4.0]
     """
 
-    def __init__(self, count: int, mode: LaneMode = "auto", devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        count: int,
+        mode: LaneMode = "auto",
+        devices: Sequence[jax.Device] | None = None,
+        at_once: int | None = None,
+    ):
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         if mode not in ("auto", "vmap", "map"):
             raise ValueError(f"mode must be 'auto', 'vmap' or 'map', got {mode!r}")
-        devices = list(jax.devices() if devices is None else devices)[:count]
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"at_once must be at least 1, got {at_once}")
+        at_once = min(at_once or count, count)
+        devices = list(jax.devices() if devices is None else devices)[:at_once]
         self.count = count
         self.mode = mode if mode != "auto" else "map" if devices[0].platform == "cpu" else "vmap"
         self.mesh = jax.sharding.Mesh(np.asarray(devices), ("lane",))
-        self._padded = count + -count % len(devices)
-        # The lanes of one call; not a `lax.map` over all, as XLA runs the insides of loops on one thread.
-        self._chunk = self._padded if self.mode == "vmap" else len(devices)
+        self._waiting = at_once < count
+        # The lanes of one call; not a `lax.map` over all, as XLA runs the insides of loops on one thread. Batches are
+        # of one size, which is one program.
+        batches = -(-count // at_once)
+        self._chunk = -(-count // (batches * len(devices))) * len(devices) if self.mode == "vmap" else len(devices)
+        if self._waiting:
+            self._chunk = min(self._chunk, at_once // len(devices) * len(devices))
+        self._padded = count + -count % self._chunk
 
     def _sharding(self, *axes: str) -> jax.sharding.NamedSharding:
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
@@ -79,7 +95,7 @@ class Lanes:
     def scatter(self, tree: Any) -> tuple[Any, ...]:
         """Spreads arrays [count, ...] over the devices: one tree for each call that it takes to run all lanes.
 
-        Where the devices do not divide the lanes, the last lane is repeated.
+        Where the devices, or the lanes of a batch, do not divide the lanes, the last lane is repeated.
 
         Raises:
           ValueError: an array has another number of rows.
@@ -88,10 +104,11 @@ class Lanes:
             if array.shape[:1] != (self.count,):
                 raise ValueError(f"arrays must have {self.count} rows, one for each lane, got shape {array.shape}")
         rows = np.minimum(np.arange(self._padded), self.count - 1).reshape(-1, self._chunk)
-        return tuple(
-            jax.device_put(jax.tree.map(lambda array: array[chunk], tree), self._sharding("lane"))  # noqa: B023
-            for chunk in rows
-        )
+        chunks = [jax.tree.map(lambda array: array[chunk], tree) for chunk in rows]  # noqa: B023
+        return tuple(jax.device_get(chunk) if self._waiting else self._put(chunk) for chunk in chunks)
+
+    def _put(self, chunk: Any) -> Any:
+        return jax.device_put(chunk, self._sharding("lane"))
 
     def gather(self, chunks: tuple[Any, ...]) -> Any:
         """The arrays [count, ...] of all lanes, on the host."""
@@ -126,4 +143,8 @@ class Lanes:
             )(shared, *lane_args)
 
         compiled = jax.jit(chunk, donate_argnums=() if donate_lane is None else 1 + donate_lane)
-        return lambda shared, *lane_args: tuple(compiled(shared, *args) for args in zip(*lane_args, strict=True))
+        if self._waiting:
+            call = lambda shared, *args: jax.device_get(compiled(shared, *map(self._put, args)))
+        else:
+            call = compiled
+        return lambda shared, *lane_args: tuple(call(shared, *args) for args in zip(*lane_args, strict=True))

@@ -156,6 +156,7 @@ def run_tasks(
     checkpoint: Checkpoint | None = None,
     probe: Callable[[Any, TrainState], dict[str, chex.Array]] | None = None,
     probe_every: int = 1,
+    lanes_at_once: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Trains all lanes on a stream of tasks.
 
@@ -172,6 +173,7 @@ def run_tasks(
       checkpoint: where the state is kept. A run goes on from the state found there, after `checkpoint.tasks` tasks.
       probe: what else is measured of a lane before some tasks, see `run_lanes`.
       probe_every: before every so many tasks, from the first on.
+      lanes_at_once: the most lanes that the devices hold, by default all; see `Lanes`.
 
     Yields:
       after each task, NumPy arrays [lanes] of what `run_task` measures, and arrays [lanes, ...] of what the probe does.
@@ -211,6 +213,7 @@ def run_tasks(
         checkpoint=checkpoint,
         probe=probe,
         probe_every=probe_every,
+        lanes_at_once=lanes_at_once,
     )
 
 
@@ -227,6 +230,7 @@ def run_lanes(
     finish: Callable[[Any], None] | None = None,
     probe: Callable[[Any, Any], dict[str, chex.Array]] | None = None,
     probe_every: int = 1,
+    lanes_at_once: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Runs task after task on all lanes.
 
@@ -244,11 +248,12 @@ def run_lanes(
       probe: what else is measured of one lane before some tasks, `(data, state) -> measures`: a program of its own,
         for what takes long and changes nothing.
       probe_every: the probe runs before every so many tasks, from the first on.
+      lanes_at_once: as in `run_tasks`.
 
     Yields:
       after each task, NumPy arrays [lanes] of what was measured; what the probe measured only where it ran.
     """
-    lanes = Lanes(len(seeds), mode)
+    lanes = Lanes(len(seeds), mode, at_once=lanes_at_once)
     data = lanes.share(data)
     first = lanes.jit(lambda _, seed, values: start(seed, values))
     step = lanes.jit(go_on, donate_lane=0)

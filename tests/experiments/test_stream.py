@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -78,12 +79,19 @@ def whole(tmp_path_factory):
     return run(out), out
 
 
+def same(one, other):
+    """Whether results differ in nothing but the time that they took, and by what command."""
+    origins = ("seconds", "resumed", "command")
+    one, other = (part.assign_attrs({name: "" for name in origins}) for part in (one, other))
+    return one.identical(other)
+
+
 def assert_is_whole(results, out, whole):
     """To the last bit, in memory and on disk, and nothing else is left."""
     expected, _ = whole
     assert set(report.stream_measures(updates=True)) == set(expected.data_vars)
     assert all(np.isfinite(values).all() for values in expected.data_vars.values())
-    assert results.identical(expected) and load_results(out).identical(expected)
+    assert same(results, expected) and load_results(out).identical(results)
     assert [path.name for path in out.iterdir()] == ["results.nc"]
 
 
@@ -167,7 +175,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(training, "run_tasks", run_tasks)
     monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
-    monkeypatch.setattr(stream.memory, "check_states", lambda *args: None)
+    monkeypatch.setattr(stream.memory, "check_states", lambda *args: 1000)
     return asked
 
 
@@ -197,11 +205,116 @@ def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(a
     assert calls[1][2]["loss"] == 120.5
 
 
+BACKPROP = dataclasses.replace(SETTINGS, methods=("bp:step_size=0.1", "bp:step_size=0.05"), tasks=3, measure_every=None)
+
+
+class Listener(Calls):
+    """Remembers besides what a method did alone, and what diverged."""
+
+    def __init__(self):
+        super().__init__()
+        self.tasks, self.lost = [], []
+
+    def task_done(self, method, task, means):
+        self.tasks.append((method, task, means["loss"]))
+
+    def diverged(self, method, seed, task):
+        self.lost.append((method, seed, task))
+
+
+@pytest.mark.parametrize("mode", ["vmap", "map"])
+def test_a_lane_that_diverges_is_told_when_it_does_and_changes_no_other(tmp_path, mode):
+    healthy = dataclasses.replace(BACKPROP, lanes=mode)
+    sick = dataclasses.replace(healthy, methods=("bp:step_size=0.1", "bp:step_size=1e38"))
+    heard = Listener()
+    results = run(tmp_path / "sick", heard, sick)
+    bad = "bp(step_size=1e+38)"
+    assert heard.lost == [(bad, 0, 0)]  # once; the units of the other seed are all dead, and its loss is finite
+    assert np.isfinite(results.loss.loc[{"method": bad}]).any("task").values.tolist() == [False, True]
+    expected = run(tmp_path / "healthy", None, healthy)
+    for name, values in expected.data_vars.items():
+        np.testing.assert_array_equal(results[name][0], values[0], err_msg=name)
+    of_first = [loss for method, _, loss in heard.tasks if method == "bp(step_size=0.1)"]
+    np.testing.assert_allclose(of_first, expected.loss[0].mean("seed"), rtol=1e-6)
+    assert heard.tasks[0][:2] == ("bp(step_size=0.1)", 0) and len(heard.tasks) == 6
+    if mode == "map":  # nor is it there at all
+        alone = run(tmp_path / "alone", None, dataclasses.replace(healthy, methods=("bp:step_size=0.1",)))
+        for name, values in alone.data_vars.items():
+            np.testing.assert_array_equal(results[name][0], values[0], err_msg=name)
+    told = f"{bad}: 1 of 2 seeds diverged and are left out (seed 0 in task 1)"
+    assert stream.summary(results).endswith(told)
+
+
+def test_results_know_how_they_were_made_and_how_long_it_took(asked, tmp_path, monkeypatch):
+    first = run(tmp_path, None, FAKE)
+    assert set(report.records.seconds_of(first)) == set(first.method.values.tolist())
+    assert first.attrs["device"].startswith("cpu") and "resumed" not in first.attrs and "failed" not in first.attrs
+    stop(tmp_path / "more", after=2)
+    monkeypatch.setattr(sys, "argv", ["/bin/cbp-jax", "run", "again", "and again"])
+    (resumed,) = json.loads(run(tmp_path / "more", None, FAKE).attrs["resumed"])
+    assert resumed["command"] == "cbp-jax run again 'and again'" and resumed["device"] == first.attrs["device"]
+
+
+def test_a_run_that_fails_says_so_until_it_goes_on(asked, tmp_path):
+    def fail(*args):
+        raise RuntimeError("out of memory\nand so on")
+
+    with pytest.raises(RuntimeError):
+        run(tmp_path, fail, FAKE)
+    assert report.list_runs(tmp_path)[0].state == "failed: RuntimeError: out of memory; 4 of 18 tasks"
+    assert "failed" not in run(tmp_path, None, FAKE).attrs and report.list_runs(tmp_path)[0].state == "finished"
+
+
+@pytest.mark.parametrize("mode", [pytest.param("vmap", marks=pytest.mark.slow), "map"])
+def test_lanes_in_batches_give_the_results_of_all_together_and_go_on_the_same(tmp_path, mode):
+    settings = dataclasses.replace(BACKPROP, lanes=mode)
+    batched = lambda out, progress=None, at_once=3: stream.run(
+        "toy", settings, tiny_problem(), out, progress, lanes_at_once=at_once
+    )
+    together = run(tmp_path / "together", None, settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+        batched(tmp_path / "batches", Calls(2), at_once=2)
+    calls = Calls()
+    in_batches = batched(tmp_path / "batches", calls)
+    assert told_at_once(calls) == [4]
+    for name, values in together.data_vars.items():
+        if mode == "map":
+            np.testing.assert_array_equal(in_batches[name], values, err_msg=name)
+        else:
+            np.testing.assert_allclose(in_batches[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_the_plan_tells_programs_lanes_and_memory(monkeypatch):
+    job = stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=3)
+    cbp, upgd = job.plan.programs
+    assert [len(cbp.methods), cbp.lanes, cbp.at_once, len(upgd.methods), upgd.lanes] == [2, 4, 3, 1, 2]
+    weights = 6 * 4 + 4 + 4 * 3 + 3
+    assert 4 * weights < cbp.lane_bytes < 16 * weights and upgd.lane_bytes >= 2 * 4 * weights
+    assert cbp.shared_bytes >= 30 * 6
+    lines = job.plan.text(["device"]).splitlines()
+    assert lines[0] == "plan: 2 programs to compile, 6 lanes (3 methods x 2 seeds) of 4 tasks, on 1 device"
+    assert "4 lanes in 2 batches; at least " in lines[1] and "2 lanes; at least " in lines[2]
+    with pytest.raises(ValueError, match="lanes_at_once must be at least 1, got 0"):
+        stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=0)
+    # On an accelerator the number is found.
+    monkeypatch.setattr(stream.memory.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(stream.memory, "_of_device", lambda: 1000.0)
+    devices = len(jax.local_devices())
+    found = [stream.memory.lanes_that_fit(lane, 8 * devices, shared=100) for lane in (50, 100, 10_000)]
+    assert found == [None, 4 * devices, devices]
+
+
 def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_path):
     # Of a diverged lane the losses are not numbers, and yet it is done.
     settings = dataclasses.replace(FAKE, methods=(*FAKE.methods, "upgd:step_size=7"))
-    first = run(tmp_path, None, settings)
+    with pytest.warns(
+        RuntimeWarning, match=r"upgd\(step_size=7\) diverged with seed 1 in task 1: its loss is not finite"
+    ):
+        first = run(tmp_path, None, settings)
     assert np.isnan(first.loss.values[-1]).all()
+    assert first.diverged.loc[{"method": "upgd(step_size=7)"}].values.tolist() == [0, 0]
+    assert first.diverged[:-1].isnull().all()
     asked.clear()
     calls = Calls()
     again = run(tmp_path, calls, settings)
@@ -216,7 +329,7 @@ def test_a_run_that_was_stopped_after_its_last_task_does_what_was_left_and_leave
     recorded = load_results(tmp_path)
     asked.clear()
     again = run(tmp_path, None, FAKE)
-    assert [(name, done) for name, done, *_ in asked] == [(ADAM, 2)] and again.identical(recorded)
+    assert [(name, done) for name, done, *_ in asked] == [(ADAM, 2)] and same(again, recorded)
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
@@ -265,7 +378,7 @@ def test_a_damaged_state_is_refused_the_results_are_kept_and_without_it_they_are
         run(tmp_path, None, FAKE)
     assert finished_tasks(tmp_path) == [2, 0, 2]
     state.unlink()
-    assert run(tmp_path, None, FAKE).identical(whole)
+    assert same(run(tmp_path, None, FAKE), whole)
 
 
 def test_a_state_whose_results_are_gone_is_refused(asked, tmp_path):

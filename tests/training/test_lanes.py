@@ -58,6 +58,23 @@ def test_map_runs_a_lane_of_a_device_at_a_time_and_vmap_all_in_one_call():
     assert Lanes(3).mode == ("map" if jax.default_backend() == "cpu" else "vmap")
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_lanes_that_wait_on_the_host_give_the_same_by_one_program(mode):
+    every = arguments(7)
+    together, _ = run(Lanes(7, mode, jax.devices()[:1]), *every)
+    lanes = Lanes(7, mode, jax.devices()[:1], at_once=3)
+    in_batches, out = run(lanes, *every)
+    assert_same(together, in_batches)
+    assert {len(chunk["noise"]) for chunk in out} == ({3} if mode == "vmap" else {1})
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(out))  # no device holds them
+    assert len(Lanes(8, "vmap", jax.devices()[:1], at_once=5).scatter(np.arange(8))) == 2
+    traces = []
+    step = lanes.jit(lambda shared, lane: traces.append(None) or shared * lane, donate_lane=0)
+    once = step(lanes.share(jnp.float32(2)), lanes.scatter(jnp.arange(7.0)))
+    assert lanes.gather(step(lanes.share(jnp.float32(2)), once)).tolist() == [4.0 * lane for lane in range(7)]
+    assert len(traces) == 1
+
+
 def test_all_calls_share_one_compilation():
     traces = []
     lanes = Lanes(5, "map")
@@ -82,6 +99,7 @@ def test_the_donated_argument_is_given_up_and_no_other(mode):
     [
         ((0,), "count must be at least 1, got 0"),
         ((2, "pmap"), "mode must be 'auto', 'vmap' or 'map', got 'pmap'"),
+        ((2, "vmap", None, 0), "at_once must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
@@ -114,6 +132,8 @@ def check_two_devices():
     # The lane that fills up repeats the last one, so that it meets no numbers that the user did not give.
     filled = [np.asarray(chunk).tolist() for chunk in Lanes(3, "map").scatter(jnp.array([5.0, 6.0, 7.0]))]
     assert filled == [[5.0, 6.0], [7.0, 7.0]]
+    assert [len(chunk) for chunk in Lanes(7, "vmap", at_once=3).scatter(jnp.arange(7.0))] == [2, 2, 2, 2]
+    assert_same(run(Lanes(7, "vmap", at_once=3), *arguments(7))[0], run(Lanes(7, "vmap"), *arguments(7))[0])
     everywhere = Lanes(3).share(jnp.arange(5))
     assert {shard.data.shape for shard in everywhere.addressable_shards} == {(5,)}
     assert len(everywhere.addressable_shards) == 2

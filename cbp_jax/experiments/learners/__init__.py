@@ -13,6 +13,7 @@ from cbp_jax.experiments.learners.continual_backprop import (
     ContinualBackpropUPGD,
 )
 from cbp_jax.experiments.learners.factory import Custom, custom
+from cbp_jax.experiments.learners.grid import expand, read_grid
 from cbp_jax.experiments.learners.make import make_learner, make_optimizer
 from cbp_jax.experiments.learners.method import (
     Method,
@@ -105,6 +106,7 @@ __all__ = [
     "count",
     "custom",
     "defaults_of",
+    "expand",
     "flag",
     "looks_by_learner",
     "make_learner",
@@ -112,6 +114,7 @@ __all__ = [
     "named",
     "parse_method",
     "ranged",
+    "read_grid",
     "read_methods",
     "settings_of",
     "with_looks",

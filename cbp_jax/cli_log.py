@@ -1,0 +1,102 @@
+"""Logs of a run that other programs read while it goes on."""
+
+import datetime
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+JSON_LINES = "log.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class JsonLines:
+    """Writes a line of JSON for each finished task of each method: time, method, task, and means of what was measured.
+
+    A lane that diverges gets a line too, with method, task and seed. Lines are added: a run that goes on goes on here,
+    and writes those tasks again that it does again.
+
+    Args:
+      folder: of the run.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = Path(folder) / JSON_LINES
+
+    def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
+        """Writes a task, which counts from 0; what is not finite is null."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        self._write({"method": method, "task": task, **numbers})
+
+    def diverged(self, method: str, seed: int, task: int) -> None:
+        """Writes that a lane diverged."""
+        self._write({"method": method, "task": task, "seed": seed, "diverged": True})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        with self._path.open("a") as file:
+            file.write(json.dumps({"time": now, **entry}) + "\n")
+
+
+class Tensorboard:
+    """Writes scalars for TensorBoard, a run of its for each method; needs tensorboardX.
+
+    Args:
+      folder: of the run.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            import tensorboardX
+        except ImportError as error:
+            message = '--log tensorboard needs tensorboardX: pip install "cbp-jax[tensorboard]"'
+            raise ImportError(message) from error
+        self._make = lambda method: tensorboardX.SummaryWriter(str(Path(folder) / TENSORBOARD / _file_name(method)))
+        self._writers: dict[str, Any] = {}
+
+    def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
+        """Writes a task, which counts from 0."""
+        writer = self._writers.get(method) or self._writers.setdefault(method, self._make(method))
+        for name, value in means.items():
+            writer.add_scalar(name, value, task)
+        writer.flush()
+
+    def diverged(self, method: str, seed: int, task: int) -> None:
+        """Has no place in scalars."""
+
+
+LOGS: dict[str, Callable[[Path], Any]] = {"jsonl": JsonLines, "tensorboard": Tensorboard}
+
+
+class Logged:
+    """Tells logs what it is told, and then a bar.
+
+    Args:
+      bar: a `cli_progress.Bar`.
+      logs: objects with `task_done` and `diverged`.
+    """
+
+    def __init__(self, bar: Any, logs: Iterable[Any]):
+        self._bar, self._logs = bar, list(logs)
+
+    def __call__(self, methods: str, lanes: int, measures: dict[str, float]) -> None:
+        """See `cli_progress.Bar`."""
+        self._bar(methods, lanes, measures)
+
+    def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
+        """See `JsonLines`."""
+        for log in self._logs:
+            log.task_done(method, task, means)
+
+    def diverged(self, method: str, seed: int, task: int) -> None:
+        """See `JsonLines`."""
+        for log in [*self._logs, self._bar]:
+            log.diverged(method, seed, task)
+
+
+def _file_name(label: str) -> str:
+    return "".join(each if each.isalnum() or each in "+-._=" else "_" for each in label).strip("_")

@@ -1,0 +1,85 @@
+import warnings
+
+import numpy as np
+
+from cbp_jax.report import (
+    diverged_tasks,
+    finished_tasks,
+    join_results,
+    last_tenth,
+    load_results,
+    mark_diverged,
+    new_results,
+    plot_grid,
+    plot_run,
+    plot_sensitivity,
+    plot_tasks,
+    record_task,
+    save_results,
+    sensitivity,
+    summary,
+)
+
+SICK = "bp(step_size=2, momentum=0.9)"
+DEAD = "bp(step_size=9, momentum=0.9)"
+
+
+def sick_results(seeds=(0, 1, 2)):
+    """Of one method seed 1 diverges in task index 6, of another every seed at once; accuracies stay numbers."""
+    labels = ["bp(step_size=1, momentum=0)", "bp(step_size=1, momentum=0.9)", SICK, DEAD]
+    numbers = [{"step_size": s, "momentum": m} for s, m in ((1, 0), (1, 0.9), (2, 0.9), (9, 0.9))]
+    results = new_results(labels, ["bp"] * 4, numbers, seeds=seeds, tasks=10, settings={}, experiment="toy")
+    found = []
+    for task in range(10):
+        loss = np.full((4, len(seeds)), 0.5)
+        loss[3] = np.inf
+        if task >= 6 and 1 in seeds:
+            loss[2, list(seeds).index(1)] = np.nan
+        accuracy = np.where(np.isfinite(loss), 0.75, 0.1)
+        record_task(results, task, {"loss": loss, "accuracy": accuracy, "dead_units": 0 * accuracy})
+        found += [(task, *lane) for lane in mark_diverged(results, task)]
+    return results, found
+
+
+def test_lanes_are_marked_once_and_kept_in_the_file(tmp_path):
+    results, found = sick_results()
+    assert found == [(0, DEAD, 0), (0, DEAD, 1), (0, DEAD, 2), (6, SICK, 1)]
+    save_results(results, tmp_path)
+    kept = load_results(tmp_path)
+    np.testing.assert_array_equal(diverged_tasks(kept, SICK), [np.nan, 6, np.nan])
+    joined = join_results([kept, sick_results(seeds=(5,))[0]])
+    np.testing.assert_array_equal(diverged_tasks(joined, SICK), [np.nan, 6, np.nan, np.nan])
+    healthy = results.drop_vars("diverged")
+    assert np.isnan(diverged_tasks(healthy, SICK)).all()
+
+
+def test_statistics_leave_them_out_and_say_how_many():
+    results, _ = sick_results()
+    seeds, tasks = finished_tasks(results, SICK)
+    assert seeds.tolist() == [0, 2] and tasks == 10
+    np.testing.assert_allclose(last_tenth(results, SICK), [0.75, 0.75])
+    table = summary(results)
+    row = next(line for line in table.splitlines() if line.startswith(SICK))
+    assert row.removeprefix(SICK).split()[:5] == ["2", "10", "75.00", "±", "0.00"]
+    assert f"{SICK}: 1 of 3 seeds diverged and are left out (seed 1 in task 7)" in table
+    assert f"{DEAD}: 3 of 3 seeds diverged" in table and "momentum=0):" not in table
+    found = sensitivity(results)
+    assert int(found.diverged.sum()) == 4 and int(found.accuracy.notnull().sum()) == 3 + 3 + 2
+
+
+def test_pictures_mark_them(tmp_path):
+    results, _ = sick_results()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_tasks(results)
+        ax = figure.axes[0]
+        lines = {line.get_gid(): line for line in ax.lines if line.get_gid() != "diverged"}
+        np.testing.assert_allclose(lines[SICK].get_ydata(), 75)  # not pulled to 10
+        assert len(lines[DEAD].get_xdata()) == 0
+        crosses = [line for line in ax.lines if line.get_gid() == "diverged"]
+        assert [line.get_xdata()[0] for line in crosses] == [7, 1]
+        assert any("cross: a seed diverged" in text.get_text() for text in figure.texts)
+        for picture, place in ((plot_sensitivity(results, hyperparameter="step_size"), 0), (plot_grid(results), 0)):
+            (cross,) = (line for line in picture.axes[place].lines if line.get_gid() == "diverged")
+            assert list(cross.get_xdata()) == [2, 9]
+        assert len(plot_run(results, tmp_path)) == 3
