@@ -17,7 +17,7 @@ from cbp_jax.report.comparisons import (
     tuning_scores,
 )
 from cbp_jax.report.looks import looks_of, readable
-from cbp_jax.report.plots import _PANELS, _name, _rc
+from cbp_jax.report.plots import _PANELS, _name, style_of_pictures
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import better, is_accuracy, performance
 
@@ -56,7 +56,7 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
         raise ValueError(f"baselines: none of the methods to compare has finished, of {list(means)}")
     settings = chosen_settings(results)
     at_edge = any(settings[method].at_edge for method in methods)
-    with _rc():
+    with style_of_pictures():
         figure = Figure(figsize=(2.2 + 2.9 * len(baselines), 0.9 + 0.26 * len(methods)), layout="constrained")
         axes = figure.subplots(1, len(baselines), sharey=True, squeeze=False).ravel()
         for ax, baseline in zip(axes, baselines, strict=True):
@@ -98,7 +98,7 @@ def plot_search(results: xr.Dataset) -> Figure:
         raise ValueError("results: no search has ended, so there is nothing to draw")
     columns = min(4, len(methods))
     rows = math.ceil(len(methods) / columns)
-    with _rc():
+    with style_of_pictures():
         figure = Figure(figsize=(2.1 * columns + 0.4, 1.75 * rows + 0.3), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for i, (ax, method) in enumerate(zip(axes, methods, strict=False)):

@@ -118,7 +118,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     styles, names = plots._styles(results, methods), plots._names(results, methods)
     blocks = blocks_of_tasks(found["accuracy"][methods[0]].shape[1], _BINS)
     x = np.array([(block.start + block.stop + 1) / 2 for block in blocks])
-    with plots._rc():
+    with plots.style_of_pictures():
         figure = Figure(figsize=(9.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 3).ravel()
         for letter, ax, (name, (label, scale)) in zip("abcdef", axes, _PANELS.items(), strict=True):

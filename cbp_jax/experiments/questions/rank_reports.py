@@ -141,7 +141,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         raise ValueError("results: no method has finished two tasks, so that there is nothing to draw")
     styles = plots._styles(results, methods)
     names = dict(zip(methods, plots._names(results, methods), strict=True))
-    with plots._rc():
+    with plots.style_of_pictures():
         figures = {
             "learners": _learners(results, methods, values, styles, names),
             "correlations": _correlations(results, correlations(values)),

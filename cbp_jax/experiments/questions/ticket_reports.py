@@ -120,7 +120,7 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
         raise ValueError("results: tickets have not been looked for, so that there is nothing to draw")
     styles, names = plots._styles(results, methods), plots._names(results, methods)
     tasks = _tasks(results, measured)[:count]
-    with plots._rc():
+    with plots.style_of_pictures():
         along = Figure(figsize=(10.6, 4.6), layout="constrained")
         axes = along.subplots(2, 4, sharex=True)
         axes[1, 3].remove()

@@ -319,7 +319,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     (utilities, layers), paths = _shown(results), []
     Path(out).mkdir(parents=True, exist_ok=True)
     for number, method in enumerate(results.method.values.tolist()):
-        with plots._rc():
+        with plots.style_of_pictures():
             figure = Figure(figsize=(6.4, 0.26 * len(utilities) + 1.1), layout="constrained")
             axes = figure.subplots(1, len(MOMENTS), sharex=True, sharey=True)
             for ax, moment in zip(axes, MOMENTS, strict=True):
