@@ -67,7 +67,7 @@ def test_folders_by_platform(monkeypatch, tmp_path, name, variables, expected):
 
 
 @pytest.mark.slow
-def test_a_second_run_compiles_nothing_that_takes_time(tmp_path):
+def test_a_second_run_compiles_nothing(tmp_path):
     words = ["run", "online_permuted", "--preset", "smoke", "--methods", "bp", "--tasks", "1", "--quiet"]
     environment = {
         **os.environ,
@@ -76,6 +76,7 @@ def test_a_second_run_compiles_nothing_that_takes_time(tmp_path):
         "HOME": str(tmp_path),
     }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # however long it takes on a busy machine
 
     def run(*more):
         command = [sys.executable, "-m", "cbp_jax", *words, *more]
@@ -84,7 +85,7 @@ def test_a_second_run_compiles_nothing_that_takes_time(tmp_path):
 
     count = lambda: len([path for path in (tmp_path / "cache").rglob("*-cache")])
     assert "compiled programs are kept" not in run("--no-compilation-cache", "--out", str(tmp_path / "0"))
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "cbp_jax").exists()
     assert f"compiled programs are kept in {tmp_path / 'cache'}" in run("--out", str(tmp_path / "1"))
     kept = count()
     assert kept > 0 and "compiled programs" not in run("--out", str(tmp_path / "2")) and count() == kept

@@ -344,7 +344,8 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
       parts: datasets of :func:`load_results`, each with seeds or methods that no other has.
 
     Returns:
-      the dataset of all; NaN where a method was not run with a seed. Its attributes are those of the first part.
+      the dataset of all; NaN where a method was not run with a seed. Its attributes are those of the first part; the
+      seconds that methods took add up.
 
     Raises:
       ValueError: there are none, they are of several experiments, or two have the same method and seed.
@@ -354,6 +355,8 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
       >>> join_results([run([0, 1]), run([5])]).seed.values.tolist()
       [0, 1, 5]
     """
+    from cbp_jax.report import records  # which reads results
+
     xr = require("xarray")
     if not parts:
         raise ValueError("parts must be results, got none")
@@ -377,6 +380,10 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     joined = xr.merge(bare, join="outer", compat="no_conflicts", combine_attrs="override")
     methods = list(dict.fromkeys(method for part in parts for method in part.method.values.tolist()))
     joined = joined.loc[{"method": methods}]
+    joined.attrs = dict(parts[0].attrs)
+    for part in parts[1:]:
+        for method, seconds in records.seconds_of(part).items():
+            records.add_seconds(joined, [method], seconds)
     return joined.assign_coords(
         {name: ("method", [values.get(method, np.nan) for method in methods]) for name, values in columns.items()}
     )

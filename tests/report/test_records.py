@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cbp_jax import files
-from cbp_jax.report import list_runs, new_results, record_task, records, runs_table, save_results
+from cbp_jax.report import join_results, list_runs, new_results, record_task, records, runs_table, save_results
 
 
 def run_of(folder, done, methods=("bp", "cbp"), tasks=3):
@@ -55,6 +55,10 @@ def test_seconds_are_shared_by_methods_that_run_together_and_add_up():
     assert records.seconds_of(results) == {}
     records.add_seconds(results, ["a", "b"], 3.0)
     records.add_seconds(results, ["b"], 0.25)
+    assert records.seconds_of(results) == {"a": 1.5, "b": 1.75}
+    more = new_results(["a", "c"], ["a", "c"], [{}, {}], seeds=[7], tasks=1, settings={}, experiment="toy")
+    records.add_seconds(more, ["a"], 1.0)
+    assert records.seconds_of(join_results([results, more])) == {"a": 2.5, "b": 1.75}
     assert records.seconds_of(results) == {"a": 1.5, "b": 1.75}
 
 
