@@ -77,7 +77,7 @@ class CartPole:
     def step(self, state: State, action: chex.Array) -> State:
         """The state after an action, int [], 0 or 1."""
         physics = state.info["physics"]
-        at, speed, angle, turning = state.pipeline_state
+        _, speed, angle, turning = state.pipeline_state
         force = jnp.where(action == 1, physics.force, -physics.force)
         mass, arm = _CART_MASS + _POLE_MASS, _POLE_MASS * physics.half_length
         sine, cosine = jnp.sin(angle), jnp.cos(angle)

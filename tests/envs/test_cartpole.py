@@ -12,7 +12,7 @@ from cbp_jax.envs import CartPole, ChangingCartPole, Physics
 
 def numpy_step(state, action, gravity, half_length, force):
     """Solves the two equations of motion as a linear system, not by the formula."""
-    x, speed, angle, turning = state
+    _, speed, angle, turning = state
     cart, pole = 1.0, 0.1
     push = force if action == 1 else -force
     # (M + m) x'' + m l cos(a) a'' = F + m l a'^2 sin(a);  m l cos(a) x'' + 4/3 m l^2 a'' = m g l sin(a)
