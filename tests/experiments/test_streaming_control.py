@@ -41,7 +41,7 @@ def test_the_agent_is_the_papers():
     env, net = streaming.make_env(settings, 3), streaming.make_network(settings)
     assert isinstance(env, envs.Normalized) and env.unbiased and env.bound == np.inf and env.discount == 0.99
     assert env.env.swap_actions and env.env.change_every == 20_000 and env.env.env.episode_length == 500
-    params = net.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 4)))["params"]
     assert [int((layer["kernel"] != 0).sum(0).max()) for layer in params.values()] == [1, 3, 3]
     assert net.activation == "leaky_relu" and net.normalization == "bare_layer"
     assert streaming.make_network(settings).kernel_init is net.kernel_init

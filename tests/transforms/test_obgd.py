@@ -84,6 +84,7 @@ def test_a_step_does_not_overshoot(target):
     assert moved(cbp_jax.obgd(100.0, kappa=0.0)) > 2 * target
 
 
+@pytest.mark.slow
 def test_traces_of_replaced_units_start_anew():
     net = nets.MLP((6,), 2)
     params = net.init(jax.random.key(0), jnp.zeros((1, 3)))
