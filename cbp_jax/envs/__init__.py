@@ -1,5 +1,6 @@
-"""Environments of Brax as the experiments need them; those of Brax need `pip install "cbp-jax[rl]"`."""
+"""Environments as the experiments need them; those of Brax need `pip install "cbp-jax[rl]"`."""
 
+from cbp_jax.envs.cartpole import CartPole, ChangingCartPole, Physics
 from cbp_jax.envs.episodes import Episodes
 from cbp_jax.envs.normalized import Normalized
 from cbp_jax.envs.render import episode, save_html
@@ -7,8 +8,11 @@ from cbp_jax.envs.slippery import Slippery, SlipperyAnt, set_friction, with_fric
 from cbp_jax.envs.walker import Walker
 
 __all__ = [
+    "CartPole",
+    "ChangingCartPole",
     "Episodes",
     "Normalized",
+    "Physics",
     "Slippery",
     "SlipperyAnt",
     "Walker",

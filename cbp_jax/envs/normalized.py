@@ -12,11 +12,10 @@ from cbp_jax.numerics.scalars import check_scalar
 
 # As many numbers of mean 0 and variance 1 statistics start with, and what is added to variances.
 _PRIOR, _EPSILON = 1e-4, 1e-8
-_BOUND = 10.0
 
 
 class Normalized(Around):
-    r"""Normalizes observations and rewards step by step, and clips them to [-10, 10].
+    r"""Normalizes observations and rewards step by step, and clips them, to [-10, 10] by default.
 
     An observation o becomes :math:`(o - \mu) / \sqrt{\sigma^2 + 10^{-8}}`, with mean and variance of all observations
     up to and with this one, whatever episode they are of. A reward r is divided by :math:`\sqrt{\sigma_G^2 + 10^{-8}}`,
@@ -24,14 +23,20 @@ class Normalized(Around):
     which go on where time cuts an episode. That is what Gymnasium's wrappers do in the program of Elsayed & Mahmood
     (ICLR 2024), here in float32. Statistics are in the state, where each environment of a `vmap` has its own.
 
+    With `unbiased=True, bound=inf` it is what the program of Elsayed et al. (2024) does for streaming agents: variances
+    are the unbiased ones, and 1 where one number has been seen, instead of those with 1e-4 of a number of mean 0 and
+    variance 1 besides; and nothing is clipped. (That program also starts sums of rewards anew where time cuts.)
+
     Args:
       env: whose states are those of `Episodes`. What it tells of an episode, such as its return, stays as it is.
       observations: whether observations are normalized, `obs` and `info["final_obs"]`.
       rewards: whether rewards are.
       discount: of a step, in [0, 1].
+      bound: what is seen is clipped to ± this, > 0.
+      unbiased: whether variances are the unbiased ones.
 
     Raises:
-      ValueError: `discount` is out of range.
+      ValueError: `discount` or `bound` is out of range.
 
     Example:
       >>> from cbp_jax.envs.episodes import Episodes
@@ -42,25 +47,42 @@ class Normalized(Around):
       True
     """
 
-    def __init__(self, env: Any, *, observations: bool = True, rewards: bool = True, discount: chex.Numeric = 0.99):
+    def __init__(
+        self,
+        env: Any,
+        *,
+        observations: bool = True,
+        rewards: bool = True,
+        discount: chex.Numeric = 0.99,
+        bound: float = 10.0,
+        unbiased: bool = False,
+    ):
         check_scalar("discount", discount, at_least=0, at_most=1)
+        if not bound > 0:
+            raise ValueError(f"bound must be positive, got {bound}")
         self.env = env
         self.observations = observations
         self.rewards = rewards
         self.discount = discount
+        self.bound = bound
+        self.unbiased = unbiased
 
     def view(self, obs: chex.Array, statistics: Statistics) -> chex.Array:
         """What is seen of observations [..., observations], by statistics as `info["seen"]` has them."""
         if not self.observations:
             return obs
-        scaled = (obs - statistics.mean) / jnp.sqrt(statistics.variance + _EPSILON)
-        return jnp.clip(scaled, -_BOUND, _BOUND)
+        return self._scaled(obs - statistics.mean, statistics)
+
+    def _scaled(self, apart: chex.Array, statistics: Statistics) -> chex.Array:
+        variance = statistics.unbiased_variance if self.unbiased else statistics.variance
+        return jnp.clip(apart / jnp.sqrt(variance + _EPSILON), -self.bound, self.bound)
 
     def reset(self, key: chex.PRNGKey) -> Any:
         """The first state, of a key."""
         state = self.env.reset(key)
-        seen = counted(unseen(state.obs.shape, _PRIOR), state.obs[None])
-        return self._shown(state, state.info["final_obs"], seen, unseen((), _PRIOR), jnp.zeros([]))
+        prior = 0.0 if self.unbiased else _PRIOR
+        seen = counted(unseen(state.obs.shape, prior), state.obs[None])
+        return self._shown(state, state.info["final_obs"], seen, unseen((), prior), jnp.zeros([]))
 
     def step(self, state: Any, action: chex.Array) -> Any:
         """The state after an action [actions]."""
@@ -75,8 +97,7 @@ class Normalized(Around):
         sums = counted(info["sums"], sum_so_far[None])
         final = self.view(after.info["final_obs"], led_to)
         if self.rewards:
-            scaled = after.reward / jnp.sqrt(sums.variance + _EPSILON)
-            after = after.replace(reward=jnp.clip(scaled, -_BOUND, _BOUND))
+            after = after.replace(reward=self._scaled(after.reward, sums))
         return self._shown(after, final, seen, sums, sum_so_far)
 
     def _shown(self, state: Any, final: chex.Array, seen: Statistics, sums: Statistics, sum_so_far: chex.Array) -> Any:

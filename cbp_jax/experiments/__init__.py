@@ -22,6 +22,7 @@ from cbp_jax.experiments.questions.utilities import question_utility
 from cbp_jax.experiments.questions.utility_ranking import question_utility_ranking
 from cbp_jax.experiments.regression import slowly_changing_regression
 from cbp_jax.experiments.stream import Progress
+from cbp_jax.experiments.streaming import streaming_control
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -36,6 +37,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         slippery_ant,
         stationary_ant,
         policy_collapse,
+        streaming_control,
         lottery_tickets,
         convolutional_tickets,
         dominant_tickets,

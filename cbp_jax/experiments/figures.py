@@ -6,6 +6,7 @@ NATURE = "Dohare et al. 2024"
 UPGD = "Elsayed & Mahmood 2024"
 TICKETS = "Frankle & Carbin 2019"
 DOMINANT = "Gong et al. 2022"
+STREAMING = "Elsayed et al. 2024"
 QUESTIONS = "Open questions"
 
 
@@ -144,6 +145,13 @@ FIGURES: tuple[Figure, ...] = (
         "policy collapse: PPO with Adam and UPGD; --env halfcheetah, hopper, walker2d and humanoid are its others",
         "policy_collapse --preset paper",
         "90 lanes of 1M steps; 10 minutes a lane",
+    ),
+    Figure(
+        STREAMING,
+        "(Stream Q, on a problem of ours)",
+        "Stream Q(lambda) on a changing cart-pole: ObGD, SGD, Adam, and continual backpropagation around each",
+        "streaming_control --preset laptop",
+        "30 lanes of 400,000 steps; a minute a lane",
     ),
     Figure(
         TICKETS,

@@ -5,7 +5,7 @@ from cbp_jax.nets.actor_critic import ActorCritic
 from cbp_jax.nets.bert import Bert, TextClassifier
 from cbp_jax.nets.bert_files import hugging_face_names, installed_encoder, load_bert
 from cbp_jax.nets.convnet import ConvNet
-from cbp_jax.nets.initializers import GAINS, fan_in_uniform, kaiming_uniform
+from cbp_jax.nets.initializers import GAINS, fan_in_uniform, kaiming_uniform, sparse
 from cbp_jax.nets.lenet import LeNet, lenet
 from cbp_jax.nets.mlp import MLP, NORMALIZATIONS
 from cbp_jax.nets.online_norm import OnlineNorm, keep_online_stats
@@ -40,4 +40,5 @@ __all__ = [
     "load_bert",
     "make",
     "read",
+    "sparse",
 ]

@@ -1,18 +1,24 @@
 """Policy and value of an agent with continuous actions."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from cbp_jax.nets.activations import Activation, get_activation
+from cbp_jax.nets.mlp import NORMALIZATIONS
+
+_LEAST_STD = 1e-6  # softplus underflows to 0, whose logarithm is not finite
 
 
 class ActorCritic(nn.Module):
     """A Gaussian policy and a value, two multilayer perceptrons that share nothing.
 
     Layers are named `actor_0`, `actor_1`, ... and `actor_mean`, `critic_0`, `critic_1`, ... and `critic_value`. The
-    standard deviations do not depend on the observation; their logarithms are the parameter `actor_log_std`.
+    standard deviations do not depend on the observation; their logarithms are the parameter `actor_log_std`. Unless
+    `state_std`: then they are the softplus of a layer `actor_std` beside `actor_mean`.
 
     Attributes:
       action_size: number of actions, which are continuous.
@@ -24,6 +30,8 @@ class ActorCritic(nn.Module):
         observation, which matters most to how PPO learns to walk of all choices about networks, say Andrychowicz et
         al., `What Matters In On-Policy Reinforcement Learning? <https://arxiv.org/abs/2006.05990>`_, 2020.
       value_scale: factor of the first weights of `critic_value`.
+      normalization: of the hidden layers before their activation, "layer" or "bare_layer" as in `MLP`, or None.
+      state_std: whether standard deviations depend on the observation; `initial_log_std` is then of no use.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -44,6 +52,8 @@ class ActorCritic(nn.Module):
     initial_log_std: float = 0.0
     policy_scale: float = 1.0
     value_scale: float = 1.0
+    normalization: Literal["layer", "bare_layer"] | None = None
+    state_std: bool = False
 
     def __post_init__(self):
         if self.action_size < 1:
@@ -54,21 +64,34 @@ class ActorCritic(nn.Module):
         for name in ("policy_scale", "value_scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.normalization not in (None, "layer", "bare_layer"):
+            raise ValueError(f"normalization must be 'layer', 'bare_layer' or None, got {self.normalization!r}")
         super().__post_init__()
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Maps observations [..., inputs] to means [..., actions], log-stds [actions] and values [...]."""
-        scaled = lambda scale: lambda *args: scale * self.kernel_init(*args)
-        mean = self._torso("actor", obs, self.action_size, "actor_mean", scaled(self.policy_scale))
-        log_std = self.param("actor_log_std", nn.initializers.constant(self.initial_log_std), (self.action_size,))
-        value = self._torso("critic", obs, 1, "critic_value", scaled(self.value_scale))
+        """Maps observations [..., inputs] to means [..., actions], log-stds [actions] and values [...].
+
+        With `state_std` log-stds are [..., actions].
+        """
+        dense = lambda size, scale, name: nn.Dense(
+            size, kernel_init=lambda *args: scale * self.kernel_init(*args), name=name
+        )
+        actor = self._torso("actor", obs)
+        mean = dense(self.action_size, self.policy_scale, "actor_mean")(actor)
+        if self.state_std:
+            std = nn.softplus(dense(self.action_size, 1.0, "actor_std")(actor))
+            log_std = jnp.log(jnp.maximum(std, _LEAST_STD))
+        else:
+            initial = nn.initializers.constant(self.initial_log_std)
+            log_std = self.param("actor_log_std", initial, (self.action_size,))
+        value = dense(1, self.value_scale, "critic_value")(self._torso("critic", obs))
         return mean, log_std, value[..., 0]
 
-    def _torso(
-        self, name: str, x: jax.Array, outputs: int, head: str, head_init: nn.initializers.Initializer
-    ) -> jax.Array:
+    def _torso(self, name: str, x: jax.Array) -> jax.Array:
         for number, size in enumerate(self.hidden):
             x = nn.Dense(size, kernel_init=self.kernel_init, name=f"{name}_{number}")(x)
+            if self.normalization is not None:
+                x = NORMALIZATIONS[self.normalization](name=f"{name}_norm_{number}")(x)
             x = get_activation(self.activation)(x)
-        return nn.Dense(outputs, kernel_init=head_init, name=head)(x)
+        return x

@@ -1,7 +1,7 @@
 """Initial weights of the papers' networks."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import linen as nn
@@ -68,6 +68,51 @@ def fan_in_uniform() -> nn.initializers.Initializer:
       0.2
     """
     return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def sparse(
+    fraction: float = 0.9, kernel_init: nn.initializers.Initializer | None = None
+) -> nn.initializers.Initializer:
+    """Weights of which each unit has only a few that are not 0, at places of its own.
+
+    Of the n weights that come into a unit, `ceil(fraction * n)` are 0, but never all of them: with few inputs, as the
+    four of a cart-pole, the paper's program leaves none where this leaves one.
+
+    Args:
+      fraction: of the weights of a unit that are 0, in [0, 1).
+      kernel_init: what the others are, `fan_in_uniform()` by default, with the fan of the full kernel.
+
+    Returns:
+      a `jax.nn.initializers` function, for kernels [..., units].
+
+    Raises:
+      ValueError: `fraction` is out of range; from the function, the shape has fewer than two axes.
+
+    Example:
+      >>> import jax
+      >>> weights = sparse(0.9)(jax.random.key(0), (20, 100))
+      >>> (weights != 0).sum(0).tolist() == [2] * 100
+      True
+
+    References:
+      Elsayed, Vasan & Mahmood, `Streaming deep reinforcement learning finally works
+      <https://arxiv.org/abs/2410.14606>`_, 2024, Algorithm 1
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction must be in [0, 1), got {fraction}")
+    dense = fan_in_uniform() if kernel_init is None else kernel_init
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jax.numpy.float32) -> jax.Array:
+        if len(shape) < 2:
+            raise ValueError(f"shape must be that of a kernel, of at least two axes, got {shape}")
+        weights_key, places_key = jax.random.split(key)
+        inputs = math.prod(shape[:-1])
+        places = jax.numpy.broadcast_to(jax.numpy.arange(inputs)[:, None], (inputs, shape[-1]))
+        places = jax.random.permutation(places_key, places, axis=0, independent=True).reshape(shape)
+        zeros = min(math.ceil(fraction * inputs), inputs - 1)
+        return jax.numpy.where(places < zeros, 0, dense(weights_key, shape, dtype)).astype(dtype)
+
+    return init
 
 
 def bias_initializer(bias_init: BiasInit, fan_in: int) -> nn.initializers.Initializer:

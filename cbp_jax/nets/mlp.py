@@ -1,5 +1,6 @@
 """Multilayer perceptron."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,8 +27,8 @@ class MLP(nn.Module):
         `train=True` needs `rngs={"dropout": key}`.
       kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
       normalization: of the hidden layers before their activation: "layer" with a learned scale and offset (Ba et al.
-        2016); "online", for which see `OnlineNorm`: its statistics are variables besides the parameters, and the
-        optimizer wants `keep_online_stats` around it; or None.
+        2016); "bare_layer" without these, as in Elsayed et al. (2024); "online", for which see `OnlineNorm`: its
+        statistics are variables besides the parameters, and the optimizer wants `keep_online_stats` around it; or None.
       bias_init: a `jax.nn.initializers` function, 0 by default; or "fan_in", uniform in ±1 / sqrt(inputs of the layer).
       output_init: `kernel_init` of the last layer, where it is to be another, such as `kaiming_uniform("identity")`.
       flatten: whether inputs are images or the like, all of whose axes but the first are made one.
@@ -48,7 +49,7 @@ class MLP(nn.Module):
     activation: str | Activation = "relu"
     dropout_rate: float = 0.0
     kernel_init: nn.initializers.Initializer = nn.initializers.he_uniform()
-    normalization: Literal["layer", "online"] | None = None
+    normalization: Literal["layer", "online", "bare_layer"] | None = None
     bias_init: BiasInit = nn.initializers.zeros
     output_init: nn.initializers.Initializer | None = None
     flatten: bool = False
@@ -79,7 +80,11 @@ class MLP(nn.Module):
         return nn.Dense(size, kernel_init=kernel_init, bias_init=bias_initializer(self.bias_init, inputs))
 
 
-NORMALIZATIONS = {"layer": nn.LayerNorm, "online": OnlineNorm}
+NORMALIZATIONS = {
+    "layer": nn.LayerNorm,
+    "online": OnlineNorm,
+    "bare_layer": functools.partial(nn.LayerNorm, epsilon=1e-5, use_scale=False, use_bias=False),
+}
 
 
 def check_dropout_rate(rate: float) -> None:

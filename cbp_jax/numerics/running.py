@@ -18,6 +18,11 @@ class Statistics(NamedTuple):
         """The variance, of the shape; 0 where nothing has been seen."""
         return self.squares / jnp.maximum(self.count, jnp.finfo(jnp.float32).tiny)
 
+    @property
+    def unbiased_variance(self) -> chex.Array:
+        """The unbiased variance, of the shape; 1 where fewer than two arrays have been seen."""
+        return jnp.where(self.count < 2, 1, self.squares / jnp.maximum(self.count - 1, 1))
+
 
 def unseen(shape: tuple[int, ...], prior: float = 0.0) -> Statistics:
     """Statistics before anything is seen.

@@ -1,6 +1,6 @@
-"""Reinforcement learning: proximal policy optimisation with any optax transformation."""
+"""Reinforcement learning with any optax transformation: PPO, and agents of a stream."""
 
-from cbp_jax.rl import ppo
+from cbp_jax.rl import ppo, streaming
 from cbp_jax.rl.gae import gae
 
-__all__ = ["gae", "ppo"]
+__all__ = ["gae", "ppo", "streaming"]

@@ -17,6 +17,7 @@ from cbp_jax.transforms.kernel_penalties import (
     wasserstein_penalty,
 )
 from cbp_jax.transforms.normalize_and_project import effective_learning_rate, normalize_and_project
+from cbp_jax.transforms.obgd import TracesState, eligibility_traces, obgd
 from cbp_jax.transforms.periodic_reset import PeriodicResetState, periodic_reset
 from cbp_jax.transforms.perturbed_gradient_descent import add_noise, perturbed_gradient_descent
 from cbp_jax.transforms.redo import RedoState, redo
@@ -35,6 +36,7 @@ __all__ = [
     "RedoState",
     "SelfNormalizedResetsState",
     "TracState",
+    "TracesState",
     "adam",
     "adam_reset",
     "adaptive_upgd",
@@ -49,11 +51,13 @@ __all__ = [
     "continual_backprop",
     "dash",
     "effective_learning_rate",
+    "eligibility_traces",
     "ewc",
     "fire",
     "hare_and_tortoise",
     "mas",
     "normalize_and_project",
+    "obgd",
     "orthogonal_penalty",
     "parseval_penalty",
     "periodic_reset",

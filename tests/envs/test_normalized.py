@@ -95,6 +95,29 @@ def test_observations_and_rewards_are_normalized_by_all_so_far(terminal):
     assert abs(states.reward).max() == 10, "the first reward is large against the variance so far"
 
 
+def test_as_streaming_agents_have_it():
+    """Welford's unbiased variances, 1 at first, and nothing clipped."""
+    episodes = Episodes(Drift(), episode_length=5, time_limit_is_terminal=True)
+    keys = jax.random.split(jax.random.key(1), 1)
+    streaming = Normalized(episodes, discount=0.9, bound=np.inf, unbiased=True)
+    plain, states = (jax.tree.map(lambda x: x[0], go(env, keys, ACTIONS)) for env in (episodes, streaming))
+    shown, sums, so_far = [plain.obs[0]], [], 0.0
+    spread = lambda seen: np.std(seen, axis=0, ddof=1) if len(seen) > 1 else 1.0
+    np.testing.assert_array_equal(states.obs[0], 0.0)
+    for t in range(1, len(ACTIONS) + 1):
+        shown.append(plain.info["final_obs"][t])
+        found = (shown[-1] - np.mean(shown, 0)) / spread(shown)
+        np.testing.assert_allclose(states.info["final_obs"][t], found, rtol=1e-3, atol=1e-5)
+        if plain.done[t]:
+            shown.append(plain.obs[t])
+        found = (shown[-1] - np.mean(shown, 0)) / spread(shown)
+        np.testing.assert_allclose(states.obs[t], found, rtol=1e-3, atol=1e-5)
+        so_far = 0.9 * (1 - plain.info["ended"][t]) * so_far + plain.reward[t]
+        sums.append(so_far)
+        np.testing.assert_allclose(states.reward[t], plain.reward[t] / spread(sums), rtol=1e-3)
+    assert states.reward[1] == plain.reward[1] and plain.done.sum() > 2
+
+
 def test_either_may_stay_as_it_is():
     episodes = Episodes(Drift(), episode_length=5)
     keys = jax.random.split(jax.random.key(0), 1)
@@ -109,3 +132,5 @@ def test_either_may_stay_as_it_is():
 def test_what_is_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"discount must be in \[0, 1\], got 1.5"):
         Normalized(Episodes(Drift()), discount=1.5)
+    with pytest.raises(ValueError, match="bound must be positive, got 0"):
+        Normalized(Episodes(Drift()), bound=0)

@@ -45,6 +45,21 @@ def test_a_scale_is_that_of_an_output_layer_alone(scale, layer):
     chex.assert_trees_all_equal(small, plain)
 
 
+def test_deviations_may_depend_on_the_observation_and_layers_be_normalized():
+    net = ActorCritic(2, (5,), "identity", state_std=True, normalization="layer")
+    obs = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    params = net.init(jax.random.key(0), obs)
+    _, log_std, value = net.apply(params, obs)
+    layers = jax.tree.map(np.float64, params["params"])
+    assert "actor_log_std" not in layers and set(layers["critic_norm_0"]) == {"scale", "bias"}
+    for name, head, found in (("actor", "actor_std", log_std), ("critic", "critic_value", value[:, None])):
+        h = obs @ layers[f"{name}_0"]["kernel"]
+        h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-6)
+        out = h @ layers[head]["kernel"]
+        expected = np.log(np.log1p(np.exp(out))) if name == "actor" else out
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -52,6 +67,7 @@ def test_a_scale_is_that_of_an_output_layer_alone(scale, layer):
         ({"action_size": 1, "hidden": ()}, r"hidden must be sizes of at least one hidden layer, got \(\)"),
         ({"action_size": 1, "policy_scale": -0.1}, r"policy_scale must not be negative, got -0\.1"),
         ({"action_size": 1, "value_scale": -0.1}, r"value_scale must not be negative, got -0\.1"),
+        ({"action_size": 1, "normalization": "online"}, "normalization must be 'layer', 'bare_layer' or None"),
         ({"action_size": 1, "activation": "rely"}, "activation must be .*'relu'.*, got 'rely'"),
     ],
 )

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cbp_jax.nets import fan_in_uniform, kaiming_uniform
+from cbp_jax.nets import fan_in_uniform, kaiming_uniform, sparse
 
 
 def check_uniform(weights, bound):
@@ -40,3 +40,29 @@ def test_fan_in_of_a_convolution():
 def test_an_activation_without_a_gain():
     with pytest.raises(ValueError, match=r"activation must be one of .* got 'gelu'"):
         kaiming_uniform("gelu")
+
+
+@pytest.mark.parametrize(("shape", "zeros"), [((4, 300), 3), ((25, 300), 23), ((3, 3, 5, 300), 41)])
+def test_sparse_leaves_few_weights_of_each_unit(shape, zeros):
+    weights = np.asarray(sparse(0.9)(jax.random.key(0), shape)).reshape(-1, 300)
+    alive = weights != 0
+    inputs = len(weights)
+    np.testing.assert_array_equal(alive.sum(0), inputs - zeros)
+    check_uniform(weights[alive], inputs**-0.5)
+    share = alive.mean(1)  # no place is preferred
+    np.testing.assert_allclose(share, 1 - zeros / inputs, atol=0.1)
+    assert len(np.unique(alive, axis=1).T) > 3 or inputs == 4
+
+
+def test_sparse_of_another_initializer():
+    ones = sparse(0.5, jax.nn.initializers.ones)(jax.random.key(0), (10, 3), jnp.bfloat16)
+    assert ones.dtype == jnp.bfloat16 and ones.sum(0).tolist() == [5, 5, 5]
+    np.testing.assert_array_equal(sparse(0.0, jax.nn.initializers.ones)(jax.random.key(0), (3, 2)), np.ones((3, 2)))
+
+
+def test_sparse_refuses():
+    for fraction in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"fraction must be in \[0, 1\), got {fraction}"):
+            sparse(fraction)
+    with pytest.raises(ValueError, match=r"shape must be that of a kernel.*got \(3,\)"):
+        sparse()(jax.random.key(0), (3,))

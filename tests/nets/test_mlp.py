@@ -111,7 +111,9 @@ def test_initial_weights_of_pytorch():
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match=r"normalization must be None or one of \['layer', 'online'\], got 'batch'"):
+    with pytest.raises(
+        ValueError, match=r"normalization must be None or one of \['layer', 'online', 'bare_layer'\], got 'batch'"
+    ):
         MLP(hidden=(5,), num_outputs=3, normalization="batch")
     with pytest.raises(ValueError, match="bias_init must be a function or 'fan_in', got 'fan_out'"):
         MLP(hidden=(5,), num_outputs=3, bias_init="fan_out")
@@ -119,3 +121,14 @@ def test_bad_settings():
         MLP(hidden=(5,), num_outputs=3, dropout_rate=1.0)
     with pytest.raises(ValueError, match=r"activation must be .* got 'rleu'"):
         MLP(hidden=(5,), num_outputs=3, activation="rleu")
+
+
+def test_bare_layer_normalization_has_no_parameters():
+    net = MLP((6,), 2, activation="identity", normalization="bare_layer")
+    x = jnp.array([[1.0, -2.0, 3.0]])
+    params = net.init(jax.random.key(0), x)
+    first, last = params["params"]["Dense_0"], params["params"]["Dense_1"]
+    assert set(params["params"]) == {"Dense_0", "Dense_1"}
+    h = np.asarray(x @ first["kernel"], np.float64)
+    h = (h - h.mean()) / np.sqrt(h.var() + 1e-5)
+    np.testing.assert_allclose(net.apply(params, x), h @ last["kernel"], rtol=1e-4, atol=1e-5)

@@ -14,6 +14,9 @@ def test_statistics_are_those_of_all_that_was_counted(sizes):
     assert found.count == sum(sizes)
     np.testing.assert_allclose(found.mean, seen.mean(0), rtol=1e-5)
     np.testing.assert_allclose(found.variance, seen.var(0), rtol=1e-4)
+    np.testing.assert_allclose(found.unbiased_variance, seen.var(0, ddof=1), rtol=1e-4)
+    one = counted(unseen((2,)), jnp.asarray(seen[:1]))
+    assert one.unbiased_variance.tolist() == unseen((2,)).unbiased_variance.tolist() == [1.0, 1.0]
 
 
 def test_what_stands_for_numbers_before_the_first_counts_as_them():

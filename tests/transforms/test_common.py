@@ -31,11 +31,13 @@ from cbp_jax.transforms import (
     clip_weights,
     continual_backprop,
     dash,
+    eligibility_traces,
     ewc,
     fire,
     hare_and_tortoise,
     mas,
     normalize_and_project,
+    obgd,
     orthogonal_penalty,
     parseval_penalty,
     periodic_reset,
@@ -158,6 +160,17 @@ def with_reference(tx):
 
     def update_fn(grads, state, params, **extra_args):
         return tx.update(grads, state, params, reference=jnp.asarray(reference, params["w1"].dtype), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def with_td_error(tx):
+    """A TD error with each update, and an end of an episode where it is negative."""
+    tx = optax.with_extra_args_support(tx)
+
+    def update_fn(grads, state, params, **extra_args):
+        error = grads["b1"][0].astype(jnp.float32)
+        return tx.update(grads, state, params, td_error=error, reset_traces=error < 0, **extra_args)
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -485,6 +498,24 @@ ROWS = [
         {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99, "every": 3},
         {"learning_rate": 0.2, "b1": 0.5, "b2": 0.9, "every": 2},
         {"forget": "time"},
+        slow=True,
+    ),
+    Row(
+        "obgd",
+        obgd,
+        (),
+        {"learning_rate": 0.1, "discount": 0.9, "trace_decay": 0.9, "kappa": 0.5},
+        {"learning_rate": 0.2, "discount": 0.5, "trace_decay": 0.5, "kappa": 2.0},
+        wrap=with_td_error,
+        slow=True,
+    ),
+    Row(
+        "eligibility_traces before sgd",
+        eligibility_traces,
+        (),
+        {"discount": 0.9, "trace_decay": 0.9},
+        {"discount": 0.5, "trace_decay": 0.5},
+        wrap=lambda tx: with_td_error(optax.chain(tx, optax.sgd(0.1))),
         slow=True,
     ),
     Row("masked_changes of adam", masked_changes, (adam(0.1), TICKET, PARAMS), {}, {}),

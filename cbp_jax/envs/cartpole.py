@@ -1,0 +1,168 @@
+"""Cart-pole whose physics change: a continual problem of control that needs no extra and costs next to nothing."""
+
+import math
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from cbp_jax.envs.episodes import Around, Episodes, check_range, strong
+from cbp_jax.numerics.keys import as_key_data
+
+_STEP = 0.02  # seconds
+_FARTHEST, _STEEPEST = 2.4, 12 * math.pi / 180
+_CART_MASS, _POLE_MASS = 1.0, 0.1
+
+
+class Physics(NamedTuple):
+    """What changes of a cart-pole; the defaults are Gymnasium's. All may be traced."""
+
+    gravity: chex.Numeric = 9.8
+    half_length: chex.Numeric = 0.5  # of the pole, in meters
+    force: chex.Numeric = 10.0  # of a push; where it is negative, the two actions are swapped
+
+
+@struct.dataclass
+class State:
+    """As Brax's, of which this needs nothing."""
+
+    pipeline_state: jax.Array  # float32 [4]: position, velocity, angle, angular velocity
+    obs: jax.Array  # the same
+    reward: jax.Array
+    done: jax.Array
+    metrics: dict[str, jax.Array] = struct.field(default_factory=dict)
+    info: dict[str, Any] = struct.field(default_factory=dict)
+
+
+class CartPole:
+    r"""A cart that is pushed to the left (action 0) or to the right (1) to keep a pole upright; one episode.
+
+    With angle :math:`\theta`, force F, masses :math:`m_p = 0.1` of the pole and m = 1.1 of all, half a length l,
+
+    .. math::
+        a &= (F + m_p l \dot\theta^2 \sin\theta) / m, \qquad
+        \ddot\theta = \frac{g \sin\theta - a \cos\theta}{l (4/3 - m_p \cos^2\theta / m)}, \qquad
+        \ddot x = a - m_p l \ddot\theta \cos\theta / m,
+
+    and a step is one of Euler's of 0.02 s. It ends where the cart is farther than 2.4 m from the center or the pole
+    leans by more than 12 degrees; each step has reward 1. It starts from uniform numbers in ±0.05.
+
+    Args:
+      physics: that states start with, in `info["physics"]`.
+
+    Example:
+      >>> env = CartPole()
+      >>> state = env.step(env.reset(jax.random.key(0)), jnp.int32(1))
+      >>> state.obs.shape, state.reward.item(), bool(state.obs[1] > 0.1)
+      ((4,), 1.0, True)
+
+    References:
+      Barto, Sutton & Anderson, `Neuronlike adaptive elements that can solve difficult learning control problems
+      <https://doi.org/10.1109/TSMC.1983.6313077>`_, IEEE Transactions on Systems, Man, and Cybernetics 1983
+    """
+
+    observation_size = 4
+    action_size = 2
+
+    def __init__(self, physics: Physics = Physics()):  # noqa: B008, a tuple
+        self.physics = physics
+
+    def reset(self, key: chex.PRNGKey) -> State:
+        """The first state, of a key."""
+        at, zero = jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05), jnp.zeros([])
+        return State(at, at, zero, zero, info={"physics": jax.tree.map(jnp.float32, self.physics)})
+
+    def step(self, state: State, action: chex.Array) -> State:
+        """The state after an action, int [], 0 or 1."""
+        physics = state.info["physics"]
+        _, speed, angle, turning = state.pipeline_state
+        force = jnp.where(action == 1, physics.force, -physics.force)
+        mass, arm = _CART_MASS + _POLE_MASS, _POLE_MASS * physics.half_length
+        sine, cosine = jnp.sin(angle), jnp.cos(angle)
+        pushed = (force + arm * turning**2 * sine) / mass
+        inertia = physics.half_length * (4 / 3 - _POLE_MASS * cosine**2 / mass)
+        turned = (physics.gravity * sine - pushed * cosine) / inertia
+        moved = pushed - arm * turned * cosine / mass
+        after = state.pipeline_state + _STEP * jnp.stack([speed, moved, turning, turned])
+        lost = (jnp.abs(after[0]) > _FARTHEST) | (jnp.abs(after[2]) > _STEEPEST)
+        return state.replace(pipeline_state=after, obs=after, reward=jnp.ones([]), done=jnp.where(lost, 1.0, 0.0))
+
+
+class ChangingCartPole(Around):
+    """Cart-pole, episode after episode, whose physics change every so many steps.
+
+    In period i, counted from 0, gravity, the pole's length and the force of a push are log-uniform in their ranges,
+    drawn with `fold_in(key, i)`, and in every second period, where that is wanted, the actions are swapped. A period
+    ends with the first episode that ends after `change_every` steps of it. Observations do not tell what has changed.
+    The physics are arrays of the state, so that nothing is compiled again.
+
+    Args:
+      change_every: steps after which physics change.
+      gravity_range: smallest and largest gravity, in meters a squared second.
+      length_range: smallest and largest half of the pole's length, in meters.
+      force_range: smallest and largest force, in newtons.
+      swap_actions: whether left and right are swapped in the periods 1, 3, 5, ...
+      key: of the physics; a seed or a key, which may be traced.
+      **episodes: `episode_length`, 500 by default, and what follows of :class:`Episodes`, whose states these are, and
+        which have besides `info["physics"]`, and `info["period"]` and `info["period_steps"]`.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Example:
+      >>> env = ChangingCartPole(change_every=1000, swap_actions=True, force_range=(10.0, 10.0))
+      >>> [round(env.physics_of(period).force.item(), 3) for period in range(3)]
+      [10.0, -10.0, 10.0]
+    """
+
+    def __init__(
+        self,
+        *,
+        change_every: int = 100_000,
+        gravity_range: tuple[float, float] = (5.0, 20.0),
+        length_range: tuple[float, float] = (0.25, 1.0),
+        force_range: tuple[float, float] = (5.0, 20.0),
+        swap_actions: bool = False,
+        key: chex.PRNGKey | int = 0,
+        **episodes: Any,
+    ):
+        if change_every < 1:
+            raise ValueError(f"change_every must be at least 1, got {change_every}")
+        self.ranges = Physics(gravity_range, length_range, force_range)
+        for name, value in zip(("gravity_range", "length_range", "force_range"), self.ranges, strict=True):
+            check_range(name, value)
+        self.env = Episodes(CartPole(), **{"episode_length": 500, **episodes})
+        self.change_every = change_every
+        self.swap_actions = swap_actions
+        self._key, self._impl = as_key_data(key)
+
+    def physics_of(self, period: chex.Numeric) -> Physics:
+        """The physics of a period, which is counted from 0; float32 [] each."""
+        key = jax.random.fold_in(jax.random.wrap_key_data(self._key, impl=self._impl), period)
+        low, high = jnp.log(jnp.asarray(self.ranges, jnp.float32)).T
+        gravity, length, force = jnp.exp(jax.random.uniform(key, (3,), minval=low, maxval=high))
+        swapped = self.swap_actions & (jnp.asarray(period) % 2 == 1)
+        return Physics(gravity, length, jnp.where(swapped, -force, force))
+
+    def reset(self, key: chex.PRNGKey) -> State:
+        """The first state, in the first period, of a key for where episodes start."""
+        state = self.env.reset(key)
+        info = {"physics": self.physics_of(0), "period": jnp.int32(0), "period_steps": jnp.int32(0)}
+        return strong(state.replace(info=state.info | info))
+
+    def step(self, state: State, action: chex.Array) -> State:
+        """The state after an action, int [], 0 or 1."""
+        old = state.info
+        state = self.env.step(state, action)
+        steps = old["period_steps"] + 1
+        over = (steps >= self.change_every) & (state.done > 0)
+        period = old["period"] + over
+        new = self.physics_of(period)
+        info = {
+            "physics": jax.tree.map(lambda new, old: jnp.where(over, new, old), new, old["physics"]),
+            "period": period,
+            "period_steps": jnp.where(over, 0, steps),
+        }
+        return strong(state.replace(info=state.info | info))

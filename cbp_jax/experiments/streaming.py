@@ -1,0 +1,271 @@
+"""Streaming control: Stream Q(lambda) on a cart-pole whose physics change, with one update at each step.
+
+The agent is that of Elsayed et al. (2024): sparse weights at first, layers normalized without parameters, leaky ReLUs,
+observations and rewards normalized as they come. The problem is of this library: every so many steps gravity, the
+pole's length and the force of a push are others, and left and right are swapped, which observations do not tell. Where
+time cuts an episode, the value of its last state stands for what would have come.
+
+Methods are those of `streaming_learners.LEARNERS`: overshooting-bounded descent, SGD and Adam, all along eligibility
+traces, and continual backpropagation around each of them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cbp_jax
+from cbp_jax import envs, nets, training
+from cbp_jax.experiments import learners, memory, stream
+from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.streaming_learners import LEARNERS
+from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.rl import streaming
+
+NAME = "streaming_control"
+
+#: What is measured of each interval, for each method and seed.
+MEASURES: dict[str, str] = {
+    "episode_return": "mean return of the episodes that ended in the interval",
+    "dormant_units": "fraction of hidden units of small activation, relative to their layer's, at the end",
+    "stable_rank": "stable rank of the last hidden layer over its number of units, at the end",
+    "weight_magnitude": "mean absolute weight, at the end",
+    "td_error": "mean squared TD error, of rewards as they are scaled",
+    "replaced_units": "units replaced during the interval",
+    "period": "number of changes of the physics so far, at the end",
+}
+_MEASURED_STEPS = 1000  # the last of an interval, on whose observations units are measured
+_SPARSE: dict[float, Any] = {}  # one function for all programs of a run, by which replacements know it again
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Stream Q(lambda) on a changing cart-pole."""
+
+    methods: tuple[str, ...] = ("obgd", "bp", "adam", "cbp_obgd", "cbp", "cbp_adam")
+    """Learners to compare, each a name, with settings if wanted: "obgd:kappa=3,trace_decay=0.9"."""
+    seeds: int = 5
+    """Number of runs of each method, each with a seed of its own."""
+    first_seed: int = 0
+    """The first of the seeds; the others follow it."""
+    steps: int = 400_000
+    """Steps in all, rounded up to whole intervals."""
+    interval: int = 10_000
+    """Steps in which a measurement is made."""
+    episode_length: int = 500
+    """Time limit of an episode, in steps."""
+    change_every: int = 20_000
+    """Steps after which the physics change, where the next episode ends."""
+    swap_actions: bool = True
+    """Whether left and right are swapped in every second period."""
+    gravity_range: tuple[float, float] = (5.0, 20.0)
+    """Gravities are log-uniform between these, in meters a squared second."""
+    length_range: tuple[float, float] = (0.25, 1.0)
+    """Halves of the pole's length are log-uniform between these, in meters."""
+    force_range: tuple[float, float] = (5.0, 20.0)
+    """Forces are log-uniform between these, in newtons."""
+    normalize: bool = True
+    """Whether observations and rewards are normalized, at each step by all before."""
+    discount: float = 0.99
+    """Discount of a step."""
+    exploration_start: float = 1.0
+    """Fraction of random actions at first."""
+    exploration_end: float = 0.02
+    """Fraction of random actions in the end."""
+    exploration_steps: int = 5_000
+    """Steps in which it falls, once: the agent is not told of changes."""
+    hidden: tuple[int, ...] = (32, 32)
+    """Sizes of the hidden layers, where a method does not choose its own."""
+    activation: str = "leaky_relu"
+    """Activation of the hidden layers, where a method does not choose one."""
+    layer_norm: bool = True
+    """Whether hidden layers are normalized, without parameters, where a method does not choose otherwise."""
+    sparsity: float = 0.9
+    """Fraction of each unit's first weights that are 0."""
+    dormant_threshold: float = 0.01
+    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+    lanes: Literal["auto", "vmap", "map"] = "auto"
+    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+
+
+SMOKE = Settings(
+    methods=("obgd", "cbp_obgd:replacement_rate=1e-2,maturity_threshold=100"),
+    seeds=1,
+    steps=4_000,
+    interval=1_000,
+    episode_length=200,
+    change_every=2_000,
+    exploration_steps=1_000,
+    hidden=(16, 16),
+)
+LAPTOP = Settings(
+    methods=(
+        "obgd",
+        "bp:step_size=1e-3",
+        "adam:step_size=1e-4",
+        "cbp_obgd:replacement_rate=1e-4,maturity_threshold=1000",
+        "cbp:step_size=1e-3,replacement_rate=1e-4,maturity_threshold=1000",
+        "cbp_adam:step_size=1e-4,replacement_rate=1e-4,maturity_threshold=1000",
+    )
+)
+
+
+def num_intervals(settings: Settings) -> int:
+    """How many intervals a run has."""
+    return math.ceil(settings.steps / settings.interval)
+
+
+def total(settings: Settings) -> int:
+    """How many intervals all lanes have to do, for a progress bar."""
+    return len(settings.methods) * settings.seeds * num_intervals(settings)
+
+
+def check(settings: Settings) -> list[learners.Method]:
+    """Checks settings, as `stream.check` does."""
+    stream.check_counts(settings, "seeds", "steps", "interval", "episode_length", "exploration_steps")
+    stream.check_first_seed(settings)
+    stream.check_hidden(settings.hidden)
+    if settings.interval < settings.episode_length:
+        raise ValueError(
+            f"interval must be at least episode_length = {settings.episode_length}, so that an episode ends in it; got "
+            f"{settings.interval}"
+        )
+    if settings.lanes not in ("auto", "vmap", "map"):
+        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
+    if not settings.dormant_threshold >= 0:
+        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
+    methods = learners.read_methods(settings.methods, activation=settings.activation, known=LEARNERS)
+    for method in methods:
+        if type(method) not in LEARNERS.values():
+            raise ValueError(f"method {method.text!r} must be of {list(LEARNERS)}")
+        if method.normalization == "online" or method.dropout_rate or method.curvature or method.reset:
+            raise ValueError(
+                f"method {method.text!r}: the agent has no online normalization, dropout, curvature or resets"
+            )
+    check_scalar("discount", settings.discount, at_least=0, at_most=1)
+    exploration(settings)
+    make_env(settings)
+    make_network(settings)
+    return methods
+
+
+def exploration(settings: Settings) -> streaming.Exploration:
+    """How often actions are random."""
+    return streaming.Exploration(settings.exploration_start, settings.exploration_end, steps=settings.exploration_steps)
+
+
+def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.ChangingCartPole | envs.Normalized:
+    """The environment of a run, of a key for its physics."""
+    ranges = {name: getattr(settings, name) for name in ("gravity_range", "length_range", "force_range")}
+    env = envs.ChangingCartPole(
+        change_every=settings.change_every,
+        swap_actions=settings.swap_actions,
+        key=key,
+        episode_length=settings.episode_length,
+        **ranges,
+    )
+    if not settings.normalize:
+        return env
+    return envs.Normalized(env, discount=settings.discount, bound=math.inf, unbiased=True)
+
+
+def make_network(settings: Settings, method: learners.Method | None = None) -> nets.MLP:
+    """The network of a run, of the attributes that a method chooses."""
+    own = {} if method is None else method.network
+    return nets.MLP(
+        own.get("hidden", settings.hidden),
+        envs.CartPole.action_size,
+        own.get("activation", settings.activation),
+        kernel_init=_SPARSE.setdefault(settings.sparsity, nets.sparse(settings.sparsity)),
+        normalization=own.get("normalization", "bare_layer" if settings.layer_norm else None),
+    )
+
+
+def job(settings: Settings) -> stream.Job:
+    """Prepares what trains agents with all methods and all seeds; see `Experiment.prepare`.
+
+    All methods with the same seed start from the same weights, and meet the same physics. In the results, tasks are
+    intervals of steps; the coordinate `step` counts steps up to their ends.
+    """
+    methods = check(settings)
+    intervals = num_intervals(settings)
+    memory.check_results(len(methods), settings.seeds, intervals, len(MEASURES))
+
+    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+        results = stream.empty_results(NAME, settings, methods, intervals, MEASURES)
+        results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
+        make = lambda group: functools.partial(_train, settings, group)
+        return stream.prepare_methods(results, methods, make)(out, progress)
+
+    return run
+
+
+class _Lane(NamedTuple):
+    """The state of one agent."""
+
+    agent: streaming.State
+    key: chex.Array  # raw key data of the seed, constant
+    hyperparameters: dict[str, chex.Array]  # constant
+
+
+def _train(
+    settings: Settings,
+    group: list[learners.Method],
+    seeds: np.ndarray,
+    numbers: dict[str, np.ndarray],
+    checkpoint: training.Checkpoint,
+) -> Iterator[dict[str, Any]]:
+    """Measures [lanes] of each interval, of methods that differ in their numbers alone."""
+    network = make_network(settings, group[0])
+    attributes = {"kernel_init": network.kernel_init, "discount": settings.discount}
+
+    def agent(key: chex.Array, hyperparameters: dict[str, chex.Array]):
+        physics, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
+        make = lambda units: learners.make_optimizer(group, units, attributes)(hyperparameters, optimizer)
+        env = make_env(settings, physics)
+        return start, *streaming.make_q(env, network, make, exploration(settings), discount=settings.discount)
+
+    def first(seed: chex.Array, hyperparameters: dict[str, chex.Array]) -> _Lane:
+        key = jax.random.key_data(jax.random.key(seed))
+        start, init, _ = agent(key, hyperparameters)
+        return _Lane(init(start), key, hyperparameters)
+
+    def go_on(_: Any, lane: _Lane) -> tuple[_Lane, dict[str, chex.Array]]:
+        step = agent(lane.key, lane.hyperparameters)[-1]
+        state, found = jax.lax.scan(lambda state, _: step(state), lane.agent, length=settings.interval)
+        measures = {
+            "episode_return": jnp.sum(found["return_sum"]) / jnp.maximum(jnp.sum(found["episodes"]), 1),
+            "td_error": jnp.mean(jnp.square(found["td_error"])),
+            "replaced_units": jnp.sum(found["replaced_units"]),
+            "period": state.env_state.info["period"],
+        }
+        measures |= _symptoms(network, state.params, found["obs"][-_MEASURED_STEPS:], settings.dormant_threshold)
+        return lane._replace(agent=state), measures
+
+    intervals = num_intervals(settings)
+    return training.run_lanes(first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint)
+
+
+def _symptoms(network: nets.MLP, params: Any, obs: chex.Array, threshold: float) -> dict[str, chex.Array]:
+    units = cbp_jax.discover_units(network.apply, params, obs[:1])
+    features = cbp_jax.with_features(network.apply, units)(params, obs)[1]
+    found = training.symptoms(features, params, ranked=list(features.values())[-1:], dormant_threshold=threshold)
+    return {name: found[name] for name in ("dormant_units", "stable_rank", "weight_magnitude")}
+
+
+streaming_control = Experiment(
+    name=NAME,
+    about="Streaming control (after Elsayed et al. 2024): Stream Q(lambda) on a cart-pole whose physics change.",
+    Settings=Settings,
+    presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP},
+    check=check,
+    total=total,
+    job=job,
+)
