@@ -97,7 +97,8 @@ def test_an_interrupted_run_leaves_the_tasks_that_it_finished(finished, tmp_path
         done = np.ones(values.shape, bool)
         done[1, :, 1:] = False
         np.testing.assert_array_equal(values, np.where(done, whole[name], np.nan), err_msg=name)
-    assert results.drop_vars(results.data_vars).identical(whole.drop_vars(whole.data_vars))
+    assert results.drop_vars(results.data_vars).drop_attrs().identical(whole.drop_vars(whole.data_vars).drop_attrs())
+    assert results.attrs["settings"] == whole.attrs["settings"]
 
 
 @pytest.mark.slow

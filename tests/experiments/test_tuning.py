@@ -55,7 +55,8 @@ def make(group):
 def job(settings):
     methods = stream.check(settings)
     empty = stream.empty_results("online_permuted", settings, methods, settings.tasks, MEASURES)
-    return stream.prepare_methods(empty, methods, make)
+    with_plan = lambda group: (make(group), stream.program_of(group, settings, None))
+    return stream.prepare_methods(empty, methods, with_plan)
 
 
 PLAN = Plan(dataclasses.replace(online_permuted, job=job), LANES, TUNING, REPORTING, MEASURES)

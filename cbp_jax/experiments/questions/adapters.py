@@ -32,6 +32,7 @@ import cbp_jax
 from cbp_jax import data, lora, metrics, nets, problems, report, training
 from cbp_jax.experiments import learners, memory, stream
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.plan import Program
 from cbp_jax.experiments.questions import adapter_reports
 from cbp_jax.experiments.questions.adapter_learners import LEARNERS, is_fresh, trains_adapter
 from cbp_jax.lora.adapter import changes
@@ -218,7 +219,7 @@ def job(settings: Settings) -> stream.Job:
     units = cbp_jax.discover_units(adapted, shape, jnp.zeros((1, *problem.input_shape)), check=True)
     trained = functools.cache(lambda: train_base(settings, network, base_problem(settings, problem), base_methods[0]))
 
-    def make(group: list[learners.Method]) -> stream.Train:
+    def make(group: list[learners.Method]) -> tuple[stream.Train, Program]:
         learner_on = functools.partial(on_base, group, network, units, adapter_of)
 
         def start(seed: chex.Array, values: dict[str, chex.Array]) -> State:
@@ -241,7 +242,7 @@ def job(settings: Settings) -> stream.Job:
                 checkpoint=checkpoint,
             )  # fmt: skip
 
-        return train
+        return train, stream.program_of(group, settings, None)
 
     empty = stream.empty_results(NAME, settings, methods, settings.tasks, MEASURES)
     return stream.prepare_methods(empty, methods, make)
