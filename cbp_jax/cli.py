@@ -90,6 +90,7 @@ def _list(argv: list[str]) -> None:
     for name, learner in learners.LEARNERS.items():
         settings = ", ".join(f"{key}={value}" for key, value in learners.defaults_of(learner).items())
         print(f"  {name:26} {learner.about} ({settings})")
+        print(f"  {'':26} searched by `bench`: {learners.told(learner.space)}")
     print("  and a function of your own that makes an optax transformation: my_module:my_factory(learning_rate=0.01)")
     print("networks (as in --network vit:depth=2,width=32)")
     for name in nets.NETWORKS:
