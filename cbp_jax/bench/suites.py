@@ -269,14 +269,14 @@ SMOKE = Suite(
             "online_permuted",
             online_permuted,
             online_permuted.Settings(
-                dataset="digits", seeds=2, tasks=3, examples_per_task=20, hidden=(4,), measured_examples=10
+                dataset="digits", seeds=2, tasks=3, examples_per_task=20, hidden=(4,), measured_examples=1
             ),
             0.01,
         ),
         Problem(
             "slowly_changing_regression",
             slowly_changing_regression,
-            slowly_changing_regression.Settings(seeds=2, tasks=3, examples_per_task=20, measured_examples=10),
+            slowly_changing_regression.Settings(seeds=2, tasks=3, examples_per_task=20, measured_examples=1),
             0.01,
         ),
     ),

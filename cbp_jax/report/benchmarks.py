@@ -6,8 +6,8 @@ How scores are made:
    with the sign that makes more of it better; a run whose performance or loss is not finite has diverged, and is worse
    than all others.
 2. The performance of a method in a problem is the interquartile mean of its runs' (`aggregates.interquartile_mean`).
-3. The *gain* of a run is its performance less that of plain backpropagation with the same seed, which saw the same tasks
-   and started from the same weights. The *score* of a run is its gain over the interquartile mean of the gains of the
+3. The *gain* of a run is its performance less that of plain backpropagation with the same seed, which saw the same
+   tasks and started from the same weights. The *score* of a run is its gain over the interquartile mean of the gains of the
    best method of the table: plain backpropagation has 0 in every run, and the best method 1. Where no method gains
    anything, -1 is the worst that did not diverge. Scores are clipped to [-1, 2]: a run that diverged has -1, and one
    run cannot outweigh all others where methods hardly differ. (A run of plain backpropagation that diverged counts as
@@ -41,8 +41,8 @@ LIMITS = (-1.0, 2.0)  # of scores
 _SYMPTOMS = (("dead_units", "dormant_units"), ("effective_rank", "stable_rank"))
 
 NOTES = (
-    "Values are interquartile means over held-out seeds, with 95% stratified bootstrap intervals. Score of a run: what it "
-    "gains over plain backpropagation with the same seed, over what the best method of the table gains, clipped to "
+    "Values are interquartile means over held-out seeds, with 95% stratified bootstrap intervals. Score of a run: what "
+    "it gains over plain backpropagation with the same seed, over what the best method of the table gains, clipped to "
     "[-1, 2]: plain backpropagation has 0 and the best method 1; runs that diverged have -1, and where no method gains "
     "anything the worst that did not diverge. The overall score is the interquartile mean over the runs of all its "
     "problems; the overall rank is the mean of the ranks in each, among methods that have all of them. Dead units and "
@@ -99,7 +99,7 @@ def standing(results: xr.Dataset, baseline: str = BASELINE) -> Standing:
 
 
 def _scores(values: np.ndarray, baseline: np.ndarray) -> np.ndarray | None:
-    """The scores of runs [methods, runs], of the performance of plain backpropagation's [runs]; None if all diverged."""
+    """The scores of runs [methods, runs], of plain backpropagation's performance [runs]; None if it always diverged."""
     there = np.isfinite(baseline)
     if not there.any():
         return None
@@ -233,7 +233,7 @@ def _overall_lines(standings: Mapping[str, Standing], rows: Sequence[Overall]) -
         marks = [standings[name].symptoms[standings[name].methods.index(row.method)] for name in row.problems]
         costs = [standings[name].costs[standings[name].methods.index(row.method)] for name in row.problems]
         scores = [each.scores_of(row.method) for each in standings.values()]
-        missing = "" if row.complete else f" ({len(row.problems)} problems)"
+        missing = "" if row.complete else f" ({len(row.problems)} problem{'s' * (len(row.problems) != 1)})"
         lines.append(
             [
                 f"`{row.method}`",
