@@ -1,4 +1,4 @@
-"""The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | runs DIR | data prepare NAME --from DIR`."""
+"""The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | runs DIR | bench | data prepare NAME --from DIR`."""
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       143 where SIGTERM did.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"list": _list, "run": _run, "plot": _plot, "runs": _runs, "data": _data}
+    commands = {"list": _list, "run": _run, "plot": _plot, "runs": _runs, "bench": _bench, "data": _data}
     parser = argparse.ArgumentParser(prog="cbp-jax", description=__doc__)
     parser.add_argument("command", choices=commands, help="`cbp-jax COMMAND --help` tells more")
     if not argv or argv[0] not in commands:
@@ -72,7 +72,7 @@ def _list(argv: list[str]) -> None:
         prog="cbp-jax list", description="Lists experiments, presets, learners and datasets."
     )
     parser.add_argument("what", nargs="?", choices=["figures"], help="the papers' figures, and what reproduces each")
-    from cbp_jax import data, experiments, nets
+    from cbp_jax import bench, data, experiments, nets
     from cbp_jax.experiments import figures, learners
 
     if parser.parse_args(argv).what == "figures":
@@ -90,7 +90,11 @@ def _list(argv: list[str]) -> None:
     for name, learner in learners.LEARNERS.items():
         settings = ", ".join(f"{key}={value}" for key, value in learners.defaults_of(learner).items())
         print(f"  {name:26} {learner.about} ({settings})")
+        print(f"  {'':26} searched by `bench`: {learners.told(learner.space)}")
     print("  and a function of your own that makes an optax transformation: my_module:my_factory(learning_rate=0.01)")
+    print("suites of the benchmark (as in `cbp-jax bench --suite smoke --method bp cbp`)")
+    for name, suite in bench.SUITES.items():
+        print(f"  {name:26} {suite.about}: {', '.join(problem.name for problem in suite.problems)}")
     print("networks (as in --network vit:depth=2,width=32)")
     for name in nets.NETWORKS:
         print(f"  {name:26} {nets.read(name).about}")
@@ -271,6 +275,12 @@ def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",), experime
     print(experiment.summary(results))
     for picture in experiment.plot(results, out, formats):
         print(f"picture: {picture}")
+
+
+def _bench(argv: list[str]) -> None:
+    from cbp_jax import cli_bench
+
+    cli_bench.main(argv, before=_use_all_cores)
 
 
 def _data(argv: list[str]) -> None:

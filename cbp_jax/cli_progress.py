@@ -9,12 +9,15 @@ class Bar:
     Args:
       total: tasks times lanes.
       quiet: show nothing.
+      percent: show percents in place of tasks, where tasks of several problems are weighted.
     """
 
-    def __init__(self, total: int, quiet: bool = False):
+    def __init__(self, total: int, quiet: bool = False, percent: bool = False):
         from tqdm import tqdm  # needs the cli extra
 
-        self._bar = tqdm(total=total, unit="task", file=sys.stderr, disable=quiet, mininterval=1.0, smoothing=0.05)
+        form = {"bar_format": "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"} if percent else {}
+        how = {"file": sys.stderr, "disable": quiet, "mininterval": 1.0, "smoothing": 0.05}
+        self._bar = tqdm(total=total, unit="task", **how, **form)
 
     def __enter__(self) -> "Bar":
         return self

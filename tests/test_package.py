@@ -31,6 +31,7 @@ FLOORS = (
     {"rl"},
     {"report"},
     {"experiments"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.experiments import folder, learners, memory, stream
+from cbp_jax.experiments import agents, folder, learners, memory, stream
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.learners import Method
 from cbp_jax.experiments.learners.search import Space, configurations
@@ -56,7 +56,8 @@ class Plan:
     """A comparison with an equal budget.
 
     Attributes:
-      experiment: what runs, of settings with `methods`, `seeds`, `first_seed` and `tasks` as `stream.StreamSettings`.
+      experiment: what runs, of settings with `methods`, `seeds`, `first_seed` and `tasks` as `stream.StreamSettings`,
+        or of agents.
       lanes: what is compared.
       tuning: settings of the search, whose `methods` are left open.
       reporting: settings of what is reported, likewise.
@@ -159,7 +160,7 @@ class Plan:
         from cbp_jax import report
 
         tried = self.check() and self.tried()
-        memory.check_results(len(self.lanes), self.reporting.seeds, self.reporting.tasks, len(self.measures))
+        memory.check_results(len(self.lanes), self.reporting.seeds, _tasks(self.reporting), len(self.measures))
         search = self.experiment.prepare(self._searching(tried))
 
         def job(out: Path, progress: stream.Progress | None = None) -> Any:
@@ -193,7 +194,7 @@ class Plan:
             list(tried),
             [{}] * len(tried),
             seeds=stream.seeds_of(self.reporting),
-            tasks=self.reporting.tasks,
+            tasks=_tasks(self.reporting),
             settings=settings,
             experiment=name,
             measures=self.measures,
@@ -275,6 +276,11 @@ def tuned_experiment(plan: Callable[[Any], Plan], *, name: str, **what: Any) -> 
         job=lambda settings: plan(settings).prepare(name, settings),
         **what,
     )
+
+
+def _tasks(settings: Any) -> int:
+    """How many tasks each seed has; of agents, intervals."""
+    return agents.num_intervals(settings) if isinstance(settings, agents.Settings) else settings.tasks
 
 
 def _with_methods(settings: Any, methods: Any) -> Any:

@@ -1,6 +1,8 @@
 """From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
 
 from cbp_jax.report import records
+from cbp_jax.report.benchmark_plots import plot_benchmark
+from cbp_jax.report.benchmarks import benchmark_rows, benchmark_table
 from cbp_jax.report.comparison_plots import plot_differences, plot_search
 from cbp_jax.report.comparisons import Estimate, comparison_table, estimate, paired_differences
 from cbp_jax.report.divergence import diverged_tasks, mark_diverged
@@ -23,6 +25,8 @@ from cbp_jax.report.tickets import plot_accuracies, plot_densities, plot_tickets
 __all__ = [
     "VALIDATION_MEASURES",
     "Estimate",
+    "benchmark_rows",
+    "benchmark_table",
     "best_variants",
     "blocks_of_tasks",
     "comparison_table",
@@ -37,6 +41,7 @@ __all__ = [
     "new_results",
     "paired_differences",
     "plot_accuracies",
+    "plot_benchmark",
     "plot_densities",
     "plot_differences",
     "plot_grid",

@@ -46,7 +46,7 @@ from cbp_jax.experiments.learners.regularization import (
     WeightClipping,
 )
 from cbp_jax.experiments.learners.returning import DASH, FIRE, HareAndTortoise, NormalizeAndProject
-from cbp_jax.experiments.learners.search import LogUniform, Space, configurations
+from cbp_jax.experiments.learners.search import LogUniform, Space, configurations, told
 from cbp_jax.experiments.learners.snr import SNR, SNRAdam
 from cbp_jax.experiments.learners.text import parse_method, read_methods
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
@@ -117,5 +117,6 @@ __all__ = [
     "read_grid",
     "read_methods",
     "settings_of",
+    "told",
     "with_looks",
 ]

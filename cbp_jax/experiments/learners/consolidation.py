@@ -10,6 +10,7 @@ import optax
 import cbp_jax
 from cbp_jax.experiments.learners.method import ranged
 from cbp_jax.experiments.learners.plain import SGD
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
 
@@ -19,6 +20,8 @@ class Consolidation(SGD):
     """Around one of the consolidations."""
 
     transform: ClassVar[Callable[..., optax.GradientTransformation]]
+
+    space: ClassVar[Space] = {"strength": LogUniform(1e-3, 10.0)}
 
     strength: float = ranged(0.1)
     beta_weight: float = ranged(0.999, below=1)

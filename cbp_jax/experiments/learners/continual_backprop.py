@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import chex
 import flax.linen as nn
@@ -12,6 +12,7 @@ import optax
 import cbp_jax
 from cbp_jax.experiments.learners.method import Method, count, flag, named, of_python, ranged
 from cbp_jax.experiments.learners.plain import Moments, MomentumSGD
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.experiments.learners.upgd import Gated
 from cbp_jax.replacement import get_reinitialization, get_utility, needs_curvature
 from cbp_jax.report import looks
@@ -49,6 +50,8 @@ class Continual(Replacing):
       reinitialization: what replaced units start from.
       max_replacements: of one step and group; by default so many as the rate can need.
     """
+
+    space: ClassVar[Space] = {"replacement_rate": LogUniform(1e-6, 1e-2)}
 
     replacement_rate: float = ranged(1e-4, at_most=1)
     decay_rate: float = ranged(0.99, below=1)

@@ -18,6 +18,7 @@ import optax
 import cbp_jax
 from cbp_jax import by_path
 from cbp_jax.experiments.learners.method import Method, check_finite, settings_of
+from cbp_jax.experiments.learners.search import Space, check_space
 from cbp_jax.report.looks import Look, readable
 from cbp_jax.units import Units
 
@@ -59,6 +60,11 @@ class Custom(Method):
     def look(self) -> Look:
         """See `Method`."""
         return Look(readable(self.path.rpartition(":")[2].rpartition(".")[2]))
+
+    @property
+    def space(self) -> Space:
+        """The function's `space`, if it has one; see `Method`."""
+        return check_space(getattr(self.factory, "space", {}), self.path)
 
     @property
     def text(self) -> str:
@@ -154,6 +160,8 @@ def custom(
     itself, and a warning says so. Integers, text and so on are always as they are given. `activation`, `normalization`,
     `dropout_rate` and `hidden` are the network's settings, as with any method, unless the function has arguments of
     these names. What an experiment's schedule multiplies is a setting that is called `learning_rate` or `step_size`.
+    An attribute `space` of the function says where a comparison with an equal budget searches its settings: by name a
+    `LogUniform`, or a tuple of values.
 
     Args:
       factory: the function; a `functools.partial` is its function with settings.

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from cbp_jax import by_path, nets
+from cbp_jax.experiments.learners.search import Space
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
@@ -188,6 +189,8 @@ class Method:
     name: ClassVar[str]  # in texts and in results
     about: ClassVar[str]  # one line for lists
     look: ClassVar[Look]  # in pictures
+    # Where comparisons with an equal budget search its settings; a subclass says what it adds to that of its bases.
+    space: ClassVar[Space] = {}
     needs_units: ClassVar[bool] = False  # whether a network without hidden units is nothing for it
     # What is drawn anew before each task but the first: "head" or "network". Not annotated: even as a ClassVar it would
     # hide the field that only some of the bases of a subclass have.
@@ -201,6 +204,13 @@ class Method:
     dropout_rate: float = ranged(0.0, below=1, traced=False, optional=True)
     hidden: tuple[int, ...] | None = sizes()
     given: tuple[str, ...] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).get("space", {})
+        if isinstance(own, Mapping):  # and no property
+            bases = [vars(base).get("space", {}) for base in reversed(cls.__mro__[1:])]
+            cls.space = {name: values for space in (*bases, own) for name, values in space.items()}
 
     def __post_init__(self):
         for name, setting in settings_of(self).items():
@@ -277,6 +287,17 @@ class Method:
           predict: `(params, x) -> outputs`, not in training.
         """
         return None
+
+    @property
+    def searched(self) -> Space:
+        """What a search may change: its space, but for the settings that were given.
+
+        Example:
+          >>> from cbp_jax.experiments.learners import parse_method
+          >>> list(parse_method("cbp:utility=weight,step_size=0.01").searched)
+          ['replacement_rate']
+        """
+        return {name: values for name, values in self.space.items() if name not in self.given}
 
     def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
         """The same with other numbers, which may be traced."""

@@ -1,10 +1,12 @@
 """SGD on another network."""
 
 import dataclasses
+from typing import ClassVar
 
 from cbp_jax import nets
 from cbp_jax.experiments.learners.method import choice, named, ranged
 from cbp_jax.experiments.learners.plain import SGD
+from cbp_jax.experiments.learners.search import Space
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 
@@ -16,6 +18,8 @@ class Dropout(SGD):
     name = "dropout"
     about = "SGD with dropout of hidden units"
     look = Look("Dropout", looks.WINE)
+
+    space: ClassVar[Space] = {"dropout_rate": (0.03, 0.1, 0.3)}  # each is a program of its own
 
     dropout_rate: float = ranged(0.1, below=1, traced=False)
 

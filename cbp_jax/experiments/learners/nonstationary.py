@@ -6,6 +6,7 @@ optimizers run by their path, as `optax.contrib:prodigy(learning_rate=1.0)`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import chex
 import jax
@@ -14,6 +15,7 @@ import optax
 import cbp_jax
 from cbp_jax.experiments.learners.method import Method, choice, count, ranged
 from cbp_jax.experiments.learners.plain import Moments
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
 
@@ -50,6 +52,8 @@ class AdamReset(Moments):
     about = "Adam whose step count, or moments too, start anew every so many updates (Adam-Rel)"
     look = Look("Adam, reset")
 
+    space: ClassVar[Space] = {"every": LogUniform(100, 10_000)}
+
     every: float = ranged(1000.0, at_least=1)
     forget: str = choice("time", "moments")
 
@@ -72,6 +76,8 @@ class Muon(Method):
     name = "muon"
     about = "Muon: momentum whose singular values are made equal, for kernels; Adam for other parameters"
     look = Look("Muon")
+
+    space: ClassVar[Space] = {"step_size": LogUniform(1e-4, 0.1)}
 
     step_size: float = ranged(1e-3)
     beta: float = ranged(0.95, below=1)
@@ -102,6 +108,8 @@ class CChain(Moments):
     name = "c_chain"
     about = "Adam with a loss on the change of outputs for earlier examples (C-CHAIN)"
     look = Look("C-CHAIN")
+
+    space: ClassVar[Space] = {"strength": LogUniform(1e-3, 100.0)}
 
     strength: float = ranged(1.0)
     change: str = choice("kl", "squared")

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import chex
 import optax
 
 import cbp_jax
 from cbp_jax.experiments.learners.method import Method, choice, count, ranged
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
@@ -16,6 +18,8 @@ from cbp_jax.units import Units
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SGD(Method):
     """Around SGD."""
+
+    space: ClassVar[Space] = {"step_size": LogUniform(1e-3, 1.0)}
 
     step_size: float = ranged(0.01)
 
@@ -57,6 +61,8 @@ class Moments(Method):
       reset_every: updates after which it is drawn anew, and again, instead of before each task.
       eps: what is added to the root of the mean square.
     """
+
+    space: ClassVar[Space] = {"step_size": LogUniform(3e-5, 1e-2)}
 
     step_size: float = ranged(1e-3)
     b1: float = ranged(0.9, below=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import chex
 import optax
@@ -10,6 +11,7 @@ import cbp_jax
 from cbp_jax.experiments.learners.continual_backprop import Replacing
 from cbp_jax.experiments.learners.method import ranged
 from cbp_jax.experiments.learners.plain import SGD, Moments
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
 
@@ -17,6 +19,8 @@ from cbp_jax.units import Units
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recycling(Replacing):
     """Around the recycling of dormant units."""
+
+    space: ClassVar[Space] = {"threshold": LogUniform(1e-3, 0.3), "every": LogUniform(100, 10_000)}
 
     threshold: float = ranged(0.1)
     every: float = ranged(1000.0, at_least=1)
@@ -69,6 +73,8 @@ class ReDoAdam(Recycling, Moments):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecyclingByGradient(Recycling):
     """Around the recycling of units of small gradients."""
+
+    space: ClassVar[Space] = {"threshold": LogUniform(1e-4, 0.1)}
 
     threshold: float = ranged(0.01)
 

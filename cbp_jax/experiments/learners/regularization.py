@@ -1,6 +1,7 @@
 """What pulls on the weights, bounds them, or adds noise to them."""
 
 import dataclasses
+from typing import ClassVar
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import optax
 import cbp_jax
 from cbp_jax.experiments.learners.method import Method, ranged
 from cbp_jax.experiments.learners.plain import SGD, Moments, MomentumSGD
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 from cbp_jax.transforms.kernel_penalties import Penalty
@@ -23,6 +25,8 @@ class L2(MomentumSGD):
     name = "l2"
     about = "SGD with L2 toward zero"
     look = Look("L2", looks.GREEN)
+
+    space: ClassVar[Space] = {"l2": LogUniform(1e-6, 0.1)}
 
     l2: float = ranged(1e-4)
 
@@ -39,6 +43,8 @@ class L1(SGD):
     about = "SGD with L1 toward zero"
     look = Look("L1", looks.SKY)
 
+    space: ClassVar[Space] = {"l1": LogUniform(1e-7, 1e-2)}
+
     l1: float = ranged(1e-5)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
@@ -54,6 +60,8 @@ class L2Init(SGD):
     about = "SGD with L2 toward the initial weights"
     look = Look("L2 init", looks.ORANGE)
 
+    space: ClassVar[Space] = {"l2": LogUniform(1e-6, 0.1)}
+
     l2: float = ranged(1e-3)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
@@ -68,6 +76,8 @@ class L1Init(SGD):
     name = "l1_init"
     about = "SGD with L1 toward the initial weights"
     look = Look("L1 init")
+
+    space: ClassVar[Space] = {"l1": LogUniform(1e-7, 1e-2)}
 
     l1: float = ranged(1e-4)
 
@@ -92,6 +102,8 @@ class ProximalL1Init(L1Init):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shrinking(Method):
     """Around what has a step size, with weight decay and noise on the weights at every step."""
+
+    space: ClassVar[Space] = {"l2": LogUniform(1e-6, 0.1), "noise": LogUniform(1e-6, 1e-2)}
 
     l2: float = ranged(1e-4)
     noise: float = ranged(1e-5)
@@ -149,6 +161,8 @@ class WeightClipping(SGD):
     about = "SGD with weight clipping"
     look = Look("Weight clipping")
 
+    space: ClassVar[Space] = {"bound": LogUniform(0.3, 10.0)}
+
     bound: float = ranged(2.0)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
@@ -159,6 +173,8 @@ class WeightClipping(SGD):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Penalized(SGD):
     """Around SGD with a penalty on the kernels, the output layer's too."""
+
+    space: ClassVar[Space] = {"strength": LogUniform(1e-6, 0.1)}
 
     strength: float = ranged(1e-3)
 

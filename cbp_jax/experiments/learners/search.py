@@ -30,6 +30,9 @@ class LogUniform:
         if not 0 < self.low < self.high < math.inf:
             raise ValueError(f"low and high must be finite and 0 < low < high, got {self.low} and {self.high}")
 
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
     def draw(self, rng: np.random.Generator, count: int) -> list[float]:
         """So many numbers of the range."""
         drawn = np.exp(rng.uniform(np.log(self.low), np.log(self.high), count))
@@ -38,6 +41,33 @@ class LogUniform:
 
 # By setting, the values that are tried, or the range that they are drawn from.
 Space = Mapping[str, tuple[Any, ...] | LogUniform]
+
+
+def told(space: Space) -> str:
+    """A space in words.
+
+    Example:
+      >>> told({"step_size": LogUniform(1e-4, 1e-1), "order": (1, 2)})
+      'step_size 0.0001 to 0.1, order 1 or 2'
+    """
+    values = lambda of: str(of) if isinstance(of, LogUniform) else " or ".join(map(str, of))
+    return ", ".join(f"{name} {values(of)}" for name, of in space.items())
+
+
+def check_space(space: Any, what: str) -> Space:
+    """The space; raises a ValueError, of what has it, if it is none.
+
+    Example:
+      >>> check_space({"step_size": 0.1}, "my_module:my_factory")
+      Traceback (most recent call last):
+      ...
+      ValueError: my_module:my_factory: space must have a LogUniform or a tuple of values for each setting, got \
+{'step_size': 0.1}
+    """
+    allowed = LogUniform | tuple
+    if not isinstance(space, Mapping) or not all(isinstance(values, allowed) for values in space.values()):
+        raise ValueError(f"{what}: space must have a LogUniform or a tuple of values for each setting, got {space!r}")
+    return space
 
 
 def configurations(space: Space, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Self-normalized resets around several optimizers."""
 
 import dataclasses
+from typing import ClassVar
 
 import chex
 import optax
@@ -9,6 +10,7 @@ import cbp_jax
 from cbp_jax.experiments.learners.continual_backprop import Replacing
 from cbp_jax.experiments.learners.method import count, ranged
 from cbp_jax.experiments.learners.plain import SGD, Moments
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
 
@@ -23,6 +25,8 @@ class SelfNormalized(Replacing):
       max_silence: largest threshold, in updates.
       max_resets: of one step and group; 1, which is fast, hardly ever makes a unit wait.
     """
+
+    space: ClassVar[Space] = {"rejection": LogUniform(1e-3, 0.1)}
 
     rejection: float = ranged(0.02, at_most=1)
     every: float = ranged(1000.0, at_least=1)

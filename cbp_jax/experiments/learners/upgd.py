@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import chex
 import optax
@@ -9,6 +10,7 @@ import optax
 import cbp_jax
 from cbp_jax.experiments.learners.method import Method, choice, flag, ranged
 from cbp_jax.experiments.learners.plain import SGD
+from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
@@ -21,6 +23,8 @@ class PGD(SGD):
     name = "pgd"
     about = "perturbed gradient descent: SGD with noise on the gradients"
     look = Look("PGD", looks.GRAY)
+
+    space: ClassVar[Space] = {"sigma": LogUniform(1e-4, 1.0), "weight_decay": LogUniform(1e-5, 0.1)}
 
     sigma: float = ranged(0.01)
     weight_decay: float = ranged(0.0)
@@ -38,6 +42,13 @@ class Gated(Method):
       factor: of the step, but not of the decay. The paper's algorithm has none, 1; its public code has 2, so that a
         weight of utility 0, whose gate is 1/2, moves at the step size.
     """
+
+    space: ClassVar[Space] = {
+        "step_size": LogUniform(1e-3, 1.0),
+        "sigma": LogUniform(1e-4, 1.0),
+        "weight_decay": LogUniform(1e-5, 0.1),
+        "beta_utility": (0.99, 0.999, 0.9999),
+    }
 
     step_size: float = ranged(0.01)
     weight_decay: float = ranged(0.0)
@@ -107,6 +118,8 @@ class AdaptiveUPGD(UPGD):
     name = "adaptive_upgd"
     about = "UPGD around Adam's moments"
     look = Look("Adaptive UPGD")
+
+    space: ClassVar[Space] = {"step_size": LogUniform(3e-5, 1e-2)}
 
     step_size: float = ranged(1e-3)
     b1: float = ranged(0.9, below=1)

@@ -1,0 +1,287 @@
+"""Suites of problems for benchmarks: existing experiments with fixed settings, and the budget of every method."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from cbp_jax import report
+from cbp_jax.experiments import (
+    Experiment,
+    class_incremental,
+    continual_imagenet,
+    label_permuted,
+    online_permuted,
+    slippery_ant,
+    slowly_changing_regression,
+)
+from cbp_jax.experiments.agents import MEASURES as AGENT_MEASURES
+from cbp_jax.experiments.ants import ALTERNATING
+from cbp_jax.experiments.learners import Method, told
+from cbp_jax.experiments.tuning import Lane, Plan
+
+FIRST_TUNING_SEED = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A problem of a suite.
+
+    Attributes:
+      name: in tables, and of its folder.
+      experiment: that it is.
+      settings: of what is reported; their `methods` are left open, and their `seeds` are how many are held out.
+      cost: seconds of plain backpropagation's task on one core, about; what is left of all problems is told by it.
+      counted: whether it counts for the score over all problems.
+      needs: a package without which it is left out.
+    """
+
+    name: str
+    experiment: Experiment
+    settings: Any
+    cost: float
+    counted: bool = True
+    needs: str = ""
+
+    @property
+    def available(self) -> bool:
+        """Whether the package is there that it needs."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
+
+    @property
+    def measures(self) -> Mapping[str, str]:
+        """What is kept of the reported run: names and meanings."""
+        if self.experiment is slippery_ant:
+            return AGENT_MEASURES
+        of_pools = self.experiment in (continual_imagenet, class_incremental)
+        accuracy = self.experiment is not slowly_changing_regression
+        return report.stream_measures(accuracy=accuracy, test=of_pools, dormant=of_pools)
+
+    def changed(self, **changes: Any) -> Any:
+        """Its settings with other values, those that it has."""
+        known = {field.name for field in dataclasses.fields(self.settings)}
+        return dataclasses.replace(self.settings, **{name: changes[name] for name in known & changes.keys()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Problems, and how all methods are tuned on them.
+
+    Attributes:
+      name: in commands.
+      about: one line for lists.
+      problems: in the order of tables.
+      configurations: how many every method tries in each problem.
+      tuning_seeds: number of seeds with which each of these runs.
+      timed_tasks: tasks in which the cost of an update is measured.
+    """
+
+    name: str
+    about: str
+    problems: tuple[Problem, ...]
+    configurations: int
+    tuning_seeds: int
+    timed_tasks: int = 4
+
+    def problem(self, name: str) -> Problem:
+        """A problem by its name; raises a ValueError where it has none of that."""
+        by_name = {problem.name: problem for problem in self.problems}
+        if name not in by_name:
+            raise ValueError(f"problems must be some of {list(by_name)}, got {name!r}")
+        return by_name[name]
+
+    @property
+    def counted(self) -> list[str]:
+        """Names of the problems that count for the score over all."""
+        return [problem.name for problem in self.problems if problem.counted]
+
+    def tuning(self, problem: Problem) -> Any:
+        """Settings of the search on a problem, whose `methods` are left open."""
+        # What units and weights are like decides nothing, and takes time.
+        return problem.changed(seeds=self.tuning_seeds, first_seed=FIRST_TUNING_SEED, measured_examples=1)
+
+    def plan(self, problem: Problem, method: Method) -> Plan:
+        """How a method is tuned and reported on a problem.
+
+        What was given with the method is not searched; one without a space runs as it is given.
+
+        Example:
+          >>> from cbp_jax.experiments.learners import parse_method
+          >>> plan = SMOKE.plan(SMOKE.problems[0], parse_method("l2:step_size=0.01"))
+          >>> [method.text for method in plan.tried()["l2(step_size=0.01)"]]
+          ['l2:step_size=0.01,l2=0.00146', 'l2:step_size=0.01,l2=8.77e-05']
+        """
+        space = method.searched
+        lane = Lane(method.label, method, space, method.look)
+        drawn = self.configurations if space else None
+        return Plan(problem.experiment, (lane,), self.tuning(problem), problem.settings, problem.measures, drawn)
+
+    def kept(self, problem: Problem, method: Method) -> dict[str, Any]:
+        """What results keep of how they were made; see `budget` for what all methods share."""
+        return {**self.budget(problem), "method": method.text, "space": told(method.searched)}
+
+    def budget(self, problem: Problem) -> dict[str, Any]:
+        """What is alike for all methods of a problem: how many configurations, and the settings of both runs."""
+        plain = lambda settings: {
+            key: value for key, value in dataclasses.asdict(settings).items() if key not in ("methods", "data_dir")
+        }
+        return {
+            "suite": self.name,
+            "problem": problem.name,
+            "configurations": self.configurations,
+            "tuning": plain(self.tuning(problem)),
+            "reporting": plain(problem.settings),
+        }
+
+
+_HELD_OUT = 10
+
+SMALL = Suite(
+    "small",
+    "digits and images that are made here; half an hour to two hours of 2 cores a method",
+    (
+        Problem(
+            "online_permuted",
+            online_permuted,
+            online_permuted.Settings(
+                dataset="digits",
+                seeds=_HELD_OUT,
+                tasks=300,
+                examples_per_task=1000,
+                hidden=(50, 50, 50),
+                measured_examples=500,
+            ),
+            0.008,
+        ),
+        Problem(
+            "label_permuted",
+            label_permuted,
+            label_permuted.Settings(
+                dataset="digits",
+                seeds=_HELD_OUT,
+                tasks=200,
+                examples_per_task=1000,
+                hidden=(50, 25),
+                measured_examples=500,
+            ),
+            0.005,
+        ),
+        Problem(
+            "continual_images",
+            continual_imagenet,
+            continual_imagenet.Settings(
+                seeds=_HELD_OUT,
+                tasks=150,
+                network="convnet",
+                hidden=(32, 32),
+                batch_size=20,
+                procedural_classes=200,
+                procedural_size=28,
+                downsample=2,
+                channels=(8, 16),
+                kernel_sizes=(5, 3),
+                train_per_class=80,
+                test_per_class=20,
+                epochs=40,
+                measured_examples=100,
+            ),
+            0.15,
+        ),
+        Problem(
+            "class_incremental",
+            class_incremental,
+            dataclasses.replace(class_incremental.preset("perceptron"), seeds=_HELD_OUT, tasks=10, epochs=30),
+            0.6,
+        ),
+        Problem(
+            "slowly_changing_regression",
+            slowly_changing_regression,
+            slowly_changing_regression.Settings(
+                seeds=_HELD_OUT, tasks=200, examples_per_task=5000, measured_examples=500
+            ),
+            0.012,
+        ),
+        Problem(
+            "slippery_ant",
+            slippery_ant,
+            dataclasses.replace(ALTERNATING, seeds=5, steps=614_400),
+            5.7,
+            counted=False,
+            needs="brax",
+        ),
+    ),
+    configurations=10,
+    tuning_seeds=2,
+)
+
+FULL = Suite(
+    "full",
+    "the papers' datasets, in their sizes or half: for accelerators, with prepared datasets",
+    (
+        Problem(
+            "online_permuted",
+            online_permuted,
+            dataclasses.replace(online_permuted.preset("paper"), seeds=10, tasks=200, hidden=(500, 500, 500)),
+            20.0,
+        ),
+        Problem(
+            "label_permuted",
+            label_permuted,
+            dataclasses.replace(label_permuted.preset("best"), seeds=10, measure_every=None),
+            1.0,
+        ),
+        Problem(
+            "continual_images",
+            continual_imagenet,
+            dataclasses.replace(continual_imagenet.preset("paper"), seeds=10, tasks=1000),
+            60.0,
+        ),
+        Problem(
+            "class_incremental",
+            class_incremental,
+            dataclasses.replace(class_incremental.preset("paper"), seeds=10),
+            5000.0,
+        ),
+        Problem(
+            "slowly_changing_regression",
+            slowly_changing_regression,
+            dataclasses.replace(slowly_changing_regression.preset("paper"), seeds=20),
+            0.1,
+        ),
+        Problem(
+            "slippery_ant",
+            slippery_ant,
+            dataclasses.replace(slippery_ant.preset("paper"), seeds=10),
+            12.0,
+            counted=False,
+            needs="brax",
+        ),
+    ),
+    configurations=30,
+    tuning_seeds=3,
+)
+
+SMOKE = Suite(
+    "smoke",
+    "seconds, to see that all works",
+    (
+        Problem(
+            "online_permuted",
+            online_permuted,
+            online_permuted.Settings(
+                dataset="digits", seeds=2, tasks=3, examples_per_task=20, hidden=(4,), measured_examples=1
+            ),
+            0.01,
+        ),
+        Problem(
+            "slowly_changing_regression",
+            slowly_changing_regression,
+            slowly_changing_regression.Settings(seeds=2, tasks=3, examples_per_task=20, measured_examples=1),
+            0.01,
+        ),
+    ),
+    configurations=2,
+    tuning_seeds=1,
+)
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (SMALL, FULL, SMOKE)}

@@ -1,0 +1,86 @@
+"""`cbp-jax bench`: methods on the problems of a suite, with an equal budget for tuning."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None:
+    """Runs the command.
+
+    Args:
+      argv: its words.
+      before: called before a user's module is imported.
+    """
+    args = _parser().parse_args(argv)
+    from cbp_jax import bench
+    from cbp_jax.cli_progress import Bar
+    from cbp_jax.experiments.learners import LEARNERS
+
+    if args.suite not in bench.SUITES:
+        raise ValueError(f"suite must be one of {list(bench.SUITES)}, got {args.suite!r}")
+    suite = bench.SUITES[args.suite]
+    out = args.out or Path("runs") / f"bench-{suite.name}"
+    folders = [folder for folder in (out, args.published) if folder is not None]
+    if not args.method and not args.report:
+        raise ValueError("--method must name what is run ('all' is every learner), or --report be given for the table")
+    if args.published is not None and not args.published.is_dir():
+        raise FileNotFoundError(f"--published must be a folder of results, and there is none at {args.published}")
+    texts = list(LEARNERS) if args.method == ["all"] else args.method
+    methods = []
+    if texts:
+        before()
+        methods = [bench.read_method(text) for text in texts]
+        pairs, left_out = bench.entries(suite, methods, out, args.problems)
+        _tell(left_out)
+        with Bar(bench.total(suite, pairs), args.quiet, percent=True) as bar:
+            left_out = bench.run(suite, pairs, bar)
+        _tell(left_out)
+    problems, left_out = bench.collect(suite, [folder for folder in folders if folder.is_dir() or folder == out])
+    _tell(left_out)
+    paths = bench.write(suite, problems, out, tuple(args.formats))
+    shown = [method.label for method in methods] or _methods(problems)
+    print(f"{bench.title(suite, problems)}\n\n{bench.rows(suite, problems, shown)}\n")
+    for path in paths:
+        print(f"{'table' if path.suffix == '.md' else 'picture'}: {path}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cbp-jax bench",
+        description="Tunes methods on the problems of a suite, all with the same budget, runs the best settings with "
+        "other seeds, and makes one table of all results.",
+        epilog="One row beside published ones: cbp-jax bench --suite small --method my_module:my_factory "
+        "--published benchmarks/results/bench-small",
+    )
+    parser.add_argument("--suite", default="small", help="small, full or smoke; `cbp-jax list` shows their problems")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=[],
+        metavar="METHOD",
+        help="what is run, as in `cbp-jax run --methods`: settings that are given are not searched; 'all' is every "
+        "learner. A function of your own is searched in its attribute `space`, if it has one",
+    )
+    parser.add_argument("--problems", nargs="+", default=None, help="some of the suite's problems; all by default")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for results, table and picture; by default runs/bench-SUITE"
+    )
+    parser.add_argument(
+        "--published", type=Path, default=None, metavar="DIR", help="folder of results that the table also shows"
+    )
+    parser.add_argument("--report", action="store_true", help="make the table and picture of what is there")
+    parser.add_argument("--formats", nargs="+", default=["png"], help="of the picture, such as png pdf svg")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _tell(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"cbp-jax: {line}", file=sys.stderr)
+
+
+def _methods(problems: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(method for results in problems.values() for method in results.method.values.tolist()))

@@ -1,0 +1,95 @@
+"""The picture of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cbp_jax.report import aggregates
+from cbp_jax.report.benchmarks import BASELINE, Standing, overall, standing
+from cbp_jax.report.looks import looks_of, readable
+from cbp_jax.report.plots import _PANELS, _name, _rc
+from cbp_jax.report.results import require
+from cbp_jax.report.statistics import better, is_accuracy
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_benchmark(
+    problems: Mapping[str, xr.Dataset], counted: Sequence[str] | None = None, *, baseline: str = BASELINE
+) -> Figure:
+    """Draws the scores over all problems, and the performance in each: a row for each method, the best on top.
+
+    Interquartile means over held-out seeds and their 95% stratified bootstrap intervals, as in `benchmark_table`. What
+    has not all problems that count is hollow; a line shows plain backpropagation.
+
+    Args:
+      problems: by name, the results of all methods; see `benchmarks.standing`.
+      counted: the problems that count for the score over all; all by default.
+      baseline: label of plain backpropagation.
+
+    Returns:
+      A Matplotlib figure.
+
+    Raises:
+      ValueError: there is no problem.
+    """
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    standings = {name: standing(results, baseline) for name, results in problems.items()}
+    rows = overall(standings, counted)[::-1]
+    named = {method: results for results in problems.values() for method in results.method.values.tolist()}
+    with _rc():
+        width, height = 1.9 + 1.45 * (len(problems) + 1), 1.0 + 0.2 * max(len(rows), 3)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(1, len(problems) + 1, sharey=True, squeeze=False).ravel()
+        for i, row in enumerate(rows):
+            if np.isfinite(row.score[0]):
+                _draw(axes[0], i, row.score, _color(named[row.method], row.method), hollow=not row.complete)
+        axes[0].axvline(0, color="#888888", linewidth=0.8, zorder=1)
+        axes[0].set_title("All problems", fontsize=7.5)
+        axes[0].set_xlabel("Score")
+        for ax, (name, found) in zip(axes[1:], standings.items(), strict=True):
+            _draw_problem(ax, found, [row.method for row in rows], named, baseline)
+            ax.set_title(readable(name), fontsize=7.5)
+        axes[0].set_yticks(range(len(rows)), [_name(named[row.method], row.method) for row in rows], fontsize=6.5)
+        axes[0].set_ylim(-0.6, len(rows) - 0.4)
+        note = "Interquartile mean over held-out seeds, 95% stratified bootstrap interval; line: plain backpropagation"
+        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    return figure
+
+
+def _draw_problem(
+    ax: Axes, found: Standing, rows: Sequence[str], named: Mapping[str, xr.Dataset], baseline: str
+) -> None:
+    sign = better(found.measure) * (100 if is_accuracy(found.measure) else 1)
+    for i, method in enumerate(rows):
+        values = found.values[found.methods.index(method)] if method in found.methods else np.array([-np.inf])
+        if not np.isfinite(values).all():
+            continue
+        mean = float(aggregates.interquartile_mean(values))
+        if method == baseline:
+            ax.axvline(sign * mean, color="#888888", linewidth=0.8, zorder=1)
+        ends = aggregates.stratified_bootstrap([values])
+        _draw(ax, i, [sign * value for value in (mean, *ends)], _color(named[method], method))
+    if found.measure == "loss":
+        ax.invert_xaxis()  # to the right is better, in every panel
+    ax.set_xlabel(_PANELS[found.measure].label)
+
+
+def _draw(ax: Axes, i: int, value: Sequence[float], color: str, hollow: bool = False) -> None:
+    mean, low, high = value
+    ax.hlines(i, low, high, color=color, linewidth=1.4, zorder=3)
+    ax.plot(mean, i, "o", markersize=4, color=color, markerfacecolor="white" if hollow else color, zorder=4)
+    ax.grid(axis="y", visible=False)
+
+
+def _color(results: xr.Dataset, method: str) -> str:
+    look = looks_of(results).get(results.learner.loc[{"method": method}].item())
+    return look.style.color if look is not None and look.style else "#444444"
