@@ -1,4 +1,4 @@
-"""The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | runs DIR | bench | data prepare NAME --from DIR`."""
+"""The command line: `cbp-jax list | run EXPERIMENT | plot RUN_DIR | runs DIR | bench | data prepare NAME`."""
 
 import argparse
 import contextlib

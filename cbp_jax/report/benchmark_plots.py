@@ -10,7 +10,7 @@ import numpy as np
 from cbp_jax.report import aggregates
 from cbp_jax.report.benchmarks import BASELINE, Standing, overall, standing
 from cbp_jax.report.looks import looks_of, readable
-from cbp_jax.report.plots import _PANELS, _name, _rc
+from cbp_jax.report.plots import _PANELS, _name, style_of_pictures
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import better, is_accuracy
 
@@ -45,7 +45,7 @@ def plot_benchmark(
     standings = {name: standing(results, baseline) for name, results in problems.items()}
     rows = overall(standings, counted)[::-1]
     named = {method: results for results in problems.values() for method in results.method.values.tolist()}
-    with _rc():
+    with style_of_pictures():
         width, height = 1.9 + 1.45 * (len(problems) + 1), 1.0 + 0.2 * max(len(rows), 3)
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(1, len(problems) + 1, sharey=True, squeeze=False).ravel()
