@@ -231,11 +231,12 @@ def test_the_console_script_is_this_command():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--help"], ["list", "run", "plot", "data"]),
+        (["--help"], ["list", "run", "plot", "bench", "data"]),
         (["list", "--help"], ["Lists"]),
         (["run", "online_permuted", "--help"], ["--preset", "--out", "--quiet", "--methods", "--examples-per-task"]),
         (["run", "--help"], ["EXPERIMENT", "--preset"]),
         (["plot", "--help"], ["run_dir", "--formats"]),
+        (["bench", "--help"], ["--suite", "--method", "--published", "--report", "--problems"]),
         (["data", "--help"], ["prepare"]),
         (["data", "prepare", "--help"], ["--from", "--data-dir", "IDX"]),
     ],
