@@ -231,7 +231,7 @@ def test_the_console_script_is_this_command():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--help"], ["list", "run", "plot", "runs", "data"]),
+        (["--help"], ["list", "run", "plot", "runs", "bench", "data"]),
         (["list", "--help"], ["Lists"]),
         (["run", "online_permuted", "--help"], ["--preset", "--out", "--quiet", "--methods", "--examples-per-task"]),
         (
@@ -240,6 +240,7 @@ def test_the_console_script_is_this_command():
         ),
         (["plot", "--help"], ["run_dir", "--formats"]),
         (["runs", "--help"], ["folder", "below it"]),
+        (["bench", "--help"], ["--suite", "--method", "--published", "--report", "--problems"]),
         (["data", "--help"], ["prepare"]),
         (["data", "prepare", "--help"], ["--from", "--data-dir", "IDX"]),
     ],

@@ -14,7 +14,8 @@ import numpy as np
 from cbp_jax import by_path, report
 from cbp_jax.bench.suites import Problem, Suite
 from cbp_jax.experiments import agents, folder, stream
-from cbp_jax.experiments.learners import LEARNERS, Method, configurations, custom, parse_method, read_methods
+from cbp_jax.experiments.learners import LEARNERS, LogUniform, Method, custom, parse_method, read_methods
+from cbp_jax.experiments.learners.search import check_space
 from cbp_jax.report.benchmarks import BASELINE, COST
 
 
@@ -36,14 +37,15 @@ def read_method(text: str) -> Method:
     """
     found = None if text.partition(":")[0] in LEARNERS else by_path.read(text, "learner")
     space = getattr(found.value, "space", None) if found is not None else None
-    if not isinstance(space, dict) or not callable(found.value) or isinstance(found.value, type):
+    if space is None or not callable(found.value) or isinstance(found.value, type):
         return parse_method(text)
     try:
+        check_space(space, found.path)
         of_space = {name: values for name, values in space.items() if name in _without_default(found.value)}
-        start = configurations(of_space, 1)[0] if of_space else {}
+        start = {name: values.low if isinstance(values, LogUniform) else values[0] for name, values in of_space.items()}
         method = custom(found.value, {**start, **found.settings}, path=found.path)
         return dataclasses.replace(method, given=tuple(found.settings))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"method {text!r}: {error}") from error
 
 

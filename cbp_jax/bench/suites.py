@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from cbp_jax.experiments import (
 )
 from cbp_jax.experiments.agents import MEASURES as AGENT_MEASURES
 from cbp_jax.experiments.ants import ALTERNATING
-from cbp_jax.experiments.learners import Method, told
+from cbp_jax.experiments.learners import LogUniform, Method, told
 from cbp_jax.experiments.tuning import Lane, Plan
 
 FIRST_TUNING_SEED = 1000
@@ -103,18 +104,26 @@ class Suite:
     def plan(self, problem: Problem, method: Method) -> Plan:
         """How a method is tuned and reported on a problem.
 
-        What was given with the method is not searched; one without a space runs as it is given.
+        What was given with the method is not searched; one without a space runs as it is given, and one whose space has
+        values alone tries all their combinations.
 
         Example:
           >>> from cbp_jax.experiments.learners import parse_method
           >>> plan = SMOKE.plan(SMOKE.problems[0], parse_method("l2:step_size=0.01"))
           >>> [method.text for method in plan.tried()["l2(step_size=0.01)"]]
-          ['l2:step_size=0.01,l2=0.00146', 'l2:step_size=0.01,l2=8.77e-05']
+          ['l2:step_size=0.01,l2=1.11e-05', 'l2:step_size=0.01,l2=0.00847']
         """
         space = method.searched
         lane = Lane(method.label, method, space, method.look)
-        drawn = self.configurations if space else None
-        return Plan(problem.experiment, (lane,), self.tuning(problem), problem.settings, problem.measures, drawn)
+        ranges = any(isinstance(values, LogUniform) for values in space.values())
+        grid = math.prod(map(len, space.values())) if not ranges else 0
+        if grid > self.configurations:
+            raise ValueError(
+                f"{method.label}: space must have at most {self.configurations} combinations of values, or a range to "
+                f"draw from, got {grid} of {told(space)}"
+            )
+        count = self.configurations if ranges else None
+        return Plan(problem.experiment, (lane,), self.tuning(problem), problem.settings, problem.measures, count)
 
     def kept(self, problem: Problem, method: Method) -> dict[str, Any]:
         """What results keep of how they were made; see `budget` for what all methods share."""
@@ -172,20 +181,18 @@ SMALL = Suite(
             continual_imagenet.Settings(
                 seeds=_HELD_OUT,
                 tasks=150,
-                network="convnet",
-                hidden=(32, 32),
+                network="mlp",
+                hidden=(100, 100),
                 batch_size=20,
                 procedural_classes=200,
                 procedural_size=28,
                 downsample=2,
-                channels=(8, 16),
-                kernel_sizes=(5, 3),
                 train_per_class=80,
                 test_per_class=20,
                 epochs=40,
                 measured_examples=100,
             ),
-            0.15,
+            0.034,
         ),
         Problem(
             "class_incremental",

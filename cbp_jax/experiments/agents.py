@@ -114,7 +114,7 @@ def check(settings: Settings) -> list[learners.Method]:
     if not math.isfinite(settings.initial_log_std):
         raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
     make_network(settings, 1)
-    for text, method in zip(settings.methods, methods, strict=True):
+    for text, method in zip(stream.texts(settings, methods), methods, strict=True):
         unusable = [name for name in ("normalization", "dropout_rate") if getattr(method, name)]
         if unusable or method.curvature:
             raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")

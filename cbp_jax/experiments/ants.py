@@ -128,7 +128,7 @@ def check(settings: Settings) -> list[learners.Method]:
             )
         if settings.change_every % settings.interval:  # a cut leaves a part of an interval before and a part after
             agents.check_episodes(settings, parts=2)
-    for text, method in zip(settings.methods, methods, strict=True):
+    for text, method in zip(stream.texts(settings, methods), methods, strict=True):
         if method.reset and settings.friction is not None:
             raise ValueError(
                 f"method {text!r}: there is no change to reset after where friction is {settings.friction}"

@@ -104,7 +104,7 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"env must be one of {ENVIRONMENTS}, got {settings.env!r}")
     methods = agents.check(settings)
     make_network(settings, 1)
-    for text, method in zip(settings.methods, methods, strict=True):
+    for text, method in zip(stream.texts(settings, methods), methods, strict=True):
         if method.reset:
             raise ValueError(f"method {text!r}: there is no change to reset after")
         if settings.anneal and not method.scheduled:

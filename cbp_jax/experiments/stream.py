@@ -346,21 +346,24 @@ def empty_results(
     """The results of methods before their first task; see `report.new_results`."""
     from cbp_jax import report
 
-    # Functions and methods are kept as texts, which are the same in every process.
-    texts = tuple(
-        given if isinstance(given, str) else method.text
-        for given, method in zip(settings.methods, methods, strict=True)
-    )
     return report.new_results(
         [method.label for method in methods],
         [method.learner for method in methods],
         [_numbers(method, taken={"method", "learner", "seed", "task", *measures}) for method in methods],
         seeds=seeds_of(settings),
         tasks=tasks,
-        settings=dataclasses.replace(settings, methods=texts),
+        settings=dataclasses.replace(settings, methods=texts(settings, methods)),
         experiment=experiment,
         measures=measures,
         looks=learners.looks_by_learner(methods),
+    )
+
+
+def texts(settings: Any, methods: Sequence[learners.Method]) -> tuple[str, ...]:
+    """The methods of settings as texts, functions too, which are the same in every process."""
+    return tuple(
+        given if isinstance(given, str) else method.text
+        for given, method in zip(settings.methods, methods, strict=True)
     )
 
 

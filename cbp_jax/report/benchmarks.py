@@ -7,11 +7,11 @@ How scores are made:
    than all others.
 2. The performance of a method in a problem is the interquartile mean of its runs' (`aggregates.interquartile_mean`).
 3. The *gain* of a run is its performance less that of plain backpropagation with the same seed, which saw the same
-   tasks and started from the same weights. The *score* of a run is its gain over the interquartile mean of the gains of
-   the best method of the table: plain backpropagation has 0 in every run, and the best method 1. Where no method gains
-   anything, -1 is the worst that did not diverge. Scores are clipped to [-1, 2]: a run that diverged has -1, and one
-   run cannot outweigh all others where methods hardly differ. (A run of plain backpropagation that diverged counts as
-   its worst that did not.)
+   tasks and started from the same weights. The *score* of a run is its gain over the interquartile mean of the gains
+   of the best method of the table: plain backpropagation has 0 in every run, and the best method 1. Where no method
+   gains anything, -1 is the worst that did not diverge. Scores are clipped to [-1, 2]: a run that diverged has -1, and
+   one run cannot outweigh all others where methods hardly differ. (A run of plain backpropagation that diverged counts
+   as its worst that did not.)
 4. The score of a method is the interquartile mean over its runs of a problem, and, overall, over its runs of all
    problems together. Intervals are of stratified bootstrap samples of these; what scores are divided by stays as it is.
 5. Ranks are those of the interquartile means of performance; overall, their mean over problems, among the methods that
