@@ -208,6 +208,7 @@ FIGURES: tuple[Figure, ...] = (
         "L1 or L2, toward zero or toward the initial weights, each at its best strength",
         "question_penalty --preset laptop",
         "half an hour of one core, tuning included",
+        "this command, ten seeds: shown",
     ),
     Figure(
         QUESTIONS,
@@ -229,5 +230,6 @@ FIGURES: tuple[Figure, ...] = (
         "whether an adapter that is trained on and on learns worse than a fresh one",
         "question_adapters --preset laptop",
         "80 lanes of 80,000 updates; 10 seconds a lane",
+        "this command, ten seeds: shown",
     ),
 )
