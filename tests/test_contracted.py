@@ -74,6 +74,7 @@ class Wrapped(nn.Module):
         return nn.Dense(2)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_whole_networks_with_features():
     residual = nets.ResNet(3, widths=(4, 6), blocks=(1, 1))
     pooled = nets.ConvNet(3, (4, 6), (3, 3), (5,), padding="SAME")

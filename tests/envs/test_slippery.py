@@ -89,6 +89,7 @@ def runs(ant, traces):
     return first, jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), early, late), frictions(schedules)
 
 
+@pytest.mark.slow
 def test_a_pushed_ant_slides_as_far_as_friction_lets_it(ant):
     slid = slides(ant.env, [0.02, 0.3, 1.0])
     assert slid[0] > 2.5 and slid[2] < 1, slid

@@ -99,6 +99,7 @@ def outputs(state, obs):
     return float(mean[0, 0]), float(value[0])
 
 
+@pytest.mark.slow
 def test_the_value_of_a_constant_reward(probed):
     assert outputs(probed["constant_terminated"][0], 0.0)[1] == pytest.approx(1, abs=0.05)
 

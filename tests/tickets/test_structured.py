@@ -61,6 +61,7 @@ def test_convolutions_in_front_of_dense_layers():
     assert small["params"]["Dense_0"]["kernel"].shape == (2 * 2 * 2, 4)
 
 
+@pytest.mark.slow
 def test_a_residual_network_with_running_statistics():
     net = nets.ResNet(3, widths=(4, 6), blocks=(1, 1))
     variables, x, units = network(net, 6, 6, 2)

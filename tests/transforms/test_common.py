@@ -383,6 +383,7 @@ ROWS = [
         {"threshold": 0.7, "every": 2},
         {"threshold": 1.0, "every": 3},
         noisy=True,
+        slow=True,
     ),
     Row(
         "regrama of sgd",
@@ -518,7 +519,7 @@ ROWS = [
         wrap=lambda tx: with_td_error(optax.chain(tx, optax.sgd(0.1))),
         slow=True,
     ),
-    Row("masked_changes of adam", masked_changes, (adam(0.1), TICKET, PARAMS), {}, {}),
+    Row("masked_changes of adam", masked_changes, (adam(0.1), TICKET, PARAMS), {}, {}, slow=True),
 ]
 
 

@@ -11,10 +11,7 @@ from flax import nnx
 
 import cbp_jax
 
-# Close to other cases, and seconds long to compile; see conftest.py.
-SLOW_CASES = {
-    "test_twin_critics": ("equinox", "linen"),
-}
+pytestmark = pytest.mark.slow  # each network compiles for long
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
 

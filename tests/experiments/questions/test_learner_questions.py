@@ -65,6 +65,7 @@ def test_what_is_no_question_is_refused(change, message):
         question_penalty.check(dataclasses.replace(question_penalty.preset("smoke"), **change))
 
 
+@pytest.mark.slow
 def test_a_question_is_answered_by_one_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
     words = ("run", "question_penalty", "--preset", "smoke", "--methods", "bp", "l2", "--tasks", "2")
