@@ -215,7 +215,8 @@ FIGURES: tuple[Figure, ...] = (
         "4",
         "whether winning tickets vanish as plasticity is lost, for backpropagation, L2 and CBP",
         "question_tickets --preset laptop",
-        "30 lanes of 541,000 updates and 13 searches for tickets; 30 seconds a lane",
+        "40 lanes of 541,000 updates and 13 searches for tickets; 30 seconds a lane",
+        "this command, ten seeds: shown",
     ),
     Figure(
         QUESTIONS,
