@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from same_runs import same
 
 from cbp_jax import files, load_results, report, training
 from cbp_jax.data import Dataset
@@ -77,13 +78,6 @@ def whole(tmp_path_factory):
     """A run without an interruption."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     return run(out), out
-
-
-def same(one, other):
-    """Whether results differ in nothing but the time that they took, and by what command."""
-    origins = ("seconds", "resumed", "command")
-    one, other = (part.assign_attrs({name: "" for name in origins}) for part in (one, other))
-    return one.identical(other)
 
 
 def assert_is_whole(results, out, whole):
