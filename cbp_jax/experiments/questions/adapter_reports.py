@@ -9,7 +9,7 @@ import numpy as np
 
 from cbp_jax.experiments import learners
 from cbp_jax.experiments.questions.adapter_learners import LEARNERS, is_fresh
-from cbp_jax.experiments.questions.drawing import draw_line, mean_of, note, table, values_of
+from cbp_jax.experiments.questions.drawing import draw_line, legend, mean_of, note, table, values_of
 from cbp_jax.report.statistics import blocks_of_tasks, bootstrap_text, finished_tasks
 
 _BINS = 25
@@ -134,8 +134,6 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
             ax.set_xlabel("Task")
             ax.set_ylabel(label)
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
-        handles, texts = axes[0].get_legend_handles_labels()
-        columns = plots._legend_columns(texts, 9.2)
-        figure.legend(handles, texts, loc="outside upper center", ncols=columns, handlelength=plots._HANDLE)
+        legend(figure, axes[0], handlelength=plots._HANDLE)
         note(figure, results)
         return plots.save_figures({"adapters": figure}, Path(out), formats)

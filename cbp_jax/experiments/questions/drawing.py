@@ -62,6 +62,15 @@ def draw_line(
         ax.fill_between(x[some], of(low), of(high), color=style.color, alpha=0.18, linewidth=0)
 
 
+def legend(figure: Any, ax: Any, **options: Any) -> None:
+    """Puts the legend of one panel above all of them, in as many columns as the picture's width has room for."""
+    from cbp_jax.report import plots
+
+    handles, texts = ax.get_legend_handles_labels()
+    columns = plots._legend_columns(texts, figure.get_figwidth())
+    figure.legend(handles, texts, loc="outside upper center", ncols=columns, **options)
+
+
 def note(figure: Any, results: Any) -> None:
     """Says under a picture what its bands are."""
     seeds = results.sizes["seed"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.experiments.questions.drawing import draw_line, mean_of, note, rank_correlation, table, values_of
+from cbp_jax.experiments.questions.drawing import draw_line, legend, mean_of, note, rank_correlation, table, values_of
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
 
 #: What is told from, and what of; by name in `aligned`, with the names of pictures.
@@ -154,8 +154,6 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
     """A point for each learner: means over seeds of its second half, with bars of one standard error."""
     from matplotlib.figure import Figure
 
-    from cbp_jax.report import plots
-
     figure = Figure(figsize=(10.4, 3.2 + 0.09 * len(methods)), layout="constrained")
     axes = figure.subplots(1, len(_SCATTER))
     labels = {**PREDICTORS, **OUTCOMES}
@@ -174,9 +172,7 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
         ax.set_xlabel(f"{labels[x]} (%)")
         ax.set_ylabel(f"{labels[y]} (%)")
         ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
-    handles, texts = axes[0].get_legend_handles_labels()
-    columns = plots._legend_columns(texts, 10.4)
-    figure.legend(handles, texts, loc="outside upper center", ncols=columns, fontsize=6.5)
+    legend(figure, axes[0], fontsize=6.5)
     seeds = results.sizes["seed"]
     text = f"Second half of the tasks; mean and one standard error of {seeds} seeds" if seeds > 1 else "One seed"
     figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")

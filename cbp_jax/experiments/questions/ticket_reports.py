@@ -10,6 +10,7 @@ import numpy as np
 from cbp_jax.experiments.questions.drawing import (
     differences,
     draw_line,
+    legend,
     mean_of,
     note,
     rank_correlation,
@@ -142,9 +143,7 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
         for ax in (*axes[1, :3], axes[0, 3]):
             ax.set_xlabel("Tasks before")
             ax.tick_params(labelbottom=True)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        columns = plots._legend_columns(labels, 10.6)
-        along.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=plots._HANDLE)
+        legend(along, axes[0, 0], handlelength=plots._HANDLE)
         note(along, results)
         curves = _curves(results, methods, styles, names, count, _tasks(results, measured))
         return plots.save_figures({"tickets": along, "curves": curves}, Path(out), formats)
