@@ -14,8 +14,17 @@ from cbp_jax.experiments.questions import drawing, rank_reports, ranks
 from cbp_jax.experiments.questions.ranks import MEASURES
 from cbp_jax.units import leaves_by_path
 
-preset, run = question_rank.preset, question_rank.run
-SMOKE = dataclasses.replace(preset("smoke"), hidden=(10,), examples_per_task=80, measured_examples=50)
+run = ranks.measured_stream.run
+SMOKE = ranks.StreamSettings(
+    dataset="digits",
+    methods=("bp:step_size=0.01", "bp:step_size=0.03", "bp:step_size=0.1"),
+    seeds=2,
+    tasks=5,
+    examples_per_task=80,
+    measured_examples=50,
+    hidden=(10,),
+    earlier=2,
+)
 OF_EARLIER = ("overlap", "earlier_accuracy", "forgetting")
 
 
@@ -25,7 +34,18 @@ def smoke(tmp_path_factory, compiled_once):
     return run(SMOKE, out), out
 
 
-def test_a_run_from_end_to_end(smoke):
+@pytest.mark.slow
+def test_the_question_is_of_streams_at_their_best_settings(tmp_path):
+    settings = dataclasses.replace(question_rank.preset("smoke"), methods=("bp", "l2"), hidden=(10,))
+    results = question_rank.run(settings, tmp_path)
+    reported = cbp_jax.load_results(tmp_path / "reported")
+    assert results.chosen.values.tolist() == reported.method.values.tolist()
+    assert np.isfinite(results.tuning_performance).all() and results.sizes["candidate"] == 12
+    for name in MEASURES:
+        np.testing.assert_array_equal(results[name], reported[name], err_msg=name)
+
+
+def test_a_run_of_streams_from_end_to_end(smoke):
     results, out = smoke
     assert results.identical(cbp_jax.load_results(out))
     assert dict(results.sizes) == {"method": 3, "seed": 2, "task": 5}
@@ -153,4 +173,11 @@ def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
 )
 def test_bad_settings_are_refused_before_anything_is_computed(changes, message):
     with pytest.raises(ValueError, match=message):
-        question_rank.prepare(dataclasses.replace(SMOKE, **changes))
+        question_rank.prepare(dataclasses.replace(question_rank.preset("smoke"), methods=("bp",), **changes))
+
+
+def test_all_learners_have_an_equal_search():
+    laptop = question_rank.preset("laptop")
+    assert question_rank.check(laptop) == list(laptop.methods) == [lane.name for lane in ranks.lanes()]
+    runs = 12 * laptop.tuning_seeds + laptop.seeds
+    assert question_rank.total(laptop) == len(laptop.methods) * runs * laptop.tasks

@@ -6,7 +6,7 @@ backpropagation and all that is compared with it try 12 configurations with two 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,18 @@ STEP_SIZES = (7e-3, 1.5e-2)
 class QuestionSettings(TunedSettings, Online):
     """A question about learners on Online Permuted images; `methods` are the names of what is compared."""
 
-    def plan(self, lanes: Sequence[Lane]) -> Plan:
+    def plan(
+        self,
+        lanes: Sequence[Lane],
+        experiment: Experiment = online_permuted,
+        measures: Mapping[str, str] | None = None,
+    ) -> Plan:
         """The comparison of those lanes that are among `methods`.
 
         Args:
           lanes: all that the question has.
+          experiment: what runs, whose settings are among these.
+          measures: names and meanings of what is kept; those of all streams by default.
 
         Raises:
           ValueError: a method is none of the lanes.
@@ -43,12 +50,13 @@ class QuestionSettings(TunedSettings, Online):
         by_name = {lane.name: lane for lane in lanes}
         if unknown := [name for name in self.methods if name not in by_name]:
             raise ValueError(f"methods must be some of {list(by_name)}, got {', '.join(map(repr, unknown))}")
-        online = Online(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Online)})
+        names = [field.name for field in dataclasses.fields(experiment.Settings)]
+        reporting = experiment.Settings(**{name: getattr(self, name) for name in names})
         # What units and weights are like decides nothing, and takes time.
         seeds = {"seeds": self.tuning_seeds, "first_seed": self.first_tuning_seed}
-        tuning = dataclasses.replace(online, **seeds, measured_examples=1, measure_every=None)
-        measures = report.stream_measures(updates=self.measure_every is not None)
-        return Plan(online_permuted, tuple(by_name[name] for name in self.methods), tuning, online, measures)
+        tuning = dataclasses.replace(reporting, **seeds, measured_examples=1, measure_every=None)
+        measures = measures or report.stream_measures(updates=self.measure_every is not None)
+        return Plan(experiment, tuple(by_name[name] for name in self.methods), tuning, reporting, measures)
 
 
 def question(

@@ -1,7 +1,7 @@
 """Which rank tells what: that of a task's change of the weights, or that of the representation?
 
-All learners run on one Online Permuted stream. After each task is measured, of every kernel as a matrix [in, out] and
-averaged over kernels,
+All learners run on one Online Permuted stream, each at its best settings. After each task is measured, of every kernel
+as a matrix [in, out] and averaged over kernels,
 
     change_rank    the stable rank of the weights' change in the task, over the smaller side of the kernel
     overlap        the mean squared cosine between the directions of the input that this change reads and those that
@@ -30,7 +30,10 @@ import optax
 from cbp_jax import metrics, report, training
 from cbp_jax.experiments import learners, permuted, stream
 from cbp_jax.experiments.experiment import Experiment
-from cbp_jax.experiments.questions import rank_reports
+from cbp_jax.experiments.questions import penalties, rank_reports
+from cbp_jax.experiments.questions.common import BACKPROP, STEP_SIZES, QuestionSettings
+from cbp_jax.experiments.questions.utilities import RATES
+from cbp_jax.experiments.tuning import Lane, Plan, tuned_experiment
 from cbp_jax.problems import Problem
 from cbp_jax.training.learner import stream_keys
 from cbp_jax.training.step import evaluate
@@ -45,14 +48,45 @@ MEASURES = {
 }
 
 
+_FINE = BACKPROP.space["step_size"]  # of methods that search their step size alone
+
+
 @dataclasses.dataclass(frozen=True)
-class Settings(permuted.Online):
-    """Ranks, forgetting and plasticity of learners on an Online Permuted stream."""
+class Earlier:
+    """Settings of what is measured about earlier tasks."""
 
     earlier: int = 3
     """How many of the last tasks before count as earlier ones, for forgetting and overlap."""
     subspace: int = 5
     """Directions of the input that count as read by a change, the first ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSettings(Earlier, permuted.Online):
+    """Learners on an Online Permuted stream, with ranks and forgetting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Earlier, QuestionSettings):
+    """Ranks, forgetting and plasticity of learners on an Online Permuted stream, each at its best settings."""
+
+
+def lanes() -> list[Lane]:
+    """All kinds of learners of permuted streams; 12 configurations each."""
+    decays = {"step_size": STEP_SIZES, "l2": (1e-3, 3e-3, 1e-2), "noise": (2e-4, 2e-3)}
+    perturbed = {"step_size": STEP_SIZES, "weight_decay": (1e-3, 1e-2), "sigma": (1e-3, 1e-2, 1e-1)}
+    of_penalties = [lane for lane in penalties.lanes() if lane.name in ("l2", "l1", "l2_init", "l1_init")]
+    return [
+        BACKPROP,
+        Lane("adam", "adam", {"step_size": tuple(step / 10 for step in _FINE)}),
+        *of_penalties,
+        Lane("shrink_and_perturb", "shrink_and_perturb", decays),
+        Lane("upgd", "upgd", perturbed),
+        Lane("dropout", "dropout", {"step_size": STEP_SIZES, "dropout_rate": (0.01, 0.03, 0.05, 0.1, 0.2, 0.3)}),
+        *(Lane(name, name, {"step_size": _FINE}) for name in ("layer_norm", "online_norm", "crelu")),
+        Lane("redo", "redo", {"step_size": STEP_SIZES, "threshold": (0.01, 0.03, 0.1), "every": (1e3, 1e4)}),
+        Lane("cbp", "cbp", {"step_size": STEP_SIZES, "replacement_rate": RATES}),
+    ]
 
 
 class State(NamedTuple):
@@ -66,8 +100,9 @@ class State(NamedTuple):
 def _smoke(dataset: str | None) -> Settings:
     return Settings(
         dataset=dataset or "digits",
-        methods=("bp:step_size=0.01", "bp:step_size=0.03", "bp:step_size=0.1"),
+        methods=("bp", "l2", "cbp"),
         seeds=2,
+        tuning_seeds=1,
         tasks=5,
         examples_per_task=150,
         measured_examples=100,
@@ -77,30 +112,18 @@ def _smoke(dataset: str | None) -> Settings:
 
 
 def _laptop(dataset: str | None) -> Settings:
-    dataset = dataset or "digits"
-    best = permuted.online_permuted.preset("laptop", dataset)
-    step = "0.01" if dataset == "digits" else "0.003"
-    more = (
-        *(f"l1:step_size={step},l1={strength}" for strength in ("1e-4", "1e-5")),
-        f"layer_norm:step_size={step}",
-        f"crelu:step_size={step}",
-        f"redo:step_size={step}",
-        f"upgd:step_size={step},sigma=0.01,weight_decay=1e-2",
-        f"cbp:step_size={step},replacement_rate=1e-3",
-    )
     return Settings(
-        dataset=dataset,
-        methods=(*best.methods, *more),
+        dataset=dataset or "digits",
+        methods=tuple(lane.name for lane in lanes()),
         seeds=10,
-        first_seed=100,
-        tasks=150 if dataset == "digits" else 60,
-        examples_per_task=best.examples_per_task,
-        measured_examples=1000,
-        hidden=best.hidden,
+        tasks=300,
+        examples_per_task=1000,
+        measured_examples=500,
+        hidden=(50, 50, 50),
     )
 
 
-def check(settings: Settings) -> list[learners.Method]:
+def check(settings: StreamSettings) -> list[learners.Method]:
     """Checks settings before anything is computed.
 
     Returns:
@@ -116,7 +139,7 @@ def check(settings: Settings) -> list[learners.Method]:
     return methods
 
 
-def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
+def _train(settings: StreamSettings) -> Callable[..., Iterator[dict[str, Any]]]:
     """The training of the stream, with what each task changed and what is still known."""
 
     def train(
@@ -232,16 +255,36 @@ def _matrices(learner: training.Learner, params: optax.Params) -> dict[str, chex
     return {path: leaves[path].reshape(-1, leaves[path].shape[-1]) for path in learner.units.kernels}
 
 
-question_rank = Experiment(
+measured_stream = Experiment(
+    name="measured_stream",
+    about="Learners on Online Permuted images, with ranks of what each task changes, and forgetting.",
+    Settings=StreamSettings,
+    presets={},
+    problem=permuted.online_permuted.problem,
+    network=permuted.online_permuted.network,
+    train=_train,
+    measures=lambda settings: _measures(settings),
+    check=check,
+    plot=rank_reports.plot,
+    summary=rank_reports.summary,
+)
+
+
+def _measures(settings: Any) -> dict[str, str]:
+    return {**report.stream_measures(updates=settings.measure_every is not None), **MEASURES}
+
+
+def plan(settings: Settings) -> Plan:
+    """The comparison of the methods that the settings name."""
+    return settings.plan(lanes(), measured_stream, _measures(settings))
+
+
+question_rank = tuned_experiment(
+    plan,
     name="question_rank",
     about="Which rank tells what? Ranks of changes and of representations, forgetting and plasticity, of all learners.",
     Settings=Settings,
     presets={"smoke": _smoke, "laptop": _laptop},
-    problem=permuted.online_permuted.problem,
-    network=permuted.online_permuted.network,
-    train=_train,
-    measures=lambda settings: {**report.stream_measures(updates=settings.measure_every is not None), **MEASURES},
-    check=check,
     plot=rank_reports.plot,
     summary=rank_reports.summary,
 )
