@@ -40,6 +40,8 @@ from cbp_jax import curvature
 from cbp_jax.experiments import folder, memory, stream
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
+from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
+from cbp_jax.report.statistics import binned
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
 from cbp_jax.units.groups import leaves_by_path
@@ -482,7 +484,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Returns:
       paths of the picture, one for each format.
     """
-    from cbp_jax.report import looks, plots
+    from cbp_jax.report import looks
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -492,7 +494,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     activations = results.method.values.tolist()
     bin_size = max(1, results.sizes["task"] // 25)
     every = int(results.step.values[1] - results.step.values[0]) if results.sizes["task"] > 1 else 1
-    with plots.style_of_pictures():
+    with style_of_pictures():
         figure = Figure(figsize=(2.6 * len(activations) + 0.6, 4.6), layout="constrained")
         axes = figure.subplots(len(LEVELS), len(activations), sharex=True, sharey=True, squeeze=False)
         for i, level in enumerate(LEVELS):
@@ -501,7 +503,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                 for utility in reversed(UTILITIES):
                     where = {"method": activation, "level": level, "scope": "global", "utility": utility}
                     values = results.correlation.loc[where].transpose("seed", "task").values
-                    task, mean, low, high = plots._binned(values.astype(np.float64), bin_size)
+                    task, mean, low, high = binned(values.astype(np.float64), bin_size)
                     step, style = every * (task - 1), styles[utility]
                     ax.fill_between(step, low, high, color=style.color, alpha=0.2, linewidth=0)
                     ax.plot(
@@ -521,7 +523,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                 ax.set_ylabel(f"Rank correlation, {level}s" if j == 0 else "")
                 ax.set_xlabel("Step" if i == len(LEVELS) - 1 else "")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3, handlelength=plots._HANDLE)
+        figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3, handlelength=HANDLE_LENGTH)
         note = f"Global correlations; mean and one standard error of {results.sizes['seed']} seeds"
         note += f"; bins of {bin_size * every} steps" if bin_size > 1 else ""
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.report import looks
+from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
 from cbp_jax.report.statistics import mean_and_error
 
 PROBE = "probe"
@@ -145,7 +146,6 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
     Returns:
       paths of the pictures.
     """
-    from cbp_jax.report import plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -153,7 +153,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
 
     tasks = results.name.values.tolist()
     methods = [method for method in results.method.values.tolist() if method != PROBE]
-    with plots.style_of_pictures():
+    with style_of_pictures():
         figure = Figure(figsize=(2.1 * len(tasks) + 0.8, 4.4), layout="constrained")
         axes = figure.subplots(2, len(tasks), sharey="col", squeeze=False)
         for row, (measure, dim) in enumerate((("ticket_accuracy", "density"), ("dimension_accuracy", "dimensions"))):
@@ -182,7 +182,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                 ax.set_xlabel("Density" if dim == "density" else "Dimensions of each matrix")
                 ax.set_ylabel("Correct (%)" if column == 0 else "")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=plots._HANDLE)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=HANDLE_LENGTH)
         note = (
             f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
         )
@@ -209,7 +209,6 @@ def heat_maps(
     digits: int = 1,
 ) -> list[Path]:
     """Draws matrices side by side, with their numbers; returns paths of the picture."""
-    from cbp_jax.report import plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -217,7 +216,7 @@ def heat_maps(
 
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
-    with plots.style_of_pictures():
+    with style_of_pictures():
         size = 0.42 * len(columns) + 0.9, 0.34 * len(rows) + 0.7
         figure = Figure(figsize=(max(size[0] * across + 0.9, 3.2), size[1] * down + 0.5), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False).ravel()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks
-from cbp_jax.report.looks import PALETTE, looks_of, readable
+from cbp_jax.report.drawing import mark_values, style_of_pictures
+from cbp_jax.report.looks import PALETTE, look_of, readable
+from cbp_jax.report.panels import performance_label
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
 
@@ -120,8 +122,6 @@ def plot_grid(results: xr.Dataset) -> Figure:
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    from cbp_jax.report.plots import mark_values, performance_label, style_of_pictures
-
     found, swept = sensitivity(results), swept_settings(results)
     measure = performance(results)
     panels = [(variant, name) for variant in found.variant.values.tolist() for name in swept if variant in swept[name]]
@@ -211,8 +211,7 @@ def _variant(results: xr.Dataset, method: str) -> str:
 
 def _title(results: xr.Dataset, variant: str) -> str:
     learner = variant.partition("(")[0]
-    look = looks_of(results).get(learner)
-    return (look.title if look else readable(learner)) + variant[len(learner) :].replace("_", " ")
+    return look_of(results, learner).title + variant[len(learner) :].replace("_", " ")
 
 
 def _labels(results: xr.Dataset) -> str:

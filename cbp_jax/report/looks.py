@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -81,3 +85,68 @@ def _style(color: str, dashes: str | list, marker: str, hollow: bool) -> Style:
         offset, lengths = dashes
         dashes = (offset, tuple(lengths))
     return Style(color, dashes, marker, hollow)
+
+
+def learner_of(results: xr.Dataset, method: str) -> str:
+    """The name of a method's learner."""
+    return str(results.learner.loc[{"method": method}].item())
+
+
+def look_of(results: xr.Dataset, learner: str) -> Look:
+    """The look of a learner; its name, readable, if results have none with them."""
+    return looks_of(results).get(learner) or Look(readable(learner))
+
+
+def name_of(results: xr.Dataset, method: str) -> str:
+    """A method's label for readers: "Continual backprop (replacement rate 1e-5)"."""
+    learner = learner_of(results, method)
+    if not method.startswith(learner):
+        return readable(method)
+    rest = re.sub(r"e([+-])0+(\d)", r"e\1\2", method[len(learner) :])
+    return f"{look_of(results, learner).title} {rest.replace('_', ' ').replace('=', ' ')}".strip()
+
+
+def names_of(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
+    """Different labels for readers: "Continual backprop (replacement rate 1e-5)" for "cbp(replacement_rate=1e-05)"."""
+    names = [name_of(results, method) for method in methods]
+    return [name if names.count(name) == 1 else method for name, method in zip(names, methods, strict=True)]
+
+
+def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
+    """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow.
+
+    More than two shades of a color are hard to tell apart: there, variants take the styles of learners that are not
+    drawn, while these last.
+    """
+    from matplotlib.colors import to_hex, to_rgb
+
+    learners: dict[str, list[str]] = {}
+    for method in methods:
+        learners.setdefault(learner_of(results, method), []).append(method)
+    base = learner_styles(results, list(learners))
+    dashes = list(dict.fromkeys(style.dashes for style in (*PALETTE, *base.values())))
+    spare = [style for style in PALETTE if style not in base.values()]
+    styles = {}
+    for learner, variants in learners.items():
+        if 2 < len(variants) <= 1 + len(spare):
+            styles |= dict(zip(variants, [base[learner], *spare], strict=False))
+            spare = spare[len(variants) - 1 :]
+            continue
+        for i, method in enumerate(variants):
+            pale = 0.5 * i / len(variants)
+            color = to_hex((1 - pale) * np.array(to_rgb(base[learner].color)) + pale)
+            first = dashes.index(base[learner].dashes)
+            styles[method] = base[learner]._replace(
+                color=color,
+                dashes=dashes[(first + i) % len(dashes)],
+                hollow=base[learner].hollow ^ (i % 2 == 1),
+            )
+    return styles
+
+
+def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
+    """The learner's own style, so that it looks alike in every picture; for others, what is left over."""
+    own = {learner: look_of(results, learner).style for learner in learners}
+    unused = [style for style in PALETTE if style not in own.values()]
+    spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
+    return {learner: style or next(spare) for learner, style in own.items()}

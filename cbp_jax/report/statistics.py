@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -236,3 +237,61 @@ def interval_text(values: np.ndarray, digits: int) -> str:
     if len(values) < 2:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.{digits}f}"
+
+
+def binned(values: np.ndarray, bin_size: int, bootstrap: bool = False) -> tuple[np.ndarray, ...]:
+    """Bins of values [seeds, tasks]: their middles, tasks counting from 1, means over seeds, and ends of the band."""
+    seeds, tasks = values.shape
+    bins = math.ceil(tasks / bin_size)
+    # Padded with NaN, which the means leave out, as they do tasks that have not been run.
+    values = np.pad(values, ((0, 0), (0, bins * bin_size - tasks)), constant_values=np.nan)
+    task = np.broadcast_to(np.arange(1.0, bins * bin_size + 1), values.shape)
+    task = np.where(np.isfinite(values), task, np.nan)
+    per_seed, _ = mean_and_error(values.reshape(seeds, bins, bin_size), axis=2)
+    mean, error = mean_and_error(per_seed, axis=0)
+    middle, _ = mean_and_error(task.reshape(seeds, bins, bin_size).swapaxes(0, 1).reshape(bins, -1), axis=1)
+    some = np.isfinite(mean)
+    low, high = bootstrap_interval(per_seed) if bootstrap else (mean - error, mean + error)
+    return middle[some], mean[some], low[some], high[some]
+
+
+def over_steps(results: xr.Dataset) -> bool:
+    """Whether what counts as tasks are intervals of an agent's life."""
+    return performance(results) == "episode_return"
+
+
+def started(results: xr.Dataset) -> list[str]:
+    """Methods that have finished a task with every seed they were begun with."""
+    return [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
+
+
+def begun(results: xr.Dataset) -> list[str]:
+    """Methods that have finished a task with every seed, or diverged with every seed."""
+    some_finished = started(results)
+    all_diverged = lambda method: np.isfinite(diverged_tasks(results, method)).all()
+    return [method for method in results.method.values.tolist() if method in some_finished or all_diverged(method)]
+
+
+def unfinished(results: xr.Dataset, method: str) -> bool:
+    """Whether a method still has tasks to do."""
+    return finished_tasks(results, method)[1] < results.sizes["task"]
+
+
+def with_diverged(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
+    """Those of the methods of which a seed has diverged."""
+    return [method for method in methods if np.isfinite(diverged_tasks(results, method)).any()]
+
+
+def diverged_note(results: xr.Dataset, methods: Sequence[str]) -> str:
+    """What a picture says of crosses, if it has any."""
+    return "; cross: a seed diverged, and is left out" if with_diverged(results, methods) else ""
+
+
+def seeds_note(results: xr.Dataset, methods: Sequence[str]) -> str:
+    """What a picture says of its lines and bands."""
+    counts = {len(finished_tasks(results, method)[0]) for method in methods}
+    if counts == {1}:
+        return "One seed"
+    seeds = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    band = "a 95% bootstrap interval" if over_steps(results) else "one standard error"
+    return f"Mean and {band} of {seeds} seeds"

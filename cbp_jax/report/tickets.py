@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbp_jax.report.looks import PALETTE, Look, looks_of, readable
-from cbp_jax.report.plots import _HANDLE, save_figures, style_of_pictures
+from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
+from cbp_jax.report.looks import PALETTE, look_of
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import interval_text
 
@@ -85,7 +85,9 @@ def plot_densities(results: xr.Dataset) -> Figure:
             ax.set_ylabel(label)
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), handlelength=_HANDLE)
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=min(6, len(labels)), handlelength=HANDLE_LENGTH
+        )
         _note(figure, results)
     return figure
 
@@ -131,7 +133,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
             for method in compared:
                 curves = 100 * _values(results, "test_accuracy_at", method)
                 for number in chosen:
-                    style, title = styles[number], _look(results, method).title
+                    style, title = styles[number], look_of(results, method).title
                     label = f"{100 * density[number]:.3g}%" + (f", {title.lower()}" if method != "ticket" else "")
                     every = max(1, len(iteration) // _BARS)
                     place = (list(styles).index(number) * every) // len(styles)
@@ -168,7 +170,7 @@ def summarize_tickets(results: xr.Dataset) -> str:
     lines = []
     for measure, label in _PANELS.items():
         scale, digits = (100, 2) if "accuracy" in measure else (1, 0)
-        table = [("density", *(_look(results, method).title for method in methods))]
+        table = [("density", *(look_of(results, method).title for method in methods))]
         values = {method: scale * _values(results, measure, method)[:, :rounds] for method in methods}
         compared: dict[str, Any] = {}
         if "ticket" in methods:
@@ -200,13 +202,9 @@ def _values(results: xr.Dataset, measure: str, method: str) -> np.ndarray:
     return results[measure].loc[{"method": method}].transpose("seed", "task", ...).values.astype(np.float64)
 
 
-def _look(results: xr.Dataset, method: str) -> Look:
-    return looks_of(results).get(method) or Look(readable(method))
-
-
 def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.ndarray) -> None:
     """A line of means over seeds with a bar at each point."""
-    look = _look(results, method)
+    look = look_of(results, method)
     style = look.style or PALETTE[-1]
     mean = values.mean(0)
     ax.errorbar(

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from cbp_jax.report.drawing import legend_columns
 from cbp_jax.report.looks import Style
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, mean_and_error
 
@@ -64,10 +65,8 @@ def draw_line(
 
 def legend(figure: Any, ax: Any, **options: Any) -> None:
     """Puts the legend of one panel above all of them, in as many columns as the picture's width has room for."""
-    from cbp_jax.report import plots
-
     handles, texts = ax.get_legend_handles_labels()
-    columns = plots._legend_columns(texts, figure.get_figwidth())
+    columns = legend_columns(texts, figure.get_figwidth())
     figure.legend(handles, texts, loc="outside upper center", ncols=columns, **options)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.experiments.questions.drawing import draw_line, legend, mean_of, note, rank_correlation, table, values_of
+from cbp_jax.report.drawing import save_figures, style_of_pictures
+from cbp_jax.report.looks import names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
 
 #: What is told from, and what of; by name in `aligned`, with the names of pictures.
@@ -132,22 +134,21 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Raises:
       ValueError: no method has finished two tasks.
     """
-    from cbp_jax.report import plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
     methods, values = aligned(results)
     if not methods:
         raise ValueError("results: no method has finished two tasks, so that there is nothing to draw")
-    styles = plots._styles(results, methods)
-    names = dict(zip(methods, plots._names(results, methods), strict=True))
-    with plots.style_of_pictures():
+    styles = styles_of(results, methods)
+    names = dict(zip(methods, names_of(results, methods), strict=True))
+    with style_of_pictures():
         figures = {
             "learners": _learners(results, methods, values, styles, names),
             "correlations": _correlations(results, correlations(values)),
             "tasks": _tasks(results, methods, values, styles, names),
         }
-        return plots.save_figures(figures, Path(out), formats)
+        return save_figures(figures, Path(out), formats)
 
 
 def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:

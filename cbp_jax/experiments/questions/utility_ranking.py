@@ -26,6 +26,7 @@ from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.permuted import kaiming
 from cbp_jax.experiments.quality import pearson_correlations, rank_correlations, true_feature_utility
 from cbp_jax.replacement.views import batch_mean
+from cbp_jax.report.drawing import style_of_pictures
 from cbp_jax.training.learner import begin_task, stream_keys
 from cbp_jax.training.step import learn
 from cbp_jax.units import UnitGroup, Units
@@ -309,7 +310,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     """
     import numpy as np
 
-    from cbp_jax.report import looks, plots
+    from cbp_jax.report import looks
     from cbp_jax.report.results import require
     from cbp_jax.report.statistics import bootstrap_interval
 
@@ -319,7 +320,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     (utilities, layers), paths = _shown(results), []
     Path(out).mkdir(parents=True, exist_ok=True)
     for number, method in enumerate(results.method.values.tolist()):
-        with plots.style_of_pictures():
+        with style_of_pictures():
             figure = Figure(figsize=(6.4, 0.26 * len(utilities) + 1.1), layout="constrained")
             axes = figure.subplots(1, len(MOMENTS), sharex=True, sharey=True)
             for ax, moment in zip(axes, MOMENTS, strict=True):
