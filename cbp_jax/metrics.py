@@ -318,7 +318,7 @@ def weight_magnitude(params: Any) -> jax.Array:
     count = sum(w.size for w in leaves)
     if count == 0:
         raise ValueError(f"params must hold at least one float array; got {jax.tree.structure(params)}")
-    return sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves) / count
+    return jnp.asarray(sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves)) / count
 
 
 def weight_rank(params: Any) -> jax.Array:
@@ -363,7 +363,7 @@ def weight_effective_rank(params: Any) -> jax.Array:
     1.0
     """
     kernels = _kernels(params)
-    return sum(effective_rank(w) for w in kernels) / np.float32(sum(min(w.shape) for w in kernels))
+    return jnp.asarray(sum(effective_rank(w) for w in kernels)) / np.float32(sum(min(w.shape) for w in kernels))
 
 
 def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Array:
@@ -385,7 +385,7 @@ def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Arr
     """
     kernels = _kernels(params)
     small = sum(jnp.sum(jnp.abs(w) <= threshold * jnp.sqrt(jnp.mean(jnp.square(w)))) for w in kernels)
-    return small / np.float32(sum(w.size for w in kernels))
+    return jnp.asarray(small) / np.float32(sum(w.size for w in kernels))
 
 
 def _kernels(params: Any) -> list[jax.Array]:

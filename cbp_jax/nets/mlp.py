@@ -1,7 +1,7 @@
 """Multilayer perceptron."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -80,7 +80,7 @@ class MLP(nn.Module):
         return nn.Dense(size, kernel_init=kernel_init, bias_init=bias_initializer(self.bias_init, inputs))
 
 
-NORMALIZATIONS = {
+NORMALIZATIONS: dict[str, Callable[..., nn.Module]] = {
     "layer": nn.LayerNorm,
     "online": OnlineNorm,
     "bare_layer": functools.partial(nn.LayerNorm, epsilon=1e-5, use_scale=False, use_bias=False),

@@ -56,8 +56,8 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     noise = []
     for number, leaf in enumerate(leaves):
         _, *stream = _hash(x ^ _U32(number), y, z)
-        _, *words = _hash(_element_numbers(jnp.shape(leaf)), *stream)
-        noise.append(_box_muller(*words, jnp.asarray(scale, jnp.float32)))
+        _, first, second = _hash(_element_numbers(jnp.shape(leaf)), *stream)
+        noise.append(_box_muller(first, second, jnp.asarray(scale, jnp.float32)))
     return jax.tree.unflatten(treedef, noise)
 
 

@@ -97,7 +97,7 @@ def continual_images(
     # Rows of pixels, [classes * (train + test), pixels]: one gather of rows takes a batch out of them.
     data = {"images": jnp.array(dataset.images[rows.ravel()].reshape(rows.size, -1))}
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> ImageTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> ImageTask:
         del data
         class_key, task_key = jax.random.split(key)
         order_key, evaluation_key = jax.random.split(jax.random.fold_in(task_key, index))
@@ -114,7 +114,7 @@ def continual_images(
         inputs = scale(data["images"][task.classes[labels] * (train + test) + number])
         return inputs.reshape(-1, *dataset.image_shape), labels
 
-    def batch(data: dict[str, jax.Array], task: ImageTask, step: jax.typing.ArrayLike):
+    def batch(data: dict[str, jax.Array], task: ImageTask, step: jax.Array | int):
         shown = task.order[step]
         return gather(data, task, shown // train, shown % train)
 

@@ -68,7 +68,7 @@ def label_permuted(
     batch_size = sampling.check_integer("batch_size", batch_size, examples)
     scale = sampling.scaling(dataset, normalize)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> LabelPermutedTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> LabelPermutedTask:
         del data
         label_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         labels = jax.random.permutation(label_key, dataset.num_classes).astype(jnp.int32)

@@ -76,7 +76,7 @@ def online_permuted(
     pixels = dataset.images[0].size
     scale = sampling.scaling(dataset, normalize)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> PermutedTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> PermutedTask:
         del data
         permutation_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         permutation = jax.random.permutation(permutation_key, pixels).astype(jnp.int32)

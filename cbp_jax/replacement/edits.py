@@ -46,8 +46,12 @@ def compensate(
     """
     updates = dict(after.updates)
     for consumer in group.outgoing:
-        if consumer.bias is None and consumer.absorbed:
-            continue
+        if consumer.bias is None:
+            if consumer.absorbed:
+                continue
+            raise ValueError(
+                f"{consumer.kernel.path!r}, which reads group {group.name!r}, has no bias to take the mean activation"
+            )
         kernel = consumer.kernel
         shape, columns = after.params[kernel.path].shape, kernel.columns(chosen)
         weights = kernel.rows_of(after[kernel.path], chosen).astype(jnp.float32)
@@ -58,7 +62,7 @@ def compensate(
         else:  # in a grouped convolution the rows of a unit lead to different outputs
             rows = jnp.zeros((*weights.shape[:-1], kernel.rows))
             gone = kernel.undo_rows_last(rows.at[..., columns].set(weights * mean, mode="drop"), shape)
-            others = range(len(shape))
+            others = list(range(len(shape)))
         gone = gone.sum(tuple(place for place, axis in enumerate(others) if axis not in consumer.bias_axes))
         updates[consumer.bias] += gone.astype(updates[consumer.bias].dtype)
     return updates
@@ -101,7 +105,8 @@ def start_anew(
     Raises:
       ValueError: the reinitialization gives arrays of other shapes than it should.
     """
-    updates, masks = dict(updates), {}
+    updates = dict(updates)
+    masks: dict[str, chex.Array] = {}
 
     def put(part, rows, values):
         """Sets the updates of a slice's rows, the units in a mask, to values that broadcast to the array."""

@@ -143,7 +143,7 @@ def rewind(new: NewUnits) -> Fresh:
     return Fresh(start(new.group.incoming), biases=start(new.group.biases))
 
 
-rewind.keeps_initial = True
+rewind.keeps_initial = True  # type: ignore[attr-defined]
 
 
 def resample_both(new: NewUnits) -> Fresh:

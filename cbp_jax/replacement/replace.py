@@ -22,7 +22,7 @@ from cbp_jax.replacement import inner_state as inner_state_lib
 from cbp_jax.replacement.reinitialization import Reinitialization, get_reinitialization, keeps_initial
 from cbp_jax.replacement.views import GroupView, UpdatedParams
 
-Memory = Mapping[str, Any]
+Memory = dict[str, Any]  # what a policy remembers of a group: arrays by name
 
 
 class Choice(NamedTuple):
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
     """
 
     units: chex.Array
-    memory: Memory = types.MappingProxyType({})
+    memory: Mapping[str, Any] = types.MappingProxyType({})
     mean_activation: tuple[chex.Array, ...] | None = None
     utility: chex.Array | None = None
 
@@ -69,7 +69,7 @@ class Policy(NamedTuple):
     """
 
     choose: Callable[[GroupView, Memory], Choice]
-    init: Callable[[units_lib.UnitGroup, optax.Params], Memory] = lambda group, params: {}
+    init: Callable[[units_lib.UnitGroup, optax.Params], Mapping[str, Any]] = lambda group, params: {}
     due: Callable[[chex.Array], chex.Array] | None = None
     state: type = ReplacementState
     name: str = "replace_units"
@@ -165,7 +165,7 @@ def replace_units(
             replaced={group.name: jnp.zeros(group.size, bool) for group in groups},
             inner_state=inner_state,
             **start,
-            **_memory_fields(policy, {group.name: policy.init(group, params) for group in groups}),
+            **_memory_fields(policy, {group.name: dict(policy.init(group, params)) for group in groups}),
         )
 
     def update_fn(

@@ -106,7 +106,7 @@ class GroupView:
 
     def weighted_activity(self, centred: bool) -> chex.Array:
         """Mean absolute activation times outgoing magnitude, position by position, summed, [units]."""
-        total = 0.0
+        total: chex.Numeric = 0.0
         for consumer in self.group.outgoing:
             centre = self.mean_activation[consumer.operand] if centred else None
             activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, centre)
@@ -188,16 +188,16 @@ def group_activations(group: units_lib.UnitGroup, features: units_lib.Features |
             "`tx.update(grads, state, params, features=features)` (of the TrainStates, cbp_jax.TrainState does, Flax's "
             f"cannot); got {found!r}"
         )
-    found = features[group.name]
-    found = found if isinstance(found, tuple) else (found,)
+    arrays = features[group.name]
+    arrays = arrays if isinstance(arrays, tuple) else (arrays,)
     expected = [consumer.kernel.index.shape for consumer in group.operands()]
-    if len(found) != len(expected):
-        raise ValueError(f"features[{group.name!r}] must hold {len(expected)} arrays, got {len(found)}")
-    for values, (positions, size) in zip(found, expected, strict=True):
+    if len(arrays) != len(expected):
+        raise ValueError(f"features[{group.name!r}] must hold {len(expected)} arrays, got {len(arrays)}")
+    for values, (positions, size) in zip(arrays, expected, strict=True):
         trailing = (size,) if positions == 1 else (positions, size)
         if jnp.shape(values)[-len(trailing) :] != trailing:
             raise ValueError(
                 f"features[{group.name!r}] must be of shape [..., {', '.join(map(str, trailing))}], "
                 f"got {jnp.shape(values)}"
             )
-    return found
+    return arrays

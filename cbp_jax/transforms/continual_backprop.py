@@ -212,8 +212,8 @@ def _policy(
             "mean_activation": tuple(jnp.where(replaced, 0, mean) for mean in means),
             "budget": budget,
         }
-        means = view.mean_activation if compensate_bias else None
-        return replacement.Choice(chosen, memory, means, utility_now / start)
+        removed = view.mean_activation if compensate_bias else None
+        return replacement.Choice(chosen, memory, removed, utility_now / start)
 
     return replacement.Policy(choose, init, state=ContinualBackpropState, name="continual_backprop")
 

@@ -363,7 +363,9 @@ def _unit_utility(units: tuple[units_lib.UnitGroup, ...], per_weight: Any) -> di
     }
 
 
-def _normalize(utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes) -> Any:
+def _normalize(
+    utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes | None
+) -> Any:
     """Utilities over the largest of all, or over the norm of their neighbours'."""
     tiny = np.finfo(np.float32).tiny  # where it takes the place of 0 the utilities are all 0, or all gates are open
     if scope == "global":

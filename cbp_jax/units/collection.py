@@ -78,7 +78,8 @@ class Units(tuple[UnitGroup, ...]):
                 raise ValueError(f"no group's name matches {name!r}; the groups are {have_names}")
         if kinds is not None and not kinds <= have_kinds:
             raise ValueError(f"kind must be of {sorted(have_kinds)}, got {kind!r}")
-        chosen, others = [], []
+        chosen: list[UnitGroup] = []
+        others: list[UnitGroup] = []
         for group in self:
             named = not names or any(fnmatch.fnmatchcase(group.name, name) for name in names)
             (chosen if named and (kinds is None or group.kind in kinds) else others).append(group)

@@ -59,7 +59,7 @@ def with_features(
 
     @functools.wraps(apply_fn)
     def apply(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Features]:
-        function = functools.partial(apply_fn, **kwargs)
+        function: Callable[..., Any] = functools.partial(apply_fn, **kwargs)
         if modules.is_module(params):
             function, state, rest = modules.pure(function, params)
             (outputs, rest), features = run(function, state, rest, *inputs)
