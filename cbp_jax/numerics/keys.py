@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cbp_jax.numerics.noise import element_numbers
+
 
 def as_key_data(key: jax.typing.ArrayLike) -> tuple[jax.Array, str]:
     """Splits a key of any form into raw data and the generator that the data belongs to.
@@ -90,8 +92,8 @@ def _checksum(params: optax.Params) -> jax.Array:
     """
     total = jnp.uint32(0)
     for number, leaf in enumerate(jax.tree.leaves(params)):
-        words = _bits(jnp.asarray(leaf)).ravel()
-        place = (jnp.arange(words.size, dtype=jnp.uint32) + 1) * np.uint32(0x9E3779B9) + np.uint32(number)
+        words = _bits(jnp.asarray(leaf))
+        place = (element_numbers(words.shape) + 1) * np.uint32(0x9E3779B9) + np.uint32(number)
         # Two rounds of xor-shift and multiply ("lowbias32", C. Wellons), so that a change in one bit of one weight
         # changes about half of the sum's bits.
         words = words ^ place

@@ -153,9 +153,10 @@ def replace_units(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> Any:
-        groups = units_lib.check_units(units, params)
+        real = bool(jax.tree.leaves(params))  # optax.tree.map_params calls `init` with a placeholder that has no leaves
+        groups = units_lib.check_units(units, params) if real else units
         inner_state = inner.init(params)
-        if reset_inner_state:
+        if reset_inner_state and real:
             paths = {part.path for group in groups for part in group.slices()}
             inner_state_lib.check(inner, inner_state, params, paths, {group.name: group.size for group in groups})
         start = {"initial": _initial(groups, params)} if keeps_initial(reinitialize) else {}
@@ -257,6 +258,8 @@ def _initial(groups: Sequence[units_lib.UnitGroup], params: optax.Params) -> dic
     """Incoming weights and biases by path, copied, so that params and state can both be donated to a jitted step."""
     paths = {part.path for group in groups for part in (*group.incoming, *group.biases)}
     leaves = units_lib.leaves_by_path(params)
+    if not leaves:
+        return {path: jnp.zeros([]) for path in paths}  # the entries without their values, for optax.tree.map_params
     return {path: jnp.array(leaf, copy=True) for path, leaf in leaves.items() if path in paths}
 
 

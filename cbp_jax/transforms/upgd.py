@@ -93,7 +93,7 @@ def scale_by_upgd(
             # In bfloat16 the increment (1 - beta) g w would vanish beside the mean itself.
             utility = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), params)
         else:
-            if jax.tree.leaves(params):  # optax calls `init` with none to see what of a state belongs to the params
+            if jax.tree.leaves(params):  # optax.tree.map_params calls `init` with a placeholder that has no leaves
                 units_lib.check_units(units, params)
             utility = {group.name: jnp.zeros(group.size, jnp.float32) for group in units}
         return ScaleByUpgdState(
