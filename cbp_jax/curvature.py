@@ -186,7 +186,7 @@ def hesscale(
     Raises:
       TypeError: a leaf of params is not of a float type.
       ValueError: the network has an operation that is not followed (it is named), such as a product of two
-        activations, which normalisation and attention are made of; its output is no single array with a last axis
+        activations, which normalization and attention are made of; its output is no single array with a last axis
         of outputs; targets do not fit the outputs; or the loss is unknown.
 
     Example:

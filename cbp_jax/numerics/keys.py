@@ -63,7 +63,7 @@ def as_key_data(key: jax.typing.ArrayLike) -> tuple[jax.Array, str]:
 def init_key(key: jax.typing.ArrayLike, params: optax.Params) -> jax.Array:
     """The key with which a state starts: the factory's key with a checksum of the parameters' bits folded in.
 
-    Under ``jax.vmap(tx.init)`` over differently initialised networks every seed so gets noise of its own, even though
+    Under ``jax.vmap(tx.init)`` over differently initialized networks every seed so gets noise of its own, even though
     the factory captured a single key. Networks with bitwise equal parameters still share their noise; give them
     different keys (build the transformation inside the vmapped function).
 

@@ -99,7 +99,7 @@ def class_incremental(
       flip: see ``augment``, also for the following; drawings and digits should not be flipped.
       padding: pixels of reflection, under the images' height and width.
       max_rotation: degrees.
-      normalize: mean and standard deviation, of pixels in [0, 1], that inputs are normalised by; each one number, or
+      normalize: mean and standard deviation, of pixels in [0, 1], that inputs are normalized by; each one number, or
         one for each channel. By default pixels stay in [0, 1].
 
     Returns:

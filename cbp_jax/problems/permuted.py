@@ -48,7 +48,7 @@ def online_permuted(
       examples_per_task: number of examples in a task, ``len(dataset)`` by default. Each task draws its own.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
-      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalized by;
         each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are.
       flatten: whether inputs are vectors; otherwise shuffled pixels stand in the height, width and channels of the
         image.

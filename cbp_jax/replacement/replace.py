@@ -88,7 +88,7 @@ def replace_units(
     r"""Replaces the units that a policy chooses, after each update of an inner optimizer.
 
     For every group of units from front to back the policy chooses units. Their incoming weights are drawn anew, scales
-    of normalisation become 1, biases and outgoing weights 0. (Running statistics are no parameters:
+    of normalization become 1, biases and outgoing weights 0. (Running statistics are no parameters:
     `reset_batch_stats` resets them.) A replacement is an update like any other, `fresh - param`, so that the
     transformation composes with all others. Where two adjacent groups replace units in one update, the weight from the
     one new unit to the other ends drawn anew, not 0. While nothing is replaced, the updates are bit for bit those of

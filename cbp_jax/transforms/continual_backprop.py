@@ -58,7 +58,7 @@ def continual_backprop(
     2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
        times their number;
     3. as many eligible units as the budget has whole replacements, those of least `u / (1 - d**age)`, are replaced:
-       incoming weights are drawn anew, scales of normalisation become 1, biases and outgoing weights 0, and so do
+       incoming weights are drawn anew, scales of normalization become 1, biases and outgoing weights 0, and so do
        utility, age and mean activation. The fraction of the budget stays for later. (Running statistics are no
        parameters: `reset_batch_stats` resets them.)
 

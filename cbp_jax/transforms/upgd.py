@@ -58,7 +58,7 @@ def scale_by_upgd(
       scope: "global" or "local".
       protect: whether the gate holds gradients back too.
       units: groups of units for feature-wise utilities.
-      incoming_axes: `(path, leaf) -> axes`, the axes of a leaf over which "local" normalises.
+      incoming_axes: `(path, leaf) -> axes`, the axes of a leaf over which "local" normalizes.
       key: int or jax key for the noise.
 
     Returns:
@@ -228,7 +228,7 @@ def upgd(
       scope: "global" or "local".
       protect: whether the gate holds back gradients. If not, it gates the noise alone.
       units: groups of `discover_units`, for feature-wise utilities; by default every weight has its own.
-      incoming_axes: `(path, leaf) -> axes`: the axes of a leaf that lead to one unit, over which "local" normalises.
+      incoming_axes: `(path, leaf) -> axes`: the axes of a leaf that lead to one unit, over which "local" normalizes.
         By default all but the last, as in Flax kernels, and the only one of a vector.
       key: int or jax key for the noise. `init` mixes the params into it, so that vmapped seeds differ.
 
@@ -305,7 +305,7 @@ def adaptive_upgd(
       scope: "global" or "local".
       protect: whether the gate holds back Adam's direction.
       units: groups of units for feature-wise utilities.
-      incoming_axes: axes of a leaf over which "local" normalises.
+      incoming_axes: axes of a leaf over which "local" normalizes.
       key: int or jax key for the noise.
 
     Returns:
@@ -366,7 +366,7 @@ def _unit_utility(units: tuple[units_lib.UnitGroup, ...], per_weight: Any) -> di
 def _normalize(
     utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes | None
 ) -> Any:
-    """Utilities over the largest of all, or over the norm of their neighbours'."""
+    """Utilities over the largest of all, or over the norm of their neighbors'."""
     tiny = np.finfo(np.float32).tiny  # where it takes the place of 0 the utilities are all 0, or all gates are open
     if scope == "global":
         largest = [jnp.max(u) for u in jax.tree.leaves(utility) if u.size]

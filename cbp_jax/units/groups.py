@@ -97,12 +97,12 @@ class ParamSlice:
             array, weights = array * weights, jnp.ones((1,) * array.ndim, array.dtype)
         weights = jnp.broadcast_to(weights.squeeze(self.axes), [array.shape[axis] for axis in others])
         if array.ndim == 2 and array.size >= _FOLD_FROM and weights.size % _FOLDS == 0:
-            # Folded first, in one vectorised loop: the product below then reads a fraction of the array.
+            # Folded first, in one vectorized loop: the product below then reads a fraction of the array.
             (axis,) = others
             array = array * jnp.expand_dims(weights, self.axes)
             array = sum(jnp.split(array, _FOLDS, axis))
             weights = jnp.ones(weights.size // _FOLDS, array.dtype)
-        # As a product: XLA's CPU reductions are not vectorised along a minor axis.
+        # As a product: XLA's CPU reductions are not vectorized along a minor axis.
         per_row = jax.lax.dot_general(
             array, weights, ((others, range(len(others))), ((), ())), precision=jax.lax.Precision.HIGHEST
         )
@@ -147,7 +147,7 @@ class Consumer:
       bias: path of the bias added to what the kernel computes, or None.
       bias_axes: the kernel's axes that the axes of that bias stand for.
       operand: which of the group's captured activations this kernel reads; consumers of one array share it.
-      absorbed: whether the mean over the batch is subtracted from what the kernel computes, as batch normalisation
+      absorbed: whether the mean over the batch is subtracted from what the kernel computes, as batch normalization
         does: it needs no compensation for what a unit gave on average.
     """
 
@@ -181,7 +181,7 @@ class UnitGroup:
       incoming: kernels that write the units; resampled when a unit is replaced.
       biases: parameters added to the units; zeroed when a unit is replaced.
       outgoing: kernels that read the units; zeroed when a unit is replaced.
-      scales: parameters multiplied with the units, as those of normalisation; set to `reset` when a unit is replaced,
+      scales: parameters multiplied with the units, as those of normalization; set to `reset` when a unit is replaced,
         which is the value at which the multiplication changes nothing: 1, or 0 for a scale that is used as `1 + scale`.
       statistics: running statistics of the units, which are no parameters; see `reset_batch_stats`.
       kind: "dense", "conv" or "embedding" for the layer that makes the units; "residual" for those that several layers

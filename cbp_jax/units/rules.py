@@ -195,7 +195,7 @@ def unstack_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
     return [ids.take(number if ids.shape[axis] > 1 else 0, axis) for number in range(len(eqn.outvars))]
 
 
-# Where a rule has no answer, the labels are not followed. The first operand is labelled, the others are not.
+# Where a rule has no answer, the labels are not followed. The first operand is labeled, the others are not.
 LABEL_RULES: dict[str, Callable[[core.JaxprEqn, np.ndarray], np.ndarray | None]] = {
     "transpose": lambda eqn, ids: ids.transpose(eqn.params["permutation"]),
     "squeeze": lambda eqn, ids: ids.squeeze(tuple(eqn.params["dimensions"])),
@@ -276,5 +276,5 @@ class KernelUse:
 
 
 def labelled(values: Sequence[Any]) -> list[Labels]:
-    """Those of the values that are labelled."""
+    """Those of the values that are labeled."""
     return [value for value in values if isinstance(value, Labels)]

@@ -1,4 +1,4 @@
-"""Running statistics of normalisation, which live outside of the parameters."""
+"""Running statistics of normalization, which live outside of the parameters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -17,7 +17,7 @@ class LeftOutKind(enum.Enum):
     OUTPUT = "part of the network's output"
     LOOP = "inside of a loop, which cannot be seen into"
     NOT_FOLLOWED = "met by an operation that is not understood"
-    MIXED = "summed with other units in a way that is no normalisation"
+    MIXED = "summed with other units in a way that is no normalization"
     SHARED = "of weights that are used in more than one way, or shared with what are no units"
     NOT_READ = "read by no kernel"
     REFUTED = "seen to act on the output past its outgoing weights"

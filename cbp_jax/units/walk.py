@@ -2,7 +2,7 @@
 
 The labels of an array are integers of a shape that broadcasts to the array's, so that reshapes, transposes,
 concatenations and sums of arrays are the same operations on their labels. A kernel that is contracted makes new labels
-along its free axes and, where it contracts labelled values, reads them. What the walk does not understand leaves the
+along its free axes and, where it contracts labeled values, reads them. What the walk does not understand leaves the
 labels it met out, with the reason.
 """
 
@@ -137,7 +137,7 @@ class Walk:
         return found
 
     def run(self, closed: core.ClosedJaxpr, inputs: list[Any], nested: bool) -> list[Any]:
-        """Labels the outputs of a jaxpr whose inputs are labelled."""
+        """Labels the outputs of a jaxpr whose inputs are labeled."""
         env: dict[core.Var, Any] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
             self.note_number(var, value)
@@ -266,7 +266,7 @@ class Walk:
         return [self.unlabelled(eqn, values)]
 
     def labelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """The output of an equation with one output and a labelled operand."""
+        """The output of an equation with one output and a labeled operand."""
         name, first = eqn.primitive.name, values[0]
         if name in jaxprs.ELEMENTWISE:
             return self.elementwise(eqn, values)
@@ -426,7 +426,7 @@ class Walk:
         return self.concatenate(eqn, grown, axis, shapes)
 
     def not_followed(self, eqn: core.JaxprEqn, values: list[Any], text: str = "") -> Any:
-        """Leaves every labelled operand out and marks parameters as used in another way."""
+        """Leaves every labeled operand out and marks parameters as used in another way."""
         reason = tracing.not_followed(eqn.primitive.name, "its activations pass through")
         reason = Reason(LeftOutKind.NOT_FOLLOWED, text) if text else reason
         for value in values:
@@ -648,7 +648,7 @@ class Walk:
         return ids if keep else ids.squeeze(axes)
 
     def contraction(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """A kernel reads labelled units, if its operand has them, and makes new ones."""
+        """A kernel reads labeled units, if its operand has them, and makes new ones."""
         if 0.0 in map(self.number, eqn.invars):
             return self.nothing(eqn)
         if rules.labelled(values) and all(value is None or isinstance(value, Labels) for value in values):
