@@ -33,7 +33,7 @@ _SCATTER = (
 
 
 def aligned(results: Any) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The measures that belong to one task: its change, what it made the network forget, and the representation it left.
+    """The measures of one task: its change, what it made the network forget, and the representation it left.
 
     Args:
       results: of a run, finished or not.
