@@ -159,13 +159,20 @@ def _run(argv: list[str]) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("-h", "--help", action="store_true")
+    from cbp_jax import cli_processes
+
+    cli_processes.add_options(parser)
     given, rest = parser.parse_known_args(argv)
+    processes = cli_processes.read(given)
     from cbp_jax.experiments import learners
 
     grid = learners.read_grid(given.grid)
     if given.experiment is None:
         parser.print_help()
         return
+    share = processes.share
+    if processes.detect and not given.help and not given.plan:
+        share = cli_processes.meet(processes)  # which may choose devices, so that it comes before JAX starts
     experiment = _experiment(given.experiment)
     start = experiment.preset(given.preset, given.dataset)
     if given.help:
@@ -182,12 +189,23 @@ def _run(argv: list[str]) -> None:
     if not given.no_compilation_cache and (kept := cli_compiled.keep_compiled()):
         print(f"compiled programs are kept in {kept} (--no-compilation-cache: they are not)", file=sys.stderr)
 
+    if share is not None and share.count == 1:
+        share = None
     if not given.plan:
-        folder.check(out, experiment.name, settings)
+        folder.check(out, experiment.name, settings, share)
     _use_all_cores()  # before a user's module is imported, which may start JAX
     asked_for = [name for name, value in vars(settings).items() if value != getattr(start, name)]
-    job = experiment.prepare(settings, asked_for, lanes_at_once=given.lanes_at_once)
+    how = {} if share is None else {"processes": share.count}
+    job = experiment.prepare(settings, asked_for, lanes_at_once=given.lanes_at_once, **how)
     plan = getattr(job, "plan", None)
+    if share is not None:
+        if plan is None:
+            raise ValueError(f"processes must be left out: the methods of {experiment.name} are no lanes of programs")
+        if given.log:
+            raise ValueError(
+                f"--log must be left out with several processes, of which none has all lanes; got {given.log}"
+            )
+        share.check(job.num_lanes())
     if given.log and plan is None:
         raise ValueError(f"--log must be left out: {experiment.name} tells of no single method; got {given.log}")
     if given.plan:
@@ -199,8 +217,25 @@ def _run(argv: list[str]) -> None:
     if plan is not None:
         print(plan.text(), file=sys.stderr)
     logs = [cli_log.LOGS[kind](out) for kind in dict.fromkeys(given.log)]
-    with Bar(experiment.total(settings), given.quiet) as bar:
-        results = job(out, cli_log.Logged(bar, logs))
+    total = experiment.total(settings)
+    if share is None:
+        with Bar(total, given.quiet) as bar:
+            results = job(out, cli_log.Logged(bar, logs))
+    else:
+        with folder.claimed(out, share):
+            if not processes.detect:
+                cli_processes.meet(processes)
+            total = total * sum(map(len, job.lanes(share))) // job.num_lanes()
+            with Bar(total, given.quiet) as bar:
+                job(out, cli_log.Logged(bar, logs), share)
+        results, joined = folder.join(out)
+        if not joined:
+            done, of = report.records.tasks_done(results)
+            print(
+                f"process {share.index} of {share.count} is done, and {done} of {of} tasks of all are; the process "
+                "that ends last joins the results. If one was stopped, run again, with any number of processes"
+            )
+            return
     _show(results, out, experiment=experiment)
     print(f"results: {out / report.results.FILE_NAME}")
 

@@ -60,7 +60,7 @@ def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keeps a folder, which is made if it is not there, from other processes that ask for it in the same way.
 
     The operating system holds the lock, so that a process that is killed leaves none. A file system that knows no locks
@@ -68,6 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Args:
       folder: the folder.
+      shared: whether others may hold it at the same time, who ask for it as shared too.
 
     Raises:
       BlockingIOError: another process, or another part of this one, holds it.
@@ -87,17 +88,17 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
-            stack.enter_context(_locked_file(folder))
+            stack.enter_context(_locked_file(folder, shared))
         yield
 
 
 @contextlib.contextmanager
-def _locked_file(folder: Path) -> Iterator[None]:
+def _locked_file(folder: Path, shared: bool) -> Iterator[None]:
     path = folder / LOCK_FILE
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             held = True
         except OSError as error:
             if error.errno in _BUSY:
@@ -113,8 +114,18 @@ def _locked_file(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if not shared or _is_the_last(descriptor):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _is_the_last(descriptor: int) -> bool:
+    """Whether nobody else shares a lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

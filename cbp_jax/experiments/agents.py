@@ -262,8 +262,11 @@ def _train(
         return lane, measures
 
     def finish(lanes: _Lane) -> None:
-        for number, method in enumerate(group):  # the first seed of each
-            state = jax.tree.map(lambda x, row=number * settings.seeds: x[row], lanes.agent)
+        for method in group:  # the first seed of each, where it is among these lanes
+            if (method.label, settings.first_seed) not in checkpoint.lanes:
+                continue
+            row = checkpoint.lanes.index((method.label, settings.first_seed))
+            state = jax.tree.map(lambda x, row=row: x[row], lanes.agent)
             save_episode(
                 parts, settings, method, state, checkpoint.path.parent / f"episode-{_file_name(method.label)}.html"
             )

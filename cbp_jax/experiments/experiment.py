@@ -89,7 +89,14 @@ class Experiment:
             stream.check_dataset(dataset)
         return self.presets[name](dataset)
 
-    def prepare(self, settings: Any, asked_for: Collection[str] = (), *, lanes_at_once: int | None = None) -> Job:
+    def prepare(
+        self,
+        settings: Any,
+        asked_for: Collection[str] = (),
+        *,
+        lanes_at_once: int | None = None,
+        processes: int = 1,
+    ) -> Job:
         """Checks all settings, loads the data and makes the networks; nothing is computed or written.
 
         Args:
@@ -99,6 +106,7 @@ class Experiment:
           lanes_at_once: the most lanes (methods times seeds) that the devices hold; the others wait in the host's
             memory. By default all, or as many as the devices have memory for. Results are the same, to the last bit
             where lanes run in turn ("map"), and within rounding where they run together.
+          processes: how many processes share the lanes, for what is planned and whether it fits into memory.
 
         Returns:
           what runs it, of a folder and of what is told of progress, as in `run`. That of methods that run as lanes has
@@ -125,6 +133,7 @@ class Experiment:
             measures=self.measures and self.measures(settings),
             curves=self.curves and self.curves(settings),
             lanes_at_once=lanes_at_once,
+            processes=processes,
             **self.network(settings),
         )
 

@@ -1,4 +1,10 @@
-"""The folder of a run: who may write there, and what is kept of an earlier run."""
+"""The folder of a run: who may write there, and what is kept of an earlier run.
+
+One process keeps results and the state of what runs in two files. Several processes share nothing but the folder: each
+writes its results into a folder of its own below `processes/`, and the states of its lanes into files there that are
+named by the lanes. Whoever goes on, with whatever number of processes, reads all of them; the process that ends last
+joins the results and removes the rest.
+"""
 
 import contextlib
 import hashlib
@@ -9,32 +15,152 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax import files
+from cbp_jax import files, training
+from cbp_jax.experiments.share import Share
+from cbp_jax.training import Lane
 
 STATE_FILE = "state.msgpack"
+_STATES = "state-*.msgpack"  # of some lanes
+_DIGEST = hashlib.sha256().digest_size
+
+
+class Kept:
+    """The results of a run and their place on disk.
+
+    Args:
+      results: what is measured is written into them.
+      out: folder of the run.
+      share: this process, where several share the run.
+      lanes: of this process, where several share the run.
+    """
+
+    def __init__(self, results: Any, out: Path, share: Share | None = None, lanes: Sequence[Lane] = ()):
+        from cbp_jax import report
+
+        self.results, self.out, self.share, self._lanes = results, Path(out), share, tuple(lanes)
+        if share is not None:
+            own = _part(self.out, share) / report.results.FILE_NAME
+            before = report.records.seconds_of(report.load_results(own)) if own.exists() else {}
+            self._others_seconds = {
+                method: seconds - before.get(method, 0.0)
+                for method, seconds in report.records.seconds_of(results).items()
+            }
+
+    def positions(self, lanes: Sequence[Lane]) -> tuple[np.ndarray, np.ndarray]:
+        """Where lanes are in the results; see `report.results.positions_of`."""
+        from cbp_jax import report
+
+        return report.results.positions_of(self.results, lanes)
+
+    def save(self) -> None:
+        """Writes the results, of several processes those of this one's lanes."""
+        from cbp_jax import report
+
+        if self.share is None:
+            report.save_results(self.results, self.out)
+            return
+        rows, columns = self.positions(self._lanes)
+        others = np.ones((self.results.sizes["method"], self.results.sizes["seed"]), bool)
+        others[rows, columns] = False
+        part = self.results.copy(deep=True)
+        for values in [*part.data_vars.values(), *([part.diverged] if "diverged" in part.coords else [])]:
+            values.values[others] = np.nan
+        part.attrs.pop("seconds", None)
+        for method, seconds in report.records.seconds_of(self.results).items():
+            report.records.add_seconds(part, [method], seconds - self._others_seconds.get(method, 0.0))
+        report.save_results(part, _part(self.out, self.share))
+
+    def clean(self) -> None:
+        """Writes the results in one file, and removes those of the processes that had parts in them."""
+        from cbp_jax import report
+
+        if self.share is None:
+            self.save()
+            for file in report.results.part_files(self.out):
+                file.unlink()
+
+    def states(self, name: str, lanes: Sequence[Lane]) -> list[training.Saved]:
+        """The saved states of lanes of one program, whichever process wrote them.
+
+        Args:
+          name: of the program, see `training.Checkpoint`.
+          lanes: all of the program, in their order.
+
+        Raises:
+          ValueError: a state is damaged.
+        """
+        found = []
+        for path in [self.out / STATE_FILE, *sorted(_processes(self.out).glob(_STATES))]:
+            saved = training.read_state(path)
+            if saved is None or saved.name != name:
+                continue
+            if saved.lanes is None:  # an earlier version wrote it
+                labels = list(dict.fromkeys(label for label, _ in lanes))
+                if saved.needs != digest(self.results, labels, saved.tasks):
+                    raise _not_those(saved)
+                saved = saved._replace(lanes=tuple(lanes), needs=self.digests(lanes, saved.tasks))
+            found.append(saved)
+        return found
+
+    def checked(self, saved: training.Saved, lane: Lane) -> training.Saved:
+        """The state; raises a ValueError where the results are not those that a lane of it needs."""
+        place = _DIGEST * saved.lanes.index(lane)
+        if saved.needs[place : place + _DIGEST] != self.digests([lane], saved.tasks):
+            raise _not_those(saved)
+        return saved
+
+    def digests(self, lanes: Sequence[Lane], tasks: int) -> bytes:
+        """Checksums, one after the other, of what was measured of the first tasks in lanes."""
+        found = [hashlib.sha256() for _ in lanes]
+        rows, columns = self.positions(lanes)
+        for name, values in self.results.data_vars.items():
+            kept = values.values[rows, columns, :tasks]
+            kept = np.where(np.isnan(kept), np.nan, kept).astype(kept.dtype)
+            for of_lane, row in zip(found, kept, strict=True):
+                of_lane.update(name.encode() + row.tobytes())
+        return b"".join(of_lane.digest() for of_lane in found)
+
+    def state_path(self, name: str, lanes: Sequence[Lane], every: Sequence[Lane]) -> Path:
+        """The file for the state of lanes of a program, of which `every` are all."""
+        if self.share is None and tuple(lanes) == tuple(every):
+            return self.out / STATE_FILE
+        number = hashlib.sha256(json.dumps([name, list(lanes)]).encode()).hexdigest()[:16]
+        path = _processes(self.out) / _STATES.replace("*", number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def close(self, checkpoint: training.Checkpoint) -> None:
+        """Ends with a state: its lanes are done."""
+        if checkpoint.path.parent == self.out:
+            checkpoint.delete()
+        else:  # other files may have older states of them
+            checkpoint.close(self.results.sizes["task"])
 
 
 @contextlib.contextmanager
-def opened(results: Any, out: Path) -> Iterator[Any]:
+def kept(results: Any, out: Path, share: Share | None = None, lanes: Sequence[Lane] = ()) -> Iterator[Kept]:
     """Keeps a folder for a run until its end, and finds what an earlier one has done there.
 
     Args:
       results: of the run, empty; see `report.new_results`.
       out: the folder, made if it is not there.
+      share: this process, where several share the run, and have the folder by `claimed`.
+      lanes: of this process, where several share the run.
 
     Yields:
-      the results in the folder where they are of this run, else `results`.
+      the results in the folder where they are of this run, else `results`, and what writes them.
 
     Raises:
       BlockingIOError: another run is at work there.
       ValueError: the folder has results that cannot be read, or those of a run that differs in anything. They are left
         as they are.
     """
-    with files.locked(out):
+    with files.locked(out) if share is None else contextlib.nullcontext():
         found = _found(out)
         if found is None:
-            (out / STATE_FILE).unlink(missing_ok=True)  # of no use without the results before it
-            yield results
+            if share is None:
+                _remove_states(out)  # of no use without the results before them
+            yield Kept(results, out, share, lanes)
             return
         _refuse_other(found, out, results.attrs["experiment"], results.attrs["settings"])
         if differing := _differing_shapes(found, results):
@@ -42,16 +168,121 @@ def opened(results: Any, out: Path) -> Iterator[Any]:
                 f"{out} holds {_finished(found)} of a run by another version of cbp_jax: {'; '.join(differing)}. "
                 + _ways_out(out)
             )
-        yield found
+        yield Kept(found, out, share, lanes)
 
 
-def check(out: Path, experiment: str, settings: Any) -> None:
+@contextlib.contextmanager
+def opened(results: Any, out: Path) -> Iterator[Any]:
+    """As `kept`, for one process; yields the results."""
+    with kept(results, out) as found:
+        yield found.results
+
+
+@contextlib.contextmanager
+def claimed(out: Path, share: Share) -> Iterator[None]:
+    """Keeps the folder of a run for one of several processes.
+
+    Args:
+      out: the folder, made if it is not there.
+      share: the process.
+
+    Raises:
+      BlockingIOError: a run of one process is at work there, or this process is, or those of another number.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.locked(out, shared=True))
+        stack.callback(_remove_empty, out)
+        for lock in _processes(out).glob(f"*/{files.LOCK_FILE}"):
+            if lock.parent.name.partition("-of-")[2] != str(share.count):
+                try:
+                    with files.locked(lock.parent):
+                        pass
+                except BlockingIOError as error:
+                    raise BlockingIOError(
+                        error.errno,
+                        f"process {lock.parent.name} is at work in {out}, and processes is {share.count} now",
+                    ) from None
+        try:
+            stack.enter_context(files.locked(_part(out, share)))
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno,
+                f"process {share.index} of {share.count} is at work in {out} already: each needs its own process_id",
+            ) from None
+        yield
+
+
+def join(out: Path) -> tuple[Any, bool]:
+    """Joins what the processes of a run have finished, if that is all and none is at work any more.
+
+    Args:
+      out: folder of the run.
+
+    Returns:
+      the results, and whether they were joined.
+    """
+    from cbp_jax import report
+
+    results = report.load_results(out)
+    if not results.replaced_units.notnull().all():
+        return results, False
+    try:
+        with files.locked(out):
+            results = report.load_results(out)
+            report.save_results(results, out)
+            remove_parts(out)
+    except BlockingIOError:  # who is at work will do it
+        return results, False
+    return results, True
+
+
+def remove_parts(out: Path) -> None:
+    """Removes what processes have left in the folder of a run whose results are in one file."""
+    from cbp_jax import report
+
+    _remove_states(out)
+    for file in report.results.part_files(out):
+        file.unlink(missing_ok=True)
+    for folder in [*_processes(out).glob("*-of-*"), _processes(out)]:
+        for path in (folder / files.LOCK_FILE, files.partial(folder / report.results.FILE_NAME)):
+            path.unlink(missing_ok=True)
+    _remove_empty(out)
+
+
+def _remove_empty(out: Path) -> None:
+    for folder in [*_processes(out).glob("*-of-*"), _processes(out)]:
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
+
+
+def _remove_states(out: Path) -> None:
+    for path in [out / STATE_FILE, *_processes(out).glob(_STATES)]:
+        path.unlink(missing_ok=True)
+        files.partial(path).unlink(missing_ok=True)
+
+
+def _processes(out: Path) -> Path:
+    from cbp_jax import report
+
+    return out / report.results.PARTS
+
+
+def _part(out: Path, share: Share) -> Path:
+    return _processes(out) / f"{share.index}-of-{share.count}"
+
+
+def _not_those(saved: training.Saved) -> ValueError:
+    return training.unusable(saved.path, f"the results beside it are not those of its {saved.tasks} tasks")
+
+
+def check(out: Path, experiment: str, settings: Any, share: Share | None = None) -> None:
     """Refuses a folder that holds anything but an earlier run of the same settings, or is in use.
 
     Args:
       out: the folder.
       experiment: name of the experiment.
       settings: its settings, a dataclass.
+      share: this process, where several share the run, and may be at work.
 
     Raises:
       BlockingIOError: another run is at work there.
@@ -61,10 +292,10 @@ def check(out: Path, experiment: str, settings: Any) -> None:
     from cbp_jax import report
 
     name = report.results.FILE_NAME
-    left_by_a_kill = {files.LOCK_FILE, files.partial(out / name).name}
+    left_by_a_kill = {files.LOCK_FILE, files.partial(out / name).name, report.results.PARTS}
     if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= left_by_a_kill):
         return
-    with files.locked(out):
+    with files.locked(out, shared=share is not None):
         found = _found(out)
     if found is None:
         raise ValueError(f"{out} is not empty and holds no run: it has no {name}; choose another folder by --out")
@@ -134,5 +365,6 @@ def _finished(results: Any) -> str:
 def _ways_out(out: Path) -> str:
     from cbp_jax import report
 
-    kept = [path for path in (out / report.results.FILE_NAME, out / STATE_FILE) if path.exists()]
+    kept = [out / name for name in (report.results.FILE_NAME, STATE_FILE, report.results.PARTS)]
+    kept = [path for path in kept if path.exists()]
     return f"Choose another folder (--out), or move {' and '.join(map(str, kept))} away to start anew here"

@@ -93,13 +93,14 @@ def check_images(count: int, size: int) -> None:
         )
 
 
-def check_states(learner: Learner, methods: Sequence[Method], seeds: int) -> int:
+def check_states(learner: Learner, methods: Sequence[Method], seeds: int, processes: int = 1) -> int:
     """Refuses states of lanes, networks and what optimizers keep of them, that this machine has no memory for.
 
     Args:
       learner: of the methods.
       methods: that run together.
       seeds: of each.
+      processes: how many share the lanes, each on a machine of its own.
 
     Returns:
       bytes of the state of a lane.
@@ -111,7 +112,7 @@ def check_states(learner: Learner, methods: Sequence[Method], seeds: int) -> int
     numbers = {name: jnp.float32(value) for name, value in methods[0].hyperparameters.items()}
     state = jax.eval_shape(lambda: init_state(learner, 0, numbers))
     lane = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    needed, there = lane * len(methods) * seeds, _of_host()
+    needed, there = lane * math.ceil(len(methods) * seeds / processes), _of_host()
     if needed > there:
         raise ValueError(
             f"seeds={seeds} with {len(methods)} method{'s' * (len(methods) > 1)} that run together keep networks and "

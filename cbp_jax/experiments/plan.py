@@ -35,6 +35,7 @@ class Plan(NamedTuple):
       programs: what is compiled, in the order in which it runs.
       seeds: of each method.
       tasks: of each lane.
+      processes: how many share the lanes.
 
     Example:
       >>> program = Program(("bp", "bp(step_size=0.1)"), 6, lane_bytes=2**20, at_once=4)
@@ -46,14 +47,15 @@ class Plan(NamedTuple):
     programs: tuple[Program, ...]
     seeds: int
     tasks: int
+    processes: int = 1
 
     def text(self, devices: Sequence[object] | None = None) -> str:
         """The plan in lines.
 
         Args:
-          devices: that the lanes run on, by default all of the default backend.
+          devices: that the lanes run on, by default all of this process.
         """
-        devices = jax.devices() if devices is None else devices
+        devices = jax.local_devices() if devices is None else devices
         methods, lanes = sum(len(program.methods) for program in self.programs), sum(p.lanes for p in self.programs)
         kind = f" ({devices[0].device_kind})" if hasattr(devices[0], "device_kind") else ""
         head = (
@@ -61,13 +63,16 @@ class Plan(NamedTuple):
             f"({_count(methods, 'method')} x {_count(self.seeds, 'seed')}) of {_count(self.tasks, 'task')}, "
             f"on {_count(len(devices), 'device')}{kind}"
         )
-        return "\n".join([head, *(f"  {_line(program, len(devices))}" for program in self.programs)])
+        if self.processes > 1:
+            head += f" of each of {_count(self.processes, 'process', 'processes')}"
+        return "\n".join([head, *(f"  {_line(program, len(devices), self.processes)}" for program in self.programs)])
 
 
-def _line(program: Program, devices: int) -> str:
+def _line(program: Program, devices: int, processes: int) -> str:
     shown = [*program.methods[:_SHOWN], *(["..."] if len(program.methods) > _SHOWN else [])]
-    at_once = min(program.at_once or program.lanes, program.lanes)
-    batches = f" in {_count(math.ceil(program.lanes / at_once), 'batch', 'batches')}" if at_once < program.lanes else ""
+    of_process = math.ceil(program.lanes / processes)
+    at_once = min(program.at_once or of_process, of_process)
+    batches = f" in {_count(math.ceil(of_process / at_once), 'batch', 'batches')}" if at_once < of_process else ""
     if program.lane_bytes is None:
         return f"{', '.join(shown)}: {_count(program.lanes, 'lane')}{batches}"
     needed = math.ceil(at_once / devices) * program.lane_bytes + program.shared_bytes

@@ -14,6 +14,7 @@ import numpy as np
 from cbp_jax import curvature, data, losses, nets, training
 from cbp_jax.experiments import folder, learners, memory
 from cbp_jax.experiments.plan import Plan, Program
+from cbp_jax.experiments.share import Share
 from cbp_jax.problems import Problem
 
 MOST_STEPS = 2**31 - 1  # they are counted in int32
@@ -230,6 +231,7 @@ def prepare(
     measures: Mapping[str, str] | None = None,
     curves: Mapping[str, Curve] | None = None,
     lanes_at_once: int | None = None,
+    processes: int = 1,
     **network: Any,
 ) -> "Prepared":
     """Checks settings that depend on the stream of tasks, and makes the learners.
@@ -244,6 +246,7 @@ def prepare(
       measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
       curves: what it measures of a task at several points, by name.
       lanes_at_once: the most lanes that the devices hold; by default all, or as many as they have memory for.
+      processes: how many share the lanes.
       **network: how to make the network, see `learners.make_learner`.
 
     Returns:
@@ -292,10 +295,11 @@ def prepare(
             problem.num_classes,
             **{"network": getattr(settings, "network", "mlp"), **network},
         )
-        lane, shared = memory.check_states(learner, group, settings.seeds), _size_of(problem.data)
+        lane, shared = memory.check_states(learner, group, settings.seeds, processes), _size_of(problem.data)
         program = program_of(group, settings, lanes_at_once)._replace(lane_bytes=lane, shared_bytes=shared)
         if lanes_at_once is None:
-            program = program._replace(at_once=memory.lanes_that_fit(lane, program.lanes, shared))
+            at_once = memory.lanes_that_fit(lane, math.ceil(program.lanes / processes), shared)
+            program = program._replace(at_once=at_once)
         # Not every function that trains knows of batches.
         in_batches = {} if program.at_once is None else {"lanes_at_once": program.at_once}
         if group[0].curvature:
@@ -316,7 +320,7 @@ def prepare(
         return run, program
 
     empty = empty_results(experiment, settings, methods, settings.tasks, measures)
-    return prepare_methods(with_curves(empty, curves or {}), methods, make)
+    return prepare_methods(with_curves(empty, curves or {}), methods, make, processes)
 
 
 def check_lanes_at_once(lanes: int | None) -> None:
@@ -404,27 +408,67 @@ class Prepared(NamedTuple):
     groups: list[tuple[list[learners.Method], Train]]
     plan: Plan
 
-    def __call__(self, out: Path, progress: Progress | None = None) -> Any:
-        """Runs the methods, fills the results, and keeps them and the state on disk; see `prepare_methods`."""
+    def __call__(self, out: Path, progress: Progress | None = None, share: Share | None = None) -> Any:
+        """Runs the methods, fills the results, and keeps them and the state on disk; see `prepare_methods`.
+
+        Args:
+          out: folder of the run.
+          progress: as in `Experiment.run`.
+          share: this process, where several run the lanes together, and have the folder by `folder.claimed`. It runs
+            its lanes alone; `folder.join` joins the results then.
+
+        Returns:
+          the results; of several processes, those that were there at the start and those of this one.
+
+        Raises:
+          ValueError: as in `prepare_methods`, and for a share that has no lane.
+        """
         from cbp_jax import report
 
         out = Path(out)
-        with training.one_blas_thread(), folder.opened(self.results, out) as found:
+        if share is not None:
+            share.check(self.num_lanes())
+        own = self.lanes(share)
+        with (
+            training.one_blas_thread(),
+            folder.kept(self.results, out, share, [lane for lanes in own for lane in lanes]) as kept,
+        ):
+            found = kept.results
             found.attrs.pop("failed", None)  # of an earlier process
-            report.save_results(found, out)
+            if share is not None and share.index == 0 and not (out / report.results.FILE_NAME).exists():
+                report.save_results(self.results, out)
+            kept.clean()
             try:
-                for group, train in self.groups:
-                    _run_group(found, group, train, out, progress)
+                for (group, train), lanes in zip(self.groups, own, strict=True):
+                    _run_group(kept, group, train, lanes, progress)
             except Exception as error:
                 found.attrs["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise
             finally:
-                report.save_results(found, out)
+                kept.save()
+            if share is None:
+                folder.remove_parts(out)
+        return found
+
+    def num_lanes(self) -> int:
+        """How many lanes all programs have."""
+        return sum(len(group) for group, _ in self.groups) * self.results.sizes["seed"]
+
+    def lanes(self, share: Share | None = None) -> list[list[training.Lane]]:
+        """The lanes of each group, methods with their seeds; where several processes share them, those of one."""
+        seeds, found, dealt = self.results.seed.values.tolist(), [], 0
+        for group, _ in self.groups:
+            lanes = [(method.label, seed) for method in group for seed in seeds]
+            found.append(lanes if share is None else [lanes[number] for number in share.lanes(len(lanes), dealt)])
+            dealt += len(lanes)
         return found
 
 
 def prepare_methods(
-    results: Any, methods: Sequence[learners.Method], make: Callable[[list[learners.Method]], tuple[Train, Program]]
+    results: Any,
+    methods: Sequence[learners.Method],
+    make: Callable[[list[learners.Method]], tuple[Train, Program]],
+    processes: int = 1,
 ) -> Prepared:
     """Prepares what runs methods with all seeds, fills the results, and keeps them and the state on disk.
 
@@ -433,6 +477,7 @@ def prepare_methods(
       methods: what to run.
       make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them,
         and the plan of it.
+      processes: how many share the lanes.
 
     Returns:
       a function of a folder and of progress as in `run`, to the results, of which those on disk are a part. It raises
@@ -440,61 +485,120 @@ def prepare_methods(
       or a state that cannot be used; both are left as they are.
     """
     groups = [(group, *make(group)) for group in _compiled_together(methods)]
-    plan = Plan(tuple(program for *_, program in groups), results.sizes["seed"], results.sizes["task"])
+    programs = tuple(program for *_, program in groups)
+    plan = Plan(programs, results.sizes["seed"], results.sizes["task"], processes)
     return Prepared(results, [(group, train) for group, train, _ in groups], plan)
 
 
-def _run_group(results: Any, group: list[learners.Method], train: Train, out: Path, progress: Progress | None) -> None:
-    """Does what is left of methods that run as lanes of one program."""
+def _run_group(
+    kept: folder.Kept,
+    group: list[learners.Method],
+    train: Train,
+    lanes: Sequence[training.Lane],
+    progress: Progress | None,
+) -> None:
+    """Does what is left of lanes of methods that are one program."""
+    results, tasks = kept.results, kept.results.sizes["task"]
+    name = "; ".join(method.label for method in group)
+    every = [(method.label, seed) for method in group for seed in results.seed.values.tolist()]
+    ready, waiting = _progress_of(kept, name, every, lanes)
+    if progress is not None and ready:
+        progress(_labels_of(ready), len(ready) * tasks, {})
+    for states in waiting:
+        cohort = [lane for lane, _ in states]
+        checkpoint = training.Checkpoint(
+            kept.state_path(name, cohort, every),
+            name,
+            every=CHECKPOINT_EVERY,
+            before=kept.save,
+            needs=lambda tasks, cohort=cohort: kept.digests(cohort, tasks),
+            lanes=cohort,
+            found=_joined([(lane, kept.checked(saved, lane)) for lane, saved in states if saved is not None]),
+        )
+        if progress is not None and checkpoint.tasks:
+            progress(_labels_of(cohort), len(cohort) * checkpoint.tasks, {})
+        _run_lanes(kept, group, train, checkpoint, progress)
+        kept.close(checkpoint)
+
+
+def _progress_of(
+    kept: folder.Kept, name: str, every: Sequence[training.Lane], lanes: Sequence[training.Lane]
+) -> tuple[list[training.Lane], list[list[tuple[training.Lane, training.Saved | None]]]]:
+    """The lanes that are done, and the others with their states: together those that have done as many tasks."""
+    saved = kept.states(name, every)
+    # Of all measures the one that stays a number where training has diverged.
+    recorded = np.isfinite(kept.results.replaced_units.values).all(-1)
+    ready, waiting = [], {}
+    for lane, row, column in zip(lanes, *kept.positions(lanes), strict=True):
+        states = [state for state in saved if lane in state.lanes]
+        noted = any(state.state is None for state in states)
+        if recorded[row, column] and (noted or not states):
+            ready.append(lane)
+            continue
+        # A state of lanes that are recorded is left where they were stopped after their last task and before all was
+        # done.
+        states = [state for state in states if state.state is not None]
+        best = max(states, key=lambda state: state.tasks, default=None)
+        waiting.setdefault(best.tasks if best else 0, []).append((lane, best))
+    return ready, [waiting[done] for done in sorted(waiting, reverse=True)]
+
+
+def _joined(states: Sequence[tuple[training.Lane, training.Saved]]) -> training.Saved | None:
+    """One state of lanes that have done as many tasks, each a row of a state."""
+    if not states:
+        return None
+    first = states[0][1]
+    if len({saved.path for _, saved in states}) == 1 and [lane for lane, _ in states] == list(first.lanes):
+        return first
+    row_of = lambda saved, row: jax.tree.map(lambda leaf: np.asarray(leaf)[row], saved.state)
+    rows = [row_of(saved, saved.lanes.index(lane)) for lane, saved in states]
+    return first._replace(state=jax.tree.map(lambda *leaves: np.stack(leaves), *rows), lanes=None)
+
+
+def _run_lanes(
+    kept: folder.Kept,
+    group: list[learners.Method],
+    train: Train,
+    checkpoint: training.Checkpoint,
+    progress: Progress | None,
+) -> None:
+    """Runs the lanes of a checkpoint to their last task."""
     from cbp_jax import report
 
-    seeds, tasks, labels = results.seed.values, results.sizes["task"], [method.label for method in group]
-    checkpoint = training.Checkpoint(
-        out / folder.STATE_FILE,
-        "; ".join(labels),
-        every=CHECKPOINT_EVERY,
-        before=lambda: report.save_results(results, out),
-        needs=lambda tasks: folder.digest(results, labels, tasks),
-    )
-    # Of all measures the one that stays a number where training has diverged. A state of these methods is left where
-    # they were stopped after their last task and before all was done.
-    recorded = np.isfinite(results.replaced_units.loc[{"method": labels}].values).all()
-    complete = recorded and not checkpoint.tasks
-    if progress is not None and (complete or checkpoint.tasks):
-        progress(", ".join(labels), len(group) * len(seeds) * (tasks if complete else checkpoint.tasks), {})
-    if complete:
-        return
+    results, lanes = kept.results, checkpoint.lanes
+    methods = {method.label: method for method in group}
+    labels = list(dict.fromkeys(label for label, _ in lanes))
     numbers = {
-        name: np.repeat([method.hyperparameters[name] for method in group], len(seeds))
+        name: np.asarray([methods[label].hyperparameters[name] for label, _ in lanes])
         for name in group[0].hyperparameters
     }
     report.records.resume(results)
     saved = since = time.monotonic()
-    rows_of_tasks = train(np.tile(seeds, len(group)), numbers, checkpoint)
+    rows_of_tasks = train(np.asarray([seed for _, seed in lanes]), numbers, checkpoint)
     for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
-        by_method = lambda values: values.reshape(len(group), len(seeds), *values.shape[1:])
-        rows = {name: by_method(values) for name, values in measured.items()}
-        report.record_task(results, task, rows, methods=labels)
+        report.record_lanes(results, task, measured, lanes)
         now = time.monotonic()
         report.records.add_seconds(results, labels, now - since)
         since = now
-        diverged = report.mark_diverged(results, task, labels)
+        diverged = report.mark_diverged(results, task, lanes=lanes)
         if now - saved > SAVE_EVERY:
-            report.save_results(results, out)
+            kept.save()
             saved = time.monotonic()
-        _tell(progress, results, group, task, measured, diverged)
-    checkpoint.delete()
+        _tell(progress, lanes, task, measured, diverged)
+
+
+def _labels_of(lanes: Sequence[training.Lane]) -> str:
+    return ", ".join(dict.fromkeys(label for label, _ in lanes))
 
 
 def _tell(
     progress: Progress | None,
-    results: Any,
-    group: list[learners.Method],
+    lanes: Sequence[training.Lane],
     task: int,
     measured: Mapping[str, np.ndarray],
     diverged: Sequence[tuple[str, int]],
 ) -> None:
-    """Tells of a task that a group has done, and of lanes that diverged in it."""
+    """Tells of a task that lanes have done, and of those that diverged in it."""
     for method, seed in diverged:
         if hasattr(progress, "diverged"):
             progress.diverged(method, seed, task)
@@ -502,12 +606,13 @@ def _tell(
             warnings.warn(diverged_text(method, seed, task), RuntimeWarning, stacklevel=2)
     if progress is None:
         return
-    labels, seeds = [method.label for method in group], results.sizes["seed"]
     if hasattr(progress, "task_done"):
-        for number, label in enumerate(labels):
-            rows = slice(number * seeds, (number + 1) * seeds)
-            progress.task_done(label, task, {name: _finite_mean(values[rows]) for name, values in measured.items()})
-    progress(", ".join(labels), len(measured["replaced_units"]), {k: _finite_mean(v) for k, v in measured.items()})
+        for label in dict.fromkeys(label for label, _ in lanes):
+            rows = [row for row, lane in enumerate(lanes) if lane[0] == label]
+            progress.task_done(
+                label, task, {name: _finite_mean(np.asarray(values)[rows]) for name, values in measured.items()}
+            )
+    progress(_labels_of(lanes), len(lanes), {name: _finite_mean(values) for name, values in measured.items()})
 
 
 def diverged_text(method: str, seed: int, task: int) -> str:

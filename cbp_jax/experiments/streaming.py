@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -198,13 +197,10 @@ def job(settings: Settings) -> stream.Job:
     intervals = num_intervals(settings)
     memory.check_results(len(methods), settings.seeds, intervals, len(MEASURES))
 
-    def run(out: Path, progress: stream.Progress | None = None) -> Any:
-        results = stream.empty_results(NAME, settings, methods, intervals, MEASURES)
-        results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-        make = lambda group: functools.partial(_train, settings, group)
-        return stream.prepare_methods(results, methods, make)(out, progress)
-
-    return run
+    results = stream.empty_results(NAME, settings, methods, intervals, MEASURES)
+    results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
+    make = lambda group: (functools.partial(_train, settings, group), stream.program_of(group, settings, None))
+    return stream.prepare_methods(results, methods, make)
 
 
 class _Lane(NamedTuple):

@@ -15,13 +15,19 @@ COORDINATE = "diverged"
 _LOSSES = ("loss", "policy_loss", "value_loss")
 
 
-def mark_diverged(results: xr.Dataset, task: int, methods: Sequence[str] | None = None) -> list[tuple[str, int]]:
+def mark_diverged(
+    results: xr.Dataset,
+    task: int,
+    methods: Sequence[str] | None = None,
+    lanes: Sequence[tuple[str, int]] | None = None,
+) -> list[tuple[str, int]]:
     """Marks lanes whose loss has become infinite or no number, in place.
 
     Args:
       results: results of a run.
       task: index of a task that has just been recorded.
       methods: labels of those that have done it, by default all.
+      lanes: method and seed of each lane that has done it, by default all seeds of the methods.
 
     Returns:
       method and seed of each lane that has diverged in this task, and not in an earlier one.
@@ -37,10 +43,15 @@ def mark_diverged(results: xr.Dataset, task: int, methods: Sequence[str] | None 
     names = [name for name in _LOSSES if name in results and set(results[name].dims) == {"method", "seed", "task"}]
     if not names:
         return []
+    if lanes is not None:
+        methods = list(dict.fromkeys(label for label, _ in lanes))
     rows = results.indexes["method"].get_indexer(methods)
     place = results.indexes["task"].get_loc(task)
     values = [results[name].transpose("method", "seed", "task").values[rows, :, place] for name in names]
     bad = ~np.isfinite(values).all(0)
+    if lanes is not None:
+        done = set(lanes)
+        bad &= [[(label, seed) in done for seed in results.seed.values.tolist()] for label in methods]
     if not bad.any():
         return []
     if COORDINATE not in results.coords:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from cbp_jax import files
-from cbp_jax.report.results import FILE_NAME, load_results
+from cbp_jax.report.results import FILE_NAME, PARTS, load_results
 from cbp_jax.report.statistics import better, interval_text, is_accuracy, last_tenth, performance
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def list_runs(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must be that of runs; there is none at {folder}")
-    runs = [_run(path.parent) for path in sorted(folder.rglob(FILE_NAME))]
+    files = [path for path in sorted(folder.rglob(FILE_NAME)) if path.parent.parent.name != PARTS]
+    runs = [_run(path.parent) for path in files]
     if not runs:
         raise ValueError(f"folder must have runs in it, and {folder} has no {FILE_NAME}, nor has a folder below it")
     return runs

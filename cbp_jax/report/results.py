@@ -6,6 +6,7 @@ leaves a readable file in which NaN means "not run".
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cbp_jax.report.looks import Look
 
 FILE_NAME = "results.nc"
+PARTS = "processes"  # where the processes of a run that is not finished keep their parts, each a folder with that file
 
 #: What is measured of each task, for each method and seed: name of the data variable, and what it means.
 MEASURES: dict[str, str] = {
@@ -270,6 +272,59 @@ def record_task(
         results[name].values[where] = array[:, :, None]
 
 
+def record_lanes(results: xr.Dataset, task: int, values: Mapping[str, Any], lanes: Sequence[tuple[str, int]]) -> None:
+    """Writes what was measured of one task in some lanes into the results, in place.
+
+    Args:
+      results: a dataset as :func:`new_results` makes it.
+      task: the task's index, from 0.
+      values: name of a measure -> array [lanes], and further axes where the measure has them.
+      lanes: method and seed of each.
+
+    Raises:
+      ValueError: an unknown task, measure, method or seed, or an array of another shape. Nothing has been
+        written then.
+
+    Example:
+      >>> results = new_results(["bp", "cbp"], ["bp", "cbp"], [{}, {}], seeds=3, tasks=10, settings={},
+      ...                       experiment="online_permuted")
+      >>> record_lanes(results, 0, {"accuracy": [0.91, 0.92]}, [("bp", 0), ("cbp", 2)])
+      >>> int(results.accuracy.notnull().sum())
+      2
+    """
+    rows, columns = positions_of(results, lanes)
+    (place,) = results.indexes["task"].get_indexer([task])
+    if place < 0:
+        raise ValueError(f"task: got {task}; these results have {_listed(results.task.values)}")
+    arrays = {}
+    for name, value in values.items():
+        if name not in results.data_vars or results[name].dims[: len(_DIMS)] != _DIMS:
+            raise ValueError(f"values: unknown measure {name!r}; these results have {list(results.data_vars)}")
+        arrays[name] = np.asarray(value, dtype=results[name].dtype)
+        expected = (len(rows), *results[name].shape[len(_DIMS) :])
+        if arrays[name].shape != expected:
+            raise ValueError(f"values: {name} must have the shape {expected}; got {arrays[name].shape}")
+    for name, array in arrays.items():
+        results[name].values[rows, columns, place] = array
+
+
+def positions_of(results: xr.Dataset, lanes: Sequence[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of lanes, methods and seeds, along `method` and `seed`.
+
+    Raises:
+      ValueError: a lane is not there.
+    """
+    rows = results.indexes["method"].get_indexer([label for label, _ in lanes])
+    columns = results.indexes["seed"].get_indexer([seed for _, seed in lanes])
+    for lane, row, column in zip(lanes, rows, columns, strict=True):
+        if row < 0 or column < 0:
+            raise ValueError(
+                f"lanes: got {lane}; these results have {_listed(results.method.values)}, each with seeds "
+                f"{_listed(results.seed.values)}"
+            )
+    return rows, columns
+
+
 def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:
     """Writes the results of a run to ``run_dir/results.nc``, all or nothing.
 
@@ -304,6 +359,8 @@ def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:
 def load_results(path: str | Path) -> xr.Dataset:
     """Reads the results of a run, complete or not.
 
+    Where several processes are at work, or were, what each of them has finished is in the dataset.
+
     Args:
       path: the folder of the run, or its ``results.nc``.
 
@@ -316,16 +373,67 @@ def load_results(path: str | Path) -> xr.Dataset:
       FileNotFoundError: there is no such file, or no results in that folder.
       ValueError: the file holds something else.
     """
-    xr = require("xarray")
+    require("xarray")
     require("h5netcdf")
     require("h5py")
     path = Path(path)
+    # Parts come first: who joins them writes the file before removing them.
+    parts = _load_parts(path) if path.is_dir() else []
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
+        if parts:
+            return _with_parts(parts[0], parts[1:], path)
         reason = f"the folder {path} has no {FILE_NAME}" if path.is_dir() else f"{path} does not exist"
         raise FileNotFoundError(f"no results to load: {reason}; give the folder of a run, or its {FILE_NAME}")
+    results = _load_file(file)
+    return _with_parts(results, parts, path) if parts else results
+
+
+def part_files(run_dir: Path) -> list[Path]:
+    """The files of results that the processes of a run keep, the oldest first."""
+    found = []
+    for file in (Path(run_dir) / PARTS).glob(f"*/{FILE_NAME}"):
+        with contextlib.suppress(FileNotFoundError):  # removed by now
+            found.append((file.stat().st_mtime_ns, file))
+    return [file for _, file in sorted(found)]
+
+
+def _load_parts(run_dir: Path) -> list[xr.Dataset]:
+    parts = []
+    for file in part_files(run_dir):
+        try:
+            parts.append(_load_file(file))
+        except ValueError:
+            if file.exists():
+                raise
+    return parts
+
+
+def _with_parts(results: xr.Dataset, parts: Sequence[xr.Dataset], run_dir: Path) -> xr.Dataset:
+    """Fills in what the processes of a run have measured; where two have a number, the later one's is taken."""
+    from cbp_jax.report import divergence, records  # which read results
+
+    for part in parts:
+        same = part.attrs["settings"] == results.attrs["settings"] and part.sizes == results.sizes
+        if not same or part.attrs["experiment"] != results.attrs["experiment"]:
+            raise ValueError(f"{run_dir} is not the folder of one run: its processes ran with different settings")
+        for name, values in results.data_vars.items():
+            values.values[...] = np.where(np.isnan(part[name].values), values.values, part[name].values)
+        if divergence.COORDINATE in part.coords:
+            since = part[divergence.COORDINATE]
+            if divergence.COORDINATE in results.coords:
+                since = results[divergence.COORDINATE].fillna(since)
+            results = results.assign_coords({divergence.COORDINATE: since})
+        for method, seconds in records.seconds_of(part).items():
+            records.add_seconds(results, [method], seconds)
+        if "failed" in part.attrs:
+            results.attrs["failed"] = part.attrs["failed"]
+    return results
+
+
+def _load_file(file: Path) -> xr.Dataset:
     try:
-        results = xr.load_dataset(file, engine="h5netcdf")
+        results = require("xarray").load_dataset(file, engine="h5netcdf")
     except PermissionError:
         raise
     except Exception as error:  # of many types, by the kind of damage

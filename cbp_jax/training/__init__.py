@@ -1,6 +1,6 @@
 """The training loop: seeds and hyperparameters as lanes, tasks as compiled scans."""
 
-from cbp_jax.training.checkpoint import Checkpoint
+from cbp_jax.training.checkpoint import Checkpoint, Lane, Saved, read_state, unusable
 from cbp_jax.training.head import output_layers, reset_layers, restart
 from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
 from cbp_jax.training.injection import last_layers, with_injection
@@ -12,14 +12,17 @@ from cbp_jax.training.symptoms import symptoms
 
 __all__ = [
     "Checkpoint",
+    "Lane",
     "Lanes",
     "Learner",
+    "Saved",
     "TrainState",
     "init_state",
     "last_layers",
     "measure",
     "one_blas_thread",
     "output_layers",
+    "read_state",
     "reset_layers",
     "restart",
     "run_increment",
@@ -30,5 +33,6 @@ __all__ = [
     "step_size_factor",
     "symptoms",
     "train_step",
+    "unusable",
     "with_injection",
 ]

@@ -2,9 +2,9 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import serialization
@@ -13,6 +13,57 @@ from cbp_jax import files
 
 _HEAD = b"cbp_jax state 1\n"  # then the checksum of what follows
 _MOST_OF_THE_TIME = 20  # an interval between two saves is at least so many times what a save takes
+
+
+Lane = tuple[str, int]  # label of the method, seed
+
+
+class Saved(NamedTuple):
+    """What a file of a `Checkpoint` holds.
+
+    Attributes:
+      path: of the file.
+      name: what ran.
+      tasks: how many tasks were done.
+      needs: the checksum of what the state is of no use without.
+      state: of the lanes, as `flax.serialization.to_state_dict` gives it; None where nothing is left to do.
+      lanes: the rows of the state; None where the file does not tell.
+    """
+
+    path: Path
+    name: str
+    tasks: int
+    needs: bytes
+    state: Any
+    lanes: tuple[Lane, ...] | None = None
+
+
+def read_state(path: Path) -> Saved | None:
+    """Reads the file of a `Checkpoint`; None where there is none.
+
+    Raises:
+      ValueError: the file is damaged, or no state, or one that an earlier version wrote without a checksum.
+    """
+    try:
+        content = memoryview(Path(path).read_bytes())
+    except FileNotFoundError:
+        return None
+    checksum, body = content[len(_HEAD) :][:32], content[len(_HEAD) + 32 :]
+    if content[: len(_HEAD)] != _HEAD:
+        raise unusable(path, "it is damaged, or no state of a run, or was written by an earlier version")
+    if hashlib.sha256(body).digest() != checksum:
+        raise unusable(path, "it is damaged, as its checksum shows")
+    found = serialization.msgpack_restore(body)  # type: ignore[arg-type]  # reads a memoryview without a copy
+    lanes = tuple((label, int(seed)) for label, seed in found["lanes"]) if "lanes" in found else None
+    return Saved(Path(path), found["name"], found["tasks"], found["needs"], found["state"], lanes)
+
+
+def unusable(path: Path, reason: str) -> ValueError:
+    """The error that a state cannot be used, with the way out."""
+    return ValueError(
+        f"the run cannot go on from {path}: {reason}. The results that were saved are safe. Delete the file "
+        "and run again: what is not finished starts from its first task and comes to the same results"
+    )
 
 
 class Checkpoint:
@@ -25,6 +76,8 @@ class Checkpoint:
       before: called before each save, to bring to disk what has been recorded of the tasks that are done: results on
         disk are then never behind the state.
       needs: gives for a number of tasks a checksum of what the state is of no use without, such as their results.
+      lanes: what the rows of the state are, method and seed of each; the file tells them.
+      found: the state to go on from, where it is another than that of the file; it is not checked.
 
     Raises:
       ValueError: the file is damaged, or no state, or one that an earlier version wrote without a checksum; or what it
@@ -49,32 +102,21 @@ class Checkpoint:
         every: float = 30.0,
         before: Callable[[], Any] = lambda: None,
         needs: Callable[[int], bytes] = lambda tasks: b"",
+        lanes: Sequence[Lane] | None = None,
+        found: Saved | None = None,
     ):
         self.path, self.name, self.every, self.before, self.needs = Path(path), name, every, before, needs
+        self.lanes = None if lanes is None else tuple(lanes)
         self.tasks = 0  # done by the state that `restore` gives
         self._state: Any = None
         self._saved = time.monotonic()
-        if self.path.is_file():
-            found = self._read()
-            if found["name"] == name:
-                if found["needs"] != needs(found["tasks"]):
-                    raise self._unusable(f"the results beside it are not those of its {found['tasks']} tasks")
-                self.tasks, self._state = found["tasks"], found["state"]
-
-    def _read(self) -> dict[str, Any]:
-        content = memoryview(self.path.read_bytes())
-        checksum, body = content[len(_HEAD) :][:32], content[len(_HEAD) + 32 :]
-        if content[: len(_HEAD)] != _HEAD:
-            raise self._unusable("it is damaged, or no state of a run, or was written by an earlier version")
-        if hashlib.sha256(body).digest() != checksum:
-            raise self._unusable("it is damaged, as its checksum shows")
-        return serialization.msgpack_restore(body)  # type: ignore[arg-type]  # reads a memoryview without a copy
-
-    def _unusable(self, reason: str) -> ValueError:
-        return ValueError(
-            f"the run cannot go on from {self.path}: {reason}. The results that were saved are safe. Delete the file "
-            "and run again: what is not finished starts from its first task and comes to the same results"
-        )
+        if found is None and (found := read_state(self.path)) is not None:
+            if found.name != name:
+                found = None
+            elif found.needs != needs(found.tasks):
+                raise unusable(self.path, f"the results beside it are not those of its {found.tasks} tasks")
+        if found is not None:
+            self.tasks, self._state = found.tasks, found.state
 
     def restore(self, like: Any) -> Any:
         """The saved state, or `like`, a state of the same structure, where there is none.
@@ -87,14 +129,15 @@ class Checkpoint:
         try:
             state, self._state = serialization.from_state_dict(like, self._state), None
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # of many types, by the kind of difference
-            raise self._unusable(f"it is of another run: {error}") from error
+            raise unusable(self.path, f"it is of another run: {error}") from error
         for (key_path, found), expected in zip(
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(like), strict=True
         ):
             if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise self._unusable(
+                raise unusable(
+                    self.path,
                     f"it is of another run: {jax.tree_util.keystr(key_path)} is {found.dtype}{list(found.shape)} "
-                    f"there, and {expected.dtype}{list(expected.shape)} here"
+                    f"there, and {expected.dtype}{list(expected.shape)} here",
                 )
         return state
 
@@ -110,16 +153,21 @@ class Checkpoint:
         if not now and start - self._saved < self.every:
             return
         self.before()
-        content = {
-            "name": self.name,
-            "tasks": tasks,
-            "needs": self.needs(tasks),
-            "state": serialization.to_state_dict(jax.device_get(state())),
-        }
-        body = serialization.msgpack_serialize(content)
-        files.write_whole(self.path, _HEAD, hashlib.sha256(body).digest(), body)
+        self._write(tasks, self.needs(tasks), serialization.to_state_dict(jax.device_get(state())))
         self._saved = time.monotonic()
         self.every = max(self.every, _MOST_OF_THE_TIME * (self._saved - start) if self.every else 0.0)
+
+    def close(self, tasks: int) -> None:
+        """Leaves a note in place of the state: all tasks are done, and no older state of these lanes is needed."""
+        self.before()
+        self._write(tasks, self.needs(tasks), None)
+
+    def _write(self, tasks: int, needs: bytes, state: Any) -> None:
+        content = {"name": self.name, "tasks": tasks, "needs": needs, "state": state}
+        if self.lanes is not None:
+            content["lanes"] = [list(lane) for lane in self.lanes]
+        body = serialization.msgpack_serialize(content)
+        files.write_whole(self.path, _HEAD, hashlib.sha256(body).digest(), body)
 
     def delete(self) -> None:
         """Removes the file, and what a save that was killed has left: what ran is done."""

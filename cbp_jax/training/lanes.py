@@ -43,7 +43,7 @@ class Lanes:
     Args:
       count: number of lanes.
       mode: "vmap", "map" (in turn), or "auto", which is "map" on a CPU and "vmap" elsewhere.
-      devices: the devices to use, by default all of the default backend, as many as there are lanes.
+      devices: the devices to use, by default all of this process, as many as there are lanes.
       at_once: the most lanes that are on the devices at once, by default all. The others wait in the host's memory, and
         every call moves them there and back.
 
@@ -72,7 +72,7 @@ class Lanes:
         if at_once is not None and at_once < 1:
             raise ValueError(f"at_once must be at least 1, got {at_once}")
         at_once = min(at_once or count, count)
-        devices = list(jax.devices() if devices is None else devices)[:at_once]
+        devices = list(jax.local_devices() if devices is None else devices)[:at_once]
         self.count = count
         self.mode = mode if mode != "auto" else "map" if devices[0].platform == "cpu" else "vmap"
         self.mesh = jax.sharding.Mesh(np.asarray(devices), ("lane",))

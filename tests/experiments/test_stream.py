@@ -10,11 +10,10 @@ import jax
 import numpy as np
 import pytest
 from same_runs import same
+from toy_streams import tiny_problem
 
 from cbp_jax import files, load_results, report, training
-from cbp_jax.data import Dataset
 from cbp_jax.experiments import folder, stream
-from cbp_jax.problems import label_permuted
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -30,13 +29,6 @@ SETTINGS = stream.StreamSettings(
     measured_examples=6,
     measure_every=4,
 )
-
-
-def tiny_problem():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (30, 2, 3, 1), dtype=np.uint8)
-    labels = rng.integers(0, 3, 30).astype(np.int32)
-    return label_permuted(Dataset(images, labels, 3, "toy"), examples_per_task=12, batch_size=2)
 
 
 def run(out, progress=None, settings=SETTINGS, **changes):
@@ -138,7 +130,9 @@ def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(who
 @pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, tmp_path):
     script = f"import runpy; runpy.run_path({__file__!r})['run_killed']({str(tmp_path)!r})"
-    process = subprocess.run([sys.executable, "-c", script], env={**os.environ, **compiled_once}, timeout=120)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **compiled_once, "PYTHONPATH": path}
+    process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120)
     assert process.returncode == -signal.SIGKILL
     # Results were not written on the way; those that the state needs came to disk with it.
     assert finished_tasks(tmp_path) == [4, 2, 4] and (tmp_path / folder.STATE_FILE).exists()

@@ -235,7 +235,7 @@ def job(settings: Settings) -> stream.Job:
 
         def train(seeds: np.ndarray, numbers: dict[str, np.ndarray], checkpoint: Any) -> Iterator[dict[str, Any]]:
             # Lanes are methods times seeds, of which each has its network.
-            rows = np.arange(len(seeds)) % settings.seeds
+            rows = seeds - settings.first_seed
             bases = {f"{_BASE}{path}": leaf[rows] for path, leaf in leaves_by_path(trained()).items()}
             return training.run_lanes(
                 start, go_on, problem.data, seeds, {**numbers, **bases}, settings.tasks, mode=settings.lanes,
