@@ -67,7 +67,8 @@ def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
         and params["batch_group_count"] == 1
         and set(params["lhs_dilation"]) <= {1}
     ):
-        return [_contract(*values, params)]
+        image, kernel = values
+        return [_contract(image, kernel, params)]
     if pooling.is_followed(eqn):
         return [pooling.pool(eqn, *values)]
     return jaxprs.bind(eqn, values)

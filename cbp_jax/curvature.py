@@ -104,7 +104,7 @@ def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk
             return jax.vmap(second_derivative)(entries).reshape(leaf.shape)
         return jax.lax.map(second_derivative, entries, batch_size=chunk_size).reshape(leaf.shape)
 
-    return treedef.unflatten([of_leaf(number) for number in range(len(leaves))])
+    return jax.tree.unflatten(treedef, [of_leaf(number) for number in range(len(leaves))])
 
 
 def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNGKey, samples: int = 1) -> Any:
@@ -186,7 +186,7 @@ def hesscale(
     Raises:
       TypeError: a leaf of params is not of a float type.
       ValueError: the network has an operation that is not followed (it is named), such as a product of two
-        activations, which normalisation and attention are made of; its output is no single array with a last axis
+        activations, which normalization and attention are made of; its output is no single array with a last axis
         of outputs; targets do not fit the outputs; or the loss is unknown.
 
     Example:
@@ -219,7 +219,7 @@ def hesscale(
     walk.pull_back()
     grads = [jnp.zeros_like(node.value) if node.grad is None else node.grad for node in weights]
     curves = [jnp.zeros_like(node.value) if node.curve is None else node.curve for node in weights]
-    return value, treedef.unflatten(grads), treedef.unflatten(curves)
+    return value, jax.tree.unflatten(treedef, grads), jax.tree.unflatten(treedef, curves)
 
 
 @dataclasses.dataclass(eq=False)
@@ -289,7 +289,7 @@ class _Walk:
     def step(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
         """Evaluates one equation."""
         name, data = eqn.primitive.name, any(node.data for node in nodes)
-        differentiable = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
+        differentiable = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)  # type: ignore[attr-defined]
         if name == "stop_gradient" or not differentiable or not any(node.active for node in nodes):
             return [_Node(value, data=data) for value in jaxprs.bind(eqn, [node.value for node in nodes])]
         if name in jaxprs.CONTRACTIONS:

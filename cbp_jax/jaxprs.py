@@ -80,7 +80,7 @@ def evaluate(
     """Evaluates a jaxpr, inlining calls that hold contractions or pooling.
 
     All other equations are bound as they stand, `custom_jvp` included, so that derivatives are unchanged. What is
-    rematerialised stays so, but for the values to keep. What is scanned stays so too, and of its values all passes' are
+    rematerialized stays so, but for the values to keep. What is scanned stays so too, and of its values all passes' are
     kept, along a new leading axis.
 
     Args:

@@ -85,7 +85,7 @@ def dormant_fraction(features: Any, threshold: float | jax.Array = 0.025) -> jax
 
     Args:
       features: array [..., units], or a pytree of such arrays, one for each group of units. Every array is
-        normalised on its own.
+        normalized on its own.
       threshold: largest score of a dormant unit; may be traced.
 
     Returns:
@@ -164,14 +164,14 @@ def linearized_fraction(features: Any) -> jax.Array:
 
 
 def effective_rank(x: jax.Array) -> jax.Array:
-    r"""Exponential of the entropy of the normalised singular values.
+    r"""Exponential of the entropy of the normalized singular values.
 
     .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i / \sum_j \sigma_j
 
     Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
 
     Args:
-      x: matrix [examples, units]; it is not centred.
+      x: matrix [examples, units]; it is not centered.
 
     Returns:
       float32 scalar in [1, min(examples, units)]; 0 for a zero matrix, NaN where x is not finite. Within 1e-5
@@ -197,7 +197,7 @@ def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.A
     al., "Harnessing structures for value-based planning and reinforcement learning", ICLR 2020.
 
     Args:
-      x: matrix [examples, units]; it is not centred.
+      x: matrix [examples, units]; it is not centered.
       threshold: fraction in (0, 1]; may be traced.
 
     Returns:
@@ -244,7 +244,7 @@ def ranks(x: jax.Array, threshold: float | jax.Array = 0.99) -> Ranks:
     """The effective, approximate and stable rank of a matrix from one decomposition, the dear part of each.
 
     Args:
-      x: matrix [examples, units]; it is not centred.
+      x: matrix [examples, units]; it is not centered.
       threshold: of the approximate and the stable rank, in (0, 1]; may be traced.
 
     Returns:
@@ -318,7 +318,7 @@ def weight_magnitude(params: Any) -> jax.Array:
     count = sum(w.size for w in leaves)
     if count == 0:
         raise ValueError(f"params must hold at least one float array; got {jax.tree.structure(params)}")
-    return sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves) / count
+    return jnp.asarray(sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves)) / count
 
 
 def weight_rank(params: Any) -> jax.Array:
@@ -363,7 +363,7 @@ def weight_effective_rank(params: Any) -> jax.Array:
     1.0
     """
     kernels = _kernels(params)
-    return sum(effective_rank(w) for w in kernels) / np.float32(sum(min(w.shape) for w in kernels))
+    return jnp.asarray(sum(effective_rank(w) for w in kernels)) / np.float32(sum(min(w.shape) for w in kernels))
 
 
 def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Array:
@@ -385,7 +385,7 @@ def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Arr
     """
     kernels = _kernels(params)
     small = sum(jnp.sum(jnp.abs(w) <= threshold * jnp.sqrt(jnp.mean(jnp.square(w)))) for w in kernels)
-    return small / np.float32(sum(w.size for w in kernels))
+    return jnp.asarray(small) / np.float32(sum(w.size for w in kernels))
 
 
 def _kernels(params: Any) -> list[jax.Array]:
@@ -404,7 +404,7 @@ def plasticity(loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLi
 
     1 means that the update fitted the sample, 0 that it made no progress or made things worse. Elsayed &
     Mahmood, "Addressing loss of plasticity and catastrophic forgetting in continual learning", ICLR 2024.
-    Measure both losses on the same batch and in the same mode (dropout, normalisation), or the difference
+    Measure both losses on the same batch and in the same mode (dropout, normalization), or the difference
     between the modes is measured too.
 
     Args:

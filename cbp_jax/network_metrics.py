@@ -140,8 +140,8 @@ def weight_change(params_before: Any, params_after: Any) -> jax.Array:
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (params_before, params_after)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"params_before and params_after must have the same shapes; got {shapes[0]} and {shapes[1]}")
-    pairs = zip(jax.tree.leaves(params_before), jax.tree.leaves(params_after), strict=True)
-    pairs = [(w, new) for w, new in pairs if jnp.issubdtype(jnp.result_type(w), jnp.floating)]
+    leaves = zip(jax.tree.leaves(params_before), jax.tree.leaves(params_after), strict=True)
+    pairs = [(w, new) for w, new in leaves if jnp.issubdtype(jnp.result_type(w), jnp.floating)]
     if not pairs:
         raise ValueError(f"params must hold at least one float array; got {jax.tree.structure(params_before)}")
     square = lambda array: jnp.sum(jnp.square(array))

@@ -36,7 +36,7 @@ def _decode(path: Path, content: bytes) -> np.ndarray:
     """The records of a file, uint8 [n, 3073]."""
     if not content or len(content) % _RECORD:
         raise ValueError(
-            f"{path} must be records of {_RECORD} bytes, each a label and an image of 32 x 32 pixels and 3 colours; "
+            f"{path} must be records of {_RECORD} bytes, each a label and an image of 32 x 32 pixels and 3 colors; "
             f"it has {len(content)} bytes"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)

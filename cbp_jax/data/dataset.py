@@ -11,7 +11,7 @@ class DatasetUnavailable(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Labelled images of one split, or vectors of features in their place, as NumPy arrays on the host.
+    """Labeled images of one split, or vectors of features in their place, as NumPy arrays on the host.
 
     Attributes:
       images: uint8 [n, height, width, channels], or float32 [n, features].

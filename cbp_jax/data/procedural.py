@@ -16,12 +16,12 @@ _FOUR_IN_FIVE = 0.8416  # of normal numbers are smaller
 def procedural(
     num_classes: int = 1000, per_class: int = 700, *, size: int = 32, channels: int = 3, key: int | jax.Array = 0
 ) -> Dataset:
-    """Draws a dataset in which a class is an arrangement of six coloured gratings.
+    """Draws a dataset in which a class is an arrangement of six colored gratings.
 
-    Each grating has a place, an orientation, a wavelength, a phase, a colour and a size, drawn for the class. In each
+    Each grating has a place, an orientation, a wavelength, a phase, a color and a size, drawn for the class. In each
     image all of them are shifted together, each is moved, turned and weakened a little by itself, one in five is not
     there, two gratings are there that belong to no class, and every pixel has noise. Neither a pixel nor the mean
-    colour tells classes apart. The same arguments give the same images, on one kind of device.
+    color tells classes apart. The same arguments give the same images, on one kind of device.
 
     Args:
       num_classes: number of classes; those of fewer classes are the first ones of more.

@@ -62,7 +62,7 @@ def load(name: str | os.PathLike, split: str = "train", *, data_dir: str | os.Pa
 
     Raises:
       DatasetUnavailable: if the dataset is known but not prepared in ``data_dir``; says how to get it there.
-      ValueError: if the dataset or the split is unknown, or it does not hold labelled images of one size.
+      ValueError: if the dataset or the split is unknown, or it does not hold labeled images of one size.
       FileNotFoundError: if there is no such file.
       ImportError: if the extra ``cbp-jax[data]`` is not installed.
 
@@ -163,7 +163,7 @@ def _require_labelled_images(builder: Any, name: str) -> None:
     features = dict(builder.info.features or {})
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise ValueError(f"dataset {name!r} is not one of labelled images: its features are {sorted(features)}")
+        raise ValueError(f"dataset {name!r} is not one of labeled images: its features are {sorted(features)}")
     if None in image.shape or image.np_dtype != np.uint8:
         got = f"{np.dtype(image.np_dtype)} {image.shape}"
         raise ValueError(f"dataset {name!r} must have uint8 images of one size; got {got} (None: varies)")

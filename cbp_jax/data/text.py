@@ -1,4 +1,4 @@
-"""Labelled texts: of installed libraries, a user's own files, and tensorflow-datasets."""
+"""Labeled texts: of installed libraries, a user's own files, and tensorflow-datasets."""
 
 import csv
 import dataclasses
@@ -24,7 +24,7 @@ _TEST_SHARE = 0.2
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Texts:
-    """Labelled texts, or pairs of texts.
+    """Labeled texts, or pairs of texts.
 
     Attributes:
       texts: one of each example.
@@ -72,7 +72,7 @@ class Texts:
 
 
 def load_text(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -> Texts:
-    """Loads labelled texts, all splits; never downloads.
+    """Loads labeled texts, all splits; never downloads.
 
     Args:
       name: "docstrings/library" or "docstrings/kind", which need no files: what the documentation of installed
@@ -86,7 +86,7 @@ def load_text(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = N
 
     Raises:
       DatasetUnavailable: the dataset is known but not prepared in `data_dir`; says how to get it there.
-      ValueError: the dataset is unknown, or is not one of labelled texts, or a file is not of its form.
+      ValueError: the dataset is unknown, or is not one of labeled texts, or a file is not of its form.
       FileNotFoundError: there is no such file.
       ImportError: the extra `cbp-jax[data]` is not installed.
 
@@ -194,6 +194,6 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> Texts:
         labels += [int(example["label"]) for example in examples]
         splits += [split] * len(examples)
     if not labels:
-        raise ValueError(f"dataset {name!r} has no labelled examples")
+        raise ValueError(f"dataset {name!r} has no labeled examples")
     found = _texts(name, columns[0], columns[1] if len(columns) == 2 else None, labels, splits)
     return dataclasses.replace(found, label_names=tuple(label.names))

@@ -16,7 +16,7 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TokenDataset:
-    """Labelled texts as tokens, all of one length: what is shorter is filled up.
+    """Labeled texts as tokens, all of one length: what is shorter is filled up.
 
     One length for all, not buckets of several: a program of training is then compiled once, a batch is any examples at
     random, and seeds run side by side. What is filled up costs what it would cost as text. The mask keeps it from

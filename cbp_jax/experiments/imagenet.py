@@ -1,6 +1,6 @@
 """Continual ImageNet (Dohare et al., Nature 2024): one pair of classes after the other, for many epochs each.
 
-Pixels are brought to [-1, 1], as `cbp_jax.data.normalization` says; the paper's images come normalised in a file of its
+Pixels are brought to [-1, 1], as `cbp_jax.data.normalization` says; the paper's images come normalized in a file of its
 own. As in its program, the decay of shrink-and-perturb goes through the momentum. In results, `accuracy` and `loss` are
 those of training, means over all epochs; dead and dormant units and ranks are measured on images of the task to come.
 Dormant units are those of `metrics.dormant_fraction`, by their mean activation; the paper's program counts units that

@@ -1,6 +1,6 @@
 """Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes.
 
-A task is an increment of the classes. Images of CIFAR-100 are normalised as the paper's, others as
+A task is an increment of the classes. Images of CIFAR-100 are normalized as the paper's, others as
 `cbp_jax.data.normalization` says. A method with `reset=network` is trained from scratch in each increment: it is what
 the others are compared with. In results, `accuracy` and `loss` are those of training, means over all epochs; dead and
 dormant units and ranks are measured on images of the classes to come. Dormant units are those of

@@ -32,7 +32,7 @@ class Inputs(ImageStreamSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Labels(ImageStreamSettings):
-    """Label-permuted EMNIST, CIFAR-10, mini-ImageNet, or other labelled images or features.
+    """Label-permuted EMNIST, CIFAR-10, mini-ImageNet, or other labeled images or features.
 
     The paper's network for CIFAR-10 is LeNet without an activation after its convolutions, as its public code has it:
     "lenet:conv_activation=identity". "lenet" has ReLU there.

@@ -50,7 +50,7 @@ class Adapter:
 
 def init(
     params: optax.Params,
-    key: jax.Array,
+    key: jax.Array | int,
     *,
     rank: int,
     alpha: float | None = None,

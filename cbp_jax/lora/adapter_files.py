@@ -1,5 +1,6 @@
 """Adapters in the files in which PEFT keeps them."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -99,19 +100,20 @@ def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | N
     factors = {}
     for path, module in modules.items():
         like = jax.tree.map(np.asarray, _to_torch(adapter, path))
-        found = {name: tensors.get(f"{_PREFIX}{module}.{name}") for name in like}
+        found: dict[str, Any] = {name: tensors.get(f"{_PREFIX}{module}.{name}") for name in like}
         for name, tensor in found.items():
             if tensor is None or tensor.shape != like[name].shape:
                 got = "is missing" if tensor is None else f"is {list(tensor.shape)}"
                 raise ValueError(f"{directory}: {module}.{name} must be {list(like[name].shape)}, and {got}")
         factors[path] = _from_torch(adapter, path, found)
-    return adapter.replace(factors=factors)
+    return dataclasses.replace(adapter, factors=factors)
 
 
 def _modules(adapter: Adapter, names: Names | None, some: bool = False) -> dict[str, str]:
     """By the path of a kernel, the module's name; without one, kernels are left out where `some` will do."""
     found = {}
     for path in adapter.factors:
+        name: str | None
         if names is None:
             name = (path.rpartition("/")[0] or path).removeprefix("params/").replace("/", ".")
         else:

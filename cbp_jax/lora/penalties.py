@@ -35,7 +35,7 @@ def l1(adapter: Adapter, of: Literal["delta", "factors"] = "delta") -> jax.Array
     if of not in ("delta", "factors"):
         raise ValueError(f"of must be 'delta' or 'factors', got {of!r}")
     arrays = changes(adapter).values() if of == "delta" else jax.tree.leaves(adapter.factors)
-    return sum(jnp.sum(_magnitude(array)) for array in arrays)
+    return jnp.asarray(sum((jnp.sum(_magnitude(array)) for array in arrays), 0.0))
 
 
 def orthogonality(
@@ -77,7 +77,7 @@ def orthogonality(
         raise ValueError(f"form must be 'absolute' or 'squared', got {form!r}")
     size = _magnitude if form == "absolute" else jnp.square
     pairs = _shared(adapter, previous)
-    return sum(jnp.sum(size(_inner(jax.lax.stop_gradient(old), new))) for old, new in pairs)
+    return jnp.asarray(sum((jnp.sum(size(_inner(jax.lax.stop_gradient(old), new))) for old, new in pairs), 0.0))
 
 
 def subspace_overlap(adapter: Adapter, previous: Adapter) -> jax.Array:

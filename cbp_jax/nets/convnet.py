@@ -1,6 +1,7 @@
 """Convolutional network for small images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -111,5 +112,5 @@ class ConvNet(nn.Module):
                 x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_outputs, **self._init(x.shape[-1]))(x)
 
-    def _init(self, fan_in: int) -> dict[str, nn.initializers.Initializer]:
+    def _init(self, fan_in: int) -> dict[str, Any]:
         return {"kernel_init": self.kernel_init, "bias_init": bias_initializer(self.bias_init, fan_in)}

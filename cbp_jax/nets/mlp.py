@@ -1,7 +1,7 @@
 """Multilayer perceptron."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -15,7 +15,7 @@ from cbp_jax.nets.online_norm import OnlineNorm
 class MLP(nn.Module):
     """Dense layers with an activation, and normalization before it and dropout after it where wanted, but the last.
 
-    The layers are named `Dense_0`, `Dense_1`, ... from the input on, and those that normalise `LayerNorm_0` or
+    The layers are named `Dense_0`, `Dense_1`, ... from the input on, and those that normalize `LayerNorm_0` or
     `OnlineNorm_0`, ... The network of Elsayed & Mahmood (ICLR 2024) is `MLP((300, 150), num_outputs,
     kernel_init=fan_in_uniform(), bias_init="fan_in")`.
 
@@ -80,7 +80,7 @@ class MLP(nn.Module):
         return nn.Dense(size, kernel_init=kernel_init, bias_init=bias_initializer(self.bias_init, inputs))
 
 
-NORMALIZATIONS = {
+NORMALIZATIONS: dict[str, Callable[..., nn.Module]] = {
     "layer": nn.LayerNorm,
     "online": OnlineNorm,
     "bare_layer": functools.partial(nn.LayerNorm, epsilon=1e-5, use_scale=False, use_bias=False),

@@ -11,7 +11,7 @@ COLLECTION = "online_stats"
 
 
 class OnlineNorm(nn.Module):
-    r"""Normalises every unit by its running mean and variance, which it learns as it goes.
+    r"""Normalizes every unit by its running mean and variance, which it learns as it goes.
 
     A call is one time step t. With moments :math:`\mu(\cdot), \sigma^2(\cdot)` over the examples of the batch and
     over positions, unit by unit,

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 
 class ResNet(nn.Module):
-    """ResNet of basic blocks with batch normalisation for images of 32x32; the default is ResNet-18.
+    """ResNet of basic blocks with batch normalization for images of 32x32; the default is ResNet-18.
 
     The stem is a 3x3 convolution without pooling; stages after the first begin with a stride of 2 and a 1x1
     projection. As in the Nature paper's class-incremental CIFAR-100, convolutions have biases and weights are Kaiming

@@ -5,7 +5,7 @@ from flax import linen as nn
 
 
 class Encoder(nn.Module):
-    """Transformer encoder with layer normalisation in front of each block ("pre-LN").
+    """Transformer encoder with layer normalization in front of each block ("pre-LN").
 
     Attributes:
       depth: number of layers, each of self-attention and a multilayer perceptron.

@@ -56,12 +56,12 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     noise = []
     for number, leaf in enumerate(leaves):
         _, *stream = _hash(x ^ _U32(number), y, z)
-        _, *words = _hash(_element_numbers(jnp.shape(leaf)), *stream)
-        noise.append(_box_muller(*words, jnp.asarray(scale, jnp.float32)))
+        _, first, second = _hash(element_numbers(jnp.shape(leaf)), *stream)
+        noise.append(_box_muller(first, second, jnp.asarray(scale, jnp.float32)))
     return jax.tree.unflatten(treedef, noise)
 
 
-def _element_numbers(shape: tuple[int, ...]) -> chex.Array:
+def element_numbers(shape: tuple[int, ...]) -> chex.Array:
     """uint32 array of the given shape: each element's place in the flat array."""
     number = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):

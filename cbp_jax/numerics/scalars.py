@@ -69,7 +69,8 @@ def check_like(name: str, tree: Any, updates: Any) -> None:
       ValueError: hessian_diag must be a tree of the gradients' shapes, {'w': '(2,)'}, got {'w': '(3,)'}
     """
     found, wanted = (jax.tree.map(lambda leaf: str(np.shape(leaf)), each) for each in (tree, updates))
-    if jax.tree.structure(found) != jax.tree.structure(wanted) or jax.tree.leaves(found) != jax.tree.leaves(wanted):
+    structures: list[Any] = [jax.tree.structure(each) for each in (found, wanted)]
+    if structures[0] != structures[1] or jax.tree.leaves(found) != jax.tree.leaves(wanted):
         raise ValueError(f"{name} must be a tree of the gradients' shapes, {wanted}, got {found}")
 
 

@@ -11,12 +11,12 @@ def augment(
     """Flips, shifts and turns images, each by its own random amounts.
 
     In this order: a flip from left to right with probability 1/2; a random crop of the image padded by its reflection;
-    a rotation about the centre by an angle uniform in [0, max_rotation] degrees, counterclockwise, to the nearest
+    a rotation about the center by an angle uniform in [0, max_rotation] degrees, counterclockwise, to the nearest
     pixel, with 0 where nothing was, as the public program of the Nature paper does it. Everything is one gather.
 
     Args:
       key: jax key.
-      images: [batch, height, width, channels], normalised, so that 0 is the mean.
+      images: [batch, height, width, channels], normalized, so that 0 is the mean.
       flip: whether images are flipped.
       padding: pixels of reflection on every side, under height and width.
       max_rotation: degrees.

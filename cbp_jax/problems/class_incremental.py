@@ -22,7 +22,7 @@ class Increment(NamedTuple):
     """One stretch of ``class_incremental`` between two additions of classes."""
 
     classes: jax.Array  # int32 [num_classes], in the order of their addition
-    count: jax.Array  # int32 [], how many of these there are by now
+    count: jax.Array  # type: ignore[assignment]  # int32 [], how many of these there are by now
     seen: jax.Array  # bool [num_classes]: which
     key: jax.Array  # key, of orders and augmentations
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
@@ -99,7 +99,7 @@ def class_incremental(
       flip: see ``augment``, also for the following; drawings and digits should not be flipped.
       padding: pixels of reflection, under the images' height and width.
       max_rotation: degrees.
-      normalize: mean and standard deviation, of pixels in [0, 1], that inputs are normalised by; each one number, or
+      normalize: mean and standard deviation, of pixels in [0, 1], that inputs are normalized by; each one number, or
         one for each channel. By default pixels stay in [0, 1].
 
     Returns:
@@ -158,7 +158,7 @@ def class_incremental(
     }
     label_of = jnp.repeat(jnp.arange(total, dtype=jnp.int32), train)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> Increment:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> Increment:
         del data
         class_key, task_key = jax.random.split(key)
         classes = jax.random.permutation(class_key, total).astype(jnp.int32)
@@ -169,7 +169,7 @@ def class_incremental(
     def steps(task: Increment) -> jax.Array:
         return task.count * train // batch_size
 
-    def order(data: dict[str, jax.Array], task: Increment, epoch: jax.typing.ArrayLike) -> jax.Array:
+    def order(data: dict[str, jax.Array], task: Increment, epoch: jax.Array | int) -> jax.Array:
         del data
         order_key, _ = jax.random.split(jax.random.fold_in(task.key, epoch))
         drawn = jax.random.uniform(order_key, label_of.shape)
@@ -190,7 +190,7 @@ def class_incremental(
         )
         return inputs, label_of[shown]
 
-    def held_out(data: dict[str, jax.Array], split: str, number: jax.typing.ArrayLike):
+    def held_out(data: dict[str, jax.Array], split: str, number: jax.Array | int):
         each = {"validation": validation, "test": held}[split]
         rows = jax.lax.dynamic_slice_in_dim(data[split], number * each, each)
         return images_of(rows), jnp.full(each, number, jnp.int32)

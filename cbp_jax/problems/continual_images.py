@@ -19,7 +19,7 @@ from cbp_jax.problems.problem import Problem
 class ImageTask(NamedTuple):
     """One task of ``continual_images``."""
 
-    classes: jax.Array  # int32 [classes_per_task], of the dataset; an example of classes[i] is labelled i
+    classes: jax.Array  # int32 [classes_per_task], of the dataset; an example of classes[i] is labeled i
     order: jax.Array  # int32 [steps, batch_size], numbers of training examples, class after class
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
@@ -52,7 +52,7 @@ def continual_images(
       epochs: how often a task shows each of its training examples.
       batch_size: examples in a batch, at most those of a task.
       classes_per_task: number of classes of a task, from 2 to the number of classes.
-      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by; each
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalized by; each
         one number, or one for each channel. By default pixels stay in [0, 1] and features as they are.
 
     Returns:
@@ -97,7 +97,7 @@ def continual_images(
     # Rows of pixels, [classes * (train + test), pixels]: one gather of rows takes a batch out of them.
     data = {"images": jnp.array(dataset.images[rows.ravel()].reshape(rows.size, -1))}
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> ImageTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> ImageTask:
         del data
         class_key, task_key = jax.random.split(key)
         order_key, evaluation_key = jax.random.split(jax.random.fold_in(task_key, index))
@@ -114,7 +114,7 @@ def continual_images(
         inputs = scale(data["images"][task.classes[labels] * (train + test) + number])
         return inputs.reshape(-1, *dataset.image_shape), labels
 
-    def batch(data: dict[str, jax.Array], task: ImageTask, step: jax.typing.ArrayLike):
+    def batch(data: dict[str, jax.Array], task: ImageTask, step: jax.Array | int):
         shown = task.order[step]
         return gather(data, task, shown // train, shown % train)
 

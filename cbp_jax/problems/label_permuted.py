@@ -18,7 +18,7 @@ from cbp_jax.problems.problem import Problem
 class LabelPermutedTask(NamedTuple):
     """One task of ``label_permuted``."""
 
-    labels: jax.Array  # int32 [num_classes], a permutation; examples of class c are labelled labels[c]
+    labels: jax.Array  # int32 [num_classes], a permutation; examples of class c are labeled labels[c]
     order: jax.Array  # int32 [examples_per_task], indices of examples in the order of presentation
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
@@ -43,7 +43,7 @@ def label_permuted(
       examples_per_task: number of examples in a task. Each task draws its own.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
-      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalized by;
         each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are. The
         paper's is ``cbp_jax.data.normalization(dataset)``.
       flatten: whether images are vectors; otherwise they keep their height, width and channels.
@@ -68,7 +68,7 @@ def label_permuted(
     batch_size = sampling.check_integer("batch_size", batch_size, examples)
     scale = sampling.scaling(dataset, normalize)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> LabelPermutedTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> LabelPermutedTask:
         del data
         label_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         labels = jax.random.permutation(label_key, dataset.num_classes).astype(jnp.int32)

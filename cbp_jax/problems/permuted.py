@@ -48,7 +48,7 @@ def online_permuted(
       examples_per_task: number of examples in a task, ``len(dataset)`` by default. Each task draws its own.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
-      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalized by;
         each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are.
       flatten: whether inputs are vectors; otherwise shuffled pixels stand in the height, width and channels of the
         image.
@@ -76,7 +76,7 @@ def online_permuted(
     pixels = dataset.images[0].size
     scale = sampling.scaling(dataset, normalize)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> PermutedTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> PermutedTask:
         del data
         permutation_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         permutation = jax.random.permutation(permutation_key, pixels).astype(jnp.int32)

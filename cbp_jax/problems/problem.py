@@ -50,8 +50,8 @@ class Problem:
     input_shape: tuple[int, ...]
     num_classes: int
     steps_per_task: int
-    make_task: Callable[[Data, jax.Array, jax.typing.ArrayLike], Task]
-    batch: Callable[[Data, Task, jax.typing.ArrayLike], tuple[jax.Array, jax.Array]]
+    make_task: Callable[[Data, jax.Array, jax.Array | int], Task]
+    batch: Callable[[Data, Task, jax.Array | int], tuple[jax.Array, jax.Array]]
     evaluation: Callable[[Data, Task, int], tuple[jax.Array, jax.Array]]
     loss: str = "softmax_cross_entropy"
     test: Callable[[Data, Task], tuple[jax.Array, jax.Array]] | None = None

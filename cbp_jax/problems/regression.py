@@ -93,7 +93,7 @@ def slowly_changing_regression(
     # In float64, as (m + 1) beta may be an integer that a pre-activation can equal.
     agreeing = np.float32((num_inputs + 1) * beta)
 
-    def make_task(data: tuple[()], key: jax.Array, index: jax.typing.ArrayLike) -> RegressionTask:
+    def make_task(data: tuple[()], key: jax.Array, index: jax.Array | int) -> RegressionTask:
         del data
         target_key, flip_key, task_key = jax.random.split(key, 3)
         input_key, output_key = jax.random.split(target_key)
@@ -122,7 +122,7 @@ def slowly_changing_regression(
         on = (x @ task.input_weights > task.thresholds).astype(jnp.float32)
         return x, (on @ task.output_weights)[:, None]
 
-    def batch(data: tuple[()], task: RegressionTask, step: jax.typing.ArrayLike):
+    def batch(data: tuple[()], task: RegressionTask, step: jax.Array | int):
         del data
         return examples_of(task, jax.random.fold_in(task.key, step), batch_size)
 
@@ -142,7 +142,7 @@ def slowly_changing_regression(
     )
 
 
-def _flips(key: jax.Array, count: jax.typing.ArrayLike, bits: int) -> jax.Array:
+def _flips(key: jax.Array, count: jax.Array | int, bits: int) -> jax.Array:
     """How often each bit flipped in the first `count` flips, int32 [bits]."""
 
     def add_block(number, flips):

@@ -92,7 +92,7 @@ def stream_of(
         inputs, labels = gather(data, task, indices)
         return inputs.reshape(-1, *input_shape), labels
 
-    def batch(data: dict[str, jax.Array], task: Any, step: jax.typing.ArrayLike):
+    def batch(data: dict[str, jax.Array], task: Any, step: jax.Array | int):
         return shown(data, task, jax.lax.dynamic_slice(task.order, (step * batch_size,), (batch_size,)))
 
     def evaluation(data: dict[str, jax.Array], task: Any, n: int):

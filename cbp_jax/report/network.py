@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette; groups of unknown kind are grey.
+# Okabe and Ito's palette; groups of unknown kind are gray.
 _COLOURS = {"residual": "#0072B2", "conv": "#E69F00", "dense": "#009E73", "head": "#CC79A7", "embedding": "#56B4E9"}
 _GREY = "#8C8C8C"
 _ROW, _LANE, _LETTER = 0.17, 0.42, 0.062  # inches: between kernels, between groups, width of a letter

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation."""
+"""Generalized advantage estimation."""
 
 import chex
 import jax
@@ -15,7 +15,7 @@ def gae(
     discount: chex.Numeric,
     gae_lambda: chex.Numeric,
 ) -> chex.Array:
-    r"""Generalised advantage estimation over a rollout.
+    r"""Generalized advantage estimation over a rollout.
 
     With :math:`\delta_t = r_t + \gamma (1 - \text{termination}_t) V(s'_t) - V(s_t)`, where :math:`s'_t` is what step t
     led to,

@@ -1,4 +1,4 @@
-"""The loss of proximal policy optimisation."""
+"""The loss of proximal policy optimization."""
 
 import chex
 import jax.numpy as jnp

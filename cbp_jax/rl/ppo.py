@@ -1,4 +1,4 @@
-"""Proximal policy optimisation, on the device from environment to update, with any optax transformation."""
+"""Proximal policy optimization, on the device from environment to update, with any optax transformation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -234,7 +234,7 @@ def act(
       params: its parameters.
       obs: observations [..., observations].
       key: to draw actions with; without it they are the policy's means.
-      statistics: of the agent's state, where it normalises observations.
+      statistics: of the agent's state, where it normalizes observations.
 
     Returns:
       actions [..., actions].

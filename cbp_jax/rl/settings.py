@@ -1,4 +1,4 @@
-"""Settings of proximal policy optimisation."""
+"""Settings of proximal policy optimization."""
 
 import dataclasses
 from typing import Literal
@@ -20,7 +20,7 @@ class Settings:
       epochs: how often a rollout is learned from.
       minibatches: updates of an epoch; they share all steps of the rollout equally.
       discount: of a step, in [0, 1].
-      gae_lambda: of generalised advantage estimation, in [0, 1].
+      gae_lambda: of generalized advantage estimation, in [0, 1].
       clip: how far ratios of probabilities go from 1 before their gradient is cut.
       clip_values: whether a value that is farther than `clip` from that in the rollout has the larger of two errors,
         its own and that of the nearest value that is not: its gradient is cut where it runs ahead.

@@ -54,7 +54,7 @@ def compare_tickets(a: Any, b: Any, *, by: Callable[[str], str] = lambda path: p
     found: dict[str, Shared] = {}
     for path in masks[0]:
         pair = [as_matrix(path, np.asarray(one[path], bool)) for one in masks]
-        sizes = tuple(int(np.count_nonzero(mask)) for mask in pair)
+        sizes = (int(np.count_nonzero(pair[0])), int(np.count_nonzero(pair[1])))
         chances = [
             np.minimum(np.outer(mask.sum(1), mask.sum(0)) / max(size, 1), 1.0)
             for mask, size in zip(pair, sizes, strict=True)

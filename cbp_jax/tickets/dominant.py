@@ -93,7 +93,7 @@ def dominant_ticket(
         masks = {path: change > threshold for path, change in changes.items()}
     elif keep is not None:
         masks = _largest(changes, keep)
-    else:
+    elif dimensions is not None:
         masks = {path: np.zeros(change.shape, bool) for path, change in changes.items()}
         for path, change in changes.items():
             if _is_matrix(path, change):
@@ -205,7 +205,7 @@ def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarra
     return {path: part.reshape(changes[path].shape) for path, part in zip(changes, parts, strict=True)}
 
 
-def _kth_largest(values: np.ndarray, k: int) -> np.floating:
+def _kth_largest(values: np.ndarray, k: int) -> Any:
     """The k-th largest of numbers of at least 0; ties, which fine-tuning makes many, would slow a partition down."""
     if values.dtype != np.float32:
         return np.partition(values, values.size - k)[values.size - k]

@@ -101,7 +101,7 @@ def density(mask: Mask) -> chex.Array:
       0.5
     """
     leaves = prunable(mask).values()
-    living = sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in leaves)
+    living = jnp.asarray(sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in leaves))
     return living.astype(jnp.float32) / sum(leaf.size for leaf in leaves)
 
 

@@ -73,7 +73,7 @@ def prune(
     pools: dict[Any, list[str]] = {}
     for path in masks:
         pools.setdefault(factors[path] if scope == "global" else path, []).append(path)
-    new = {}
+    new: dict[str, chex.Array] = {}
     for paths in pools.values():
         share = _share(fraction, factors[paths[0]], paths)
         living = [masks[path] for path in paths]

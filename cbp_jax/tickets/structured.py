@@ -77,7 +77,7 @@ def prune_units(
     there = _checked(keep, groups)
     values = _utilities(groups, params, utility, features, grads, key)
     pools = [[group.name] for group in groups] if scope == "layer" else [[group.name for group in groups]]
-    left = {}
+    left: dict[str, chex.Array] = {}
     for names in pools:
         living = [there[name] for name in names]
         count = rounded_count(fraction, sum(jnp.sum(each, dtype=jnp.int32) for each in living))

@@ -68,7 +68,7 @@ class Checkpoint:
             raise self._unusable("it is damaged, or no state of a run, or was written by an earlier version")
         if hashlib.sha256(body).digest() != checksum:
             raise self._unusable("it is damaged, as its checksum shows")
-        return serialization.msgpack_restore(body)
+        return serialization.msgpack_restore(body)  # type: ignore[arg-type]  # reads a memoryview without a copy
 
     def _unusable(self, reason: str) -> ValueError:
         return ValueError(

@@ -11,6 +11,7 @@ import optax
 from cbp_jax.problems import IncrementalProblem
 from cbp_jax.replacement import replaced_units
 from cbp_jax.training.checkpoint import Checkpoint
+from cbp_jax.training.lanes import LaneMode
 from cbp_jax.training.learner import Learner, TrainState, begin_task, init_state, stream_keys, weights_of
 from cbp_jax.training.loop import run_lanes
 from cbp_jax.training.step import evaluate, learn
@@ -141,7 +142,7 @@ def run_increments(
     hyperparameters: dict[str, chex.Array],
     tasks: int,
     *,
-    mode: str = "auto",
+    mode: LaneMode = "auto",
     checkpoint: Checkpoint | None = None,
     lanes_at_once: int | None = None,
     **settings: Any,
@@ -164,8 +165,17 @@ def run_increments(
     """
     go_on = lambda data, state: run_increment(learner, problem, data, state, **settings)
     start = lambda seed, values: init_state(learner, seed, values)
-    how = {"mode": mode, "checkpoint": checkpoint, "lanes_at_once": lanes_at_once}
-    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, **how)
+    return run_lanes(
+        start,
+        go_on,
+        problem.data,
+        seeds,
+        hyperparameters,
+        tasks,
+        mode=mode,
+        checkpoint=checkpoint,
+        lanes_at_once=lanes_at_once,
+    )
 
 
 def _measure(learner: Learner, params: optax.Params, x: chex.Array, dormant_threshold: float) -> dict[str, chex.Array]:

@@ -12,7 +12,7 @@ from cbp_jax.losses import LOSSES
 from cbp_jax.problems import Problem
 from cbp_jax.replacement import replaced_units
 from cbp_jax.training.checkpoint import Checkpoint
-from cbp_jax.training.lanes import Lanes
+from cbp_jax.training.lanes import LaneMode, Lanes
 from cbp_jax.training.learner import (
     Hyperparameters,
     Learner,
@@ -149,7 +149,7 @@ def run_tasks(
     hyperparameters: dict[str, chex.Array],
     tasks: int,
     *,
-    mode: str = "auto",
+    mode: LaneMode = "auto",
     measured_examples: int = 2000,
     measure_every: int | None = None,
     dormant_threshold: float | None = None,
@@ -225,7 +225,7 @@ def run_lanes(
     hyperparameters: dict[str, chex.Array],
     tasks: int,
     *,
-    mode: str = "auto",
+    mode: LaneMode = "auto",
     checkpoint: Checkpoint | None = None,
     finish: Callable[[Any], None] | None = None,
     probe: Callable[[Any, Any], dict[str, chex.Array]] | None = None,

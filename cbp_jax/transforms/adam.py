@@ -134,6 +134,7 @@ def _one_minus_power(base: chex.Numeric, exponent: chex.Array, dtype: jnp.dtype)
     `1 - exp(n log b)` loses digits while n (1 - b) is small. Here 2**y = 2**k 2**r with k an integer and |r| <= 1/2,
     and 1 - 2**k is exact.
     """
+    log2: chex.Array
     if isinstance(base, jax.Array):
         log2 = jnp.log1p(base.astype(jnp.float32) - 1) / np.float32(np.log(2))
     else:

@@ -58,7 +58,7 @@ def continual_backprop(
     2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
        times their number;
     3. as many eligible units as the budget has whole replacements, those of least `u / (1 - d**age)`, are replaced:
-       incoming weights are drawn anew, scales of normalisation become 1, biases and outgoing weights 0, and so do
+       incoming weights are drawn anew, scales of normalization become 1, biases and outgoing weights 0, and so do
        utility, age and mean activation. The fraction of the budget stays for later. (Running statistics are no
        parameters: `reset_batch_stats` resets them.)
 
@@ -212,8 +212,8 @@ def _policy(
             "mean_activation": tuple(jnp.where(replaced, 0, mean) for mean in means),
             "budget": budget,
         }
-        means = view.mean_activation if compensate_bias else None
-        return replacement.Choice(chosen, memory, means, utility_now / start)
+        removed = view.mean_activation if compensate_bias else None
+        return replacement.Choice(chosen, memory, removed, utility_now / start)
 
     return replacement.Policy(choose, init, state=ContinualBackpropState, name="continual_backprop")
 

@@ -42,7 +42,7 @@ def redo(
 
     .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|} \le \tau,
 
-    are recycled: incoming weights are drawn anew, scales of normalisation become 1, biases and outgoing weights 0.
+    are recycled: incoming weights are drawn anew, scales of normalization become 1, biases and outgoing weights 0.
     (Running statistics are no parameters: `reset_batch_stats` takes the state's `replaced`.) The mean runs over
     examples and positions; where consumers read different arrays, the score is the mean of the scores on each. A
     group that is silent on the whole batch is recycled whole, as :func:`metrics.dormant_fraction` counts it; one

@@ -58,7 +58,7 @@ def scale_by_upgd(
       scope: "global" or "local".
       protect: whether the gate holds gradients back too.
       units: groups of units for feature-wise utilities.
-      incoming_axes: `(path, leaf) -> axes`, the axes of a leaf over which "local" normalises.
+      incoming_axes: `(path, leaf) -> axes`, the axes of a leaf over which "local" normalizes.
       key: int or jax key for the noise.
 
     Returns:
@@ -93,7 +93,7 @@ def scale_by_upgd(
             # In bfloat16 the increment (1 - beta) g w would vanish beside the mean itself.
             utility = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), params)
         else:
-            if jax.tree.leaves(params):  # optax calls `init` with none to see what of a state belongs to the params
+            if jax.tree.leaves(params):  # optax.tree.map_params calls `init` with a placeholder that has no leaves
                 units_lib.check_units(units, params)
             utility = {group.name: jnp.zeros(group.size, jnp.float32) for group in units}
         return ScaleByUpgdState(
@@ -228,7 +228,7 @@ def upgd(
       scope: "global" or "local".
       protect: whether the gate holds back gradients. If not, it gates the noise alone.
       units: groups of `discover_units`, for feature-wise utilities; by default every weight has its own.
-      incoming_axes: `(path, leaf) -> axes`: the axes of a leaf that lead to one unit, over which "local" normalises.
+      incoming_axes: `(path, leaf) -> axes`: the axes of a leaf that lead to one unit, over which "local" normalizes.
         By default all but the last, as in Flax kernels, and the only one of a vector.
       key: int or jax key for the noise. `init` mixes the params into it, so that vmapped seeds differ.
 
@@ -305,7 +305,7 @@ def adaptive_upgd(
       scope: "global" or "local".
       protect: whether the gate holds back Adam's direction.
       units: groups of units for feature-wise utilities.
-      incoming_axes: axes of a leaf over which "local" normalises.
+      incoming_axes: axes of a leaf over which "local" normalizes.
       key: int or jax key for the noise.
 
     Returns:
@@ -363,8 +363,10 @@ def _unit_utility(units: tuple[units_lib.UnitGroup, ...], per_weight: Any) -> di
     }
 
 
-def _normalize(utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes) -> Any:
-    """Utilities over the largest of all, or over the norm of their neighbours'."""
+def _normalize(
+    utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes | None
+) -> Any:
+    """Utilities over the largest of all, or over the norm of their neighbors'."""
     tiny = np.finfo(np.float32).tiny  # where it takes the place of 0 the utilities are all 0, or all gates are open
     if scope == "global":
         largest = [jnp.max(u) for u in jax.tree.leaves(utility) if u.size]

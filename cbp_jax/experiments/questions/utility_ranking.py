@@ -181,7 +181,7 @@ def compare(
 
 
 def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
-    """What takes the place of `training.run_tasks`."""
+    """Runs in place of `training.run_tasks`."""
     utilities = utilities_of(settings)
 
     def run_tasks(learner, problem, seeds, hyperparameters, tasks, *, mode, measured_examples, checkpoint, **unused):
@@ -225,7 +225,7 @@ def run_task(
         return params, opt_state, {name: totals[name] + value for name, value in found.items()}
 
     def until(carry, ends):
-        """Trains up to the window, and in it with an eye on utilities; compares these."""
+        """Trains up to the window, then averages utilities in it and compares them."""
         first, last = ends
         carry = jax.lax.fori_loop(first, last - window, lambda i, carry: step(learner, tx, carry, i), carry)
         params, opt_state, totals = carry
