@@ -202,6 +202,7 @@ def _smoke() -> Settings:
     return Settings(
         seeds=2,
         orders=2,
+        encoder=texts.FROM_NOTHING,
         width=16,
         vocabulary=300,
         length=16,

@@ -199,6 +199,7 @@ def _record(results: Any, method: str, task: int, measured: dict[str, np.ndarray
 def _smoke() -> Settings:
     return Settings(
         seeds=2,
+        encoder=texts.FROM_NOTHING,
         width=16,
         vocabulary=300,
         length=16,

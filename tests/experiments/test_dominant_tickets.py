@@ -204,4 +204,5 @@ def test_bad_settings(changes, message, tmp_path):
 def test_presets():
     for name in ("smoke", "laptop", "paper"):
         assert check(preset(name))[0] == "probe"
+    assert preset("smoke").encoder == "none"  # also where a pre-trained one is installed
     assert preset("paper").encoder == "roberta-large" and len(preset("paper").tasks) == 7
