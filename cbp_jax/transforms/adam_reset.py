@@ -35,7 +35,8 @@ def scale_by_adam_reset(
       b1: decay rate of the mean of gradients, in [0, 1).
       b2: decay rate of the mean of squared gradients, in [0, 1).
       eps: added to the root of the mean square, >= 0.
-      every: number of updates between resets. forget: "time" or "moments".
+      every: number of updates between resets.
+      forget: "time" or "moments".
 
     Returns:
       an optax transformation; its updates have the gradients' dtype.

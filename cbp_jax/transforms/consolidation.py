@@ -19,7 +19,7 @@ from cbp_jax.numerics.scalars import check_like, check_scalar
 
 
 class Step(NamedTuple):
-    """What an importance may use about one parameter at an update; arrays of its shape, float32 (float64 for float64
+    """Inputs of an importance for one parameter at an update; arrays of its shape, float32 (float64 for float64
     params)."""
 
     gradient: chex.Array  # of the loss at the current weights

@@ -228,7 +228,8 @@ def _choose(
       utility: float32 [units].
       eligible: bool [units].
       budget: float32 [].
-      most: the most units to choose. bounded: whether more than that may be due.
+      most: the most units to choose.
+      bounded: whether more than that may be due.
 
     Returns:
       the chosen units, int32 [most], where the group's size stands for no unit; and the rest of the budget.

@@ -67,7 +67,9 @@ def edit_after(
       due: bool [], see `when_due`.
       edit: takes arrays by path, the parameters after the updates in float32 at least, and returns arrays of the same
       shapes.
-      params: parameters before the updates. updates: updates of an optimizer. paths: paths of the parameters to edit.
+      params: parameters before the updates.
+      updates: updates of an optimizer.
+      paths: paths of the parameters to edit.
 
     Returns:
       the updates, in the params' precision where they are edited, and otherwise as they are.

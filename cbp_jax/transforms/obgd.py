@@ -96,7 +96,8 @@ def obgd(
 
     Args:
       learning_rate: alpha, the largest step, >= 0. May be traced, like the others.
-      discount: gamma, the discount for each step, in [0, 1]. trace_decay: lambda, in [0, 1].
+      discount: gamma, the discount for each step, in [0, 1].
+      trace_decay: lambda, in [0, 1].
       kappa: scale of the bound, >= 0; 0 means no bound. The paper uses 2 for values and 3 for policies.
 
     Returns:

@@ -123,8 +123,7 @@ class ProximalL1InitState(NamedTuple):
 def proximal_l1_init(
     strength: chex.Numeric, learning_rate: optax.ScalarOrSchedule = 1.0
 ) -> optax.GradientTransformation:
-    r"""Soft-thresholds the change since initialization after each step, so that weights that hardly move return to
-    :math:`w_0`.
+    r"""Soft-thresholds the change of weights since initialization, so that weights that hardly move return to it.
 
     With :math:`w' = w + u` the weights after the optimizer's step, the weights become
 

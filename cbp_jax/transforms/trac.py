@@ -1,5 +1,4 @@
-"""TRAC (Muppidi et al., 2024): scales an optimizer's total displacement from the initial weights, without a step
-size."""
+"""TRAC (Muppidi et al., 2024): scales the displacement of an optimizer from the initial weights by a learned factor."""
 
 import math
 from collections.abc import Sequence
