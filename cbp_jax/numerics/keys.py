@@ -1,8 +1,8 @@
-"""Random keys inside transformations: how a factory's ``key`` becomes the state's.
+"""Random keys inside transformations: how a factory's ``key`` becomes the key in the state.
 
-A transformation's factory takes a key once, but its ``init`` may be vmapped over many seeds. Were the factory's key
-the only source of randomness, every seed would draw the same noise; so ``init`` folds the parameters into it. The
-state holds raw key data (uint32), not a typed key, because raw arrays pass through every checkpointer.
+A transformation's factory takes a key once, but its ``init`` may be vmapped over many seeds. If the factory's key were
+the only source of randomness, every seed would draw the same noise. Therefore ``init`` folds the parameters into it.
+The state holds raw key data (uint32), not a typed key, because every checkpointer can store raw arrays.
 """
 
 from typing import Any
@@ -63,9 +63,9 @@ def as_key_data(key: jax.typing.ArrayLike) -> tuple[jax.Array, str]:
 def init_key(key: jax.typing.ArrayLike, params: optax.Params) -> jax.Array:
     """The key with which a state starts: the factory's key with a checksum of the parameters' bits folded in.
 
-    Under ``jax.vmap(tx.init)`` over differently initialized networks every seed so gets noise of its own, even though
-    the factory captured a single key. Networks with bitwise equal parameters still share their noise; give them
-    different keys (build the transformation inside the vmapped function).
+    So under ``jax.vmap(tx.init)`` over differently initialized networks every seed gets its own noise, even though the
+    factory captured a single key. Networks with bitwise equal parameters still share their noise. To give them
+    different keys, build the transformation inside the vmapped function.
 
     Args:
       key: as in :func:`as_key_data`.
@@ -86,9 +86,9 @@ def init_key(key: jax.typing.ArrayLike, params: optax.Params) -> jax.Array:
 
 
 def _checksum(params: optax.Params) -> jax.Array:
-    """A uint32 that changes with any bit of the parameters and with their order.
+    """A uint32 that depends on every bit of the parameters and on their order.
 
-    Integer sums modulo 2**32 come out the same in any order, so jit, vmap and devices agree on it.
+    Integer sums modulo 2**32 are the same in any order, so jit, vmap and devices agree on it.
     """
     total = jnp.uint32(0)
     for number, leaf in enumerate(jax.tree.leaves(params)):

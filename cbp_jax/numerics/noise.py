@@ -1,4 +1,4 @@
-"""Normal noise for every parameter at every step, at the price of a few passes over the parameters.
+"""Normal noise for every parameter at every step, at the cost of a few passes over the parameters.
 
 `jax.random.normal` fills a leaf by a loop over the rounds of Threefry, each a pass through memory on CPU, and inverts
 the normal distribution by long polynomials. The generator here is one expression per element, which XLA fuses with
@@ -8,8 +8,8 @@ the update that uses it:
    bits, is the hash of (key, step, leaf);
 2. Box & Muller turn two words into one normal number, with short polynomials for the logarithm and the sine.
 
-It is for perturbations, not for secrets. An element's noise depends on nothing but key, step, leaf and its index in
-the leaf, so that under `vmap` every seed draws what it draws alone.
+It is meant for perturbations, not for cryptography. An element's noise depends only on key, step, leaf and its index in
+the leaf, so that under `vmap` every seed draws the same numbers as in a solo run.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ import numpy as np
 
 _U32 = np.uint32
 
-# Interpolation at the Chebyshev nodes of log2(1 + m) / m on [sqrt(1/2) - 1, sqrt(2) - 1] and of sin(pi t / 2) / t as a
-# function of t**2 on [0, 1]: relative errors 1.3e-6 and 1.2e-6. Least power first.
+# Interpolates log2(1 + m) / m at the Chebyshev nodes of [sqrt(1/2) - 1, sqrt(2) - 1], and sin(pi t / 2) / t as a
+# function of t**2 at those of [0, 1]: relative errors 1.3e-6 and 1.2e-6. Lowest power first.
 _LOG2 = (1.44269652, -0.72136018, 0.48061313, -0.35952446, 0.29611956, -0.26796387, 0.16818659)
 _SINE = (1.57079513, -0.64592572, 0.07950001, -0.00437059)
 
@@ -31,8 +31,8 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     """Draws independent normal numbers of mean 0 in the shapes of a tree.
 
     Args:
-      key: raw key data, uint32 [n], as `keys.init_key` gives.
-      step: number of the draw, an integer, may be traced. Other steps give other noise.
+      key: raw key data, uint32 [n], as from `keys.init_key`.
+      step: number of the draw, an integer, may be traced. Different steps have different noise.
       tree: pytree of arrays, or of anything with a shape.
       scale: standard deviation, >= 0, may be traced.
 
@@ -62,7 +62,7 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
 
 
 def element_numbers(shape: tuple[int, ...]) -> chex.Array:
-    """uint32 array of the given shape: each element's place in the flat array."""
+    """uint32 array of the given shape: each element's index in the flat array."""
     number = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = _U32(np.prod(shape[axis + 1 :], dtype=np.int64) % 2**32)
@@ -85,13 +85,14 @@ def _hash(x: chex.Array, y: chex.Array, z: chex.Array) -> tuple[chex.Array, chex
 
 def _box_muller(radius_word: chex.Array, angle_word: chex.Array, scale: chex.Array) -> chex.Array:
     """scale sqrt(-2 log u) sin(pi t / 2), with a random sign, for u and t uniform in (0, 1] and [0, 1]."""
-    # Signed conversions are one instruction on every machine, unsigned ones are not.
+    # Signed conversions are one instruction on every machine; unsigned ones are not.
     u = ((radius_word >> _U32(1)) | _U32(1)).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-31)
     bits = jax.lax.bitcast_convert_type(u, jnp.int32)
     exponent = (bits - np.int32(0x3F3504F3)) >> np.int32(23)  # u = 2**exponent (1 + m), 1 + m in [0.707, 1.414]
     m = jax.lax.bitcast_convert_type(bits - (exponent << np.int32(23)), jnp.float32) - np.float32(1)
-    # Every sum here adds a single product, and the result, its sign put in last, is none itself: of two products a
-    # compiler may contract either into a fused multiply-add, and a vmapped draw could differ from the same draw alone.
+    # Every sum here has a single product, and the result, whose sign is set last, is not a product itself. Of two
+    # products a compiler may contract either into a fused multiply-add, so that a vmapped draw could differ from a solo
+    # one.
     log2_u = m * _polynomial(_LOG2, m) + exponent.astype(jnp.float32)
     radius = jnp.sqrt(np.float32(-2 * np.log(2)) * log2_u)
     t = (angle_word & _U32(0x7FFFFFFF)).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-31)

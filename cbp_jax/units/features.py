@@ -30,7 +30,9 @@ def with_features(
     Args:
       apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`. If `params` is an `nnx.Module`, as in the loss of
         `nnx.grad`, its other state (running statistics, random streams) is updated as usual.
-      units: groups of units, from `discover_units` or written by hand. Returns:
+      units: groups of units, from `discover_units` or written by hand.
+
+    Returns:
       a function of the same arguments that returns `(outputs, features)`. `features` maps the name of each group
       to an array [..., units], with batch and positions as leading axes. If each position of a unit has its own
       outgoing weights, as from a convolution to a dense layer, it is [batch, positions, units]. If a kernel is applied
