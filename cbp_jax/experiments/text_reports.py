@@ -96,7 +96,8 @@ def summary_of_tickets(results: Any) -> str:
 
     Returns:
       for each method and task the accuracy in percent, the weights that changed, and the least density and number of
-      dimensions that keep 99% of what fine-tuning adds to a probe; then the overlap of tasks' tickets over chance.
+      dimensions that keep 99% of what fine-tuning adds to a probe; then, of tickets that were trained alone, their
+      accuracy beside that with their changes in fine-tuning; then the overlap of tasks' tickets over chance.
     """
     tasks, methods = results.name.values.tolist(), results.method.values.tolist()
     encoder = results.attrs.get("encoder", "an encoder")
@@ -118,7 +119,11 @@ def summary_of_tickets(results: Any) -> str:
                     method, task, interval(accuracy[number], 100), interval(changed[number], 100, 2),
                     f"{100 * density:g}" if np.isfinite(density) else "-", f"{count:g}" if np.isfinite(count) else "-",
                 ))  # fmt: skip
-    lines += ["", *table(rows), "", "Weights that tickets of two tasks share, over what chance gives them"]
+    lines += ["", *table(rows)]
+    if np.isfinite(results.retrained_accuracy).any():
+        title = "Correct (%) with only a ticket's changes: of fine-tuning all weights, and of training the ticket alone"
+        lines += ["", title, "", *table(_rows_of_retrained(results, methods, tasks))]
+    lines += ["", "Weights that tickets of two tasks share, over what chance gives them"]
     rows = [("method", "tasks", "by size", "by rows and columns", "shared of either (%)")]
     for method in methods:
         shared, size, marginals, jaccard = (
@@ -133,6 +138,21 @@ def summary_of_tickets(results: Any) -> str:
                     ]
                     rows.append((method, f"{tasks[b]}, {tasks[a]}", *ratios, interval(jaccard[a, b], 100, 2)))
     return "\n".join(lines + (table(rows) if len(rows) > 1 else ["(not measured)"]))
+
+
+def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """The head and the rows of the table of tickets that were trained alone."""
+    rows = [("method", "task", "density (%)", "of all", "trained alone")]
+    for method in methods:
+        kept, alone = (
+            at(results, name, method, "task", "density", "seed") for name in ("ticket_accuracy", "retrained_accuracy")
+        )
+        for number, task in enumerate(tasks):
+            for place, density in enumerate(results.density.values):
+                if np.isfinite(alone[number, place]).any():
+                    cells = (interval(values[number, place], 100) for values in (kept, alone))
+                    rows.append((method, task, f"{100 * density:g}", *cells))
+    return rows
 
 
 def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -172,6 +192,11 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                         markersize=3,
                         label=method,
                     )
+                    if dim == "density":
+                        alone, _ = mean_and_error(
+                            100 * at(results, "retrained_accuracy", method, "task", "seed", dim)[column]
+                        )
+                        ax.plot(x, alone, "*", color=style.color, markerfacecolor="white", markersize=7)
                 levels = ((PROBE, "#6B6B6B", ":"), (_plain(results), "#000000", "--"))
                 for method, color, dashes in levels:
                     mean = 100 * np.mean(at(results, "accuracy", method, "task", "seed")[column])
@@ -186,6 +211,8 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
         note = (
             f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
         )
+        if np.isfinite(results.retrained_accuracy).any():
+            note += "\nStars: only the ticket is trained, from the start"
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
         paths = save(figure, "dominant_tickets", out, formats)
     panels = {}
