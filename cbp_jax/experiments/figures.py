@@ -194,7 +194,8 @@ FIGURES: tuple[Figure, ...] = (
         "1b",
         "is there a better utility than activation times outgoing weight: CBP with each at its best replacement rate",
         "question_utility --preset laptop",
-        "4 minutes of one core a utility, tuning included",
+        "3 minutes of one core a utility, tuning included",
+        "this command, ten seeds: shown",
     ),
     Figure(
         QUESTIONS,

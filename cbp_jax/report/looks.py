@@ -54,13 +54,17 @@ class Look(NamedTuple):
     strong: bool = False
 
 
+_ACRONYMS = {"ewc": "EWC", "l1": "L1", "l2": "L2", "mas": "MAS", "snip": "SNIP", "upgd": "UPGD"}
+
+
 def readable(name: str) -> str:
     """A title for a name of code.
 
-    >>> readable("layer_norm")
-    'Layer norm'
+    >>> readable("layer_norm"), readable("upgd_second_order")
+    ('Layer norm', 'UPGD second order')
     """
-    return name[:1].upper() + name[1:].replace("_", " ")
+    words = [_ACRONYMS.get(word, word) for word in name.split("_")]
+    return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
 
 def to_json(looks: Mapping[str, Look]) -> str:
