@@ -1,4 +1,4 @@
-"""How a learner looks in pictures: its title, and the color, dashes and marker of its line."""
+"""Appearance of learners in pictures: title, and color, dashes and marker of the line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTRIBUTE = "looks"  # of results
 
 
 class Style(NamedTuple):
-    """A line: its color and dashes, as Matplotlib takes them, and its marker."""
+    """A line style: color, dashes and marker, in Matplotlib's notation."""
 
     color: str
     dashes: str | tuple
@@ -21,8 +21,8 @@ class Style(NamedTuple):
     hollow: bool = False
 
 
-# Okabe and Ito's palette, which the color-blind can tell apart, with wine red for its yellow, lost on
-# white. Some of the colors are alike in gray: there, dashes and markers carry the difference alone.
+# Okabe and Ito's palette for color-blind readers, with wine red instead of yellow, which is invisible on white. Some of
+# the colors are alike in gray; then only dashes and markers distinguish them.
 BLUE = Style("#0072B2", "-", "o")
 BLACK = Style("#000000", "-", "s")
 VERMILION = Style("#D55E00", (0, (5, 1.5)), "^")
@@ -37,11 +37,11 @@ PALETTE = (BLUE, BLACK, VERMILION, GREEN, PURPLE, ORANGE, SKY, WINE, RUST, GRAY)
 
 
 class Look(NamedTuple):
-    """How a learner is named and drawn, in every picture alike.
+    """How a learner is named and drawn, in all pictures.
 
     Attributes:
       title: its name for readers.
-      style: its line; by default one of the palette that no other learner of the picture has.
+      style: its line style; by default one of the palette that no other learner in the picture has.
       strong: whether its line is drawn thicker, and above the others.
     """
 
@@ -51,7 +51,7 @@ class Look(NamedTuple):
 
 
 def readable(name: str) -> str:
-    """A title for a name of code.
+    """A title for a name in code.
 
     >>> readable("layer_norm")
     'Layer norm'
@@ -60,7 +60,7 @@ def readable(name: str) -> str:
 
 
 def to_json(looks: Mapping[str, Look]) -> str:
-    """Looks by learner, as the text that results keep.
+    """Looks by learner, as text to store in results.
 
     >>> to_json({"cbp": Look("Continual backprop", BLUE)})
     '{"cbp": ["Continual backprop", ["#0072B2", "-", "o", false], false]}'
@@ -69,7 +69,7 @@ def to_json(looks: Mapping[str, Look]) -> str:
 
 
 def looks_of(results: xr.Dataset) -> dict[str, Look]:
-    """The looks that results have with them, by learner; none in results that were saved without."""
+    """The looks stored in results, by learner; empty if there are none."""
     return {
         name: Look(title, None if style is None else _style(*style), strong)
         for name, (title, style, strong) in json.loads(results.attrs.get(ATTRIBUTE, "{}")).items()

@@ -1,7 +1,7 @@
 """Pictures of a run, after those of "Loss of plasticity in deep continual learning" (Dohare et al., 2024).
 
-Figures are made as objects and drawn by Agg: nothing here touches pyplot, its backend or its settings, so
-pictures can be made on a server, in a thread, and beside the user's own figures.
+Figures are created as objects and drawn by Agg. Nothing here touches pyplot, its backend or its settings, so pictures
+can be made on a server, in a thread, and alongside the user's own figures.
 """
 
 from __future__ import annotations
@@ -70,32 +70,32 @@ _PANELS = {
 
 
 def _panels(measures: str, **labels: str) -> tuple[_Panel, ...]:
-    """The panels of some measures, with labels of their own where these are given."""
+    """The panels of some measures, optionally with their own labels."""
     return tuple(_PANELS[name]._replace(label=labels.get(name, _PANELS[name].label)) for name in measures.split())
 
 
 _SYMPTOM_PANELS = _panels("dead_units weight_magnitude effective_rank")
-# Of tasks with test examples.
+# For tasks with test examples.
 _TEST_PANELS = _panels(
     "test_accuracy relative_accuracy accuracy dead_units dormant_units stable_rank effective_rank weight_magnitude "
     "loss",
     accuracy="Correct in training (%)",
     loss="Loss in training",
 )
-# Of agents: as Figures 3 and 4 of Dohare et al., Nature 2024.
+# For agents, as in Figures 3 and 4 of Dohare et al., Nature 2024.
 _AGENT_PANELS = _panels(
     "episode_return dormant_units stable_rank weight_magnitude",
     dormant_units="Policy's dormant units (%)",
     stable_rank="Policy's stable rank (scaled, 0-100)",
     weight_magnitude="Policy's mean weight magnitude",
 )
-# As Figure 5 of Elsayed & Mahmood, ICLR 2024.
+# As in Figure 5 of Elsayed & Mahmood, ICLR 2024.
 _UPDATE_PANELS = _panels(
     "plasticity loss dead_units weight_rank weight_l1 weight_l2 gradient_l0 gradient_l1 gradient_l2"
 )
 
 
-_MOST_LINES = 8  # beyond this, lines cannot be told apart: one variant of each learner is drawn
+_MOST_LINES = 8  # with more lines, only one variant of each learner is drawn
 _CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5, "linestyle": "none", "zorder": 5, "gid": "diverged"}
 _HANDLE = 3.6  # length of a line in the legend, in ems, so that its dashes repeat
 
@@ -132,8 +132,8 @@ def plot_run(
 ) -> list[Path]:
     """Draws the pictures of a run.
 
-    ``tasks``, ``updates`` where these were measured, ``sensitivity`` where a learner has several variants, and ``grid``
-    where several settings of a learner were swept.
+    These are ``tasks``; ``updates`` if these were measured; ``sensitivity`` if a learner has several variants; and
+    ``grid`` if several settings of a learner were swept.
 
     Args:
       run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
@@ -145,8 +145,8 @@ def plot_run(
       Paths of the pictures, ``tasks`` first.
 
     Raises:
-      ValueError: a dataset without ``out``, or results in which no task has finished.
-      FileNotFoundError: there are no results there.
+      ValueError: ``run`` is a dataset and ``out`` is missing, or no task has finished.
+      FileNotFoundError: there are no results in the folder.
     """
     if isinstance(run, str | Path):
         results = load_results(run)
@@ -168,7 +168,7 @@ def plot_run(
 
 
 def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes figures to a folder, each by its name and in each format; returns their paths."""
+    """Writes figures to a folder, by name, in each format. Returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -186,25 +186,25 @@ def plot_tasks(
     bin_size: int | None = None,
     measures: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws performance, dead units, weight magnitude and effective rank over the tasks; with test examples, more.
+    """Plots performance, dead units, weight magnitude and effective rank over tasks; more with test examples.
 
-    One line a method: the mean over seeds, in a band of one standard error to either side; for agents, over steps of
-    the environment, in a 95% interval of bootstrapped means. Tasks are averaged in bins, within each seed first. An
-    axis is logarithmic where its lines span more than a factor of 30.
+    There is one line for each method: the mean over seeds, with a band of one standard error to either side; for agents
+    over steps of the environment, with a 95% bootstrap interval. Tasks are averaged in bins, first within each seed. An
+    axis is logarithmic if its lines span more than a factor of 30.
 
     Args:
-      results: results of a run; tasks not run yet, and methods not started, are left out.
-      methods: labels of the methods to draw, in the order of the legend. By default all, or, where these are
-        more than eight, the :func:`best_variants`.
-      bin_size: tasks to a bin; by default 1 for up to 100 tasks, and so many that there are about 50 bins for
-        more.
-      measures: what is drawn, a panel each, in place of the above; what was not measured is left out.
+      results: results of a run. Tasks that have not run, and methods that have not started, are left out.
+      methods: labels of the methods to draw, in the order of the legend. By default all, or the :func:`best_variants`
+        if there are more than eight.
+      bin_size: number of tasks in a bin. By default 1 for up to 100 tasks; for more tasks it gives about 50 bins.
+      measures: measures to draw, in a panel each, instead of the above. Missing ones are left out.
 
     Returns:
       A Matplotlib figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-      ValueError: an unknown method, a bin size under 1, no finished task, or neither accuracy nor loss in the results.
+      ValueError: a method is unknown, the bin size is less than 1, no task has finished, or the results have neither
+        accuracy nor loss.
     """
     judged_by = performance(results)
     if measures is not None:
@@ -217,7 +217,7 @@ def plot_tasks(
 
 
 def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
-    """Draws plasticity, and the sizes of weights and gradients, over the tasks.
+    """Plots plasticity, and the sizes of weights and gradients, over tasks.
 
     Args:
       results: results of a run that measured updates.
@@ -228,7 +228,7 @@ def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, b
       A Matplotlib figure.
 
     Raises:
-      ValueError: as :func:`plot_tasks`, or the run has not measured updates.
+      ValueError: as in :func:`plot_tasks`, or updates were not measured.
     """
     if "plasticity" not in results:
         raise ValueError("results: updates were not measured; run with measure_every")
@@ -294,16 +294,16 @@ def _plot_panels(
 
 
 def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) -> Figure:
-    """Draws the final performance against the values that were tried of a hyperparameter.
+    """Plots the final performance against the values of a hyperparameter.
 
-    One line a learner; the mean over seeds of the accuracy, or the loss, over the last tenth of the tasks, with one
-    standard error. Where a learner was run with several other settings at one value, the best of them is
-    drawn. A variant that has not finished its tasks is drawn hollow. The axis of the hyperparameter is
-    logarithmic, but for 0.
+    There is one line for each learner: the mean over seeds of the accuracy, or the loss, over the last tenth of the
+    tasks, with one standard error. If a learner was run with several other settings at one value, the best of them is
+    drawn. A variant that has not finished its tasks is drawn hollow. The axis of the hyperparameter is logarithmic,
+    except at 0.
 
     Args:
       results: results of a run.
-      hyperparameter: name of the coordinate to draw; by default a panel for each that was swept.
+      hyperparameter: name of the coordinate to draw; by default a panel for each swept one.
 
     Returns:
       A Matplotlib figure.
@@ -343,18 +343,18 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
 
 
 def performance_label(results: xr.Dataset) -> str:
-    """How an axis of the final performance is named."""
+    """The label of an axis of the final performance."""
     if is_accuracy(performance(results)):
         return "Correct, last tenth of tasks (%)"
     return _PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not _over_steps(results))
 
 
 def best_variants(results: xr.Dataset) -> list[str]:
-    """For each learner its variant of the best final performance, that over the last tenth of the tasks.
+    """For each learner the variant with the best final performance, over the last tenth of the tasks.
 
     Args:
-      results: results of a run. In an unfinished one, the variants of a learner that have come furthest are
-        compared; methods without a finished task are left out.
+      results: results of a run. In an unfinished run, the variants of a learner that have progressed furthest are
+        compared. Methods without a finished task are left out.
 
     Returns:
       Labels of methods, in the results' order of learners.
@@ -396,7 +396,7 @@ def _draw_panel(
             markerfacecolor="white" if style.hollow else style.color,
             markeredgecolor=style.color if style.hollow else "white",
             markeredgewidth=1 if style.hollow else 0.5,
-            # Staggered, so that where lines lie on each other every one of them still shows its marker.
+            # Staggered, so that markers are visible even where lines overlap.
             markevery=(round(every * i / len(methods)) if len(task) > every else 0, every),
             zorder=4 if main else 3,
             gid=method,
@@ -406,7 +406,7 @@ def _draw_panel(
     means = np.concatenate(means)
     if panel.zero:
         top = max(ax.get_ylim()[1], 1.0)
-        ax.set_ylim(-0.03 * top, top)  # a line at 0 stays clear of the axis
+        ax.set_ylim(-0.03 * top, top)  # so that a line at 0 does not coincide with the axis
     elif means.size and 0 < 30 * means.min() < means.max():
         ax.set_yscale("log")
     ax.set_ylabel(panel.label)
@@ -462,15 +462,16 @@ def _draw_sensitivity(
 
 
 def _over_steps(results: xr.Dataset) -> bool:
-    """Whether what counts as tasks are intervals of an agent's life."""
+    """Whether "tasks" are intervals of an agent's life."""
     return performance(results) == "episode_return"
 
 
 def _binned(values: np.ndarray, bin_size: int, bootstrap: bool = False) -> tuple[np.ndarray, ...]:
-    """Bins of values [seeds, tasks]: their middles, tasks counting from 1, means over seeds, and ends of the band."""
+    """Bins of values [seeds, tasks]: their centers, with tasks counted from 1, means over seeds, and ends of the
+    band."""
     seeds, tasks = values.shape
     bins = math.ceil(tasks / bin_size)
-    # Padded with NaN, which the means leave out, as they do tasks that have not been run.
+    # Padded with NaN, which means ignore, like tasks that have not run.
     values = np.pad(values, ((0, 0), (0, bins * bin_size - tasks)), constant_values=np.nan)
     task = np.broadcast_to(np.arange(1.0, bins * bin_size + 1), values.shape)
     task = np.where(np.isfinite(values), task, np.nan)
@@ -483,7 +484,7 @@ def _binned(values: np.ndarray, bin_size: int, bootstrap: bool = False) -> tuple
 
 
 def _default_bin(tasks: int) -> int:
-    """1 for up to 100 tasks; then the round number that makes about 50 bins."""
+    """1 for up to 100 tasks; for more, a round number that gives about 50 bins."""
     if tasks <= 100:
         return 1
     exact = tasks / 50
@@ -492,7 +493,7 @@ def _default_bin(tasks: int) -> int:
 
 
 def _swept(results: xr.Dataset) -> dict[str, list[str]]:
-    """Hyperparameters of which a learner has finished tasks with several values, and those learners."""
+    """Hyperparameters for which a learner has finished tasks with several values, and those learners."""
     methods = _started(results)
     swept: dict[str, list[str]] = {}
     for name, column in results.coords.items():
@@ -510,10 +511,11 @@ def _swept(results: xr.Dataset) -> dict[str, list[str]]:
 
 
 def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
-    """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow.
+    """A style for each method: that of its learner; further variants are paler, with other dashes, and alternately
+    hollow.
 
-    More than two shades of a color are hard to tell apart: there, variants take the styles of learners that are not
-    drawn, while these last.
+    More than two shades of a color are hard to distinguish. Then variants use the styles of learners that are not
+    drawn, as long as there are any.
     """
     from matplotlib.colors import to_hex, to_rgb
 
@@ -542,7 +544,7 @@ def _styles(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 
 
 def _learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
-    """The learner's own style, so that it looks alike in every picture; for others, what is left over."""
+    """The learner's own style, so that it looks the same in every picture; other learners get unused styles."""
     own = {learner: _look(results, learner).style for learner in learners}
     unused = [style for style in PALETTE if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
@@ -568,7 +570,7 @@ def _look(results: xr.Dataset, learner: str) -> Look:
 
 
 def _legend_columns(names: Sequence[str], width: float) -> int:
-    """The most columns, up to four, that fit ``width`` in inches, filled column by column."""
+    """The largest number of columns, up to four, that fit ``width`` in inches, filled column by column."""
     em = _RC["legend.fontsize"] / 72
     for columns in range(min(4, len(names)), 1, -1):
         rows = math.ceil(len(names) / columns)
@@ -592,12 +594,12 @@ def _learner(results: xr.Dataset, method: str) -> str:
 
 
 def _started(results: xr.Dataset) -> list[str]:
-    """Methods that have finished a task with every seed they were begun with."""
+    """Methods that have finished a task with every seed that was started."""
     return [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
 
 
 def _begun(results: xr.Dataset) -> list[str]:
-    """Those, and methods of which every seed has diverged."""
+    """Those, and methods whose seeds have all diverged."""
     started = _started(results)
     all_diverged = lambda method: np.isfinite(diverged_tasks(results, method)).all()
     return [method for method in results.method.values.tolist() if method in started or all_diverged(method)]
@@ -612,7 +614,7 @@ def _diverged_note(results: xr.Dataset, methods: Sequence[str]) -> str:
 
 
 def _mark_diverged(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines: Mapping[str, Any]) -> None:
-    """A cross on a method's line where a seed diverged; at the bottom where there is no line."""
+    """Draws a cross on a method's line where a seed diverged, or at the bottom if there is no line."""
     for method in _with_diverged(results, methods):
         x, y = lines[method].get_data()
         for task in np.unique(diverged_tasks(results, method)[np.isfinite(diverged_tasks(results, method))]):
@@ -624,7 +626,7 @@ def _mark_diverged(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines:
 
 
 def mark_values(ax: Axes, values: Sequence[float], color: str = "black") -> None:
-    """Crosses at the bottom of a panel, at values of its horizontal axis."""
+    """Draws crosses at the bottom of a panel, at values of its horizontal axis."""
     if len(values):
         heights = np.full(len(values), 0.03)
         ax.plot(values, heights, **_CROSS, color=color, transform=ax.get_xaxis_transform(), clip_on=False)
@@ -640,8 +642,8 @@ def _check(good: bool, name: str, value: object, allowed: list) -> None:
 
 
 def style_of_pictures() -> AbstractContextManager:
-    """Our settings for the time of a drawing; the user's come back after it."""
+    """Uses our settings while drawing, and then restores the user's."""
     matplotlib = require("matplotlib")
-    # Without the backend: rc_context, which puts the rest back, leaves it as it was set last.
+    # Without the backend, which rc_context does not restore.
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     return matplotlib.rc_context({**defaults, **_RC})
