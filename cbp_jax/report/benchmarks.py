@@ -58,12 +58,12 @@ class Standing:
 
     Attributes:
       measure: the measure of performance.
-    methods: labels of the methods, in the order of the other attributes.
-    values: performance of each run [methods, runs]; higher is better, -inf for diverged runs.
-    scores: score of each run [methods, runs]; None if plain backpropagation is missing, or always diverged.
-    ranks: rank of each method [methods]; 1 is the best.
-    symptoms: dead units and effective rank [methods, 2]; NaN if not measured.
-    costs: time of an update relative to plain backpropagation [methods]; NaN if not measured.
+      methods: labels of the methods, in the order of the other attributes.
+      values: performance of each run [methods, runs]; higher is better, -inf for diverged runs.
+      scores: score of each run [methods, runs]; None if plain backpropagation is missing, or always diverged.
+      ranks: rank of each method [methods]; 1 is the best.
+      symptoms: dead units and effective rank [methods, 2]; NaN if not measured.
+      costs: time of an update relative to plain backpropagation [methods]; NaN if not measured.
     """
 
     measure: str
@@ -84,7 +84,7 @@ def standing(results: xr.Dataset, baseline: str = BASELINE) -> Standing:
 
     Args:
       results: finished results of all methods with the same seeds.
-    baseline: label of plain backpropagation.
+      baseline: label of plain backpropagation.
     """
     measure, methods = performance(results), results.method.values.tolist()
     values = np.stack([better(measure) * of_seeds(results, method, measure) for method in methods])
