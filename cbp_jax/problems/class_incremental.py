@@ -91,7 +91,7 @@ def class_incremental(
       test: dataset of the test examples; by default the next examples of ``dataset``.
       classes_per_increment: number of classes added by each increment.
       num_classes: number of classes to use, the first ones of the dataset; by default all. A multiple of
-      ``classes_per_increment``.
+        ``classes_per_increment``.
       train_per_class: number of training examples of a class.
       validation_per_class: number of validation examples of a class.
       test_per_class: number of test examples of a class.

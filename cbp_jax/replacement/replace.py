@@ -60,7 +60,7 @@ class Policy(NamedTuple):
 
     Attributes:
       choose: `choose(view, memory)` takes a `GroupView` and the group's memory and returns a `Choice`. It is called
-      group by group, from front to back.
+        group by group, from front to back.
       init: `init(group, params)` returns the group's memory, a dict of arrays.
       due: `due(count)` takes the number of this update (int32 [], from 1) and returns whether units are replaced in it,
         bool []. In other updates `choose` does not run and memories stay as they are. None: in every update.

@@ -1,4 +1,4 @@
-"""From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
+"""Results files, pictures and tables of runs. Requires ``pip install "cbp-jax[report]"``."""
 
 from cbp_jax.report import records
 from cbp_jax.report.benchmark_plots import plot_benchmark

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 def plot_benchmark(
     problems: Mapping[str, xr.Dataset], counted: Sequence[str] | None = None, *, baseline: str = BASELINE
 ) -> Figure:
-    """Draws the scores over all problems, and the performance in each: a row for each method, the best on top.
+    """Plots the scores over all problems, and the performance in each: a row for each method, the best on top.
 
-    Interquartile means over held-out seeds and their 95% stratified bootstrap intervals, as in `benchmark_table`. What
-    has not all problems that count is hollow; a line shows plain backpropagation.
+    Shows interquartile means over held-out seeds and their 95% stratified bootstrap intervals, as in `benchmark_table`.
+    Methods without results for all counted problems are hollow. A line marks plain backpropagation.
 
     Args:
       problems: by name, the results of all methods; see `benchmarks.standing`.
-      counted: the problems that count for the score over all; all by default.
+      counted: the problems that count in the overall score; all by default.
       baseline: label of plain backpropagation.
 
     Returns:
@@ -80,7 +80,7 @@ def _draw_problem(
         ends = aggregates.stratified_bootstrap([values])
         _draw(ax, i, [sign * value for value in (mean, *ends)], _color(named[method], method))
     if found.measure == "loss":
-        ax.invert_xaxis()  # to the right is better, in every panel
+        ax.invert_xaxis()  # in every panel, right is better
     ax.set_xlabel(PANELS[found.measure].label)
 
 

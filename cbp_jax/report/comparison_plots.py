@@ -1,4 +1,4 @@
-"""Pictures of comparisons: differences paired by seed, and what a search has tried."""
+"""Pictures of comparisons: differences paired by seed, and configurations of a search."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 
 def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
-    """Draws by how much methods differ from others, paired by seed, over all tasks.
+    """Plots differences between methods, paired by seed, over all tasks.
 
-    A panel for each baseline and a row for each method, the best on top: the mean difference and its 95% bootstrap
-    interval, hollow where this includes 0.
+    There is a panel for each baseline and a row for each method, the best on top, with the mean difference and its 95%
+    bootstrap interval. Markers are hollow if the interval includes 0.
 
     Args:
       results: results of a run.
-      baselines: methods that the others are compared with, of which those that are absent are left out.
+      baselines: methods with which the others are compared; missing ones are ignored.
 
     Returns:
       A Matplotlib figure.
@@ -76,10 +76,10 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
 
 
 def plot_search(results: xr.Dataset) -> Figure:
-    """Draws what a search has tried: performance with the tuning seeds, a panel for each method.
+    """Plots the configurations of a search: performance with the tuning seeds, a panel for each method.
 
-    The axis is that of the first setting of its search, logarithmic; a line for each value of the others. The mean
-    over tuning seeds and all tasks, and a ring around what was chosen.
+    The horizontal axis is the first setting of the search, logarithmic, with a line for each value of the others.
+    Values are means over tuning seeds and all tasks. A ring marks the chosen configuration.
 
     Args:
       results: of a comparison with an equal budget, see `experiments.tuning`.
@@ -88,7 +88,7 @@ def plot_search(results: xr.Dataset) -> Figure:
       A Matplotlib figure.
 
     Raises:
-      ValueError: no method has a search that has ended.
+      ValueError: no method has a finished search.
     """
     require("matplotlib")
     from matplotlib.figure import Figure

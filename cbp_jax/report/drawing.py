@@ -47,7 +47,7 @@ _RC = {
 
 
 def style_of_pictures() -> AbstractContextManager:
-    """Our settings for the time of a drawing; the user's come back after it."""
+    """Uses our settings while drawing, and then restores the user's."""
     matplotlib = require("matplotlib")
     # Without the backend: rc_context, which puts the rest back, leaves it as it was set last.
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
@@ -55,7 +55,7 @@ def style_of_pictures() -> AbstractContextManager:
 
 
 def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes figures to a folder, each by its name and in each format; returns their paths."""
+    """Writes figures to a folder, by name, in each format. Returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -67,7 +67,7 @@ def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str
 
 
 def legend_columns(names: Sequence[str], width: float) -> int:
-    """The most columns, up to four, that fit ``width`` in inches, filled column by column."""
+    """The largest number of columns, up to four, that fit ``width`` in inches, filled column by column."""
     em = _RC["legend.fontsize"] / 72
     for columns in range(min(4, len(names)), 1, -1):
         rows = math.ceil(len(names) / columns)
@@ -78,7 +78,7 @@ def legend_columns(names: Sequence[str], width: float) -> int:
 
 
 def mark_values(ax: Axes, values: Sequence[float], color: str = "black") -> None:
-    """Crosses at the bottom of a panel, at values of its horizontal axis."""
+    """Draws crosses at the bottom of a panel, at values of its horizontal axis."""
     if len(values):
         heights = np.full(len(values), 0.03)
         ax.plot(values, heights, **CROSS, color=color, transform=ax.get_xaxis_transform(), clip_on=False)

@@ -1,4 +1,4 @@
-"""How a learner looks in pictures: its title, and the color, dashes and marker of its line."""
+"""Appearance of learners in pictures: title, and color, dashes and marker of the line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ATTRIBUTE = "looks"  # of results
 
 
 class Style(NamedTuple):
-    """A line: its color and dashes, as Matplotlib takes them, and its marker."""
+    """A line style: color, dashes and marker, in Matplotlib's notation."""
 
     color: str
     dashes: str | tuple
@@ -25,8 +25,8 @@ class Style(NamedTuple):
     hollow: bool = False
 
 
-# Okabe and Ito's palette, which the color-blind can tell apart, with wine red for its yellow, lost on
-# white. Some of the colors are alike in gray: there, dashes and markers carry the difference alone.
+# Okabe and Ito's palette for color-blind readers, with wine red instead of yellow, which is invisible on white. Some of
+# the colors are alike in gray; then only dashes and markers distinguish them.
 BLUE = Style("#0072B2", "-", "o")
 BLACK = Style("#000000", "-", "s")
 VERMILION = Style("#D55E00", (0, (5, 1.5)), "^")
@@ -41,11 +41,11 @@ PALETTE = (BLUE, BLACK, VERMILION, GREEN, PURPLE, ORANGE, SKY, WINE, RUST, GRAY)
 
 
 class Look(NamedTuple):
-    """How a learner is named and drawn, in every picture alike.
+    """How a learner is named and drawn, in all pictures.
 
     Attributes:
       title: its name for readers.
-      style: its line; by default one of the palette that no other learner of the picture has.
+      style: its line style; by default one of the palette that no other learner in the picture has.
       strong: whether its line is drawn thicker, and above the others.
     """
 
@@ -58,7 +58,7 @@ _ACRONYMS = {"ewc": "EWC", "l1": "L1", "l2": "L2", "mas": "MAS", "snip": "SNIP",
 
 
 def readable(name: str) -> str:
-    """A title for a name of code.
+    """A title for a name in code.
 
     >>> readable("layer_norm"), readable("upgd_second_order")
     ('Layer norm', 'UPGD second order')
@@ -68,7 +68,7 @@ def readable(name: str) -> str:
 
 
 def to_json(looks: Mapping[str, Look]) -> str:
-    """Looks by learner, as the text that results keep.
+    """Looks by learner, as text to store in results.
 
     >>> to_json({"cbp": Look("Continual backprop", BLUE)})
     '{"cbp": ["Continual backprop", ["#0072B2", "-", "o", false], false]}'
@@ -77,7 +77,7 @@ def to_json(looks: Mapping[str, Look]) -> str:
 
 
 def looks_of(results: xr.Dataset) -> dict[str, Look]:
-    """The looks that results have with them, by learner; none in results that were saved without."""
+    """The looks stored in results, by learner; empty if there are none."""
     return {
         name: Look(title, None if style is None else _style(*style), strong)
         for name, (title, style, strong) in json.loads(results.attrs.get(ATTRIBUTE, "{}")).items()
@@ -117,10 +117,11 @@ def names_of(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
 
 
 def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
-    """A style for each method: its learner's, the variants ever paler, of other dashes, by turns hollow.
+    """A style for each method: that of its learner; further variants are paler, with other dashes, and alternately
+    hollow.
 
-    More than two shades of a color are hard to tell apart: there, variants take the styles of learners that are not
-    drawn, while these last.
+    More than two shades of a color are hard to distinguish. Then variants use the styles of learners that are not
+    drawn, as long as there are any.
     """
     from matplotlib.colors import to_hex, to_rgb
 
@@ -149,7 +150,7 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 
 
 def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
-    """The learner's own style, so that it looks alike in every picture; for others, what is left over."""
+    """The learner's own style, so that it looks the same in every picture; other learners get unused styles."""
     own = {learner: look_of(results, learner).style for learner in learners}
     unused = [style for style in PALETTE if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])

@@ -46,12 +46,12 @@ PANELS = {
 
 
 def panels_of(measures: str, **labels: str) -> tuple[Panel, ...]:
-    """The panels of some measures, with labels of their own where these are given."""
+    """The panels of some measures, optionally with their own labels."""
     return tuple(PANELS[name]._replace(label=labels.get(name, PANELS[name].label)) for name in measures.split())
 
 
 def performance_label(results: xr.Dataset) -> str:
-    """How an axis of the final performance is named."""
+    """The label of an axis of the final performance."""
     if is_accuracy(performance(results)):
         return "Correct, last tenth of tasks (%)"
     return PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not over_steps(results))

@@ -67,8 +67,8 @@ def plot_run(
 ) -> list[Path]:
     """Draws the pictures of a run.
 
-    ``tasks``, ``updates`` where these were measured, ``sensitivity`` where a learner has several variants, and ``grid``
-    where several settings of a learner were swept.
+    These are ``tasks``; ``updates`` if these were measured; ``sensitivity`` if a learner has several variants; and
+    ``grid`` if several settings of a learner were swept.
 
     Args:
       run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
@@ -80,8 +80,8 @@ def plot_run(
       Paths of the pictures, ``tasks`` first.
 
     Raises:
-      ValueError: a dataset without ``out``, or results in which no task has finished.
-      FileNotFoundError: there are no results there.
+      ValueError: ``run`` is a dataset and ``out`` is missing, or no task has finished.
+      FileNotFoundError: there are no results in the folder.
     """
     if isinstance(run, str | Path):
         results = load_results(run)
@@ -109,25 +109,25 @@ def plot_tasks(
     bin_size: int | None = None,
     measures: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws performance, dead units, weight magnitude and effective rank over the tasks; with test examples, more.
+    """Plots performance, dead units, weight magnitude and effective rank over tasks; more with test examples.
 
-    One line a method: the mean over seeds, in a band of one standard error to either side; for agents, over steps of
-    the environment, in a 95% interval of bootstrapped means. Tasks are averaged in bins, within each seed first. An
-    axis is logarithmic where its lines span more than a factor of 30.
+    There is one line for each method: the mean over seeds, with a band of one standard error to either side; for agents
+    over steps of the environment, with a 95% bootstrap interval. Tasks are averaged in bins, first within each seed. An
+    axis is logarithmic if its lines span more than a factor of 30.
 
     Args:
-      results: results of a run; tasks not run yet, and methods not started, are left out.
-      methods: labels of the methods to draw, in the order of the legend. By default all, or, where these are
-        more than eight, the :func:`best_variants`.
-      bin_size: tasks to a bin; by default 1 for up to 100 tasks, and so many that there are about 50 bins for
-        more.
-      measures: what is drawn, a panel each, in place of the above; what was not measured is left out.
+      results: results of a run. Tasks that have not run, and methods that have not started, are left out.
+      methods: labels of the methods to draw, in the order of the legend. By default all, or the :func:`best_variants`
+        if there are more than eight.
+      bin_size: number of tasks in a bin. By default 1 for up to 100 tasks; for more tasks it gives about 50 bins.
+      measures: measures to draw, in a panel each, instead of the above. Missing ones are left out.
 
     Returns:
       A Matplotlib figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-      ValueError: an unknown method, a bin size under 1, no finished task, or neither accuracy nor loss in the results.
+      ValueError: a method is unknown, the bin size is less than 1, no task has finished, or the results have neither
+        accuracy nor loss.
     """
     judged_by = performance(results)
     if measures is not None:
@@ -140,7 +140,7 @@ def plot_tasks(
 
 
 def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
-    """Draws plasticity, and the sizes of weights and gradients, over the tasks.
+    """Plots plasticity, and the sizes of weights and gradients, over tasks.
 
     Args:
       results: results of a run that measured updates.
@@ -151,7 +151,7 @@ def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, b
       A Matplotlib figure.
 
     Raises:
-      ValueError: as :func:`plot_tasks`, or the run has not measured updates.
+      ValueError: as in :func:`plot_tasks`, or updates were not measured.
     """
     if "plasticity" not in results:
         raise ValueError("results: updates were not measured; run with measure_every")
@@ -218,11 +218,11 @@ def _plot_panels(
 
 
 def best_variants(results: xr.Dataset) -> list[str]:
-    """For each learner its variant of the best final performance, that over the last tenth of the tasks.
+    """For each learner the variant with the best final performance, over the last tenth of the tasks.
 
     Args:
-      results: results of a run. In an unfinished one, the variants of a learner that have come furthest are
-        compared; methods without a finished task are left out.
+      results: results of a run. In an unfinished run, the variants of a learner that have progressed furthest are
+        compared. Methods without a finished task are left out.
 
     Returns:
       Labels of methods, in the results' order of learners.
@@ -282,7 +282,7 @@ def _draw_panel(
 
 
 def cross_out(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines: Mapping[str, Any]) -> None:
-    """A cross on a method's line where a seed diverged; at the bottom where there is no line."""
+    """Draws a cross on a method's line where a seed diverged, or at the bottom if there is no line."""
     for method in with_diverged(results, methods):
         x, y = lines[method].get_data()
         for task in np.unique(diverged_tasks(results, method)[np.isfinite(diverged_tasks(results, method))]):
@@ -294,7 +294,7 @@ def cross_out(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines: Mapp
 
 
 def _default_bin(tasks: int) -> int:
-    """1 for up to 100 tasks; then the round number that makes about 50 bins."""
+    """1 for up to 100 tasks; for more, a round number that gives about 50 bins."""
     if tasks <= 100:
         return 1
     exact = tasks / 50

@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 
 def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) -> Figure:
-    """Draws the final performance against the values that were tried of a hyperparameter.
+    """Plots the final performance against the values of a hyperparameter.
 
-    One line a learner; the mean over seeds of the accuracy, or the loss, over the last tenth of the tasks, with one
-    standard error. Where a learner was run with several other settings at one value, the best of them is
-    drawn. A variant that has not finished its tasks is drawn hollow. The axis of the hyperparameter is
-    logarithmic, but for 0.
+    There is one line for each learner: the mean over seeds of the accuracy, or the loss, over the last tenth of the
+    tasks, with one standard error. If a learner was run with several other settings at one value, the best of them is
+    drawn. A variant that has not finished its tasks is drawn hollow. The axis of the hyperparameter is logarithmic,
+    except at 0.
 
     Args:
       results: results of a run.
-      hyperparameter: name of the coordinate to draw; by default a panel for each that was swept.
+      hyperparameter: name of the coordinate to draw; by default a panel for each swept one.
 
     Returns:
       A Matplotlib figure.
@@ -129,7 +129,7 @@ def _draw_sensitivity(
 
 
 def swept_learners(results: xr.Dataset) -> dict[str, list[str]]:
-    """Hyperparameters of which a learner has finished tasks with several values, and those learners."""
+    """Hyperparameters for which a learner has finished tasks with several values, and those learners."""
     methods = started(results)
     swept: dict[str, list[str]] = {}
     for name, column in results.coords.items():

@@ -59,7 +59,7 @@ def dominant_ticket(
       initial: :math:`\theta_0`, any tree of arrays.
       tuned: :math:`\theta`, of the same structure.
       threshold: selects all weights with :math:`|\theta - \theta_0|` above it, in every leaf (Algorithm 1 of Gong et
-      al.).
+        al.).
       keep: selects exactly this number of weights (an int), or this fraction of all (a float), those of largest change
         over all leaves. Of equal changes the first ones are kept.
       dimensions: selects in every matrix this number of rows or columns, those whose changes have the largest L1 norm;

@@ -38,7 +38,7 @@ def prune(
       mask: mask of the params, from `full_mask`, which says what may be pruned. May be traced.
       fraction: p, in [0, 1). A traced fraction is used in its own precision.
       scope: "layer" prunes the fraction of each kernel; "global" that of all kernels together, whose scores are
-      compared.
+        compared.
       rates: factors of the fraction by pattern, as in `fnmatch`, of the path of a kernel or an enclosing layer. The
         last match counts; without a match it is 1. Lottery tickets prune the output layer at half the rate:
         `{"*Dense_2": 0.5}`. With "global", kernels with the same factor are compared with each other.

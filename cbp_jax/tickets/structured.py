@@ -46,7 +46,7 @@ def prune_units(
       fraction: in [0, 1).
       keep: the remaining units; by default all.
       scope: "layer" prunes the fraction of each group; "global" that of all groups together, whose utilities are
-      compared.
+        compared.
       utility: by name of group an array [units], such as the field `utility` in the state of `continual_backprop`; or a
         name or function as in `continual_backprop`, applied to these params, features and gradients. By default the
         magnitude of the outgoing weights, which needs no examples. Note that "contribution" favors units that are

@@ -47,7 +47,7 @@ def fire(
       every: number of updates between reinitializations, a whole number >= 1. May be traced. FIRE is meant to run
         before new data arrive: use the length of a task.
       iterations: number of Newton-Schulz iterations, an int >= 1. In `optax.inject_hyperparams`, name it in
-      `static_args`.
+        `static_args`.
       reset_inner_state: set the inner optimizer's moments of the kernels to their initial values. They are kept by
         default; we do not know what the paper does.
       kernels: which arrays are reinitialized, a function of path (keys joined by "/") and array. By default all of two

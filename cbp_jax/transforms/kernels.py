@@ -66,7 +66,7 @@ def edit_after(
     Args:
       due: bool [], see `when_due`.
       edit: takes arrays by path, the parameters after the updates in float32 at least, and returns arrays of the same
-      shapes.
+        shapes.
       params: parameters before the updates.
       updates: updates of an optimizer.
       paths: paths of the parameters to edit.

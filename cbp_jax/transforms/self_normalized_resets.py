@@ -70,7 +70,7 @@ def self_normalized_resets(
       inner: the optimizer that trains the network.
       units: groups of units, from `discover_units` or written by hand.
       rejection: :math:`\eta`, the probability of a silence at or below which the unit is reset, in [0, 1]. May be
-      traced.
+        traced.
       every: number of updates between computations of the thresholds, a whole number >= 1. May be traced.
       max_silence: the longest silence that is recorded and the largest threshold, in updates; a static int >= 1. The
         state has that many numbers for each unit. In `optax.inject_hyperparams`, name it and `max_resets` in

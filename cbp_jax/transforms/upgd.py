@@ -230,7 +230,7 @@ def upgd(
       scope: "global" or "local".
       protect: whether the gate applies to gradients too. If not, it applies only to noise.
       units: groups of units from `discover_units`, for feature-wise utilities. By default every weight has its own
-      utility.
+        utility.
       incoming_axes: `(path, leaf) -> axes`: the axes of a leaf that lead to one unit, over which "local" normalizes.
         By default all but the last, as in Flax kernels, and the single axis of a vector.
       key: int or jax key for the noise. `init` mixes the params into it, so that vmapped seeds differ.

@@ -104,7 +104,7 @@ class _Parts:
       places: the path and the axes of each place.
       rows: by place, the unit of each row, flat; -1 for none.
       producers, vectors, readers: the places of incoming kernels; of biases, scales and statistics; of outgoing
-      kernels.
+        kernels.
       groups: units that own equally many rows everywhere, in forward order, with the reason if they are left out.
       columns: by place and number of the group, how many rows each unit owns.
     """

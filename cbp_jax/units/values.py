@@ -146,7 +146,7 @@ class Contraction:
       operand: the array it is applied to.
       operand_axes: the axes of that array that are summed over, or batched.
       operand_rows: for each row of `in_axes`, the element of `operand_axes` that it reads, or -1; None if they
-      correspond.
+        correspond.
       labels: the units that the rows read, [in_axes...], or None.
       out_places: the output's axes that correspond to `out_axes`.
       plain: whether the kernel is applied as it is, not scaled.
