@@ -17,6 +17,7 @@ from cbp_jax import units as units_lib
 from cbp_jax.numerics import keys
 from cbp_jax.numerics.periods import anywhere
 from cbp_jax.numerics.scalars import check_like
+from cbp_jax.numerics.sharding import check_axes, sharded_alike
 from cbp_jax.replacement import edits, resample
 from cbp_jax.replacement import inner_state as inner_state_lib
 from cbp_jax.replacement.reinitialization import Reinitialization, get_reinitialization, keeps_initial
@@ -155,6 +156,7 @@ def replace_units(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> Any:
+        check_axes(params)
         real = bool(jax.tree.leaves(params))  # optax.tree.map_params calls `init` with a placeholder that has no leaves
         groups = units_lib.check_units(units, params) if real else units
         inner_state = inner.init(params)
@@ -242,7 +244,7 @@ def replace_units(
         new_state = state._replace(
             count=count, replaced=replaced, inner_state=inner_state, **_memory_fields(policy, memories)
         )
-        return new_updates, new_state
+        return sharded_alike(new_updates, params), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

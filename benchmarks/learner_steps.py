@@ -1,0 +1,147 @@
+"""A learner's step against width, batch and number of seeds, beside what memory and arithmetic allow at best.
+
+    python benchmarks/learner_steps.py
+    python benchmarks/learner_steps.py --widths 100 2000 --batches 1 --seeds 1 30 --learners sgd cbp    # on a GPU
+
+All learners train the 784-w-w-w-10 ReLU network inside a `lax.scan`; calls are interleaved, and a time is the median
+over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`, on a CPU in turn.
+
+Two bounds stand beside them, of the machine as it is measured at the start: `bytes`, to read and write each weight of
+all seeds once, at the speed at which a large array is copied (where the weights fit into a cache, less is possible);
+`flops`, the six operations that a weight takes with an example, at the speed of a large product of float32 matrices.
+`1 seed` is the time of a step of all seeds over that of one seed.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from cbp_overhead import Net
+from timing import interleaved
+
+import cbp_jax
+
+LEARNERS = {
+    "sgd": lambda units: optax.sgd(0.003),
+    "cbp": lambda units: cbp_jax.continual_backprop(optax.sgd(0.003), units, replacement_rate=1e-4, max_replacements=1),
+    "upgd": lambda units: cbp_jax.upgd(0.003, sigma=1e-3),
+    "redo": lambda units: cbp_jax.redo(optax.sgd(0.003), units, every=1000),
+    "adam": lambda units: cbp_jax.adam(1e-4),
+}
+
+
+def weights_of(width):
+    return 784 * width + 2 * width**2 + 10 * width + 3 * width + 10
+
+
+def runner(learner, width, batch, seeds, steps):
+    """A compiled function of no arguments that trains `seeds` networks for `steps` steps."""
+    net = Net(width)
+    x = jax.random.uniform(jax.random.key(0), (64, batch, 784))
+    y = jax.random.randint(jax.random.key(1), (64, batch), 0, 10)
+    units = cbp_jax.discover_units(net.apply, net.init(jax.random.key(2), x[0]), x[0], check=False)
+    apply = cbp_jax.with_features(net.apply, units)
+    tx = optax.with_extra_args_support(LEARNERS[learner](units))
+    looks = learner in ("cbp", "redo")
+
+    def loss_fn(params, x, y):
+        logits, features = apply(params, x) if looks else (net.apply(params, x), {})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), features
+
+    def train(carry):
+        def step(carry, i):
+            params, state = carry
+            grads, features = jax.grad(loss_fn, has_aux=True)(params, x[i % 64], y[i % 64])
+            updates, state = tx.update(grads, state, params, features=features)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, carry, jnp.arange(steps))[0]
+
+    def start(key):
+        params = net.init(key, x[0])
+        return params, tx.init(params)
+
+    keys = jax.random.split(jax.random.key(3), seeds)
+    if seeds == 1:
+        carry, run = start(keys[0]), train
+    else:
+        together = jax.default_backend() != "cpu"
+        carry = jax.jit(jax.vmap(start))(keys)
+        run = jax.vmap(train) if together else lambda carry: jax.lax.map(train, carry)
+    run = jax.jit(run, donate_argnums=0)
+
+    def once():
+        nonlocal carry
+        carry = run(carry)
+        return carry
+
+    return once
+
+
+def best_seconds(function, *args, rounds=5):
+    jax.block_until_ready(function(*args))
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def machine(size):
+    """Bytes a second of a copy, and float32 operations a second of a product of matrices [size, size]."""
+    x = jnp.ones((16 * size, size))
+    read_and_write = 2 * x.nbytes / best_seconds(jax.jit(lambda x: x + 1), x)
+    square = jnp.ones((size, size))
+    product = jax.jit(lambda x: jnp.dot(x, x, precision="float32"))
+    return read_and_write, 2 * size**3 / best_seconds(product, square)
+
+
+def main():
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[100, 500, 1000, 2000, 4000])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=list(LEARNERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=float, default=1e8, help="weights touched per timed call, at most 2,000 steps")
+    parser.add_argument("--size", type=int, default=4096 if jax.default_backend() != "cpu" else 2048)
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(
+        f"jax {jax.__version__}, {device.device_kind} ({device.platform}), {platform.processor() or platform.machine()}"
+    )
+    bandwidth, flops = machine(args.size)
+    print(f"measured: {bandwidth / 1e9:,.0f} GB/s of a copy, {flops / 1e9:,.0f} GFLOP/s of float32 products")
+    names = args.learners
+    print(
+        f"{'width':>5} {'batch':>5} {'seeds':>5} {'bytes':>9} {'flops':>9} "
+        + " ".join(f"{name:>9}" for name in names)
+        + f" {'1 seed':>7}"
+    )
+    for width in args.widths:
+        for batch in args.batches:
+            alone = None
+            for seeds in args.seeds:
+                weights = seeds * weights_of(width)
+                steps = max(5, min(2000, int(args.work / weights)))
+                runs = {name: runner(name, width, batch, seeds, steps) for name in names}
+                seconds = interleaved(runs, args.rounds)
+                found = [statistics.median(seconds[name]) / steps * 1e6 for name in names]
+                alone = alone or found[0] / seeds * args.seeds[0]
+                bounds = 8 * weights / bandwidth * 1e6, 6 * weights * batch / flops * 1e6
+                print(
+                    f"{width:5} {batch:5} {seeds:5} "
+                    + " ".join(f"{value:9.1f}" for value in (*bounds, *found))
+                    + f" {found[0] / alone:7.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

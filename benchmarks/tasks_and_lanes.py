@@ -1,0 +1,89 @@
+"""What a run costs against the number of its tasks, and of its lanes: seconds and memory.
+
+    python benchmarks/tasks_and_lanes.py
+    python benchmarks/tasks_and_lanes.py --width 2000 --lanes 30 --examples 6000 --tasks 2    # a tenth of the paper's
+
+A run of Online Permuted images of 28 x 28 random bytes goes on for `--tasks` tasks, once for each number of lanes.
+`s a task` is the median over the last half of the tasks between two lines, of all lanes together. Memory is what is in
+use on the devices after the task, where they tell it, and else of the process.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from cbp_jax import data, problems, training
+from cbp_jax.experiments import learners
+
+
+def memory():
+    """Bytes in use of all devices, or of the process where devices do not tell."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return sum(each["bytes_in_use"] for each in stats)
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def images(count):
+    rng = np.random.default_rng(0)
+    bytes_ = rng.integers(0, 256, (count, 28, 28, 1), dtype=np.uint8)
+    return data.Dataset(bytes_, rng.integers(0, 10, count).astype(np.int32), 10, "random")
+
+
+def main():
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="cbp")
+    parser.add_argument("--width", type=int, default=100)
+    parser.add_argument("--examples", type=int, default=200, help="of a task")
+    parser.add_argument("--tasks", type=int, default=1000)
+    parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 8, 32])
+    parser.add_argument("--lines", type=int, nargs="+", default=None, help="tasks after which a line is printed")
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(
+        f"jax {jax.__version__}, {jax.local_device_count()} x {device.device_kind} ({device.platform}), "
+        f"{platform.processor() or platform.machine()}"
+    )
+    print(f"{args.method}, width {args.width}, {args.examples} examples a task, batch 1")
+    print(
+        f"{'lanes':>5} {'tasks':>6} {'s a task':>10} {'s a task, lane':>15} {'memory, MB':>11} {'compiled in, s':>15}"
+    )
+    problem = problems.online_permuted(images(max(args.examples, 1000)), examples_per_task=args.examples)
+    method = learners.parse_method(args.method)
+    lines = set(args.lines or [task for task in (10, 100, 1000, 10_000) if task < args.tasks] + [args.tasks])
+    for lanes in args.lanes:
+        learner = learners.make_learner([method], (args.width,) * 3, "relu", problem.input_shape, problem.num_classes)
+        numbers = {name: np.full(lanes, value) for name, value in method.hyperparameters.items()}
+        seconds, first, since = [], None, time.perf_counter()
+        with training.one_blas_thread():
+            for task, _ in enumerate(
+                training.run_tasks(learner, problem, np.arange(lanes), numbers, args.tasks, measured_examples=100), 1
+            ):
+                now = time.perf_counter()
+                if first is None:
+                    first = now - since
+                else:
+                    seconds.append(now - since)
+                since = now
+                if task in lines and seconds:
+                    each = statistics.median(seconds[len(seconds) // 2 :])
+                    print(
+                        f"{lanes:5} {task:6} {each:10.4f} {each / lanes:15.5f} {memory() / 1e6:11.1f} {first:15.1f}",
+                        flush=True,
+                    )
+                    seconds = []
+
+
+if __name__ == "__main__":
+    main()
