@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, and what is kept of an earlier run."""
+"""The folder of a run: locking, and resuming an earlier run."""
 
 import contextlib
 import hashlib
@@ -16,24 +16,23 @@ STATE_FILE = "state.msgpack"
 
 @contextlib.contextmanager
 def opened(results: Any, out: Path) -> Iterator[Any]:
-    """Keeps a folder for a run until its end, and finds what an earlier one has done there.
+    """Locks a folder for a run until its end, and loads the results of an earlier run.
 
     Args:
-      results: of the run, empty; see `report.new_results`.
-      out: the folder, made if it is not there.
+      results: empty results of the run; see `report.new_results`.
+      out: the folder; created if needed.
 
     Yields:
-      the results in the folder where they are of this run, else `results`.
+      the results in the folder if they belong to this run, otherwise `results`.
 
     Raises:
-      BlockingIOError: another run is at work there.
-      ValueError: the folder has results that cannot be read, or those of a run that differs in anything. They are left
-        as they are.
+      BlockingIOError: another run is using the folder.
+      ValueError: the folder has results that cannot be read, or results of a different run. They are not changed.
     """
     with files.locked(out):
         found = _found(out)
         if found is None:
-            (out / STATE_FILE).unlink(missing_ok=True)  # of no use without the results before it
+            (out / STATE_FILE).unlink(missing_ok=True)  # useless without the earlier results
             yield results
             return
         _refuse_other(found, out, results.attrs["experiment"], results.attrs["settings"])
@@ -46,7 +45,7 @@ def opened(results: Any, out: Path) -> Iterator[Any]:
 
 
 def check(out: Path, experiment: str, settings: Any) -> None:
-    """Refuses a folder that holds anything but an earlier run of the same settings, or is in use.
+    """Raises if a folder holds anything but an earlier run of the same settings, or is in use.
 
     Args:
       out: the folder.
@@ -54,7 +53,7 @@ def check(out: Path, experiment: str, settings: Any) -> None:
       settings: its settings, a dataclass.
 
     Raises:
-      BlockingIOError: another run is at work there.
+      BlockingIOError: another run is using the folder.
       NotADirectoryError: it is a file.
       ValueError: it holds other things.
     """
@@ -72,7 +71,7 @@ def check(out: Path, experiment: str, settings: Any) -> None:
 
 
 def digest(results: Any, methods: Sequence[str], tasks: int) -> bytes:
-    """A checksum of what was measured of the first tasks of some methods."""
+    """A checksum of the results of some methods on the first tasks."""
     found = hashlib.sha256()
     for name, values in results.data_vars.items():
         kept = values.loc[{"method": list(methods)}].isel(task=slice(tasks)).values
@@ -111,7 +110,7 @@ def _refuse_other(found: Any, out: Path, experiment: str, settings: str) -> None
 
 
 def _differing_shapes(found: Any, results: Any) -> list[str]:
-    """What two runs of the same settings differ in where two versions made them."""
+    """Differences between runs of the same settings by two versions of the library."""
     differing = []
     old, new = list(found.data_vars), list(results.data_vars)
     if set(old) != set(new):
