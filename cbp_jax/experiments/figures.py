@@ -1,4 +1,4 @@
-"""Figures and tables of the papers: what reproduces each, what it costs, and what was run here."""
+"""Figures and tables of the papers: the command that reproduces each, its cost, and what was run here."""
 
 import dataclasses
 
@@ -18,9 +18,9 @@ class Figure:
       paper: its authors and year.
       name: as the paper numbers it.
       about: what it shows.
-      command: the words after `cbp-jax run` that reproduce it in the paper's size.
-      cost: of that, from times measured on 2 cores of a CPU.
-      here: at which size it was run for this repository; empty if it was not.
+      command: arguments of `cbp-jax run` that reproduce it at the paper's size.
+      cost: cost of that command, from times measured on 2 cores of a CPU.
+      here: the size at which it was run for this repository; empty if it was not.
     """
 
     paper: str

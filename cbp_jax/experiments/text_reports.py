@@ -11,12 +11,12 @@ from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
 from cbp_jax.report.statistics import mean_and_error
 
 PROBE = "probe"
-#: Of the accuracy that fine-tuning adds to the probe's, how much counts as kept.
+#: The fraction of the accuracy that fine-tuning adds to the probe's that must be kept.
 KEPT = 0.99
 
 
 def short(name: str) -> str:
-    """The name of a task as pictures and tables have it.
+    """The name of a task in pictures and tables.
 
     >>> short("texts/films.jsonl.gz"), short("docstrings/kind"), short("glue/sst2")
     ('films', 'docstrings/kind', 'glue/sst2')
@@ -28,7 +28,7 @@ def short(name: str) -> str:
 
 
 def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
-    """The mean of values and half the width of its 95% interval (Student's t), of those that are finite.
+    """The mean of finite values and half the width of its 95% interval (Student's t).
 
     >>> interval(np.array([0.5, 0.7]), 100), interval(np.array([0.5]), 100), interval(np.array([np.nan]))
     ('60.0 ± 127.1', '50.0', '-')
@@ -46,7 +46,7 @@ def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, the first row its head."""
+    """Lines of a table whose first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
@@ -58,7 +58,7 @@ def at(results: Any, name: str, method: str, *dims: str) -> np.ndarray:
 
 
 def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
-    """The least of a dimension's values that still keep what fine-tuning adds to a linear probe.
+    """The smallest density, or number of dimensions, that keeps what fine-tuning adds to a linear probe.
 
     Args:
       results: of `dominant_tickets`.
@@ -67,8 +67,8 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
       dim: "density" or "dimensions".
 
     Returns:
-      array [tasks]: the least value at which, and at all larger ones, the mean over seeds of the accuracy is at least
-      that of the probe and `KEPT` of what fine-tuning without a pull adds to it; NaN where no value will do, or where
+      array [tasks]: the smallest value such that there, and at all larger values, the mean accuracy over seeds is at
+      least that of the probe plus `KEPT` of what fine-tuning without a pull adds; NaN if there is no such value, or if
       fine-tuning adds nothing.
     """
     values = results[dim].values
@@ -82,22 +82,22 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
 
 
 def _plain(results: Any) -> str:
-    """The method of the weakest pull."""
+    """The method with the weakest pull."""
     methods = [method for method in results.method.values.tolist() if method != PROBE]
     strengths = [float(results.strength.loc[{"method": method}]) for method in methods]
     return methods[int(np.argmin(strengths))]
 
 
 def summary_of_tickets(results: Any) -> str:
-    """The results of `dominant_tickets` as tables of text.
+    """The results of `dominant_tickets` as text tables.
 
     Args:
       results: results of a run, finished or not.
 
     Returns:
-      for each method and task the accuracy in percent, the weights that changed, and the least density and number of
+      for each method and task the accuracy in percent, the weights that changed, and the smallest density and number of
       dimensions that keep 99% of what fine-tuning adds to a probe; then, of tickets that were trained alone, their
-      accuracy beside that with their changes in fine-tuning; then the overlap of tasks' tickets over chance.
+      accuracy beside that with their changes in fine-tuning; then the overlap of tasks' tickets relative to chance.
     """
     tasks, methods = results.name.values.tolist(), results.method.values.tolist()
     encoder = results.attrs.get("encoder", "an encoder")
@@ -156,7 +156,7 @@ def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str
 
 
 def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
+    """Plots accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
 
     Args:
       results: results of a run of `dominant_tickets`, finished or not.
@@ -235,7 +235,7 @@ def heat_maps(
     formats: Sequence[str],
     digits: int = 1,
 ) -> list[Path]:
-    """Draws matrices side by side, with their numbers; returns paths of the picture."""
+    """Draws matrices side by side, with their numbers. Returns paths of the picture."""
     from cbp_jax.report.results import require
 
     require("matplotlib")
