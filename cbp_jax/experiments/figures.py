@@ -226,7 +226,8 @@ FIGURES: tuple[Figure, ...] = (
         "5",
         "ranks of changes and of representations, against forgetting and plasticity, of all learners of a stream",
         "question_rank --preset laptop",
-        "150 lanes of 270,000 updates; 10 seconds a lane",
+        "140 lanes of 300,000 updates, and 336 to choose settings; an hour of one core",
+        "this command, ten seeds: shown",
     ),
     Figure(
         QUESTIONS,

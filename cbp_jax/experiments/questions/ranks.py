@@ -75,17 +75,22 @@ def lanes() -> list[Lane]:
     decays = {"step_size": STEP_SIZES, "l2": (1e-3, 3e-3, 1e-2), "noise": (2e-4, 2e-3)}
     perturbed = {"step_size": STEP_SIZES, "weight_decay": (1e-3, 1e-2), "sigma": (1e-3, 1e-2, 1e-1)}
     of_penalties = [lane for lane in penalties.lanes() if lane.name in ("l2", "l1", "l2_init", "l1_init")]
-    return [
-        BACKPROP,
-        Lane("adam", "adam", {"step_size": tuple(step / 10 for step in _FINE)}),
-        *of_penalties,
-        Lane("shrink_and_perturb", "shrink_and_perturb", decays),
-        Lane("upgd", "upgd", perturbed),
-        Lane("dropout", "dropout", {"step_size": STEP_SIZES, "dropout_rate": (0.01, 0.03, 0.05, 0.1, 0.2, 0.3)}),
-        *(Lane(name, name, {"step_size": _FINE}) for name in ("layer_norm", "online_norm", "crelu")),
-        Lane("redo", "redo", {"step_size": STEP_SIZES, "threshold": (0.01, 0.03, 0.1), "every": (1e3, 1e4)}),
-        Lane("cbp", "cbp", {"step_size": STEP_SIZES, "replacement_rate": RATES}),
+    others = {
+        "adam": {"step_size": tuple(step / 10 for step in _FINE)},
+        "shrink_and_perturb": decays,
+        "upgd": perturbed,
+        "dropout": {"step_size": STEP_SIZES, "dropout_rate": (0.01, 0.03, 0.05, 0.1, 0.2, 0.3)},
+        "layer_norm": {"step_size": _FINE},
+        "online_norm": {"step_size": _FINE},
+        "crelu": {"step_size": _FINE},
+        "redo": {"step_size": STEP_SIZES, "threshold": (0.01, 0.03, 0.1), "every": (1e3, 1e4)},
+        "cbp": {"step_size": STEP_SIZES, "replacement_rate": RATES},
+    }
+    # In pictures they are called as in all other experiments; there are too many for colors of their own.
+    of_others = [
+        Lane(name, name, space, learners.parse_method(name).look._replace(style=None)) for name, space in others.items()
     ]
+    return [BACKPROP, *of_penalties, *of_others]
 
 
 class State(NamedTuple):
