@@ -1,4 +1,4 @@
-"""What a user names by an import path, with settings: `my_package.my_module:my_function(width=64)`."""
+"""Objects given by an import path, with settings: `my_package.my_module:my_function(width=64)`."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ _PATH = re.compile(r"(?P<module>[\w.]+):(?P<attribute>[\w.]+)(?:\((?P<settings>.
 
 
 class Found(NamedTuple):
-    """What a path leads to."""
+    """An object found by its path."""
 
     path: str  # "module:attribute"
     value: Any
@@ -20,19 +20,19 @@ class Found(NamedTuple):
 
 
 def read(text: str, kind: str) -> Found | None:
-    """Imports what a text names.
+    """Imports the object that a text names.
 
-    The module is imported; modules of the current directory are found.
+    Its module is imported. Modules in the current directory are found too.
 
     Args:
-      text: such as `"my_package.my_module:my_function(width=64)"`; without settings the parentheses may be left out.
-      kind: what it may also be the name of, for errors: "learner".
+      text: such as `"my_package.my_module:my_function(width=64)"`. The parentheses are optional.
+      kind: what else the text could name, for error messages, such as "learner".
 
     Returns:
-      what it names, and the settings, see `read_settings`; None where the text has not this form.
+      the object, with its settings as in `read_settings`; None if the text does not have this form.
 
     Raises:
-      ValueError: there is no such module or attribute, or settings are not of their form.
+      ValueError: there is no such module or attribute, or the settings are malformed.
 
     Example:
       >>> read("math:gcd(width=64)", "function")
@@ -46,7 +46,7 @@ def read(text: str, kind: str) -> Found | None:
 
 
 def path_of(function: Any) -> str:
-    """The path of a function or a class, or of an object's class: a text that is the same in every process.
+    """The path of a function, a class, or an object's class: a text that is the same in every process.
 
     Example:
       >>> import math
@@ -58,7 +58,7 @@ def path_of(function: Any) -> str:
 
 
 def _imported(module: str, attribute: str, kind: str) -> Any:
-    # At the end, so that nothing there takes the place of what is installed.
+    # At the end, so that nothing there shadows installed packages.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -77,7 +77,7 @@ def _imported(module: str, attribute: str, kind: str) -> Any:
 
 
 def read_settings(text: str) -> dict[str, Any]:
-    """Reads settings as they stand between parentheses.
+    """Parses settings as written between parentheses.
 
     Args:
       text: such as `"width=64, norm=layer, bias=false"`. Values are numbers, text (quoted or a bare word), true, false,
@@ -87,7 +87,7 @@ def read_settings(text: str) -> dict[str, Any]:
       the values by name.
 
     Raises:
-      ValueError: it is not of this form, or a name is given twice.
+      ValueError: the text is malformed, or a name is given twice.
 
     Example:
       >>> read_settings("widths=(8, 16), norm=layer, bias=false")
@@ -110,7 +110,7 @@ def read_settings(text: str) -> dict[str, Any]:
 
 
 def _read_value(name: str, node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):  # a bare word, which a shell needs no quotes around
+    if isinstance(node, ast.Name):  # a bare word, so that no quotes are needed in a shell
         if node.id.lower() in ("inf", "nan"):
             raise ValueError(f"{name} must be a finite number of float32, got {node.id.lower()}")
         return {"true": True, "false": False}.get(node.id, node.id)

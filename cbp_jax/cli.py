@@ -19,16 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-      argv: the words of the command line, by default those of the process.
+      argv: the arguments of the command line, by default those of the process.
 
     Returns:
-      the exit status: 0; 2 for a mistake of the user's, told in one line; 130 where the user stopped it, and
-      143 where SIGTERM did.
+      the exit status: 0; 2 for a user error, reported in one line; 130 if the user stopped it; 143 after SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = {"list": _list, "run": _run, "plot": _plot, "runs": _runs, "bench": _bench, "data": _data}
     parser = argparse.ArgumentParser(prog="cbp-jax", description=__doc__)
-    parser.add_argument("command", choices=commands, help="`cbp-jax COMMAND --help` tells more")
+    parser.add_argument("command", choices=commands, help="`cbp-jax COMMAND --help` shows its options")
     if not argv or argv[0] not in commands:
         parser.parse_args(argv[:1])
         parser.error("a command is needed")
@@ -71,7 +70,9 @@ def _list(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cbp-jax list", description="Lists experiments, presets, learners and datasets."
     )
-    parser.add_argument("what", nargs="?", choices=["figures"], help="the papers' figures, and what reproduces each")
+    parser.add_argument(
+        "what", nargs="?", choices=["figures"], help="the papers' figures, with the commands that reproduce them"
+    )
     from cbp_jax import bench, data, experiments, nets
     from cbp_jax.experiments import figures, learners
 
@@ -129,13 +130,13 @@ def _run(argv: list[str]) -> None:
         nargs="+",
         default=[],
         metavar="SETTING=VALUE,VALUE",
-        help="run every method that has these settings with every combination of their values, such as "
+        help="run every method that has these settings, with every combination of their values, such as "
         "replacement_rate=1e-4,1e-5 step_size=0.01,0.003",
     )
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="only print what would be compiled, how many lanes (methods times seeds) run, and the memory they take",
+        help="only print what would be compiled, how many lanes (methods times seeds) would run, and their memory",
     )
     parser.add_argument(
         "--lanes-at-once",
@@ -149,13 +150,13 @@ def _run(argv: list[str]) -> None:
         nargs="+",
         default=[],
         choices=["jsonl", "tensorboard"],
-        help="write as tasks end, too: a line of JSON for each task and method (log.jsonl), scalars for TensorBoard",
+        help="also log each finished task: a line of JSON for each task and method (log.jsonl), or TensorBoard scalars",
     )
     parser.add_argument(
         "--no-compilation-cache",
         action="store_true",
-        help="compile all anew; compiled programs are else kept in the folder for caches of the user, or in that which "
-        "JAX_COMPILATION_CACHE_DIR names",
+        help="compile everything anew. Otherwise compiled programs are cached in the user's cache folder, or in "
+        "JAX_COMPILATION_CACHE_DIR",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.add_argument("-h", "--help", action="store_true")
@@ -187,13 +188,13 @@ def _run(argv: list[str]) -> None:
     from cbp_jax.experiments import folder
 
     if not given.no_compilation_cache and (kept := cli_compiled.keep_compiled()):
-        print(f"compiled programs are kept in {kept} (--no-compilation-cache: they are not)", file=sys.stderr)
+        print(f"compiled programs are cached in {kept} (turn this off by --no-compilation-cache)", file=sys.stderr)
 
     if share is not None and share.count == 1:
         share = None
     if not given.plan:
         folder.check(out, experiment.name, settings, share)
-    _use_all_cores()  # before a user's module is imported, which may start JAX
+    _use_all_cores()  # before importing a user's module, which may start JAX
     asked_for = [name for name, value in vars(settings).items() if value != getattr(start, name)]
     how = {} if share is None else {"processes": share.count}
     job = experiment.prepare(settings, asked_for, lanes_at_once=given.lanes_at_once, **how)
@@ -248,13 +249,13 @@ def _plot(argv: list[str]) -> None:
         "run_dir",
         type=Path,
         nargs="+",
-        help="folder of a run, finished or not; or of several, of other seeds or methods",
+        help="folder of a run, finished or not; or several folders, with other seeds or methods",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=None,
-        help="folder for the pictures, by default that of the run; of several runs, also for their joined results",
+        help="folder for the pictures, by default that of the run; for several runs also for their joined results",
     )
     parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
     args = parser.parse_args(argv)
@@ -283,7 +284,7 @@ def _swept(experiment: Any, settings: Any, grid: dict[str, tuple[str, ...]]) -> 
 def _runs(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cbp-jax runs",
-        description="Lists the runs in a folder and below it: what they are, how far they have come, and their best.",
+        description="Lists the runs in a folder and its subfolders: settings, progress, and best results.",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look, by default runs")
     from cbp_jax import report
@@ -293,7 +294,7 @@ def _runs(argv: list[str]) -> None:
 
 
 def _told(settings: Any) -> str:
-    """A line for each setting, as it would be given."""
+    """A line for each setting, as it would be given on the command line."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     width = max(map(len, values))
     shown = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -301,7 +302,7 @@ def _told(settings: Any) -> str:
 
 
 def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",), experiment: Any = None) -> None:
-    """Prints the table of a run and draws its pictures, as its experiment would have them."""
+    """Prints the table of a run and draws its pictures, as its experiment defines them."""
     from cbp_jax import experiments
     from cbp_jax.experiments import learners
 
@@ -321,7 +322,7 @@ def _bench(argv: list[str]) -> None:
 def _data(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="cbp-jax data", description="Prepares datasets from files on this machine.")
     actions = parser.add_subparsers(dest="action", required=True)
-    prepare = actions.add_parser("prepare", help="makes a tensorflow-datasets dataset of local files")
+    prepare = actions.add_parser("prepare", help="creates a tensorflow-datasets dataset from local files")
     prepare.add_argument("name", help="mnist, fashion_mnist, kmnist or cifar10")
     prepare.add_argument(
         "--from",
@@ -334,7 +335,7 @@ def _data(argv: list[str]) -> None:
         "--data-dir",
         type=Path,
         default=None,
-        help="where datasets are kept; tensorflow-datasets' default if not given",
+        help="folder of the datasets, by default that of tensorflow-datasets",
     )
     args = parser.parse_args(argv)
     from cbp_jax import data
@@ -373,13 +374,13 @@ def _hash(settings: Any) -> str:
 
 
 def _use_all_cores() -> None:
-    """Lets the lanes of a CPU run use every core; has to come before JAX starts."""
+    """Lets the lanes of a CPU run use every core. Must be called before JAX starts."""
     import jax
 
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # JAX has started already
+    with contextlib.suppress(RuntimeError):  # JAX has already started
         jax.config.update("jax_num_cpu_devices", cores or 1)
 
 

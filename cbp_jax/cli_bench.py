@@ -1,4 +1,4 @@
-"""`cbp-jax bench`: methods on the problems of a suite, with an equal budget for tuning."""
+"""`cbp-jax bench`: compares methods on the problems of a suite, with an equal tuning budget."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
     out = args.out or Path("runs") / f"bench-{suite.name}"
     folders = [folder for folder in (out, args.published) if folder is not None]
     if not args.method and not args.report:
-        raise ValueError("--method must name what is run ('all' is every learner), or --report be given for the table")
+        raise ValueError("--method must name the methods to run ('all' for every learner), unless --report is given")
     if args.published is not None and not args.published.is_dir():
         raise FileNotFoundError(f"--published must be a folder of results, and there is none at {args.published}")
     texts = list(LEARNERS) if args.method == ["all"] else args.method
@@ -50,7 +50,7 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cbp-jax bench",
-        description="Tunes methods on the problems of a suite, all with the same budget, runs the best settings with "
+        description="Tunes all methods with the same budget on the problems of a suite, runs the best settings with "
         "other seeds, and makes one table of all results.",
         epilog="One row beside published ones: cbp-jax bench --suite small --method my_module:my_factory "
         "--published benchmarks/results/bench-small",
@@ -61,18 +61,18 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="METHOD",
-        help="what is run, as in `cbp-jax run --methods`: settings that are given are not searched; 'all' is every "
-        "learner. A function of your own is searched in its attribute `space`, if it has one",
+        help="methods to run, as in `cbp-jax run --methods`. Settings that are given are not tuned. 'all' is every "
+        "learner. A function of your own is tuned over its attribute `space`, if it has one",
     )
-    parser.add_argument("--problems", nargs="+", default=None, help="some of the suite's problems; all by default")
+    parser.add_argument("--problems", nargs="+", default=None, help="subset of the suite's problems; all by default")
     parser.add_argument(
         "--out", type=Path, default=None, help="folder for results, table and picture; by default runs/bench-SUITE"
     )
     parser.add_argument(
         "--published", type=Path, default=None, metavar="DIR", help="folder of results that the table also shows"
     )
-    parser.add_argument("--report", action="store_true", help="make the table and picture of what is there")
-    parser.add_argument("--formats", nargs="+", default=["png"], help="of the picture, such as png pdf svg")
+    parser.add_argument("--report", action="store_true", help="only make the table and picture of existing results")
+    parser.add_argument("--formats", nargs="+", default=["png"], help="formats of the picture, such as png pdf svg")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 

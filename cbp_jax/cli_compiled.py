@@ -1,4 +1,4 @@
-"""Where the command line keeps compiled programs, so that the next run does not compile them again."""
+"""Cache for compiled programs of the command line, so that the next run does not compile them again."""
 
 import hashlib
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 
-# What takes less is compiled again; a laptop preset has many small programs.
+# Programs that compile faster are not cached. A laptop preset has many small programs.
 _LEAST_SECONDS = 0.1
 
 
 def user_cache() -> Path:
-    """The folder for caches of this user, by the convention of the platform."""
+    """The user's cache folder, by the convention of the platform."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     if sys.platform == "win32":
@@ -22,14 +22,14 @@ def user_cache() -> Path:
 
 
 def keep_compiled() -> Path | None:
-    """Turns JAX's persistent compilation cache on, in a folder of the user's.
+    """Turns on JAX's persistent compilation cache, in the user's cache folder.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off, as always
-    in JAX; what a program has configured stays too.
+    As always in JAX, `JAX_COMPILATION_CACHE_DIR` names another folder, and `JAX_ENABLE_COMPILATION_CACHE=false` turns
+    the cache off. A program's own configuration is not changed.
 
     Returns:
-      the folder, where it has just been made, to be told; else None. None too where it cannot be made, and nothing is
-      kept then.
+      the folder if it was created just now, so that the user can be informed; otherwise None. If it cannot be created,
+      nothing is cached, and None is returned.
     """
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return None
@@ -52,7 +52,7 @@ def keep_compiled() -> Path | None:
 
 
 def _machine() -> str:
-    """A name for machines that run each other's programs: homes are shared by those that do not."""
+    """An identifier of the machine's type: machines that share a home may not run each other's programs."""
     about = [platform.system(), platform.machine(), platform.processor()]
     try:
         cpu = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Logs of a run that other programs read while it goes on."""
+"""Logs that other programs can read during a run."""
 
 import datetime
 import json
@@ -12,10 +12,10 @@ TENSORBOARD = "tensorboard"
 
 
 class JsonLines:
-    """Writes a line of JSON for each finished task of each method: time, method, task, and means of what was measured.
+    """Writes a line of JSON for each finished task of each method: time, method, task, and mean measurements.
 
-    A lane that diverges gets a line too, with method, task and seed. Lines are added: a run that goes on goes on here,
-    and writes those tasks again that it does again.
+    A lane that diverges gets a line too, with method, task and seed. Lines are appended: a resumed run continues the
+    file, and repeated tasks are written again.
 
     Args:
       folder: of the run.
@@ -25,7 +25,7 @@ class JsonLines:
         self._path = Path(folder) / JSON_LINES
 
     def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
-        """Writes a task, which counts from 0; what is not finite is null."""
+        """Writes a task, counted from 0. Non-finite values become null."""
         numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}
         self._write({"method": method, "task": task, **numbers})
 
@@ -40,7 +40,7 @@ class JsonLines:
 
 
 class Tensorboard:
-    """Writes scalars for TensorBoard, a run of its for each method; needs tensorboardX.
+    """Writes scalars for TensorBoard, one run for each method. Requires tensorboardX.
 
     Args:
       folder: of the run.
@@ -66,14 +66,14 @@ class Tensorboard:
         writer.flush()
 
     def diverged(self, method: str, seed: int, task: int) -> None:
-        """Has no place in scalars."""
+        """Does nothing, since divergence is not a scalar."""
 
 
 LOGS: dict[str, Callable[[Path], Any]] = {"jsonl": JsonLines, "tensorboard": Tensorboard}
 
 
 class Logged:
-    """Tells logs what it is told, and then a bar.
+    """Forwards all calls to logs, and then to a progress bar.
 
     Args:
       bar: a `cli_progress.Bar`.

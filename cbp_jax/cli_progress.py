@@ -9,7 +9,7 @@ class Bar:
     Args:
       total: tasks times lanes.
       quiet: show nothing.
-      percent: show percents in place of tasks, where tasks of several problems are weighted.
+      percent: show percentages instead of tasks, if tasks of several problems are weighted.
     """
 
     def __init__(self, total: int, quiet: bool = False, percent: bool = False):
@@ -26,7 +26,7 @@ class Bar:
         self._bar.close()
 
     def __call__(self, methods: str, lanes: int, measures: dict[str, float]) -> None:
-        """Counts tasks of some methods: one of each of `lanes` lanes, or those found done, without measures."""
+        """Counts a finished task of each of `lanes` lanes. Tasks that were already done have no measurements."""
         shown = methods if len(methods) <= 30 else methods[:27] + "..."
         self._bar.set_description_str(shown, refresh=False)
         if "accuracy" in measures:
@@ -36,7 +36,7 @@ class Bar:
         self._bar.update(lanes)
 
     def diverged(self, method: str, seed: int, task: int) -> None:
-        """Tells of a lane whose loss is not finite any more, above the bar; `task` counts from 0."""
+        """Reports a lane whose loss is no longer finite, above the bar. `task` counts from 0."""
         from cbp_jax.experiments import stream
 
         self._bar.write(f"warning: {stream.diverged_text(method, seed, task)}", file=sys.stderr)

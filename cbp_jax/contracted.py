@@ -13,23 +13,23 @@ from jax.extend import core
 
 from cbp_jax import jaxprs, pooling
 
-# Where a kernel reads fewer channels than this, its patches are put together first: products of few columns are slow.
+# If a kernel reads fewer channels than this, its patches are concatenated first: products of few columns are slow.
 _FEW_CHANNELS = 33
 
 
 def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the convolutions of a network matrix products, on a CPU; elsewhere the network stays as it is.
+    """Computes the convolutions of a network as matrix products on a CPU. On other devices the network is unchanged.
 
-    XLA runs convolutions on a CPU as plain loops on one thread where they stand inside a loop, as training steps under
-    `jax.lax.scan` do, and matrix products as fast as ever: steps of a residual network are an order of magnitude faster
-    with these (`benchmarks/convolutions.py`). What is computed is the same within rounding.
+    Inside a loop, such as training steps under `jax.lax.scan`, XLA runs convolutions on a CPU as naive loops on one
+    thread, while matrix products stay fast. With products, steps of a residual network are about ten times faster
+    (`benchmarks/convolutions.py`). Results are the same within rounding.
 
-    A convolution is the sum over its kernel's places of products of the image, shifted, with the kernel's entries
-    there: `out[b, y, x] = sum_ij image[b, s y + i, s x + j] @ kernel[i, j]` with stride s. Convolutions with a dilated
-    image (as transposed ones) or grouped over the batch stay convolutions.
+    A convolution is a sum over the kernel's spatial positions of products of the shifted image with the kernel's
+    entries: `out[b, y, x] = sum_ij image[b, s y + i, s x + j] @ kernel[i, j]` with stride s. Convolutions with a
+    dilated image (such as transposed ones) or grouped over the batch stay convolutions.
 
-    XLA's derivative of pooling is as slow on a CPU, and is replaced too, for maxima, minima, and sums (averages) over
-    windows that do not overlap. Values and gradients of pooling stay the same to the last bit (see `cbp_jax.pooling`).
+    XLA's derivative of pooling is also slow on a CPU, and is replaced too, for maxima, minima, and sums (averages) over
+    windows that do not overlap. Values and gradients of pooling stay bit for bit the same (see `cbp_jax.pooling`).
 
     Args:
       function: of arrays or pytrees of arrays; keyword arguments are not traced.
@@ -60,21 +60,22 @@ def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates an equation; a convolution that can be is contracted, and pooling gets its other derivative."""
+    """Evaluates an equation. Convolutions become products where possible, and pooling gets the faster derivative."""
     params = eqn.params
     if (
         eqn.primitive.name == "conv_general_dilated"
         and params["batch_group_count"] == 1
         and set(params["lhs_dilation"]) <= {1}
     ):
-        return [_contract(*values, params)]
+        image, kernel = values
+        return [_contract(image, kernel, params)]
     if pooling.is_followed(eqn):
         return [pooling.pool(eqn, *values)]
     return jaxprs.bind(eqn, values)
 
 
 def _contract(image: chex.Array, kernel: chex.Array, params: dict[str, Any]) -> chex.Array:
-    """A convolution by the parameters of its equation, as products."""
+    """Computes a convolution, given by the parameters of its equation, as products."""
     dims, groups = params["dimension_numbers"], params["feature_group_count"]
     image = image.transpose(dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1])  # batch, places, channels
     kernel = kernel.transpose(*dims.rhs_spec[2:], dims.rhs_spec[1], dims.rhs_spec[0])  # places, channels in, out
@@ -86,14 +87,15 @@ def _contract(image: chex.Array, kernel: chex.Array, params: dict[str, Any]) -> 
     sizes = [(size - span) // step + 1 for size, span, step in zip(image.shape[1:-1], reach, strides, strict=True)]
 
     def shifted(place: Sequence[int]) -> chex.Array:
-        """What the kernel's entries at a place are multiplied with, for every place of the output."""
+        """The pixels that the kernel's entries at one spatial position are multiplied with, for every output
+        position."""
         starts = [index * step for index, step in zip(place, dilation, strict=True)]
         ends = [start + (size - 1) * step + 1 for start, size, step in zip(starts, sizes, strides, strict=True)]
         limits = (image.shape[0], *ends, image.shape[-1])
         return jax.lax.slice(image, (0, *starts, 0), limits, (1, *strides, 1))
 
     def product(x: chex.Array, w: chex.Array) -> chex.Array:
-        """Of channels [..., in] with entries [in, out], group by group where there are groups."""
+        """Product of channels [..., in] with entries [in, out], group by group if there are groups."""
         options = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
         if groups == 1:
             return jnp.matmul(x, w, **options)

@@ -1,21 +1,22 @@
-r"""The diagonal of a loss' Hessian: exact, by Hutchinson's estimate, and by HesScale.
+r"""The diagonal of a loss's Hessian: exact, by Hutchinson's estimate, and by HesScale.
 
-| | what it gives | what it costs |
+| | result | cost |
 |---|---|---|
-| `hessian_diagonal` | exact | about three evaluations of the loss for every entry: small networks only |
-| `hutchinson` | unbiased, noisy | two to three gradients and a sign for every entry, a sample; any network |
-| `hesscale` | an approximation without noise | one more backward pass, feed-forward networks |
+| `hessian_diagonal` | exact | about three evaluations of the loss for every entry; only for small networks |
+| `hutchinson` | unbiased, noisy | for each sample two to three gradients, and a random sign for every entry; any
+network |
+| `hesscale` | an approximation without noise | one more backward pass; feed-forward networks |
 
-HesScale (Elsayed et al. 2024, after Becker & Le Cun 1989) carries next to the gradient :math:`\partial L / \partial z`
-of every array :math:`z` of the network an approximation :math:`\hat h_z` of :math:`\partial^2 L / \partial z^2`, entry
-by entry. Before an operation :math:`z = f(u)` the chain rule has
+HesScale (Elsayed et al. 2024, after Becker & Le Cun 1989) propagates, next to the gradient :math:`\partial L / \partial
+z` of every array :math:`z` of the network, an approximation :math:`\hat h_z` of :math:`\partial^2 L / \partial z^2`,
+entry by entry. For an operation :math:`z = f(u)` the chain rule says
 
 .. math::
     \frac{\partial^2 L}{\partial u_i^2} = \sum_k \frac{\partial L}{\partial z_k} \frac{\partial^2 z_k}{\partial u_i^2}
     + \sum_{k, l} \frac{\partial z_k}{\partial u_i} \frac{\partial z_l}{\partial u_i} \frac{\partial^2 L}{\partial z_k
     \partial z_l},
 
-and the one approximation is that terms with :math:`k \ne l` are dropped. For the layer :math:`a_l = W_l h_{l-1} + b_l`,
+and the only approximation is to drop terms with :math:`k \ne l`. For the layer :math:`a_l = W_l h_{l-1} + b_l`,
 :math:`h_l = \sigma(a_l)` and one example this reads
 
 .. math::
@@ -23,9 +24,9 @@ and the one approximation is that terms with :math:`k \ne l` are dropped. For th
     \hat h_{h_{l-1}} = (W_l^{\circ 2})^\top \hat h_{a_l}, \qquad
     \hat h_{W_l} = \hat h_{a_l} (h_{l-1}^{\circ 2})^\top, \qquad \hat h_{b_l} = \hat h_{a_l}.
 
-It starts from the exact diagonal at the outputs: :math:`q - q^2` for softmax cross-entropy with probabilities q (where
-Becker & Le Cun pass through the softmax as through any activation), 2 for squared errors. So it is exact for the last
-layer; and where the Hessian of the outputs is diagonal, as for squared errors, for the dense layer before it as well.
+It starts from the exact diagonal at the outputs: :math:`q - q^2` for softmax cross-entropy with probabilities q (Becker
+& Le Cun treat the softmax like any activation), and 2 for squared errors. So it is exact for the last layer. If the
+Hessian of the outputs is diagonal, as for squared errors, it is also exact for the dense layer before it.
 
 References:
   Elsayed, Farrahi, Dangel & Mahmood, `Revisiting scalable Hessian diagonal approximations for applications in
@@ -49,9 +50,9 @@ from cbp_jax.units import groups
 __all__ = ["hesscale", "hessian_diagonal", "hutchinson"]
 
 
-# Elementwise primitives that are linear piece by piece in several activations at once.
+# Elementwise primitives that are piecewise linear in several activations at once.
 _MEETINGS = frozenset("add add_any max min select_n sub".split())
-# Every output element is a sum of operand elements, or one that is selected: coefficients are their own squares.
+# Every output element is a sum of operand elements, or selects one: coefficients are 0 or 1, their own squares.
 _SELECTIONS = jaxprs.POOLING | frozenset(
     """broadcast_in_dim concatenate cumsum dynamic_slice expand_dims gather pad reduce_max reduce_min reduce_sum reshape
     rev slice split squeeze stack tile transpose""".split()
@@ -59,7 +60,7 @@ _SELECTIONS = jaxprs.POOLING | frozenset(
 
 
 def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk_size: int = 256) -> Any:
-    """The exact diagonal of a loss' Hessian, for small networks.
+    """The exact diagonal of a loss's Hessian, for small networks.
 
     Takes the second derivative of the loss along every entry, forward over forward: about three evaluations of the
     loss for every entry of the params, `chunk_size` of them at once. Time is quadratic in the size of the network;
@@ -68,7 +69,7 @@ def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk
     Args:
       loss_fn: `loss_fn(params) -> loss`, a scalar.
       params: pytree of float arrays.
-      chunk_size: how many entries are done together.
+      chunk_size: how many entries are computed at once.
 
     Returns:
       a pytree like params.
@@ -104,17 +105,17 @@ def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk
             return jax.vmap(second_derivative)(entries).reshape(leaf.shape)
         return jax.lax.map(second_derivative, entries, batch_size=chunk_size).reshape(leaf.shape)
 
-    return treedef.unflatten([of_leaf(number) for number in range(len(leaves))])
+    return jax.tree.unflatten(treedef, [of_leaf(number) for number in range(len(leaves))])
 
 
 def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNGKey, samples: int = 1) -> Any:
-    r"""Hutchinson's unbiased estimate of the diagonal of a loss' Hessian.
+    r"""Hutchinson's unbiased estimate of the diagonal of a loss's Hessian.
 
     .. math:: \mathrm{diag}(H) = E[v \circ H v], \qquad v_i = \pm 1 \text{ with equal probability}
 
     The variance of an entry over samples is the sum of the squares of the other entries of its row of the Hessian.
-    A sample costs two to three gradients and the draw of a sign for every entry, which is most of it where batches are
-    small; samples are taken one after the other.
+    A sample costs two to three gradients and a random sign for every entry. For small batches the signs are most of the
+    cost. Samples are computed one after another.
 
     Args:
       loss_fn: `loss_fn(params) -> loss`, a scalar, of any network.
@@ -126,7 +127,8 @@ def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNG
       a pytree like params.
 
     Raises:
-      TypeError, ValueError: params are not of float types, or there is no sample.
+      TypeError: a leaf of params is not of a float type.
+      ValueError: `samples` is less than 1.
 
     Example:
       >>> diagonal = hutchinson(lambda p: jnp.sum(p**3), jnp.arange(3.0), jax.random.key(0))
@@ -161,33 +163,32 @@ def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNG
 def hesscale(
     apply_fn: Callable[..., Any], params: Any, x: Any, targets: chex.Array, loss: str = "softmax_cross_entropy"
 ) -> tuple[chex.Array, Any, Any]:
-    """HesScale's approximation of the diagonal of a loss' Hessian, with the loss and its gradient.
+    """HesScale's approximation of the diagonal of a loss's Hessian, with the loss and its gradient.
 
-    The network is traced, and its operations are walked backward once with gradient and curvature side by side; see
-    the module's docstring for the recursion. Nothing is assumed about its layers: followed are products and
-    convolutions with parameters, biases, elementwise functions (exactly, whatever primitives they are written in),
-    reshapes, transposes, concatenations, sums, gathers, average and max pooling, sums of branches, and dropout. Where
-    a parameter is used at several places (positions of a convolution) or branches meet, cross terms are dropped, as
-    everywhere.
+    The network is traced, and one backward pass through its operations propagates gradient and curvature together; see
+    the module's docstring for the recursion. Supported are products and convolutions with parameters, biases,
+    elementwise functions (exactly, no matter which primitives they consist of), reshapes, transposes, concatenations,
+    sums, gathers, average and max pooling, sums of branches, and dropout. Cross terms are also dropped where a
+    parameter is used at several places (positions of a convolution) and where branches meet.
 
     Args:
       apply_fn: `apply_fn(params, x) -> outputs`, an array [batch, ..., outputs]. Examples must not be mixed.
       params: pytree of float arrays.
-      x: inputs, an array [batch, ...] or a pytree of them; no derivative is taken for them.
+      x: inputs, an array [batch, ...] or a pytree of arrays. No derivatives are taken with respect to them.
       targets: for cross-entropy, class numbers [batch, ...] of an integer type, or probabilities [batch, ..., outputs]
         of a float type; for squared errors, values [batch, ..., outputs].
       loss: "softmax_cross_entropy", whose outputs are logits, or "squared_error", the sum over outputs of
         `(output - target)**2`, without a factor of a half. Either is averaged over all axes but the last.
 
     Returns:
-      `(loss, grads, hessian_diagonal)`: a scalar, and two pytrees like params. They are of the mean loss over the
-      batch: entries are means over examples.
+      `(loss, grads, hessian_diagonal)`: a scalar, and two pytrees like params. All are those of the mean loss over the
+      batch.
 
     Raises:
       TypeError: a leaf of params is not of a float type.
-      ValueError: the network has an operation that is not followed (it is named), such as a product of two
-        activations, which normalisation and attention are made of; its output is no single array with a last axis
-        of outputs; targets do not fit the outputs; or the loss is unknown.
+      ValueError: the network has an unsupported operation, which the message names, such as the product of two
+        activations in normalization and attention; its output is not a single array whose last axis is the outputs;
+        targets do not fit the outputs; or the loss is unknown.
 
     Example:
       >>> def apply(params, x):
@@ -219,15 +220,15 @@ def hesscale(
     walk.pull_back()
     grads = [jnp.zeros_like(node.value) if node.grad is None else node.grad for node in weights]
     curves = [jnp.zeros_like(node.value) if node.curve is None else node.curve for node in weights]
-    return value, treedef.unflatten(grads), treedef.unflatten(curves)
+    return value, jax.tree.unflatten(treedef, grads), jax.tree.unflatten(treedef, curves)
 
 
 @dataclasses.dataclass(eq=False)
 class _Node:
     """A value of the network.
 
-    An elementwise function of one other value, its root, has its derivatives with respect to it, so that a chain of
-    primitives, even one that branches and meets again as x * sigmoid(x) does, is pulled back as the one function it is.
+    An elementwise function of one other value, its root, stores its derivatives with respect to the root. So a chain of
+    primitives, even one that branches and joins again, such as x * sigmoid(x), is differentiated as one function.
     """
 
     value: chex.Array
@@ -240,7 +241,7 @@ class _Node:
     curve: chex.Array | None = None  # second derivative of the loss
 
     def add(self, grad: chex.Array, curve: chex.Array) -> None:
-        """Adds what one consumer passes back; sums over axes along which it was broadcast."""
+        """Adds what one consumer passes back, summed over axes along which the value was broadcast."""
         grad, curve = self._fit(grad), self._fit(curve)
         self.grad = grad if self.grad is None else self.grad + grad
         self.curve = curve if self.curve is None else self.curve + curve
@@ -252,12 +253,12 @@ class _Node:
         return jnp.sum(array, axes).reshape(shape).astype(self.value.dtype) if axes else array.astype(self.value.dtype)
 
 
-# (grads, curves) of an operation's outputs -> those of the operands it was recorded with.
+# (grads, curves) of an operation's outputs -> those of its operands.
 _Pull = Callable[[list[chex.Array], list[chex.Array]], tuple[Sequence[chex.Array], Sequence[chex.Array]]]
 
 
 class _Walk:
-    """Evaluates a jaxpr, and keeps how gradients and curvatures are passed back through it."""
+    """Evaluates a jaxpr, and records how gradients and curvatures are passed back through it."""
 
     def __init__(self):
         self.tape: list[tuple[list[_Node], list[_Node], _Pull]] = []
@@ -289,7 +290,7 @@ class _Walk:
     def step(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
         """Evaluates one equation."""
         name, data = eqn.primitive.name, any(node.data for node in nodes)
-        differentiable = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
+        differentiable = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)  # type: ignore[attr-defined]
         if name == "stop_gradient" or not differentiable or not any(node.active for node in nodes):
             return [_Node(value, data=data) for value in jaxprs.bind(eqn, [node.value for node in nodes])]
         if name in jaxprs.CONTRACTIONS:
@@ -305,7 +306,7 @@ class _Walk:
             return self.run(body, nodes)
         if [inner.primitive.name in jaxprs.POOLING for inner in body.jaxpr.eqns] == [True]:
             return self.selection(eqn, nodes)
-        # The call stands for its body only if that is elementwise; then its own derivatives are taken.
+        # A call is treated as one function only if its body is elementwise. Then the call's own derivatives are used.
         start, root = len(self.tape), _common_root(nodes)
         results = self.run(body, nodes)
         del self.tape[start:]
@@ -314,7 +315,7 @@ class _Walk:
         return self.elementwise(eqn, nodes)
 
     def contraction(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
-        """A product or convolution: linear in either operand, its coefficients the entries of the other."""
+        """A product or convolution: linear in each operand, with the other operand's entries as coefficients."""
         if all(node.active and node.data for node in nodes):
             raise ValueError(_not_followed(eqn.primitive.name, "it is a product of two activations"))
 
@@ -343,7 +344,7 @@ class _Walk:
 
         def pull(grads, curves):
             curves = transpose(curves)
-            if eqn.primitive.name in ("reduce_max", "reduce_min"):  # k entries that tie have coefficients 1/k
+            if eqn.primitive.name in ("reduce_max", "reduce_min"):  # k tied entries have coefficients 1/k
                 curves = [c * w for c, w in zip(curves, transpose([jnp.ones_like(v) for v in values]), strict=True)]
             return transpose(grads), curves
 
@@ -352,7 +353,7 @@ class _Walk:
         return results
 
     def elementwise(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
-        """An elementwise function: of the root that all operands have in common, or else of each operand."""
+        """An elementwise function of a root that all operands share, or of each operand separately."""
         operands, apply = _of_active(eqn, nodes)
         values = tuple(node.value for node in operands)
         (value,) = apply(*values)

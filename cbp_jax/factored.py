@@ -12,30 +12,31 @@ from jax.extend import core
 
 from cbp_jax import jaxprs
 
-# What makes of a parameter another view of it, or of its type.
+# Primitives that make a view of a parameter, or change its type.
 _VIEWS = frozenset(
     """reshape transpose squeeze expand_dims convert_element_type copy copy_p stop_gradient reduce_precision
     optimization_barrier""".split()
 )
-# Of these, what may as well be done to each factor of a product.
+# Those that can be applied to each factor of a product instead.
 _ALIKE = frozenset({"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision"})
 
 
 def apply_in_factors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a network apply kernels `W + c A B` factor by factor.
 
-    Where A and B have few columns and rows, their product is as large as the kernel, and so is the gradient that comes
-    to it: a step that trains A and B alone costs as much as one that trains W. In factors it is a third less. And the
-    columns of A make activations, which are units as others are: `cbp_jax.discover_units` does this by itself.
+    The product of A and B is as large as the kernel, and so is its gradient, even if A and B are small: a step that
+    trains only A and B costs as much as one that trains W. Applied in factors, it costs a third less. And the columns
+    of A compute activations, which are units like others: `cbp_jax.discover_units` does this automatically.
 
-    Products of two leaves of the first argument, perhaps reshaped, transposed or scaled, are followed to dense layers,
-    attention's projections and convolutions that are not grouped; elsewhere they are multiplied out as before.
+    Products of two leaves of the first argument, possibly reshaped, transposed or scaled, are applied in factors in
+    dense layers, attention projections and convolutions that are not grouped. Elsewhere they are multiplied as before.
 
     Args:
-      function: of arrays or pytrees of arrays, the first of which has the factors; keyword arguments are not traced.
+      function: takes arrays or pytrees of arrays, the first of which holds the factors. Keyword arguments are not
+        traced.
 
     Returns:
-      a function of the same arguments, which computes the same within rounding.
+      a function of the same arguments with the same results within rounding.
 
     Example:
       >>> function = lambda params, x: x @ (params["W"] + 0.5 * params["A"] @ params["B"])
@@ -58,7 +59,7 @@ def apply_in_factors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def multiplies_parameters(closed: core.ClosedJaxpr, count: int) -> bool:
-    """Whether the first `count` inputs of a jaxpr are multiplied with each other, as factors are."""
+    """Whether the first `count` inputs of a jaxpr are multiplied with each other, like factors."""
     return _multiplies(closed.jaxpr, closed.jaxpr.invars[:count])
 
 
@@ -72,7 +73,7 @@ def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], count: int) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter(jaxprs.Lazy):
-    """A view of a parameter, or of what is none: a kernel that is not trained, or data."""
+    """A view of a parameter, or of something else: a kernel that is not trained, or data."""
 
     value: Any
     constant: bool = False
@@ -88,11 +89,12 @@ class _Parameter(jaxprs.Lazy):
 
 @dataclasses.dataclass(frozen=True)
 class _Term:
-    """A low-rank matrix: `scale * left @ right`, of whose axes `left` [..., rank] and `right` [rank, ...] make some."""
+    """A low-rank matrix, `scale * left @ right`. Some of its axes come from `left` [..., rank], the others from `right`
+    [rank, ...]."""
 
     left: Any
     right: Any
-    left_places: tuple[int, ...]  # of the matrix' axes, for each of left's but the last
+    left_places: tuple[int, ...]  # the matrix's axis for each of left's axes but the last
     right_places: tuple[int, ...]
     scale: Any
     options: dict[str, Any]  # precision of the product
@@ -113,7 +115,7 @@ class _Term:
 
 @dataclasses.dataclass(frozen=True)
 class _Sum(jaxprs.Lazy):
-    """A kernel, or none, and low-rank changes of it."""
+    """A kernel, or None, and low-rank changes of it."""
 
     base: Any
     terms: tuple[_Term, ...]
@@ -145,7 +147,7 @@ def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _viewed(eqn: core.JaxprEqn) -> int | None:
-    """The place of the operand that an equation makes another view or a multiple of."""
+    """The position of the operand that an equation makes a view or a multiple of."""
     name, shapes = eqn.primitive.name, [jnp.shape(getattr(atom, "val", atom.aval)) for atom in eqn.invars]
     if len(shapes) == 1:
         return 0 if name in _VIEWS or name == "neg" else None
@@ -171,11 +173,11 @@ def _product(eqn: core.JaxprEqn, left: Any, right: Any) -> _Sum | None:
 
 
 def _of_sums(eqn: core.JaxprEqn, values: Sequence[Any], sums: Sequence[int]) -> _Sum | None:
-    """What an equation other than a product makes of sums, if that is a sum too."""
+    """The output of an equation other than a product on sums, if it is a sum too."""
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     first = values[sums[0]]
     if name in ("add", "add_any", "sub"):
-        # What is no parameter, such as a bias that is broadcast, says that these are activations.
+        # An operand that is not a parameter, such as a broadcast bias, shows that these are activations.
         if not all(isinstance(value, _Parameter | _Sum) and value.shape == shape for value in values):
             return None
         a, b = (value if isinstance(value, _Sum) else _Sum(value.value, ()) for value in values)
@@ -209,13 +211,13 @@ def _moved(term: _Term, to: Callable[[int], int]) -> _Term:
 
 
 def _contraction(eqn: core.JaxprEqn, values: Sequence[Any], kernel: int) -> Any:
-    """A kernel applied, and its low-rank changes, each in two steps."""
+    """Applies a kernel, and its low-rank changes, each in two steps."""
     value, (operand,) = values[kernel], jaxprs.settled([values[1 - kernel]])
-    if value.base is None or _is_own(values[1 - kernel]):  # of parameters alone: these are activations
+    if value.base is None or _is_own(values[1 - kernel]):  # computed from parameters only: these are activations
         return None
     pair = (operand, value.base) if kernel == 1 else (value.base, operand)
     apply = _convolved if eqn.primitive.name == "conv_general_dilated" else _contracted
-    out = jaxprs.bind(eqn, pair)[0]  # first, as units are named by the first kernel that makes them
+    out = jaxprs.bind(eqn, pair)[0]  # first, since units are named by the first kernel that writes them
     for term in value.terms:
         part = apply(eqn, term, operand, kernel)
         if part is None:
@@ -225,7 +227,7 @@ def _contraction(eqn: core.JaxprEqn, values: Sequence[Any], kernel: int) -> Any:
 
 
 def _contracted(eqn: core.JaxprEqn, term: _Term, operand: Any, kernel: int) -> Any:
-    """A low-rank matrix times activations, summed over all axes that one of its factors makes."""
+    """A low-rank matrix times activations, summed over all axes of one of its factors."""
     contracted, batch = eqn.params["dimension_numbers"]
     if batch != ((), ()):
         return None
@@ -239,7 +241,7 @@ def _contracted(eqn: core.JaxprEqn, term: _Term, operand: Any, kernel: int) -> A
         return None
     options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
     axes = tuple(places.index(axis) for axis in inside)
-    # All that is batched as one axis: with several XLA computes derivatives anew in another layout, on one thread.
+    # All batch axes as one. With several, XLA recomputes derivatives in another layout, on one thread.
     rest = [axis for axis in range(operand.ndim) if axis not in others]
     sizes = [operand.shape[axis] for axis in rest]
     rows = operand.transpose(*rest, *others).reshape(-1, *(operand.shape[axis] for axis in others))
@@ -253,7 +255,7 @@ def _contracted(eqn: core.JaxprEqn, term: _Term, operand: Any, kernel: int) -> A
 
 
 def _convolved(eqn: core.JaxprEqn, term: _Term, image: Any, kernel: int) -> Any:
-    """A convolution by as many channels as the rank, and a product of these with the other factor."""
+    """A convolution to as many channels as the rank, and a product of these with the other factor."""
     params = eqn.params
     spec = params["dimension_numbers"]
     out_axis, *inside = spec.rhs_spec

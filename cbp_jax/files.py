@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, and a lock on a folder."""
+"""Atomic writes of files, and a lock on a folder."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows, where folders are not locked
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
 _BUSY = (errno.EAGAIN, errno.EACCES)
@@ -17,21 +17,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def partial(path: Path) -> Path:
-    """Where a file is written before it is moved to its place; of one name, so that the next save clears a kill's."""
+    """The temporary path of a file, before it is moved to its place. It is always the same, so that the next save
+    overwrites the leftover of a killed process."""
     return path.with_name(f".{path.name}.part")
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
-    """Writes a file, all or nothing.
+    """Writes a file atomically.
 
-    It is written beside its place and then moved there: whoever reads it finds the last content or this.
+    It is written to a temporary file next to it and then moved: readers find either the old content or the new.
 
     Args:
-      path: of the file.
-      *pieces: its content, one after the other.
+      path: path of the file.
+      *pieces: its content, in pieces.
 
     Raises:
-      OSError: the file cannot be written; the one that was there is as it was.
+      OSError: the file cannot be written. An existing file is not changed.
 
     Example:
       >>> import tempfile
@@ -45,7 +46,7 @@ def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
             for piece in pieces:
                 file.write(piece)
             file.flush()
-            os.fsync(file.fileno())  # some disks tell only now that they are full
+            os.fsync(file.fileno())  # some disks report only now that they are full
         os.replace(partial(path), path)
     except OSError as error:
         if error.errno not in _FULL:
@@ -61,10 +62,10 @@ def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Keeps a folder, which is made if it is not there, from other processes that ask for it in the same way.
+    """Locks a folder against other processes that lock it the same way. The folder is created if needed.
 
-    The operating system holds the lock, so that a process that is killed leaves none. A file system that knows no locks
-    gives none, and neither does Windows.
+    The operating system holds the lock, so a killed process leaves none behind. File systems without locks, and
+    Windows, do not lock.
 
     Args:
       folder: the folder.
@@ -72,7 +73,7 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
 
     Raises:
       BlockingIOError: another process, or another part of this one, holds it.
-      NotADirectoryError: it is a file.
+      NotADirectoryError: the path is a file.
 
     Example:
       >>> import tempfile
@@ -107,7 +108,7 @@ def _locked_file(folder: Path, shared: bool) -> Iterator[None]:
                     error.errno, f"{folder} is in use by another run; wait for its end, or choose another folder"
                 ) from None
             held = False
-        # Whoever held the lock before removes the file; a lock on what is removed keeps nobody out.
+        # The previous holder of the lock removes the file, and a lock on a removed file locks nobody out.
         if not held or _is_at(descriptor, path):
             break
         os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Plasticity injection (Nikishin et al., 2023): a fresh head learns, and the outputs do not change when it is put in.
+"""Plasticity injection (Nikishin et al., 2023): adds a fresh head that learns, without changing the outputs at first.
 
-It is no optax transformation but a wrapper of a network's last layers: `inject` makes the parameters and the frozen
-heads, `with_injection` the network of them.
+It is not an optax transformation but a wrapper of a network's last layers: `inject` creates the parameters and the
+frozen heads, `with_injection` the network that uses them.
 """
 
 from collections.abc import Callable, Collection
@@ -12,39 +12,39 @@ import jax.numpy as jnp
 
 from cbp_jax.units import join_path, leaves_by_path
 
-#: Frozen heads by path of the parameter, [heads, ...] each: those at even places are added, the others subtracted.
+#: Frozen heads by path of the parameter, [heads, ...] each. Heads of even index are added, the others subtracted.
 FrozenHeads = dict[str, jax.Array]
 
 
 def inject(
     params: Any, fresh: Any, layers: Collection[str], frozen: FrozenHeads | None = None
 ) -> tuple[Any, FrozenHeads]:
-    r"""Freezes a network's head and puts a fresh one beside it.
+    r"""Freezes a network's head and adds a fresh one.
 
     With an encoder :math:`\phi` and a head :math:`h_\theta`, the network becomes
 
     .. math:: h_\theta(\phi(x)) + h_{\theta'_1}(\phi(x)) - h_{\theta'_2}(\phi(x)),
 
-    where :math:`\theta'_1 = \theta'_2` are fresh, and only :math:`\theta'_1` and the encoder go on learning. So the
-    outputs stay what they were, as many parameters learn as before, and those of the head are new.
+    where :math:`\theta'_1 = \theta'_2` are fresh, and only :math:`\theta'_1` and the encoder continue learning. So the
+    outputs do not change at first, the number of trained parameters stays the same, and those of the head are fresh.
 
-    The head should have a hidden layer: where it is one linear layer, :math:`\theta + \theta'_1 - \theta'_2` is one
-    too, its gradient is that of :math:`\theta`, and plain SGD learns as if nothing had been injected. The paper's heads
-    are all that follows the convolutions.
+    The head should have a hidden layer. If it is a single linear layer, so is :math:`\theta + \theta'_1 - \theta'_2`,
+    with the gradient of :math:`\theta`, and plain SGD learns as if nothing had been injected. In the paper the head is
+    everything after the convolutions.
 
     Args:
-      params: the network's, a tree of named arrays.
-      fresh: parameters of the same structure, as `net.init` of another key gives, whose head is taken.
+      params: the network's parameters, a tree of named arrays.
+      fresh: parameters of the same structure, such as `net.init` with another key; its head is used.
       layers: paths of the head's layers, such as "params/Dense_2".
-      frozen: of an earlier injection into the same layers, to which this one adds two more heads.
+      frozen: frozen heads of an earlier injection into the same layers, to which this one adds two heads.
 
     Returns:
-      the parameters with the fresh head, which are to be trained, and the frozen heads, which are not. What an
-      optimizer keeps of the head is of the old one: `training.reset_layers(tx, params, state, layers, fresh)` gives
-      these parameters too, and the state to go on with.
+      the parameters with the fresh head, to be trained, and the frozen heads. The optimizer's state still belongs to
+      the old head: `training.reset_layers(tx, params, state, layers, fresh)` returns the same parameters with a state
+      to continue with.
 
     Raises:
-      ValueError: the parameters have no such layer, or `fresh` or `frozen` are not of their shapes.
+      ValueError: the parameters have no such layer, or `fresh` or `frozen` have other shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,17 +79,16 @@ def inject(
 
 
 def with_injection(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A network with frozen heads beside its own.
+    """A network with frozen heads besides its own.
 
-    The encoder is computed once, for all heads. Its gradient comes through all of them; the frozen heads have none.
+    The encoder is computed once for all heads. Its gradient flows through all of them; the frozen heads get none.
 
     Args:
       apply_fn: `(params, *inputs, **options) -> outputs`, an array or a tree of them.
 
     Returns:
-      `(params, frozen, *inputs, **options) -> outputs`, with what `inject` gave. Running statistics that
-      `apply_fn` returns would be summed as outputs are: networks that return these have to be called for the outputs
-      alone.
+      `(params, frozen, *inputs, **options) -> outputs`, for what `inject` returned. Running statistics among the
+      outputs of `apply_fn` would be summed like outputs, so `apply_fn` must return outputs only.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,7 +108,7 @@ def with_injection(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def heads_of(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """What a network gives with its own head and with each frozen one.
+    """The outputs of a network with its own head and with each frozen head.
 
     Args:
       apply_fn: as in :func:`with_injection`.

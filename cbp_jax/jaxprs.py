@@ -1,7 +1,7 @@
-"""Walking through jaxprs: what `units` and `curvature` share.
+"""Walking through jaxprs: code that `units` and `curvature` share.
 
-Tables of primitives by what they do to their operands; calls and their bodies; and the evaluation of a jaxpr, equation
-by equation, with some intermediate values kept.
+Tables of primitives by their effect on operands; calls and their bodies; and evaluation of a jaxpr, equation by
+equation, that keeps some intermediate values.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-# Calls whose body can stand in place of the call.
+# Calls that can be replaced by their body.
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 _REMAT = frozenset({"remat", "remat2", "checkpoint"})
 _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 LOOPS = frozenset({"scan", "while"})
-# A product of two operands, summed over axes of theirs.
+# Products of two operands, summed over some of their axes.
 CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
 POOLING = frozenset({"reduce_window_max", "reduce_window_min", "reduce_window_sum"})
 # Each output element depends on the same element of every operand; these have derivatives.
@@ -24,7 +24,7 @@ SMOOTH = frozenset(
     digamma div erf erf_inv erfc exp exp2 expm1 integer_pow lgamma log log1p logistic max min mul name neg
     one_minus_square pow reduce_precision rem rsqrt select_n sin sinh sqrt square sub tan tanh""".split()
 )
-# These too, but their derivative is 0, undefined, or not the point.
+# These too, but their derivative is 0, undefined, or irrelevant.
 ELEMENTWISE = SMOOTH | frozenset(
     """and ceil eq floor ge gt is_finite le lt ne nextafter not optimization_barrier or real round sharding_constraint
     sign stop_gradient xor""".split()
@@ -39,18 +39,18 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, A
       *args: its arguments, or their shapes.
 
     Returns:
-      the jaxpr, in which what is left of calls holds none of these or cannot be inlined, and no two scans share a
+      the jaxpr, whose remaining calls contain none of these or cannot be inlined, and in which no two scans share a
       body; and the tree of the outputs' `ShapeDtypeStruct`s.
     """
     closed, out_tree = jax.make_jaxpr(function, return_shape=True)(*args)
     if any(_inlinable(eqn) for eqn in closed.jaxpr.eqns):
-        # Traced anew, each call has a body of its own.
+        # Retraced, so that each call has its own body.
         closed = jax.make_jaxpr(lambda *leaves: evaluate(closed, leaves)[0])(*jax.tree.leaves(args))
     return closed, out_tree
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation on values as it stands."""
+    """Evaluates one equation unchanged."""
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)
     with eqn.ctx.manager:
@@ -62,7 +62,7 @@ Bind = Callable[[core.JaxprEqn, Sequence[Any]], list[Any]]
 
 
 class Lazy:
-    """A value that stands for an array, as a `bind` may make and take; loops and checkpointed calls get the array."""
+    """A placeholder for an array that a `bind` may return and take. Loops and checkpointed calls get the array."""
 
     def array(self) -> Any:
         """The array."""
@@ -79,15 +79,15 @@ def evaluate(
 ) -> tuple[list[Any], dict[core.Var, Any]]:
     """Evaluates a jaxpr, inlining calls that hold contractions or pooling.
 
-    All other equations are bound as they stand, `custom_jvp` included, so that derivatives are unchanged. What is
-    rematerialised stays so, but for the values to keep. What is scanned stays so too, and of its values all passes' are
-    kept, along a new leading axis.
+    All other equations are evaluated unchanged, `custom_jvp` included, so that derivatives are unchanged. Checkpointed
+    calls are still rematerialized, except for the values to keep. Scans stay scans; values to keep are stacked over
+    passes, along a new leading axis.
 
     Args:
       closed: the jaxpr with its constants.
-      args: a value for each of its inputs.
-      keep: variables of the jaxpr, or of the bodies of its calls, whose values are wanted too.
-      bind: evaluates one equation that is not inlined, as the function of that name does. It may make `Lazy` values.
+      args: a value for each input.
+      keep: variables of the jaxpr, or of the bodies of its calls, whose values are also returned.
+      bind: evaluates one equation that is not inlined, like the function of that name. It may return `Lazy` values.
 
     Returns:
       the outputs, and the values of `keep`.
@@ -119,7 +119,7 @@ def evaluate(
 
 
 class Scan(NamedTuple):
-    """What a scan runs, and values sorted into what it takes."""
+    """The body of a scan, and values sorted into its inputs."""
 
     body: core.ClosedJaxpr
     consts: list[Any]
@@ -128,7 +128,7 @@ class Scan(NamedTuple):
 
 
 def scan_of(eqn: core.JaxprEqn, values: Sequence[Any]) -> Scan:
-    """Sorts a value for each operand of a scan."""
+    """Sorts values of a scan's operands into constants, carries and scanned inputs."""
     consts, carry = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
     return Scan(eqn.params["jaxpr"], list(values[:consts]), list(values[consts:carry]), list(values[carry:]))
 
@@ -146,7 +146,7 @@ def call_body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
 
 
 def count_equations(jaxpr: core.Jaxpr) -> int:
-    """The number of equations, those in the bodies of calls among them, and those in scans as often as they run."""
+    """The number of equations, including those in the bodies of calls, and those in scans as often as they run."""
     inner = (
         eqn.params.get("length", 1) * count_equations(body)
         for eqn in jaxpr.eqns
@@ -156,7 +156,7 @@ def count_equations(jaxpr: core.Jaxpr) -> int:
 
 
 def holds(jaxpr: core.Jaxpr, names: Collection[str]) -> bool:
-    """Whether a primitive of one of these names stands in a jaxpr, or in the body of a call or a loop in it."""
+    """Whether a primitive of one of these names occurs in a jaxpr, or in the body of a call or a loop in it."""
     return any(
         eqn.primitive.name in names or any(holds(body, names) for body in core.jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns
@@ -205,7 +205,7 @@ def _scanned(
 
 
 def _variables(closed: core.ClosedJaxpr, among: Collection[core.Var]) -> list[core.Var]:
-    """Those variables that stand in a jaxpr or in the bodies of its calls."""
+    """Those variables that occur in a jaxpr or in the bodies of its calls."""
     if not among:
         return []
     found = {*closed.jaxpr.invars, *closed.jaxpr.constvars}
@@ -223,7 +223,7 @@ def _body(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
 
 
 def _is_opened(eqn: core.JaxprEqn) -> bool:
-    """Whether contractions or pooling stand in the body of a call."""
+    """Whether the body of a call contains contractions or pooling."""
     return any(holds(body, CONTRACTIONS | POOLING) for body in core.jaxprs_in_params(eqn.params))
 
 

@@ -1,4 +1,4 @@
-"""Losses by name: of each example, their derivatives with respect to outputs, and what is measured beside them."""
+"""Losses by name: their value for each example, derivatives with respect to outputs, and further metrics."""
 
 import types
 from collections.abc import Callable, Mapping
@@ -56,7 +56,7 @@ def _derivatives_of_squared_error(
     return jnp.sum(errors**2) / examples, 2 * errors / examples, jnp.full_like(outputs, 2 / examples)
 
 
-#: A new loss is a line here: problems, training, and curvature find it by its name.
+#: Losses by name, for problems, training and curvature. To add a loss, add a line.
 LOSSES: dict[str, Loss] = {
     "softmax_cross_entropy": Loss(
         optax.softmax_cross_entropy_with_integer_labels, _derivatives_of_cross_entropy, {"accuracy": accuracy}

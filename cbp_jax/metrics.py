@@ -1,19 +1,19 @@
 """Measures of plasticity: pure functions of activations, parameters and losses.
 
-All of them can be jitted and vmapped; inputs of any float type are brought to float32 first. Activations are
-what ``cbp_jax.with_features`` returns: arrays whose last axis runs over the units of a layer and whose other
-axes (examples, positions) are averaged over.
+All of them can be jitted and vmapped. Inputs of any float type are converted to float32. Activations are what
+``cbp_jax.with_features`` returns: arrays whose last axis runs over the units of a layer. Other axes (examples,
+positions) are averaged over.
 
-Dead and dormant are two things. A unit is *dead* if it was exactly zero on the whole batch, which a
-saturating or leaky activation never is. It is *dormant* if it is small compared with the rest of its layer,
-which any unit can be.
+Dead and dormant are different things. A unit is *dead* if it is exactly zero on the whole batch, which cannot happen
+with a saturating or leaky activation. It is *dormant* if it is small compared with the rest of its layer, which can
+happen to any unit.
 
-The three ranks look at the singular values of the activations of one layer. They come from ``jnp.linalg.svd``
-and not from the eigenvalues of the Gram matrix: these are the squares, so in float32 all singular values
-below about 3e-4 of the largest drown in rounding errors, and the rank of a collapsed representation, the very
-thing to be measured, comes out too large (the effective rank by 1% for a 2000 x 100 matrix of rank 10, and
-the stable rank by one for a ReLU layer of 2000 units). On a CPU the Gram matrix saves a few milliseconds at
-2000 x 100 and nothing at 2000 x 2000.
+The three ranks are computed from the singular values of the activations of one layer. These come from
+``jnp.linalg.svd``, not from the eigenvalues of the Gram matrix. The eigenvalues are squares, so in float32 all singular
+values below about 3e-4 of the largest are lost in rounding errors, and the rank of a collapsed representation, which is
+what we want to measure, becomes too large (the effective rank by 1% for a 2000 x 100 matrix of rank 10, and the stable
+rank by one for a ReLU layer of 2000 units). On a CPU the Gram matrix would save a few milliseconds at 2000 x 100 and
+nothing at 2000 x 2000.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ __all__ = [
     "weight_sparsity",
 ]
 
-# Ties in the integer ranks are decided up to this relative error, a few times that of a float32 sum.
+# Tolerance for ties in the integer ranks: a few times the relative error of a float32 sum.
 _TIE_TOLERANCE = 1e-6
 
 
@@ -75,17 +75,17 @@ def dead_fraction(features: Any) -> jax.Array:
 def dormant_fraction(features: Any, threshold: float | jax.Array = 0.025) -> jax.Array:
     r"""Fraction of units whose activation is small compared with their layer's.
 
-    The score of unit i of a layer with H units is its mean activation over the average one of the layer,
+    The score of unit i of a layer with H units is its mean absolute activation divided by the layer's average,
 
     .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|},
 
-    the mean running over examples and positions; the unit is dormant if :math:`s_i \le` ``threshold``. Where
-    the whole layer is silent every score is 0. Sokar et al., "The dormant neuron phenomenon in deep
-    reinforcement learning", ICML 2023; thresholds from 0 to 0.1 are usual.
+    where means run over examples and positions. The unit is dormant if :math:`s_i \le` ``threshold``. If the whole
+    layer is silent, every score is 0. Sokar et al., "The dormant neuron phenomenon in deep reinforcement learning",
+    ICML 2023; thresholds from 0 to 0.1 are usual.
 
     Args:
-      features: array [..., units], or a pytree of such arrays, one for each group of units. Every array is
-        normalised on its own.
+      features: array [..., units], or a pytree of such arrays, one for each group of units. Each array is normalized
+        separately.
       threshold: largest score of a dormant unit; may be traced.
 
     Returns:
@@ -109,18 +109,19 @@ def gradient_dormant_units(grads: Any, threshold: float | jax.Array = 0.01) -> j
 
     .. math:: G_i = \frac{E|\nabla_{W_i} L|}{\frac{1}{H} \sum_k E|\nabla_{W_k} L|},
 
-    the mean running over the unit's incoming weights; the unit counts if :math:`G_i \le` ``threshold``. Where a whole
-    layer has no gradient every score is 0. Liu et al., "Measure gradients, not activations!", NeurIPS 2025, who call it
-    GraMa. Silent ReLU units of a small batch have no gradient either; units with small weights may have large ones.
+    where means run over the unit's incoming weights. The unit counts as dormant if :math:`G_i \le` ``threshold``. If
+    the gradient of a whole layer is 0, every score is 0. Liu et al., "Measure gradients, not activations!", NeurIPS
+    2025, who call it GraMa. Silent ReLU units of a small batch have no gradient either; units with small weights may
+    have large ones.
 
     Args:
       grads: gradient of a kernel [..., units], or a pytree of gradients, one kernel for each layer, such as those of
-        a Flax network. Arrays of fewer than two axes, biases and scales, are left out. The output layer's kernel is a
-        layer like any other: leave it out to count hidden units alone.
-      threshold: largest score of a unit that counts; may be traced.
+        a Flax network. Arrays of fewer than two axes, such as biases and scales, are ignored. The output layer counts
+        like any other: leave out its kernel to count only hidden units.
+      threshold: largest score of a dormant unit; may be traced.
 
     Returns:
-      float32 scalar in [0, 1]: units that count over all units of all layers.
+      float32 scalar in [0, 1]: dormant units over all units of all layers.
 
     Raises:
       ValueError: if there is no kernel, or one is empty, or the threshold is negative.
@@ -137,20 +138,20 @@ def gradient_dormant_units(grads: Any, threshold: float | jax.Array = 0.01) -> j
 
 
 def linearized_fraction(features: Any) -> jax.Array:
-    r"""Fraction of units that are on, and so linear, on the whole batch.
+    r"""Fraction of units that are active, and therefore linear, on the whole batch.
 
     .. math:: \frac{1}{H} \sum_i \big[\, h_i(x) > 0 \text{ for all } x \,\big]
 
-    For ReLU and what else is linear above 0, leaky ReLU for one: such a unit is a linear function of its inputs, and a
-    network of such units is linear. Lyle et al., "Disentangling the causes of plasticity loss in neural networks",
-    2024, have these *linearized* units beside the dead ones.
+    For ReLU and other activations that are linear above 0, such as leaky ReLU: there such a unit is a linear function
+    of its inputs, and a network of such units is linear. Lyle et al., "Disentangling the causes of plasticity loss in
+    neural networks", 2024, count these *linearized* units besides dead ones.
 
     Args:
       features: array [..., units] of activations, or a pytree of such arrays, one for each group of units.
 
     Returns:
-      float32 scalar in [0, 1]: linearized units over all units of all groups. Where a
-      maximum over positions was taken, it is of the maxima. Units of concatenated ReLU have a position that is off.
+      float32 scalar in [0, 1]: linearized units over all units of all groups. After max pooling, the maxima are tested.
+      Units of concatenated ReLU always have an inactive position.
 
     Raises:
       ValueError: if there are no features, or a group has no units or no examples.
@@ -164,19 +165,19 @@ def linearized_fraction(features: Any) -> jax.Array:
 
 
 def effective_rank(x: jax.Array) -> jax.Array:
-    r"""Exponential of the entropy of the normalised singular values.
+    r"""Exponential of the entropy of the normalized singular values.
 
     .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i / \sum_j \sigma_j
 
     Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
 
     Args:
-      x: matrix [examples, units]; it is not centred.
+      x: matrix [examples, units]; it is not centered.
 
     Returns:
-      float32 scalar in [1, min(examples, units)]; 0 for a zero matrix, NaN where x is not finite. Within 1e-5
-      of float64 for matrices of full rank, of low rank, and ReLU activations. Singular values below about
-      1e-7 of the largest are rounding errors of float32, and count with that size.
+      float32 scalar in [1, min(examples, units)]; 0 for a zero matrix, NaN if x is not finite. Within 1e-5 of float64
+      for matrices of full rank, of low rank, and ReLU activations. Singular values below about 1e-7 of the largest are
+      dominated by rounding errors of float32.
 
     Raises:
       ValueError: if x is not a matrix, or is empty.
@@ -189,21 +190,21 @@ def effective_rank(x: jax.Array) -> jax.Array:
 
 
 def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
-    r"""Least k whose k largest *squared* singular values make up the threshold of their sum.
+    r"""Smallest k such that the k largest *squared* singular values reach the threshold's fraction of their sum.
 
     .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i^2 \ge \tau \sum_j \sigma_j^2 \Big\}
 
-    In other words, how many principal directions (about zero) hold that fraction of the variance. Yang et
+    In other words, how many principal directions (without centering) hold that fraction of the variance. Yang et
     al., "Harnessing structures for value-based planning and reinforcement learning", ICLR 2020.
 
     Args:
-      x: matrix [examples, units]; it is not centred.
+      x: matrix [examples, units]; it is not centered.
       threshold: fraction in (0, 1]; may be traced.
 
     Returns:
-      float32 scalar, a whole number from 1 to min(examples, units); 0 for a zero matrix, NaN where x is not
-      finite. Sums that miss the threshold by less than 1e-6 of the total count as reaching it, which is what
-      float32 can tell; with a threshold closer to 1 than that, the last directions are not counted.
+      float32 scalar, a whole number from 1 to min(examples, units); 0 for a zero matrix, NaN if x is not finite. Sums
+      that miss the threshold by less than 1e-6 of the total count as reaching it, since float32 cannot distinguish
+      them. So with a threshold closer to 1 than that, the last directions are not counted.
 
     Raises:
       ValueError: if x is not a matrix or is empty, or the threshold is outside (0, 1].
@@ -216,14 +217,14 @@ def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.A
 
 
 def stable_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
-    r"""Least k whose k largest singular values make up the threshold of their sum.
+    r"""Smallest k such that the k largest singular values reach the threshold's fraction of their sum.
 
     .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i \ge \tau \sum_j \sigma_j \Big\}
 
-    The definition of Dohare et al., Nature 2024, and not the ratio of Frobenius to spectral norm that goes by
-    the same name in numerical linear algebra.
+    This is the definition of Dohare et al., Nature 2024, not the ratio of squared Frobenius to squared spectral norm
+    that has the same name in numerical linear algebra.
 
-    Arguments, what is returned and what is raised are as of :func:`approximate_rank`.
+    Arguments, result and errors are those of :func:`approximate_rank`.
 
     >>> import jax.numpy as jnp
     >>> float(stable_rank(jnp.diag(jnp.array([10.0, 1.0, 0.1]))))
@@ -241,14 +242,14 @@ class Ranks(NamedTuple):
 
 
 def ranks(x: jax.Array, threshold: float | jax.Array = 0.99) -> Ranks:
-    """The effective, approximate and stable rank of a matrix from one decomposition, the dear part of each.
+    """The effective, approximate and stable rank of a matrix, from one singular value decomposition.
 
     Args:
-      x: matrix [examples, units]; it is not centred.
-      threshold: of the approximate and the stable rank, in (0, 1]; may be traced.
+      x: matrix [examples, units]; it is not centered.
+      threshold: threshold of the approximate and the stable rank, in (0, 1]; may be traced.
 
     Returns:
-      what ``effective_rank``, ``approximate_rank`` and ``stable_rank`` give.
+      the results of ``effective_rank``, ``approximate_rank`` and ``stable_rank``.
 
     Raises:
       ValueError: if x is not a matrix or is empty, or the threshold is outside (0, 1].
@@ -273,17 +274,17 @@ def ntk_ranks(
     A network whose Gram matrix, :func:`tangent_kernel`, has low rank can change its outputs on the batch in few
     directions, however many weights it has. Its rank falls with plasticity: Lyle et al., "Disentangling the causes of
     plasticity loss in neural networks", 2024; Tang et al., "Mitigating plasticity loss in continual reinforcement
-    learning by reducing churn", ICML 2025. The matrix is not centered, nor are its rows scaled.
+    learning by reducing churn", ICML 2025. The matrix is not centered, and its rows are not scaled.
 
     Args:
-      apply_fn: `(params, x [n, ...]) -> outputs [n, ...]`, as in :func:`tangent_kernel`, like what follows.
+      apply_fn: `(params, x [n, ...]) -> outputs [n, ...]`, as in :func:`tangent_kernel`.
       params: pytree of arrays.
       x: examples [n, ...].
       threshold: of the approximate and the stable rank, in (0, 1]; may be traced.
 
     Returns:
-      what :func:`ranks` gives of the matrix: each at most n times the number of outputs. Singular values of this matrix
-      are the squares of the Jacobian's.
+      the :func:`ranks` of the matrix, each at most n times the number of outputs. Singular values of this matrix are
+      the squares of the Jacobian's.
 
     Raises:
       ValueError: there are no examples or no float leaves, or the threshold is outside (0, 1].
@@ -299,10 +300,10 @@ def ntk_ranks(
 def weight_magnitude(params: Any) -> jax.Array:
     """Mean absolute value of all entries of all parameters.
 
-    Every entry counts the same, so that large layers weigh more; biases are entries like any other.
+    Every entry counts the same, so large layers have more weight. Biases are included.
 
     Args:
-      params: pytree of arrays; leaves that are not of a float type (counters, keys) are left out.
+      params: pytree of arrays. Leaves that are not of a float type (counters, keys) are ignored.
 
     Returns:
       float32 scalar.
@@ -318,18 +319,18 @@ def weight_magnitude(params: Any) -> jax.Array:
     count = sum(w.size for w in leaves)
     if count == 0:
         raise ValueError(f"params must hold at least one float array; got {jax.tree.structure(params)}")
-    return sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves) / count
+    return jnp.asarray(sum(jnp.sum(jnp.abs(w.astype(jnp.float32))) for w in leaves)) / count
 
 
 def weight_rank(params: Any) -> jax.Array:
-    """Rank of the kernels over the largest that it could be.
+    """Rank of the kernels, relative to full rank.
 
-    The sum of the ranks of all kernels over the sum of their smaller sides, as in Elsayed & Mahmood, ICLR 2024. A
-    kernel of more than two axes is the matrix of its last axis, the outputs, by all others. Singular values count
-    above NumPy's threshold, float32's epsilon times the larger side times the largest of them.
+    The sum of the ranks of all kernels divided by the sum of their smaller sides, as in Elsayed & Mahmood, ICLR 2024. A
+    kernel of more than two axes is treated as a matrix of its last axis, the outputs, by all others. Singular values
+    count if they exceed NumPy's threshold: float32's epsilon times the larger side times the largest singular value.
 
     Args:
-      params: pytree of arrays; leaves that have fewer than two axes, or are not of a float type, are left out.
+      params: pytree of arrays. Leaves with fewer than two axes, or not of a float type, are ignored.
 
     Returns:
       float32 scalar in [0, 1].
@@ -347,13 +348,13 @@ def weight_rank(params: Any) -> jax.Array:
 
 
 def weight_effective_rank(params: Any) -> jax.Array:
-    """Effective rank of the kernels over the largest that it could be.
+    """Effective rank of the kernels, relative to full rank.
 
-    The sum of the effective ranks of all kernels over the sum of their smaller sides. Unlike :func:`weight_rank` it
-    tells directions of little weight from others, where training leaves no kernel without full rank.
+    The sum of the effective ranks of all kernels divided by the sum of their smaller sides. Trained kernels usually
+    have full rank. Unlike :func:`weight_rank`, this measure then still distinguishes directions of small weight.
 
     Args:
-      params: as in :func:`weight_rank`, which says what it raises.
+      params: as in :func:`weight_rank`, with the same errors.
 
     Returns:
       float32 scalar in [0, 1].
@@ -363,21 +364,22 @@ def weight_effective_rank(params: Any) -> jax.Array:
     1.0
     """
     kernels = _kernels(params)
-    return sum(effective_rank(w) for w in kernels) / np.float32(sum(min(w.shape) for w in kernels))
+    return jnp.asarray(sum(effective_rank(w) for w in kernels)) / np.float32(sum(min(w.shape) for w in kernels))
 
 
 def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Array:
-    """Fraction of the kernels' weights that hardly matter: far smaller than the kernel's root mean square.
+    """Fraction of the kernels' weights that are far smaller than the kernel's root mean square.
 
-    Together they hold at most the threshold's square of the kernel's squared norm, so that it can be pruned to the
-    rest. The scale of a kernel does not matter: a penalty that shrinks all weights alike makes none sparse.
+    Together these weights hold at most threshold**2 of the kernel's squared norm, so they can be pruned. The scale of a
+    kernel does not matter: a penalty that shrinks all weights alike does not increase this measure.
 
     Args:
-      params: as in :func:`weight_rank`, which says what it raises.
-      threshold: what weights are at most, over the root mean square; 0 counts those that are exactly 0.
+      params: as in :func:`weight_rank`, with the same errors.
+      threshold: largest absolute value of a weight that counts, relative to the root mean square. 0 counts weights that
+        are exactly 0.
 
     Returns:
-      float32 scalar in [0, 1]: all kernels together. A kernel of zeros counts as sparse.
+      float32 scalar in [0, 1], over all kernels together. A kernel of zeros counts as sparse.
 
     >>> import jax.numpy as jnp
     >>> float(weight_sparsity({"kernel": jnp.array([[1.0, 1e-4], [0.0, -1.0]])}))
@@ -385,7 +387,7 @@ def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Arr
     """
     kernels = _kernels(params)
     small = sum(jnp.sum(jnp.abs(w) <= threshold * jnp.sqrt(jnp.mean(jnp.square(w)))) for w in kernels)
-    return small / np.float32(sum(w.size for w in kernels))
+    return jnp.asarray(small) / np.float32(sum(w.size for w in kernels))
 
 
 def _kernels(params: Any) -> list[jax.Array]:
@@ -398,14 +400,14 @@ def _kernels(params: Any) -> list[jax.Array]:
 
 
 def plasticity(loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLike, epsilon: float = 1e-8) -> jax.Array:
-    r"""How much of the loss on a sample one update on that sample removed.
+    r"""The fraction of the loss on a sample that one update on that sample removes.
 
     .. math:: \max\Big(1 - \frac{L(W', Z)}{\max(L(W, Z), \epsilon)},\ 0\Big) \in [0, 1]
 
     1 means that the update fitted the sample, 0 that it made no progress or made things worse. Elsayed &
     Mahmood, "Addressing loss of plasticity and catastrophic forgetting in continual learning", ICLR 2024.
-    Measure both losses on the same batch and in the same mode (dropout, normalisation), or the difference
-    between the modes is measured too.
+    Measure both losses on the same batch and in the same mode (dropout, normalization). Otherwise the difference
+    between modes is measured too.
 
     Args:
       loss_before: non-negative losses before the update, any shape, one for each sample (or scalar).
@@ -413,7 +415,7 @@ def plasticity(loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLi
       epsilon: smallest loss to divide by.
 
     Returns:
-      float32 array of that shape in [0, 1]. Average it over samples, and not the losses before calling.
+      float32 array of that shape in [0, 1]. Average it over samples; do not average the losses before calling.
 
     Raises:
       ValueError: if the shapes differ.
@@ -439,7 +441,7 @@ def _groups(features: Any) -> list[jax.Array]:
 
 
 def _small_beside_their_layer(layers: list[jax.Array], threshold: float | jax.Array) -> jax.Array:
-    """Fraction of the units of arrays [..., units] whose mean absolute value is small beside the array's."""
+    """Fraction of the units of arrays [..., units] whose mean absolute value is small relative to the array's."""
     if isinstance(threshold, int | float | np.number) and not threshold >= 0:
         raise ValueError(f"threshold must not be negative; got {threshold}")
 
@@ -460,12 +462,12 @@ def _all_but_units(h: jax.Array) -> tuple[int, ...]:
 
 
 def _singular_values(x: jax.Array) -> jax.Array:
-    """Singular values in falling order, scaled so that the largest is 1 (all 0 for a zero matrix)."""
+    """Singular values in descending order, scaled so that the largest is 1 (all 0 for a zero matrix)."""
     x = jnp.asarray(x, jnp.float32)
     if x.ndim != 2 or x.size == 0:
         raise ValueError(f"x must be a matrix [examples, units] that is not empty; got shape {x.shape}")
     values = jnp.linalg.svd(x, compute_uv=False)
-    # The scale keeps squares and sums inside the range of float32 whatever the units of the activations.
+    # Scaling keeps squares and sums inside the range of float32 for activations of any size.
     return values / jnp.where(values[0] == 0, 1.0, values[0])
 
 
@@ -477,7 +479,8 @@ def _entropy_rank(values: jax.Array) -> jax.Array:
 
 
 def _least_sufficient(values: jax.Array, threshold: float | jax.Array) -> jax.Array:
-    """Least k such that values[:k] sum to the threshold of the whole; values fall and are not negative."""
+    """Smallest k such that values[:k] sum to the threshold's fraction of all; values are descending and not
+    negative."""
     if isinstance(threshold, int | float | np.number) and not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1]; got {threshold}")
     sums = jnp.cumsum(values)

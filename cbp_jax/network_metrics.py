@@ -1,4 +1,4 @@
-"""Measures of a network as a function: its tangent kernel, and how far an update moves its outputs and its weights.
+"""Measures of a network as a function: its tangent kernel, and how far an update moves outputs and weights.
 
 They are part of :mod:`cbp_jax.metrics`.
 """
@@ -23,15 +23,15 @@ def tangent_kernel(apply_fn: Callable[[Any, jax.Array], jax.Array], params: Any,
     networks", NeurIPS 2018.
 
     Args:
-      apply_fn: `(params, x [n, ...]) -> outputs [n, ...]`, each example's from that example alone. For a smaller
-        matrix make it give fewer outputs, such as `lambda params, x: net.apply(params, x).sum(-1)`.
-      params: pytree of arrays; leaves that are not of a float type are left out. Running statistics of
-        normalization, which no gradient learns, should be closed over by `apply_fn`.
+      apply_fn: `(params, x [n, ...]) -> outputs [n, ...]`; examples must be independent. For a smaller matrix, return
+        fewer outputs, as in `lambda params, x: net.apply(params, x).sum(-1)`.
+      params: pytree of arrays. Leaves that are not of a float type are ignored. Running statistics of normalization are
+        not trained, so `apply_fn` should close over them.
       x: examples [n, ...].
 
     Returns:
-      float32 array [m, m], m = n * outputs, example by example. The Jacobian, m times the number of parameters, is
-      kept in memory.
+      float32 array [m, m] with m = n * outputs, ordered by example. Needs memory for the Jacobian, m times the number
+      of parameters.
 
     Raises:
       ValueError: there are no examples or no float leaves.
@@ -70,16 +70,16 @@ def churn(
     x: jax.Array,
     change: Change = "absolute",
 ) -> jax.Array:
-    r"""How much the outputs on a reference batch change between two parameter sets, as before and after an update.
+    r"""How much the outputs on a reference batch differ between two parameter sets, such as before and after an update.
 
     With outputs :math:`f = f_\theta(x_i)` before and :math:`f' = f_{\theta'}(x_i)` after, the mean over examples i of
 
     - "absolute": :math:`|f' - f|`, and "squared": :math:`(f' - f)^2`, both averaged over outputs too;
-    - "kl": :math:`\mathrm{KL}(p \,\|\, p')` of the softmax of the outputs, as of policies;
-    - "argmax": whether another output is the largest, as of greedy actions or predicted classes.
+    - "kl": :math:`\mathrm{KL}(p \,\|\, p')` of the softmax of the outputs, as for policies;
+    - "argmax": whether another output is the largest, as for greedy actions or predicted classes.
 
     Schaul et al., "The phenomenon of policy churn", NeurIPS 2022; Tang et al., "Mitigating plasticity loss in continual
-    reinforcement learning by reducing churn", ICML 2025. For churn take examples that are not of the update's batch.
+    reinforcement learning by reducing churn", ICML 2025. To measure churn, use examples outside the update's batch.
 
     Args:
       apply_fn: `(params, x) -> outputs [n, ..., outputs]`.
@@ -119,16 +119,16 @@ def weight_change(params_before: Any, params_after: Any) -> jax.Array:
 
     .. math:: \frac{\lVert \theta' - \theta \rVert_2}{\lVert \theta \rVert_2}
 
-    over all parameters together. Where weights grow and steps do not, this effective step size falls, and with it
+    over all parameters together. If weights grow and steps do not, this effective step size falls, and with it
     plasticity: Lyle et al., "Normalization and effective learning rates in reinforcement learning", NeurIPS 2024. For
-    one layer, pass its parameters alone.
+    one layer, pass only its parameters.
 
     Args:
-      params_before: pytree of arrays; leaves that are not of a float type are left out.
+      params_before: pytree of arrays. Leaves that are not of a float type are ignored.
       params_after: the same after the update.
 
     Returns:
-      float32 scalar; 0 where nothing moves, infinite where weights that are all 0 move.
+      float32 scalar; 0 if nothing moves, infinite if weights that are all 0 move.
 
     Raises:
       ValueError: the trees differ in structure or shapes, or there is no float leaf.
@@ -140,8 +140,8 @@ def weight_change(params_before: Any, params_after: Any) -> jax.Array:
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (params_before, params_after)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"params_before and params_after must have the same shapes; got {shapes[0]} and {shapes[1]}")
-    pairs = zip(jax.tree.leaves(params_before), jax.tree.leaves(params_after), strict=True)
-    pairs = [(w, new) for w, new in pairs if jnp.issubdtype(jnp.result_type(w), jnp.floating)]
+    leaves = zip(jax.tree.leaves(params_before), jax.tree.leaves(params_after), strict=True)
+    pairs = [(w, new) for w, new in leaves if jnp.issubdtype(jnp.result_type(w), jnp.floating)]
     if not pairs:
         raise ValueError(f"params must hold at least one float array; got {jax.tree.structure(params_before)}")
     square = lambda array: jnp.sum(jnp.square(array))

@@ -1,9 +1,9 @@
 """Pooling with a derivative that is fast on a CPU.
 
-There XLA pools fast, but computes the derivative of maxima, `select_and_scatter_add`, and of sums over large windows
-element by element, which takes ten times as long. Here the image is cut into blocks as long as the stride. Each window
-begins where a block does and reaches over one block, or over a few where windows overlap. So the derivative is that of
-a few masked sums over blocks, which XLA computes about as fast as it reads the image.
+On a CPU, XLA pools fast, but computes the derivative of maxima, `select_and_scatter_add`, and of sums over large
+windows element by element, which takes ten times as long. Here the image is cut into blocks of the stride's size. Each
+window begins at a block and covers one block, or a few if windows overlap. So the derivative is that of a few masked
+sums over blocks, which XLA computes about as fast as it reads the image.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from jax.extend import core
 
 from cbp_jax import jaxprs
 
-# Where windows reach over more blocks than this, they are left to XLA: each block is a few operations to compile.
+# Windows that cover more blocks than this are left to XLA, since each block adds operations to compile.
 _MOST_BLOCKS = 25
 
 
 def is_followed(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation is a pooling for `pool`.
+    """Whether `pool` can evaluate an equation.
 
-    That is one of floats without dilation: maxima and minima, unless very many windows overlap, and sums over windows
-    that do not overlap. Of sums over those that do, XLA's derivative is about as fast.
+    It can if this is pooling of floats without dilation: maxima and minima, unless very many windows overlap, and sums
+    over windows that do not overlap. For sums over overlapping windows, XLA's derivative is about as fast.
     """
     if eqn.primitive.name not in jaxprs.POOLING:
         return False
@@ -41,17 +41,17 @@ def is_followed(eqn: core.JaxprEqn) -> bool:
 def pool(eqn: core.JaxprEqn, image: chex.Array) -> chex.Array:
     """Evaluates an equation that `is_followed`.
 
-    Values and gradients are those of XLA, to the last bit. A maximum's gradient goes to the first of its window's
-    elements, in row-major order, that are the maximum, and is lost where that is padding, in a window of -inf. Two
-    things differ. In a window with NaN the gradient goes to the first NaN. And in forward mode, where XLA may pick
-    another of several maxima, the derivative is the same as in reverse mode.
+    Values and gradients are bit for bit those of XLA. A maximum's gradient goes to the first maximal element of its
+    window, in row-major order, and is lost if that is padding, in a window of -inf. There are two differences. In a
+    window with NaN the gradient goes to the first NaN. And in forward mode, where XLA may choose another of several
+    maxima, the derivative is the same as in reverse mode.
 
     Args:
       eqn: the equation.
       image: its operand.
 
     Returns:
-      what the equation makes of it.
+      the equation's output.
     """
     windows = _Windows.of(eqn)
 
@@ -73,9 +73,9 @@ def pool(eqn: core.JaxprEqn, image: chex.Array) -> chex.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-    """Windows on an image that is cut into blocks: [blocks, stride, blocks, stride, ...], two axes for one.
+    """Windows on an image that is cut into blocks: [blocks, stride, blocks, stride, ...], two axes for each axis.
 
-    The places of a window are numbered in row-major order, as if it filled its blocks. Attributes have an entry for
+    The positions of a window are numbered in row-major order, as if it filled its blocks. Attributes have an entry for
     each axis of the image.
     """
 
@@ -93,7 +93,7 @@ class _Windows:
 
     @property
     def reach(self) -> list[int]:
-        """How many blocks a window reaches over."""
+        """How many blocks a window covers."""
         return [-(-size // stride) for size, stride in zip(self.sizes, self.strides, strict=True)]
 
     @property
@@ -102,9 +102,9 @@ class _Windows:
         return tuple(range(1, 2 * len(self.shape), 2))
 
     def numbers(self) -> tuple[np.ndarray, int]:
-        """The numbers of a window's places [reach, stride, reach, stride, ...], and one that no place has.
+        """The numbers of a window's positions [reach, stride, reach, stride, ...], and a number that no position has.
 
-        Places of its blocks that are not the window's have that one.
+        Positions of its blocks outside the window have that number.
         """
         spans = [reach * stride for reach, stride in zip(self.reach, self.strides, strict=True)]
         none = math.prod(spans)
@@ -114,7 +114,7 @@ class _Windows:
         return numbers.reshape(_pairs(self.reach, self.strides)), none
 
     def blocks(self, image: chex.Array, padding: float) -> chex.Array:
-        """Pads the image and cuts it into those blocks that windows reach."""
+        """Pads the image and cuts it into the blocks that windows cover."""
         blocks = [count + reach - 1 for count, reach in zip(self.counts, self.reach, strict=True)]
         lengths = [number * stride for number, stride in zip(blocks, self.strides, strict=True)]
         after = [n - size - low for n, size, low in zip(lengths, self.shape, self.before, strict=True)]
@@ -122,12 +122,12 @@ class _Windows:
         return jax.lax.pad(image, jnp.asarray(padding, image.dtype), pads).reshape(_pairs(blocks, self.strides))
 
     def offsets(self) -> Iterator[tuple[list[int], tuple[slice, ...]]]:
-        """The blocks of a window, by how many blocks they are behind its first, and where `numbers` has theirs."""
+        """The blocks of a window, by their offset from its first block, with their index in `numbers`."""
         for offset in itertools.product(*map(range, self.reach)):
             yield list(offset), tuple(part for start in offset for part in (slice(start, start + 1), slice(None)))
 
     def first(self, out: chex.Array, blocks: chex.Array) -> chex.Array:
-        """The number of the first place of each window whose entry is the window's."""
+        """For each window, the number of the first position whose entry is the window's value."""
         numbers, none = self.numbers()
         out, found = jax.lax.expand_dims(out, self.inner), []
         for offset, place in self.offsets():
@@ -138,16 +138,17 @@ class _Windows:
         return jnp.stack(found).min(0)
 
     def sum(self, blocks: chex.Array, chosen: chex.Array | None = None) -> chex.Array:
-        """The sum over each window, or its entry at the place with the chosen number.
+        """The sum over each window, or its entry at the position with the chosen number.
 
-        This is written for its transpose, in which pads are slices and slices pads: what comes back to the outputs is
-        padded once, and the gradient of the blocks is a sum of slices of that, in XLA's order, window by window.
+        It is written so that its transpose is fast, in which pads become slices and slices become pads: the outputs'
+        gradient is padded once, and the gradient of the blocks is a sum of slices of it, in XLA's order, window by
+        window.
         """
         numbers, none = self.numbers()
         margins = [reach - 1 for reach in self.reach]
         if chosen is not None and any(margins):
             pads = [(margin, margin, 0) for margin in margins]
-            # The barriers keep XLA from padding anew for each slice.
+            # The barriers prevent XLA from padding again for each slice.
             chosen = jax.lax.optimization_barrier(jax.lax.pad(chosen, chosen.dtype.type(none), pads))
         parts = []
         for offset, place in self.offsets():
@@ -169,5 +170,5 @@ class _Windows:
 
 
 def _pairs(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """The entries of both in turn."""
+    """Interleaves two sequences."""
     return [number for pair in zip(first, second, strict=True) for number in pair]

@@ -1,7 +1,8 @@
-"""Reads and writes files of the safetensors format, in which weights are exchanged, with NumPy alone.
+"""Reads and writes safetensors files, a common format for weights, with NumPy only.
 
-A file is eight bytes, the length of what follows, as a little-endian number; a JSON object, which says of each tensor
-by name its type, shape and place; and the tensors' bytes. https://github.com/huggingface/safetensors has the format.
+A file consists of eight bytes, the header's length as a little-endian number; the header, a JSON object with the type,
+shape and offsets of each tensor by name; and the tensors' bytes. https://github.com/huggingface/safetensors specifies
+the format.
 """
 
 import json
@@ -29,11 +30,11 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
       path: of the file.
 
     Returns:
-      arrays by name, which are read from the disk as they are used and cannot be written to.
+      arrays by name. They are read-only and memory-mapped: read from the disk when used.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged, or not of this format, or a tensor has a type that NumPy does not know.
+      ValueError: the file is damaged, or not of this format, or a tensor has a type that NumPy does not know.
 
     Example:
       >>> import tempfile
@@ -72,16 +73,16 @@ def _tensor(name: str, body: np.ndarray, dtype: str, shape: list[int], data_offs
 def write(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors to a file, all or nothing.
+    """Writes tensors to a file atomically.
 
     Args:
       path: of the file.
       tensors: arrays by name.
-      metadata: texts by name, kept beside them.
+      metadata: texts by name, stored with them.
 
     Raises:
       ValueError: a tensor is of a type that the format does not have.
-      OSError: the file cannot be written; the one that was there is as it was.
+      OSError: the file cannot be written. An existing file is not changed.
     """
     arrays = {name: np.ascontiguousarray(tensor).reshape(np.shape(tensor)) for name, tensor in tensors.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

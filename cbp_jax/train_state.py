@@ -1,4 +1,4 @@
-"""Flax's `TrainState`, which passes on what a transformation of this library needs."""
+"""Flax's `TrainState` with features passed to the optimizer."""
 
 import functools
 from typing import Any
@@ -8,9 +8,9 @@ from flax.training import train_state
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState` whose `apply_gradients` hands features to the transformation.
+    """Flax's `TrainState` whose `apply_gradients` passes features to the transformation.
 
-    Flax's own takes every other argument for a field to replace, so that features cannot reach `tx.update`.
+    Flax's own class treats every other argument as a field to replace, so features cannot reach `tx.update`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cbp_jax

@@ -66,7 +66,7 @@ def nothing_kept(monkeypatch):
 def quick_compilation(request):
     """A third of the time of compiling; what is computed stays the same within rounding.
 
-    A module whose tests are about what the optimised program computes says `OPTIMIZED = True`.
+    A module whose tests are about what the optimized program computes says `OPTIMIZED = True`.
     """
     quick = not (_AS_USERS or getattr(request.module, "OPTIMIZED", False))
     jax.config.update("jax_disable_most_optimizations", quick)

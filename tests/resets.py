@@ -132,7 +132,7 @@ def check_resets(groups, params, apply, rtol=1e-4):
                 assert mask.any() and np.all(np.asarray(after[path])[mask] == 0), f"{label} still matters"
                 others = (np.asarray(after[path]) == 0) & (np.asarray(before[path]) != 0) & ~mask
                 others &= ~outgoing.get(path, np.zeros_like(mask))
-                assert not others.any(), f"{label}: a neighbour is silenced"
+                assert not others.any(), f"{label}: a neighbor is silenced"
             # Drawn again, nothing changes; what changed at first is what the outgoing weights carried.
             again = reset(params, {group.name: [unit]}, seed=1, features=features, compensate=False)
             np.testing.assert_array_equal(got, gradient(again)[1][0])

@@ -136,7 +136,7 @@ def test_dormant_scores_are_normalised_by_their_own_layer_and_include_the_thresh
         assert float(metrics.dormant_fraction(h * scale, 0.5)) == 0.5
         assert float(metrics.dormant_fraction(h * scale, 0.49)) == 0
     groups = {"a": h, "b": 1e-3 * h}
-    assert float(metrics.dormant_fraction(groups, 0.49)) == 0  # normalised together, all of b would be dormant
+    assert float(metrics.dormant_fraction(groups, 0.49)) == 0  # normalized together, all of b would be dormant
     assert float(metrics.dormant_fraction({"a": h, "b": jnp.zeros((2, 6))}, 0.49)) == pytest.approx(6 / 8)
 
 

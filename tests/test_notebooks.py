@@ -136,6 +136,39 @@ def check_questions(found, folder):
     assert (folder / "runs/06_questions/stream/results.nc").is_file()
 
 
+def check_adapters(found, folder):
+    assert found["counts"] == [64 * 12 + 12 + 12 * 8 + 8 + 8 * 10 + 10, 2 * (64 + 12) + 2 * (12 + 8) + 2 * (8 + 10)]
+    assert found["unchanged"] and found["apart"] < 1e-4 and 0 < found["back"] < 1e-5
+    np.testing.assert_allclose(*found["norms"], rtol=1e-4)
+    assert found["norms"][0] > 1
+
+    # Where each task has its own adapter, what was learned stays, and what was not is as it was.
+    before = found["before"]
+    for name, matrix in found["matrices"].items():
+        assert matrix[0] == before
+        if name != "one adapter":
+            assert all(matrix[row][task] == before[task] for task in range(3) for row in range(task + 1))
+            assert all(matrix[row][task] == matrix[3][task] for task in range(3) for row in range(task + 1, 4))
+            assert all(last > first for last, first in zip(matrix[3], before, strict=True))
+    one, each, sparse = found["forgetting"].values()
+    assert each == sparse == 0 < one
+    one, each, sparse = found["rank"].values()
+    assert len(each) == 2 * 3 and max(each + sparse) <= 2.001 < max(one) <= 4.001
+    _, each, sparse = found["sparsity"].values()
+    assert np.mean(sparse) > np.mean(each)
+    assert all(len(values) == 2 * 3 for values in found["collisions"].values())
+    assert set(found["summed"]) == set(list(found["matrices"])[1:])
+
+    pulled = found["changed"]["0.5"]
+    assert all(0 < few < many for few, many in zip(pulled, found["changed"]["0.0"], strict=True))
+    for strength, tuned in found["tuned"].items():
+        curves = found["by_density"][strength]
+        assert [curve[0] for curve in curves] == tuned  # all changes are the tuned network
+        assert all(curve[-1] < curve[0] for curve in curves)
+    assert found["untouched"] and all(len(values) == 3 for values in found["alone"].values())
+    assert np.shape(found["overlap"]) == (2 * 3, 2) and np.min(found["overlap"]) > 0
+
+
 CASES = {
     "01_continual_backprop": Case(
         sizes={
@@ -285,6 +318,43 @@ CASES = {
         },
         check=check_lottery_tickets,
         slow=True,  # compiles four trainings and a round of the experiment
+    ),
+    "06_adapters": Case(
+        sizes={
+            "HIDDEN": (12, 8),
+            "PRETRAINING": 300,
+            "STEPS": 100,
+            "RANK": 2,
+            "L1": 3e-3,
+            "DRAWS": 2,
+            "STRENGTHS": (0.0, 0.5),
+            "DENSITIES": (1.0, 0.2, 0.02),
+            "DIMENSIONS": (64, 8),
+        },
+        read_back={
+            "counts": "[count(params), count(adapter)]",
+            "unchanged": "unchanged",
+            "apart": "apart",
+            "back": "back",
+            "norms": "norms",
+            "before": "[before[task] for task in TASKS]",
+            "matrices": "{name: found.tolist() for name, found in matrices.items()}",
+            "forgetting": "forgetting",
+            **{
+                name: f"{{name: [float(value) for value in values] for name, values in measured['{name}'].items()}}"
+                for name in ("rank", "sparsity", "collisions")
+            },
+            "summed": "{name: values.tolist() for name, values in summed.items()}",
+            "changed": "changed",
+            "tuned": "{strength: [float(accuracy(each, *test[task])) for task, each in of_tasks.items()]"
+            " for strength, of_tasks in tuned.items()}",
+            "by_density": "{strength: values.tolist() for strength, values in by_density.items()}",
+            "alone": "alone",
+            "untouched": "untouched",
+            "overlap": "list(overlap.values())",
+        },
+        check=check_adapters,
+        slow=True,
     ),
     "06_questions": Case(
         sizes={

@@ -1,4 +1,4 @@
-"""Runs a benchmark: tunes and reports methods on the problems of a suite, each pair in a folder of its own."""
+"""Runs a benchmark: tunes and evaluates methods on the problems of a suite, each pair in its own folder."""
 
 import dataclasses
 import inspect
@@ -28,12 +28,12 @@ class Entry(NamedTuple):
 
 
 def read_method(text: str) -> Method:
-    """Reads a method, as `learners.parse_method` does.
+    """Parses a method, like `learners.parse_method`.
 
-    A function's settings without a default need not be given where its `space` has them.
+    A function's settings without a default may be omitted if its `space` has them.
 
     Raises:
-      ValueError: an unknown learner or setting, or a value that does not fit it.
+      ValueError: the learner or setting is unknown, or a value does not fit.
     """
     found = None if text.partition(":")[0] in LEARNERS else by_path.read(text, "learner")
     space = getattr(found.value, "space", None) if found is not None else None
@@ -52,7 +52,7 @@ def read_method(text: str) -> Method:
 def entries(
     suite: Suite, methods: Sequence[Method], out: Path, problems: Sequence[str] | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """What there is to run, and what is left out.
+    """The pairs of problem and method to run, and what is left out.
 
     Args:
       suite: the problems.
@@ -61,11 +61,11 @@ def entries(
       problems: names of the problems; all of the suite by default.
 
     Returns:
-      the pairs, problem by problem, and a line for each problem without the package that it needs, and for each method
-      that a problem refuses.
+      the pairs, problem by problem; and a line for each problem whose package is missing, and for each method that a
+      problem does not support.
 
     Raises:
-      ValueError: there is no such problem, all problems refuse a method, or a folder holds another run.
+      ValueError: there is no such problem, no problem supports a method, or a folder holds another run.
     """
     chosen = suite.problems if problems is None else tuple(suite.problem(name) for name in problems)
     read_methods(methods)
@@ -91,15 +91,15 @@ def entries(
 
 
 def run(suite: Suite, pairs: Iterable[Entry], progress: stream.Progress | None = None) -> list[str]:
-    """Runs what has not been run; what was stopped goes on, to the same results.
+    """Runs all pairs that are not finished. Interrupted runs resume, with the same results.
 
     Args:
       suite: the problems.
       pairs: of `entries`.
-      progress: as in `Experiment.run`; it counts milliseconds that plain backpropagation would take, about.
+      progress: as in `Experiment.run`. It counts the approximate milliseconds that plain backpropagation would take.
 
     Returns:
-      a line for each method whose network or optimizer a problem refused when it was made.
+      a line for each method whose network or optimizer could not be created for a problem.
     """
     left_out = []
     for entry in pairs:
@@ -111,14 +111,14 @@ def run(suite: Suite, pairs: Iterable[Entry], progress: stream.Progress | None =
 
 
 def total(suite: Suite, pairs: Iterable[Entry]) -> int:
-    """What `run` counts up to: what has not been finished."""
+    """The total that `run` counts to: the cost of everything unfinished."""
     return sum(
         suite.plan(problem, method).total() * _weight(problem) for problem, method, out in pairs if not finished(out)
     )
 
 
 class _Refused(ValueError):
-    """A problem has no use for a method."""
+    """Raised if a problem does not support a method."""
 
 
 def _run(suite: Suite, entry: Entry, progress: stream.Progress | None) -> None:
@@ -143,9 +143,9 @@ def _run(suite: Suite, entry: Entry, progress: stream.Progress | None) -> None:
 
 
 def relative_cost(problem: Problem, method: Method, tasks: int) -> float:
-    """The time of a method's task over that of plain backpropagation, one lane on one device.
+    """The time of a method's task relative to plain backpropagation, for one lane on one device.
 
-    Both are measured here, one after the other, each the fastest task but the first, in which programs are compiled.
+    Both are measured one after the other. Each time is that of the fastest task, without the first, which compiles.
 
     Args:
       problem: whose tasks are timed.
@@ -177,7 +177,7 @@ def finished(out: Path) -> bool:
 
 
 def is_complete(results: Any) -> bool:
-    """Whether every reported task has been run, of methods whose search has ended."""
+    """Whether the search has ended and every reported task has run."""
     return bool(np.isfinite(results.replaced_units).all()) and all(results.chosen.values.tolist())
 
 
@@ -192,7 +192,7 @@ def folder_name(method: Method) -> str:
 
 
 def name_of(suite: Suite, problem: Problem) -> str:
-    """What a problem is called in results."""
+    """The name of a problem in results."""
     return f"{suite.name}/{problem.name}"
 
 
@@ -202,5 +202,5 @@ def _without_default(function: Any) -> set[str]:
 
 
 def _weight(problem: Problem) -> int:
-    """Milliseconds of plain backpropagation's task."""
+    """Milliseconds of a task of plain backpropagation."""
     return max(1, round(1000 * problem.cost))

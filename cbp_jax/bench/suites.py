@@ -1,4 +1,4 @@
-"""Suites of problems for benchmarks: existing experiments with fixed settings, and the budget of every method."""
+"""Benchmark suites: existing experiments with fixed settings, and a tuning budget for every method."""
 
 import dataclasses
 import importlib.util
@@ -29,12 +29,12 @@ class Problem:
     """A problem of a suite.
 
     Attributes:
-      name: in tables, and of its folder.
-      experiment: that it is.
-      settings: of what is reported; their `methods` are left open, and their `seeds` are how many are held out.
-      cost: seconds of plain backpropagation's task on one core, about; what is left of all problems is told by it.
-      counted: whether it counts for the score over all problems.
-      needs: a package without which it is left out.
+      name: name in tables, and of its folder.
+      experiment: the experiment to run.
+      settings: settings of the reported run, without `methods`. `seeds` is the number of held-out seeds.
+      cost: approximate seconds of a task of plain backpropagation on one core, for the progress of the whole benchmark.
+      counted: whether it counts in the score over all problems.
+      needs: a package that it requires; without it the problem is left out.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Problem:
 
     @property
     def available(self) -> bool:
-        """Whether the package is there that it needs."""
+        """Whether the package that it needs is installed."""
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     @property
     def measures(self) -> Mapping[str, str]:
-        """What is kept of the reported run: names and meanings."""
+        """The measures kept from the reported run: names and meanings."""
         if self.experiment is slippery_ant:
             return AGENT_MEASURES
         of_pools = self.experiment in (continual_imagenet, class_incremental)
@@ -59,22 +59,22 @@ class Problem:
         return report.stream_measures(accuracy=accuracy, test=of_pools, dormant=of_pools)
 
     def changed(self, **changes: Any) -> Any:
-        """Its settings with other values, those that it has."""
+        """Its settings with some values replaced, if it has these settings."""
         known = {field.name for field in dataclasses.fields(self.settings)}
         return dataclasses.replace(self.settings, **{name: changes[name] for name in known & changes.keys()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Problems, and how all methods are tuned on them.
+    """Problems, and the tuning budget of all methods.
 
     Attributes:
       name: in commands.
       about: one line for lists.
       problems: in the order of tables.
-      configurations: how many every method tries in each problem.
-      tuning_seeds: number of seeds with which each of these runs.
-      timed_tasks: tasks in which the cost of an update is measured.
+      configurations: number of configurations that every method tries on each problem.
+      tuning_seeds: number of seeds for each configuration.
+      timed_tasks: number of tasks for measuring the cost of an update.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Suite:
     timed_tasks: int = 4
 
     def problem(self, name: str) -> Problem:
-        """A problem by its name; raises a ValueError where it has none of that."""
+        """A problem by its name. Raises a ValueError if there is none."""
         by_name = {problem.name: problem for problem in self.problems}
         if name not in by_name:
             raise ValueError(f"problems must be some of {list(by_name)}, got {name!r}")
@@ -93,19 +93,19 @@ class Suite:
 
     @property
     def counted(self) -> list[str]:
-        """Names of the problems that count for the score over all."""
+        """Names of the problems that count in the overall score."""
         return [problem.name for problem in self.problems if problem.counted]
 
     def tuning(self, problem: Problem) -> Any:
-        """Settings of the search on a problem, whose `methods` are left open."""
-        # What units and weights are like decides nothing, and takes time.
+        """Settings of the search on a problem, without `methods`."""
+        # Measures of units and weights do not affect the choice, and take time.
         return problem.changed(seeds=self.tuning_seeds, first_seed=FIRST_TUNING_SEED, measured_examples=1)
 
     def plan(self, problem: Problem, method: Method) -> Plan:
-        """How a method is tuned and reported on a problem.
+        """How a method is tuned and evaluated on a problem.
 
-        What was given with the method is not searched; one without a space runs as it is given, and one whose space has
-        values alone tries all their combinations.
+        Settings given with the method are not searched. A method without a space runs as it is. A space that has only
+        lists of values is searched exhaustively.
 
         Example:
           >>> from cbp_jax.experiments.learners import parse_method
@@ -126,11 +126,12 @@ class Suite:
         return Plan(problem.experiment, (lane,), self.tuning(problem), problem.settings, problem.measures, count)
 
     def kept(self, problem: Problem, method: Method) -> dict[str, Any]:
-        """What results keep of how they were made; see `budget` for what all methods share."""
+        """What results record about how they were made; see `budget` for what all methods share."""
         return {**self.budget(problem), "method": method.text, "space": told(method.searched)}
 
     def budget(self, problem: Problem) -> dict[str, Any]:
-        """What is alike for all methods of a problem: how many configurations, and the settings of both runs."""
+        """What is the same for all methods of a problem: the number of configurations, and the settings of both
+        runs."""
         plain = lambda settings: {
             key: value for key, value in dataclasses.asdict(settings).items() if key not in ("methods", "data_dir")
         }
@@ -147,7 +148,7 @@ _HELD_OUT = 10
 
 SMALL = Suite(
     "small",
-    "digits and images that are made here; half an hour to two hours of 2 cores a method",
+    "digits and generated images; half an hour to two hours on 2 cores for each method",
     (
         Problem(
             "online_permuted",
@@ -223,7 +224,7 @@ SMALL = Suite(
 
 FULL = Suite(
     "full",
-    "the papers' datasets, in their sizes or half: for accelerators, with prepared datasets",
+    "the papers' datasets, in full or half size: for accelerators, with prepared datasets",
     (
         Problem(
             "online_permuted",
@@ -270,7 +271,7 @@ FULL = Suite(
 
 SMOKE = Suite(
     "smoke",
-    "seconds, to see that all works",
+    "takes seconds, to check that everything works",
     (
         Problem(
             "online_permuted",

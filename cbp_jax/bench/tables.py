@@ -1,4 +1,4 @@
-"""From the files of a benchmark to its table and its picture."""
+"""Makes the table and the picture of a benchmark from its files."""
 
 import json
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ TABLE, PICTURE = "table.md", "table"
 
 
 def collect(suite: Suite, folders: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
-    """The finished results of all folders, by problem.
+    """Loads the finished results of all folders, by problem.
 
     Args:
       suite: the problems.
-      folders: of benchmarks, with files `<problem>/<method>/results.nc`; of a method that several of them have, the
-        first is taken.
+      folders: folders of benchmarks, with files `<problem>/<method>/results.nc`. If several have a method, the first
+        counts.
 
     Returns:
-      by problem, the results of all methods; and a line for each file that was left out, as it is not finished.
+      by problem, the results of all methods; and a line for each file that was left out because it is not finished.
 
     Raises:
-      FileNotFoundError: a folder is not there, or they hold no finished results.
-      ValueError: a file holds other results, or those of other settings or another version of the suite.
+      FileNotFoundError: a folder does not exist, or there are no finished results.
+      ValueError: a file holds other results, or results of other settings or another version of the suite.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -65,7 +65,7 @@ def rows(suite: Suite, problems: dict[str, Any], methods: Sequence[str]) -> str:
 
 
 def title(suite: Suite, problems: dict[str, Any]) -> str:
-    """The heading of the table: what the budget was."""
+    """The heading of the table, with the budget."""
     seeds = sorted({results.sizes["seed"] for results in problems.values()})
     return (
         f"Suite {suite.name}: the best of {suite.configurations} configurations over {suite.tuning_seeds} tuning "
@@ -74,12 +74,12 @@ def title(suite: Suite, problems: dict[str, Any]) -> str:
 
 
 def _counted(suite: Suite, problems: dict[str, Any]) -> list[str]:
-    """The problems that count, of those that have results; all where none of these does."""
+    """The counted problems among those with results; all of these if none is counted."""
     return [name for name in suite.counted if name in problems] or list(problems)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """The results of all methods, with the looks of all."""
+    """The results of all methods, with their colors and labels."""
     found = {name: look for part in parts for name, look in looks.looks_of(part).items()}
     joined = report.join_results(parts)
     known = looks_by_learner(list(found))
@@ -87,7 +87,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 def _check(suite: Suite, problem: Problem, results: Any, path: Path) -> None:
-    """Raises a ValueError if results were made in another way than the suite's."""
+    """Raises a ValueError if results were not made with the suite's settings."""
     try:
         kept = json.loads(results.attrs["settings"])
         expected = json.loads(report.results.settings_json(suite.budget(problem)))

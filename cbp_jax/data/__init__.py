@@ -1,4 +1,4 @@
-"""Where images and texts come from: tensorflow-datasets, local files, and what every installation has."""
+"""Sources of images and texts: tensorflow-datasets, local files, and data that every installation has."""
 
 from cbp_jax.data.dataset import Dataset, DatasetUnavailable
 from cbp_jax.data.downsample import downsample

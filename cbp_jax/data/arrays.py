@@ -14,7 +14,7 @@ ENDINGS = (".npz", ".npy")
 _INPUTS = ("image", "images", "x", "features", "data")
 _LABELS = ("label", "labels", "y", "target", "targets")
 _CLASSES = ("label_names", "class_names")
-_MOST_CLASSES = 100_000  # of which labels alone say that there are so many
+_MOST_CLASSES = 100_000  # for labels without names, a larger label is taken for a mistake
 _DAMAGES = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 

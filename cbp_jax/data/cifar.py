@@ -17,13 +17,13 @@ def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarr
     """Decodes and checks the six files.
 
     Args:
-      contents: of each of `FILES`, where it was found and what it holds.
+      contents: for each of `FILES`, its path and its content.
 
     Returns:
       images uint8 [n, 32, 32, 3] and labels uint8 [n] of each split.
 
     Raises:
-      ValueError: if a file is not what its name says.
+      ValueError: if a file does not hold what its name says.
     """
     splits = {}
     for split, files in _SPLITS.items():
@@ -36,7 +36,7 @@ def _decode(path: Path, content: bytes) -> np.ndarray:
     """The records of a file, uint8 [n, 3073]."""
     if not content or len(content) % _RECORD:
         raise ValueError(
-            f"{path} must be records of {_RECORD} bytes, each a label and an image of 32 x 32 pixels and 3 colours; "
+            f"{path} must be records of {_RECORD} bytes, each a label and an image of 32 x 32 pixels and 3 colors; "
             f"it has {len(content)} bytes"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)

@@ -1,4 +1,4 @@
-"""A dataset in memory, and the error for one that is not there."""
+"""A dataset in memory, and the error for a missing one."""
 
 import dataclasses
 
@@ -6,20 +6,20 @@ import numpy as np
 
 
 class DatasetUnavailable(RuntimeError):
-    """The dataset is known but its files are not on this machine; the message says how to get them."""
+    """Raised if a known dataset's files are not on this machine. The message says how to get them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Labelled images of one split, or vectors of features in their place, as NumPy arrays on the host.
+    """Labeled images of one split, or feature vectors instead of images, as NumPy arrays on the host.
 
     Attributes:
       images: uint8 [n, height, width, channels], or float32 [n, features].
       labels: int32 [n], from 0 to num_classes - 1.
-      num_classes: number of classes; some may have no example.
-      name: the name it was loaded by, for titles and results.
+      num_classes: number of classes; some may have no examples.
+      name: the name under which it was loaded, for titles and results.
       max_value: value of the brightest pixel (255, but 16 in scikit-learn's digits); ``images / max_value``
-        is in [0, 1]. Of no meaning for features.
+        is in [0, 1]. Not used for features.
 
     Raises:
       ValueError: if the arrays do not have these types and shapes or a value is out of range.
@@ -53,7 +53,7 @@ class Dataset:
                 f"got {labels.min()} to {labels.max()}"
             )
         if self.has_features:
-            with np.errstate(invalid="ignore"):  # infinity less infinity
+            with np.errstate(invalid="ignore"):  # infinity minus infinity
                 total = images.sum(dtype=np.float64)  # instead of a mask as large as the features
             if not np.isfinite(total):
                 raise ValueError("images must be finite; some features are infinite or not a number")
@@ -75,5 +75,5 @@ class Dataset:
 
     @property
     def has_features(self) -> bool:
-        """Whether ``images`` holds vectors of features, which are shown as they are."""
+        """Whether ``images`` holds feature vectors, which are not scaled."""
         return self.images.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Real texts that every installation has: what the documentation of libraries says, by library and by kind."""
+"""Real texts that every installation has: docstrings of libraries, labeled by library or by kind."""
 
 import ast
 import functools
@@ -9,20 +9,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# What cbp_jax needs, and what these need.
+# The dependencies of cbp_jax, and theirs.
 LIBRARIES = ("jax", "flax", "numpy", "optax", "scipy", "chex")
 KINDS = ("class", "function", "method", "module")
 LEAST_WORDS = 8
 _MOST_WORDS = 100
 _PER_LIBRARY = 600
 
-# Where the prose ends: sections, whose form would tell libraries apart at a glance.
+# Where the prose ends. The form of sections would identify libraries immediately.
 _SECTION = re.compile(
     r"^\s*(args?|arguments|parameters|returns?|raises|yields|examples?|notes?|attributes|references|see also|usage|"
     r"warnings?|methods)\s*:{0,2}\s*$|^\s*(-{3,}|={3,}|>>>|\.\. )",
     re.IGNORECASE | re.MULTILINE,
 )
-# Names, and what they are imported as.
+# Names, with their usual aliases.
 _NAMES = re.compile(
     r"\b(?:jax|jnp|xla|pjit|flax|linen|nnx|nn|numpy|np|ndarray|optax|scipy|sp|chex|deepmind|google)\b", re.IGNORECASE
 )
@@ -32,18 +32,18 @@ _HIDDEN = "library"
 def docstrings(by: str) -> tuple[list[str], list[str]]:
     """The prose of docstrings of installed libraries.
 
-    Modules are read, not run. What says whose a text is, is hidden: names of libraries become "library", and what
-    follows the prose, such as a list of arguments, is cut off. Short texts are left out, and of equal ones all but the
-    first. Which texts there are depends on the versions that are installed.
+    Modules are parsed, not run. Clues to the label are hidden: names of libraries become "library", and everything
+    after the prose, such as a list of arguments, is removed. Short texts and duplicates are left out. The texts depend
+    on the installed versions.
 
     Args:
-      by: "library", or "kind": of what it is the docstring.
+      by: the label: "library", or "kind", the kind of object that is documented.
 
     Returns:
       texts, and their labels.
 
     Raises:
-      ValueError: `by` is neither.
+      ValueError: `by` is unknown.
 
     Example:
       >>> texts, labels = docstrings("kind")
@@ -69,7 +69,7 @@ def _of_library(library: str) -> tuple[tuple[str, str], ...]:
         return ()
     root = Path(next(iter(folders)))
     files = [path for path in root.rglob("*.py") if "test" not in path.relative_to(root).as_posix()]
-    # In an order that spreads over the library and is the same on every machine.
+    # In an order that covers the library evenly and is the same on every machine.
     files.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
     found: dict[str, str] = {}
     for path in files:

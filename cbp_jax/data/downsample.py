@@ -8,17 +8,17 @@ from cbp_jax.data.dataset import Dataset
 
 
 def downsample(dataset: Dataset, factor: int) -> Dataset:
-    """Makes images smaller: each pixel is the mean of a square of the original's.
+    """Makes images smaller: each pixel is the mean of a square of original pixels.
 
     Args:
       dataset: images.
-      factor: height and width of a square, which divides those of the images; 1 changes nothing.
+      factor: height and width of a square, which must divide those of the images; 1 changes nothing.
 
     Returns:
-      a `Dataset` of the same labels and name, with values rounded.
+      a `Dataset` with the same labels and name, and rounded values.
 
     Raises:
-      ValueError: the factor is no integer of at least 1 that divides the images' height and width, or the dataset
+      ValueError: the factor is not an integer of at least 1 that divides the images' height and width, or the dataset
         holds features.
 
     Example:

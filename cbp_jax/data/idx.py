@@ -18,13 +18,13 @@ def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarr
     """Decodes and checks the four files.
 
     Args:
-      contents: of each of `FILES`, where it was found and what it holds.
+      contents: for each of `FILES`, its path and its content.
 
     Returns:
       images uint8 [n, 28, 28] and labels uint8 [n] of each split.
 
     Raises:
-      ValueError: if a file is not what its name says.
+      ValueError: if a file does not hold what its name says.
     """
     splits = {}
     for split, (images_file, labels_file) in _SPLITS.items():

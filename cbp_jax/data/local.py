@@ -1,4 +1,4 @@
-"""Preparing datasets from local copies of their official files, without TensorFlow and without network."""
+"""Prepares datasets from local copies of their official files, without TensorFlow and without network."""
 
 import gzip
 import os
@@ -16,29 +16,28 @@ _FORMATS = {"mnist": idx, "fashion_mnist": idx, "kmnist": idx, "cifar10": cifar}
 
 
 def prepare(name: str, source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
-    """Makes a tensorflow-datasets dataset from local copies of its official files.
+    """Creates a tensorflow-datasets dataset from local copies of its official files.
 
-    The official builder writes it, with only its reading of the files replaced, so the result is what it
-    would have made from its own download, and any program that uses tensorflow-datasets can read it.
+    The official builder writes it; only its reading of the files is replaced. So the result is the same as from its own
+    download, and any program that uses tensorflow-datasets can read it.
 
     Args:
       name: "mnist", "fashion_mnist", "kmnist" or "cifar10".
-      source: directory with the dataset's files, each as it is or gzipped (.gz): the four IDX files
-        train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte; of
+      source: directory with the dataset's files, each plain or gzipped (.gz): the four IDX files
+        train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte; for
         CIFAR-10 the six binary batches data_batch_1.bin to data_batch_5.bin and test_batch.bin.
       data_dir: where tensorflow-datasets keeps its datasets; by default ``$TFDS_DATA_DIR`` or
         ``~/tensorflow_datasets``.
 
     Returns:
-      The directory of the prepared dataset. One that was prepared before is left as it is; delete it to
-      prepare anew.
+      The directory of the prepared dataset. An existing one is not changed; delete it to prepare it again.
 
     Raises:
-      ValueError: if the name is not one of these, or a file is not what its name says.
-      FileNotFoundError: if a file is missing; lists those that are.
+      ValueError: if the name is not one of these, or a file does not hold what its name says.
+      FileNotFoundError: if files are missing; the message lists them.
       ImportError: if the extra ``cbp-jax[data]`` is not installed.
       DatasetUnavailable: if it was prepared before in a format that only TensorFlow reads.
-      FileExistsError: if the directory of the dataset is there but holds no dataset.
+      FileExistsError: if the directory of the dataset exists but holds no dataset.
 
     For example ``prepare("mnist", "downloads/mnist")``, and then ``load("mnist")``.
     """
@@ -49,7 +48,7 @@ def prepare(name: str, source: str | os.PathLike, data_dir: str | os.PathLike | 
     official, files = tfds.builder_cls(name), _FORMATS[name]
     splits = files.read(_read_files(name, Path(source).expanduser(), files.FILES))  # before anything is written
 
-    # Unregistered, because the name is taken by the builder that this one stands in for.
+    # Not registered, because the official builder already has this name.
     with tfds.core.registered.skip_registration():
 
         class FromLocalFiles(official):
@@ -62,7 +61,7 @@ def prepare(name: str, source: str | os.PathLike, data_dir: str | os.PathLike | 
 
             def _generate_examples(self, split: str, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple]:
                 for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-                    # As PIL images, because encoding arrays takes TensorFlow.
+                    # As PIL images, because encoding arrays requires TensorFlow.
                     example = {"image": pil_image.fromarray(image), "label": int(label)}
                     if "id" in self.info.features:
                         example["id"] = f"{split}_{index:05d}"
@@ -80,7 +79,7 @@ def prepare(name: str, source: str | os.PathLike, data_dir: str | os.PathLike | 
 
 
 def _read_files(name: str, source: Path, files: tuple[str, ...]) -> dict[str, tuple[Path, bytes]]:
-    """Where each file is, and what it holds when unpacked."""
+    """The path and the unpacked content of each file."""
     found = {file: _find(source, file) for file in files}
     missing = [file for file, path in found.items() if path is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Images of as many classes as wanted, made on the device from a key: image problems without any files."""
+"""Procedural images of any number of classes, generated on the device from a key: image problems without any files."""
 
 import functools
 
@@ -8,23 +8,23 @@ import numpy as np
 
 from cbp_jax.data.dataset import Dataset
 
-_PATCHES = 6  # that make a class
-_DISTRACTORS = 2  # that each image has of its own
-_FOUR_IN_FIVE = 0.8416  # of normal numbers are smaller
+_PATCHES = 6  # gratings of a class
+_DISTRACTORS = 2  # additional random gratings of each image
+_FOUR_IN_FIVE = 0.8416  # quantile: four in five normal numbers are smaller
 
 
 def procedural(
     num_classes: int = 1000, per_class: int = 700, *, size: int = 32, channels: int = 3, key: int | jax.Array = 0
 ) -> Dataset:
-    """Draws a dataset in which a class is an arrangement of six coloured gratings.
+    """Draws a dataset in which a class is an arrangement of six colored gratings.
 
-    Each grating has a place, an orientation, a wavelength, a phase, a colour and a size, drawn for the class. In each
-    image all of them are shifted together, each is moved, turned and weakened a little by itself, one in five is not
-    there, two gratings are there that belong to no class, and every pixel has noise. Neither a pixel nor the mean
-    colour tells classes apart. The same arguments give the same images, on one kind of device.
+    Each grating has a position, an orientation, a wavelength, a phase, a color and a size, drawn for the class. In each
+    image all of them are shifted together, each one is moved, rotated and attenuated a little, one in five is missing,
+    two random gratings are added, and every pixel has noise. Neither single pixels nor the mean color distinguish
+    classes. On one kind of device, the same arguments give the same images.
 
     Args:
-      num_classes: number of classes; those of fewer classes are the first ones of more.
+      num_classes: number of classes. Fewer classes are the first ones of more classes.
       per_class: number of images of each class.
       size: height and width in pixels.
       channels: number of channels.
@@ -34,7 +34,7 @@ def procedural(
       a `Dataset` named "procedural", class after class.
 
     Raises:
-      ValueError: a number is not an integer of at least 1, or `size` is under 8.
+      ValueError: a number is not an integer of at least 1, or `size` is less than 8.
 
     Example:
       >>> procedural(5, 20, size=16, channels=1)
@@ -51,7 +51,7 @@ def procedural(
             raise ValueError(f"{name} must be an integer of at least {smallest}; got {value!r}")
     key = jax.random.key(key) if isinstance(key, int) else key
     images = np.empty((num_classes, per_class, size, size, channels), np.uint8)
-    for number in range(num_classes):  # a class at a time, whose floats fit in any memory
+    for number in range(num_classes):  # one class at a time, so that floats fit in memory
         images[number] = _images_of_class(jax.random.fold_in(key, number), per_class, size, channels)
     labels = np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
     return Dataset(images.reshape(-1, size, size, channels), labels, num_classes, "procedural")
@@ -67,9 +67,9 @@ def _images_of_class(key: jax.Array, count: int, size: int, channels: int) -> ja
 
 
 def _gratings(key: jax.Array, count: int, channels: int) -> dict[str, jax.Array]:
-    """Random gratings: arrays [count, ...]; lengths in units of the image's."""
+    """Random gratings: arrays [count, ...]; lengths relative to the image's."""
     uniform_key, colour_key = jax.random.split(key)
-    # All in one draw, as every draw takes its time to compile.
+    # All in one draw, since every draw takes time to compile.
     row, column, angle, frequency, phase, radius = jax.random.uniform(uniform_key, (6, count))
     return {
         "row": 0.2 + 0.6 * row,
@@ -83,9 +83,9 @@ def _gratings(key: jax.Array, count: int, channels: int) -> dict[str, jax.Array]
 
 
 def _image(key: jax.Array, of_class: dict[str, jax.Array], size: int, channels: int) -> jax.Array:
-    """uint8 [size, size, channels]: the gratings of a class as one image shows them, and others."""
+    """uint8 [size, size, channels]: one image, with the gratings of a class and others."""
     change_key, other_key, noise_key = jax.random.split(key, 3)
-    changes = jax.random.normal(change_key, (6, _PATCHES + 1))  # the last column: of all gratings together
+    changes = jax.random.normal(change_key, (6, _PATCHES + 1))  # the last column applies to all gratings together
     row, column, angle, phase, strength, presence = changes[:, :-1]
     shown = jnp.where(presence < _FOUR_IN_FIVE, jnp.exp(0.3 * strength), 0.0)
     seen = {

@@ -1,9 +1,8 @@
-"""The datasets by name, and how each is read.
+"""Datasets by name, and how each is read.
 
-Everything but the digits and a user's own array files goes through tensorflow-datasets, which reads a dataset
-that has been prepared once (see ``DatasetUnavailable`` for how) without TensorFlow. Decoding 60,000 images takes
-seconds, so the arrays are kept in an npz file beside the prepared ones; deleting the prepared dataset deletes
-them too.
+Everything except the digits and a user's own array files is read through tensorflow-datasets. A dataset that has been
+prepared once can be read without TensorFlow (the error ``DatasetUnavailable`` says how to prepare it). Decoding 60,000
+images takes seconds, so the arrays are cached in an npz file in the directory of the prepared dataset.
 """
 
 import difflib
@@ -22,7 +21,7 @@ import numpy as np
 from cbp_jax.data import arrays
 from cbp_jax.data.dataset import Dataset, DatasetUnavailable
 
-# Datasets that `prepare` makes from local copies of their official files, and what these are.
+# Datasets that `prepare` creates from local copies of their official files, and descriptions of these files.
 LOCAL_FILES = {
     "mnist": "four IDX files",
     "fashion_mnist": "four IDX files",
@@ -30,14 +29,14 @@ LOCAL_FILES = {
     "cifar10": "six binary batch files",
 }
 
-# Name, config and version, as tensorflow-datasets writes them.
+# Name, config and version, in the form of tensorflow-datasets.
 _NAME = re.compile(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?")
 _CHUNK = 4096  # examples read at a time: several times faster than one by one, and little memory
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 def names() -> tuple[str, ...]:
-    """Names that ``load`` is tested with; it takes any image classification dataset of tensorflow-datasets.
+    """Names with which ``load`` is tested. It accepts any image classification dataset of tensorflow-datasets.
 
     >>> names()
     ('digits', 'mnist', 'fashion_mnist', 'kmnist', 'cifar10', 'cifar100', 'emnist/balanced')
@@ -58,24 +57,24 @@ def load(name: str | os.PathLike, split: str = "train", *, data_dir: str | os.Pa
         ``~/tensorflow_datasets``.
 
     Returns:
-      The split in the order in which it is stored.
+      The split, in storage order.
 
     Raises:
-      DatasetUnavailable: if the dataset is known but not prepared in ``data_dir``; says how to get it there.
-      ValueError: if the dataset or the split is unknown, or it does not hold labelled images of one size.
+      DatasetUnavailable: if the dataset is known but not prepared in ``data_dir``; the message says how to prepare it.
+      ValueError: if the dataset or the split is unknown, or it does not hold labeled images of one size.
       FileNotFoundError: if there is no such file.
       ImportError: if the extra ``cbp-jax[data]`` is not installed.
 
-    A file of arrays holds, under these names, images or features and their labels:
+    A file of arrays holds images or features and their labels, under these names:
 
     - "image", "images", "x", "features" or "data": uint8 [n, height, width] or [n, height, width, channels], with
       values up to 255, or floats [n, features];
     - "label", "labels", "y", "target" or "targets": integers [n] from 0 on;
-    - if wanted, "label_names" or "class_names": [classes], which says how many classes there are; without it
-      these are as many as the largest label of the split says.
+    - optionally "label_names" or "class_names": [classes], which gives the number of classes. Without it, the number
+      follows from the largest label of the split.
 
-    They are the split "train"; or each split has its own arrays, "x_train", "y_train", "x_test" and so on. Of an npy
-    file, whose one array is structured, these are the fields. The file's name without its ending is the dataset's.
+    They form the split "train"; or each split has its own arrays, "x_train", "y_train", "x_test" and so on. In an npy
+    file with one structured array, these are its fields. The dataset's name is the file's name without extension.
 
     >>> load("digits")
     Dataset(digits: 1797 images of 8x8x1, 10 classes)
@@ -113,7 +112,7 @@ def find_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
         f"known are {', '.join(names())}, and the image classification datasets of tensorflow-datasets; "
         "the path of a file of arrays must end in .npz or .npy"
     )
-    if _NAME.fullmatch(name) is None:  # such as "huggingface:mnist", which would reach for the network
+    if _NAME.fullmatch(name) is None:  # such as "huggingface:mnist", which would use the network
         raise ValueError(f"unknown dataset {name!r}; {known}")
     try:
         return tfds.builder(name, data_dir=None if data_dir is None else os.path.expanduser(data_dir))
@@ -163,7 +162,7 @@ def _require_labelled_images(builder: Any, name: str) -> None:
     features = dict(builder.info.features or {})
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise ValueError(f"dataset {name!r} is not one of labelled images: its features are {sorted(features)}")
+        raise ValueError(f"dataset {name!r} is not one of labeled images: its features are {sorted(features)}")
     if None in image.shape or image.np_dtype != np.uint8:
         got = f"{np.dtype(image.np_dtype)} {image.shape}"
         raise ValueError(f"dataset {name!r} must have uint8 images of one size; got {got} (None: varies)")
@@ -198,7 +197,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _write_cache(path: Path, stored: dict[str, np.ndarray]) -> None:
-    """Writes the whole file or none; a directory that cannot be written to costs time, not the run."""
+    """Writes the file atomically. If the directory is not writable, the data is decoded again next time."""
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:

@@ -1,4 +1,4 @@
-"""Labelled texts: of installed libraries, a user's own files, and tensorflow-datasets."""
+"""Labeled texts from installed libraries, a user's own files, and tensorflow-datasets."""
 
 import csv
 import dataclasses
@@ -24,7 +24,7 @@ _TEST_SHARE = 0.2
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Texts:
-    """Labelled texts, or pairs of texts.
+    """Labeled texts, or pairs of texts.
 
     Attributes:
       texts: one of each example.
@@ -53,8 +53,8 @@ class Texts:
         """The texts as tokens.
 
         Args:
-          tokenizer: a `WordTokenizer`, a `FileTokenizer`, or another that does as these do.
-          length: of each text; what is longer is cut.
+          tokenizer: a `WordTokenizer`, a `FileTokenizer`, or another object with the same methods.
+          length: number of tokens of each text; longer texts are truncated.
 
         Raises:
           ValueError: `length` is less than 4.
@@ -72,26 +72,27 @@ class Texts:
 
 
 def load_text(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -> Texts:
-    """Loads labelled texts, all splits; never downloads.
+    """Loads labeled texts, all splits; never downloads.
 
     Args:
-      name: "docstrings/library" or "docstrings/kind", which need no files: what the documentation of installed
-        libraries says, by library and by what it documents; a text classification dataset of tensorflow-datasets, such
-        as "glue/sst2", "ag_news_subset" or "imdb_reviews", with a class label and one text or two; or the path of a
-        file of your own that ends in .jsonl or .csv, gzipped (.gz) or not.
+      name: "docstrings/library" or "docstrings/kind", which need no files: docstrings of installed libraries, labeled
+        by library or by the kind of object; a text classification dataset of tensorflow-datasets, such as "glue/sst2",
+        "ag_news_subset" or "imdb_reviews", with a class label and one text or two; or the path of a file of your own
+        that ends in .jsonl or .csv, gzipped (.gz) or not.
       data_dir: where tensorflow-datasets keeps its datasets, as in `load`.
 
     Returns:
-      the texts. A split whose labels are kept secret, as GLUE's "test", is left out.
+      the texts. Splits with secret labels, such as GLUE's "test", are left out.
 
     Raises:
-      DatasetUnavailable: the dataset is known but not prepared in `data_dir`; says how to get it there.
-      ValueError: the dataset is unknown, or is not one of labelled texts, or a file is not of its form.
+      DatasetUnavailable: the dataset is known but not prepared in `data_dir`; the message says how to prepare it.
+      ValueError: the dataset is unknown, or does not hold labeled texts, or a file is malformed.
       FileNotFoundError: there is no such file.
       ImportError: the extra `cbp-jax[data]` is not installed.
 
-    In a file an example is an object of a line (.jsonl), or a row below one of names (.csv), with "text", or "text" and
-    "pair", "label", and "split", such as "train" and "test", if there are several. Labels are names or numbers.
+    In a file, each example is a JSON object on its own line (.jsonl), or a row below a row of column names (.csv). It
+    has "text", optionally "pair" for a second text, "label", and "split", such as "train" or "test", if there are
+    several splits. Labels are names or numbers.
 
     >>> load_text("docstrings/kind").label_names
     ('class', 'function', 'method', 'module')
@@ -109,7 +110,7 @@ def load_text(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = N
 
 
 def _share(text: str) -> float:
-    """A number in [0, 1) by which texts are split at random, on every machine alike."""
+    """A pseudo-random number in [0, 1) for splitting texts, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
 
@@ -187,13 +188,13 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> Texts:
     for split in sorted(builder.info.splits, key=lambda split: (split != "train", split)):
         source = builder.as_data_source(split)
         examples = source.__getitems__(range(len(source))) if len(source) else []
-        if any(int(example["label"]) < 0 for example in examples):  # kept secret
+        if any(int(example["label"]) < 0 for example in examples):  # secret labels
             continue
         for column, field in zip(columns, fields, strict=True):
             column += [bytes(example[field]).decode() for example in examples]
         labels += [int(example["label"]) for example in examples]
         splits += [split] * len(examples)
     if not labels:
-        raise ValueError(f"dataset {name!r} has no labelled examples")
+        raise ValueError(f"dataset {name!r} has no labeled examples")
     found = _texts(name, columns[0], columns[1] if len(columns) == 2 else None, labels, splits)
     return dataclasses.replace(found, label_names=tuple(label.names))

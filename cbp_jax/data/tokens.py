@@ -1,4 +1,4 @@
-"""Texts as numbers: tokenizers, and a dataset of tokens."""
+"""Tokenizers, and a dataset of tokens."""
 
 import collections
 import dataclasses
@@ -16,22 +16,22 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TokenDataset:
-    """Labelled texts as tokens, all of one length: what is shorter is filled up.
+    """Labeled texts as tokens, all padded to one length.
 
-    One length for all, not buckets of several: a program of training is then compiled once, a batch is any examples at
-    random, and seeds run side by side. What is filled up costs what it would cost as text. The mask keeps it from
+    There is one length for all texts instead of several buckets: the training program is compiled only once, a batch is
+    any random examples, and seeds can run in parallel. Padding costs as much as text. The mask excludes it from
     attention and from means.
 
     Attributes:
       tokens: int32 [examples, length].
-      lengths: int32 [examples], how many of them are there.
+      lengths: int32 [examples], the number of tokens without padding.
       labels: int32 [examples], from 0 to num_classes - 1.
-      splits: by name, such as "train" and "test", the numbers of examples, int [n].
+      splits: by name, such as "train" and "test", the indices of examples, int [n].
       num_classes: number of classes.
       name: for titles and results.
-      vocabulary: number of tokens that there are.
+      vocabulary: number of different tokens.
       types: int32 [examples, length], 1 in the second of two texts.
-      pad: the token that fills up.
+      pad: the padding token.
 
     Raises:
       ValueError: the arrays do not have these types and shapes, or a value is out of range.
@@ -90,7 +90,7 @@ class TokenDataset:
 
     @property
     def mask(self) -> np.ndarray:
-        """Which tokens are there, bool [examples, length]."""
+        """Which tokens are not padding, bool [examples, length]."""
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     def take(self, split: str, count: int | None = None, seed: int = 0) -> "TokenDataset":
@@ -98,14 +98,14 @@ class TokenDataset:
 
         Args:
           split: a name of `splits`.
-          count: how many at most; all by default. Fewer are the first of more.
-          seed: of their order.
+          count: the most examples; all by default. Fewer examples are the first of more.
+          seed: seed of their order.
 
         Returns:
-          a dataset of that one split.
+          a dataset with only that split.
 
         Raises:
-          ValueError: there is no such split, or nothing in it.
+          ValueError: there is no such split, or it is empty.
         """
         if split not in self.splits or not len(self.splits[split]):
             raise ValueError(f"split must be one of {list(self.splits)} of {self.name!r}, got {split!r}")
@@ -115,7 +115,7 @@ class TokenDataset:
 
 
 class Tokenizer(Protocol):
-    """What makes numbers of texts."""
+    """Interface of tokenizers."""
 
     vocabulary: int
     pad: int
@@ -129,12 +129,12 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WordTokenizer:
-    """Words in lower case, and signs, the most frequent of some texts; it needs no file.
+    """A tokenizer of lowercase words and punctuation, the most frequent of some texts. It needs no file.
 
-    Tokens are 0, which fills up, 1 for unknown words, 2 in front of a text and 3 behind it, and then the words.
+    Token 0 is padding, 1 an unknown word, 2 the start and 3 the end of a text; the words follow.
 
     Attributes:
-      words: from 4 on.
+      words: the words of the tokens from 4 on.
 
     Example:
       >>> tokenizer = WordTokenizer.of(["to be, or not to be"], 6)
@@ -152,7 +152,7 @@ class WordTokenizer:
 
     @classmethod
     def of(cls, texts: Iterable[str], vocabulary: int) -> "WordTokenizer":
-        """The tokenizer of the most frequent words of texts; of equally frequent ones the first of the alphabet."""
+        """The tokenizer of the most frequent words of texts; ties are in alphabetical order."""
         if vocabulary < 5:
             raise ValueError(f"vocabulary must be at least 5, got {vocabulary}")
         counts = collections.Counter(word for text in texts for word in _split(text))
@@ -167,7 +167,8 @@ class WordTokenizer:
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, length: int
     ) -> list[tuple[list[int], list[int]]]:
-        """Of each text, or pair of texts, at most so many tokens and their types; of pairs the longer is cut first."""
+        """For each text, or pair of texts, at most `length` tokens with their types. Of a pair the longer text is
+        truncated first."""
         numbers = lambda text: [self._numbers.get(word, 1) for word in _split(text)]
         encoded = []
         for number, text in enumerate(texts):
@@ -188,15 +189,15 @@ def _split(text: str) -> list[str]:
 
 
 class FileTokenizer:
-    """The tokenizer of a `tokenizer.json`, as Hugging Face's programs save it; needs the package `tokenizers`.
+    """The tokenizer in a `tokenizer.json`, as saved by Hugging Face libraries. Requires the package `tokenizers`.
 
     Args:
-      path: the file, or a folder that has it.
+      path: the file, or a folder that contains it.
 
     Raises:
       FileNotFoundError: there is no such file.
       ImportError: tokenizers is not installed.
-      ValueError: the file is not one of a tokenizer.
+      ValueError: the file does not hold a tokenizer.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -212,7 +213,7 @@ class FileTokenizer:
             ) from error
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(os.fspath(path))
-        except Exception as error:  # a bare Exception, as its Rust part raises
+        except Exception as error:  # its Rust code raises a bare Exception
             raise ValueError(f"{path} is not a file of a tokenizer: {error}") from error
         self._tokenizer.no_padding()
         self.vocabulary: int = self._tokenizer.get_vocab_size()

@@ -1,4 +1,4 @@
-"""Environments as the experiments need them; those of Brax need `pip install "cbp-jax[rl]"`."""
+"""Environments of the experiments. Those of Brax need `pip install "cbp-jax[rl]"`."""
 
 from cbp_jax.envs.cartpole import CartPole, ChangingCartPole, Physics
 from cbp_jax.envs.episodes import Episodes

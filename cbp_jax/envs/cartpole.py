@@ -1,4 +1,4 @@
-"""Cart-pole whose physics change: a continual problem of control that needs no extra and costs next to nothing."""
+"""Cart-pole with changing physics: a continual control problem that needs no extra and runs fast."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,16 +17,16 @@ _CART_MASS, _POLE_MASS = 1.0, 0.1
 
 
 class Physics(NamedTuple):
-    """What changes of a cart-pole; the defaults are Gymnasium's. All may be traced."""
+    """The changing quantities of a cart-pole. The defaults are Gymnasium's. All may be traced."""
 
     gravity: chex.Numeric = 9.8
     half_length: chex.Numeric = 0.5  # of the pole, in meters
-    force: chex.Numeric = 10.0  # of a push; where it is negative, the two actions are swapped
+    force: chex.Numeric = 10.0  # of a push; if negative, the two actions are swapped
 
 
 @struct.dataclass
 class State:
-    """As Brax's, of which this needs nothing."""
+    """A state with the fields of Brax's, without depending on Brax."""
 
     pipeline_state: jax.Array  # float32 [4]: position, velocity, angle, angular velocity
     obs: jax.Array  # the same
@@ -37,20 +37,21 @@ class State:
 
 
 class CartPole:
-    r"""A cart that is pushed to the left (action 0) or to the right (1) to keep a pole upright; one episode.
+    r"""One episode of cart-pole: a cart is pushed to the left (action 0) or right (1) to keep a pole upright.
 
-    With angle :math:`\theta`, force F, masses :math:`m_p = 0.1` of the pole and m = 1.1 of all, half a length l,
+    With angle :math:`\theta`, force F, the pole's mass :math:`m_p = 0.1`, total mass m = 1.1, and the pole's half
+    length l,
 
     .. math::
         a &= (F + m_p l \dot\theta^2 \sin\theta) / m, \qquad
         \ddot\theta = \frac{g \sin\theta - a \cos\theta}{l (4/3 - m_p \cos^2\theta / m)}, \qquad
         \ddot x = a - m_p l \ddot\theta \cos\theta / m,
 
-    and a step is one of Euler's of 0.02 s. It ends where the cart is farther than 2.4 m from the center or the pole
-    leans by more than 12 degrees; each step has reward 1. It starts from uniform numbers in ±0.05.
+    integrated by Euler steps of 0.02 s. The episode ends if the cart is farther than 2.4 m from the center or the pole
+    leans by more than 12 degrees. Each step has reward 1. Initial states are uniform in ±0.05.
 
     Args:
-      physics: that states start with, in `info["physics"]`.
+      physics: initial physics of states, in `info["physics"]`.
 
     Example:
       >>> env = CartPole()
@@ -70,7 +71,7 @@ class CartPole:
         self.physics = physics
 
     def reset(self, key: chex.PRNGKey) -> State:
-        """The first state, of a key."""
+        """The initial state, drawn with a key."""
         at, zero = jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05), jnp.zeros([])
         return State(at, at, zero, zero, info={"physics": jax.tree.map(jnp.float32, self.physics)})
 
@@ -91,22 +92,22 @@ class CartPole:
 
 
 class ChangingCartPole(Around):
-    """Cart-pole, episode after episode, whose physics change every so many steps.
+    """Consecutive episodes of cart-pole, whose physics change periodically.
 
     In period i, counted from 0, gravity, the pole's length and the force of a push are log-uniform in their ranges,
-    drawn with `fold_in(key, i)`, and in every second period, where that is wanted, the actions are swapped. A period
-    ends with the first episode that ends after `change_every` steps of it. Observations do not tell what has changed.
-    The physics are arrays of the state, so that nothing is compiled again.
+    drawn with `fold_in(key, i)`. With `swap_actions` the actions are swapped in every second period. A period ends with
+    the first episode that ends after `change_every` steps of the period. Observations do not reveal the physics. The
+    physics are arrays in the state, so changes need no recompilation.
 
     Args:
-      change_every: steps after which physics change.
-      gravity_range: smallest and largest gravity, in meters a squared second.
+      change_every: number of steps after which physics change.
+      gravity_range: smallest and largest gravity, in m/s^2.
       length_range: smallest and largest half of the pole's length, in meters.
       force_range: smallest and largest force, in newtons.
       swap_actions: whether left and right are swapped in the periods 1, 3, 5, ...
-      key: of the physics; a seed or a key, which may be traced.
-      **episodes: `episode_length`, 500 by default, and what follows of :class:`Episodes`, whose states these are, and
-        which have besides `info["physics"]`, and `info["period"]` and `info["period_steps"]`.
+      key: seed or key for the physics, may be traced.
+      **episodes: `episode_length`, 500 by default, and further arguments of :class:`Episodes`. States are those of
+        `Episodes`, with additional `info["physics"]`, `info["period"]` and `info["period_steps"]`.
 
     Raises:
       ValueError: an argument is out of range.
@@ -139,7 +140,7 @@ class ChangingCartPole(Around):
         self._key, self._impl = as_key_data(key)
 
     def physics_of(self, period: chex.Numeric) -> Physics:
-        """The physics of a period, which is counted from 0; float32 [] each."""
+        """The physics of a period, counted from 0; float32 [] each."""
         key = jax.random.fold_in(jax.random.wrap_key_data(self._key, impl=self._impl), period)
         low, high = jnp.log(jnp.asarray(self.ranges, jnp.float32)).T
         gravity, length, force = jnp.exp(jax.random.uniform(key, (3,), minval=low, maxval=high))
@@ -147,7 +148,7 @@ class ChangingCartPole(Around):
         return Physics(gravity, length, jnp.where(swapped, -force, force))
 
     def reset(self, key: chex.PRNGKey) -> State:
-        """The first state, in the first period, of a key for where episodes start."""
+        """The initial state in the first period. The key determines where episodes start."""
         state = self.env.reset(key)
         info = {"physics": self.physics_of(0), "period": jnp.int32(0), "period_steps": jnp.int32(0)}
         return strong(state.replace(info=state.info | info))

@@ -1,4 +1,4 @@
-"""Episode after episode of any Brax environment."""
+"""Consecutive episodes of any Brax environment."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Around:
-    """What an environment has in common with the one in it, `env`."""
+    """Base class of wrappers around an environment, `env`."""
 
     env: Any
 
@@ -25,28 +25,29 @@ class Around:
 
 
 class Episodes(Around):
-    """Starts the next episode where one ends, and tells a cut by the time limit from an end.
+    """Starts the next episode when one ends, and distinguishes time limits from terminations.
 
-    It is an environment itself, one; vmap `reset` and `step` for many. In states that `step` returns
+    It is a single environment; vmap `reset` and `step` for many. In states that `step` returns
 
-    - `obs` is what to act on next: after the last step of an episode, the first observation of the next;
-    - `reward` and `metrics` are the step's, `done` is 1 where the step ended an episode, for whatever reason;
-    - `info["ended"]` is 1 where it ended of itself, as by a fall;
-    - `info["truncation"]` is 1 where it was ended by the time limit, or a cut, alone;
-    - `info["interrupted"]` is 1 where it was ended by a cut alone, before its time: its return is not a whole one's;
-    - `info["final_obs"]` is what the step led to, before any reset;
-    - `info["episode_return"]` and `info["episode_length"]` are sums over the episode up to and with this step.
+    - `obs` is the observation to act on next: after the last step of an episode, the first one of the next episode;
+    - `reward` and `metrics` are those of the step, `done` is 1 if the step ended an episode, for any reason;
+    - `info["ended"]` is 1 if it terminated by itself, for example by a fall;
+    - `info["truncation"]` is 1 if it was ended only by the time limit or a cut;
+    - `info["interrupted"]` is 1 if it was ended only by a cut, before the time limit, so that its return is incomplete;
+    - `info["final_obs"]` is the observation after the step, before any reset;
+    - `info["episode_return"]` and `info["episode_length"]` are sums over the episode up to and including this step.
 
-    A step that leads to observations or a reward that are not finite ends the episode as a fall does, with reward 0,
-    and its `final_obs` and `metrics` are those of the step before: the agent never sees them.
+    A step with non-finite observations or reward ends the episode like a fall, with reward 0, and with the `final_obs`
+    and `metrics` of the step before. The agent never sees non-finite values.
 
     Args:
-      env: with Brax's `reset(key) -> state`, `step(state, action) -> state`, `observation_size` and `action_size`.
+      env: an environment with Brax's `reset(key) -> state`, `step(state, action) -> state`, `observation_size` and
+        `action_size`.
       episode_length: time limit in steps.
-      time_limit_is_terminal: whether nothing is to be had after the time limit, or a cut: it ends episodes as a fall
-        does, and `truncation` stays 0.
-      random_reset: whether every episode starts from a random state of its own, which costs a reset at every step;
-        otherwise all episodes of an environment start from its first state.
+      time_limit_is_terminal: whether the time limit, or a cut, terminates episodes like a fall; then `truncation` stays
+        0.
+      random_reset: whether every episode starts from a new random state, which costs a reset at every step. Otherwise
+        all episodes of an environment start from its first state.
 
     Raises:
       ValueError: `episode_length` is less than 1.
@@ -74,10 +75,10 @@ class Episodes(Around):
         self.random_reset = random_reset
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The first state of the first episode, of a key.
+        """The initial state of the first episode, drawn with a key.
 
         Raises:
-          ValueError: the key is not of JAX's default generator, whose raw data the state carries.
+          ValueError: the key is not of JAX's default generator, since the state holds raw key data.
         """
         generator, default = (str(jax.random.key_impl(key)) for key in (key, jax.random.key(0)))
         if generator != default:
@@ -99,11 +100,12 @@ class Episodes(Around):
         return strong(state.replace(info=state.info | info))
 
     def step(self, state: Any, action: chex.Array, cut: chex.Numeric = False) -> Any:
-        """The state after an action [actions]; a cut, bool [], ends the episode with it as the time limit does."""
-        begun = state.done > 0  # the step before was the last of an episode
+        """The state after an action [actions]. If `cut`, bool [], is true, the episode ends with it, as at the time
+        limit."""
+        begun = state.done > 0  # the previous step was the last of an episode
         so_far = lambda name: jnp.where(begun, 0.0, state.info[name])
-        # Environments that never end of themselves, such as halfcheetah, hand `done` on as they got it; and all
-        # of Brax's write into the metrics of the state that they are given.
+        # Environments that never terminate, such as halfcheetah, return `done` as they got it. And all of Brax's
+        # environments write into the metrics of the state that they get.
         given = state.replace(done=jnp.zeros_like(state.done), metrics=dict(state.metrics))
         after = self.env.step(given, action)
         lost = ~(jnp.isfinite(after.obs).all() & jnp.isfinite(after.reward))
@@ -138,7 +140,7 @@ class Episodes(Around):
 
 
 def strong(tree: Any) -> Any:
-    """Without weak types, which would make a loop that starts from its own result trace again.
+    """Removes weak types, which would cause retracing when a loop starts from its own result.
 
     Example:
       >>> strong(jnp.asarray(1.0)).weak_type

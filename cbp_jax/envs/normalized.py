@@ -1,4 +1,4 @@
-"""Observations and rewards of an environment, normalized by what it has shown so far."""
+"""Normalizes observations and rewards of an environment by running statistics."""
 
 from typing import Any
 
@@ -10,30 +10,30 @@ from cbp_jax.envs.episodes import Around, strong
 from cbp_jax.numerics.running import Statistics, counted, unseen
 from cbp_jax.numerics.scalars import check_scalar
 
-# As many numbers of mean 0 and variance 1 statistics start with, and what is added to variances.
+# How many numbers of mean 0 and variance 1 the statistics start with; also added to variances.
 _PRIOR, _EPSILON = 1e-4, 1e-8
 
 
 class Normalized(Around):
-    r"""Normalizes observations and rewards step by step, and clips them, to [-10, 10] by default.
+    r"""Normalizes observations and rewards by running statistics, and clips them, to [-10, 10] by default.
 
-    An observation o becomes :math:`(o - \mu) / \sqrt{\sigma^2 + 10^{-8}}`, with mean and variance of all observations
-    up to and with this one, whatever episode they are of. A reward r is divided by :math:`\sqrt{\sigma_G^2 + 10^{-8}}`,
-    with the variance of all discounted sums of rewards so far, :math:`G \leftarrow \gamma (1 - \text{ended}) G + r`,
-    which go on where time cuts an episode. That is what Gymnasium's wrappers do in the program of Elsayed & Mahmood
-    (ICLR 2024), here in float32. Statistics are in the state, where each environment of a `vmap` has its own.
+    An observation o becomes :math:`(o - \mu) / \sqrt{\sigma^2 + 10^{-8}}`, with mean and variance over all observations
+    up to and including this one, across episodes. A reward r is divided by :math:`\sqrt{\sigma_G^2 + 10^{-8}}`, with
+    the variance of all discounted sums of rewards so far, :math:`G \leftarrow \gamma (1 - \text{ended}) G + r`, which
+    continue across time limits. Gymnasium's wrappers do this in the program of Elsayed & Mahmood (ICLR 2024); here it
+    is in float32. Statistics are in the state, so each environment of a `vmap` has its own.
 
     With `unbiased=True, bound=inf` it is what the program of Elsayed et al. (2024) does for streaming agents: variances
-    are the unbiased ones, and 1 where one number has been seen, instead of those with 1e-4 of a number of mean 0 and
-    variance 1 besides; and nothing is clipped. (That program also starts sums of rewards anew where time cuts.)
+    are unbiased, and 1 after a single number, instead of including 1e-4 prior numbers of mean 0 and variance 1; and
+    nothing is clipped. (That program also restarts sums of rewards at time limits.)
 
     Args:
-      env: whose states are those of `Episodes`. What it tells of an episode, such as its return, stays as it is.
-      observations: whether observations are normalized, `obs` and `info["final_obs"]`.
-      rewards: whether rewards are.
-      discount: of a step, in [0, 1].
-      bound: what is seen is clipped to ± this, > 0.
-      unbiased: whether variances are the unbiased ones.
+      env: an environment with states of `Episodes`. Information about episodes, such as returns, is not normalized.
+      observations: whether to normalize observations, `obs` and `info["final_obs"]`.
+      rewards: whether to normalize rewards.
+      discount: discount for each step, in [0, 1].
+      bound: normalized values are clipped to ± this, > 0.
+      unbiased: whether to use unbiased variances.
 
     Raises:
       ValueError: `discount` or `bound` is out of range.
@@ -68,7 +68,7 @@ class Normalized(Around):
         self.unbiased = unbiased
 
     def view(self, obs: chex.Array, statistics: Statistics) -> chex.Array:
-        """What is seen of observations [..., observations], by statistics as `info["seen"]` has them."""
+        """Normalizes observations [..., observations] by statistics as in `info["seen"]`."""
         if not self.observations:
             return obs
         return self._scaled(obs - statistics.mean, statistics)
@@ -89,7 +89,7 @@ class Normalized(Around):
         info = state.info
         after = self.env.step(state.replace(obs=info["raw_obs"]), action)
         led_to = counted(info["seen"], after.info["final_obs"][None])
-        # Where an episode ended, its last observation and the first of the next are two.
+        # At the end of an episode, its last observation and the first of the next one differ.
         seen = jax.tree.map(
             lambda both, one: jnp.where(after.done > 0, both, one), counted(led_to, after.obs[None]), led_to
         )

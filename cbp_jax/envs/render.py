@@ -1,4 +1,4 @@
-"""An episode as a page to look at."""
+"""Renders an episode as a web page."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +18,13 @@ def episode(
     *,
     friction: chex.Numeric | None = None,
 ) -> tuple[Any, float]:
-    """Goes through one episode.
+    """Runs one episode.
 
     Args:
-      env: the environment, one.
+      env: a single environment.
       policy: maps an observation [observations] to an action [actions].
-      key: of the first state.
-      friction: coefficient, where the environment is :class:`Slippery`; by default that of its first period.
+      key: key for the initial state.
+      friction: friction coefficient, if the environment is :class:`Slippery`; by default that of its first period.
 
     Returns:
       poses of the bodies, Brax's pipeline states with leading axis [steps], on the host; and the episode's return.
@@ -55,7 +55,7 @@ def episode(
 
 
 def save_html(env: Walker, poses: Any, path: str | Path) -> Path:
-    """Writes a page that shows an episode in a browser, by Brax's viewer, which the page loads from the network.
+    """Writes a page that shows an episode in a browser, with Brax's viewer, which the page loads from the internet.
 
     Args:
       env: the environment.

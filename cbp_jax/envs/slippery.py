@@ -1,4 +1,4 @@
-"""Brax's walkers on ground whose friction changes (Dohare et al., Nature 2024)."""
+"""Brax's walkers on ground with changing friction (Dohare et al., Nature 2024)."""
 
 import copy
 import math
@@ -17,31 +17,31 @@ from cbp_jax.numerics.scalars import check_scalar
 
 
 class Slippery(Walker):
-    r"""A Brax environment whose friction changes at the ends of episodes, in its state.
+    r"""A Brax environment whose friction changes at the end of episodes.
 
-    Environments with the same key meet the same frictions: that of period i, counted from 0, is log-uniform in
+    Environments with the same key have the same frictions: that of period i, counted from 0, is log-uniform in
     `friction_range`, drawn with `fold_in(key, i)`. A period ends with the first episode that ends after `change_every`
-    steps of it, as in the paper, whose agents have one environment. Many wait each for an end of its own, and for some
-    time their frictions differ; with `common_clock` all change after the same step, which ends episodes. Friction is
-    an array of the state, `info["friction"]`, so that nothing is compiled again when it changes, and rows of a `vmap`
-    may differ.
+    steps of the period, as in the paper, whose agents have one environment. With many environments, each waits for its
+    own episode to end, so frictions differ for some time. With `common_clock` all change after the same step, which
+    ends episodes. Friction is an array in the state, `info["friction"]`, so changes need no recompilation, and rows of
+    a `vmap` may differ.
 
     Args:
       env: Brax's name of the environment, such as "ant", "halfcheetah", "hopper", "walker2d" or "humanoid".
-      friction: coefficient that stays as it is; by default it changes.
-      frictions: coefficients of the periods, one after the other and again from the first; drawn if there are none.
-      common_clock: whether a period ends with its step `change_every`, whatever the episode, which is cut there: as at
-        the time limit, what would have come is worth the value of the last state, or nothing if
-        `time_limit_is_terminal`; and no advantage reaches back from the new ground to the old.
-      change_every: steps after which it changes; of one environment, so that where n environments share the steps of a
-        run it is an nth of the run's.
+      friction: a constant friction coefficient; by default friction changes.
+      frictions: friction coefficients of the periods, used cyclically; by default they are drawn.
+      common_clock: whether a period ends with its step `change_every`, and cuts the episode there. As at the time
+        limit, the value of the last state replaces the remaining return, or 0 if `time_limit_is_terminal`. Advantages
+        do not extend across the change.
+      change_every: number of steps of one environment after which friction changes. If n environments share the steps
+        of a run, divide the run's number by n.
       friction_range: smallest and largest friction.
-      key: of the frictions; a seed or a key, which may be traced.
-      **walker: `backend` and what follows of :class:`Walker`, whose states these are, and which have besides
-        `info["friction"]`, and `info["period"]` and `info["period_steps"]`.
+      key: seed or key for the frictions, may be traced.
+      **walker: `backend` and further arguments of :class:`Walker`. States are those of `Walker`, with additional
+        `info["friction"]`, `info["period"]` and `info["period_steps"]`.
 
     Raises:
-      ValueError: an argument is out of range, or a backend or an environment that is not offered.
+      ValueError: an argument is out of range, or the backend or the environment is not supported.
       ImportError: Brax is not installed.
 
     Example:
@@ -92,7 +92,7 @@ class Slippery(Walker):
         self._key, self._impl = as_key_data(key)
 
     def friction_of(self, period: chex.Numeric) -> chex.Array:
-        """The friction coefficient of a period, which is counted from 0: float32 []."""
+        """The friction coefficient of a period, counted from 0: float32 []."""
         if self.friction is not None:
             return jnp.asarray(self.friction, jnp.float32)
         if self.frictions:
@@ -102,12 +102,12 @@ class Slippery(Walker):
         return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
 
     def episodes(self, friction: chex.Numeric | None = None) -> Episodes:
-        """The environment with a friction coefficient that stays as it is, by default that of its first period."""
+        """The environment with a constant friction coefficient, by default that of its first period."""
         friction = self.friction_of(0) if friction is None else friction
         return Episodes(with_friction(self.env, friction), **self._settings)
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The first state, in the first period, of a key for the pose of the body."""
+        """The initial state in the first period. The key determines the pose of the body."""
         friction = self.friction_of(0)
         state = self.episodes(friction).reset(key)
         counts = {"period": jnp.int32(0), "period_steps": jnp.int32(0)}
@@ -132,9 +132,9 @@ class Slippery(Walker):
 
 
 class SlipperyAnt(Slippery):
-    r"""Brax's ant on ground whose friction changes; see :class:`Slippery` for the arguments.
+    r"""Brax's ant on ground with changing friction; see :class:`Slippery` for the arguments.
 
-    It differs from Gym's Ant-v3, with which the paper was made:
+    It differs from Gym's Ant-v3, which the paper used:
 
     ====================  ==============================================  =====================================
     \                     Ant-v3                                          here
@@ -171,18 +171,18 @@ class SlipperyAnt(Slippery):
 def with_friction(env: Any, friction: chex.Numeric) -> Any:
     """A copy of a Brax environment in which every contact has this coefficient of sliding friction.
 
-    It is set on all bodies, as a contact takes the larger of the two. What has been compiled need not be again: the
-    coefficient may be traced.
+    It is set on all bodies, since a contact uses the larger of two coefficients. The coefficient may be traced, so
+    changes need no recompilation.
 
     Args:
-      env: an environment of Brax, not wrapped.
+      env: an environment of Brax without wrappers.
       friction: coefficient, float [], >= 0, may be traced.
 
     Returns:
-      the copy; the environment itself stays as it is.
+      the copy. The environment itself is not changed.
 
     Raises:
-      ValueError: `friction` is negative or not finite, or the environment has no bodies that touch a ground.
+      ValueError: `friction` is negative or not finite, or the environment has no bodies on a ground.
 
     Example:
       >>> from cbp_jax.envs.walker import make_brax_env
@@ -199,19 +199,19 @@ def with_friction(env: Any, friction: chex.Numeric) -> Any:
 
 
 def set_friction(state: Any, friction: chex.Numeric) -> Any:
-    """The state of a :class:`Slippery` environment with another friction, which holds until its period ends.
+    """The state of a :class:`Slippery` environment with another friction, which lasts until the period ends.
 
-    Where friction stays as it is, it holds for good.
+    If friction is constant, it lasts forever.
 
     Args:
-      state: as `reset` and `step` return it, of one environment or a batch.
+      state: as returned by `reset` and `step`, for one environment or a batch.
       friction: coefficient, float [] or with the leading axes of the state.
 
     Returns:
       the state.
 
     Raises:
-      ValueError: `friction` is negative or not finite, or not of a shape that the state's can take.
+      ValueError: `friction` is negative or not finite, or has a wrong shape.
 
     Example:
       >>> env = SlipperyAnt(friction=1.0)

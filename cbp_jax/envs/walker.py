@@ -1,4 +1,4 @@
-"""Brax's environments by name, with bodies on a ground."""
+"""Brax's environments with bodies on a ground, by name."""
 
 import contextlib
 import importlib
@@ -12,30 +12,30 @@ import jax.numpy as jnp
 
 from cbp_jax.envs.episodes import Around, Episodes
 
-#: Backends in which a sliding body is slowed as Coulomb's law says, with what it takes.
+#: Backends whose sliding friction follows Coulomb's law, with the solver settings that this needs.
 BACKENDS = ("spring", "mjx")
 _REFUSED = {
     "positional": "its gaits hardly respond to friction",
     "generalized": "with its few solver iterations the ground is nearly frictionless below a coefficient of 0.3",
 }
-# Brax's own 1 and 4 iterations do not resolve friction.
+# Brax's defaults, 1 and 4 iterations, do not resolve friction.
 _MJX = {"opt.iterations": 10, "opt.ls_iterations": 20, "opt.disableflags": 0}
 
 
 class Walker(Around):
-    """A Brax environment as it is, episode after episode.
+    """Consecutive episodes of a Brax environment.
 
     Args:
       env: Brax's name of the environment, such as "ant", "halfcheetah", "hopper", "walker2d" or "humanoid".
-      backend: Brax's physics: "spring", or "mjx", whose solver is then given 10 iterations and 20 of its line search:
-        closer to MuJoCo, and several times slower.
-      clip_actions: whether actions are clipped to [-1, 1] before the environment sees them. The ant's motors clip
-        theirs in any case: what changes is the cost of control, which otherwise grows with the action as sampled.
-      **episodes: `episode_length`, `time_limit_is_terminal` and `random_reset` of :class:`Episodes`, whose states
-        these are.
+      backend: Brax's physics: "spring", or "mjx" with 10 solver iterations and 20 line search iterations, which is
+        closer to MuJoCo and several times slower.
+      clip_actions: whether to clip actions to [-1, 1] before the environment gets them. The ant's motors clip actions
+        in any case; the difference is the control cost, which otherwise grows with the unclipped action.
+      **episodes: `episode_length`, `time_limit_is_terminal` and `random_reset` of :class:`Episodes`. States are those
+        of `Episodes`.
 
     Raises:
-      ValueError: an argument is out of range, or a backend or an environment that is not offered.
+      ValueError: an argument is out of range, or the backend or the environment is not supported.
       ImportError: Brax is not installed.
 
     Example:
@@ -58,7 +58,7 @@ class Walker(Around):
         Episodes(self.env, **episodes)  # checks them
 
     def episodes(self) -> Episodes:
-        """The environment, whose actions are not clipped yet."""
+        """The environment without clipping."""
         return Episodes(self.env, **self._settings)
 
     def clipped(self, action: chex.Array) -> chex.Array:
@@ -66,7 +66,7 @@ class Walker(Around):
         return jnp.clip(action, -1, 1) if self.clip_actions else action
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The first state, of a key for the pose of the body."""
+        """The initial state. The key determines the pose of the body."""
         return self.episodes().reset(key)
 
     def step(self, state: Any, action: chex.Array) -> Any:
@@ -78,14 +78,14 @@ def make_brax_env(name: str, backend: str) -> Any:
     """A Brax environment by name.
 
     Raises:
-      ValueError: there is none of that name, or not with that backend.
+      ValueError: there is no such environment, or it does not support the backend.
       ImportError: Brax is not installed.
     """
     envs = brax("envs")
     if name not in envs._envs:
         raise ValueError(f"env must be one of {sorted(envs._envs)}, got {name!r}")
     with warnings.catch_warnings():
-        # Brax warns at every loading of a model that MuJoCo's own environments are where work goes on.
+        # Brax warns at every loading of a model that development continues in MuJoCo's own environments.
         warnings.simplefilter("ignore")
         try:
             return envs.get_environment(name, backend=backend)

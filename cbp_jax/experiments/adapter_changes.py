@@ -1,4 +1,4 @@
-"""What a task changed in an encoder: of which rank, how sparse, where, and how far two tasks share that."""
+"""Changes of an encoder by a task: rank, sparsity, location, and overlap between two tasks."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from cbp_jax.lora import Adapter
 from cbp_jax.lora.adapter import changes, sizes_of
 from cbp_jax.tickets import compare_tickets, dominant_ticket
 
-# Entries of a change that are smaller than this part of their kernel's largest are next to nothing.
+# Entries smaller than this fraction of their kernel's largest entry count as zero.
 _SMALL = 0.01
 
 
@@ -18,20 +18,20 @@ class Change(NamedTuple):
 
     rank: float  # the effective rank (Roy & Vetterli 2007), mean over kernels
     sparsity: float  # the fraction of entries below a hundredth of the largest of their kernel
-    reads: dict[str, np.ndarray]  # by kernel, orthonormal columns [in, rank], which directions of its input it reads
+    reads: dict[str, np.ndarray]  # by kernel, orthonormal columns [in, rank]: the input directions that it reads
     ticket: dict[str, np.ndarray]  # by kernel, bool [in, out], the largest entries of all kernels together
 
 
 def change_of_adapter(after: Adapter, before: Adapter | None, density: float) -> Change:
-    """The change by an adapter, or from one state of it to another.
+    """The change made by an adapter, or from one of its states to another.
 
     Args:
       after: the adapter, arrays on the host.
-      before: an earlier state, if the change is from that.
-      density: the fraction of entries that the ticket has.
+      before: an earlier state to compare with, if any.
+      density: the fraction of entries in the ticket.
 
     Returns:
-      the change. It is a product of few columns, whose singular values are those of what QR leaves of its factors.
+      the change. It is a low-rank product, whose singular values are computed by QR decompositions of its factors.
     """
     states = [(1.0, after)] + ([(-1.0, before)] if before is not None else [])
     whole = [changes(one) for _, one in states]
@@ -55,13 +55,13 @@ def change_of_kernels(
     rank: int,
     density: float,
 ) -> Change:
-    """The change from some kernels to others.
+    """The change between two states of kernels.
 
     Args:
       after, before: kernels by path.
-      shapes: of those that count, as matrices [in, out].
-      rank: how many directions that it reads are kept for comparison, the first ones.
-      density: the fraction of entries that the ticket has.
+      shapes: shapes of the kernels to compare, as matrices [in, out].
+      rank: number of leading input directions to keep for comparisons.
+      density: the fraction of entries in the ticket.
     """
     dense, reads, singular = {}, {}, {}
     for path, shape in shapes.items():
@@ -78,7 +78,7 @@ def matrix_shape(adapter: Adapter, path: str) -> tuple[int, int]:
 
 
 def overlap_of_subspaces(change: Change, other: Change) -> float:
-    """The mean squared cosine between the directions that two changes read, over kernels: in [0, 1]."""
+    """The mean squared cosine between the input directions of two changes, averaged over kernels: in [0, 1]."""
     found = []
     for path, basis in change.reads.items():
         there = other.reads[path]
@@ -87,7 +87,7 @@ def overlap_of_subspaces(change: Change, other: Change) -> float:
 
 
 def collisions(change: Change, other: Change) -> float:
-    """Weights that two tasks change, over those that chance would have them share for tickets of their sizes."""
+    """Number of weights that two tasks change, divided by the number expected by chance for tickets of their sizes."""
     (both,) = compare_tickets(change.ticket, other.ticket, by=lambda path: "").values()
     return both.shared / both.by_size if both.by_size else float("nan")
 

@@ -1,4 +1,4 @@
-"""Ways to learn a sequence of tasks with adapters, by name."""
+"""Methods that learn a sequence of tasks with adapters, by name."""
 
 import dataclasses
 import re
@@ -12,18 +12,18 @@ _NAMED = re.compile(r"(\w+)(?::(?P<plain>.*)|\((?P<call>.*)\))?", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class AdapterMethod:
-    """How a sequence of tasks is learned.
+    """A method that learns a sequence of tasks.
 
     Attributes:
-      adapters: "one" adapter for all tasks; a "new" one for each, which alone is used for its task; a new one that is
-        "added" to those before, all of which are used for every task; or "none", all weights are trained.
-      head: of each task its "own", which knows the classes of its task; or one that is "shared", over all classes so
-        far, and not told the task.
-      l1: weight of the L1 norm of the adapter's change in the loss.
-      orthogonality: weight of `lora.orthogonality` with the adapters before in the loss.
-      form: "absolute" or "squared", of that.
-      replay: part of each batch that is of earlier tasks' texts.
-      joint: whether batches are of all tasks at once, from the first task on.
+      adapters: "one" adapter for all tasks; a "new" one for each task, used only for that task; a new one "added" to
+        the earlier ones, all of which are used for every task; or "none", where all weights are trained.
+      head: an "own" head for each task, over the task's classes; or a "shared" head over all classes so far, which is
+        not given the task.
+      l1: weight in the loss of the L1 norm of the adapter's change.
+      orthogonality: weight in the loss of `lora.orthogonality` with the earlier adapters.
+      form: form of that penalty, "absolute" or "squared".
+      replay: fraction of each batch that comes from earlier tasks.
+      joint: whether batches mix all tasks, from the first task on.
     """
 
     adapters: Literal["one", "new", "added", "none"] = "one"
@@ -55,7 +55,7 @@ class AdapterMethod:
             raise ValueError("l1 is of the change by an adapter, got adapters='none'")
 
 
-# A row is a method; its settings may be changed where it is named.
+# Each row is a method. Its settings may be changed when it is named.
 METHODS: dict[str, AdapterMethod] = {
     "sequential": AdapterMethod("one"),
     "per_task": AdapterMethod("new"),
@@ -70,7 +70,7 @@ METHODS: dict[str, AdapterMethod] = {
 
 
 def read_methods(texts: Sequence[str]) -> dict[str, AdapterMethod]:
-    """Reads methods, each a name of `METHODS`, with settings if wanted, as in "o_lora:head=shared,form=squared".
+    """Parses methods: names in `METHODS`, optionally with settings, as in "o_lora:head=shared,form=squared".
 
     Args:
       texts: the methods.

@@ -15,13 +15,14 @@ def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, n
     """Average accuracy, forgetting and forward transfer.
 
     Args:
-      accuracy: [..., tasks, tasks], on the task of the last axis after that of the last but one; NaN if not measured.
-      alone: [..., tasks], of each task learned alone.
+      accuracy: [..., tasks, tasks], accuracy after the task of the second to last axis on the task of the last axis;
+        NaN if not measured.
+      alone: [..., tasks], accuracy of each task learned alone.
 
     Returns:
-      of each sequence, [...]: "average", the mean of the last row; "forgetting", the mean over all but the last task of
-      its best accuracy less its last one; "transfer", the mean over all but the first task of its accuracy right after
-      it less that alone. NaN where there is nothing to take the mean of.
+      for each sequence, [...]: "average", the mean of the last row; "forgetting", the mean over all but the last task
+      of its best minus its final accuracy; "transfer", the mean over all but the first task of its accuracy right after
+      learning it minus that of learning it alone. NaN if there are no values.
 
     Example:
       >>> found = scores(np.array([[0.9, np.nan], [0.6, 0.8]]), np.array([0.9, 0.7]))
@@ -34,7 +35,7 @@ def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, n
     if count > 1:
         last = accuracy[..., -1, :-1]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of sequences that have not begun
+            warnings.simplefilter("ignore", RuntimeWarning)  # for sequences that have not begun
             found["forgetting"] = (np.nanmax(accuracy[..., :, :-1], -2) - last).mean(-1)
         if alone is not None:
             found["transfer"] = (np.diagonal(accuracy, axis1=-2, axis2=-1) - alone)[..., 1:].mean(-1)
@@ -46,7 +47,7 @@ def _accuracy(results: Any, method: str) -> np.ndarray:
 
 
 def _alone(results: Any, method: str) -> np.ndarray | None:
-    """Accuracies [order, seed, task] of adapters for each task alone, with the same kind of head."""
+    """Accuracies [order, seed, task] of adapters trained on each task alone, with the same kind of head."""
     methods = results.method.values.tolist()
     heads = {label: one.head for label, one in zip(methods, read_methods(methods).values(), strict=True)}
     for label in methods:
@@ -56,14 +57,14 @@ def _alone(results: Any, method: str) -> np.ndarray | None:
 
 
 def summary(results: Any) -> str:
-    """The results of `continual_lora` as a table of text.
+    """The results of `continual_lora` as a text table.
 
     Args:
       results: results of a run, finished or not.
 
     Returns:
-      for each method the measures that the module `adapters` tells; means over sequences (orders times seeds) and half
-      the width of their 95% interval, which takes orders for independent.
+      for each method the measures described in the module `adapters`: means over sequences (orders times seeds) and
+      half the width of their 95% interval, which treats orders as independent.
     """
     encoder = results.attrs.get("encoder", "an encoder")
     count = results.sizes["order"] * results.sizes["seed"]
@@ -76,7 +77,7 @@ def summary(results: Any) -> str:
             name: at(results, name, method, "order", "seed", "task", "other") for name in ("overlap", "collisions")
         }
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of what has not been measured
+            warnings.simplefilter("ignore", RuntimeWarning)  # for missing measurements
             cells = [interval(found[name], 100, 1) for name in ("average", "forgetting", "transfer")]
             cells.append(interval(np.nanmean(flat["rank"], -1), 1, 1))
             cells.append(interval(np.nanmean(flat["sparsity"], -1), 100, 1))
@@ -86,7 +87,7 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the accuracy of every task after every other, a matrix for each method, means over orders and seeds.
+    """Plots the accuracy on every task after every other: a matrix for each method, averaged over orders and seeds.
 
     Args:
       results: results of a run of `continual_lora`, finished or not.

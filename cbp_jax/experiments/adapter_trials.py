@@ -1,4 +1,4 @@
-"""Learns sequences of text tasks with adapters: all orders and seeds of a method as lanes of one program."""
+"""Learns sequences of text tasks with adapters. All orders and seeds of a method are lanes of one program."""
 
 import functools
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from cbp_jax.experiments.adapter_methods import AdapterMethod
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.units.groups import leaves_by_path
 
-_ADAPTER = 3  # of what is random for a seed, besides that of `texts`
+_ADAPTER = 3  # random stream of a seed, besides those of `texts`
 
 
 class Trials:
-    """Sequences of tasks. Lanes are orders times seeds; "position" is that of a task in its order."""
+    """Sequences of tasks. Lanes are orders times seeds; "position" is a task's position in its order."""
 
     def __init__(self, settings: Any, prepared: texts.Prepared, orders: np.ndarray):
         self.settings, self.prepared, self.orders = settings, prepared, orders
@@ -29,7 +29,7 @@ class Trials:
         self.seeds = self.lanes.scatter(jnp.asarray([seed for _, seed in self.places]))
         begin = self._compiled(lambda params, seed: prepared.init(params, seed))
         self.begin = begin(self._share(prepared.params), self.seeds)
-        # Compiled functions are shared by methods of one form.
+        # Compiled functions are shared by methods with the same structure.
         self._fits = functools.cache(self._make_fit)
         self._evaluates = functools.cache(self._make_evaluate)
         self._new_adapter = self._compiled(self._draw)
@@ -39,7 +39,8 @@ class Trials:
         self.template = jax.eval_shape(lambda encoder: self._adapter(encoder, 0), like)
 
     def run(self, method: AdapterMethod) -> Iterator[dict[str, np.ndarray]]:
-        """For each position, what was measured after it: [orders, seeds, ...], of pairs for each before."""
+        """For each position, measurements after it: [orders, seeds, ...]; measures of pairs for each earlier
+        position."""
         base, head = (tuple(chunk[part] for chunk in self.begin) for part in ("encoder", "head"))
         fit, evaluate = self._fits(self._form(method)), self._evaluates(method.adapters == "none")
         memory, kept, changes = None, [], []
@@ -49,7 +50,7 @@ class Trials:
             before = trained if method.adapters in ("one", "none") else None
             if trained is None or method.adapters in ("new", "added"):
                 trained = self._new_adapter(self._share(position), self.seeds, base)
-            if memory is None:  # of what earlier adapters read, 0 at first
+            if memory is None:  # input directions of earlier adapters, initially 0
                 memory = self._empty_memory(trained) if method.orthogonality else self.seeds
             train = self.lanes.scatter(self._stacked(lambda lane: self._train(method, lane, position)))  # noqa: B023
             fitted = fit(numbers, self.seeds, trained, head, base, memory, train)
@@ -119,7 +120,7 @@ class Trials:
         return self._compiled(empty)(self._share(0), adapter)
 
     def _write(self, position, memory, adapter):
-        """Puts what an adapter reads into its columns of the memory."""
+        """Writes the input directions of an adapter into its columns of the memory."""
         factors = {}
         for path, pair in memory.factors.items():
             a = adapter.factors[path]["lora_A"]
@@ -160,10 +161,10 @@ class Trials:
 
         return self._compiled(evaluate)
 
-    # What lanes are given.
+    # Inputs of lanes.
 
     def _asked(self, method: AdapterMethod, order: int, task: int, position: int) -> np.ndarray:
-        """Which classes a text of a task is told apart from."""
+        """The classes among which a text of a task is classified."""
         if method.head == "own":
             return self.masks[task]
         return self.masks.any(0) if method.joint else self.masks[self.orders[order][: position + 1]].any(0)
@@ -194,7 +195,7 @@ class Trials:
         )
 
     def _changes(self, method: AdapterMethod, before: Any, after: Any) -> list[adapter_changes.Change]:
-        """What a task changed, of each lane, on the host; another seed's arrays are not needed any more then."""
+        """The change by a task for each lane, computed on the host one seed at a time to save memory."""
         after = self.lanes.gather(after)
         before = None if before is None else self.lanes.gather(before)
         of_lane = lambda tree, lane: None if tree is None else jax.tree.map(lambda leaf: leaf[lane], tree)

@@ -1,18 +1,20 @@
-"""A sequence of text tasks, and adapters that learn it: one for all, one for each, sparse ones, orthogonal ones.
+"""A sequence of text tasks, learned with adapters: one for all tasks, one for each, sparse ones, orthogonal ones.
 
-Methods are those of `adapter_methods.METHODS`. Each adapter is LoRA's (`cbp_jax.lora`), trained by Adam beside a linear
-head; the encoder is frozen, but for "full". Tasks come in several orders, the first of which is as given.
+Methods are those of `adapter_methods.METHODS`. Each adapter is a LoRA adapter (`cbp_jax.lora`), trained by Adam
+together with a linear head. The encoder is frozen, except for "full". Tasks come in several orders, the first of which
+is the given one.
 
-Every task is tested after every later one. With a_ij the accuracy on task j after task i, of T tasks, the table has
+Every task is tested after every later one. With a_ij the accuracy on task j after learning task i, of T tasks, the
+table has
 
     average accuracy     the mean of a_Tj over all tasks j
     forgetting           the mean of max_i a_ij - a_Tj over all but the last
     forward transfer     the mean of a_jj - b_j over all but the first, with b_j that of an adapter for the task alone
 
-(Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018), where b_j are those of the method "per_task" with the same head. Of a
-task's change in the adapted kernels it has the effective rank, the part of entries that are next to nothing, the
-overlap of the subspaces of the input that two tasks' changes read, and collisions: weights among the largest changes of
-two tasks, over what chance would have them share. 1 is chance.
+(Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018), where b_j are those of the method "per_task" with the same head. For a
+task's change of the adapted kernels it has the effective rank, the fraction of negligible entries, the overlap of the
+input subspaces of two tasks' changes, and collisions: the number of weights among the largest changes of both tasks,
+divided by the number expected by chance, so that 1 is chance.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ MEASURES = {
     "rank": "effective rank of the task's change, mean over kernels",
     "sparsity": "fraction of the change's entries below a hundredth of the largest of their kernel",
 }
-# Besides, with the position of another task.
+# Measures with an additional axis for the position of another task.
 PAIR_MEASURES = {
     "accuracy": "fraction of a task's test texts classified correctly, after this one or an earlier task",
     "overlap": "mean squared cosine between what this task's change reads and an earlier one's",
@@ -48,23 +50,23 @@ class Settings(texts.TextSettings):
     """A sequence of text tasks, learned by adapters."""
 
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods to compare, with settings if wanted: "o_lora:form=squared,head=shared"."""
+    """Methods to compare, optionally with settings: "o_lora:form=squared,head=shared"."""
     orders: int = 3
-    """Orders of the tasks: as given, and others at random; all that there are where these are fewer."""
+    """Number of orders of the tasks: the given order and random ones; at most all different orders."""
     learning_rate: float = 5e-4
-    """Highest learning rate of Adam for adapters and heads."""
+    """Peak learning rate of Adam for adapters and heads."""
     full_learning_rate: float = 5e-5
-    """Highest learning rate where all weights are trained."""
+    """Peak learning rate if all weights are trained."""
     rank: int = 8
     """Rank of an adapter."""
     alpha: float = 16.0
-    """The change of a kernel is alpha over rank times the product of its factors."""
+    """Scale of adapters: the change of a kernel is alpha / rank times the product of its factors."""
     target_modules: tuple[str, ...] = ("query", "value")
     """Which kernels have adapters: patterns of names, as in `cbp_jax.lora.init`; "layer*" for all of every layer."""
     memory_texts: int = 100
-    """Texts of each earlier task that the method "replay" keeps."""
+    """Number of texts of each earlier task that the method "replay" keeps."""
     collision_density: float = 0.01
-    """Part of the weights of adapted kernels, those of largest change, that count as changed in collisions."""
+    """Fraction of the weights of adapted kernels, those of largest change, that count as changed in collisions."""
 
 
 def check(settings: Settings) -> list[str]:
@@ -96,7 +98,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def orders_of(tasks: int, orders: int) -> np.ndarray:
-    """Different orders of tasks, int [orders, tasks]; the first is as given, and those of fewer are the first of more.
+    """Different orders of tasks, int [orders, tasks]. The first is the given one. Fewer orders are the first of more.
 
     >>> orders_of(3, 2).tolist(), len(orders_of(2, 9))
     ([[0, 1, 2], [2, 0, 1]], 2)
@@ -110,7 +112,7 @@ def orders_of(tasks: int, orders: int) -> np.ndarray:
 
 
 def total(settings: Settings) -> int:
-    """How many tasks are learned in all."""
+    """Total number of tasks to learn."""
     count = len(settings.tasks)
     return len(settings.methods) * min(settings.orders, math.factorial(count)) * settings.seeds * count
 
@@ -118,7 +120,7 @@ def total(settings: Settings) -> int:
 def job(settings: Settings) -> stream.Job:
     """Prepares the experiment.
 
-    Results are written as tasks end; run again, a method that is not done starts from its first task.
+    Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task.
 
     Args:
       settings: what to run.
@@ -202,6 +204,7 @@ def _smoke() -> Settings:
     return Settings(
         seeds=2,
         orders=2,
+        encoder=texts.FROM_NOTHING,
         width=16,
         vocabulary=300,
         length=16,

@@ -1,4 +1,4 @@
-"""Agents that learn by PPO: what their experiments share, from settings to a page that shows an episode."""
+"""Common parts of experiments with PPO agents, from settings to a web page that shows an episode."""
 
 import dataclasses
 import functools
@@ -18,11 +18,11 @@ from cbp_jax import envs, nets, training
 from cbp_jax.experiments import learners, memory, plan, stream
 from cbp_jax.rl import ppo
 
-#: What is measured of each interval, for each method and seed.
+#: Measures of each interval, for each method and seed.
 MEASURES: dict[str, str] = {
     "episode_return": "mean return of the episodes that ended in the interval",
     "episode_length": "mean length of the same episodes, in steps",
-    "forward_velocity": "mean velocity forward, in metres a second",
+    "forward_velocity": "mean velocity forward, in meters per second",
     "dormant_units": "fraction of the policy's hidden units of small activation, relative to their layer's, at the end",
     "stable_rank": "stable rank of the policy's last hidden layer over its number of units, at the end",
     "weight_magnitude": "mean absolute weight of the policy, at the end",
@@ -38,18 +38,18 @@ MEASURES: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What agents of every experiment have."""
+    """Settings of agents in all experiments."""
 
     methods: tuple[str, ...] = ("adam:step_size=1e-4",)
-    """Learners to compare, each a name, with settings if wanted: "adam:b1=0.99,b2=0.99"."""
+    """Learners to compare, optionally with settings: "adam:b1=0.99,b2=0.99"."""
     seeds: int = 30
-    """Number of runs of each method, each with a seed of its own."""
+    """Number of runs of each method, with different seeds."""
     first_seed: int = 0
-    """The first of the seeds; the others follow it."""
+    """The first seed; the others follow."""
     steps: int = 20_000_000
-    """Steps of the environment in all, rounded up to whole intervals."""
+    """Total steps of the environment, rounded up to whole intervals."""
     interval: int = 102_400
-    """Steps of the environment in which a measurement is made; a multiple of those of a rollout."""
+    """Steps of the environment between measurements; a multiple of a rollout's steps."""
     env: str = "ant"
     """Brax's name of the environment."""
     backend: str = "spring"
@@ -57,49 +57,49 @@ class Settings:
     episode_length: int = 1000
     """Time limit of an episode, in steps."""
     time_limit_is_terminal: bool = True
-    """Whether nothing is to be gained after the time limit, as in the papers, or it only cuts the episode."""
+    """Whether the time limit terminates episodes, as in the papers, or only truncates them."""
     clip_actions: bool = False
     """Whether actions are clipped to [-1, 1]."""
     num_envs: int = 32
-    """Environments that a rollout goes through together."""
+    """Number of parallel environments in a rollout."""
     rollout_length: int = 64
     """Steps of each environment in a rollout."""
     epochs: int = 10
-    """How often a rollout is learned from."""
+    """Number of epochs over a rollout."""
     minibatches: int = 16
-    """Updates of an epoch."""
+    """Minibatches, and so updates, of an epoch."""
     discount: float = 0.99
-    """Discount of a step."""
+    """Discount for each step."""
     gae_lambda: float = 0.95
     """Decay of generalized advantage estimation."""
     clip: float = 0.2
-    """How far PPO lets ratios of probabilities go from 1."""
+    """Clipping range of PPO's probability ratios around 1."""
     hidden: tuple[int, ...] = (256, 256)
-    """Sizes of the hidden layers, of the policy and of the value."""
+    """Sizes of the hidden layers of the policy and of the value function."""
     activation: str = "relu"
-    """Activation of the hidden layers, where a method does not choose one."""
+    """Activation of the hidden layers, unless a method sets its own."""
     initial_log_std: float = 0.0
-    """Logarithm of the policy's standard deviation at first."""
+    """Initial logarithm of the policy's standard deviation."""
     policy_scale: float = 1.0
-    """Factor of the first weights of the policy's output layer."""
+    """Factor of the initial weights of the policy's output layer."""
     dormant_threshold: float = 0.01
-    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+    """Largest activation of a dormant unit, relative to the mean of its layer."""
     lanes: Literal["auto", "vmap", "map"] = "auto"
-    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+    """How seeds run on one device: in parallel (vmap) or in turn (map); auto chooses by device."""
 
 
 def total(settings: Settings) -> int:
-    """How many intervals all lanes have to do, for a progress bar."""
+    """Total number of intervals of all lanes, for a progress bar."""
     return len(settings.methods) * settings.seeds * num_intervals(settings)
 
 
 def num_intervals(settings: Settings) -> int:
-    """How many intervals a run has."""
+    """Number of intervals of a run."""
     return math.ceil(settings.steps / settings.interval)
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings that all experiments with agents have, as `stream.check` does."""
+    """Checks settings that all experiments with agents share, like `stream.check`."""
     methods = stream.check_methods(settings.methods, settings.activation)
     stream.check_counts(settings, "seeds", "steps", "interval", "episode_length")
     stream.check_first_seed(settings)
@@ -128,7 +128,7 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def check_episodes(settings: Settings, parts: int = 1) -> None:
-    """Raises a ValueError unless one of so many parts of every interval is as long as an episode."""
+    """Raises a ValueError unless an interval, divided into this many parts, has a part as long as an episode."""
     needed = parts * settings.num_envs * settings.episode_length
     if settings.interval < needed:
         raise ValueError(
@@ -138,13 +138,13 @@ def check_episodes(settings: Settings, parts: int = 1) -> None:
 
 
 class Parts(NamedTuple):
-    """What experiments with agents differ in.
+    """What distinguishes experiments with agents.
 
     Attributes:
       check: checks settings and returns the methods.
-      make_env: of settings and a key, the environment of a run.
-      make_network: of settings, the number of actions and the attributes that a method chooses, the network.
-      measures: names and meanings of what is measured.
+      make_env: maps settings and a key to the environment of a run.
+      make_network: maps settings, the number of actions and the attributes set by a method to the network.
+      measures: names and meanings of the measures.
     """
 
     check: Callable[[Any], list[learners.Method]]
@@ -156,18 +156,18 @@ class Parts(NamedTuple):
 def job(
     experiment: str, parts: Parts, settings: Settings, *, annealed: bool = False, lanes_at_once: int | None = None
 ) -> stream.Prepared:
-    """Prepares what trains agents with all methods and all seeds.
+    """Prepares the training of agents with all methods and seeds.
 
     All methods with the same seed start from the same weights in the same environments. Results are written as
-    intervals end, and the state every half minute: a run that is killed goes on from there as if nothing had been. When
-    a method is done, a page is written that shows an episode of its first seed's agent.
+    intervals end, and the state every half minute: a killed run resumes from there, with the same results. When a
+    method has finished, a web page is written that shows an episode of its first seed's agent.
 
     Args:
       experiment: its name.
-      parts: what is its own.
+      parts: what distinguishes it.
       settings: what to run.
-      annealed: whether the step size falls linearly, from that of the method in the first rollout to that over the
-        number of rollouts in the last.
+      annealed: whether the step size decreases linearly, from the method's value in the first rollout to this value
+        divided by the number of rollouts in the last.
       lanes_at_once: the most agents that the devices hold, by default all.
 
     Returns:
@@ -179,7 +179,7 @@ def job(
       ImportError: Brax is not installed.
     """
     methods = parts.check(settings)
-    parts.make_env(settings, 0)  # an error of its should come before anything is written
+    parts.make_env(settings, 0)  # so that its errors are raised before anything is written
     intervals = num_intervals(settings)
     memory.check_results(len(methods), settings.seeds, intervals, len(parts.measures))
 
@@ -200,7 +200,7 @@ class _Lane(NamedTuple):
     agent: ppo.State
     key: chex.Array  # raw key data of the seed, constant
     hyperparameters: dict[str, chex.Array]  # constant
-    rollouts: chex.Array | None = None  # int32 [], so far, where the step size depends on it
+    rollouts: chex.Array | None = None  # int32 [], so far, if the step size depends on it
 
 
 def _train(
@@ -213,7 +213,7 @@ def _train(
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
 ) -> Iterator[dict[str, Any]]:
-    """Measures [lanes] of each interval, of methods that differ in their numbers alone."""
+    """Measures [lanes] of each interval, for methods that differ only in numbers."""
     network = parts.make_network(settings, parts.make_env(settings, 0).action_size, group[0].network)
     rules = ppo_settings(settings)
     rollouts = settings.interval // rules.steps
@@ -250,7 +250,7 @@ def _train(
         measures |= {
             "episode_return": jnp.sum(found["return_sum"]) / episodes,
             "episode_length": jnp.sum(found["length_sum"]) / episodes,
-            "forward_velocity": jnp.mean(found.get("x_velocity", jnp.nan)),  # which not every environment measures
+            "forward_velocity": jnp.mean(found.get("x_velocity", jnp.nan)),  # not every environment measures it
             "replaced_units": jnp.sum(found["replaced_units"]),
         }
         measures |= ppo.measure(
@@ -262,7 +262,7 @@ def _train(
         return lane, measures
 
     def finish(lanes: _Lane) -> None:
-        for method in group:  # the first seed of each, where it is among these lanes
+        for method in group:  # the first seed of each method, if it is among these lanes
             if (method.label, settings.first_seed) not in checkpoint.lanes:
                 continue
             row = checkpoint.lanes.index((method.label, settings.first_seed))
@@ -276,10 +276,10 @@ def _train(
 
 
 def save_episode(parts: Parts, settings: Settings, method: learners.Method, state: ppo.State, path: Path) -> Path:
-    """Writes a page that shows an agent: an episode of its mean actions, at the friction that it trained on last.
+    """Writes a web page that shows an agent: an episode with its mean actions, at the last friction of its training.
 
     Args:
-      parts: what is the experiment's own.
+      parts: what distinguishes the experiment.
       settings: of the run.
       method: what trained the agent.
       state: the agent's.
@@ -303,7 +303,7 @@ def _file_name(label: str) -> str:
 
 
 def make_network(settings: Settings, action_size: int, options: Mapping[str, Any] = {}) -> nets.ActorCritic:
-    """The network of a run, of the attributes that a method chooses."""
+    """The network of a run, with the attributes set by a method."""
     return nets.ActorCritic(
         action_size,
         options.get("hidden", settings.hidden),
@@ -314,6 +314,6 @@ def make_network(settings: Settings, action_size: int, options: Mapping[str, Any
 
 
 def ppo_settings(settings: Settings) -> ppo.Settings:
-    """Those of the settings that are PPO's."""
+    """The settings of PPO among the settings."""
     names = [field.name for field in dataclasses.fields(ppo.Settings) if hasattr(settings, field.name)]
     return ppo.Settings(**{name: getattr(settings, name) for name in names})

@@ -1,12 +1,12 @@
-"""Slippery and stationary ant (Dohare et al., Nature 2024): PPO learns to walk, and the ground changes or does not.
+"""Slippery and stationary ant (Dohare et al., Nature 2024): PPO learns to walk on changing or constant ground.
 
-The preset "paper" has one environment and rollouts of 2,048 steps, as the published program; its friction changes where
-the first episode ends after 2,000,000 steps. Its frictions are log-uniform as the published ones are, but other draws:
-the program reads the 50 of each of its 100 seeds from a file. Those of one seed can be given: `--frictions`. More
-environments can share a rollout, as in the other presets; with `common_clock` their frictions change after one step.
+The preset "paper" has one environment and rollouts of 2,048 steps, like the published program. Friction changes at the
+end of the first episode after 2,000,000 steps. Frictions are log-uniform like the published ones, but drawn anew: the
+program reads 50 frictions for each of its 100 seeds from a file. To use those of one seed, pass `--frictions`. Several
+environments can share a rollout, as in the other presets. With `common_clock` their frictions change at the same step.
 
-A method with `reset=network` or `reset=head` is trained anew after each change: see `ppo.make`. It takes a common clock
-or one environment.
+A method with `reset=network` or `reset=head` is reinitialized after each change: see `ppo.make`. It requires a common
+clock or a single environment.
 """
 
 import dataclasses
@@ -18,8 +18,7 @@ from cbp_jax import envs
 from cbp_jax.experiments import agents, learners, stream
 from cbp_jax.experiments.experiment import Experiment
 
-#: What is measured of each interval, for each method and seed. Episodes that were cut where friction changed do not
-#: count among those that ended.
+#: Measures of each interval, for each method and seed. Episodes cut by a change of friction are not counted.
 MEASURES: dict[str, str] = agents.MEASURES | {"friction": "mean friction coefficient over environments and steps"}
 
 
@@ -28,21 +27,21 @@ class Settings(agents.Settings):
     """PPO on an ant, or another of Brax's environments, whose friction changes."""
 
     friction: float | None = None
-    """Friction coefficient that stays as it is; changing if not given."""
+    """Constant friction coefficient; by default friction changes."""
     frictions: tuple[float, ...] = ()
-    """Friction coefficients, one after the other and again from the first; drawn if not given."""
+    """Friction coefficients to use cyclically; drawn if not given."""
     change_every: int = 2_000_000
-    """Steps of the environment after which friction changes, where the next episode ends."""
+    """Steps of the environment after which friction changes, at the end of the next episode."""
     common_clock: bool = False
-    """Whether friction changes in all environments after the same step, which ends episodes as the time limit does."""
+    """Whether friction changes in all environments at the same step, which ends episodes like the time limit."""
     friction_range: tuple[float, float] = (0.02, 2.0)
-    """Frictions that are drawn are log-uniform between these."""
+    """Range of drawn frictions, which are log-uniform."""
     normalize_observations: bool = False
-    """Whether observations are normalized by their mean and variance in all rollouts before."""
+    """Whether to normalize observations by their mean and variance in all earlier rollouts."""
 
 
 def comparison(step_size: float, *, others: bool = False) -> tuple[str, ...]:
-    """The paper's learners: standard PPO, Adam tuned against forgetting its past gradients, L2, CBP; and others."""
+    """The paper's learners: standard PPO, PPO with tuned Adam (equal betas), L2, CBP; and others."""
     tuned = f"step_size={step_size},b1=0.99,b2=0.99"
     papers = (
         f"adam:step_size={step_size}",
@@ -54,7 +53,7 @@ def comparison(step_size: float, *, others: bool = False) -> tuple[str, ...]:
         f"redo_adam:{tuned},l2=1e-4,threshold=0.1,every=100",
         f"shrink_and_perturb_adam:{tuned},l2=1e-3,noise=1e-5",
         f"adaptive_upgd:step_size={step_size},sigma=1e-3",
-        # Gradients as they are, unlike Adam's, are far below 1.
+        # Raw gradients, unlike Adam's updates, are far below 1.
         f"upgd:step_size={30 * step_size},sigma=1e-3",
     )
     return papers + besides if others else papers
@@ -73,8 +72,8 @@ SMOKE = Settings(
     interval=512,
     change_every=256,
 )
-# Of a step size that learns in a tenth of the steps, and of first actions around 0, without which some seeds learn to
-# fall; see the measurements in the README.
+# With a step size that learns in a tenth of the steps, and initial actions near 0, without which some seeds learn to
+# fall.
 LAPTOP = Settings(
     methods=comparison(3e-4),
     seeds=3,
@@ -86,8 +85,8 @@ LAPTOP = Settings(
     initial_log_std=-0.7,
     policy_scale=0.01,
 )
-# Where plasticity is lost in an hour of one core: two grounds far apart that take turns, small networks that have no
-# units to spare, and a larger step. The last two learners differ in continual backpropagation alone.
+# Plasticity is lost in an hour on one core here: two very different frictions alternate, networks are small, and the
+# step size is larger. The last two learners differ only in continual backpropagation.
 _TUNED = "step_size=1e-3,b1=0.99,b2=0.99"
 ALTERNATING = dataclasses.replace(
     LAPTOP,
@@ -126,7 +125,7 @@ def check(settings: Settings) -> list[learners.Method]:
                 f"change_every must be at least num_envs * episode_length = {episode} with common_clock, so that an "
                 f"episode ends before it is cut; got {settings.change_every}"
             )
-        if settings.change_every % settings.interval:  # a cut leaves a part of an interval before and a part after
+        if settings.change_every % settings.interval:  # a cut splits an interval into two parts
             agents.check_episodes(settings, parts=2)
     for text, method in zip(stream.texts(settings, methods), methods, strict=True):
         if method.reset and settings.friction is not None:
@@ -142,7 +141,7 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Slippery:
-    """The environment of a run, of a key for its frictions."""
+    """The environment of a run. The key determines its frictions."""
     return envs.Slippery(
         settings.env,
         friction=settings.friction,

@@ -1,23 +1,23 @@
 """Policy collapse (Elsayed & Mahmood, ICLR 2024, Figure 8): PPO on Brax's walkers.
 
-One run is of one environment, as with the published program: `--env` is "ant", "halfcheetah", "hopper", "walker2d" or
-"humanoid". The preset "paper" has that program's settings, and 30 seeds, as the figure:
+Like the published program, a run uses one environment: `--env` is "ant", "halfcheetah", "hopper", "walker2d" or
+"humanoid". The preset "paper" has that program's settings, and 30 seeds, as in the figure:
 
-- one environment with rollouts of 2,048 steps, 488 of them, which is what it does of 1,000,000 steps; actions clipped;
-  observations and rewards normalized step by step and clipped to [-10, 10]; the time limit of 1,000 steps counts as an
-  end, as the program tells no cut from an end;
-- two tanh networks of 64 and 64 units that start orthogonal, with gain sqrt(2), 0.01 for the policy's output and 1 for
-  the value's; biases and log-stds start at 0;
-- 10 epochs of 32 minibatches, each with its own normalization of advantages; values clipped as ratios are; gradients of
-  a norm of at most 0.5; a step size that falls linearly from 3e-4 to 0; Adam's eps of 1e-5. The program's "value
-  coefficient" of 0.5 is of half the squared error, so that `value_coefficient` is 0.25;
-- adaptive UPGD with weight decay 1e-3, sigma 1e-3 and a decay of utilities of 0.999, and a factor of 2 on its step that
-  the paper's algorithm has not. Its start differs: the program divides utilities, corrected for the start of their
-  mean, by a maximum that is not, so that its early gates are nearly binary.
+- one environment with 488 rollouts of 2,048 steps, as many as fit into 1,000,000 steps; actions clipped; observations
+  and rewards normalized online and clipped to [-10, 10]; the time limit of 1,000 steps terminates episodes, since the
+  program does not distinguish truncation from termination;
+- two tanh networks of 64 and 64 units with orthogonal initialization of gain sqrt(2), 0.01 for the policy's output and
+  1 for the value's; biases and log-stds start at 0;
+- 10 epochs of 32 minibatches, with advantages normalized in each minibatch; values clipped like ratios; gradients
+  clipped to norm 0.5; a step size that decreases linearly from 3e-4 to 0; Adam's eps of 1e-5. The program's "value
+  coefficient" of 0.5 multiplies half the squared error, so `value_coefficient` is 0.25;
+- adaptive UPGD with weight decay 1e-3, sigma 1e-3, a decay rate of utilities of 0.999, and a factor of 2 on its step,
+  which is not in the paper's algorithm. Early steps differ: the program divides bias-corrected utilities by an
+  uncorrected maximum, so its early gates are nearly binary.
 
-Continual backpropagation is not in the figure; it stands beside Adam with the same step size. What differs from the
-program besides is the physics: it runs MuJoCo by Gymnasium's v4 environments, of which Brax's are versions with physics
-of their own; the humanoid shows no contact forces.
+Continual backpropagation is not in the figure; here it is added, around Adam with the same step size. Another
+difference is the physics: the program runs Gymnasium's v4 environments in MuJoCo, and Brax has its own versions of them
+with its own physics. Its humanoid does not observe contact forces.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from cbp_jax.experiments.experiment import Experiment
 
 ENVIRONMENTS = ("ant", "halfcheetah", "hopper", "walker2d", "humanoid")
 _GAIN = math.sqrt(2)
-_ORTHOGONAL = jax.nn.initializers.orthogonal(_GAIN)  # one for all runs, by which replacements know it again
+_ORTHOGONAL = jax.nn.initializers.orthogonal(_GAIN)  # one object for all runs, so that compiled programs can be shared
 
 METHODS = (
     "adam:step_size=3e-4,eps=1e-5",
@@ -45,42 +45,42 @@ METHODS = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings(agents.Settings):
-    """PPO as the program of Elsayed & Mahmood (ICLR 2024) has it."""
+    """PPO with the settings of the program of Elsayed & Mahmood (ICLR 2024)."""
 
     methods: tuple[str, ...] = METHODS
-    """Learners to compare, each a name, with settings if wanted: "adam:b1=0.99,b2=0.99"."""
+    """Learners to compare, optionally with settings: "adam:b1=0.99,b2=0.99"."""
     steps: int = 999_424
-    """Steps of the environment in all, rounded up to whole intervals."""
+    """Total steps of the environment, rounded up to whole intervals."""
     interval: int = 16_384
-    """Steps of the environment in which a measurement is made; a multiple of those of a rollout."""
+    """Steps of the environment between measurements; a multiple of a rollout's steps."""
     clip_actions: bool = True
     """Whether actions are clipped to [-1, 1]."""
     num_envs: int = 1
-    """Environments that a rollout goes through together."""
+    """Number of parallel environments in a rollout."""
     rollout_length: int = 2048
     """Steps of each environment in a rollout."""
     minibatches: int = 32
-    """Updates of an epoch."""
+    """Minibatches, and so updates, of an epoch."""
     clip_values: bool = True
-    """Whether values are clipped as ratios are, around those of the rollout."""
+    """Whether to clip values around those of the rollout, like ratios."""
     value_coefficient: float = 0.25
     """Coefficient of the value's squared error."""
     max_grad_norm: float | None = 0.5
-    """What a gradient's norm is brought down to where it is larger."""
+    """Maximum norm of gradients, by clipping."""
     advantages_in: str = "minibatch"
-    """What advantages are normalized in: rollout or minibatch."""
+    """Where advantages are normalized: rollout or minibatch."""
     normalize: bool = True
-    """Whether observations and rewards are normalized, at each step by all before."""
+    """Whether to normalize observations and rewards online."""
     anneal: bool = True
-    """Whether the step size falls linearly, to 0 after the last rollout."""
+    """Whether the step size decreases linearly, to 0 after the last rollout."""
     hidden: tuple[int, ...] = (64, 64)
-    """Sizes of the hidden layers, of the policy and of the value."""
+    """Sizes of the hidden layers of the policy and of the value function."""
     activation: str = "tanh"
-    """Activation of the hidden layers, where a method does not choose one."""
+    """Activation of the hidden layers, unless a method sets its own."""
     policy_scale: float = 0.01
-    """Gain of the first weights of the policy's output layer."""
+    """Gain of the initial weights of the policy's output layer."""
     value_scale: float = 1.0
-    """Gain of the first weights of the value's output layer."""
+    """Gain of the initial weights of the value's output layer."""
 
 
 SMOKE = Settings(
@@ -113,7 +113,7 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Walker | envs.Normalized:
-    """The environment of a run, which draws nothing."""
+    """The environment of a run, which is not random."""
     walker = envs.Walker(
         settings.env,
         backend=settings.backend,
@@ -125,7 +125,7 @@ def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Walker | e
 
 
 def make_network(settings: Settings, action_size: int, options: Mapping[str, Any] = {}) -> nets.ActorCritic:
-    """The network of a run, of the attributes that a method chooses."""
+    """The network of a run, with the attributes set by a method."""
     return agents.make_network(settings, action_size, options).clone(
         kernel_init=_ORTHOGONAL,
         policy_scale=settings.policy_scale / _GAIN,
@@ -137,7 +137,7 @@ PARTS = agents.Parts(check, make_env, make_network, agents.MEASURES)
 
 
 def job(settings: Settings, *, lanes_at_once: int | None = None) -> stream.Job:
-    """Prepares what trains agents; see `agents.job`."""
+    """Prepares the training of agents; see `agents.job`."""
     return agents.job("policy_collapse", PARTS, settings, annealed=settings.anneal, lanes_at_once=lanes_at_once)
 
 

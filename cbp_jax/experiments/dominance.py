@@ -52,21 +52,21 @@ class Settings(texts.TextSettings):
     """Dominant winning tickets of an encoder that is fine-tuned, task by task."""
 
     strengths: tuple[float, ...] = (0.0, 0.1, 0.3)
-    """Strengths of the pull toward the initial weights, each a method, in units of the learning rate."""
+    """Strengths of the L1 pull toward the initial weights, relative to the learning rate. Each is a method."""
     learning_rate: float = 1e-4
-    """Highest learning rate of Adam."""
+    """Peak learning rate of Adam."""
     probe_learning_rate: float = 0.01
     """Learning rate of Adam for the linear probe of the frozen encoder."""
     densities: tuple[float, ...] = (0.5, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0005, 0.0001)
     """Densities of tickets."""
     retrained: tuple[float, ...] = ()
-    """Densities of tickets that are trained alone, from the start; some of the former."""
+    """Densities of tickets that are also trained alone from the start; a subset of the densities."""
     dimensions: tuple[int, ...] = (128, 64, 32, 16, 8, 4, 2, 1)
-    """How many dimensions of each matrix are kept."""
+    """Numbers of dimensions of each matrix to keep."""
     axis: Literal["row", "column", "both"] = "both"
-    """Which dimensions: what a matrix reads (row), what it makes (column), or both."""
+    """Which dimensions: inputs of a matrix (row), outputs (column), or both."""
     compared: float = 0.01
-    """Density of the tickets that are compared between tasks."""
+    """Density of the tickets to compare between tasks."""
 
 
 def check(settings: Settings) -> list[str]:
@@ -104,15 +104,15 @@ def _label(strength: float) -> str:
 
 
 def total(settings: Settings) -> int:
-    """How many times a network is trained, the probe's head included."""
+    """Total number of trainings, including the probe's head."""
     return (1 + len(settings.strengths)) * settings.seeds * len(settings.tasks)
 
 
 def job(settings: Settings) -> stream.Job:
     """Prepares the experiment.
 
-    Results are written as tasks end; run again, a method that is not done starts from its first task, as its tickets
-    are not kept.
+    Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task, because its
+    tickets are not saved.
 
     Args:
       settings: what to run.
@@ -185,7 +185,7 @@ def _empty_results(settings: Settings, methods: list[str], encoder: str) -> Any:
 
 
 def _record(results: Any, method: str, task: int, measured: dict[str, np.ndarray]) -> None:
-    """Writes what was measured, [seeds, ...]; overlaps [seeds, earlier tasks] count for both tasks."""
+    """Writes measurements, [seeds, ...]; overlaps [seeds, earlier tasks] are written for both tasks."""
     for name, values in measured.items():
         if TICKET_MEASURES.get(name, ("",))[0] != "other":
             results[name].loc[{"method": method, "task": task}] = values
@@ -199,6 +199,7 @@ def _record(results: Any, method: str, task: int, measured: dict[str, np.ndarray
 def _smoke() -> Settings:
     return Settings(
         seeds=2,
+        encoder=texts.FROM_NOTHING,
         width=16,
         vocabulary=300,
         length=16,

@@ -1,4 +1,4 @@
-"""What an experiment is: one object of one dataclass."""
+"""The dataclass `Experiment`."""
 
 import dataclasses
 import inspect
@@ -13,27 +13,28 @@ from cbp_jax.problems import Problem
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """An experiment: what is compared on which stream of tasks, and how it is shown.
+    """An experiment: which methods are compared on which stream of tasks, and how results are shown.
 
-    One on a stream of tasks needs its first five fields; `stream.StreamSettings` says what its settings are at least.
-    It is run by name if it is a row of `EXPERIMENTS`, and by its import path from anywhere.
+    An experiment on a stream of tasks needs the first five fields; its settings extend `stream.StreamSettings`.
+    Experiments in `EXPERIMENTS` are run by name, others by their import path.
 
     Attributes:
       name: in commands and results.
       about: one line for lists.
       Settings: a frozen dataclass, whose fields are the options of the command line.
-      presets: by name, functions that make settings: of a dataset's name or None, where `Settings` has `dataset`, else
-        of nothing.
-      problem: of the settings, the stream of tasks: a `problems.Problem`.
-      network: of the settings, what `learners.make_learner` gets besides, such as settings of the network.
-      train: of the settings, what takes the place of `training.run_tasks`.
-      measures: of the settings, what `train` measures: names and their meanings.
-      curves: of the settings, what `train` measures of a task at several points, by name: a `stream.Curve` each.
-      check: of the settings, raises a ValueError where they are out of range, and returns the methods.
-      total: of the settings, how many tasks all lanes have to do, for a progress bar.
-      plot: draws the pictures of results: of these, a folder and formats as Matplotlib names them, the paths.
-      summary: of results, their table.
-      job: of the settings, what runs them, for what is no stream of tasks and has no `problem`.
+      presets: by name, functions that return settings. They take a dataset's name or None if `Settings` has `dataset`,
+        otherwise no arguments.
+      problem: maps settings to the stream of tasks, a `problems.Problem`.
+      network: maps settings to further arguments of `learners.make_learner`, such as settings of the network.
+      train: maps settings to a replacement of `training.run_tasks`.
+      measures: maps settings to the measures of `train`: names and meanings.
+      curves: maps settings to measures of `train` at several points of a task, by name: a `stream.Curve` each.
+      check: takes settings, raises a ValueError if they are out of range, and returns the methods.
+      total: maps settings to the total number of tasks of all lanes, for a progress bar.
+      plot: draws pictures of results, `plot(results, folder, formats)`, and returns their paths.
+      summary: maps results to a text table.
+      job: maps settings to a function that runs them, for experiments that are not streams of tasks and have no
+        `problem`.
     """
 
     name: str
@@ -65,14 +66,14 @@ class Experiment:
         """The settings of a preset.
 
         Args:
-          name: one of `presets`: "smoke" (seconds), "laptop" (minutes on 2 cores), "paper", or another that it has.
-          dataset: what a preset's sizes may depend on; None is the preset's own.
+          name: one of `presets`: "smoke" (seconds), "laptop" (minutes on 2 cores), "paper", or another.
+          dataset: a dataset, on which a preset's sizes may depend; None for the preset's default.
 
         Returns:
           an object of `Settings`.
 
         Raises:
-          ValueError: there is no such preset, or a dataset is given where there is none.
+          ValueError: there is no such preset, or a dataset is given although the experiment has none.
 
         Example:
           >>> from cbp_jax.experiments import online_permuted
@@ -97,23 +98,24 @@ class Experiment:
         lanes_at_once: int | None = None,
         processes: int = 1,
     ) -> Job:
-        """Checks all settings, loads the data and makes the networks; nothing is computed or written.
+        """Checks all settings, loads the data and creates the networks. Nothing is computed or written.
 
         Args:
           settings: what to run.
-          asked_for: names of settings that are not to be made to fit where they do not, as "measured_examples" is, but
-            refused.
-          lanes_at_once: the most lanes (methods times seeds) that the devices hold; the others wait in the host's
-            memory. By default all, or as many as the devices have memory for. Results are the same, to the last bit
-            where lanes run in turn ("map"), and within rounding where they run together.
-          processes: how many processes share the lanes, for what is planned and whether it fits into memory.
+          asked_for: names of settings that were given explicitly. If they do not fit, an error is raised; others, such
+            as "measured_examples", are adjusted.
+          lanes_at_once: the most lanes (methods times seeds) to keep on the devices; the others wait in the host's
+            memory. By default all, or as many as fit into the devices' memory. Results are the same, bit for bit if
+            lanes run in turn ("map"), and within rounding if they run together.
+          processes: how many processes share the lanes; the plan and the check of memory take it into account.
 
         Returns:
-          what runs it, of a folder and of what is told of progress, as in `run`. That of methods that run as lanes has
-          a `plan`.
+          a function of a folder and a progress callback, as in `run`, that runs the experiment. If methods run as
+          lanes, it has an attribute `plan`.
 
         Raises:
-          ValueError: a setting is out of range or unknown, or `lanes_at_once` is given where methods are no lanes.
+          ValueError: a setting is out of range or unknown, or `lanes_at_once` is given although methods do not run as
+            lanes.
           cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
         """
         if self.job is not None:
@@ -141,20 +143,19 @@ class Experiment:
         """Runs the experiment.
 
         All methods with the same seed see the same tasks and start from the same weights. Results and the state are
-        written as tasks end: a run that is killed leaves what it finished, and goes on from there when it is started
-        again.
+        written as tasks end: a killed run keeps its results, and resumes from there when it is started again.
 
         Args:
           settings: what to run.
           out: folder for the results.
-          progress: called after each task with the labels of the methods that ran, how many lanes (methods times seeds)
-            finished it, and the means of what was measured.
+          progress: called after each task with the labels of the methods that ran, the number of lanes (methods times
+            seeds) that finished it, and mean measurements.
 
         Returns:
           the results, an `xarray.Dataset`; see `report.new_results`.
 
         Raises:
-          ValueError: as `prepare`, and where the folder holds another run.
+          ValueError: as in `prepare`, or the folder holds another run.
           cbp_jax.data.DatasetUnavailable: the dataset is not on this machine.
         """
         return self.prepare(settings)(out, progress)

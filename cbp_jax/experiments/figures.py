@@ -1,4 +1,4 @@
-"""Figures and tables of the papers: what reproduces each, what it costs, and what was run here."""
+"""Figures and tables of the papers: the command that reproduces each, its cost, and what was run here."""
 
 import dataclasses
 
@@ -18,9 +18,9 @@ class Figure:
       paper: its authors and year.
       name: as the paper numbers it.
       about: what it shows.
-      command: the words after `cbp-jax run` that reproduce it in the paper's size.
-      cost: of that, from times measured on 2 cores of a CPU.
-      here: at which size it was run for this repository; empty if it was not.
+      command: arguments of `cbp-jax run` that reproduce it at the paper's size.
+      cost: cost of that command, from times measured on 2 cores of a CPU.
+      here: the size at which it was run for this repository; empty if it was not.
     """
 
     paper: str
@@ -186,21 +186,24 @@ FIGURES: tuple[Figure, ...] = (
         "1a",
         "which utility ranks units by their true utility, early and late in tasks, while CBP runs",
         "question_utility_ranking --preset laptop",
-        "10 lanes of 180,000 updates; a minute or two a lane",
+        "10 lanes of 180,000 updates; 10 seconds a lane",
+        "this command, ten seeds: shown",
     ),
     Figure(
         QUESTIONS,
         "1b",
         "is there a better utility than activation times outgoing weight: CBP with each at its best replacement rate",
         "question_utility --preset laptop",
-        "4 minutes of one core a utility, tuning included",
+        "3 minutes of one core a utility, tuning included",
+        "this command, ten seeds: shown",
     ),
     Figure(
         QUESTIONS,
         "2",
         "is there a better reinitialization: CBP with each at its best replacement rate",
         "question_reinitialization --preset laptop",
-        "6 minutes of one core each, tuning included",
+        "4 minutes of one core each, tuning included",
+        "this command, ten seeds: shown",
     ),
     Figure(
         QUESTIONS,

@@ -1,9 +1,9 @@
-"""The folder of a run: who may write there, and what is kept of an earlier run.
+"""The folder of a run: locking, and resuming an earlier run.
 
-One process keeps results and the state of what runs in two files. Several processes share nothing but the folder: each
-writes its results into a folder of its own below `processes/`, and the states of its lanes into files there that are
-named by the lanes. Whoever goes on, with whatever number of processes, reads all of them; the process that ends last
-joins the results and removes the rest.
+One process keeps the results and the state of its lanes in two files. Several processes share nothing but the folder:
+each writes its results into a folder of its own below `processes/`, and the states of its lanes into files there that
+are named after the lanes. Whoever resumes the run, with any number of processes, reads all of them. The process that
+finishes last joins the results and removes the rest.
 """
 
 import contextlib
@@ -140,27 +140,26 @@ class Kept:
 
 @contextlib.contextmanager
 def kept(results: Any, out: Path, share: Share | None = None, lanes: Sequence[Lane] = ()) -> Iterator[Kept]:
-    """Keeps a folder for a run until its end, and finds what an earlier one has done there.
+    """Locks a folder for a run until its end, and loads the results of an earlier run.
 
     Args:
-      results: of the run, empty; see `report.new_results`.
-      out: the folder, made if it is not there.
-      share: this process, where several share the run, and have the folder by `claimed`.
-      lanes: of this process, where several share the run.
+      results: empty results of the run; see `report.new_results`.
+      out: the folder; created if needed.
+      share: this process, if several share the run and it has claimed the folder by `claimed`.
+      lanes: those of this process, if several share the run.
 
     Yields:
-      the results in the folder where they are of this run, else `results`, and what writes them.
+      the results in the folder if they belong to this run, otherwise `results`, together with what writes them.
 
     Raises:
-      BlockingIOError: another run is at work there.
-      ValueError: the folder has results that cannot be read, or those of a run that differs in anything. They are left
-        as they are.
+      BlockingIOError: another run is using the folder.
+      ValueError: the folder has results that cannot be read, or results of a different run. They are not changed.
     """
     with files.locked(out) if share is None else contextlib.nullcontext():
         found = _found(out)
         if found is None:
             if share is None:
-                _remove_states(out)  # of no use without the results before them
+                _remove_states(out)  # useless without the earlier results
             yield Kept(results, out, share, lanes)
             return
         _refuse_other(found, out, results.attrs["experiment"], results.attrs["settings"])
@@ -174,21 +173,22 @@ def kept(results: Any, out: Path, share: Share | None = None, lanes: Sequence[La
 
 @contextlib.contextmanager
 def opened(results: Any, out: Path) -> Iterator[Any]:
-    """As `kept`, for one process; yields the results."""
+    """Like `kept`, for one process; yields the results."""
     with kept(results, out) as found:
         yield found.results
 
 
 @contextlib.contextmanager
 def claimed(out: Path, share: Share) -> Iterator[None]:
-    """Keeps the folder of a run for one of several processes.
+    """Locks the folder of a run for one of several processes.
 
     Args:
-      out: the folder, made if it is not there.
+      out: the folder; created if needed.
       share: the process.
 
     Raises:
-      BlockingIOError: a run of one process is at work there, or this process is, or those of another number.
+      BlockingIOError: the folder is in use by a single-process run, by a process with the same id, or by a run with
+        another number of processes.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.locked(out, shared=True))
@@ -214,7 +214,7 @@ def claimed(out: Path, share: Share) -> Iterator[None]:
 
 
 def join(out: Path) -> tuple[Any, bool]:
-    """Joins what the processes of a run have finished, if that is all and none is at work any more.
+    """Joins the results of the processes of a run, if all lanes are finished and no process is running.
 
     Args:
       out: folder of the run.
@@ -233,13 +233,13 @@ def join(out: Path) -> tuple[Any, bool]:
             results.attrs.pop("failed", None)  # of a process that has been replaced
             report.save_results(results, out)
             remove_parts(out)
-    except BlockingIOError:  # who is at work will do it
+    except BlockingIOError:  # a running process will do it
         return results, False
     return results, True
 
 
 def remove_parts(out: Path) -> None:
-    """Removes what processes have left in the folder of a run whose results are in one file."""
+    """Removes the files of single processes from a run whose results have been joined."""
     from cbp_jax import report
 
     _remove_states(out)
@@ -278,7 +278,7 @@ def _not_those(saved: training.Saved) -> ValueError:
 
 
 def check(out: Path, experiment: str, settings: Any, share: Share | None = None) -> None:
-    """Refuses a folder that holds anything but an earlier run of the same settings, or is in use.
+    """Raises if a folder holds anything but an earlier run of the same settings, or is in use.
 
     Args:
       out: the folder.
@@ -287,7 +287,7 @@ def check(out: Path, experiment: str, settings: Any, share: Share | None = None)
       share: this process, where several share the run, and may be at work.
 
     Raises:
-      BlockingIOError: another run is at work there.
+      BlockingIOError: another run is using the folder.
       NotADirectoryError: it is a file.
       ValueError: it holds other things.
     """
@@ -305,7 +305,7 @@ def check(out: Path, experiment: str, settings: Any, share: Share | None = None)
 
 
 def digest(results: Any, methods: Sequence[str], tasks: int) -> bytes:
-    """A checksum of what was measured of the first tasks of some methods."""
+    """A checksum of the results of some methods on the first tasks."""
     found = hashlib.sha256()
     for name, values in results.data_vars.items():
         kept = values.loc[{"method": list(methods)}].isel(task=slice(tasks)).values
@@ -344,7 +344,7 @@ def _refuse_other(found: Any, out: Path, experiment: str, settings: str) -> None
 
 
 def _differing_shapes(found: Any, results: Any) -> list[str]:
-    """What two runs of the same settings differ in where two versions made them."""
+    """Differences between runs of the same settings by two versions of the library."""
     differing = []
     old, new = list(found.data_vars), list(results.data_vars)
     if set(old) != set(new):

@@ -1,10 +1,10 @@
-"""Continual ImageNet (Dohare et al., Nature 2024): one pair of classes after the other, for many epochs each.
+"""Continual ImageNet (Dohare et al., Nature 2024): a new pair of classes in each task, for many epochs.
 
-Pixels are brought to [-1, 1], as `cbp_jax.data.normalization` says; the paper's images come normalised in a file of its
-own. As in its program, the decay of shrink-and-perturb goes through the momentum. In results, `accuracy` and `loss` are
-those of training, means over all epochs; dead and dormant units and ranks are measured on images of the task to come.
-Dormant units are those of `metrics.dormant_fraction`, by their mean activation; the paper's program counts units that
-are active on less than 1% of the examples.
+Pixels are scaled to [-1, 1] (see `cbp_jax.data.normalization`); the paper's images are normalized in its own file. As
+in its program, the decay of shrink-and-perturb passes through the momentum. In results, `accuracy` and `loss` are those
+of training, averaged over all epochs. Dead and dormant units and ranks are measured on images of the next task. Dormant
+units are defined by mean activation (`metrics.dormant_fraction`); the paper's program counts units that are active on
+less than 1% of the examples.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from cbp_jax.experiments import learners, pools
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.pools import PROCEDURAL
 
-BIN = 50  # tasks that the paper averages in its picture
+BIN = 50  # number of tasks averaged in the paper's figure
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(pools.PoolSettings):
-    """Continual ImageNet, or the same with other images of many classes: a task is to tell two classes apart."""
+    """Continual ImageNet, or the same with other images of many classes: a task is to distinguish two classes."""
 
     batch_size: int = 100
     """Examples of an update."""
@@ -37,9 +37,9 @@ class Settings(pools.PoolSettings):
     channels: tuple[int, ...] = (32, 64, 128)
     """Channels of the convolutions of "convnet", each followed by 2x2 max pooling."""
     kernel_sizes: tuple[int, ...] = (5, 3, 3)
-    """Height and width of the kernels of these convolutions."""
+    """Height and width of the convolutions' kernels."""
     padding: Literal["VALID", "SAME"] = "VALID"
-    """Padding of these convolutions."""
+    """Padding of the convolutions."""
 
 
 def _smoke(dataset: str | None) -> Settings:
@@ -66,7 +66,7 @@ def _laptop(dataset: str | None) -> Settings:
         dataset=dataset or PROCEDURAL,
         methods=(
             *(f"bp:step_size={step},momentum=0.9" for step in (0.003, 0.01, 0.03)),
-            # The best of a small search on one seed, at the step size at which plasticity is lost.
+            # The best of a small search on one seed, at a step size with which plasticity is lost.
             "l2:step_size=0.03,momentum=0.9,l2=1e-3",
             "shrink_and_perturb:step_size=0.03,momentum=0.9,l2=1e-3,noise=1e-3",
             *(
@@ -133,13 +133,13 @@ def _problem(settings: Settings) -> problems.Problem:
 
 
 def _network_options(settings: Settings) -> dict[str, Any]:
-    """The output layer starts each task from zero, and so does what the optimizer keeps of it."""
+    """The output layer and the optimizer's state for it are reset to zero before each task."""
     convolutions = ("channels", "kernel_sizes", "padding") if nets.read(settings.network).name == "convnet" else ()
     return {"reset_head": True, **{name: getattr(settings, name) for name in convolutions}}
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run; see `report.plot_run`. Four bins of 50 tasks or more are drawn as such."""
+    """Draws the pictures of a run; see `report.plot_run`. With at least four bins of 50 tasks, bins have 50 tasks."""
     from cbp_jax import report
 
     return report.plot_run(results, out, bin_size=BIN if results.sizes["task"] >= 4 * BIN else None, formats=formats)
@@ -147,7 +147,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 
 continual_imagenet = Experiment(
     name="continual_imagenet",
-    about="Continual ImageNet (Dohare et al., Nature 2024): one pair of classes after the other, for many epochs each.",
+    about="Continual ImageNet (Dohare et al., Nature 2024): a new pair of classes in each task, for many epochs.",
     Settings=Settings,
     presets={"smoke": _smoke, "laptop": _laptop, "paper": _paper},
     problem=_problem,

@@ -1,11 +1,10 @@
-"""Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes.
+"""Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns more and more classes.
 
-A task is an increment of the classes. Images of CIFAR-100 are normalised as the paper's, others as
-`cbp_jax.data.normalization` says. A method with `reset=network` is trained from scratch in each increment: it is what
-the others are compared with. In results, `accuracy` and `loss` are those of training, means over all epochs; dead and
-dormant units and ranks are measured on images of the classes to come. Dormant units are those of
-`metrics.dormant_fraction`, by their mean activation; the paper's program counts units that are active on less than 1%
-of the examples.
+A task is an increment of the classes. Images of CIFAR-100 are normalized as in the paper, others by
+`cbp_jax.data.normalization`. A method with `reset=network` is trained from scratch in each increment, as the baseline
+for the others. In results, `accuracy` and `loss` are those of training, averaged over all epochs. Dead and dormant
+units and ranks are measured on images of the new classes. Dormant units are defined by mean activation
+(`metrics.dormant_fraction`); the paper's program counts units that are active on less than 1% of the examples.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from cbp_jax.experiments import learners, pools, stream
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.pools import PROCEDURAL
 
-# Of CIFAR-100's training images, as the public program of the paper has them.
+# Mean and deviation of CIFAR-100's training images, from the paper's public program.
 CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
@@ -30,32 +29,32 @@ class Settings(pools.PoolSettings):
     tasks: int = 20
     """Number of increments."""
     network: str = "resnet18"
-    """One of mlp, convnet, lenet, resnet18 and vit, with settings if wanted: "vit:depth=2,width=32"; or a Flax module:
+    """One of mlp, convnet, lenet, resnet18 and vit, optionally with settings: "vit:depth=2,width=32"; or a Flax module:
     "my_module:MyNet(width=64)"."""
     batch_size: int = 90
     """Examples of an update."""
     hidden: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each stage of "resnet18", or sizes of the hidden dense layers of another network."""
     measured_examples: int = 1000
-    """Examples of the classes to come on which dead and dormant units and ranks are measured before each increment."""
+    """Examples of the new classes on which dead and dormant units and ranks are measured before each increment."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Blocks of each stage of "resnet18"."""
     test_split: str | None = None
     """Split of the dataset for test examples; by default these follow the training examples in the split "train"."""
     classes_per_increment: int = 5
-    """Classes that each increment adds."""
+    """Number of classes added by each increment."""
     validation_per_class: int = 50
-    """Validation examples of each class, by which the weights that an increment ends with are chosen."""
+    """Validation examples of each class, for choosing the final weights of an increment."""
     epochs: int = 200
-    """Epochs of each increment; the step size falls by a factor of 5 after 0.3, 0.6 and 0.8 of them."""
+    """Epochs of each increment. The step size is divided by 5 after 30%, 60% and 80% of them."""
     flip: bool = True
     """Whether training images are flipped from left to right at random."""
     padding: int = 4
-    """Pixels of reflection around a training image, of which a crop is taken at random."""
+    """Pixels of reflection padding around a training image for random crops."""
     max_rotation: float = 15.0
     """Largest random rotation of training images, in degrees."""
     early_stopping: bool = True
-    """Whether an increment ends with the weights of its best validation accuracy."""
+    """Whether an increment ends with the weights of best validation accuracy."""
 
 
 def _methods(replacement_rate: str, maturity_threshold: int, noise: str) -> tuple[str, ...]:
@@ -70,7 +69,7 @@ def _methods(replacement_rate: str, maturity_threshold: int, noise: str) -> tupl
 
 
 def _examples(train: int, validation: int, test: int, measured: int) -> dict[str, int]:
-    """How many examples of each class a preset has, and how many it measures."""
+    """Numbers of examples for each class in a preset, and of measured examples."""
     each = {"train_per_class": train, "validation_per_class": validation, "test_per_class": test}
     return {**each, "measured_examples": measured}
 
@@ -119,7 +118,8 @@ def _paper(dataset: str | None) -> Settings:
 
 
 def _perceptron(dataset: str | None) -> Settings:
-    """What shows the loss on 2 cores: no batch normalization, and the paper's step size, momentum and L2."""
+    """A small setup in which plasticity is lost: no batch normalization, with the paper's step size, momentum and
+    L2."""
     base = "step_size=0.1,momentum=0.9"
     return Settings(
         dataset=dataset or PROCEDURAL,
@@ -207,7 +207,7 @@ def _measures(settings: Settings) -> dict[str, str]:
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Draws the pictures of a run; see `report.plot_run`.
 
-    Where a method was trained from scratch in each increment, the accuracy of all less that of this one is drawn too.
+    If a method was trained from scratch in each increment, differences to its accuracy are drawn too.
     """
     from cbp_jax import report
 
@@ -228,7 +228,7 @@ def _network_options(settings: Settings) -> dict[str, Any]:
 
 class_incremental = Experiment(
     name="class_incremental",
-    about="Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns ever more classes.",
+    about="Class-incremental CIFAR-100 (Dohare et al., Nature 2024): a residual network learns more and more classes.",
     Settings=Settings,
     check=check,
     problem=_problem,

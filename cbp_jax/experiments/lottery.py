@@ -1,12 +1,12 @@
-"""Lottery tickets (Frankle & Carbin, ICLR 2019): networks that are pruned, rewound to their first weights, retrained.
+"""Lottery tickets (Frankle & Carbin, ICLR 2019): networks are pruned, rewound to their initial weights, and retrained.
 
-In each round networks of several kinds are trained (see `ticket_rounds.KINDS`), the ticket among them, a fraction of
-the ticket's living weights of least magnitude is pruned, and all start anew. A round is a task of the results. What is
-measured is the paper's: the accuracy on test examples after the last iteration and at early stopping, the iteration of
-least validation loss.
+In each round, networks of several kinds are trained (see `ticket_rounds.KINDS`), including the ticket. Then a fraction
+of the ticket's living weights of smallest magnitude is pruned, and all networks restart. In results, a round is a task.
+Measures are those of the paper: test accuracy after the last iteration and at early stopping, the iteration of minimum
+validation loss.
 
-Differences to the paper: each seed has one reinitialized network a round, where the paper has three for each ticket;
-the randomly sparse network keeps its first weights; batches come in the same order in all rounds of a seed.
+Differences from the paper: each seed has one reinitialized network in each round, while the paper has three for each
+ticket; the randomly sparse network keeps its initial weights; batches come in the same order in all rounds of a seed.
 """
 
 import dataclasses
@@ -45,38 +45,38 @@ _CONV_2 = "convnet:channels=(64,64),kernel_sizes=(3,3),padding=SAME,pool_every=2
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Lottery tickets: rounds of training, pruning and rewinding, and what a ticket is compared with."""
+    """Lottery tickets: rounds of training, pruning and rewinding, with controls."""
 
     methods: tuple[str, ...] = ("ticket", "reinitialized", "random")
-    """Networks that are trained in each round: ticket, late_rewinding, one_shot, reinitialized, random, signs."""
+    """Networks to train in each round: ticket, late_rewinding, one_shot, reinitialized, random, signs."""
     seeds: int = 5
-    """Number of runs, each with a seed of its own."""
+    """Number of runs, with different seeds."""
     first_seed: int = 0
-    """The first of the seeds; the others follow it."""
+    """The first seed; the others follow."""
     rounds: int = 18
-    """How often the network is pruned; it is trained once more."""
+    """Number of prunings; the network is trained once more."""
     fraction: float = 0.2
     """Fraction of the living weights that a round prunes."""
     output_fraction: float = 0.1
-    """The same, of the output layer."""
+    """Fraction that a round prunes in the output layer."""
     conv_fraction: float | None = None
-    """The same, of convolutions, where it is another."""
+    """Fraction that a round prunes in convolutions, if different."""
     scope: Literal["layer", "global"] = "layer"
-    """Whether magnitudes are compared within each layer, or in all layers of one fraction together."""
+    """Whether magnitudes are compared within each layer (layer), or over all layers with the same fraction (global)."""
     iterations: int = 50_000
     """Updates of a round."""
     batch_size: int = 60
     """Examples of an update."""
     evaluate_every: int = 100
-    """Every so many iterations validation loss and test accuracy are taken."""
+    """Number of iterations between measurements of validation loss and test accuracy."""
     rewind_step: int = 0
-    """Iteration whose weights "late_rewinding" goes back to."""
+    """Iteration to whose weights "late_rewinding" rewinds."""
     learner: str = "adam:step_size=1.2e-3"
-    """How networks are trained, a name with settings if wanted: "cbp_adam:replacement_rate=1e-5"; or a function:
-    "my_module:my_factory(learning_rate=0.01)"."""
+    """How networks are trained: a learner's name, optionally with settings: "cbp_adam:replacement_rate=1e-5"; or a
+    function: "my_module:my_factory(learning_rate=0.01)"."""
     network: str = "mlp"
-    """One of mlp, convnet, lenet, resnet18 and vit, with settings if wanted: "vit:depth=2,width=32"; or a Flax module:
-    "my_module:MyNet(width=64)". Networks that do not take images as they are get them flat."""
+    """One of mlp, convnet, lenet, resnet18 and vit, optionally with settings: "vit:depth=2,width=32"; or a Flax module:
+    "my_module:MyNet(width=64)". Networks that do not accept images get flattened images."""
     hidden: tuple[int, ...] = (300, 100)
     """Sizes of the hidden layers."""
     activation: str = "relu"
@@ -84,19 +84,19 @@ class Settings:
     dataset: str = "digits"
     """A name of `cbp_jax.data.names()` or of tensorflow-datasets, or the path of an array file (.npz)."""
     data_dir: Path | None = None
-    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
+    """Folder of prepared datasets; by default that of tensorflow-datasets."""
     validation_examples: int = 300
-    """Examples that are taken out of the training examples, to stop by."""
+    """Number of training examples to set aside for validation."""
     test_split: str | None = None
-    """Split of the dataset for test examples; by default these too are taken out of the split "train"."""
+    """Split of the dataset for test examples; by default these are set aside from the split "train"."""
     test_examples: int = 300
-    """How many test examples are taken out of the split "train"."""
+    """Number of test examples to set aside from the split "train"."""
     lanes: Literal["auto", "vmap", "map"] = "auto"
-    """How seeds and networks run on one device: together (vmap) or in turn (map); auto chooses by device."""
+    """How seeds and networks run on one device: in parallel (vmap) or in turn (map); auto chooses by device."""
 
 
 def _examples_of(dataset: str) -> dict[str, Any]:
-    """The settings that say which examples are for what."""
+    """The settings that determine how examples are split."""
     if dataset == "digits":
         return {"dataset": dataset}
     found = {"dataset": dataset, "validation_examples": 5000}
@@ -201,7 +201,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def _learning(settings: Settings) -> learners.Method:
-    """How networks are trained, checked with the network."""
+    """The learner, checked together with the network."""
     stream.check_hidden(settings.hidden)
     nets.get_activation(settings.activation)
     (method,) = learners.read_methods([settings.learner], activation=settings.activation)
@@ -217,7 +217,7 @@ def _learning(settings: Settings) -> learners.Method:
 
 
 def total(settings: Settings) -> int:
-    """How many networks are trained, for a progress bar.
+    """Total number of trainings, for a progress bar.
 
     Example:
       >>> total(Settings(methods=("ticket", "random"), seeds=5, rounds=3))
@@ -229,8 +229,8 @@ def total(settings: Settings) -> int:
 def job(experiment: str, settings: Settings) -> stream.Job:
     """Prepares an experiment.
 
-    A round of all seeds and networks is one program. Results and the state are written after each: a run that is killed
-    leaves the rounds that it finished, and goes on from there, to the same results.
+    A round of all seeds and networks is one program. Results and the state are written after each round: a killed run
+    keeps its finished rounds, and resumes from there, with the same results.
 
     Args:
       experiment: its name.
@@ -280,7 +280,7 @@ def job(experiment: str, settings: Settings) -> stream.Job:
 
 
 def _examples(settings: Settings) -> tuple[ticket_rounds.Data, data.Dataset, bool]:
-    """The examples on the device, the dataset, and whether images are flat."""
+    """The examples on the device, the dataset, and whether images are flattened."""
     load = functools.partial(data.load, settings.dataset, data_dir=settings.data_dir)
     images = stream.check_classes(load())
     test = None if settings.test_split is None else load(settings.test_split)
@@ -318,7 +318,7 @@ def _plan(
     input_shape: tuple[int, ...],
 ) -> ticket_rounds.Plan:
     params = jax.eval_shape(learner.init, jax.random.key(0))
-    # What discovery found to be kernels, but for positions, class tokens and the like.
+    # The kernels found by discovery, which excludes position vectors, class tokens and the like.
     full_mask = functools.partial(tickets.full_mask, select=lambda path, leaf: path in learner.units.kernels)
     output = training.output_layers(learner.units)
     rates = {}
@@ -377,7 +377,7 @@ def _run(
     out: Path,
     progress: stream.Progress | None,
 ) -> None:
-    """Does the rounds that are left."""
+    """Runs the remaining rounds."""
     from cbp_jax import report
 
     checkpoint = training.Checkpoint(

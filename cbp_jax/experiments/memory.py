@@ -1,4 +1,4 @@
-"""Whether what a run keeps fits into memory, said before it is made."""
+"""Checks in advance that a run fits into memory."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 def check_results(methods: int, seeds: int, tasks: int, measures: int) -> None:
-    """Refuses results that this machine has no memory for.
+    """Raises if results do not fit into this machine's memory.
 
     Args:
       methods: how many there are, as of what follows.
@@ -41,7 +41,7 @@ def check_results(methods: int, seeds: int, tasks: int, measures: int) -> None:
 
 
 def check_examples(measured: int, shape: Sequence[int]) -> None:
-    """Refuses to measure networks on more examples than this machine has memory for.
+    """Raises if the examples for measurements do not fit into this machine's memory.
 
     Args:
       measured: how many examples.
@@ -59,7 +59,7 @@ def check_examples(measured: int, shape: Sequence[int]) -> None:
 
 
 def check_layers(sizes: Sequence[int]) -> None:
-    """Refuses layers of weights that this machine has no memory for, before units are looked for in them.
+    """Raises if the weights do not fit into this machine's memory, before units are discovered.
 
     Args:
       sizes: of inputs, hidden layers and outputs.
@@ -76,7 +76,7 @@ def check_layers(sizes: Sequence[int]) -> None:
 
 
 def check_images(count: int, size: int) -> None:
-    """Refuses to make more images than this machine has memory for.
+    """Raises if generated images do not fit into this machine's memory.
 
     Args:
       count: how many.
@@ -94,7 +94,7 @@ def check_images(count: int, size: int) -> None:
 
 
 def check_states(learner: Learner, methods: Sequence[Method], seeds: int, processes: int = 1) -> int:
-    """Refuses states of lanes, networks and what optimizers keep of them, that this machine has no memory for.
+    """Raises if the states of lanes (networks and optimizer states) do not fit into memory.
 
     Args:
       learner: of the methods.
@@ -106,8 +106,8 @@ def check_states(learner: Learner, methods: Sequence[Method], seeds: int, proces
       bytes of the state of a lane.
 
     Raises:
-      ValueError: all together take more than the host has, where those wait that the devices do not hold; or a lane
-        takes more than a device has.
+      ValueError: all lanes together need more memory than the host has, which holds waiting lanes; or a lane needs more
+        memory than a device has.
     """
     numbers = {name: jnp.float32(value) for name, value in methods[0].hyperparameters.items()}
     state = jax.eval_shape(lambda: init_state(learner, 0, numbers))
@@ -127,10 +127,10 @@ def check_states(learner: Learner, methods: Sequence[Method], seeds: int, proces
 
 
 def lanes_that_fit(lane: int, count: int, shared: int = 0) -> int | None:
-    """How many lanes the devices have memory for; an estimate.
+    """Estimates how many lanes fit into the devices' memory.
 
-    Each lane is counted twice, as gradients and updates are as large as networks, and a tenth of the memory is left to
-    what is measured.
+    Each lane is counted twice, since gradients and updates are as large as networks, and a tenth of the memory is
+    reserved for measurements.
 
     Args:
       lane: bytes of the state of a lane.
@@ -138,7 +138,7 @@ def lanes_that_fit(lane: int, count: int, shared: int = 0) -> int | None:
       shared: bytes of the data, which every device holds.
 
     Returns:
-      the number, at least one; None where all fit, as they always do on a CPU, whose memory is the host's.
+      the number, at least one; None if all fit, which is always the case on a CPU, whose memory is the host's.
     """
     if jax.default_backend() == "cpu":
         return None
@@ -151,7 +151,7 @@ def _of_host() -> float:
     """Bytes of memory."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not known here
+    except (AttributeError, OSError, ValueError):  # unknown on this platform
         return float("inf")
 
 

@@ -1,8 +1,8 @@
 """Streams of permuted images: Online Permuted MNIST, input-permuted MNIST and label-permuted EMNIST or CIFAR-10.
 
-Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024, shuffle the pixels anew in every task and
-show all images. Elsayed & Mahmood, "Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning",
-ICLR 2024, do so after few examples, or rename the classes of the same images.
+Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024, permute the pixels in every task and show
+all images. Elsayed & Mahmood, "Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning", ICLR
+2024, do so after fewer examples, or permute the labels of the same images.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Inputs(ImageStreamSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Labels(ImageStreamSettings):
-    """Label-permuted EMNIST, CIFAR-10, mini-ImageNet, or other labelled images or features.
+    """Label-permuted EMNIST, CIFAR-10, mini-ImageNet, or other labeled images or features.
 
-    The paper's network for CIFAR-10 is LeNet without an activation after its convolutions, as its public code has it:
+    The paper's network for CIFAR-10 is LeNet, without an activation after convolutions in its public code:
     "lenet:conv_activation=identity". "lenet" has ReLU there.
     """
 
@@ -45,7 +45,7 @@ class Labels(ImageStreamSettings):
 
 
 def _problem(make: Callable[..., problems.Problem], settings: ImageStreamSettings, *, normalize: bool) -> Any:
-    """A stream of tasks that are permutations, of images or features of the settings."""
+    """A stream of permutation tasks, with the images or features of the settings."""
     images = stream.check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
     return make(
         images,
@@ -57,15 +57,17 @@ def _problem(make: Callable[..., problems.Problem], settings: ImageStreamSetting
 
 
 def _as_pytorch(settings: ImageStreamSettings) -> dict[str, Any]:
-    """Weights and biases of the paper's network start as in PyTorch; others, as they do by themselves."""
+    """Weights and biases of the paper's network are initialized as in PyTorch; other networks use their own
+    initializers."""
     papers = nets.read(settings.network).name == "mlp"
     return {"kernel_init": nets.fan_in_uniform(), "bias_init": "fan_in"} if papers else {}
 
 
 def kaiming(settings: Any) -> dict[str, Any]:
-    """Hidden layers start with the gain of their activation, and the output layer with that of none, as in the paper.
+    """As in the paper, hidden layers are initialized with the gain of their activation, and the output layer with gain
+    1.
 
-    Activations without such a gain have that of ReLU; networks but the perceptron start as they do by themselves.
+    Activations without a known gain get that of ReLU. Networks other than the perceptron use their own initializers.
     """
     if nets.read(settings.network).name != "mlp":
         return {}
@@ -84,7 +86,7 @@ def _online_smoke(dataset: str | None) -> Online:
 
 
 def _online_laptop(dataset: str | None) -> Online:
-    # Each learner has the best of the settings that a small search on one seed found for it.
+    # Each learner has the best settings of a small search on one seed.
     if (dataset or "digits") == "digits":
         return Online(
             dataset="digits",
@@ -130,7 +132,7 @@ def _online_paper(dataset: str | None) -> Online:
             *(f"l2:{paper},l2={l2}" for l2 in (1e-3, 1e-4, 1e-5)),
             *(f"shrink_and_perturb:{paper},l2=1e-4,noise={noise}" for noise in (1e-4, 1e-5, 1e-6)),
             *(f"adam:step_size={step}" for step in (1e-4, 5e-5, 3e-5)),
-            # Rates of dropout are ours: the paper's program has neither dropout nor online normalization.
+            # Dropout rates are ours: the paper's program has neither dropout nor online normalization.
             *(f"dropout:{paper},dropout_rate={rate}" for rate in (0.01, 0.1, 0.3)),
             f"online_norm:{paper}",
             f"bp:{paper},hidden=none",
@@ -144,7 +146,7 @@ def _online_paper(dataset: str | None) -> Online:
 
 
 def _online_figure(methods: tuple[str, ...], examples_per_task: int = 60_000) -> Callable[[str | None], Any]:
-    """Plain backpropagation on the 48 million examples that the paper's program shows in all."""
+    """Plain backpropagation on all 48 million examples of the paper's program."""
     return lambda dataset: dataclasses.replace(
         _online_paper(dataset),
         methods=methods,
@@ -154,7 +156,7 @@ def _online_figure(methods: tuple[str, ...], examples_per_task: int = 60_000) ->
     )
 
 
-# How robust the loss of plasticity is: over step sizes, sizes of the network, and how often the task changes.
+# Robustness of the loss of plasticity: step sizes, sizes of the network, and frequency of task changes.
 ONLINE_FIGURES = {
     "step_size": _online_figure(tuple(f"bp:step_size={step}" for step in (0.01, 0.003, 0.001))),
     "network_size": _online_figure(tuple(f"bp:step_size=0.003,hidden={n}x{n}x{n}" for n in (100, 1000, 10_000))),
@@ -186,7 +188,7 @@ def _of_pytorch_laptop(settings: type, methods: tuple[str, ...]) -> Callable[[st
     return laptop
 
 
-# Of a small search on one seed of MNIST, which was normalized by 0.1307 and 0.3081 then.
+# From a small search on one seed of MNIST, normalized by 0.1307 and 0.3081 at that time.
 INPUTS_METHODS = (
     "bp:step_size=0.005",
     "pgd:step_size=0.005,sigma=0.01",
@@ -234,7 +236,7 @@ def _labels_paper(dataset: str | None, methods: Callable[[str], tuple[str, ...]]
 
 
 def _labels_problem(dataset: str) -> str:
-    """The paper's problem that is most like a dataset's: EMNIST's, where it is none of the paper's."""
+    """The paper's problem for a dataset, or EMNIST's if the dataset is not in the paper."""
     if dataset.split("/")[0].startswith("cifar"):
         return "label_permuted_cifar10"
     name = Path(dataset).stem.lower()
@@ -260,8 +262,8 @@ def _of_pytorch(
 ) -> Experiment:
     """An experiment of Elsayed & Mahmood.
 
-    Beside the usual presets "best" runs each learner at its published best, and "restarts" Adam with a fresh network
-    for every task beside Adam as it is.
+    In addition to the usual presets, "best" runs each learner with its published best settings, and "restarts" compares
+    Adam with and without a fresh network for every task.
     """
     return Experiment(
         Settings=settings,

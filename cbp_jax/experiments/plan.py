@@ -1,4 +1,4 @@
-"""What a run is going to compile and to keep in memory, said before it starts."""
+"""The plan of a run: what it will compile and keep in memory."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-_SHOWN = 6  # labels of a program that are shown
+_SHOWN = 6  # maximum number of labels to show for a program
 
 
 class Program(NamedTuple):
@@ -16,9 +16,9 @@ class Program(NamedTuple):
     Attributes:
       methods: labels of the methods, each with all seeds.
       lanes: methods times seeds.
-      lane_bytes: of a lane's network and what its optimizer keeps; None where it is not known beforehand.
-      shared_bytes: of the data that every device holds.
-      at_once: the most lanes that the devices hold; None for all.
+      lane_bytes: bytes of a lane's network and optimizer state; None if unknown in advance.
+      shared_bytes: bytes of the data on every device.
+      at_once: the most lanes on the devices at once; None for all.
     """
 
     methods: tuple[str, ...]
@@ -29,7 +29,7 @@ class Program(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run consists of.
+    """The parts of a run.
 
     Attributes:
       programs: what is compiled, in the order in which it runs.
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
         """The plan in lines.
 
         Args:
-          devices: that the lanes run on, by default all of this process.
+          devices: devices for the lanes, by default all of this process.
         """
         devices = jax.local_devices() if devices is None else devices
         methods, lanes = sum(len(program.methods) for program in self.programs), sum(p.lanes for p in self.programs)

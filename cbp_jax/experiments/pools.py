@@ -1,4 +1,4 @@
-"""What the experiments on images of many classes share: where the images come from, and how many of each class."""
+"""Common parts of experiments on images of many classes: the source of images, and numbers of examples."""
 
 import dataclasses
 from pathlib import Path
@@ -11,31 +11,31 @@ PROCEDURAL = "procedural"
 
 @dataclasses.dataclass(frozen=True)
 class PoolSettings(stream.StreamSettings):
-    """Settings of a stream whose tasks are made of some of a dataset's classes, each shown for epochs."""
+    """Settings of a stream whose tasks use some of a dataset's classes, for several epochs."""
 
     network: str = "convnet"
-    """One of mlp, convnet, lenet, resnet18 and vit, with settings if wanted: "vit:depth=2,width=32"; or a Flax module:
+    """One of mlp, convnet, lenet, resnet18 and vit, optionally with settings: "vit:depth=2,width=32"; or a Flax module:
     "my_module:MyNet(width=64)"."""
     dataset: str = PROCEDURAL
-    """"procedural" for images made here, a name of tensorflow-datasets, or the path of an array file (.npz)."""
+    """"procedural" for generated images, a name of tensorflow-datasets, or the path of an array file (.npz)."""
     data_dir: Path | None = None
-    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
+    """Folder of prepared datasets; by default that of tensorflow-datasets."""
     procedural_size: int = 32
-    """Height and width of procedural images, before they are made smaller."""
+    """Height and width of procedural images, before downsampling."""
     downsample: int = 1
-    """Factor by which images are made smaller; it divides their height and width."""
+    """Factor for downsampling images; it must divide their height and width."""
     train_per_class: int = 450
     """Training examples of each class."""
     test_per_class: int = 100
     """Test examples of each class."""
     epochs: int = 200
-    """How often a task shows each of its training examples."""
+    """Number of epochs in a task."""
     dormant_threshold: float = 0.01
-    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+    """Largest activation of a dormant unit, relative to the mean of its layer."""
 
 
 def check(settings: PoolSettings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does, all but those that depend on the images."""
+    """Checks settings, like `stream.check`, except those that depend on the images."""
     stream.check_counts(settings, "procedural_size", "downsample", "train_per_class", "test_per_class", "epochs")
     if not settings.dormant_threshold >= 0:
         raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
@@ -43,16 +43,16 @@ def check(settings: PoolSettings) -> list[learners.Method]:
 
 
 def load(settings: PoolSettings, split: str = "train", *, classes: int, per_class: int) -> data.Dataset:
-    """The images that tasks are made of.
+    """Loads or generates the images of the tasks.
 
     Args:
       settings: which images.
-      split: of a dataset that is loaded.
-      classes: how many classes procedural images have.
-      per_class: how many procedural images a class has.
+      split: split of a loaded dataset.
+      classes: number of classes of procedural images.
+      per_class: number of procedural images of each class.
 
     Raises:
-      ValueError: the dataset holds features, or cannot be made smaller by that factor.
+      ValueError: the dataset holds features, or cannot be downsampled by that factor.
       cbp_jax.data.DatasetUnavailable: it is not on this machine.
     """
     if settings.dataset == PROCEDURAL:

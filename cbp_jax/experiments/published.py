@@ -1,7 +1,7 @@
-"""What Elsayed & Mahmood searched in each of their problems, and the best settings that they published.
+"""The search spaces and the published best settings of Elsayed & Mahmood, for each of their problems.
 
-Both are those of the public code: the searches of its programs that are named after the problems, and the one setting
-of each learner that its `statistics_*` programs run. Learners and settings have other names there:
+Both come from the public code: the searches in the programs named after the problems, and the single setting of each
+learner in its `statistics_*` programs. Learners and settings have other names there:
 
 | there | here |
 | --- | --- |
@@ -12,10 +12,10 @@ of each learner that its `statistics_*` programs run. Learners and settings have
 | UPGD, and non-protecting UPGD | `upgd`, and `upgd:protect=false`: first order, global |
 | EWC, MAS, SI, RWalk | by name: lamda is `strength`, beta_fisher is `beta_importance` |
 
-These are the same algorithms but for three. The gate of UPGD differs in the first steps, see `cbp_jax.upgd`. What SI
-and RWalk find important differs: the public code multiplies a change of the weights with the gradient after it and not
-with the one that made it, and has, as RWalk's Fisher information, the mean of squared weights in the place of
-gradients. So their published settings need not be the best ones here.
+The algorithms are the same, with three exceptions. The gate of UPGD differs in the first steps, see `cbp_jax.upgd`. The
+importance in SI and RWalk differs: the public code multiplies a change of the weights by the gradient after it, instead
+of the gradient that made it, and its Fisher information in RWalk is the mean of squared weights instead of gradients.
+So the published settings need not be the best ones here.
 
 References:
   Elsayed & Mahmood, `Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning
@@ -26,7 +26,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-# By learner, what the numbers of the tables below are. Of step_size and sigma comes the noise of shrink_and_perturb.
+# By learner, the settings in the columns of the tables below. The noise of shrink_and_perturb is step_size times sigma.
 _CONSOLIDATION = ("step_size", "strength", "beta_weight", "beta_importance")
 _UPGD = ("step_size", "beta_utility", "sigma", "weight_decay")
 _SETTINGS = {
@@ -46,15 +46,15 @@ _SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """What is published of a problem.
+    """The published settings of a problem.
 
     Attributes:
-      sigmas: of the search of PGD and of shrink and perturb.
-      betas: of the search of UPGD, for its utility.
-      decays: of the searches of shrink and perturb and, with 0, of UPGD.
-      best: by learner, the setting of the `statistics_*` program.
-      also: by learner, what older branches of the public code list as the best: after a correction of SI and RWalk, and
-        among those with a beta_weight of at most 0.999.
+      sigmas: values in the search of PGD and of shrink and perturb.
+      betas: values of the utility's decay rate in the search of UPGD.
+      decays: values in the searches of shrink and perturb and, with 0, of UPGD.
+      best: by learner, the setting in the `statistics_*` program.
+      also: by learner, the best settings in older branches of the public code: after a correction of SI and RWalk, and
+        among settings with a beta_weight of at most 0.999.
     """
 
     sigmas: Sequence[float]
@@ -179,10 +179,10 @@ PROBLEMS = {
 
 
 def paper_grid(problem: str) -> tuple[str, ...]:
-    """The methods of the paper's search: of each learner all combinations of the values tried, and the published best.
+    """The methods of the paper's search: for each learner all combinations of values, and the published best.
 
-    The public programs list less than was searched: many a best setting is not among the combinations, and is added to
-    them here. They list no values for SGD's decay, Adam, and consolidation, which have a few about the best ones.
+    The public programs list fewer values than were searched: many best settings are not among the combinations, and are
+    added here. For SGD's decay, Adam, and consolidation they list no values; here a few around the best ones are used.
 
     Args:
       problem: one of `PROBLEMS`.
@@ -217,7 +217,7 @@ def best_methods(problem: str) -> tuple[str, ...]:
       problem: one of `PROBLEMS`.
 
     Returns:
-      texts of methods, one a learner.
+      texts of methods, one for each learner.
 
     Raises:
       ValueError: there is no such problem.
@@ -230,9 +230,9 @@ def best_methods(problem: str) -> tuple[str, ...]:
 
 
 def adam_with_restarts(problem: str) -> tuple[str, ...]:
-    """Adam with and without a fresh network for every task, of the paper's Figure 1, at each step size that it tried.
+    """Adam with and without a fresh network for every task, as in the paper's Figure 1, at each step size tried there.
 
-    The public program draws the weights anew and leaves Adam's moments; here they start anew too.
+    The public program reinitializes the weights but keeps Adam's moments; here they are reset too.
 
     Args:
       problem: one of `PROBLEMS`.

@@ -1,7 +1,7 @@
 """How well approximate utilities rank weights and features (Elsayed & Mahmood, ICLR 2024, Figure 2).
 
-The utility of a weight is how much the loss of a sample would rise if that weight were 0; that of a feature (a hidden
-unit), if its outgoing weights were. UPGD approximates it by the Taylor expansion of the loss,
+The utility of a weight is how much the loss of a sample would rise if that weight were 0. That of a feature (a hidden
+unit) is the rise if its outgoing weights were 0. UPGD approximates it by the Taylor expansion of the loss,
 
     first order    -g w
     second order   -g w + h w^2 / 2,    h from HesScale (and, for comparison, exact)
@@ -12,16 +12,16 @@ with the true utility by Spearman's rank correlation: over all weights or featur
 each layer, averaged over layers.
 
 As in the authors' setting, inputs are uniform, the target is the sum of two of them, and SGD sees every sample once,
-one at a step. The preset "paper" has their sizes, too: five inputs, one hidden layer of 50 units, and weights and
-biases that start as PyTorch's do; with one hidden layer, the features have no layers to be told apart. The public
-code's networks for features have two such layers (`--hidden 50 50`).
+one in each step. The preset "paper" also has their sizes: five inputs, one hidden layer of 50 units, and PyTorch's
+initialization of weights and biases. With one hidden layer, a ranking of features within layers equals the global one.
+The public code's networks for features have two hidden layers (`--hidden 50 50`).
 
-It differs from what is here in what it compares. Its true utility is the loss after an update, with a weight set to 0,
-less the loss before that update; its approximations take the weights from after it, and gradient and curvature from
-before; it correlates the orders that sort the utilities, not their ranks; by layer, it takes kernels and biases one by
-one, and leaves out a bias that is one number; and the two inputs that are summed may be the same. Here everything is
-evaluated at the same parameters on the same samples, ties share a rank, a layer's kernel and bias are pooled, and the
-inputs differ.
+The public code compares other quantities. Its true utility is the loss after an update, with a weight set to 0, minus
+the loss before that update. Its approximations use the weights after the update, and gradient and curvature before it.
+It correlates the permutations that sort the utilities, not their ranks. Within layers, it treats kernels and biases
+separately, and ignores biases of size one. And the two summed inputs may be the same. Here everything is evaluated at
+the same parameters on the same samples, ties share a rank, a layer's kernel and bias are pooled, and the two inputs
+differ.
 """
 
 import dataclasses
@@ -40,6 +40,8 @@ from cbp_jax import curvature
 from cbp_jax.experiments import folder, memory, stream
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
+from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
+from cbp_jax.report.statistics import binned
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
 from cbp_jax.units.groups import leaves_by_path
@@ -49,7 +51,7 @@ LEVELS = ("weight", "feature")
 SCOPES = ("global", "layer")
 UTILITIES = ("second_order_exact", "second_order", "first_order", "squared_gradient", "magnitude", "random")
 _SAVE_EVERY = 2.0  # seconds
-_CHUNK = 1024  # losses with one weight removed that are computed together
+_CHUNK = 1024  # how many losses with one weight removed are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,9 @@ class Settings:
     seeds: int = 20
     """Number of runs of each network, seeds 0, 1, ..."""
     steps: int = 2000
-    """Steps of SGD, each on samples of its own."""
+    """Steps of SGD, each on new samples."""
     measure_every: int = 20
-    """Steps from one measurement to the next; the first is before the first step."""
+    """Steps between measurements. The first is before the first step."""
     activations: tuple[str, ...] = ("tanh", "relu", "leaky_relu")
     """Activations of the hidden layers, a network for each."""
     hidden: tuple[int, ...] = (16, 16)
@@ -69,15 +71,15 @@ class Settings:
     inputs: int = 16
     """Number of inputs, uniform in [-0.5, 0.5]."""
     summed: int = 2
-    """How many of the inputs, chosen for each seed, the target is the sum of."""
+    """Number of inputs whose sum is the target, chosen for each seed."""
     initialization: Literal["kaiming", "pytorch"] = "kaiming"
-    """How networks start: as Kaiming has it, with biases of 0; or as layers of PyTorch do, biases too (pytorch)."""
+    """Initialization: Kaiming's with biases of 0 (kaiming), or that of PyTorch's layers, including biases (pytorch)."""
     batch_size: int = 1
     """Samples of an update and of a measurement."""
     step_size: float = 0.01
     """Step size of SGD."""
     lanes: Literal["auto", "vmap", "map"] = "vmap"
-    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+    """How seeds run on one device: in parallel (vmap) or in turn (map); auto chooses by device."""
 
 
 def check(settings: Settings) -> list[str]:
@@ -113,7 +115,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def total(settings: Settings) -> int:
-    """How many measurements the experiment makes, counted once for each activation and seed.
+    """Total number of measurements, for each activation and seed.
 
     Example:
       >>> total(Settings(seeds=20, steps=2000, measure_every=20, activations=("tanh", "relu")))
@@ -125,8 +127,8 @@ def total(settings: Settings) -> int:
 def job(settings: Settings) -> stream.Job:
     """Prepares the experiment.
 
-    Results are written as measurements are made, so that a run that is killed leaves those that it finished; run again,
-    it keeps the activations that are done and starts the others from their first step, to the same results.
+    Results are written after each measurement, so a killed run keeps them. A resumed run keeps finished activations and
+    restarts the others from their first step, with the same results.
 
     Args:
       settings: what to run.
@@ -267,9 +269,9 @@ def correlations(
     Args:
       apply_fn: `apply_fn(params, x) -> outputs` [batch, outputs].
       units: the features.
-      params: the parameters; every entry is a weight, biases as well.
+      params: the parameters. Every entry counts as a weight, including biases.
       x: inputs [batch, inputs].
-      y: targets [batch, outputs], of squared errors.
+      y: targets [batch, outputs] for squared errors.
       key: for the random utility.
 
     Returns:
@@ -287,7 +289,7 @@ def correlations(
 
 
 def _scopes(utilities: list[list[chex.Array]]) -> chex.Array:
-    """Correlations [scopes, utilities] of all but the first with the first; each is a list of a layer's values."""
+    """Correlations [scopes, utilities] of all utilities with the first. Each utility is a list of values by layer."""
     layers = [jnp.stack(values) for values in zip(*utilities, strict=True)]
     per_layer = jnp.stack([rank_correlations(layer) for layer in layers])
     return jnp.stack([rank_correlations(jnp.concatenate(layers, 1)), per_layer.mean(0)])
@@ -297,7 +299,7 @@ def rank_correlations(values: chex.Array) -> chex.Array:
     """Spearman's rank correlations of each row with the first.
 
     Args:
-      values: matrix [1 + n, entries]; entries of a row that are equal share the mean of their ranks.
+      values: matrix [1 + n, entries]. Equal entries of a row share the mean of their ranks.
 
     Returns:
       array [n]; 0 where a row, or the first, is constant.
@@ -309,7 +311,7 @@ def rank_correlations(values: chex.Array) -> chex.Array:
     """
 
     def centred_ranks(row):
-        # How many are smaller, less how many are larger: twice the rank, less its mean.
+        # Number of smaller entries minus number of larger ones: twice the centered rank.
         ordered = jnp.sort(row)
         return jnp.searchsorted(ordered, row, side="left") + jnp.searchsorted(ordered, row, side="right") - row.size
 
@@ -331,7 +333,7 @@ def pearson_correlations(values: chex.Array) -> chex.Array:
       [1.0, 0.0, -1.0]
     """
     largest = jnp.max(jnp.abs(values), 1, keepdims=True)
-    scaled = values / jnp.where(largest > 0, largest, 1.0)  # so that squares of small utilities are not 0
+    scaled = values / jnp.where(largest > 0, largest, 1.0)  # so that squares of small utilities do not underflow
     return _with_the_first(jnp.where(jnp.ptp(scaled, 1, keepdims=True) > 0, scaled - scaled.mean(1, keepdims=True), 0))
 
 
@@ -343,7 +345,7 @@ def _with_the_first(rows: chex.Array) -> chex.Array:
 
 
 def by_layer(tree: Any) -> list[chex.Array]:
-    """The entries of params by their layer, whose kernel and bias are pooled."""
+    """The entries of params by layer, with kernel and bias pooled."""
     layers: dict[str, list[chex.Array]] = {}
     for path, leaf in leaves_by_path(tree).items():
         layers.setdefault(path.rpartition("/")[0], []).append(jnp.ravel(leaf))
@@ -355,8 +357,8 @@ def true_weight_utility(loss_fn: Callable[[Any], chex.Array], params: Any) -> An
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     chunk = min(_CHUNK, flat.size + 1)
     rows = jnp.arange(-(-(flat.size + 1) // chunk) * chunk)
-    # The rows from `flat.size` on remove nothing. That loss comes from the same program as the others, so that rounding
-    # does not tell apart the many weights whose utility is exactly 0.
+    # The rows from `flat.size` on remove nothing. Their loss comes from the same program as the others, so that weights
+    # whose utility is exactly 0 are not distinguished by rounding.
     losses = jax.lax.map(
         lambda row: loss_fn(unravel(jnp.where(jnp.arange(flat.size) == row, 0, flat))), rows, batch_size=chunk
     )
@@ -390,8 +392,8 @@ def feature_utilities(
 ) -> list[list[chex.Array]]:
     """Approximate utilities of the features, in the order of `UTILITIES`: an array [units] for each group.
 
-    A gate on a feature's activation has as its gradient the sum of w g over the outgoing weights, and as HesScale's
-    curvature the sum of w^2 h.
+    For a gate on a feature's activation, the gradient is the sum of w g over the outgoing weights, and HesScale's
+    curvature is the sum of w^2 h.
     """
     rows: list[list[chex.Array]] = [[] for _ in UTILITIES]
     w, g, h = leaves_by_path(params), leaves_by_path(grads), leaves_by_path(approximate)
@@ -421,7 +423,7 @@ def feature_utilities(
 
 
 def _scale_outgoing(params: Any, group: Any, units: chex.Array, factor: chex.Array | float) -> Any:
-    """The params with the outgoing weights of some units, a mask, scaled."""
+    """The params with the outgoing weights of masked units scaled."""
     leaves = leaves_by_path(params)
     for consumer in group.outgoing:
         leaf = leaves[consumer.kernel.path]
@@ -440,7 +442,7 @@ _LABELS = {
 
 
 def summary(results: Any) -> str:
-    """The results of a run as a table of text.
+    """The results of a run as a text table.
 
     Args:
       results: results of a run, finished or not.
@@ -470,9 +472,9 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the global correlations over time: a column for each activation, weights above features.
+    """Plots the global correlations over time: a column for each activation, weights above features.
 
-    One line a utility: the mean over seeds, in a band of one standard error to either side.
+    There is one line for each utility: the mean over seeds, with a band of one standard error to either side.
 
     Args:
       results: results of a run, finished or not.
@@ -482,7 +484,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Returns:
       paths of the picture, one for each format.
     """
-    from cbp_jax.report import looks, plots
+    from cbp_jax.report import looks
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -492,7 +494,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     activations = results.method.values.tolist()
     bin_size = max(1, results.sizes["task"] // 25)
     every = int(results.step.values[1] - results.step.values[0]) if results.sizes["task"] > 1 else 1
-    with plots.style_of_pictures():
+    with style_of_pictures():
         figure = Figure(figsize=(2.6 * len(activations) + 0.6, 4.6), layout="constrained")
         axes = figure.subplots(len(LEVELS), len(activations), sharex=True, sharey=True, squeeze=False)
         for i, level in enumerate(LEVELS):
@@ -501,7 +503,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                 for utility in reversed(UTILITIES):
                     where = {"method": activation, "level": level, "scope": "global", "utility": utility}
                     values = results.correlation.loc[where].transpose("seed", "task").values
-                    task, mean, low, high = plots._binned(values.astype(np.float64), bin_size)
+                    task, mean, low, high = binned(values.astype(np.float64), bin_size)
                     step, style = every * (task - 1), styles[utility]
                     ax.fill_between(step, low, high, color=style.color, alpha=0.2, linewidth=0)
                     ax.plot(
@@ -514,14 +516,14 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                         markersize=3.5,
                         markeredgecolor="white",
                         markeredgewidth=0.5,
-                        markevery=(UTILITIES.index(utility) % 5, 5),  # staggered, so that lines on each other show
+                        markevery=(UTILITIES.index(utility) % 5, 5),  # staggered, so that overlapping lines are visible
                         label=_LABELS[utility],
                     )
                 ax.set_title(activation.replace("_", " ") if i == 0 else "")
                 ax.set_ylabel(f"Rank correlation, {level}s" if j == 0 else "")
                 ax.set_xlabel("Step" if i == len(LEVELS) - 1 else "")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3, handlelength=plots._HANDLE)
+        figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3, handlelength=HANDLE_LENGTH)
         note = f"Global correlations; mean and one standard error of {results.sizes['seed']} seeds"
         note += f"; bins of {bin_size * every} steps" if bin_size > 1 else ""
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")

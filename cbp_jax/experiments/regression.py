@@ -1,7 +1,9 @@
-"""Slowly-Changing Regression (Dohare et al., Nature 2024): a small network tracks a target as some inputs change.
+"""Slowly-Changing Regression (Dohare et al., Nature 2024): a small network tracks a target as some inputs change
+slowly.
 
-The paper flips one of 15 slow bits at a time, over 3 million examples. Its program does so in some configurations, and
-in those that its documentation begins with it redraws all of them, over 1 million: `redraw`, the preset `paper_redraw`.
+The paper flips one of 15 slow bits at a time, over 3 million examples. Its program does so in some configurations. In
+the configurations that its documentation mentions first, it redraws all bits, over 1 million examples: `redraw`, the
+preset `paper_redraw`.
 """
 
 import dataclasses
@@ -14,19 +16,19 @@ from cbp_jax.experiments import stream
 from cbp_jax.experiments.experiment import Experiment
 
 PERTURBED = ("shrink_and_perturb", "shrink_and_perturb_adam")
-ACTIVATIONS = ("sigmoid", "tanh", "elu", "leaky_relu", "relu", "swish")  # of the paper
+ACTIVATIONS = ("sigmoid", "tanh", "elu", "leaky_relu", "relu", "swish")  # those of the paper
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(stream.StreamSettings):
-    """Slowly-Changing Regression: a task is the stretch between two changes of the slow input bits."""
+    """Slowly-Changing Regression: a task is the time between two changes of the slow input bits."""
 
     hidden: tuple[int, ...] = (5,)
-    """Sizes of the hidden layers, where a method does not choose its own; none make a linear network."""
+    """Sizes of the hidden layers, unless a method sets its own; none for a linear network."""
     num_inputs: int = 20
     """Input bits, besides a constant 1."""
     flipping_bits: int = 15
-    """Input bits that stay as they are during a task, one of which flips before the next."""
+    """Input bits that are fixed during a task, one of which flips before the next."""
     redraw: bool = False
     """Whether all these bits are drawn anew before the next task, instead of flipping one."""
     examples_per_task: int = 10_000
@@ -34,7 +36,7 @@ class Settings(stream.StreamSettings):
     target_units: int = 100
     """Linear threshold units of the target network."""
     beta: float = 0.7
-    """Fraction of the inputs that must agree with a threshold unit's weights for it to be on."""
+    """Fraction of the inputs that must agree with a threshold unit's weights to activate it."""
 
 
 def _smoke() -> Settings:
@@ -56,7 +58,7 @@ def _laptop() -> Settings:
 
 
 def _paper(*, redraw: bool = False, tasks: int = 300) -> Settings:
-    """The learners of the paper's program at its step sizes; of ReLU, with the decays and noises that it tries too."""
+    """The learners of the paper's program at its step sizes; for ReLU also with its weight decays and noise levels."""
     steps = ("0.01", "0.003", "0.001")
     networks = (*(f"activation={activation}" for activation in ACTIVATIONS), "hidden=none")
     decays = ("1e-5", "1e-4", "1e-3", "1e-2")
@@ -90,13 +92,13 @@ def _problem(settings: Settings) -> problems.Problem:
 
 
 def _network(settings: Settings) -> dict[str, Any]:
-    """Hidden layers start with the gain of their activation, and the output layer with that of none."""
+    """Hidden layers are initialized with the gain of their activation, and the output layer with gain 1."""
     del settings
     return {"init_of_activation": nets.kaiming_uniform, "output_init": nets.kaiming_uniform("identity")}
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run, with some 20 bins of tasks: how hard a task is varies more than what is lost.
+    """Draws the pictures of a run, with about 20 bins of tasks, because the difficulty of tasks varies strongly.
 
     Args:
       results: results of a run, finished or not.

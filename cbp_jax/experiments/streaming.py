@@ -1,12 +1,12 @@
 """Streaming control: Stream Q(lambda) on a cart-pole whose physics change, with one update at each step.
 
-The agent is that of Elsayed et al. (2024): sparse weights at first, layers normalized without parameters, leaky ReLUs,
-observations and rewards normalized as they come. The problem is of this library: every so many steps gravity, the
-pole's length and the force of a push are others, and left and right are swapped, which observations do not tell. Where
-time cuts an episode, the value of its last state stands for what would have come.
+The agent is that of Elsayed et al. (2024): sparse initial weights, layer normalization without parameters, leaky ReLUs,
+and online normalization of observations and rewards. The problem is our own: gravity, the pole's length and the force
+of a push change periodically, and left and right are swapped; observations do not reveal this. At a time limit, the
+value of the last state replaces the remaining return.
 
-Methods are those of `streaming_learners.LEARNERS`: overshooting-bounded descent, SGD and Adam, all along eligibility
-traces, and continual backpropagation around each of them.
+Methods are those of `streaming_learners.LEARNERS`: overshooting-bounded gradient descent, SGD and Adam, all with
+eligibility traces, and continual backpropagation around each of them.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from cbp_jax.rl import streaming
 
 NAME = "streaming_control"
 
-#: What is measured of each interval, for each method and seed.
+#: Measures of each interval, for each method and seed.
 MEASURES: dict[str, str] = {
     "episode_return": "mean return of the episodes that ended in the interval",
     "dormant_units": "fraction of hidden units of small activation, relative to their layer's, at the end",
@@ -40,8 +40,8 @@ MEASURES: dict[str, str] = {
     "replaced_units": "units replaced during the interval",
     "period": "number of changes of the physics so far, at the end",
 }
-_MEASURED_STEPS = 1000  # the last of an interval, on whose observations units are measured
-_SPARSE: dict[float, Any] = {}  # one function for all programs of a run, by which replacements know it again
+_MEASURED_STEPS = 1000  # the last steps of an interval, on whose observations units are measured
+_SPARSE: dict[float, Any] = {}  # one function object for all programs of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,49 +49,49 @@ class Settings:
     """Stream Q(lambda) on a changing cart-pole."""
 
     methods: tuple[str, ...] = ("obgd", "bp", "adam", "cbp_obgd", "cbp", "cbp_adam")
-    """Learners to compare, each a name, with settings if wanted: "obgd:kappa=3,trace_decay=0.9"."""
+    """Learners to compare, optionally with settings: "obgd:kappa=3,trace_decay=0.9"."""
     seeds: int = 5
-    """Number of runs of each method, each with a seed of its own."""
+    """Number of runs of each method, with different seeds."""
     first_seed: int = 0
-    """The first of the seeds; the others follow it."""
+    """The first seed; the others follow."""
     steps: int = 400_000
-    """Steps in all, rounded up to whole intervals."""
+    """Total steps, rounded up to whole intervals."""
     interval: int = 10_000
-    """Steps in which a measurement is made."""
+    """Steps between measurements."""
     episode_length: int = 500
     """Time limit of an episode, in steps."""
     change_every: int = 20_000
-    """Steps after which the physics change, where the next episode ends."""
+    """Steps after which the physics change, at the end of the next episode."""
     swap_actions: bool = True
     """Whether left and right are swapped in every second period."""
     gravity_range: tuple[float, float] = (5.0, 20.0)
-    """Gravities are log-uniform between these, in meters a squared second."""
+    """Range of gravity in m/s^2, drawn log-uniformly."""
     length_range: tuple[float, float] = (0.25, 1.0)
-    """Halves of the pole's length are log-uniform between these, in meters."""
+    """Range of half the pole's length in meters, drawn log-uniformly."""
     force_range: tuple[float, float] = (5.0, 20.0)
-    """Forces are log-uniform between these, in newtons."""
+    """Range of the force in newtons, drawn log-uniformly."""
     normalize: bool = True
-    """Whether observations and rewards are normalized, at each step by all before."""
+    """Whether to normalize observations and rewards online."""
     discount: float = 0.99
-    """Discount of a step."""
+    """Discount for each step."""
     exploration_start: float = 1.0
-    """Fraction of random actions at first."""
+    """Initial fraction of random actions."""
     exploration_end: float = 0.02
-    """Fraction of random actions in the end."""
+    """Final fraction of random actions."""
     exploration_steps: int = 5_000
-    """Steps in which it falls, once: the agent is not told of changes."""
+    """Steps in which the fraction decreases, once: the agent is not informed of changes."""
     hidden: tuple[int, ...] = (32, 32)
-    """Sizes of the hidden layers, where a method does not choose its own."""
+    """Sizes of the hidden layers, unless a method sets its own."""
     activation: str = "leaky_relu"
-    """Activation of the hidden layers, where a method does not choose one."""
+    """Activation of the hidden layers, unless a method sets its own."""
     layer_norm: bool = True
-    """Whether hidden layers are normalized, without parameters, where a method does not choose otherwise."""
+    """Whether to normalize hidden layers, without parameters, unless a method sets its own normalization."""
     sparsity: float = 0.9
-    """Fraction of each unit's first weights that are 0."""
+    """Fraction of each unit's initial weights that are 0."""
     dormant_threshold: float = 0.01
-    """Largest activation, over the mean of its layer, of a unit that counts as dormant."""
+    """Largest activation of a dormant unit, relative to the mean of its layer."""
     lanes: Literal["auto", "vmap", "map"] = "auto"
-    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+    """How seeds run on one device: in parallel (vmap) or in turn (map); auto chooses by device."""
 
 
 SMOKE = Settings(
@@ -117,12 +117,12 @@ LAPTOP = Settings(
 
 
 def num_intervals(settings: Settings) -> int:
-    """How many intervals a run has."""
+    """Number of intervals of a run."""
     return math.ceil(settings.steps / settings.interval)
 
 
 def total(settings: Settings) -> int:
-    """How many intervals all lanes have to do, for a progress bar."""
+    """Total number of intervals of all lanes, for a progress bar."""
     return len(settings.methods) * settings.seeds * num_intervals(settings)
 
 
@@ -156,12 +156,12 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def exploration(settings: Settings) -> streaming.Exploration:
-    """How often actions are random."""
+    """The schedule of random actions."""
     return streaming.Exploration(settings.exploration_start, settings.exploration_end, steps=settings.exploration_steps)
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.ChangingCartPole | envs.Normalized:
-    """The environment of a run, of a key for its physics."""
+    """The environment of a run. The key determines its physics."""
     ranges = {name: getattr(settings, name) for name in ("gravity_range", "length_range", "force_range")}
     env = envs.ChangingCartPole(
         change_every=settings.change_every,
@@ -176,7 +176,7 @@ def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.ChangingCa
 
 
 def make_network(settings: Settings, method: learners.Method | None = None) -> nets.MLP:
-    """The network of a run, of the attributes that a method chooses."""
+    """The network of a run, with the attributes set by a method."""
     own = {} if method is None else method.network
     return nets.MLP(
         own.get("hidden", settings.hidden),
@@ -188,9 +188,9 @@ def make_network(settings: Settings, method: learners.Method | None = None) -> n
 
 
 def job(settings: Settings) -> stream.Job:
-    """Prepares what trains agents with all methods and all seeds; see `Experiment.prepare`.
+    """Prepares the training of agents with all methods and seeds; see `Experiment.prepare`.
 
-    All methods with the same seed start from the same weights, and meet the same physics. In the results, tasks are
+    All methods with the same seed start from the same weights, and have the same physics. In results, tasks are
     intervals of steps; the coordinate `step` counts steps up to their ends.
     """
     methods = check(settings)
@@ -218,7 +218,7 @@ def _train(
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
 ) -> Iterator[dict[str, Any]]:
-    """Measures [lanes] of each interval, of methods that differ in their numbers alone."""
+    """Measures [lanes] of each interval, for methods that differ only in numbers."""
     network = make_network(settings, group[0])
     attributes = {"kernel_init": network.kernel_init, "discount": settings.discount}
 

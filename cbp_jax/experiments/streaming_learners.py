@@ -1,4 +1,4 @@
-"""What learns from a stream of steps by TD errors: learners around eligibility traces, for agents that learn online."""
+"""Learners with eligibility traces, for agents that learn online from TD errors."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Traces(Method):
     discount: float | None = of_python()
 
     def on(self, network: Mapping[str, Any], units: Units, methods: Sequence[Method]) -> Self:
-        """See `Method`; of the agent it takes the discount."""
+        """See `Method`. Takes the agent's discount."""
         return dataclasses.replace(super().on(network, units, methods), discount=network["discount"])
 
     def behind_traces(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -38,7 +38,7 @@ class Traces(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounded(Traces):
-    """Around overshooting-bounded gradient descent.
+    """Base class of learners with overshooting-bounded gradient descent.
 
     Attributes:
       step_size: the largest step.
@@ -75,15 +75,15 @@ class ContinualBackpropObGD(continual_backprop.Continual, Bounded):
     look = Look("Continual backprop, ObGD", looks.BLUE, strong=True)
 
     def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """See `Replacing`; traces within, because those of a replaced unit start anew."""
+        """See `Replacing`. Traces are inside, so that those of a replaced unit are reset."""
         return self.obgd()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backprop(Traces, plain.Backprop):
-    """SGD behind traces."""
+    """SGD after eligibility traces."""
 
-    about = "SGD behind eligibility traces"
+    about = "SGD after eligibility traces"
 
     step_size: float = ranged(1e-3)
 
@@ -94,9 +94,9 @@ class Backprop(Traces, plain.Backprop):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adam(Traces, plain.Adam):
-    """Adam behind traces."""
+    """Adam after eligibility traces."""
 
-    about = "Adam behind eligibility traces"
+    about = "Adam after eligibility traces"
     look = Look("Adam")
 
     step_size: float = ranged(1e-4)
@@ -108,9 +108,9 @@ class Adam(Traces, plain.Adam):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContinualBackprop(Traces, continual_backprop.ContinualBackprop):
-    """Continual backpropagation around SGD behind traces."""
+    """Continual backpropagation around SGD after eligibility traces."""
 
-    about = "continual backpropagation around SGD behind eligibility traces"
+    about = "continual backpropagation around SGD after eligibility traces"
     look = Look("Continual backprop, SGD")
 
     step_size: float = ranged(1e-3)
@@ -122,9 +122,9 @@ class ContinualBackprop(Traces, continual_backprop.ContinualBackprop):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContinualBackpropAdam(Traces, continual_backprop.ContinualBackpropAdam):
-    """Continual backpropagation around Adam behind traces."""
+    """Continual backpropagation around Adam after eligibility traces."""
 
-    about = "continual backpropagation around Adam behind eligibility traces"
+    about = "continual backpropagation around Adam after eligibility traces"
 
     step_size: float = ranged(1e-4)
 

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.report import looks
+from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
 from cbp_jax.report.statistics import mean_and_error
 
 PROBE = "probe"
-#: Of the accuracy that fine-tuning adds to the probe's, how much counts as kept.
+#: The fraction of the accuracy that fine-tuning adds to the probe's that must be kept.
 KEPT = 0.99
 
 
 def short(name: str) -> str:
-    """The name of a task as pictures and tables have it.
+    """The name of a task in pictures and tables.
 
     >>> short("texts/films.jsonl.gz"), short("docstrings/kind"), short("glue/sst2")
     ('films', 'docstrings/kind', 'glue/sst2')
@@ -27,7 +28,7 @@ def short(name: str) -> str:
 
 
 def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
-    """The mean of values and half the width of its 95% interval (Student's t), of those that are finite.
+    """The mean of finite values and half the width of its 95% interval (Student's t).
 
     >>> interval(np.array([0.5, 0.7]), 100), interval(np.array([0.5]), 100), interval(np.array([np.nan]))
     ('60.0 ± 127.1', '50.0', '-')
@@ -45,7 +46,7 @@ def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, the first row its head."""
+    """Lines of a table whose first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
@@ -57,7 +58,7 @@ def at(results: Any, name: str, method: str, *dims: str) -> np.ndarray:
 
 
 def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
-    """The least of a dimension's values that still keep what fine-tuning adds to a linear probe.
+    """The smallest density, or number of dimensions, that keeps what fine-tuning adds to a linear probe.
 
     Args:
       results: of `dominant_tickets`.
@@ -66,8 +67,8 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
       dim: "density" or "dimensions".
 
     Returns:
-      array [tasks]: the least value at which, and at all larger ones, the mean over seeds of the accuracy is at least
-      that of the probe and `KEPT` of what fine-tuning without a pull adds to it; NaN where no value will do, or where
+      array [tasks]: the smallest value such that there, and at all larger values, the mean accuracy over seeds is at
+      least that of the probe plus `KEPT` of what fine-tuning without a pull adds; NaN if there is no such value, or if
       fine-tuning adds nothing.
     """
     values = results[dim].values
@@ -81,21 +82,22 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
 
 
 def _plain(results: Any) -> str:
-    """The method of the weakest pull."""
+    """The method with the weakest pull."""
     methods = [method for method in results.method.values.tolist() if method != PROBE]
     strengths = [float(results.strength.loc[{"method": method}]) for method in methods]
     return methods[int(np.argmin(strengths))]
 
 
 def summary_of_tickets(results: Any) -> str:
-    """The results of `dominant_tickets` as tables of text.
+    """The results of `dominant_tickets` as text tables.
 
     Args:
       results: results of a run, finished or not.
 
     Returns:
-      for each method and task the accuracy in percent, the weights that changed, and the least density and number of
-      dimensions that keep 99% of what fine-tuning adds to a probe; then the overlap of tasks' tickets over chance.
+      for each method and task the accuracy in percent, the weights that changed, and the smallest density and number of
+      dimensions that keep 99% of what fine-tuning adds to a probe; then, of tickets that were trained alone, their
+      accuracy beside that with their changes in fine-tuning; then the overlap of tasks' tickets relative to chance.
     """
     tasks, methods = results.name.values.tolist(), results.method.values.tolist()
     encoder = results.attrs.get("encoder", "an encoder")
@@ -117,7 +119,11 @@ def summary_of_tickets(results: Any) -> str:
                     method, task, interval(accuracy[number], 100), interval(changed[number], 100, 2),
                     f"{100 * density:g}" if np.isfinite(density) else "-", f"{count:g}" if np.isfinite(count) else "-",
                 ))  # fmt: skip
-    lines += ["", *table(rows), "", "Weights that tickets of two tasks share, over what chance gives them"]
+    lines += ["", *table(rows)]
+    if np.isfinite(results.retrained_accuracy).any():
+        title = "Correct (%) with only a ticket's changes: of fine-tuning all weights, and of training the ticket alone"
+        lines += ["", title, "", *table(_rows_of_retrained(results, methods, tasks))]
+    lines += ["", "Weights that tickets of two tasks share, over what chance gives them"]
     rows = [("method", "tasks", "by size", "by rows and columns", "shared of either (%)")]
     for method in methods:
         shared, size, marginals, jaccard = (
@@ -134,8 +140,23 @@ def summary_of_tickets(results: Any) -> str:
     return "\n".join(lines + (table(rows) if len(rows) > 1 else ["(not measured)"]))
 
 
+def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """The head and the rows of the table of tickets that were trained alone."""
+    rows = [("method", "task", "density (%)", "of all", "trained alone")]
+    for method in methods:
+        kept, alone = (
+            at(results, name, method, "task", "density", "seed") for name in ("ticket_accuracy", "retrained_accuracy")
+        )
+        for number, task in enumerate(tasks):
+            for place, density in enumerate(results.density.values):
+                if np.isfinite(alone[number, place]).any():
+                    cells = (interval(values[number, place], 100) for values in (kept, alone))
+                    rows.append((method, task, f"{100 * density:g}", *cells))
+    return rows
+
+
 def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
+    """Plots accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
 
     Args:
       results: results of a run of `dominant_tickets`, finished or not.
@@ -145,7 +166,6 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
     Returns:
       paths of the pictures.
     """
-    from cbp_jax.report import plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -153,7 +173,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
 
     tasks = results.name.values.tolist()
     methods = [method for method in results.method.values.tolist() if method != PROBE]
-    with plots.style_of_pictures():
+    with style_of_pictures():
         figure = Figure(figsize=(2.1 * len(tasks) + 0.8, 4.4), layout="constrained")
         axes = figure.subplots(2, len(tasks), sharey="col", squeeze=False)
         for row, (measure, dim) in enumerate((("ticket_accuracy", "density"), ("dimension_accuracy", "dimensions"))):
@@ -172,6 +192,11 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                         markersize=3,
                         label=method,
                     )
+                    if dim == "density":
+                        alone, _ = mean_and_error(
+                            100 * at(results, "retrained_accuracy", method, "task", "seed", dim)[column]
+                        )
+                        ax.plot(x, alone, "*", color=style.color, markerfacecolor="white", markersize=7)
                 levels = ((PROBE, "#6B6B6B", ":"), (_plain(results), "#000000", "--"))
                 for method, color, dashes in levels:
                     mean = 100 * np.mean(at(results, "accuracy", method, "task", "seed")[column])
@@ -182,10 +207,12 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                 ax.set_xlabel("Density" if dim == "density" else "Dimensions of each matrix")
                 ax.set_ylabel("Correct (%)" if column == 0 else "")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=plots._HANDLE)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=HANDLE_LENGTH)
         note = (
             f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
         )
+        if np.isfinite(results.retrained_accuracy).any():
+            note += "\nStars: only the ticket is trained, from the start"
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
         paths = save(figure, "dominant_tickets", out, formats)
     panels = {}
@@ -208,8 +235,7 @@ def heat_maps(
     formats: Sequence[str],
     digits: int = 1,
 ) -> list[Path]:
-    """Draws matrices side by side, with their numbers; returns paths of the picture."""
-    from cbp_jax.report import plots
+    """Draws matrices side by side, with their numbers. Returns paths of the picture."""
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -217,7 +243,7 @@ def heat_maps(
 
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
-    with plots.style_of_pictures():
+    with style_of_pictures():
         size = 0.42 * len(columns) + 0.9, 0.34 * len(rows) + 0.7
         figure = Figure(figsize=(max(size[0] * across + 0.9, 3.2), size[1] * down + 0.5), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False).ravel()

@@ -1,4 +1,4 @@
-"""What the experiments on texts share: settings, an encoder, tasks as tokens, batches, the loss and the accuracy."""
+"""Common parts of experiments on texts: settings, encoder, tasks as tokens, batches, loss and accuracy."""
 
 import dataclasses
 import importlib.util
@@ -18,8 +18,8 @@ from cbp_jax.experiments import stream
 
 FROM_NOTHING = "none"
 _TEST_SPLITS = ("test", "validation", "validation_matched")
-_NEVER = -1e9  # a logit of a class that is not asked for
-# Of what is random for a seed.
+_NEVER = -1e9  # the logit of a class that is not an option
+# Random streams of a seed.
 _INIT, _DROPOUT, _BATCHES = range(3)
 
 
@@ -28,43 +28,44 @@ class TextSettings:
     """Settings of every experiment on texts."""
 
     tasks: tuple[str, ...] = data.text.EMBEDDED
-    """Datasets, a task each: "docstrings/library", "docstrings/kind", the path of a .jsonl or .csv file (.gz), or a
-    name of tensorflow-datasets such as "glue/sst2"."""
+    """Datasets, one for each task: "docstrings/library", "docstrings/kind", the path of a .jsonl or .csv file (.gz), or
+    a name of tensorflow-datasets such as "glue/sst2"."""
     seeds: int = 3
-    """Number of runs, each with a seed of its own: of training texts, their order, heads and dropout."""
+    """Number of runs with different seeds, which determine training texts, their order, heads and dropout."""
     first_seed: int = 0
-    """The first of the seeds; the others follow it."""
+    """The first seed; the others follow."""
     encoder: str = "auto"
     """A folder with config.json, model.safetensors and tokenizer.json of BERT or RoBERTa; "none" for a small encoder
-    that is trained from nothing; "auto" for the package of [text] if it is installed, else "none"."""
+    trained from scratch; "auto" for the package of [text] if it is installed, otherwise "none"."""
     depth: int | None = None
-    """Layers of the encoder, the first ones; all of a pre-trained one, two of a small one."""
+    """Number of the encoder's layers to use, the first ones; by default all of a pre-trained one, two of a small
+    one."""
     width: int = 32
     """Width of a small encoder."""
     vocabulary: int = 2000
-    """Words that a small encoder knows, the most frequent of all tasks' training texts."""
+    """Vocabulary size of a small encoder: the most frequent words of all tasks' training texts."""
     length: int = 64
-    """Tokens of a text; longer ones are cut."""
+    """Maximum number of tokens of a text; longer texts are truncated."""
     train_texts: int = 2000
-    """Training texts of a task, at most."""
+    """Maximum number of training texts of a task."""
     test_texts: int = 500
-    """Test texts of a task, at most."""
+    """Maximum number of test texts of a task."""
     batch_size: int = 16
     """Texts of an update."""
     steps: int = 375
     """Updates of a task."""
     warmup: float = 0.1
-    """Part of the updates in which the learning rate rises; in the others it falls to 0, linearly."""
+    """Fraction of the updates in which the learning rate rises linearly; afterwards it falls linearly to 0."""
     dropout_rate: float = 0.1
     """Rate of dropout in the encoder."""
     data_dir: Path | None = None
-    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
+    """Folder of prepared datasets; by default that of tensorflow-datasets."""
     lanes: Literal["auto", "vmap", "map"] = "auto"
-    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+    """How seeds run on one device: in parallel (vmap) or in turn (map); auto chooses by device."""
 
 
 class Task(NamedTuple):
-    """A task: texts, of which labels are numbered over all tasks."""
+    """A task: texts, with labels numbered over all tasks."""
 
     name: str
     classes: range
@@ -73,16 +74,16 @@ class Task(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is trained on what."""
+    """The encoder and the tasks."""
 
     encoder: nets.Bert
-    params: Any  # of a pre-trained encoder, or None
-    name: str  # of the encoder
+    params: Any  # parameters of a pre-trained encoder, or None
+    name: str  # name of the encoder
     tasks: tuple[Task, ...]
 
     @property
     def num_classes(self) -> int:
-        """Of all tasks together."""
+        """Number of classes of all tasks together."""
         return self.tasks[-1].classes.stop
 
     @property
@@ -96,7 +97,8 @@ class Prepared(NamedTuple):
         return np.stack([(numbers >= task.classes.start) & (numbers < task.classes.stop) for task in self.tasks])
 
     def init(self, params: Any, seed: chex.Array) -> dict[str, Any]:
-        """The parameters of the network for a seed: "encoder" as `params` or from nothing, and a "head" of zeros."""
+        """The parameters of the network for a seed: "encoder" from `params` or newly initialized, and a "head" of
+        zeros."""
         if self.params is None:
             tokens = jnp.zeros((1, 2), jnp.int32)
             params = self.encoder.init(key_of(seed, _INIT), tokens)["params"]
@@ -111,11 +113,11 @@ class Batch(NamedTuple):
     lengths: chex.Array  # int32 [batch]
     types: chex.Array  # int32 [batch, length]
     labels: chex.Array  # int32 [batch], over the classes of all tasks
-    classes: chex.Array  # bool [batch, classes], which are asked for
+    classes: chex.Array  # bool [batch, classes], which classes are options
 
     @property
     def mask(self) -> chex.Array:
-        """Which tokens are there."""
+        """Which tokens are not padding."""
         return jnp.arange(self.tokens.shape[-1]) < self.lengths[..., None]
 
 
@@ -141,7 +143,7 @@ def check(settings: TextSettings) -> None:
 
 
 def check_numbers(settings: Any, **numbers: float | Sequence[float]) -> None:
-    """Raises a ValueError if one of these settings is no finite number of at least 0."""
+    """Raises a ValueError if one of these settings is not a finite number of at least 0."""
     for name, values in numbers.items():
         for value in values if isinstance(values, tuple) else (values,):
             if not 0 <= value < math.inf:
@@ -184,7 +186,7 @@ def prepare(settings: TextSettings) -> Prepared:
         if folder == nets.installed_encoder():
             name = "all-MiniLM-L6-v2 (a sentence encoder, tuned contrastively)"
         encoder, variables = nets.load_bert(folder, depth=settings.depth, dropout_rate=settings.dropout_rate)
-        # The text's vector is the mean of its tokens': the pooler is not used, and would count among the weights.
+        # The text's vector is the mean over its tokens. The pooler is not used, and would count among the weights.
         params = {part: leaves for part, leaves in variables["params"].items() if part != "pooler"}
         encoder = encoder.copy(pooler=False)
     tasks, first = [], 0
@@ -211,21 +213,21 @@ def _folder_of(encoder: str) -> Path | None:
 
 
 def key_of(seed: chex.Array, purpose: int) -> chex.PRNGKey:
-    """The key of what is random for a seed."""
+    """The key of a random stream of a seed."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def batches(
     parts: Sequence[tuple[Task, int, int]], seed: int, steps: int, classes: Mapping[str, np.ndarray], salt: int
 ) -> Batch:
-    """Batches of a seed for a whole task, on the host: each part in epochs of its own, shuffled anew.
+    """Batches of a seed for a whole task, on the host. Each part is shuffled again in every epoch.
 
     Args:
-      parts: a task, how many texts of each batch are of it, and of how many of its training texts.
-      seed: of whose training texts.
+      parts: tuples of a task, its number of texts in each batch, and the number of its training texts to use.
+      seed: the seed whose training texts are used.
       steps: how many batches.
-      classes: by the task's name, which classes are asked for, bool [classes].
-      salt: of the order, such as the position of the task in a sequence.
+      classes: by the task's name, which classes are options, bool [classes].
+      salt: changes the order, such as the position of the task in a sequence.
 
     Returns:
       arrays [steps, batch, ...].
@@ -244,7 +246,7 @@ def batches(
 
 
 def loss_of(logits: chex.Array, batch: Batch) -> chex.Array:
-    """The mean cross-entropy over the classes that are asked for."""
+    """The mean cross-entropy over the classes that are options."""
     logits = jnp.where(batch.classes, logits, _NEVER)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
@@ -278,10 +280,10 @@ def fit(
       frozen: what is not.
       texts: arrays [steps, batch, ...].
       seed: of dropout.
-      penalty: of what is trained, added to the loss.
+      penalty: a function of the trained parameters that is added to the loss.
 
     Returns:
-      what was trained, and the mean loss, without the penalty.
+      the trained parameters, and the mean loss without the penalty.
     """
     key = key_of(seed, _DROPOUT)
 
@@ -303,7 +305,7 @@ def fit(
 
 
 def correct(net: nets.TextClassifier, params: Any, batch: Batch) -> chex.Array:
-    """The fraction of texts whose class, of those that are asked for, is found; a batch at a time, [batches, ...]."""
+    """Accuracy among the classes that are options, one batch at a time, [batches, ...]."""
 
     def one(batch):
         logits = net.apply({"params": params}, batch.tokens, batch.mask, batch.types)
@@ -316,7 +318,7 @@ def correct(net: nets.TextClassifier, params: Any, batch: Batch) -> chex.Array:
 
 
 def evaluation_batches(task: Task, classes: np.ndarray, size: int, count: int) -> Batch:
-    """The test texts of a task in `count` batches, filled up by texts of the label -1, which count for nothing."""
+    """The test texts of a task in `count` batches, padded with texts of label -1, which do not count."""
     texts, total = task.test, size * count
 
     def filled(array, value=0):

@@ -1,4 +1,5 @@
-"""A round of lottery tickets and their controls, one lane: training under masks, pruning, rewinding, in one program."""
+"""A round of lottery tickets and their controls in one lane: training under masks, pruning, and rewinding in one
+program."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,16 +18,16 @@ from cbp_jax.training.learner import stream_keys
 from cbp_jax.training.step import evaluate, learn
 
 LOSS = "softmax_cross_entropy"
-_CHUNK = 1000  # examples that are evaluated together
+_CHUNK = 1000  # examples that are evaluated at once
 
 
 class Kind(NamedTuple):
-    """A kind of network that is trained in each round.
+    """A kind of network to train in each round.
 
     Attributes:
       about: one line.
       look: in pictures.
-      alone: whether its masks do not depend on the ticket's.
+      alone: whether its masks are independent of the ticket's.
     """
 
     about: str
@@ -53,33 +54,33 @@ class Data(NamedTuple):
 
 
 class State(NamedTuple):
-    """State needed to resume one lane; arrays [kinds, ...] are of each kind of network."""
+    """State needed to resume one lane. Arrays [kinds, ...] have an entry for each kind of network."""
 
-    starts: optax.Params  # [kinds, ...], weights that the next round starts from, before the mask
+    starts: optax.Params  # [kinds, ...], initial weights of the next round, before the mask
     masks: tickets.Mask  # [kinds, ...]
-    dense: optax.Params  # weights of the dense network after training, of which one-shot pruning is
+    dense: optax.Params  # weights of the dense network after training, for one-shot pruning
     key: chex.Array  # raw key data of the seed, constant
     round: chex.Array  # int32 [], the next round
 
 
 class Plan(NamedTuple):
-    """What a round is."""
+    """The settings of a round."""
 
     kinds: tuple[str, ...]
     learner: Learner
-    numbers: Mapping[str, float]  # the learner's
+    numbers: Mapping[str, float]  # of the learner
     prune: Callable[[optax.Params, tickets.Mask], tickets.Mask]
     full_mask: Callable[[optax.Params], tickets.Mask]
-    scale: Callable[[chex.Array], chex.Array]  # stored images to what the network sees
+    scale: Callable[[chex.Array], chex.Array]  # maps stored images to the network's inputs
     iterations: int
     batch_size: int
     evaluate_every: int
     rewind_step: int
-    together: bool  # whether kinds are trained together (vmap) or in turn
+    together: bool  # whether kinds are trained in parallel (vmap) or in turn
 
 
 def start(plan: Plan, seed: chex.Array) -> State:
-    """The state of a lane before its first round, in which all networks are dense."""
+    """The state of a lane before its first round. All networks are dense then."""
     key = jax.random.key_data(jax.random.key(seed))
     params = plan.learner.init(stream_keys(key).params)
     mask = plan.full_mask(params)
@@ -90,8 +91,8 @@ def start(plan: Plan, seed: chex.Array) -> State:
 def go_on(plan: Plan, data: Data, state: State) -> tuple[State, dict[str, chex.Array]]:
     """Trains all kinds, prunes, and rewinds.
 
-    Batches come in the same order in all rounds and kinds of a seed. At first, and after every `evaluate_every`
-    iterations, the loss on the validation examples and the accuracy on the test examples are taken.
+    Batches come in the same order in all rounds and kinds of a seed. Validation loss and test accuracy are measured at
+    the start and after every `evaluate_every` iterations.
 
     Args:
       plan: what a round is.
@@ -99,10 +100,9 @@ def go_on(plan: Plan, data: Data, state: State) -> tuple[State, dict[str, chex.A
       state: the lane's.
 
     Returns:
-      the state; arrays [kinds]: `density`, `test_accuracy` after the last iteration, `stop_iteration`, that of least
-      validation loss, `stop_test_accuracy` and `stop_validation_loss` there, and the mean `loss` of training; arrays
-      [kinds, evaluations]: `validation_loss_at` and `test_accuracy_at`, not a number before the iteration that a round
-      starts from.
+      the state; arrays [kinds]: `density`, `test_accuracy` after the last iteration, `stop_iteration`, that of minimum
+      validation loss, `stop_test_accuracy` and `stop_validation_loss` there, and the mean training `loss`; and arrays
+      [kinds, evaluations]: `validation_loss_at` and `test_accuracy_at`, NaN before the first iteration of a round.
     """
     keys = stream_keys(state.key)
     order = passes(jax.random.fold_in(keys.problem, 0), len(data.train[1]), plan.iterations * plan.batch_size)
@@ -111,7 +111,7 @@ def go_on(plan: Plan, data: Data, state: State) -> tuple[State, dict[str, chex.A
     if "late_rewinding" in plan.kinds:
         first = [jnp.where(state.round == 0, 0, _rewound_to(plan, kind)) for kind in plan.kinds]
         trained, kept, curves, loss = over(one)(state.starts, state.masks, jnp.stack(first))
-    else:  # all start from iteration 0, which is better known before the program runs
+    else:  # all start from iteration 0, which is better a constant of the program
         trained, kept, curves, loss = over(functools.partial(one, first=0))(state.starts, state.masks)
 
     losses = curves["validation_loss_at"]
@@ -138,7 +138,7 @@ def _train(
     mask: tickets.Mask,
     first: chex.Numeric,
 ) -> tuple[optax.Params, optax.Params, dict[str, chex.Array], chex.Array]:
-    """Trains one network from an iteration on: weights at the end and at the step to rewind to, curves, and loss."""
+    """Trains one network from an iteration on. Returns weights at the end and at the rewind step, curves, and loss."""
     learner, every = plan.learner, plan.evaluate_every
     tx = tickets.masked(learner.optimizer(plan.numbers, keys.optimizer), mask)
     params = tickets.apply_mask(weights, mask)

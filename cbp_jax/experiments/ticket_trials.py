@@ -1,4 +1,4 @@
-"""Fine-tunes an encoder on one task after the other, each from the start, and finds tickets."""
+"""Fine-tunes an encoder on each task separately, and finds tickets."""
 
 import functools
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from cbp_jax.tickets import Ticket, compare_tickets, dominant_ticket, masked_cha
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.transforms import proximal_l1_init
 
-#: What is measured of two tickets.
+#: Measures of two tickets.
 OVERLAPS = ("shared", "by_size", "by_marginals", "jaccard")
 
 
 class Trials:
-    """Fine-tunes, task by task, all seeds as lanes, and measures tickets on the host, seed by seed."""
+    """Fine-tunes task by task, with all seeds as lanes, and measures tickets on the host, seed by seed."""
 
     def __init__(self, settings: Any, prepared: texts.Prepared):
         self.settings, self.prepared, self.net = settings, prepared, prepared.net
@@ -34,7 +34,7 @@ class Trials:
         self._correct = jax.jit(functools.partial(texts.correct, self.net))
 
     def run(self, strength: float | None) -> Iterator[dict[str, np.ndarray]]:
-        """For each task, what was measured, [seeds, ...]; without a strength, of the frozen encoder with a probe."""
+        """Measurements of each task, [seeds, ...]; without a strength, for a linear probe of the frozen encoder."""
         found: list[list[Ticket]] = []
         for number, task in enumerate(self.prepared.tasks):
             train = self.lanes.scatter(self._train_batches(number))
@@ -92,7 +92,7 @@ class Trials:
         return texts.correct(self.net, trained, test)
 
     def _probed(self, test, seed, initial, train):
-        """A head on the frozen encoder: its features are computed once."""
+        """Trains a head on the frozen encoder, whose features are computed once."""
         features = jax.lax.map(
             lambda batch: self.net.apply({"params": initial}, batch.tokens, batch.mask, batch.types, method="features"),
             train,
@@ -103,7 +103,7 @@ class Trials:
         return texts.correct(self.net, {**initial, "head": trained}, test), loss
 
     def _of_tickets(self, start: Any, tuned: Any, test: texts.Batch) -> tuple[dict[str, np.ndarray], Ticket]:
-        """What is kept of one seed, and the ticket that is compared."""
+        """The measurements of one seed, and the ticket to compare."""
         settings, (before, after) = self.settings, (start["encoder"], tuned["encoder"])
         accuracy = lambda encoder: float(self._correct({"encoder": encoder, "head": tuned["head"]}, test))
         of = lambda ticket: accuracy(transplant(before, after, ticket))
@@ -117,7 +117,7 @@ class Trials:
         }, dominant_ticket(before, after, keep=settings.compared)
 
     def _of_retrained(self, tuned: Any, train: Any, test: texts.Batch) -> np.ndarray:
-        """Accuracies [seeds, densities] of tickets that are trained alone."""
+        """Accuracies [seeds, densities] of tickets trained alone."""
         found = np.full((self.settings.seeds, len(self.settings.densities)), np.nan)
         for column, density in enumerate(self.settings.densities):
             if density not in self.settings.retrained:

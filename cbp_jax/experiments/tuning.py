@@ -1,9 +1,9 @@
-"""Comparisons with an equal budget for tuning: every method is searched alike, and reported on other seeds.
+"""Comparisons with an equal tuning budget: all methods are tuned in the same way, and evaluated with other seeds.
 
-A comparison has *lanes*: methods with a search space each. All of them try the same number of configurations with the
-same tuning seeds; of each lane the best by mean performance, over all tasks and these seeds, runs with the seeds that
-are reported. Both are runs of an experiment that exists, in the folders "tuning" and "reported" of the comparison's
-own: they go on where they were stopped, and so does the comparison.
+A comparison has *lanes*: methods with a search space each. All lanes try the same number of configurations with the
+same tuning seeds. The best configuration of each lane, by mean performance over all tasks and tuning seeds, is run with
+the reported seeds. Both are runs of an existing experiment, in the folders "tuning" and "reported" inside the
+comparison's folder. They can be interrupted and resumed, and so can the comparison.
 """
 
 import dataclasses
@@ -25,14 +25,13 @@ TUNING, REPORTED = "tuning", "reported"
 
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """What is compared: a method, and where its settings are searched.
+    """A method to compare, with its search space.
 
     Attributes:
-      name: in results and pictures.
-      method: with the settings that are not searched, as `learners.read_methods` takes it.
-      space: by setting, the values that are tried, or the range that they are drawn from, as in
-        `learners.configurations`.
-      look: in pictures; its name, readable, by default.
+      name: name in results and pictures.
+      method: the method with its fixed settings, as for `learners.read_methods`.
+      space: by setting, the values to try, or a range to draw from, as in `learners.configurations`.
+      look: its look in pictures; by default its name in readable form.
     """
 
     name: str
@@ -43,12 +42,12 @@ class Lane:
 
 @dataclasses.dataclass(frozen=True)
 class TunedSettings:
-    """Settings of a comparison beside those of its runs."""
+    """Settings of a comparison besides those of its runs."""
 
     tuning_seeds: int = 2
-    """Number of seeds with which every configuration is tried; none of them is reported."""
+    """Number of tuning seeds for every configuration, which are not reported."""
     first_tuning_seed: int = 1000
-    """The first of these seeds; the others follow it."""
+    """The first tuning seed; the others follow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +55,14 @@ class Plan:
     """A comparison with an equal budget.
 
     Attributes:
-      experiment: what runs, of settings with `methods`, `seeds`, `first_seed` and `tasks` as `stream.StreamSettings`,
-        or of agents.
-      lanes: what is compared.
-      tuning: settings of the search, whose `methods` are left open.
-      reporting: settings of what is reported, likewise.
-      measures: names and meanings of what is kept of the reported run.
-      count: how many configurations each lane tries; the size of the lanes' grids if not given.
-      search_seed: of configurations that are drawn.
+      experiment: the experiment to run, with settings `methods`, `seeds`, `first_seed` and `tasks` as in
+        `stream.StreamSettings`, or those of agents.
+      lanes: the methods to compare.
+      tuning: settings of the search, without `methods`.
+      reporting: settings of the reported run, without `methods`.
+      measures: names and meanings of the measures to keep from the reported run.
+      count: number of configurations of each lane; by default the size of the lanes' grids.
+      search_seed: seed for drawing configurations.
 
     Example:
       >>> from cbp_jax import report
@@ -88,11 +87,11 @@ class Plan:
     search_seed: int = 0
 
     def tried(self) -> dict[str, list[Method]]:
-        """By lane, the methods that are tried: its configurations, as many for all lanes that have a choice.
+        """By lane, the methods to try: its configurations. All lanes with more than one have the same number.
 
         Raises:
-          ValueError: there is no lane, two have one name, they differ in how many they try, or a setting is not
-            allowed.
+          ValueError: there is no lane, two have the same name, their numbers of configurations differ, or a setting is
+            not allowed.
         """
         names = [lane.name for lane in self.lanes]
         if not names or len(set(names)) < len(names):
@@ -113,13 +112,14 @@ class Plan:
         return configurations(lane.space, self.count, self.search_seed)
 
     def check(self) -> list[str]:
-        """Checks what can be checked before anything is computed.
+        """Checks everything that can be checked before computing anything.
 
         Returns:
           the lanes' names.
 
         Raises:
-          ValueError: as `tried`, or a setting of the runs is out of range, or a seed is for tuning and reported.
+          ValueError: as in `tried`, or a setting of the runs is out of range, or a seed is used for both tuning and
+            reporting.
         """
         tried = self.tried()
         self.experiment.check(self._searching(tried))
@@ -133,7 +133,7 @@ class Plan:
         return list(tried)
 
     def total(self) -> int:
-        """How many tasks all lanes have to do in both runs, for a progress bar."""
+        """Total number of tasks of all lanes in both runs, for a progress bar."""
         tried = self.tried()
         reported = _with_methods(self.reporting, [methods[0] for methods in tried.values()])
         return self.experiment.total(self._searching(tried)) + self.experiment.total(reported)
@@ -142,11 +142,11 @@ class Plan:
         return _with_methods(self.tuning, [method for methods in tried.values() for method in methods])
 
     def prepare(self, name: str, settings: Any) -> stream.Job:
-        """Checks everything and makes the networks of the search.
+        """Checks everything and creates the networks of the search.
 
         Args:
-          name: of the comparison, in results.
-          settings: of the comparison, which results keep.
+          name: name of the comparison, in results.
+          settings: settings of the comparison, which are stored in results.
 
         Returns:
           what runs it, of a folder and of progress as in `Experiment.run`. Its results are, by lane, the measures
@@ -174,7 +174,7 @@ class Plan:
                 run = self.experiment.prepare(_with_methods(self.reporting, chosen.values()))
                 try:
                     reported = run(out / REPORTED, progress)
-                except KeyboardInterrupt:  # what was finished can be seen
+                except KeyboardInterrupt:  # so that finished results can be seen
                     if (out / REPORTED / report.results.FILE_NAME).exists():
                         self._take(results, chosen, report.load_results(out / REPORTED))
                         report.save_results(results, out)
@@ -211,7 +211,7 @@ class Plan:
         )
 
     def _take(self, results: Any, chosen: Mapping[str, Method], reported: Any) -> None:
-        """Copies what was measured with the chosen settings, in place."""
+        """Copies the measurements with the chosen settings, in place."""
         labels = _labels(chosen.values())
         for measure in self.measures:
             rows = [reported[measure].loc[{"method": labels[method]}].values for method in chosen.values()]
@@ -219,13 +219,14 @@ class Plan:
 
 
 def choose(results: Any, tried: Mapping[str, list[Method]], tuned: Any) -> dict[str, Method]:
-    """The best configuration of each lane, the first of them where several are; what was measured goes into results.
+    """Chooses the best configuration of each lane, the first in case of ties, and records performances in results.
 
-    Performance is what `report.statistics.performance` names, averaged over all tasks and tuning seeds. What diverged
-    or did not finish with any of the seeds, so that a performance or a loss is not finite, is worse than all others.
+    Performance is the measure named by `report.statistics.performance`, averaged over all tasks and tuning seeds. A
+    configuration that diverged or did not finish with some seed, so that a performance or a loss is not finite, is
+    worse than all others.
 
     Args:
-      results: of the comparison; its `tuning_performance` is filled in place.
+      results: results of the comparison, whose `tuning_performance` is filled in place.
       tried: by lane, its configurations.
       tuned: results of the search.
 
@@ -253,7 +254,7 @@ def choose(results: Any, tried: Mapping[str, list[Method]], tuned: Any) -> dict[
 
 
 def with_choice(results: Any, chosen: Mapping[str, Method]) -> Any:
-    """The results with the chosen methods' texts and numbers as coordinates along `method`."""
+    """The results, with the chosen methods' texts and numbers as coordinates along `method`."""
     taken = {*results.variables, *results.dims}
     numbers = [method.hyperparameters for method in chosen.values()]
     names = [name for name in dict.fromkeys(name for each in numbers for name in each) if name not in taken]
@@ -262,11 +263,11 @@ def with_choice(results: Any, chosen: Mapping[str, Method]) -> Any:
 
 
 def tuned_experiment(plan: Callable[[Any], Plan], *, name: str, **what: Any) -> Experiment:
-    """An experiment that is a comparison with an equal budget.
+    """Makes an experiment that is a comparison with an equal tuning budget.
 
     Args:
-      plan: of the settings, the comparison.
-      name: of the experiment.
+      plan: maps settings to the comparison.
+      name: name of the experiment.
       **what: other fields of `Experiment`, such as `Settings` and `presets`.
     """
     return Experiment(
@@ -279,7 +280,7 @@ def tuned_experiment(plan: Callable[[Any], Plan], *, name: str, **what: Any) -> 
 
 
 def _tasks(settings: Any) -> int:
-    """How many tasks each seed has; of agents, intervals."""
+    """The number of tasks of each seed; for agents, of intervals."""
     return agents.num_intervals(settings) if isinstance(settings, agents.Settings) else settings.tasks
 
 
@@ -289,7 +290,7 @@ def _with_methods(settings: Any, methods: Any) -> Any:
 
 
 def _labels(methods: Any) -> dict[Method, str]:
-    """By method, what it is called in results: lanes may meet in one method, and call it otherwise."""
+    """By method, its names in results: several lanes may choose the same method."""
     found: dict[Method, str] = {}
     for method in methods:
         found.setdefault(method, method.label)

@@ -1,7 +1,7 @@
 r"""LoRA: low-rank changes of any kernels of any params tree.
 
-An adapter is a pytree of its own, and what is done with it are functions of trees of parameters, so that networks of
-Flax, Haiku, Equinox or bare JAX need not be changed, and only the adapter is trained:
+An adapter is a separate pytree, and its functions work on trees of parameters. So networks of Flax, Haiku, Equinox or
+plain JAX need no changes, and only the adapter is trained:
 
 >>> import jax, jax.numpy as jnp, optax
 >>> from cbp_jax import lora
@@ -14,7 +14,7 @@ Flax, Haiku, Equinox or bare JAX need not be changed, and only the adapter is tr
 {'w1': {'lora_A': (8, 2), 'lora_B': (2, 16)}}
 
 Several adapters, one for each task, are a list: `apply(params, adapters)` adds them all, `apply(params, adapters[2])`
-chooses one. Where the choice is traced, they are stacked first, and one is `jax.tree.map(lambda x: x[task], stacked)`.
+chooses one. If the choice is traced, stack the adapters first and select by `jax.tree.map(lambda x: x[task], stacked)`.
 
 References:
   Hu et al., `LoRA: Low-rank adaptation of large language models <https://arxiv.org/abs/2106.09685>`_, ICLR 2022; the

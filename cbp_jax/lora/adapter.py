@@ -1,4 +1,4 @@
-"""The adapter, and the parameters with it."""
+"""Adapters, and parameters with adapters applied."""
 
 import fnmatch
 import math
@@ -14,7 +14,7 @@ from cbp_jax.units.groups import join_path, leaves_by_path
 
 
 class Axes(NamedTuple):
-    """Which axes of a kernel are summed over, and which it makes; others number kernels that are stacked."""
+    """Which axes of a kernel are inputs and which are outputs; others enumerate stacked kernels."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -22,14 +22,14 @@ class Axes(NamedTuple):
 
 @flax.struct.dataclass
 class Adapter:
-    """Factors of low-rank changes: a pytree whose leaves are the factors, and nothing else.
+    """Factors of low-rank changes: a pytree whose only leaves are the factors.
 
     Attributes:
-      factors: by the path of a kernel, "lora_A" [in, rank] and "lora_B" [rank, out], where in and out stand for all of
-        the kernel's axes that are summed over, and that are made; kernels that are stacked have theirs in front.
+      factors: by the path of a kernel, "lora_A" [in, rank] and "lora_B" [rank, out], where "in" stands for all of the
+        kernel's input axes and "out" for its output axes. For stacked kernels, the stacking axes come first.
       alpha: the change of a kernel is `alpha / rank` times the product of its factors.
-      axes: of each kernel, in the order of `factors`.
-      like: the params that it was made for: the structure, and of each leaf its path, shape and dtype.
+      axes: the axes of each kernel, in the order of `factors`.
+      like: structure of the params that it was made for, with path, shape and dtype of each leaf.
     """
 
     factors: dict[str, dict[str, jax.Array]]
@@ -44,13 +44,13 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """What the product of the factors is multiplied with."""
+        """The factor of the product, alpha / rank."""
         return self.alpha / self.rank
 
 
 def init(
     params: optax.Params,
-    key: jax.Array,
+    key: jax.Array | int,
     *,
     rank: int,
     alpha: float | None = None,
@@ -63,29 +63,28 @@ def init(
     .. math:: W' = W + \frac{\alpha}{r} A B, \qquad
         A \in \mathbb{R}^{in \times r}, \; B = 0 \in \mathbb{R}^{r \times out}
 
-    A kernel of several axes is a matrix of what it sums over and what it makes. If `axes` does not say which these are,
-    a kernel sums over all axes but the last, as those of dense layers and convolutions do; of Flax's attention, whose
-    kernels have three axes, "query", "key" and "value" sum over the first alone.
+    A kernel of several axes is treated as a matrix of its input axes by its output axes. Unless `axes` says otherwise,
+    the last axis is the output, as in dense layers and convolutions. In Flax's attention, whose kernels have three
+    axes, only the first axis of "query", "key" and "value" is an input.
 
     Args:
       params: any tree of arrays. Kernels are its leaves of at least two axes that are not named "bias".
       key: a jax key, or an int.
-      rank: :math:`r`, of every kernel.
+      rank: :math:`r`, the rank of every change.
       alpha: :math:`\alpha`, by default the rank.
-      target_modules: patterns of the kernels to adapt, as in `fnmatch`, each of a kernel's whole path
-        ("params/*/query/kernel"), of that of its layer, or of the end of either, as PEFT has it: "query", "kernel".
-      init_lora_weights: how A is drawn: "kaiming", uniform in :math:`\pm 1/\sqrt{in}`, PEFT's own, or "gaussian", with
-        a standard deviation of :math:`1/r`.
-      axes: by pattern, as above, (axes that are summed over, axes that are made); the first that matches counts. What
-        is in neither numbers kernels that are stacked, each of which gets its own factors. Kernels of Equinox are
-        `{"*": ((1,), (0,))}`.
+      target_modules: patterns of the kernels to adapt, as in `fnmatch`. A pattern may match a kernel's whole path
+        ("params/*/query/kernel"), its layer's path, or the end of either, as in PEFT: "query", "kernel".
+      init_lora_weights: how A is drawn: "kaiming", uniform in :math:`\pm 1/\sqrt{in}`, PEFT's default; or "gaussian",
+        with standard deviation :math:`1/r`.
+      axes: by pattern, as above, (input axes, output axes). The first match counts. Axes in neither enumerate stacked
+        kernels, each of which gets its own factors. For Equinox use `{"*": ((1,), (0,))}`.
 
     Returns:
       the adapter, in float32 or wider.
 
     Raises:
-      ValueError: the rank is less than 1, alpha is not a positive number, a pattern matches no kernel, or axes are not
-        those of a kernel.
+      ValueError: the rank is less than 1, alpha is not a positive number, a pattern matches no kernel, or axes do not
+        fit a kernel.
 
     Example:
       >>> params = {"params": {"conv": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)}}}
@@ -113,7 +112,7 @@ def init(
         shape, found = jnp.shape(leaves[path]), kernel_axes(path, jnp.ndim(leaves[path]), axes)
         stack, inside, outside = _sizes(found, shape)
         dtype = jnp.promote_types(jnp.result_type(leaves[path]), jnp.float32)
-        # By the kernel's number among all, so that another choice of kernels draws the same factors.
+        # By the kernel's index among all, so that another choice of kernels draws the same factors.
         draw = jax.random.fold_in(key, number), (*stack, *inside, int(rank)), dtype
         if init_lora_weights == "gaussian":
             a = jax.random.normal(*draw) / rank
@@ -126,14 +125,14 @@ def init(
 
 
 def apply(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """The params with an adapter, or with several that are summed, for training: derivatives reach adapters alone.
+    """The params with one adapter, or the sum of several, for training: only adapters get derivatives.
 
     Args:
-      params: as they were given to `init`; no derivative reaches them.
+      params: as passed to `init`. They get no derivatives.
       adapter: the adapter, or several.
 
     Returns:
-      the params, of which the adapted kernels are changed.
+      the params with changed kernels.
 
     Raises:
       ValueError: the params have other kernels than those that the adapter was made for.
@@ -148,17 +147,17 @@ def apply(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.P
 
 
 def merge(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """The params with the adapter's changes added, as parameters of their own; arguments are those of `apply`."""
+    """The params with the adapter's changes added, as ordinary parameters. Arguments are those of `apply`."""
     return _changed(params, adapter, 1)
 
 
 def unmerge(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """What `merge` was given, of what it returned: the adapter's changes are taken off, up to rounding."""
+    """The inverse of `merge`: subtracts the adapter's changes, up to rounding."""
     return _changed(params, adapter, -1)
 
 
 def delta(adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """The change of all params by an adapter, or by several together: a tree like the params, 0 where none is adapted.
+    """The change of all params by one or several adapters: a tree like the params, 0 for kernels that are not adapted.
 
     Example:
       >>> adapter = init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, jax.random.key(0), rank=1)
@@ -170,7 +169,7 @@ def delta(adapter: Adapter | Sequence[Adapter]) -> optax.Params:
 
 
 def changes(adapter: Adapter) -> dict[str, jax.Array]:
-    """The changes of the adapted kernels by path, each of its kernel's shape."""
+    """The changes of the adapted kernels by path, each in the shape of its kernel."""
     shapes = {path: shape for path, shape, _ in adapter.like[1]}
     return {path: _change(adapter, path, axes, shapes[path]) for path, axes in adapter.axes}
 
@@ -184,13 +183,13 @@ def adapters_of(adapter: Adapter | Sequence[Adapter]) -> Sequence[Adapter]:
 
 
 def sizes_of(adapter: Adapter, path: str) -> list[tuple[int, ...]]:
-    """Of a kernel: how many are stacked, the axes that it sums over, and those that it makes."""
+    """The sizes of a kernel's stacking axes, input axes and output axes."""
     shapes = {path: shape for path, shape, _ in adapter.like[1]}
     return _sizes(dict(adapter.axes)[path], shapes[path])
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a pattern is of a kernel's path, of that of its layer, or of the end of either.
+    """Whether a pattern matches a kernel's path, its layer's path, or the end of either.
 
     >>> matches("params/layer_0/query/kernel", "query"), matches("params/layer_0/query/kernel", "layer_?")
     (True, False)
@@ -220,12 +219,12 @@ def _changed(params: optax.Params, adapter: Adapter | Sequence[Adapter], sign: i
 
 
 def _change(adapter: Adapter, path: str, axes: Axes, shape: tuple[int, ...], sign: int = 1) -> jax.Array:
-    """The change of one kernel. Products of factors and a number are what `factored` looks for."""
+    """The change of one kernel, in the form that `factored` recognizes."""
     a, b = adapter.factors[path]["lora_A"], adapter.factors[path]["lora_B"]
     stacked = _stacked(axes, len(shape))
     batch = tuple(range(len(stacked)))
     numbers = (((a.ndim - 1,), (len(stacked),)), (batch, batch))
-    # The factors are small, and their product is exact wherever matrices are multiplied by rounded numbers.
+    # The factors are small, so the product is computed in full precision, also on devices that round by default.
     product = jax.lax.dot_general(a, b, numbers, precision=jax.lax.Precision.HIGHEST)
     order = (*stacked, *axes.inputs, *axes.outputs)
     if order != tuple(range(len(order))):
@@ -238,12 +237,12 @@ def _stacked(axes: Axes, ndim: int) -> tuple[int, ...]:
 
 
 def _sizes(axes: Axes, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Of a kernel: how many are stacked, and what it sums over and makes."""
+    """The sizes of a kernel's stacking axes, input axes and output axes."""
     return [tuple(shape[axis] for axis in side) for side in (_stacked(axes, len(shape)), *axes)]
 
 
 def kernel_axes(path: str, ndim: int, given: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None) -> Axes:
-    """What a kernel sums over and what it makes, as the argument `axes` of :func:`init` says, or by itself."""
+    """The input and output axes of a kernel, as given by the argument `axes` of :func:`init`, or by default."""
     for pattern, (inputs, outputs) in (given or {}).items():
         if not matches(path, pattern):
             continue
@@ -255,7 +254,7 @@ def kernel_axes(path: str, ndim: int, given: Mapping[str, tuple[Sequence[int], S
                 f"some that it makes; got {(tuple(inputs), tuple(outputs))}"
             )
         return Axes(*map(tuple, sides))
-    # Flax's attention makes heads and their dimensions of the width, and the width of these.
+    # Flax's attention maps the width to heads and their dimensions, and these back to the width.
     count = 1 if ndim == 3 and path.split("/")[-2:-1] in (["query"], ["key"], ["value"]) else ndim - 1
     return Axes(tuple(range(count)), tuple(range(count, ndim)))
 

@@ -1,5 +1,6 @@
-"""Adapters in the files in which PEFT keeps them."""
+"""Reads and writes adapters in PEFT's file format."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -16,27 +17,27 @@ from cbp_jax.lora.adapter import Adapter, init, sizes_of
 
 _PREFIX = "base_model.model."
 Names = Mapping[str, str] | Callable[[str], str]
-# What a change is with these in PEFT is not the product of its factors.
+# With other values of these, a change in PEFT is not simply the product of its factors.
 _PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def save(adapter: Adapter, directory: str | os.PathLike, *, names: Names | None = None) -> Path:
-    """Writes an adapter as PEFT does: `adapter_model.safetensors` and `adapter_config.json`.
+    """Writes an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
-    Factors are transposed to PyTorch's order. Kernels of attention with an axis for heads become matrices.
+    Factors are transposed to PyTorch's order. Attention kernels with an axis for heads become matrices.
 
     Args:
       adapter: the adapter.
-      directory: folder for the files, made if it is not there.
-      names: the module of PyTorch's network for the path of a kernel, a mapping or a function. By default the path's
-        keys with dots between, without "params" and the kernel's own: "params/up/kernel" is "up". Those of
-        `cbp_jax.nets.Bert` are `hugging_face_names(net)`.
+      directory: folder for the files, created if needed.
+      names: maps the path of a kernel to the name of a module in the PyTorch network, a mapping or a function. By
+        default the path's keys joined by dots, without "params" and the kernel's own key: "params/up/kernel" becomes
+        "up". For `cbp_jax.nets.Bert` use `hugging_face_names(net)`.
 
     Returns:
       the folder.
 
     Raises:
-      ValueError: a kernel has no name, two have one, or a kernel is one of several that are stacked.
+      ValueError: a kernel has no name, two kernels have the same name, or kernels are stacked.
     """
     modules = _modules(adapter, names)
     tensors = {}
@@ -64,11 +65,11 @@ def save(adapter: Adapter, directory: str | os.PathLike, *, names: Names | None 
 
 
 def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | None = None, **settings: Any) -> Adapter:
-    """Reads an adapter that `save`, or PEFT, has written.
+    """Reads an adapter written by `save` or by PEFT.
 
     Args:
       directory: the folder.
-      params: those that it is for.
+      params: the params that it is for.
       names: as in `save`.
       **settings: `axes`, as in `init`.
 
@@ -77,7 +78,7 @@ def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | N
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the files do not hold a plain LoRA adapter of one rank, or one of other kernels than the params have.
+      ValueError: the files do not hold a plain LoRA adapter of one rank, or its kernels are not in the params.
     """
     directory = Path(directory)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -99,19 +100,20 @@ def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | N
     factors = {}
     for path, module in modules.items():
         like = jax.tree.map(np.asarray, _to_torch(adapter, path))
-        found = {name: tensors.get(f"{_PREFIX}{module}.{name}") for name in like}
+        found: dict[str, Any] = {name: tensors.get(f"{_PREFIX}{module}.{name}") for name in like}
         for name, tensor in found.items():
             if tensor is None or tensor.shape != like[name].shape:
                 got = "is missing" if tensor is None else f"is {list(tensor.shape)}"
                 raise ValueError(f"{directory}: {module}.{name} must be {list(like[name].shape)}, and {got}")
         factors[path] = _from_torch(adapter, path, found)
-    return adapter.replace(factors=factors)
+    return dataclasses.replace(adapter, factors=factors)
 
 
 def _modules(adapter: Adapter, names: Names | None, some: bool = False) -> dict[str, str]:
-    """By the path of a kernel, the module's name; without one, kernels are left out where `some` will do."""
+    """The module's name by the path of a kernel. If `some`, kernels without a name are omitted."""
     found = {}
     for path in adapter.factors:
+        name: str | None
         if names is None:
             name = (path.rpartition("/")[0] or path).removeprefix("params/").replace("/", ".")
         else:
@@ -126,12 +128,12 @@ def _modules(adapter: Adapter, names: Names | None, some: bool = False) -> dict[
 
 
 def _is_convolution(path: str, sizes: list[tuple[int, ...]]) -> bool:
-    # Of three axes are also the projections of Flax's attention to its output.
+    # The output projections of Flax's attention have three axes too.
     return len(sizes[1]) > 2 or (len(sizes[1]) == 2 and path.split("/")[-2:-1] != ["out"])
 
 
 def _to_torch(adapter: Adapter, path: str) -> dict[str, np.ndarray]:
-    """The factors of a kernel by PEFT's names: A [rank, in], B [out, rank]; of convolutions with the places last."""
+    """The factors of a kernel by PEFT's names: A [rank, in], B [out, rank]; for convolutions with spatial axes last."""
     sizes = sizes_of(adapter, path)
     if sizes[0]:
         raise ValueError(f"adapter: kernel {path!r} is one of several that are stacked, which PEFT has not")

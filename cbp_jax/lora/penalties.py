@@ -1,4 +1,4 @@
-"""Penalties on adapters: sparse changes, and changes in subspaces of their own."""
+"""Penalties on adapters, for sparse changes and for orthogonal subspaces."""
 
 import math
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ def l1(adapter: Adapter, of: Literal["delta", "factors"] = "delta") -> jax.Array
 
     Args:
       adapter: the adapter.
-      of: "delta", the sum of :math:`|\Delta W|` over the entries of all adapted kernels, with
-        :math:`\Delta W = \frac{\alpha}{r} A B`; or "factors", that of the entries of all A and B, which is cheaper and
-        makes whole entries of the factors 0, though not of their product.
+      of: "delta", the sum of :math:`|\Delta W|` over the entries of all adapted kernels, with :math:`\Delta W =
+        \frac{\alpha}{r} A B`; or "factors", the sum over the entries of all A and B, which is cheaper but makes entries
+        of the factors sparse, not of their product.
 
     Returns:
-      a scalar. Its derivative by a B of 0 is 0: the penalty leaves a fresh adapter alone.
+      a scalar. Its derivative with respect to B is 0 at B = 0, so the penalty does not move a fresh adapter.
 
     Raises:
-      ValueError: `of` is neither.
+      ValueError: `of` is unknown.
 
     Example:
       >>> from cbp_jax import lora
@@ -35,23 +35,23 @@ def l1(adapter: Adapter, of: Literal["delta", "factors"] = "delta") -> jax.Array
     if of not in ("delta", "factors"):
         raise ValueError(f"of must be 'delta' or 'factors', got {of!r}")
     arrays = changes(adapter).values() if of == "delta" else jax.tree.leaves(adapter.factors)
-    return sum(jnp.sum(_magnitude(array)) for array in arrays)
+    return jnp.asarray(sum((jnp.sum(_magnitude(array)) for array in arrays), 0.0))
 
 
 def orthogonality(
     adapter: Adapter, previous: Adapter | Sequence[Adapter], *, form: Literal["absolute", "squared"] = "absolute"
 ) -> jax.Array:
-    r"""O-LoRA's penalty on a new adapter that reads what earlier ones read.
+    r"""O-LoRA's penalty on a new adapter whose input subspace overlaps those of earlier adapters.
 
     .. math:: \sum_{i < t} \sum_{j,k} |A_i^\top A_t|_{jk} \quad\text{or}\quad
         \sum_{i < t} \lVert A_i^\top A_t \rVert_F^2
 
-    The published program takes the first, with a weight of 0.5 in the loss, and its paper the second. They differ in
-    more than scale: absolute values pull small products as hard as large ones, so that columns become orthogonal but
-    for steps around it, where squares let go of them.
+    The published program uses the first form, with a weight of 0.5 in the loss, and its paper the second. They differ
+    in more than scale: absolute values pull small products as strongly as large ones, so that columns become orthogonal
+    up to the size of a step, while squares pull small products only weakly.
 
     Args:
-      adapter: the new adapter; derivatives reach it alone.
+      adapter: the new adapter; only it gets derivatives.
       previous: one earlier adapter or several, of any rank.
       form: "absolute" or "squared".
 
@@ -59,7 +59,7 @@ def orthogonality(
       a scalar, the sum over all kernels that the adapters share.
 
     Raises:
-      ValueError: no kernel is shared, `previous` is empty, or the form is neither.
+      ValueError: no kernel is shared, `previous` is empty, or the form is unknown.
 
     Example:
       >>> from cbp_jax import lora
@@ -77,16 +77,16 @@ def orthogonality(
         raise ValueError(f"form must be 'absolute' or 'squared', got {form!r}")
     size = _magnitude if form == "absolute" else jnp.square
     pairs = _shared(adapter, previous)
-    return sum(jnp.sum(size(_inner(jax.lax.stop_gradient(old), new))) for old, new in pairs)
+    return jnp.asarray(sum((jnp.sum(size(_inner(jax.lax.stop_gradient(old), new))) for old, new in pairs), 0.0))
 
 
 def subspace_overlap(adapter: Adapter, previous: Adapter) -> jax.Array:
-    r"""How far two adapters read the same directions, in [0, 1], the mean over the kernels that they share.
+    r"""Overlap of the input subspaces of two adapters, in [0, 1], averaged over the kernels that they share.
 
     .. math:: \frac{\lVert Q_1^\top Q_2 \rVert_F^2}{\min(r_1, r_2)}
 
-    with Q orthonormal bases of the columns of A: the mean squared cosine of the principal angles. Two random subspaces
-    of the inputs have :math:`\max(r_1, r_2)/in` on average.
+    where Q are orthonormal bases of the columns of A: the mean squared cosine of the principal angles. For two random
+    subspaces it is :math:`\max(r_1, r_2)/in` on average.
 
     Args:
       adapter: an adapter.
@@ -115,7 +115,7 @@ def subspace_overlap(adapter: Adapter, previous: Adapter) -> jax.Array:
 
 
 def _magnitude(array: jax.Array) -> jax.Array:
-    """Absolute values, whose derivative at 0 is 0: JAX's own is 1 there, which would push fresh adapters aside."""
+    """Absolute values with derivative 0 at 0. JAX's derivative is 1 there, which would move fresh adapters."""
     return array * jax.lax.stop_gradient(jnp.sign(array))
 
 
@@ -124,7 +124,7 @@ def _inner(old: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def _shared(adapter: Adapter, previous: Adapter | Sequence[Adapter]) -> list[tuple[jax.Array, jax.Array]]:
-    """A of the earlier and of the new adapter, matrices [..., in, rank], for all kernels that they share."""
+    """Factors A of the earlier and the new adapter, matrices [..., in, rank], for all kernels that they share."""
     own = adapter.factors
     pairs = [(old, path) for old in adapters_of(previous) for path in own if path in old.factors]
     if not pairs:

@@ -10,9 +10,9 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def crelu(x: jax.Array) -> jax.Array:
-    """Concatenated ReLU: the positive part of every unit and then the negative part, side by side.
+    """Concatenated ReLU: the positive parts of all units, then the negative parts.
 
-    The next layer has twice as many inputs; a unit has two positions, of which one is active, so that it cannot die.
+    The next layer has twice as many inputs. A unit has two positions, one of which is active, so it cannot die.
 
     Args:
       x: [..., units].
@@ -33,14 +33,14 @@ def crelu(x: jax.Array) -> jax.Array:
 
 
 def fourier(x: jax.Array) -> jax.Array:
-    r"""Deep Fourier features: the sine of every unit and then the cosine, side by side.
+    r"""Deep Fourier features: the sines of all units, then the cosines.
 
     .. math:: [\sin(z_1), \dots, \sin(z_n), \cos(z_1), \dots, \cos(z_n)]
 
-    Wherever z is, one of the two is close to a linear function of it, so that the network stays trainable as deep
-    linear ones do. The next layer has twice as many inputs: for the paper's network, whose layers are as wide as those
-    of ReLU networks, choose half as many hidden units. A unit has two positions, as with `crelu`: `discover_units`
-    finds one group of n units, and one that is replaced has both of its outputs cut off.
+    For every z, one of the two is close to a linear function of it, so that the network stays trainable like a deep
+    linear network. The next layer has twice as many inputs. In the paper, layers have the same number of outputs as
+    those of ReLU networks; for that, choose half as many hidden units. A unit has two positions, as with `crelu`:
+    `discover_units` finds one group of n units, and if a unit is replaced, outgoing weights of both outputs become 0.
 
     Args:
       x: [..., units].
@@ -78,10 +78,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(activation: str | Activation) -> Activation:
-    """The function of a name, elementwise but for "crelu" and "fourier"; a function is returned as it is.
+    """Looks up an activation by name. All are elementwise except "crelu" and "fourier". A function is returned as it
+    is.
 
     Args:
-      activation: "relu", "crelu", "fourier", "leaky_relu", "elu", "selu", "gelu", "silu" or "swish", which are one,
+      activation: "relu", "crelu", "fourier", "leaky_relu", "elu", "selu", "gelu", "silu" or its synonym "swish",
         "softplus", "sigmoid", "tanh", "identity", or a function of one array.
 
     Returns:

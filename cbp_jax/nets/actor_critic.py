@@ -1,4 +1,4 @@
-"""Policy and value of an agent with continuous actions."""
+"""Policy and value networks of an agent with continuous actions."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,24 +14,26 @@ _LEAST_STD = 1e-6  # softplus underflows to 0, whose logarithm is not finite
 
 
 class ActorCritic(nn.Module):
-    """A Gaussian policy and a value, two multilayer perceptrons that share nothing.
+    """A Gaussian policy and a value function, two separate multilayer perceptrons.
 
-    Layers are named `actor_0`, `actor_1`, ... and `actor_mean`, `critic_0`, `critic_1`, ... and `critic_value`. The
-    standard deviations do not depend on the observation; their logarithms are the parameter `actor_log_std`. Unless
-    `state_std`: then they are the softplus of a layer `actor_std` beside `actor_mean`.
+    Layers are named `actor_0`, `actor_1`, ... and `actor_mean`, `critic_0`, `critic_1`, ... and `critic_value`. By
+    default, standard deviations do not depend on the observation; their logarithms are the parameter `actor_log_std`.
+    With `state_std` they are the softplus of a layer `actor_std` next to `actor_mean`.
 
     Attributes:
       action_size: number of actions, which are continuous.
       hidden: number of units of each hidden layer, of the policy and of the value.
       activation: a name of `get_activation`, or a function of one array.
       kernel_init: a `jax.nn.initializers` function, LeCun's by default; biases start at 0.
-      initial_log_std: logarithm of the standard deviation of each action at first.
-      policy_scale: factor of the first weights of `actor_mean`. A small one starts with actions around 0 whatever the
-        observation, which matters most to how PPO learns to walk of all choices about networks, say Andrychowicz et
-        al., `What Matters In On-Policy Reinforcement Learning? <https://arxiv.org/abs/2006.05990>`_, 2020.
-      value_scale: factor of the first weights of `critic_value`.
-      normalization: of the hidden layers before their activation, "layer" or "bare_layer" as in `MLP`, or None.
-      state_std: whether standard deviations depend on the observation; `initial_log_std` is then of no use.
+      initial_log_std: initial logarithm of the standard deviation of each action.
+      policy_scale: factor of the initial weights of `actor_mean`. With a small factor, initial actions are near 0 for
+        all observations. Of all choices about networks, this matters most for PPO's learning to walk, according to
+        Andrychowicz et al., `What Matters In On-Policy Reinforcement Learning? <https://arxiv.org/abs/2006.05990>`_,
+        2020.
+      value_scale: factor of the initial weights of `critic_value`.
+      normalization: normalization of hidden layers before their activation, "layer" or "bare_layer" as in `MLP`, or
+        None.
+      state_std: whether standard deviations depend on the observation. Then `initial_log_std` is not used.
 
     Raises:
       ValueError: an attribute is out of range.

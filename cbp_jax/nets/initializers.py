@@ -8,7 +8,7 @@ from flax import linen as nn
 
 BiasInit = nn.initializers.Initializer | Literal["fan_in"]
 
-# The gain that keeps the size of activations from layer to layer, as the Nature paper chose it.
+# The gain that preserves the size of activations from layer to layer, as chosen in the Nature paper.
 GAINS = {
     "identity": 1.0,
     "sigmoid": 1.0,
@@ -26,10 +26,10 @@ GAINS = {
 def kaiming_uniform(activation: str) -> nn.initializers.Initializer:
     """Kaiming's initializer with the gain of an activation.
 
-    Weights are uniform in ±gain sqrt(3 / fan_in); that of "relu" is `jax.nn.initializers.he_uniform()`.
+    Weights are uniform in ±gain sqrt(3 / fan_in). For "relu" it equals `jax.nn.initializers.he_uniform()`.
 
     Args:
-      activation: "identity" (of an output layer), "sigmoid", "tanh", "relu", "crelu", "fourier", "leaky_relu", "elu",
+      activation: "identity" (for an output layer), "sigmoid", "tanh", "relu", "crelu", "fourier", "leaky_relu", "elu",
         "silu" or "swish".
 
     Returns:
@@ -54,10 +54,9 @@ def kaiming_uniform(activation: str) -> nn.initializers.Initializer:
 
 
 def fan_in_uniform() -> nn.initializers.Initializer:
-    """Weights uniform in ±1 / sqrt(fan_in), as layers of PyTorch start.
+    """Weights uniform in ±1 / sqrt(fan_in), PyTorch's default.
 
-    These are what Elsayed & Mahmood (ICLR 2024) used, together with `bias_init="fan_in"`, which draws biases from
-    the same range.
+    Elsayed & Mahmood (ICLR 2024) used it together with `bias_init="fan_in"`, which draws biases from the same range.
 
     Returns:
       a `jax.nn.initializers` function.
@@ -73,14 +72,14 @@ def fan_in_uniform() -> nn.initializers.Initializer:
 def sparse(
     fraction: float = 0.9, kernel_init: nn.initializers.Initializer | None = None
 ) -> nn.initializers.Initializer:
-    """Weights of which each unit has only a few that are not 0, at places of its own.
+    """Sparse weights: each unit has only a few weights that are not 0, at random positions.
 
-    Of the n weights that come into a unit, `ceil(fraction * n)` are 0, but never all of them: with few inputs, as the
-    four of a cart-pole, the paper's program leaves none where this leaves one.
+    Of the n incoming weights of a unit, `ceil(fraction * n)` are 0, but never all of them. With few inputs, such as the
+    four of a cart-pole, the paper's program may leave none; here one is left.
 
     Args:
-      fraction: of the weights of a unit that are 0, in [0, 1).
-      kernel_init: what the others are, `fan_in_uniform()` by default, with the fan of the full kernel.
+      fraction: fraction of a unit's weights that are 0, in [0, 1).
+      kernel_init: initializer of the others, `fan_in_uniform()` by default, with the fan-in of the full kernel.
 
     Returns:
       a `jax.nn.initializers` function, for kernels [..., units].
@@ -116,7 +115,7 @@ def sparse(
 
 
 def bias_initializer(bias_init: BiasInit, fan_in: int) -> nn.initializers.Initializer:
-    """The initializer of a layer's biases, which for "fan_in" depends on its number of inputs."""
+    """The initializer of a layer's biases. For "fan_in" it depends on the number of inputs."""
     if bias_init != "fan_in":
         return bias_init
     bound = 1 / math.sqrt(fan_in)

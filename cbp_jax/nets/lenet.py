@@ -1,4 +1,4 @@
-"""LeNet-5, as the network of label-permuted CIFAR-10 has it."""
+"""LeNet-5, the network of label-permuted CIFAR-10."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from cbp_jax.nets.convnet import ConvNet
 
 
 class LeNet(ConvNet):
-    """LeNet-5's sizes with ReLU and max pooling, the network of label-permuted CIFAR-10.
+    """LeNet-5 with ReLU and max pooling, the network of label-permuted CIFAR-10.
 
-    Two convolutions of 6 and 16 channels with kernels of 5x5, then dense layers of 120 and 84 units; weights and
-    biases start as PyTorch's do. The public code of the paper has no activation after its convolutions:
-    `conv_activation="identity"` is that. Attributes are those of `ConvNet`.
+    It has two convolutions of 6 and 16 channels with kernels of 5x5, then dense layers of 120 and 84 units. Weights and
+    biases are initialized as in PyTorch. The public code of the paper has no activation after its convolutions; for
+    that use `conv_activation="identity"`. Attributes are those of `ConvNet`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -31,5 +31,5 @@ class LeNet(ConvNet):
 
 
 def lenet(num_outputs: int, **settings: Any) -> LeNet:
-    """Makes a `LeNet` of its number of outputs, and of attributes that are to be others than its own."""
+    """Makes a `LeNet` from its number of outputs and attributes that differ from its defaults."""
     return LeNet(num_outputs, **settings)

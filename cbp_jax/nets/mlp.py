@@ -1,7 +1,7 @@
 """Multilayer perceptron."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -13,9 +13,9 @@ from cbp_jax.nets.online_norm import OnlineNorm
 
 
 class MLP(nn.Module):
-    """Dense layers with an activation, and normalization before it and dropout after it where wanted, but the last.
+    """Dense layers. All but the last have an activation, with optional normalization before and dropout after it.
 
-    The layers are named `Dense_0`, `Dense_1`, ... from the input on, and those that normalise `LayerNorm_0` or
+    The layers are named `Dense_0`, `Dense_1`, ... from the input on, and those that normalize `LayerNorm_0` or
     `OnlineNorm_0`, ... The network of Elsayed & Mahmood (ICLR 2024) is `MLP((300, 150), num_outputs,
     kernel_init=fan_in_uniform(), bias_init="fan_in")`.
 
@@ -26,12 +26,12 @@ class MLP(nn.Module):
       dropout_rate: fraction of the hidden units dropped in training, in [0, 1). Above 0 a call with
         `train=True` needs `rngs={"dropout": key}`.
       kernel_init: a `jax.nn.initializers` function. The default, Kaiming uniform, is what the Nature paper used.
-      normalization: of the hidden layers before their activation: "layer" with a learned scale and offset (Ba et al.
-        2016); "bare_layer" without these, as in Elsayed et al. (2024); "online", for which see `OnlineNorm`: its
-        statistics are variables besides the parameters, and the optimizer wants `keep_online_stats` around it; or None.
+      normalization: normalization of hidden layers before their activation: "layer" with a learned scale and offset (Ba
+        et al. 2016); "bare_layer" without these, as in Elsayed et al. (2024); "online", see `OnlineNorm`, whose
+        statistics are additional variables, so that the optimizer must be wrapped in `keep_online_stats`; or None.
       bias_init: a `jax.nn.initializers` function, 0 by default; or "fan_in", uniform in ±1 / sqrt(inputs of the layer).
-      output_init: `kernel_init` of the last layer, where it is to be another, such as `kaiming_uniform("identity")`.
-      flatten: whether inputs are images or the like, all of whose axes but the first are made one.
+      output_init: `kernel_init` of the last layer, if different, such as `kaiming_uniform("identity")`.
+      flatten: whether to flatten all axes of inputs but the first, as for images.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -80,7 +80,7 @@ class MLP(nn.Module):
         return nn.Dense(size, kernel_init=kernel_init, bias_init=bias_initializer(self.bias_init, inputs))
 
 
-NORMALIZATIONS = {
+NORMALIZATIONS: dict[str, Callable[..., nn.Module]] = {
     "layer": nn.LayerNorm,
     "online": OnlineNorm,
     "bare_layer": functools.partial(nn.LayerNorm, epsilon=1e-5, use_scale=False, use_bias=False),

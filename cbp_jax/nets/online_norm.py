@@ -1,4 +1,4 @@
-"""Online normalization: running statistics in place of a batch's, and a gradient that is corrected for them."""
+"""Online normalization: running statistics instead of batch statistics, with a corrected gradient."""
 
 import functools
 
@@ -11,10 +11,10 @@ COLLECTION = "online_stats"
 
 
 class OnlineNorm(nn.Module):
-    r"""Normalises every unit by its running mean and variance, which it learns as it goes.
+    r"""Normalizes every unit by its running mean and variance.
 
-    A call is one time step t. With moments :math:`\mu(\cdot), \sigma^2(\cdot)` over the examples of the batch and
-    over positions, unit by unit,
+    Each call is one time step t. With moments :math:`\mu(\cdot), \sigma^2(\cdot)` of each unit over the examples of the
+    batch and over positions,
 
     .. math::
       y_t &= (x_t - \mu_{t-1}) / \sqrt{\sigma^2_{t-1} + \epsilon} \\
@@ -30,20 +30,20 @@ class OnlineNorm(nn.Module):
       x'_t &= \tilde x'_t / \sqrt{\sigma^2_{t-1} + \epsilon} - (1 - \alpha_b) \varepsilon^{(1)}_{t-1}, &
       \varepsilon^{(1)}_t &= \varepsilon^{(1)}_{t-1} + \mu(x'_t)
 
-    Then come a learned scale and offset, and a clamp, which keeps the activations of a stack of layers from running
-    away while the statistics lag behind. The paper streams examples one by one; a batch of one is that, and a larger
-    one is taken as its convolutions take positions.
+    Then a learned scale and offset are applied, and a clamp, which prevents activations of a stack of layers from
+    diverging while the statistics lag behind. The paper streams single examples, which is a batch of one. In a larger
+    batch, examples are treated like positions of a convolution.
 
-    **State.** The errors are known after the backward pass only, so that no collection could be mutated in the forward
-    pass. Instead all statistics are variables of the collection "online_stats", and *the gradient with respect to them
-    is defined to be their change*. A training loop that differentiates the whole of what `init` returned, updates it
-    with an optax transformation and knows nothing of statistics carries them along when the transformation is
-    wrapped in `keep_online_stats`; scan and vmap over seeds need nothing else. A forward pass changes nothing, and
-    computes the same in training and evaluation.
+    **State.** The errors are known only after the backward pass, so they cannot be written to a collection in the
+    forward pass. Instead all statistics are variables of the collection "online_stats", and *the gradient with respect
+    to them is defined to be their change*. A training loop that differentiates with respect to everything that `init`
+    returned, and updates it by an optax transformation, needs no knowledge of statistics: wrap the transformation in
+    `keep_online_stats`. Scan and vmap over seeds need nothing else. A forward pass changes nothing, and computes the
+    same in training and evaluation.
 
     Attributes:
-      forward_decay: alpha_f, of the statistics, in [0, 1).
-      backward_decay: alpha_b, of the control of the gradient, in [0, 1).
+      forward_decay: alpha_f, decay rate of the statistics, in [0, 1).
+      backward_decay: alpha_b, decay rate of the gradient's correction, in [0, 1).
       epsilon: added to the variance.
       clamp: largest absolute value of an output; None for no clamp.
       use_scale: whether to learn a scale, which starts at 1.
@@ -104,10 +104,10 @@ class OnlineNorm(nn.Module):
 
 
 def keep_online_stats(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets a transformation update a network's weights, and its statistics of `OnlineNorm` change as they say.
+    """Applies a transformation to a network's weights, and updates the statistics of `OnlineNorm`.
 
-    Whatever comes outside of it, such as clipping by the global norm, takes the changes of statistics for gradients.
-    Only `continual_backprop` belongs there: a unit that it replaces gets the initial mean and variance.
+    Transformations outside of it, such as clipping by the global norm, would treat changes of statistics as gradients.
+    Only `continual_backprop` belongs outside: replaced units then get the initial mean and variance.
 
     Args:
       inner: any optax transformation.
@@ -119,7 +119,7 @@ def keep_online_stats(inner: optax.GradientTransformation) -> optax.GradientTran
     def label(path, _):
         return "change" if COLLECTION in (getattr(key, "key", None) for key in path) else "gradient"
 
-    # Path by path, because optax also asks for the labels of a tree without leaves that stands for the parameters.
+    # Path by path, because optax also calls this with a placeholder tree without leaves.
     labels = functools.partial(jax.tree_util.tree_map_with_path, label)
     return optax.partition({"gradient": inner, "change": optax.identity()}, labels)
 

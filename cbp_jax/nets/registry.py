@@ -19,7 +19,7 @@ from cbp_jax.nets.mlp import MLP
 from cbp_jax.nets.resnet import ResNet
 from cbp_jax.nets.transformer import ViT
 
-# A row is a network: a Flax module whose attributes are its settings, one of them `num_outputs`.
+# Each row is a network: a Flax module whose attributes are its settings, including `num_outputs`.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": functools.partial(MLP, hidden=(100, 100, 100)),
     "convnet": ConvNet,
@@ -34,28 +34,29 @@ _NAMED = re.compile(r"(\w+)(?::(?P<plain>.*)|\((?P<call>.*)\))?", re.DOTALL)
 def make(name: str, input_shape: tuple[int, ...], num_outputs: int, **options: Any) -> nn.Module:
     """Makes a network.
 
-    Whatever the network, `net.init(key, x)` makes its variables, and `net.apply(variables, x)` maps inputs
-    [batch, *input_shape] to outputs [batch, num_outputs]. Those that differ in training take `train=True` there, with
-    `rngs={"dropout": key}` where they have dropout and `mutable=["batch_stats"]` where they have running statistics;
-    all that have a name take it.
+    For every network, `net.init(key, x)` creates its variables, and `net.apply(variables, x)` maps inputs [batch,
+    *input_shape] to outputs [batch, num_outputs]. Networks that behave differently in training take `train=True`, with
+    `rngs={"dropout": key}` for dropout and `mutable=["batch_stats"]` for running statistics. All named networks accept
+    `train`.
 
-    A Flax module of the user's is given by its path, as in `"my_package.my_module:MyNet(width=64)"`: its class, or a
-    function that makes it. It gets `num_outputs` if it has an attribute, or the function an argument, of this name.
-    Modules of the current directory are found.
+    Your own Flax module is given by its path, as in `"my_package.my_module:MyNet(width=64)"`: its class, or a function
+    that creates it. It gets `num_outputs` if the class has an attribute, or the function an argument, of this name.
+    Modules in the current directory are found.
 
     Args:
       name: "mlp", "convnet", "lenet", "resnet18" or "vit", or a path. Settings may follow: `"vit:depth=2,width=32"`, or
         `"vit(depth=2, width=32)"`, which is the same.
-      input_shape: of one example: (height, width, channels) or (features,). A multilayer perceptron flattens images.
-      num_outputs: how many outputs.
-      **options: further settings, which come before those that follow the name.
+      input_shape: shape of one example: (height, width, channels) or (features,). A multilayer perceptron flattens
+        images.
+      num_outputs: number of outputs.
+      **options: further settings, which override those after the name.
 
     Returns:
       the network, a Flax module.
 
     Raises:
-      ValueError: there is no such network, module or setting, a setting is out of its range, inputs of that shape do
-        not fit, or what the path names is no Flax module or has other outputs.
+      ValueError: there is no such network, module or setting, a setting is out of range, inputs of that shape do not
+        fit, or the path does not name a Flax module or its outputs have another shape.
 
     Example:
       >>> net = make("vit:depth=2", (28, 28, 1), 10, width=32)
@@ -70,7 +71,7 @@ def read(name: str | Callable[..., nn.Module]) -> "Network":
     """Reads the name of a network, or its path, and the settings that follow it.
 
     Args:
-      name: as in `make`; or a Flax module's class, or a function that makes it.
+      name: as in `make`; or a Flax module's class, or a function that creates it.
 
     Raises:
       ValueError: there is no such network, module or setting.
@@ -103,7 +104,7 @@ def _read(text: str) -> "Network":
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network that is not made yet.
+    """The specification of a network.
 
     Attributes:
       name: what it is called.
@@ -123,17 +124,17 @@ class Network:
 
     @property
     def about(self) -> str:
-        """Its first line of documentation, and the names of its settings."""
+        """The first line of its documentation, and the names of its settings."""
         made = self.factory.func if isinstance(self.factory, functools.partial) else self.factory
         lines = (inspect.getdoc(made) or self.name).splitlines()
         return f"{lines[0]} ({', '.join(name for name in self._parameters if name != 'num_outputs')})"
 
     def takes(self, name: str, value: Any = None) -> bool:
-        """Whether it has a setting.
+        """Whether the network has a setting.
 
         Args:
-          name: the setting's.
-          value: what it would get. Sizes of layers are for no setting that is one number.
+          name: name of the setting.
+          value: the value it would get. A setting that is a single number does not accept sizes of layers.
         """
         parameter = self._parameters.get(name)
         if parameter is None:
@@ -142,21 +143,21 @@ class Network:
         return not (number and isinstance(value, tuple))
 
     def own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the settings that it has, and that were not given with its name."""
+        """Those of the settings that the network has and that were not given with its name."""
         return {
             name: value for name, value in settings.items() if name not in self.settings and self.takes(name, value)
         }
 
     def make(self, input_shape: tuple[int, ...], num_outputs: int, **options: Any) -> nn.Module:
-        """Makes it; see `nets.make`."""
+        """Makes the network; see `nets.make`."""
         flatten = {"flatten": True} if len(input_shape) > 1 and "flatten" in self._parameters else {}
         return self._make(input_shape, num_outputs, {**flatten, **options})
 
     def takes_images(self, image_shape: tuple[int, ...], num_outputs: int, **options: Any) -> bool:
-        """Whether it maps images as they are to outputs [batch, num_outputs], and need not have them flat.
+        """Whether the network accepts images directly, instead of flattened.
 
         Raises:
-          ValueError: it takes them neither as they are nor flat.
+          ValueError: it accepts neither images nor flattened images.
 
         Example:
           >>> read("mlp").takes_images((28, 28, 1), 10), read("vit").takes_images((28, 28, 1), 10)

@@ -7,20 +7,20 @@ from flax import linen as nn
 
 
 class ResNet(nn.Module):
-    """ResNet of basic blocks with batch normalisation for images of 32x32; the default is ResNet-18.
+    """ResNet of basic blocks with batch normalization for images of 32x32; the default is ResNet-18.
 
     The stem is a 3x3 convolution without pooling; stages after the first begin with a stride of 2 and a 1x1
     projection. As in the Nature paper's class-incremental CIFAR-100, convolutions have biases and weights are Kaiming
-    normal. In training, statistics of the batch are used and the running ones updated:
+    normal. Training uses batch statistics and updates running statistics:
     `net.apply(variables, x, train=True, mutable=["batch_stats"])`.
 
     Attributes:
       num_outputs: number of outputs of the last layer, which has no activation.
       widths: channels of each stage.
       blocks: number of blocks of each stage.
-      momentum: decay of the running statistics, in [0, 1).
+      momentum: decay rate of the running statistics, in [0, 1).
       use_bias: whether convolutions have biases.
-      kernel_init: a `jax.nn.initializers` function, for convolutions.
+      kernel_init: a `jax.nn.initializers` function for convolutions.
 
     Raises:
       ValueError: `widths` and `blocks` are of different lengths, or empty.

@@ -1,11 +1,11 @@
-"""Transformer encoder, and the same on patches of images."""
+"""Transformer encoder, and vision transformer."""
 
 import jax
 from flax import linen as nn
 
 
 class Encoder(nn.Module):
-    """Transformer encoder with layer normalisation in front of each block ("pre-LN").
+    """Transformer encoder with layer normalization before each block ("pre-LN").
 
     Attributes:
       depth: number of layers, each of self-attention and a multilayer perceptron.
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Maps tokens [batch, tokens, width] to the same shape.
 
-        `mask` [batch, 1, tokens, tokens] is true where a token (third axis) may look at another (last axis).
+        `mask` [batch, 1, tokens, tokens] is true where a token (third axis) may attend to another (last axis).
         """
         width = x.shape[-1]
         for layer in range(self.depth):
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer for small images: patches and a class token through an encoder, then a linear head.
+    """Vision transformer for small images: an encoder of patches and a class token, then a linear head.
 
     Attributes:
       num_outputs: number of outputs.
@@ -79,7 +79,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs], in training as otherwise."""
+        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs]. `train` has no effect."""
         del train
         if x.ndim != 4 or x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(f"x must be images whose sides are multiples of patch={self.patch}, got shape {x.shape}")

@@ -1,1 +1,1 @@
-"""What the transformations share: random keys and noise, exact rounding, checks of arguments."""
+"""Helpers of the transformations: random keys and noise, exact rounding, checks of arguments."""

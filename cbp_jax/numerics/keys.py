@@ -1,14 +1,18 @@
-"""Random keys inside transformations: how a factory's ``key`` becomes the state's.
+"""Random keys inside transformations: how a factory's ``key`` becomes the key in the state.
 
-A transformation's factory takes a key once, but its ``init`` may be vmapped over many seeds. Were the factory's key
-the only source of randomness, every seed would draw the same noise; so ``init`` folds the parameters into it. The
-state holds raw key data (uint32), not a typed key, because raw arrays pass through every checkpointer.
+A transformation's factory takes a key once, but its ``init`` may be vmapped over many seeds. If the factory's key were
+the only source of randomness, every seed would draw the same noise. Therefore ``init`` folds the parameters into it.
+The state holds raw key data (uint32), not a typed key, because every checkpointer can store raw arrays.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from cbp_jax.numerics.noise import element_numbers
 
 
 def as_key_data(key: jax.typing.ArrayLike) -> tuple[jax.Array, str]:
@@ -34,33 +38,34 @@ def as_key_data(key: jax.typing.ArrayLike) -> tuple[jax.Array, str]:
     """
     if not isinstance(key, int | np.integer | np.ndarray | jax.Array) or isinstance(key, bool):
         raise TypeError(f"key must be an int seed or a jax key, got {key!r} of type {type(key).__name__}")
-    if not isinstance(key, jax.Array):
-        key = np.asarray(key) if isinstance(key, np.ndarray) else jax.random.key(key)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    array: Any = key
+    if not isinstance(array, jax.Array):
+        array = np.asarray(array) if isinstance(array, np.ndarray) else jax.random.key(array)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         pass
-    elif jnp.issubdtype(key.dtype, jnp.integer) and key.ndim == 0:
-        key = jax.random.key(key)
-    elif key.dtype == jnp.uint32:
+    elif jnp.issubdtype(array.dtype, jnp.integer) and array.ndim == 0:
+        array = jax.random.key(array)
+    elif array.dtype == jnp.uint32:
         size = jax.random.key_data(jax.random.key(0)).size
-        if key.shape[-1] != size:
+        if array.shape[-1] != size:
             raise ValueError(
-                f"key must be raw data of shape ({size},) for the default generator, got shape {key.shape}; "
+                f"key must be raw data of shape ({size},) for the default generator, got shape {array.shape}; "
                 f"pass a typed key (jax.random.key) for another generator"
             )
-        key = jax.random.wrap_key_data(key)
+        array = jax.random.wrap_key_data(array)
     else:
-        raise TypeError(f"key must be an int seed or a jax key, got an array {key.dtype}{list(key.shape)}")
-    if key.ndim:
-        raise ValueError(f"key must be one key, got a batch of shape {key.shape}; vmap over init instead")
-    return jax.random.key_data(key), str(jax.random.key_impl(key))
+        raise TypeError(f"key must be an int seed or a jax key, got an array {array.dtype}{list(array.shape)}")
+    if array.ndim:
+        raise ValueError(f"key must be one key, got a batch of shape {array.shape}; vmap over init instead")
+    return jax.random.key_data(array), str(jax.random.key_impl(array))
 
 
 def init_key(key: jax.typing.ArrayLike, params: optax.Params) -> jax.Array:
     """The key with which a state starts: the factory's key with a checksum of the parameters' bits folded in.
 
-    Under ``jax.vmap(tx.init)`` over differently initialised networks every seed so gets noise of its own, even though
-    the factory captured a single key. Networks with bitwise equal parameters still share their noise; give them
-    different keys (build the transformation inside the vmapped function).
+    So under ``jax.vmap(tx.init)`` over differently initialized networks every seed gets its own noise, even though the
+    factory captured a single key. Networks with bitwise equal parameters still share their noise. To give them
+    different keys, build the transformation inside the vmapped function.
 
     Args:
       key: as in :func:`as_key_data`.
@@ -81,14 +86,14 @@ def init_key(key: jax.typing.ArrayLike, params: optax.Params) -> jax.Array:
 
 
 def _checksum(params: optax.Params) -> jax.Array:
-    """A uint32 that changes with any bit of the parameters and with their order.
+    """A uint32 that depends on every bit of the parameters and on their order.
 
-    Integer sums modulo 2**32 come out the same in any order, so jit, vmap and devices agree on it.
+    Integer sums modulo 2**32 are the same in any order, so jit, vmap and devices agree on it.
     """
     total = jnp.uint32(0)
     for number, leaf in enumerate(jax.tree.leaves(params)):
-        words = _bits(jnp.asarray(leaf)).ravel()
-        place = (jnp.arange(words.size, dtype=jnp.uint32) + 1) * np.uint32(0x9E3779B9) + np.uint32(number)
+        words = _bits(jnp.asarray(leaf))
+        place = (element_numbers(words.shape) + 1) * np.uint32(0x9E3779B9) + np.uint32(number)
         # Two rounds of xor-shift and multiply ("lowbias32", C. Wellons), so that a change in one bit of one weight
         # changes about half of the sum's bits.
         words = words ^ place

@@ -1,4 +1,4 @@
-"""Normal noise for every parameter at every step, at the price of a few passes over the parameters.
+"""Normal noise for every parameter at every step, at the cost of a few passes over the parameters.
 
 `jax.random.normal` fills a leaf by a loop over the rounds of Threefry, each a pass through memory on CPU, and inverts
 the normal distribution by long polynomials. The generator here is one expression per element, which XLA fuses with
@@ -13,8 +13,8 @@ What is given up against exact normal numbers: the distribution function is off 
 than 6.5 standard deviations from 0, and beyond 4 of them there are about a tenth too few. Box & Muller's exact formula
 takes longer, as it needs a logarithm, a root and a sine.
 
-It is for perturbations, not for secrets. An element's noise depends on nothing but key, step, leaf and its index in
-the leaf, so that under `vmap` every seed draws what it draws alone.
+It is meant for perturbations, not for cryptography. An element's noise depends only on key, step, leaf and its index in
+the leaf, so that under `vmap` every seed draws the same numbers as in a solo run.
 """
 
 from typing import Any
@@ -34,8 +34,8 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     """Draws independent normal numbers of mean 0 in the shapes of a tree.
 
     Args:
-      key: raw key data, uint32 [n], as `keys.init_key` gives.
-      step: number of the draw, an integer, may be traced. Other steps give other noise.
+      key: raw key data, uint32 [n], as from `keys.init_key`.
+      step: number of the draw, an integer, may be traced. Different steps have different noise.
       tree: pytree of arrays, or of anything with a shape.
       scale: standard deviation, >= 0, may be traced.
 
@@ -60,13 +60,13 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     x, y, z = _hash(key[0], key[-1], jnp.asarray(step).astype(jnp.uint32))
     noise = []
     for number, leaf in enumerate(leaves):
-        words = _words(_element_numbers(jnp.shape(leaf)), *_hash(x ^ _U32(number), y, z))
+        words = _words(element_numbers(jnp.shape(leaf)), *_hash(x ^ _U32(number), y, z))
         noise.append(_nearly_normal(words, jnp.asarray(scale, jnp.float32)))
     return jax.tree.unflatten(treedef, noise)
 
 
-def _element_numbers(shape: tuple[int, ...]) -> chex.Array:
-    """uint32 array of the given shape: each element's place in the flat array."""
+def element_numbers(shape: tuple[int, ...]) -> chex.Array:
+    """uint32 array of the given shape: each element's index in the flat array."""
     number = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = _U32(np.prod(shape[axis + 1 :], dtype=np.int64) % 2**32)

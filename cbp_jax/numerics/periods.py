@@ -1,4 +1,4 @@
-"""What happens once in so many updates: a `cond` that stays one under `vmap`."""
+"""Periodic events: a `cond` that stays a `cond` under `vmap`."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def is_due(count: chex.Array, every: chex.Numeric) -> chex.Array:
-    """Whether an update is number `every`, 2 `every`, ...
+    """Whether an update's number is `every`, 2 `every`, ...
 
     Args:
       count: int32 [], the number of the update, from 1.
@@ -29,14 +29,14 @@ def is_due(count: chex.Array, every: chex.Numeric) -> chex.Array:
 
 
 def when_due(due: chex.Array, change: Callable[[T], T], values: T) -> T:
-    """What a function makes of values where it is due; elsewhere the values.
+    """Applies a function to values when it is due, and otherwise returns them unchanged.
 
-    Under `vmap` the function runs only in those updates in which it is due in some row. A plain `cond` would run it in
-    all of them.
+    Under `vmap` the function runs only in updates in which it is due for some row. A plain `cond` would run it in all
+    updates.
 
     Args:
       due: bool [].
-      change: from a tree of arrays to one of the same structure, shapes and dtypes.
+      change: maps a tree of arrays to one of the same structure, shapes and dtypes.
       values: a tree of arrays.
 
     Returns:
@@ -56,11 +56,11 @@ def when_due(due: chex.Array, change: Callable[[T], T], values: T) -> T:
 
 @jax.custom_batching.custom_vmap
 def anywhere(due: chex.Array) -> chex.Array:
-    """Whether an update is due; under `vmap`, whether it is in any row, so that a `cond` on it stays one."""
+    """Whether an update is due; under `vmap`, whether it is due in any row, so that a `cond` on it stays a `cond`."""
     return due
 
 
 @anywhere.def_vmap
 def _anywhere_in_batch(axis_size, in_batched, due):
     del axis_size, in_batched
-    return anywhere(jnp.any(due)), False  # asks again, for the rows of an outer vmap
+    return anywhere(jnp.any(due)), False  # bound again, for the rows of an outer vmap

@@ -1,14 +1,15 @@
-"""Keeps compilers from rounding a sum otherwise than the program says."""
+"""Prevents compilers from changing how a sum is rounded."""
 
 import chex
 import jax.numpy as jnp
 
 
 def rounded(product: chex.Array) -> chex.Array:
-    """A product that no compiler contracts with the sum around it, so that vmapped rows give what they give alone.
+    """A product that no compiler fuses with the sum it is used in, so that vmapped rows equal solo runs.
 
-    A fused multiply-add rounds once where a product and a sum round twice, and of `a * b + c * d` a compiler may fuse
-    either product, or none, as it sees fit in each program. Clipped to the finite numbers a product is none any more.
+    A fused multiply-add rounds once, a product and a sum round twice. In `a * b + c * d` a compiler may fuse either
+    product, or none, differently in each program. After clipping to the finite numbers, the term is no longer a
+    product, so it cannot be fused.
 
     >>> import jax.numpy as jnp
     >>> rounded(jnp.array([2.0, -jnp.inf])).tolist()

@@ -1,4 +1,4 @@
-"""Means and variances that grow with what is seen."""
+"""Running means and variances."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Statistics(NamedTuple):
-    """Running statistics of arrays of a shape."""
+    """Running statistics of arrays of one shape."""
 
     count: chex.Array  # float32 []
     mean: chex.Array  # float32 [...]
@@ -15,12 +15,12 @@ class Statistics(NamedTuple):
 
     @property
     def variance(self) -> chex.Array:
-        """The variance, of the shape; 0 where nothing has been seen."""
+        """The variance; 0 if nothing has been seen."""
         return self.squares / jnp.maximum(self.count, jnp.finfo(jnp.float32).tiny)
 
     @property
     def unbiased_variance(self) -> chex.Array:
-        """The unbiased variance, of the shape; 1 where fewer than two arrays have been seen."""
+        """The unbiased variance; 1 if fewer than two arrays have been seen."""
         return jnp.where(self.count < 2, 1, self.squares / jnp.maximum(self.count - 1, 1))
 
 
@@ -29,7 +29,7 @@ def unseen(shape: tuple[int, ...], prior: float = 0.0) -> Statistics:
 
     Args:
       shape: of the arrays.
-      prior: for how many arrays of mean 0 and variance 1 they stand; may be a fraction.
+      prior: how many arrays of mean 0 and variance 1 to assume as already seen; may be a fraction.
 
     Example:
       >>> unseen((), prior=1e-4).variance.item()
@@ -40,11 +40,11 @@ def unseen(shape: tuple[int, ...], prior: float = 0.0) -> Statistics:
 
 
 def counted(statistics: Statistics, seen: chex.Array) -> Statistics:
-    """Statistics of all that was counted so far and this, by Chan's parallel form.
+    """Adds arrays to the statistics, by Chan's parallel algorithm.
 
     Args:
-      statistics: so far, of arrays of a shape.
-      seen: arrays [number, ...] of that shape.
+      statistics: the statistics so far.
+      seen: new arrays, [number, ...].
 
     Example:
       >>> found = counted(counted(unseen(()), jnp.array([1.0, 2.0])), jnp.array([6.0]))

@@ -1,4 +1,4 @@
-"""Checks of arguments: scalar settings that may also be tracers, and trees that go with the gradients."""
+"""Checks of arguments: scalar settings, which may be tracers, and trees like the gradients."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ def check_scalar(
     at_most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises if a setting is no scalar or, where its value is known while tracing, out of range.
+    """Raises if a setting is not a scalar or, if its value is known while tracing, out of range.
 
     Args:
       name: the argument's name, for the message.
       value: a number, a scalar array, or a tracer of one.
       at_least: smallest value allowed.
       at_most: largest value allowed.
-      below: value that must not be reached.
+      below: exclusive upper bound.
 
     Raises:
       TypeError: `value` is not a real scalar.
@@ -52,7 +52,7 @@ def check_scalar(
 
 
 def check_like(name: str, tree: Any, updates: Any) -> None:
-    """Raises if an extra argument of an update has not the gradients' structure and shapes.
+    """Raises if an extra argument of an update does not have the gradients' structure and shapes.
 
     Args:
       name: the argument's name, for the message.
@@ -69,12 +69,13 @@ def check_like(name: str, tree: Any, updates: Any) -> None:
       ValueError: hessian_diag must be a tree of the gradients' shapes, {'w': '(2,)'}, got {'w': '(3,)'}
     """
     found, wanted = (jax.tree.map(lambda leaf: str(np.shape(leaf)), each) for each in (tree, updates))
-    if jax.tree.structure(found) != jax.tree.structure(wanted) or jax.tree.leaves(found) != jax.tree.leaves(wanted):
+    structures: list[Any] = [jax.tree.structure(each) for each in (found, wanted)]
+    if structures[0] != structures[1] or jax.tree.leaves(found) != jax.tree.leaves(wanted):
         raise ValueError(f"{name} must be a tree of the gradients' shapes, {wanted}, got {found}")
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Raises if a setting is no whole number of at least 1; whether floating-point or integer, or a tracer, is one.
+    """Raises if a setting is not a whole number of at least 1. It may be of an integer or a float type, or a tracer.
 
     Args:
       name: the argument's name, for the message.

@@ -1,4 +1,4 @@
-"""Random changes of training images, on the device."""
+"""Data augmentation: random changes of training images, on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,17 @@ import numpy as np
 def augment(
     key: jax.Array, images: jax.Array, *, flip: bool = True, padding: int = 4, max_rotation: float = 15.0
 ) -> jax.Array:
-    """Flips, shifts and turns images, each by its own random amounts.
+    """Flips, shifts and rotates images, each by its own random amounts.
 
     In this order: a flip from left to right with probability 1/2; a random crop of the image padded by its reflection;
-    a rotation about the centre by an angle uniform in [0, max_rotation] degrees, counterclockwise, to the nearest
-    pixel, with 0 where nothing was, as the public program of the Nature paper does it. Everything is one gather.
+    a counterclockwise rotation about the center by an angle uniform in [0, max_rotation] degrees, with nearest-neighbor
+    interpolation and 0 outside of the image, as in the public program of the Nature paper. Everything is one gather.
 
     Args:
       key: jax key.
-      images: [batch, height, width, channels], normalised, so that 0 is the mean.
+      images: [batch, height, width, channels], normalized, so that 0 is the mean.
       flip: whether images are flipped.
-      padding: pixels of reflection on every side, under height and width.
+      padding: pixels of reflection on every side, less than height and width.
       max_rotation: degrees.
 
     Returns:
@@ -38,7 +38,7 @@ def augment(
         angle = jnp.deg2rad(max_rotation) * random[0]
         y = jnp.arange(height)[:, None] - (height - 1) / 2
         x = jnp.arange(width)[None, :] - (width - 1) / 2
-        # Where a pixel of the result lies in the image before the rotation; rows grow downwards.
+        # Where a pixel of the result was before the rotation. Row numbers grow downwards.
         row = jnp.round(jnp.sin(angle) * x + jnp.cos(angle) * y + (height - 1) / 2).astype(jnp.int32)
         column = jnp.round(jnp.cos(angle) * x - jnp.sin(angle) * y + (width - 1) / 2).astype(jnp.int32)
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -46,7 +46,7 @@ def augment(
         row, column = _reflected(row + shift[0], height), _reflected(column + shift[1], width)
         if flip:
             column = jnp.where(random[3] < 0.5, width - 1 - column, column)
-        # Outside of the image, where nothing is taken, the numbers need not be pixels.
+        # Outside of the image nothing is read, so the indices need not be valid.
         pixels = image[jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)]
         return jnp.where(inside[..., None], pixels, jnp.zeros((), image.dtype))
 
@@ -54,6 +54,6 @@ def augment(
 
 
 def _reflected(number: jax.Array, length: int) -> jax.Array:
-    """Rows beyond an edge as those before it, the edge itself once."""
+    """Reflects row numbers beyond an edge, without repeating the edge."""
     last = np.int32(length - 1)
     return last - jnp.abs(last - jnp.abs(number))

@@ -1,8 +1,8 @@
-"""Class-incremental CIFAR-100: ever more classes to tell apart.
+"""Class-incremental CIFAR-100: the number of classes grows.
 
 Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: a network learns 5 classes for 200 epochs,
-then 5 more together with the old ones, and so on up to 100. As the task grows harder, its accuracy says little by
-itself; it is compared with that of a network trained from scratch on the same classes.
+then 5 more together with the old ones, and so on up to 100. Since the task becomes harder, accuracy alone says little.
+It is compared with that of a network trained from scratch on the same classes.
 """
 
 import dataclasses
@@ -21,34 +21,34 @@ from cbp_jax.problems.augmentation import augment
 class Increment(NamedTuple):
     """One stretch of ``class_incremental`` between two additions of classes."""
 
-    classes: jax.Array  # int32 [num_classes], in the order of their addition
-    count: jax.Array  # int32 [], how many of these there are by now
-    seen: jax.Array  # bool [num_classes]: which
+    classes: jax.Array  # int32 [num_classes], in the order in which they are added
+    count: jax.Array  # type: ignore[assignment]  # int32 [], how many of these there are by now
+    seen: jax.Array  # bool [num_classes], which classes have been added
     key: jax.Array  # key, of orders and augmentations
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class IncrementalProblem:
-    """A growing classification, as data and pure functions, which take ``data`` as an argument; see ``Problem``.
+    """A classification with a growing number of classes, as data and pure functions; see ``Problem``.
 
     Attributes:
       data: pytree of device arrays that all increments of all seeds share.
       input_shape: shape of one input.
-      num_classes: number of classes in the end, and of outputs.
+      num_classes: final number of classes, which is the number of outputs.
       increments: how many increments there are.
       make_task: ``(data, key, index) -> Increment``, a pure function of both.
       steps: ``(increment) -> int32 scalar``, batches in an epoch.
-      order: ``(data, increment, epoch) -> int32 [examples]``, the numbers of the training examples of the classes that
-        are there, in the order of that epoch; behind them those of the others.
+      order: ``(data, increment, epoch) -> int32 [examples]``, the indices of the training examples of the classes added
+        so far, in the order of that epoch, followed by those of the other classes.
       batch: ``(data, increment, epoch, order, step) -> (inputs, labels)``, augmented, float32 [batch, *input_shape] and
         int32 [batch], for the step-th batch of an epoch.
-      held_out: ``(data, split, class) -> (inputs, labels)``, all examples of a class (may be traced) of the split
+      held_out: ``(data, split, class) -> (inputs, labels)``, all examples of a class (may be traced) in the split
         "validation" or "test".
       evaluation: ``(data, increment, n) -> (inputs, labels)``: n distinct random training examples of the classes that
         this increment adds, without augmentation.
       loss: "softmax_cross_entropy".
-      examples: the largest n of `evaluation`; None where it is not known.
+      examples: the largest n of `evaluation`; None if unknown.
     """
 
     data: Any
@@ -80,34 +80,35 @@ def class_incremental(
     max_rotation: float = 15.0,
     normalize: sampling.Normalization | None = None,
 ) -> IncrementalProblem:
-    """A classification to which classes are added, in an order that the key determines.
+    """A classification to which classes are added, in an order determined by the key.
 
-    Labels are the classes' own numbers; a network's outputs of classes that are not there yet are to be left out. The
-    defaults are those of the Nature paper for CIFAR-100.
+    Labels are the classes' own numbers. A network's outputs for classes that have not been added yet must be ignored.
+    The defaults are those of the Nature paper for CIFAR-100.
 
     Args:
-      dataset: images, as ``cbp_jax.data.load`` returns them. Of each class the first examples, as they are stored, are
-        for validation and the next for training.
-      test: where test examples are from; by default those of ``dataset`` that follow.
-      classes_per_increment: classes that every increment adds.
-      num_classes: of the dataset, the first so many are used; by default all. A multiple of ``classes_per_increment``.
+      dataset: images, as ``cbp_jax.data.load`` returns them. The first examples of each class, in storage order, are
+        used for validation and the next for training.
+      test: dataset of the test examples; by default the next examples of ``dataset``.
+      classes_per_increment: number of classes added by each increment.
+      num_classes: number of classes to use, the first ones of the dataset; by default all. A multiple of
+        ``classes_per_increment``.
       train_per_class: number of training examples of a class.
       validation_per_class: number of validation examples of a class.
       test_per_class: number of test examples of a class.
       batch_size: examples in a batch, at most those of the first increment. Examples that do not fill the last batch of
         an epoch are not shown in that epoch.
-      flip: see ``augment``, also for the following; drawings and digits should not be flipped.
-      padding: pixels of reflection, under the images' height and width.
+      flip: see ``augment``, also for the next two. Drawings and digits should not be flipped.
+      padding: pixels of reflection, less than the images' height and width.
       max_rotation: degrees.
-      normalize: mean and standard deviation, of pixels in [0, 1], that inputs are normalised by; each one number, or
-        one for each channel. By default pixels stay in [0, 1].
+      normalize: mean and standard deviation of pixels in [0, 1] by which inputs are normalized, each one number or one
+        for each channel. By default pixels stay in [0, 1].
 
     Returns:
       An ``IncrementalProblem``.
 
     Raises:
-      ValueError: if a number is out of its range, a class has too few examples, the datasets hold features or differ
-        in size, or ``normalize`` is not of this form.
+      ValueError: if a number is out of range, a class has too few examples, the datasets hold features or differ in
+        size, or ``normalize`` is not of this form.
 
     >>> import jax, cbp_jax.data
     >>> images = cbp_jax.data.load("digits")
@@ -158,7 +159,7 @@ def class_incremental(
     }
     label_of = jnp.repeat(jnp.arange(total, dtype=jnp.int32), train)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> Increment:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> Increment:
         del data
         class_key, task_key = jax.random.split(key)
         classes = jax.random.permutation(class_key, total).astype(jnp.int32)
@@ -169,7 +170,7 @@ def class_incremental(
     def steps(task: Increment) -> jax.Array:
         return task.count * train // batch_size
 
-    def order(data: dict[str, jax.Array], task: Increment, epoch: jax.typing.ArrayLike) -> jax.Array:
+    def order(data: dict[str, jax.Array], task: Increment, epoch: jax.Array | int) -> jax.Array:
         del data
         order_key, _ = jax.random.split(jax.random.fold_in(task.key, epoch))
         drawn = jax.random.uniform(order_key, label_of.shape)
@@ -190,7 +191,7 @@ def class_incremental(
         )
         return inputs, label_of[shown]
 
-    def held_out(data: dict[str, jax.Array], split: str, number: jax.typing.ArrayLike):
+    def held_out(data: dict[str, jax.Array], split: str, number: jax.Array | int):
         each = {"validation": validation, "test": held}[split]
         rows = jax.lax.dynamic_slice_in_dim(data[split], number * each, each)
         return images_of(rows), jnp.full(each, number, jnp.int32)

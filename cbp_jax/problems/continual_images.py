@@ -1,8 +1,8 @@
-"""Continual ImageNet: binary classifications of ever new pairs of classes, for many epochs each.
+"""Continual ImageNet: binary classification of a new pair of classes in each task, for many epochs.
 
-Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: a task is to tell two classes of ImageNet
-apart; then come two others, and the output layer starts from zero. All tasks are equally hard on average, so a learner
-whose accuracy on test images falls over tasks has lost its plasticity.
+Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: a task is to distinguish two classes of
+ImageNet. The next task has two other classes, and the output layer is reset to zero. All tasks are equally hard on
+average, so a learner whose accuracy on test images falls over tasks has lost plasticity.
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ from cbp_jax.problems.problem import Problem
 class ImageTask(NamedTuple):
     """One task of ``continual_images``."""
 
-    classes: jax.Array  # int32 [classes_per_task], of the dataset; an example of classes[i] is labelled i
-    order: jax.Array  # int32 [steps, batch_size], numbers of training examples, class after class
+    classes: jax.Array  # int32 [classes_per_task], of the dataset; an example of classes[i] is labeled i
+    order: jax.Array  # int32 [steps, batch_size], indices of training examples, class after class
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
 
@@ -34,34 +34,34 @@ def continual_images(
     classes_per_task: int = 2,
     normalize: sampling.Normalization | None = None,
 ) -> Problem:
-    """A stream of tasks, each of which is to tell a few classes apart that have not been seen before.
+    """A stream of tasks, each of which is to distinguish a few classes.
 
-    Classes are dealt like cards: they are shuffled, task after task takes the next ``classes_per_task``, and when too
-    few are left for a task, all are shuffled anew. So a class comes again only after the others have come, and with
-    another one; where ``classes_per_task`` does not divide the classes, those left at the end of a round sit it out.
-    (The public program of the paper goes through one order of the classes again and again, and so repeats its 500
-    pairs.) Task ``index`` is a pure function of (key, index). A task shows its training examples once in each epoch,
-    in a fresh order; examples that do not fill the last batch of an epoch are not shown in that epoch.
+    Classes are dealt like cards: they are shuffled, each task takes the next ``classes_per_task``, and when too few are
+    left for a task, all are shuffled again. So a class returns only after the others were used, and in another pair. If
+    ``classes_per_task`` does not divide the number of classes, those left at the end of a round are skipped. (The
+    paper's public program repeats one order of the classes, and therefore its 500 pairs.) Task ``index`` is a pure
+    function of (key, index). A task shows its training examples once in each epoch, in a new order. Examples that do
+    not fill the last batch of an epoch are not shown in that epoch.
 
     Args:
-      dataset: images and labels, as ``cbp_jax.data.load`` returns them: "imagenet_resized/32x32" is the paper's. Of
-        each class the first examples, as they are stored, are for training and the next for testing. Classes without
-        any example are not used.
+      dataset: images and labels, as ``cbp_jax.data.load`` returns them; the paper's is "imagenet_resized/32x32". The
+        first examples of each class, in storage order, are used for training and the next for testing. Classes without
+        examples are not used.
       train_per_class: number of training examples of a class.
       test_per_class: number of test examples of a class.
       epochs: how often a task shows each of its training examples.
       batch_size: examples in a batch, at most those of a task.
       classes_per_task: number of classes of a task, from 2 to the number of classes.
-      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by; each
-        one number, or one for each channel. By default pixels stay in [0, 1] and features as they are.
+      normalize: mean and standard deviation of pixels in [0, 1], or of features, by which inputs are normalized, each
+        one number or one for each channel. By default pixels stay in [0, 1] and features as they are.
 
     Returns:
       A ``Problem`` whose inputs are float32 [height, width, channels], or [features]. Its ``evaluation`` draws from
       the task's training examples, and its ``test`` gives all test examples of the task, class after class.
 
     Raises:
-      ValueError: if a number is not an integer in its range, a class has too few examples, or ``normalize`` is not of
-        this form.
+      ValueError: if a number is not an integer in range, a class has too few examples, or ``normalize`` is not of this
+        form.
 
     >>> import jax, cbp_jax.data
     >>> images = cbp_jax.data.load("digits")
@@ -94,10 +94,10 @@ def continual_images(
     by_class = np.argsort(dataset.labels, kind="stable")
     starts = (np.cumsum(counts) - counts)[used]
     rows = by_class[starts[:, None] + np.arange(train + test)]
-    # Rows of pixels, [classes * (train + test), pixels]: one gather of rows takes a batch out of them.
+    # Rows of pixels, [classes * (train + test), pixels], so that one gather of rows extracts a batch.
     data = {"images": jnp.array(dataset.images[rows.ravel()].reshape(rows.size, -1))}
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> ImageTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> ImageTask:
         del data
         class_key, task_key = jax.random.split(key)
         order_key, evaluation_key = jax.random.split(jax.random.fold_in(task_key, index))
@@ -110,11 +110,11 @@ def continual_images(
         return ImageTask(classes.astype(jnp.int32), orders.reshape(-1, batch_size), evaluation_key)
 
     def gather(data, task, labels, number):
-        """Inputs and labels of the examples of these numbers within their classes."""
+        """Inputs and labels of examples, given by their indices within the classes."""
         inputs = scale(data["images"][task.classes[labels] * (train + test) + number])
         return inputs.reshape(-1, *dataset.image_shape), labels
 
-    def batch(data: dict[str, jax.Array], task: ImageTask, step: jax.typing.ArrayLike):
+    def batch(data: dict[str, jax.Array], task: ImageTask, step: jax.Array | int):
         shown = task.order[step]
         return gather(data, task, shown // train, shown % train)
 

@@ -1,8 +1,8 @@
-"""Label-permuted classification: the same images with the names of their classes exchanged in every task.
+"""Label-permuted classification: the same images with the labels permuted in every task.
 
 Elsayed & Mahmood, "Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning", ICLR 2024:
-every 2,500 examples a permutation of the classes changes all labels, without telling the learner. What tells the
-classes apart stays the same, so a learner that keeps its features gets better over tasks.
+every 2,500 examples a permutation of the classes changes all labels, and the learner is not informed. Features that
+distinguish the classes stay useful, so a learner that keeps them improves over tasks.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from cbp_jax.problems.problem import Problem
 class LabelPermutedTask(NamedTuple):
     """One task of ``label_permuted``."""
 
-    labels: jax.Array  # int32 [num_classes], a permutation; examples of class c are labelled labels[c]
+    labels: jax.Array  # int32 [num_classes], a permutation; examples of class c are labeled labels[c]
     order: jax.Array  # int32 [examples_per_task], indices of examples in the order of presentation
     evaluation_key: jax.Array  # key, for the choice of the examples of `evaluation`
 
@@ -33,28 +33,27 @@ def label_permuted(
 ) -> Problem:
     """A stream of tasks that differ in the permutation of the class labels.
 
-    Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, which is uniform and
-    independent of those before it (as is the composition of uniform permutations, which the paper takes), from
-    the first task on; and which examples it shows in which order. Where a task asks for more examples than there are,
-    it goes through the dataset again in another order.
+    Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and its examples in their order.
+    The permutation is uniform and independent of earlier ones (as is the paper's composition of uniform permutations),
+    from the first task on. A task of more examples than the dataset has goes through it again in another order.
 
     Args:
       dataset: images, or features, and labels, as ``cbp_jax.data.load`` returns them.
       examples_per_task: number of examples in a task. Each task draws its own.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
-      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalized by;
         each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are. The
         paper's is ``cbp_jax.data.normalization(dataset)``.
-      flatten: whether images are vectors; otherwise they keep their height, width and channels.
+      flatten: whether inputs are vectors. Otherwise images keep their height, width and channels.
 
     Returns:
-      A ``Problem`` whose inputs are float32 [pixels], or [height, width, channels] where not flattened. Its
-      ``evaluation`` draws from the whole dataset, so n may be up to ``len(dataset)``.
+      A ``Problem`` whose inputs are float32 [pixels], or [height, width, channels] if not flattened. Its ``evaluation``
+      draws from the whole dataset, so n may be up to ``len(dataset)``.
 
     Raises:
-      ValueError: if ``examples_per_task`` or ``batch_size`` is not an integer in its range, or ``normalize`` not
-        of this form.
+      ValueError: if ``examples_per_task`` or ``batch_size`` is not an integer in range, or ``normalize`` is not of this
+        form.
 
     >>> import jax, cbp_jax.data
     >>> problem = label_permuted(cbp_jax.data.load("digits"), examples_per_task=900, batch_size=10, flatten=False)
@@ -68,7 +67,7 @@ def label_permuted(
     batch_size = sampling.check_integer("batch_size", batch_size, examples)
     scale = sampling.scaling(dataset, normalize)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> LabelPermutedTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> LabelPermutedTask:
         del data
         label_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         labels = jax.random.permutation(label_key, dataset.num_classes).astype(jnp.int32)

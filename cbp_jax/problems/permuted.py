@@ -1,9 +1,8 @@
-"""Online Permuted MNIST: the same images with their pixels shuffled anew in every task.
+"""Online Permuted MNIST: the same images with their pixels permuted in every task.
 
-Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: each task draws one permutation
-of the pixels, applies it to all images, and presents these once, in random order, without telling the learner
-where a task ends. All tasks are equally hard, so a learner that gets worse over tasks has lost its
-plasticity.
+Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: each task draws one permutation of the
+pixels, applies it to all images, and presents each image once, in random order. The learner is not informed of task
+changes. All tasks are equally hard, so a learner that gets worse over tasks has lost plasticity.
 """
 
 from typing import NamedTuple
@@ -34,13 +33,13 @@ def online_permuted(
 ) -> Problem:
     """A stream of tasks that differ in the permutation of the input's pixels.
 
-    Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and which examples it
-    shows in which order (all of them once by default; where it shows more than there are, they come again in the same
-    order, as in the authors' program). Inputs are flat vectors with values in
-    [0, 1], or, for a network that takes images, these in the shape of an image. Images stay uint8 on the device; each
-    batch is gathered, scaled and permuted as it is asked for.
+    Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and its examples in their order.
+    By default these are all examples once. A task of more examples than the dataset has repeats them in the same order,
+    as in the authors' program. Inputs are flat vectors with values in [0, 1], or these values in the shape of an image
+    for a network that takes images. Images stay uint8 on the device; each batch is gathered, scaled and permuted on
+    demand.
 
-    Input-permuted MNIST of Elsayed & Mahmood (ICLR 2024) is this with ``examples_per_task=5000`` and
+    Input-permuted MNIST of Elsayed & Mahmood (ICLR 2024) is this stream with ``examples_per_task=5000`` and
     ``normalize=cbp_jax.data.normalization(dataset)``.
 
     Args:
@@ -48,20 +47,18 @@ def online_permuted(
       examples_per_task: number of examples in a task, ``len(dataset)`` by default. Each task draws its own.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
-      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalised by;
+      normalize: mean and standard deviation, of pixels in [0, 1] or of features, that inputs are normalized by;
         each one number, or one for each channel. By default pixels stay in [0, 1] and features as they are.
-      flatten: whether inputs are vectors; otherwise shuffled pixels stand in the height, width and channels of the
-        image.
+      flatten: whether inputs are vectors. Otherwise permuted pixels have the shape [height, width, channels].
 
     Returns:
-      A ``Problem`` whose inputs are float32 [pixels], pixels = height * width * channels, or [height, width,
-      channels] where not flattened. Its ``evaluation``
-      draws from the whole dataset under the task's permutation, so n may be up to ``len(dataset)`` in small
-      tasks too.
+      A ``Problem`` whose inputs are float32 [pixels], pixels = height * width * channels, or [height, width, channels]
+      if not flattened. Its ``evaluation`` draws from the whole dataset under the task's permutation, so n may be up to
+      ``len(dataset)`` in small tasks too.
 
     Raises:
-      ValueError: if ``examples_per_task`` or ``batch_size`` is not an integer in its range, or ``normalize`` not
-        of this form.
+      ValueError: if ``examples_per_task`` or ``batch_size`` is not an integer in range, or ``normalize`` is not of this
+        form.
 
     >>> import jax, cbp_jax.data
     >>> problem = online_permuted(cbp_jax.data.load("digits"), batch_size=16)
@@ -76,16 +73,16 @@ def online_permuted(
     pixels = dataset.images[0].size
     scale = sampling.scaling(dataset, normalize)
 
-    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.typing.ArrayLike) -> PermutedTask:
+    def make_task(data: dict[str, jax.Array], key: jax.Array, index: jax.Array | int) -> PermutedTask:
         del data
         permutation_key, order_key, evaluation_key = jax.random.split(jax.random.fold_in(key, index), 3)
         permutation = jax.random.permutation(permutation_key, pixels).astype(jnp.int32)
-        order = jnp.resize(sampling.distinct(order_key, size, min(examples, size)), (examples,))  # again and again
+        order = jnp.resize(sampling.distinct(order_key, size, min(examples, size)), (examples,))  # repeated if needed
         return PermutedTask(permutation, order, evaluation_key)
 
     def gather(data, task, indices):
-        # Rows first and then pixels: one gather with both indices costs 5 us instead of 0.7 us at batch 1. To
-        # float before permuting: XLA's gather of bytes costs 60 us instead of 12 us at batch 16.
+        # First rows, then pixels: one gather with both indices takes 5 us instead of 0.7 us at batch 1. Converted to
+        # float before permuting: XLA's gather of bytes takes 60 us instead of 12 us at batch 16.
         rows = scale(data["images"][indices])
         return rows[:, task.permutation], data["labels"][indices]
 

@@ -1,9 +1,8 @@
 """Slowly-Changing Regression: a fixed target network whose inputs drift.
 
-Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: of m bits, f are held for T examples, and
-then one of them flips, or all are drawn anew; the others are random in every example. The target is more
-complex than the learner can represent, so that the best approximation changes with the bits, and the learner must keep
-tracking it.
+Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: of m bits, f are fixed for T examples; then
+one of them flips, or all are drawn anew. The others are random in every example. The target is more complex than the
+learner can represent, so the best approximation changes with the bits, and the learner must keep tracking it.
 """
 
 from typing import NamedTuple
@@ -19,7 +18,7 @@ _BLOCK = 256  # flips drawn at a time
 
 
 class RegressionTask(NamedTuple):
-    """The stretch of ``slowly_changing_regression`` between two changes of its bits, and the target network."""
+    """One task of ``slowly_changing_regression``, between two changes of its bits, with the target network."""
 
     bits: jax.Array  # float32 [flipping_bits], 0 or 1
     input_weights: jax.Array  # float32 [num_inputs + 1, target_units], -1 or 1; the same in all tasks of a stream
@@ -39,38 +38,38 @@ def slowly_changing_regression(
     redraw: bool = False,
     batch_size: int = 1,
 ) -> Problem:
-    r"""A stream of stretches between two changes of the slow input bits; the defaults are those of the paper.
+    r"""A stream of tasks, each between two changes of the slow input bits. The defaults are those of the paper.
 
-    An input is ``flipping_bits`` bits that stay as they are during a task, one of which, drawn uniformly, flips before
-    the next, or, with ``redraw``, all of which are drawn anew; then bits that are random in every example; and last a
-    constant 1, ``num_inputs`` bits and 1 in all. The target network has one hidden layer of linear threshold units and
-    weights that are -1 or 1 at random,
+    An input consists of ``num_inputs`` bits and a constant 1. The first ``flipping_bits`` bits are fixed during a task;
+    before the next task one of them, drawn uniformly, flips, or with ``redraw`` all are drawn anew. The other bits are
+    random in every example. The target network has one hidden layer of linear threshold units and random weights of -1
+    or 1,
 
     .. math:: y = \sum_i w_i [v_i \cdot x > \theta_i], \quad \theta_i = (m + 1) \beta - S_i
 
     with S_i the number of negative weights among the m + 1 of v_i. The key of a stream determines its target network,
     and all of a task: tasks can be made in any order, in a time that grows by that of 256 random numbers with every
-    256 tasks before it. (The authors' program adds a bias of -1 or 1 to y, which a learner's own bias takes up, and
-    counts the constant's weight into S_i with another sign; this is what the paper says. It has
-    configurations that flip one bit, as the paper says, and others that redraw all of them.)
+    256 tasks before it. (The authors' program adds a bias of -1 or 1 to y, which a learner's own bias can represent,
+    and counts the constant's weight in S_i with the opposite sign; we follow the paper. It has configurations that flip
+    one bit, as in the paper, and others that redraw all bits.)
 
     Args:
       num_inputs: m, number of bits besides the constant.
       flipping_bits: f, at most m.
       examples_per_task: T, number of examples between two changes.
       target_units: number of threshold units of the target network.
-      beta: which fraction of the m + 1 inputs must agree in sign with a threshold unit's weights for it to be on, in
+      beta: the fraction of the m + 1 inputs that must agree in sign with a threshold unit's weights to activate it, in
         [0, 1].
       redraw: whether a change draws all ``flipping_bits`` anew, instead of flipping one.
       batch_size: examples in a batch, at most ``examples_per_task``. Examples that do not fill a last batch
         are not shown.
 
     Returns:
-      A ``Problem`` with the loss "squared_error", inputs float32 [num_inputs + 1] and targets float32 [1]; it has no
-      data. Its ``evaluation`` draws n examples of the task independently, and n may be any.
+      A ``Problem`` with the loss "squared_error", inputs float32 [num_inputs + 1] and targets float32 [1]. It has no
+      data. Its ``evaluation`` draws any number n of examples of the task independently.
 
     Raises:
-      ValueError: if a setting is out of its range.
+      ValueError: if a setting is out of range.
 
     >>> import jax
     >>> problem = slowly_changing_regression()
@@ -90,10 +89,10 @@ def slowly_changing_regression(
     batch_size = sampling.check_integer("batch_size", batch_size, examples)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1]; got {beta!r}")
-    # In float64, as (m + 1) beta may be an integer that a pre-activation can equal.
+    # In float64, since (m + 1) beta may be an integer that a pre-activation can equal.
     agreeing = np.float32((num_inputs + 1) * beta)
 
-    def make_task(data: tuple[()], key: jax.Array, index: jax.typing.ArrayLike) -> RegressionTask:
+    def make_task(data: tuple[()], key: jax.Array, index: jax.Array | int) -> RegressionTask:
         del data
         target_key, flip_key, task_key = jax.random.split(key, 3)
         input_key, output_key = jax.random.split(target_key)
@@ -118,11 +117,11 @@ def slowly_changing_regression(
         random_bits = jax.random.bernoulli(key, shape=(n, num_inputs - flipping_bits)).astype(jnp.float32)
         held = jnp.broadcast_to(task.bits, (n, flipping_bits))
         x = jnp.concatenate([held, random_bits, jnp.ones((n, 1))], axis=1)
-        # Sums of ones: exact in any precision that multiplies them.
+        # Sums of ones are exact in any matrix product precision.
         on = (x @ task.input_weights > task.thresholds).astype(jnp.float32)
         return x, (on @ task.output_weights)[:, None]
 
-    def batch(data: tuple[()], task: RegressionTask, step: jax.typing.ArrayLike):
+    def batch(data: tuple[()], task: RegressionTask, step: jax.Array | int):
         del data
         return examples_of(task, jax.random.fold_in(task.key, step), batch_size)
 
@@ -142,7 +141,7 @@ def slowly_changing_regression(
     )
 
 
-def _flips(key: jax.Array, count: jax.typing.ArrayLike, bits: int) -> jax.Array:
+def _flips(key: jax.Array, count: jax.Array | int, bits: int) -> jax.Array:
     """How often each bit flipped in the first `count` flips, int32 [bits]."""
 
     def add_block(number, flips):

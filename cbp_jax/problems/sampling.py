@@ -1,4 +1,4 @@
-"""What the problems share: random examples, how inputs are scaled, checks of settings."""
+"""Helpers of the problems: random examples, scaling of inputs, checks of settings."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ def distinct(key: jax.Array, size: int, count: int) -> jax.Array:
     """int32 [count], distinct random indices below size, in random order."""
     if count == size:
         return jax.random.permutation(key, size).astype(jnp.int32)
-    # Where the largest of `size` random numbers are: 1 ms for 1,000 of 60,000; shuffling all takes 24 ms.
+    # The positions of the largest of `size` random numbers: 1 ms for 1,000 of 60,000. Shuffling all takes 24 ms.
     return jax.lax.top_k(jax.random.uniform(key, (size,)), count)[1].astype(jnp.int32)
 
 
 def passes(key: jax.Array, size: int, count: int) -> jax.Array:
-    """int32 [count], random indices below size: none comes again before all have come."""
+    """int32 [count], random indices below size; none is repeated before all were used."""
     if count <= size:
         return distinct(key, size, count)
     whole, rest = divmod(count, size)
@@ -36,21 +36,22 @@ def passes(key: jax.Array, size: int, count: int) -> jax.Array:
 
 
 def scaling(dataset: Dataset, normalize: Normalization | None) -> Callable[[jax.Array], jax.Array]:
-    """Makes the function from stored inputs to what a network sees.
+    """Makes the function that maps stored inputs to a network's inputs.
 
     Args:
-      dataset: images, which are first brought to [0, 1], or features.
+      dataset: images, which are first scaled to [0, 1], or features.
       normalize: mean and standard deviation to subtract and divide by, or None.
 
     Returns:
-      a function of arrays [..., pixels], with the channels of a pixel side by side, that returns float32.
+      a function of arrays [..., pixels], with the channels of a pixel adjacent, that returns float32.
 
     Raises:
       ValueError: `normalize` is not of this form, or a standard deviation is not above 0.
     """
     largest = 1 if dataset.has_features else dataset.max_value
     if normalize is None:
-        # A factor, because jit turns a division by a constant into one, and results must not depend on jit.
+        # A factor, because jit turns a division by a constant into a multiplication, and results must not depend on
+        # jit.
         scale = np.float32(1 / largest)
         return lambda x: x.astype(jnp.float32) * scale
     if len(normalize) != 2:
@@ -58,7 +59,7 @@ def scaling(dataset: Dataset, normalize: Normalization | None) -> Callable[[jax.
     mean, deviation = (_per_pixel(part, dataset) for part in normalize)
     if not np.isfinite(mean).all() or not (deviation > 0).all():
         raise ValueError(f"normalize must have finite means and standard deviations above 0; got {normalize!r}")
-    # Subtracting first: XLA may fuse a product and a sum into one rounding, but not this.
+    # Subtracting first, because XLA may fuse a product followed by a sum, but not this.
     offset, factor = (mean * largest).astype(np.float32), (1 / (largest * deviation)).astype(np.float32)
     return lambda x: (x.astype(jnp.float32) - offset) * factor
 
@@ -72,15 +73,15 @@ def stream_of(
     make_task: Callable[..., Any],
     gather: Callable[..., tuple[jax.Array, jax.Array]],
 ) -> Problem:
-    """A problem whose tasks show examples of one dataset, each task in an order of its own.
+    """A problem whose tasks show examples of one dataset, each in its own order.
 
     Args:
-      dataset: images, or features, and labels. Images stay bytes on the device.
+      dataset: images, or features, and labels. Images stay uint8 on the device.
       flatten: whether inputs are vectors.
       examples: in a task.
       batch_size: examples in a batch.
       make_task: of the problem; its tasks have `order`, the indices of examples, and `evaluation_key`.
-      gather: `(data, task, indices) -> (inputs [n, pixels], labels [n])` as the task has them.
+      gather: `(data, task, indices) -> (inputs [n, pixels], labels [n])`, as the task shows them.
 
     Returns:
       the problem.
@@ -92,7 +93,7 @@ def stream_of(
         inputs, labels = gather(data, task, indices)
         return inputs.reshape(-1, *input_shape), labels
 
-    def batch(data: dict[str, jax.Array], task: Any, step: jax.typing.ArrayLike):
+    def batch(data: dict[str, jax.Array], task: Any, step: jax.Array | int):
         return shown(data, task, jax.lax.dynamic_slice(task.order, (step * batch_size,), (batch_size,)))
 
     def evaluation(data: dict[str, jax.Array], task: Any, n: int):
@@ -100,7 +101,7 @@ def stream_of(
 
     return Problem(
         data={
-            "images": jnp.array(dataset.images.reshape(size, pixels)),  # a copy, which nobody can write to
+            "images": jnp.array(dataset.images.reshape(size, pixels)),  # a copy that nobody can write to
             "labels": jnp.array(dataset.labels),
         },
         input_shape=input_shape,
@@ -129,7 +130,7 @@ def check_integer(name: str, value: Any, largest: int | None = None, smallest: i
     """The setting as an int.
 
     Raises:
-      ValueError: it is no integer or out of range.
+      ValueError: it is not an integer, or out of range.
     """
     try:
         integer = operator.index(value)

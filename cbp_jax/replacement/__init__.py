@@ -1,4 +1,4 @@
-"""Replacing units: the loop of Algorithm 1, the policies that it asks, and what it does to weights and optimizers."""
+"""Replacing units: the loop of Algorithm 1, its policies, and the edits to weights and optimizer states."""
 
 from cbp_jax.replacement.reinitialization import (
     REINITIALIZATIONS,

@@ -1,6 +1,6 @@
-"""Makes units start anew: pure functions that take the updates of a step and return others.
+"""Reinitializes units: pure functions that take the updates of a step and return modified ones.
 
-A unit that is drawn anew is an update like any other, `fresh - param`.
+Replacing a weight is an update like any other: `fresh - param`.
 """
 
 import functools
@@ -22,7 +22,7 @@ Arrays = dict[str, chex.Array]
 
 
 def as_mask(chosen: chex.Array, size: int) -> chex.Array:
-    """Bool [size] of unit numbers [k]; a number that is no unit marks none."""
+    """Converts unit numbers [k] to a mask, bool [size]. Numbers out of range mark no unit."""
     if chosen.size == 1:
         return jnp.arange(size) == chosen
     return jnp.zeros(size, bool).at[chosen].set(True, mode="drop")
@@ -31,9 +31,9 @@ def as_mask(chosen: chex.Array, size: int) -> chex.Array:
 def compensate(
     after: UpdatedParams, group: units_lib.UnitGroup, chosen: chex.Array, means: tuple[chex.Array, ...]
 ) -> Arrays:
-    """Lets the biases of the consumers take over what the chosen units give on average.
+    """Adds the mean contribution of the chosen units to the biases of their consumers.
 
-    A consumer without bias whose mean is subtracted from its output needs none.
+    A consumer whose output is centered afterwards, as by batch normalization, needs no such bias.
 
     Args:
       after: the parameters after this step.
@@ -46,8 +46,12 @@ def compensate(
     """
     updates = dict(after.updates)
     for consumer in group.outgoing:
-        if consumer.bias is None and consumer.absorbed:
-            continue
+        if consumer.bias is None:
+            if consumer.absorbed:
+                continue
+            raise ValueError(
+                f"{consumer.kernel.path!r}, which reads group {group.name!r}, has no bias to take the mean activation"
+            )
         kernel = consumer.kernel
         shape, columns = after.params[kernel.path].shape, kernel.columns(chosen)
         weights = kernel.rows_of(after[kernel.path], chosen).astype(jnp.float32)
@@ -58,14 +62,14 @@ def compensate(
         else:  # in a grouped convolution the rows of a unit lead to different outputs
             rows = jnp.zeros((*weights.shape[:-1], kernel.rows))
             gone = kernel.undo_rows_last(rows.at[..., columns].set(weights * mean, mode="drop"), shape)
-            others = range(len(shape))
+            others = list(range(len(shape)))
         gone = gone.sum(tuple(place for place, axis in enumerate(others) if axis not in consumer.bias_axes))
         updates[consumer.bias] += gone.astype(updates[consumer.bias].dtype)
     return updates
 
 
 class Seen(NamedTuple):
-    """What a reinitialization may look at besides parameters; see `NewUnits`."""
+    """Inputs of a reinitialization besides the parameters; see `NewUnits`."""
 
     grads: Arrays
     initial: Arrays
@@ -82,35 +86,36 @@ def start_anew(
     reinitialization: Reinitialization = reinitializations.resample,
     seen: Seen | None = None,
 ) -> tuple[Arrays, Arrays]:
-    """Changes the updates such that chosen units start anew.
+    """Changes the updates so that the chosen units are reinitialized.
 
     Args:
       params: parameters by path.
       updates: the step's updates by path.
       groups: all groups.
       chosen: for each group int [k], units, or the group's size for none.
-      initializer: of incoming weights; None for `he_uniform` by each kernel's own layout, and for embeddings, of
-        which an input picks one entry, for normal ones of variance 1 / units.
-      random_key: makes the key of the draw.
-      reinitialization: what units start from.
-      seen: what it looks at; not needed for drawn weights.
+      initializer: of incoming weights. None stands for `he_uniform` with each kernel's own layout, and for embeddings,
+        where an input selects one row, for a normal distribution of variance 1 / units.
+      random_key: returns the key for the fresh weights.
+      reinitialization: what replaced units start from.
+      seen: its inputs; not needed where all weights are drawn.
 
     Returns:
-      the updates, and by path a bool mask, broadcastable: which entries are new.
+      the updates; and by path a bool mask, broadcastable, of the entries that are new.
 
     Raises:
-      ValueError: the reinitialization gives arrays of other shapes than it should.
+      ValueError: the reinitialization returns arrays of wrong shapes.
     """
-    updates, masks = dict(updates), {}
+    updates = dict(updates)
+    masks: dict[str, chex.Array] = {}
 
     def put(part, rows, values):
-        """Sets the updates of a slice's rows, the units in a mask, to values that broadcast to the array."""
+        """Sets the updates of the rows of masked units to values that broadcast to the array."""
         mask = part.mask(rows, params[part.path])
         updates[part.path] = jnp.where(mask, values, updates[part.path])
         masks[part.path] = masks.get(part.path, False) | mask
 
     def write(part, rows, units, column):
-        """Gives a slice's rows, of the units in a mask and by number, the values [other axes..., positions * k]."""
+        """Sets the rows of some units, given by mask and by number, to values [other axes..., positions * k]."""
         param, update = params[part.path], updates[part.path]
         if column.shape[-1] == 1:
             put(part, rows, jnp.expand_dims(column.squeeze(-1), part.axes) - param)
@@ -134,7 +139,7 @@ def start_anew(
                     put(part, rows, part.reset - params[part.path])
                 else:
                     put(part, rows, -params[part.path])
-    # After all outgoing weights: a weight from one new unit to another ends as the latter's.
+    # After all outgoing weights, so that a weight between two new units is an incoming weight of the second.
     for group, rows, units, new in zip(groups, replaced, chosen, fresh, strict=True):
         for part, column in zip(group.incoming, new.incoming, strict=True):
             write(part, rows, units, column)
@@ -169,16 +174,16 @@ def _fresh(params, updates, groups, chosen, initializer, random_key, reinitializ
         ones = (None if new.kept is None else jnp.ones_like(new.kept) for new in zeros)
         return none, [new._replace(kept=kept) for new, kept in zip(zeros, ones, strict=True)]
 
-    # Generating random bits is expensive, and most steps replace nothing. The chosen units pass through the branch, so
-    # that the loops over the weights below read them instead of computing them over again for every weight.
+    # Generating random bits is expensive, and most steps replace nothing. The chosen units are passed through the
+    # branch, so that the loops over the weights below read them instead of recomputing them for every weight.
     some = jnp.any(jnp.stack([jnp.any(units < group.size) for units, group in zip(chosen, groups, strict=True)]))
-    # Under vmap a draw runs in every step. What costs more runs only where some row replaces a unit.
+    # Under vmap the draw runs in every step. Costlier reinitializations run only if some lane replaces a unit.
     some = some if reinitialization is reinitializations.resample else anywhere(some)
     return jax.lax.cond(some, draw, nothing)
 
 
 def _sample(params, groups, initializer, count, part, key, outgoing):
-    """Rows of a slice as the initializer draws them, [other axes..., positions * count]."""
+    """Draws rows of a slice with the initializer, [other axes..., positions * count]."""
     shape, dtype = params[part.path].shape, params[part.path].dtype
     if initializer is None:
         initializer = (
@@ -188,7 +193,7 @@ def _sample(params, groups, initializer, count, part, key, outgoing):
 
 
 def _checked(reinitialization: Reinitialization, new: NewUnits, params: Arrays) -> Fresh:
-    """What units start from, of the parameters' types."""
+    """Calls the reinitialization, and casts what it returns to the parameters' types."""
     fresh, group = reinitialization(new), new.group
     name = getattr(reinitialization, "__name__", repr(reinitialization))
     if not isinstance(fresh, Fresh):
@@ -226,10 +231,10 @@ def _default_initializer(ndim: int, part: units_lib.ParamSlice) -> resample.Init
 
 
 def _default_of_readers(ndim: int, part: units_lib.ParamSlice, groups: Sequence[units_lib.UnitGroup]):
-    """He et al.'s initializer of a kernel that reads units along the slice's axes."""
+    """He et al.'s initializer for a kernel whose units lie along the slice's axes."""
     made = [other.axes for group in groups for other in group.incoming if other.path == part.path]
     rest = tuple(axis for axis in range(ndim) if axis not in part.axes)
-    # The output layer makes no units: as all layers of Flax have it, its outputs are the last axis.
+    # The output layer has no units of its own. Its outputs are the last axis, as in all layers of Flax.
     return resample.he_uniform(ndim, made[0] if made else rest[-1:])
 
 
@@ -240,7 +245,7 @@ def _embedding(ndim: int, axes: tuple[int, ...]) -> resample.Initializer:
 
 
 def _scatter(part, units, param, update, column):
-    """The updates where the rows of several units get fresh weights."""
+    """The updates that give the rows of several units fresh weights."""
     rows = part.columns(units)
     flat = part.rows_last(update.astype(jnp.promote_types(update.dtype, param.dtype)))
     old = part.rows_of(param, units)

@@ -18,11 +18,11 @@ def reset(
     masks: Mapping[str, chex.Array],
     replaced: Mapping[str, chex.Array] | None = None,
 ) -> optax.OptState:
-    """Sets entries of an optimizer's state to what `inner.init` gives for the new parameters.
+    """Resets entries of an optimizer's state to what `inner.init` returns for the new parameters.
 
     Every copy of the parameters' tree in the state (moments, per-weight counts, accumulated gradients, anchors),
-    however deeply nested in chains and wrappers, is set, and so is what is kept for each unit, which are arrays [units]
-    under the name of a group; everything else stays.
+    however deeply nested in chains and wrappers, is reset. So are arrays [units] under the name of a group, which hold
+    a value for each unit. Everything else stays.
 
     Args:
       inner: the optimizer whose state it is.
@@ -53,15 +53,15 @@ def clear(
     params: optax.Params,
     living: Mapping[str, chex.Array],
 ) -> optax.OptState:
-    """Sets entries of an optimizer's state that belong to dead weights to 0.
+    """Sets the entries of an optimizer's state that belong to pruned weights to 0.
 
-    These are in the same arrays as those that `reset` takes back to their start.
+    They are found in the same arrays as in `reset`.
 
     Args:
       inner: the optimizer whose state it is.
       state: its state.
       params: the parameters.
-      living: for the path of a parameter, a bool array that broadcasts to it: which weights live.
+      living: for the path of a parameter, a bool array that broadcasts to it: True for weights that are not pruned.
 
     Returns:
       the state, of the same structure.
@@ -83,18 +83,18 @@ def check(
     paths: Collection[str],
     sizes: Mapping[str, int] | None = None,
 ) -> None:
-    """Raises if a state holds arrays of which it is unknown what they say about a weight.
+    """Raises if a state holds arrays whose entries cannot be assigned to weights.
 
     Args:
       inner: the optimizer whose state it is.
       state: its state.
       params: the parameters.
-      paths: the parameters whose entries will have to be reset.
+      paths: the parameters whose entries will be reset.
       sizes: number of units by name of group.
 
     Raises:
-      ValueError: there is an array that is neither a scalar, nor a random key, nor of its parameter's shape, nor one
-        of a group's units, such as the factored moments of Adafactor.
+      ValueError: some array is neither a scalar, nor a random key, nor of its parameter's shape, nor [units] of a
+        group. The factored moments of Adafactor are an example.
     """
     leaves = groups.leaves_by_path(params)
 
@@ -137,8 +137,8 @@ def _paths_in_state(inner: optax.GradientTransformation, state: optax.OptState, 
             is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
     except (AttributeError, IndexError, TypeError, ValueError):
-        # A transformation whose `init` looks at the params, as those that replace units do, cannot be asked that way. A
-        # leaf of its state is about the parameter with whose path its own ends.
+        # A transformation whose `init` needs real params cannot be called with placeholders. There, a leaf of the state
+        # belongs to the parameter whose path is the end of the leaf's own path.
         leaves = sorted(groups.leaves_by_path(params), key=len, reverse=True)
 
         def owner(key_path, leaf):

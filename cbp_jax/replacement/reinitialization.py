@@ -1,21 +1,21 @@
-r"""What a unit that is replaced starts from: small pure functions of a `NewUnits`, by name.
+r"""Initial weights of a replaced unit: small pure functions of a `NewUnits`, by name.
 
 | name | incoming weights | outgoing weights |
 |---|---|---|
 | `resample` | drawn by the initializer | 0 |
-| `rewind` | the unit's own at the start of training, and so its biases | 0 |
+| `rewind` | the unit's own at the start of training; likewise its biases | 0 |
 | `resample_both` | drawn | drawn |
-| `orthogonal` | drawn, without what the living units' incoming weights span | 0 |
-| `split` | those of a useful unit, and so its biases and scales, with noise | half of the useful unit's |
+| `orthogonal` | drawn, then made orthogonal to the other units' incoming weights | 0 |
+| `split` | those of a useful unit, with noise; likewise its biases and scales | half of the useful unit's |
 | `regrow` | along the negative gradient | 0 |
 
-Where nothing else is said, biases become 0 and scales of normalization 1. Weights of each are as large as the
-initializer makes them, except those of `rewind` and `split`.
+Unless the table says otherwise, biases become 0 and scales of normalization 1. Except for `rewind` and `split`, weights
+are as large as the initializer makes them.
 
-With `compensate_bias`, the mean contribution of the removed unit goes to the biases of its readers, whatever follows.
-The output then stays (on average) with all but `resample_both`, whose new unit speaks at once.
+With `compensate_bias`, the mean contribution of the removed unit is added to the biases of its consumers. The output
+then stays the same on average, except with `resample_both`, whose new unit contributes at once.
 
-One of your own, which draws half as large:
+A reinitialization of your own, whose weights are half as large:
 
 >>> import jax, jax.numpy as jnp, optax, cbp_jax
 >>> def small(new):
@@ -49,21 +49,21 @@ import jax.numpy as jnp
 from cbp_jax import units as units_lib
 from cbp_jax.replacement.views import UpdatedParams
 
-_RIDGE = 1e-4  # of the mean square of living units, along a direction that they span
+_RIDGE = 1e-4  # relative to the mean square of living units along a direction that they span
 
 
 class Fresh(NamedTuple):
-    """What new units start from.
+    """Initial weights of new units.
 
-    An array of a slice's rows is [other axes of the parameter in order..., positions * k], position by position: what
-    `NewUnits.rows` gives.
+    Rows of a slice are an array [other axes of the parameter in order..., positions * k], position by position, as
+    `NewUnits.rows` returns them.
 
     Attributes:
       incoming: for each slice of the group's `incoming`, its rows.
       outgoing: for each of the group's `outgoing`, the rows of its kernel; None for 0.
       biases: for each slice of the group's `biases`, its rows; None for 0.
       scales: for each slice of the group's `scales`, its rows; None for those that change nothing.
-      kept: [units], by what the outgoing weights of living units are multiplied; None for 1.
+      kept: [units], factors for the outgoing weights of living units; None for 1.
     """
 
     incoming: tuple[chex.Array, ...]
@@ -75,21 +75,21 @@ class Fresh(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewUnits:
-    """What a reinitialization may look at: the units of one group that start anew in one step.
+    """Input of a reinitialization: the units of one group that are replaced in one step.
 
     Attributes:
       group: the group.
       chosen: int [k], their numbers; the group's size stands for none.
       replaced: bool [units], the same as a mask. All others are living.
-      params: arrays by path: the parameters after the inner update, where the outgoing weights of all units that are
-        replaced in this step, of any group, are 0.
+      params: arrays by path: the parameters after the inner update. The outgoing weights of all units that are replaced
+        in this step, in any group, are 0.
       grads: arrays by path: the gradients of this step.
       initial: arrays by path: incoming weights and biases as they were when training started; only for a function with
         the attribute `keeps_initial = True`.
-      utility: float32 [units], by which the policy ranks, if it says so (`Choice.utility`).
-      sample: `sample(part, key, outgoing)`: rows as the initializer draws them, of an incoming or an outgoing slice.
-      keys: a typed key for each incoming slice, with which `drawn` is drawn.
-      key: a typed key for whatever else is random.
+      utility: float32 [units], the utilities of the policy, if it returns them (`Choice.utility`).
+      sample: `sample(part, key, outgoing)` draws rows of an incoming or an outgoing slice with the initializer.
+      keys: a typed key for each incoming slice, used by `drawn`.
+      key: a typed key for any other random numbers.
     """
 
     group: units_lib.UnitGroup
@@ -105,7 +105,7 @@ class NewUnits:
 
     @functools.cached_property
     def drawn(self) -> tuple[chex.Array, ...]:
-        """Rows as the initializer draws them, for each incoming slice."""
+        """Rows drawn by the initializer, for each incoming slice."""
         return tuple(self.sample(part, key, False) for part, key in zip(self.group.incoming, self.keys, strict=True))
 
     def rows(
@@ -124,7 +124,7 @@ class NewUnits:
         return part.rows_of(arrays[part.path], self.chosen if units is None else units)
 
     def living(self, arrays: Mapping[str, chex.Array], part: units_lib.ParamSlice) -> chex.Array:
-        """The rows of a slice of all living units, float32 [entries of a unit, units]; 0 for those replaced."""
+        """The rows of a slice, float32 [entries of a unit, units]; 0 for units that are replaced."""
         vectors = _vectors(self.rows(arrays, part, jnp.arange(self.group.size)), part)
         return jnp.where(self.replaced, 0.0, vectors)
 
@@ -133,17 +133,17 @@ Reinitialization = Callable[[NewUnits], Fresh]
 
 
 def resample(new: NewUnits) -> Fresh:
-    """Drawn by the initializer, read by none: Algorithm 1 of Dohare et al. (Nature 2024)."""
+    """Incoming weights drawn by the initializer, outgoing weights 0: Algorithm 1 of Dohare et al. (Nature 2024)."""
     return Fresh(new.drawn)
 
 
 def rewind(new: NewUnits) -> Fresh:
-    """The unit's own incoming weights and biases at the start of training, as the lottery ticket hypothesis has it."""
+    """The unit's own incoming weights and biases at the start of training, as in the lottery ticket hypothesis."""
     start = lambda parts: tuple(new.rows(new.initial, part) for part in parts)
     return Fresh(start(new.group.incoming), biases=start(new.group.biases))
 
 
-rewind.keeps_initial = True
+rewind.keeps_initial = True  # type: ignore[attr-defined]
 
 
 def resample_both(new: NewUnits) -> Fresh:
@@ -156,15 +156,15 @@ def resample_both(new: NewUnits) -> Fresh:
 
 
 def orthogonal(new: NewUnits) -> Fresh:
-    r"""Drawn, less what living units' incoming weights span, and brought back to the length that was drawn.
+    r"""Drawn, made orthogonal to the incoming weights of living units, and rescaled to the length that was drawn.
 
-    With living units' vectors V as columns and a drawn vector x, the new one is along
+    With the vectors of living units as columns of V and a drawn vector x, the new vector points along
 
     .. math:: (I - V (V^\top V + \lambda I)^{-1} V^\top)^2\, x
 
-    with a small :math:`\lambda`: orthogonal to all where there are fewer units than incoming weights. Where there are
-    not, nothing is orthogonal to all, and :math:`(V V^\top + \lambda I)^{-1} x` is taken: a vector along which living
-    units have little weight. Each kernel that leads to the units is treated by itself; new units are not made
+    with a small :math:`\lambda`. It is orthogonal to all of them if there are fewer units than incoming weights.
+    Otherwise no vector is orthogonal to all, and :math:`(V V^\top + \lambda I)^{-1} x` is used, a direction in which
+    living units have small weights. Each kernel that leads to the units is treated separately. New units are not made
     orthogonal to each other.
     """
     return Fresh(
@@ -176,18 +176,18 @@ def orthogonal(new: NewUnits) -> Fresh:
 
 
 def split(new: NewUnits, noise: float = 0.1) -> Fresh:
-    """Half of a useful unit: what it computes, with noise, and half of its outgoing weights.
+    """Splits a useful unit: the new unit gets its incoming weights, with noise, and half of its outgoing weights.
 
-    The useful unit keeps the other half. Without noise, the network computes what it would with the replaced unit
-    removed. The most useful living unit is split first, each at most once in a step; where there is none, units are
-    drawn (`resample`).
+    The useful unit keeps the other half. Without noise, the network computes what it would compute with the replaced
+    unit removed. The most useful living unit is split first, and each at most once in a step. If none is left, units
+    are drawn (`resample`).
 
     Args:
       new: the new units.
-      noise: how much of a drawn unit is added to the incoming weights, by which the halves come to differ.
+      noise: what fraction of a drawn unit is added to the incoming weights, so that the halves become different.
 
     Raises:
-      ValueError: the policy does not say which units are useful.
+      ValueError: the policy does not return utilities.
     """
     if new.utility is None:
         raise ValueError(
@@ -217,10 +217,10 @@ def split(new: NewUnits, noise: float = 0.1) -> Fresh:
 
 
 def regrow(new: NewUnits) -> Fresh:
-    """Incoming weights along the negative gradient of this step, as long as the initializer draws them.
+    """Incoming weights along the negative gradient of this step, as long as the vectors that the initializer draws.
 
-    The gradient is of the removed unit's incoming weights; where it is 0, as for a dead unit, it is the mean of that of
-    living units. Where that is 0 as well, weights are as drawn.
+    The gradient is that of the removed unit's incoming weights. If it is 0, as for a dead unit, the mean gradient of
+    the living units is used. If that is 0 as well, weights are drawn.
     """
 
     def along(part, drawn):
@@ -238,10 +238,10 @@ REINITIALIZATIONS: dict[str, Reinitialization] = {
 
 
 def get_reinitialization(reinitialization: str | Reinitialization) -> Reinitialization:
-    """Looks a reinitialization up by name; a callable is taken as it is.
+    """Looks up a reinitialization by name. A callable is returned as it is.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is no reinitialization of that name.
 
     Example:
       >>> get_reinitialization("rewound")
@@ -260,34 +260,35 @@ def get_reinitialization(reinitialization: str | Reinitialization) -> Reinitiali
 
 
 def keeps_initial(reinitialization: Reinitialization) -> bool:
-    """Whether a reinitialization looks at what training started from: it, or what it is a partial of, says so."""
+    """Whether a reinitialization, or the function that it is a partial of, needs the initial parameters."""
     function = reinitialization.func if isinstance(reinitialization, functools.partial) else reinitialization
     return getattr(function, "keeps_initial", False)
 
 
 def _vectors(rows: chex.Array, part: units_lib.ParamSlice) -> chex.Array:
-    """Rows [other axes..., positions * k] as a vector of each unit, float32 [entries of a unit, k]."""
+    """Reshapes rows [other axes..., positions * k] to one vector for each unit, float32 [entries of a unit, k]."""
     return rows.astype(jnp.float32).reshape(-1, rows.shape[-1] // part.positions)
 
 
 def _like(drawn: chex.Array, part: units_lib.ParamSlice, vectors: chex.Array) -> chex.Array:
-    """Vectors as rows, each as long as the one drawn, and of its type."""
+    """Reshapes vectors to rows, with the lengths and the type of those drawn."""
     length = _length(vectors)
     scale = _length(_vectors(drawn, part)) / jnp.where(length > 0, length, 1.0)
     return (vectors * scale).reshape(drawn.shape).astype(drawn.dtype)
 
 
 def _length(vectors: chex.Array) -> chex.Array:
-    """Of each column, [1, k]. Scaled by the largest entry, so that small gradients are not 0."""
+    """Norms of columns, [1, k]. Entries are scaled by the largest one first, so that squares of small gradients are not
+    0."""
     largest = jnp.max(jnp.abs(vectors), 0, keepdims=True)
     unit = vectors / jnp.where(largest > 0, largest, 1.0)
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit), 0, keepdims=True))
 
 
-# One at a time under vmap, so that each gets what it gets alone: products and solutions of a batch round otherwise.
+# One at a time under vmap, so that each result is bit for bit that of a solo run: batched products round differently.
 @jax.custom_batching.sequential_vmap
 def _without_span(vectors: chex.Array, others: chex.Array) -> chex.Array:
-    """Vectors [entries, k] less what others [entries, units] span."""
+    """Removes from vectors [entries, k] their components in the span of others [entries, units]."""
     vectors, others = jax.lax.optimization_barrier((vectors, others))
     entries, size = others.shape
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -1,6 +1,6 @@
-"""Replaces units while an optimizer trains: Algorithm 1 of Dohare et al. (Nature 2024), whatever the policy.
+"""Replaces units while an optimizer trains: Algorithm 1 of Dohare et al. (Nature 2024), with any policy.
 
-The loop is here; which units are due is the policy's answer. `continual_backprop` and `redo` are policies.
+The loop is here. A policy decides which units are replaced; `continual_backprop` and `redo` are policies.
 """
 
 import functools
@@ -23,23 +23,24 @@ from cbp_jax.replacement import inner_state as inner_state_lib
 from cbp_jax.replacement.reinitialization import Reinitialization, get_reinitialization, keeps_initial
 from cbp_jax.replacement.views import GroupView, UpdatedParams
 
-Memory = Mapping[str, Any]
+Memory = dict[str, Any]  # what a policy remembers of a group: arrays by name
 
 
 class Choice(NamedTuple):
     """A policy's answer for one group.
 
     Attributes:
-      units: which units start anew: their numbers, int [k] with k fixed, the group's size standing for none; or a mask,
-        bool [units], which is slower unless `due` is rare, since fresh weights are drawn for a whole group.
-      memory: what the policy wants back at the next update, of the structure, shapes and dtypes of `init`'s.
-      mean_activation: to hand what the units gave on average to the bias of those that read them, their mean
-        activation: for each distinct activation that is read, [positions, units].
-      utility: what all units are worth, [units], for reinitializations that build on useful ones.
+      units: which units are replaced: their numbers, int [k] with k fixed, where the group's size stands for no unit;
+        or a mask, bool [units]. A mask is slower unless `due` is rarely true, since fresh weights are drawn for a whole
+        group.
+      memory: what the policy gets back at the next update. Structure, shapes and dtypes must be those of `init`'s.
+      mean_activation: mean activations of the units, for each distinct activation that is read, [positions, units]. If
+        given, the mean contribution of replaced units is added to the biases of their consumers.
+      utility: utilities of all units, [units], for reinitializations that build on useful units.
     """
 
     units: chex.Array
-    memory: Memory = types.MappingProxyType({})
+    memory: Mapping[str, Any] = types.MappingProxyType({})
     mean_activation: tuple[chex.Array, ...] | None = None
     utility: chex.Array | None = None
 
@@ -52,25 +53,26 @@ class ReplacementState(NamedTuple):
     memory: dict[str, dict[str, Any]]  # the policy's, by entry and group name
     replaced: dict[str, chex.Array]  # bool [units] by group name, units replaced in the last update
     inner_state: optax.OptState
-    initial: Mapping[str, chex.Array] = {}  # by path, for reinitializations that look back
+    initial: Mapping[str, chex.Array] = {}  # by path, for reinitializations that need initial parameters
 
 
 class Policy(NamedTuple):
     """Which units are replaced, and when. Only `choose` is needed.
 
     Attributes:
-      choose: from a `GroupView` and the group's memory, its `Choice`. Called group by group from front to back.
-      init: from a group and the params, the group's memory, a dict of arrays.
-      due: from the number of this update (int32 [], from 1), whether units are replaced in it at all, bool []; in
-        other updates `choose` does not run and memories stay. None: in every update.
-      state: a NamedTuple to be the transformation's state, with the fields `key`, `count`, `replaced`, `inner_state`
-        and one for each entry of a memory, and `initial` for reinitializations that look at the start of training; by
-        default a `ReplacementState`.
+      choose: `choose(view, memory)` takes a `GroupView` and the group's memory and returns a `Choice`. It is called
+        group by group, from front to back.
+      init: `init(group, params)` returns the group's memory, a dict of arrays.
+      due: `due(count)` takes the number of this update (int32 [], from 1) and returns whether units are replaced in it,
+        bool []. In other updates `choose` does not run and memories stay as they are. None: in every update.
+      state: the NamedTuple of the transformation's state, by default `ReplacementState`. Its fields are `key`, `count`,
+        `replaced`, `inner_state`, one for each entry of a memory, and `initial` for reinitializations that need the
+        initial parameters.
       name: for error messages.
     """
 
     choose: Callable[[GroupView, Memory], Choice]
-    init: Callable[[units_lib.UnitGroup, optax.Params], Memory] = lambda group, params: {}
+    init: Callable[[units_lib.UnitGroup, optax.Params], Mapping[str, Any]] = lambda group, params: {}
     due: Callable[[chex.Array], chex.Array] | None = None
     state: type = ReplacementState
     name: str = "replace_units"
@@ -88,42 +90,42 @@ def replace_units(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the units that a policy chooses, after each update of an inner optimizer.
 
-    For every group of units from front to back the policy chooses units. Their incoming weights are drawn anew, scales
-    of normalisation become 1, biases and outgoing weights 0. (Running statistics are no parameters:
-    `reset_batch_stats` resets them.) A replacement is an update like any other, `fresh - param`, so that the
-    transformation composes with all others. Where two adjacent groups replace units in one update, the weight from the
-    one new unit to the other ends drawn anew, not 0. While nothing is replaced, the updates are bit for bit those of
-    `inner`.
+    For each group of units, from front to back, the policy chooses units. Their incoming weights are drawn anew, scales
+    of normalization become 1, and biases and outgoing weights become 0. (Running statistics are not parameters;
+    `reset_batch_stats` resets them.) A replacement is an update like any other, `fresh - param`, so the transformation
+    composes with all others. If two adjacent groups replace units in one update, the weight between two new units is
+    drawn, not 0. While nothing is replaced, the updates are bit for bit those of `inner`.
 
-    In a chain, whatever remembers weights (momentum, Adam) belongs inside, as `inner`, so that its memory of replaced
-    weights is reset; gradient clipping may stand in front; no transformation that changes updates may follow.
+    In a chain, every transformation with state for each weight (momentum, Adam) belongs inside, as `inner`, so that its
+    state is reset for replaced weights. Gradient clipping may come before. No transformation that changes updates may
+    follow.
 
     Args:
       inner: the optimizer that trains the network.
-      units: groups of `discover_units`, or written by hand.
+      units: groups of units, from `discover_units` or written by hand.
       policy: which units are replaced, and when.
-      initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
-        gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout, and for
-        embeddings a normal one of variance 1 / units.
-      reinitialization: what units start from: "resample" (drawn anew), "rewind", "resample_both", "orthogonal",
-        "split", "regrow" (see :mod:`cbp_jax.replacement.reinitialization`), or a function of a `NewUnits` that returns
-        a `Fresh`.
+      initializer: `jax.nn.initializers` function for the incoming weights. New entries have the distribution that it
+        gives to the full kernel. The default is He et al.'s uniform one, adapted to each kernel's layout, and for
+        embeddings a normal distribution of variance 1 / units.
+      reinitialization: what replaced units start from: "resample" (drawn anew), "rewind", "resample_both",
+        "orthogonal", "split", "regrow" (see :mod:`cbp_jax.replacement.reinitialization`), or a function of a `NewUnits`
+        that returns a `Fresh`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
       key: int or jax key for the fresh weights. `init` mixes the params into it (see :func:`keys.init_key`).
 
     Returns:
-      a transformation; its update takes the `features` that `with_features` returned, where the policy looks at them:
-      `tx.update(grads, state, params, features=features)`; and `hessian_diag`, a tree like the params (see
-      `cbp_jax.curvature`), where the policy or the inner optimizer wants it.
+      a transformation. If the policy uses activations, its update takes the `features` that `with_features` returned,
+      `tx.update(grads, state, params, features=features)`. If the policy or the inner optimizer uses curvature, it also
+      takes `hessian_diag`, a tree like the params (see `cbp_jax.curvature`).
 
     Raises:
-      TypeError: the initializer is no function.
-      ValueError: there is no such reinitialization; in `init`, units that do not match the params, or an inner state
-        that is not understood; in `update`, params or features are missing or of wrong shapes, or the policy or the
-        reinitialization answers with other shapes than it should.
+      TypeError: the initializer is not a function.
+      ValueError: the reinitialization is unknown; in `init`, the units do not match the params, or the inner state is
+        not understood; in `update`, params or features are missing or of wrong shapes, or the policy or the
+        reinitialization returns wrong shapes.
 
     Example:
-      Every 1,000 updates, start the 2 units of least gradient anew:
+      Replace the 2 units of smallest gradient every 1,000 updates:
 
       >>> import jax, jax.numpy as jnp, optax, cbp_jax
       >>> def least_gradient(view, memory):
@@ -155,9 +157,10 @@ def replace_units(
 
     def init_fn(params: optax.Params) -> Any:
         check_axes(params)
-        groups = units_lib.check_units(units, params)
+        real = bool(jax.tree.leaves(params))  # optax.tree.map_params calls `init` with a placeholder that has no leaves
+        groups = units_lib.check_units(units, params) if real else units
         inner_state = inner.init(params)
-        if reset_inner_state:
+        if reset_inner_state and real:
             paths = {part.path for group in groups for part in group.slices()}
             inner_state_lib.check(inner, inner_state, params, paths, {group.name: group.size for group in groups})
         start = {"initial": _initial(groups, params)} if keeps_initial(reinitialize) else {}
@@ -167,7 +170,7 @@ def replace_units(
             replaced={group.name: jnp.zeros(group.size, bool) for group in groups},
             inner_state=inner_state,
             **start,
-            **_memory_fields(policy, {group.name: policy.init(group, params) for group in groups}),
+            **_memory_fields(policy, {group.name: dict(policy.init(group, params)) for group in groups}),
         )
 
     def update_fn(
@@ -235,7 +238,7 @@ def replace_units(
         if due is None:
             new_updates, inner_state, replaced, memories = replace()
         else:
-            # Whole groups may be drawn anew, so that most updates must not come to it, under vmap neither.
+            # Whole groups may be drawn here, so most updates must skip this branch, under vmap too.
             updates = _widen(updates, params, {part.path for group in groups for part in group.slices()})
             new_updates, inner_state, replaced, memories = jax.lax.cond(anywhere(due), replace, keep)
         new_state = state._replace(
@@ -247,7 +250,7 @@ def replace_units(
 
 
 def replaced_units(opt_state: optax.OptState) -> chex.Array:
-    """How many units the last update replaced, whatever the optimizer state is nested in: float32 []."""
+    """How many units the last update replaced, float32 []. The state may be nested in other optimizer states."""
     masks = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
     return sum(
         (jnp.sum(mask, dtype=jnp.float32) for mask in jax.tree.leaves([found for _, found in masks])),
@@ -259,25 +262,27 @@ def _initial(groups: Sequence[units_lib.UnitGroup], params: optax.Params) -> dic
     """Incoming weights and biases by path, copied, so that params and state can both be donated to a jitted step."""
     paths = {part.path for group in groups for part in (*group.incoming, *group.biases)}
     leaves = units_lib.leaves_by_path(params)
+    if not leaves:
+        return {path: jnp.zeros([]) for path in paths}  # the entries without their values, for optax.tree.map_params
     return {path: jnp.array(leaf, copy=True) for path, leaf in leaves.items() if path in paths}
 
 
 def _memory_fields(policy: Policy, memories: dict[str, Memory]) -> dict[str, Any]:
-    """Memories by group as fields of the policy's state, each by group."""
+    """Converts memories by group to fields of the policy's state, each a dict by group."""
     names = next(iter(memories.values()), {})
     fields = {name: {group: memory[name] for group, memory in memories.items()} for name in names}
     return {"memory": fields} if policy.state is ReplacementState else fields
 
 
 def _memories(policy: Policy, groups: Sequence[units_lib.UnitGroup], state: Any) -> dict[str, Memory]:
-    """The reverse of `_memory_fields`: the memory of each group out of a state."""
+    """The inverse of `_memory_fields`: extracts the memory of each group from a state."""
     fields = state.memory if policy.state is ReplacementState else state._asdict()
     names = fields.keys() - {"key", "count", "replaced", "inner_state", "initial"}
     return {group.name: {name: fields[name][group.name] for name in names} for group in groups}
 
 
 def _check_choice(policy, choice, group, memory, due):
-    """A choice as unit numbers, as a mask, and the new memory; nothing of it where the update is not due."""
+    """A choice as unit numbers and as a mask, and the new memory; no units and the old memory if no update is due."""
     units, size = jnp.asarray(choice.units), group.size
     if units.dtype == bool and units.shape == (size,):
         mask = units if due is None else due & units
@@ -302,7 +307,7 @@ def _kind(leaf: Any) -> str:
 
 
 def _widen(updates: optax.Updates, params: optax.Params, paths: set[str]) -> optax.Updates:
-    """Brings updates of weights that may be replaced to the params' precision, in which `-param` is exact."""
+    """Casts updates of weights that may be replaced to the params' precision, in which `-param` is exact."""
     widen = lambda path, update, param: (
         update.astype(jnp.promote_types(update.dtype, param.dtype)) if units_lib.join_path(path) in paths else update
     )

@@ -1,4 +1,4 @@
-"""Fresh weights for a few units at a time, distributed as the initializer would fill the whole kernel."""
+"""Fresh weights for a few units at a time, with the distribution that the initializer gives to the whole kernel."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Initializer = Callable[[chex.PRNGKey, tuple[int, ...], jnp.dtype], chex.Array]
 
 @functools.cache
 def he_uniform(ndim: int, axes: tuple[int, ...]) -> Initializer:
-    """He et al.'s uniform initializer of a kernel whose units stand along `axes`, all other axes leading to them."""
+    """He et al.'s uniform initializer for a kernel whose units lie along `axes`; all other axes are inputs."""
     others = tuple(axis for axis in range(ndim) if axis not in axes)
     return jax.nn.initializers.he_uniform(in_axis=others, out_axis=axes)
 
@@ -29,9 +29,9 @@ def sample_units(
 ) -> chex.Array:
     """Draws the rows along `axes` of a kernel of the given shape that belong to `count` units.
 
-    Generating random bits is expensive, so that only the rows wanted are drawn. An initializer that scales by fans
-    would take the number drawn for the kernel's own; the scale that it uses for the full kernel is put back. The i-th
-    unit's weights do not depend on how many units are drawn.
+    Generating random bits is expensive, so only the requested rows are drawn. An initializer that scales by the fan-in
+    would use the fan-in of the few rows; the scale of the full kernel is restored. The i-th unit's weights do not
+    depend on how many units are drawn.
 
     Args:
       initializer: a `jax.nn.initializers` function of (key, shape, dtype).
@@ -52,7 +52,7 @@ def sample_units(
 
     drawn = tuple(positions if axis == axes[-1] else 1 if axis in axes else size for axis, size in enumerate(shape))
     scale = _row_scale(initializer, shape, drawn)
-    if scale is None:  # its entries depend on the full shape in other ways, as orthogonal ones do
+    if scale is None:  # its entries depend on the full shape in other ways, as for orthogonal matrices
         fresh = rows_last(initializer(key, shape, dtype))[..., : count * positions]
         fresh = jnp.swapaxes(fresh.reshape(*fresh.shape[:-1], count, positions), -1, -2)
     else:
@@ -67,16 +67,17 @@ def sample_units(
 
 @functools.lru_cache(maxsize=256)
 def _row_scale(initializer: Initializer, shape: tuple[int, ...], drawn: tuple[int, ...]) -> float | None:
-    """By how much entries of a draw of the shape `drawn` must be scaled to have the full kernel's distribution.
+    """The factor by which entries drawn in the shape `drawn` are scaled to have the full kernel's distribution.
 
-    JAX's generator gives entry i of a draw bits that depend on the key and i alone. The same key therefore gives the
-    same entries in both shapes, up to the scale, for every initializer that treats entries alike. None for others.
+    JAX's generator gives entry i of a draw bits that depend on the key and i alone. For every initializer that treats
+    entries alike, the same key therefore gives the same entries in both shapes, up to the scale. Returns None for other
+    initializers.
     """
     with jax.ensure_compile_time_eval():
         key = jax.random.key(0, impl="threefry2x32")
         try:
             few = initializer(key, drawn, jnp.float32).ravel()
-        except ValueError:  # as of `delta_orthogonal`, which asks for more rows than columns
+        except ValueError:  # e.g. `delta_orthogonal`, which requires at least as many columns as rows
             return None
         full = initializer(key, shape, jnp.float32).ravel()[: few.size]
         few, full = np.asarray(few, np.float64), np.asarray(full, np.float64)

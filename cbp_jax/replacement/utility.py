@@ -1,4 +1,4 @@
-r"""What a unit is worth: the instantaneous utilities whose running means rank the units of a group.
+r"""Utilities of units: their running means rank the units of a group.
 
 For a unit with activation h, incoming weights v and outgoing weights w, on one batch:
 
@@ -19,17 +19,17 @@ For a unit with activation h, incoming weights v and outgoing weights w, on one 
 | `upgd_second_order` | -s + c / 2 | Elsayed & Mahmood 2024 |
 
 Here :math:`s = \sum_j w_j \, \partial L / \partial w_j` and :math:`c = \sum_j w_j^2 \, \partial^2 L / \partial w_j^2`
-are the first and, up to terms of two different weights, the second derivative of the loss for a gate on the unit (see
-`GroupView.gate_slope`). To remove the unit is to close the gate, which by Taylor's expansion changes the loss by
--s + c / 2. The weights are those at which the gradient was taken, before the inner update; gradients are those that
-come in.
+are the first and, without terms of two different weights, the second derivative of the loss with respect to a gate on
+the unit (see `GroupView.gate_slope`). Removing the unit closes the gate, which by Taylor's expansion changes the loss
+by -s + c / 2. The weights are those at which the gradient was taken, before the inner update. The gradients are those
+passed to `update`.
 
-The first derivative is of the loss of the whole batch, so that contributions of opposite sign cancel within a batch
-before the absolute value or the square is taken; the papers on pruning take it example by example. With one example a
-step they are the same. Where all gradients of a unit are 0, so are its utilities of first order.
+The first derivative is that of the whole batch's loss, so contributions of opposite sign cancel before the absolute
+value or the square is taken. The papers on pruning take it example by example; with batches of one example there is no
+difference. If all gradients of a unit are 0, so are its first-order utilities.
 
-For a ReLU unit (without normalization) the sum of v times its gradient, and bias times its gradient, over what leads
-to the unit is s as well, so that nothing is gained by looking at incoming weights too.
+For a ReLU unit without normalization, the sum of incoming weights and bias times their gradients is also s, so incoming
+weights would add no information.
 """
 
 import functools
@@ -46,17 +46,17 @@ Utility = Callable[[GroupView], chex.Array]
 
 
 def contribution(view: GroupView) -> chex.Array:
-    """`mean|h| sum|w|`: how strongly a unit speaks to those that read it (Dohare et al. 2024, equation 1)."""
+    """`mean|h| sum|w|`: how strongly a unit acts on its consumers (Dohare et al. 2024, equation 1)."""
     return view.weighted_activity(centred=False)
 
 
 def zero_contribution(view: GroupView) -> chex.Array:
-    """`mean|h - m| sum|w|`: contribution less what a bias could give instead (m the running mean of h)."""
+    """`mean|h - m| sum|w|`: contribution without the part that a bias could replace (m the running mean of h)."""
     return view.weighted_activity(centred=True)
 
 
 def adaptation(view: GroupView) -> chex.Array:
-    """`1 / sum|v|`: how fast a unit can change, its incoming weights v being small."""
+    """`1 / sum|v|`: how fast a unit can change; larger for small incoming weights v."""
     return 1.0 / view.incoming_magnitude()
 
 
@@ -71,7 +71,7 @@ def weight(view: GroupView) -> chex.Array:
 
 
 def random(view: GroupView) -> chex.Array:
-    """Uniform in [0, 1): any unit is as good as another; the control for all of the above."""
+    """Uniform in [0, 1): a random choice of units, as a control."""
     return jax.random.uniform(view.key, (view.group.size,))
 
 
@@ -98,8 +98,8 @@ def snip(view: GroupView) -> chex.Array:
 def gradient(view: GroupView) -> chex.Array:
     """`mean|g| / mean of the group's`: how fast a unit learns, g the gradient of incoming weights (ReGraMa, 2025).
 
-    Biases are left out. Where the whole group's gradient is 0, all are 0. A unit whose outgoing weights are 0, as one
-    that is just made, has no gradient: ReGraMa asks who can learn, not whose removal hurts.
+    Biases are left out. Where the whole group's gradient is 0, all are 0. A unit whose outgoing weights are 0, such as
+    a new one, has no gradient: ReGraMa measures which units can learn, not whose removal hurts.
     """
     rows = [(part, view.grads[part.path].astype(jnp.float32)) for part in view.group.incoming]
     entries = sum(array.size // part.rows * part.positions for part, array in rows)
@@ -111,7 +111,7 @@ def gradient(view: GroupView) -> chex.Array:
 def upgd(view: GroupView) -> chex.Array:
     """`-sum w g`: how much the loss rises without the unit, to first order (Elsayed & Mahmood, ICLR 2024).
 
-    Unlike `taylor` it is signed: a unit that does harm is worth less than one that does nothing.
+    Unlike `taylor` it is signed: a harmful unit has less utility than one that does nothing.
     """
     return -view.gate_slope()
 
@@ -143,7 +143,7 @@ _OF_CURVATURE = (taylor_second_order, upgd_second_order)
 
 
 def needs_curvature(utility: str | Utility) -> bool:
-    """Whether a utility of this library wants the diagonal of the Hessian, `update(..., hessian_diag=...)`.
+    """Whether a utility of this library needs the diagonal of the Hessian, `update(..., hessian_diag=...)`.
 
     Example:
       >>> needs_curvature("taylor_second_order"), needs_curvature("taylor")
@@ -153,7 +153,7 @@ def needs_curvature(utility: str | Utility) -> bool:
 
 
 def get_utility(utility: str | Utility) -> Utility:
-    """Looks a utility up by its name or import path; a callable is taken as it is.
+    """Looks up a utility by its name or import path. A callable is returned as it is.
 
     Args:
       utility: a name of `UTILITIES`; the path of a function of your own, "my_module:my_utility"; or the function.
@@ -162,7 +162,7 @@ def get_utility(utility: str | Utility) -> Utility:
       a function of a `GroupView` that returns an array [units].
 
     Raises:
-      ValueError: there is no utility of that name, or the path leads to no function.
+      ValueError: there is no utility of that name, or the path does not name a function.
 
     Example:
       >>> get_utility("weight") is get_utility("cbp_jax.replacement.utility:weight")

@@ -1,4 +1,4 @@
-"""What a policy and a utility may look at: one group of units at one step."""
+"""The input of a policy or a utility: one group of units at one step."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ class UpdatedParams(Mapping[str, chex.Array]):
     Attributes:
       params: parameters by path, before the step.
       updates: the inner optimizer's updates by path.
-      dropped: by path a bool mask, broadcastable: the weights that count as 0 from here on.
+      dropped: by path a bool mask, broadcastable, of weights that count as 0.
     """
 
     params: dict[str, chex.Array]
@@ -36,8 +36,8 @@ class UpdatedParams(Mapping[str, chex.Array]):
 
     def magnitude(self, part: units_lib.ParamSlice) -> chex.Array:
         """Sum of the absolute weights in each row of a slice, float32 [positions, units]."""
-        # Dropped rows are left out by the weights of the sum, so that sums over rows and over columns of a kernel read
-        # one and the same array.
+        # Dropped rows get the factor 0 in the sum, so that sums over rows and over columns of a kernel read the same
+        # array.
         after = jnp.abs(self.params[part.path] + self.updates[part.path]).astype(jnp.float32)
         return part.sum(after, 1.0 - self.dropped[part.path] if part.path in self.dropped else None)
 
@@ -56,19 +56,18 @@ class UpdatedParams(Mapping[str, chex.Array]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupView:
-    """What a policy or a utility may look at, for one group and one step.
+    """The input of a policy or a utility: one group at one step.
 
     Attributes:
       group: the group.
-      captured: what `with_features` returned and the caller passed on; read `features` instead.
-      params: arrays by path: the parameters after the inner update, the outgoing weights of units that were replaced in
-        groups in front being 0.
+      captured: what the caller passed as `features`. Use the property `features` instead.
+      params: arrays by path: the parameters after the inner update. Outgoing weights of units that were replaced in
+        earlier groups are 0.
       grads: arrays by path: the gradients of this step.
       key: a typed key of this group and step.
       count: int32 [], the number of this update, from 1.
-      mean_activation: where the policy keeps them, running means of the features, corrected for their start, each
-        [positions, units].
-      hessian_diag: arrays by path: the diagonal of the loss' Hessian, where the caller passed it on.
+      mean_activation: running means of the features, bias-corrected, each [positions, units], if the policy keeps them.
+      hessian_diag: arrays by path: the diagonal of the loss's Hessian, if the caller passed it.
     """
 
     group: units_lib.UnitGroup
@@ -88,7 +87,7 @@ class GroupView:
         distinct activation that the group's consumers read.
 
         Raises:
-          ValueError: the caller passed none, or of other shapes than the group's.
+          ValueError: the caller passed no features, or features of wrong shapes.
         """
         return group_activations(self.group, self.captured)
 
@@ -105,8 +104,8 @@ class GroupView:
         return sum(self.magnitude(part).sum(0) for part in self.group.incoming)
 
     def weighted_activity(self, centred: bool) -> chex.Array:
-        """Mean absolute activation times outgoing magnitude, position by position, summed, [units]."""
-        total = 0.0
+        """Mean absolute activation times outgoing magnitude at each position, summed over positions, [units]."""
+        total: chex.Numeric = 0.0
         for consumer in self.group.outgoing:
             centre = self.mean_activation[consumer.operand] if centred else None
             activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, centre)
@@ -114,12 +113,12 @@ class GroupView:
         return total
 
     def outgoing_sum(self, function: Callable[..., chex.Array], *trees: Mapping[str, chex.Array]) -> chex.Array:
-        """Sums a function of each outgoing weight over those of a unit, float32 [units].
+        """Sums a function of each outgoing weight of a unit, float32 [units].
 
         The weights are those before the inner update, at which gradient and curvature were taken.
 
         Args:
-          function: of a weight and of an entry of each tree, elementwise in float32 arrays.
+          function: takes a weight and an entry of each tree; applied elementwise to float32 arrays.
           *trees: arrays by path, as `grads`.
         """
         total = 0.0
@@ -130,18 +129,18 @@ class GroupView:
         return total
 
     def gate_slope(self) -> chex.Array:
-        r"""Derivative of the loss for a gate on each unit's activation, float32 [units].
+        r"""Derivative of the loss with respect to a gate on each unit's activation, float32 [units].
 
         With a gate of 1 that multiplies the activation :math:`h_i`, it is :math:`\sum h_i\, \partial L / \partial h_i`
         over batch and positions. That is :math:`\sum_j w_{ij}\, \partial L / \partial w_{ij}` over the
-        outgoing weights, whatever the network, so that the gradients at hand are enough.
+        outgoing weights in any network, so the gradients of the weights suffice.
         """
         return self.outgoing_sum(jnp.multiply, self.grads)
 
     def gate_curvature(self) -> chex.Array:
-        r"""Second derivative of the loss for a gate on each unit's activation, :math:`\sum_j w_{ij}^2 h_{ij}`, [units].
+        r"""Second derivative of the loss with respect to a gate on each unit, :math:`\sum_j w_{ij}^2 h_{ij}`, [units].
 
-        Terms of two different weights are dropped: :math:`h` is the Hessian's diagonal.
+        Mixed terms of two weights are dropped: :math:`h` is the Hessian's diagonal.
 
         Raises:
           ValueError: the caller passed no `hessian_diag`.
@@ -178,26 +177,26 @@ def group_activations(group: units_lib.UnitGroup, features: units_lib.Features |
       outgoing weights of their own, [..., positions, units].
 
     Raises:
-      ValueError: the features are missing, or of other shapes than the group's.
+      ValueError: the features are missing, or of wrong shapes.
     """
     if not isinstance(features, Mapping) or group.name not in features:
         found = sorted(features) if isinstance(features, Mapping) else features
         raise ValueError(
             f"features must hold the activations of group {group.name!r}: call "
             "`output, features = with_features(apply_fn, units)(params, x)` and pass them as "
-            "`tx.update(grads, state, params, features=features)` (of the TrainStates, cbp_jax.TrainState does, Flax's "
+            "`tx.update(grads, state, params, features=features)` (cbp_jax.TrainState does so, but Flax's TrainState "
             f"cannot); got {found!r}"
         )
-    found = features[group.name]
-    found = found if isinstance(found, tuple) else (found,)
+    arrays = features[group.name]
+    arrays = arrays if isinstance(arrays, tuple) else (arrays,)
     expected = [consumer.kernel.index.shape for consumer in group.operands()]
-    if len(found) != len(expected):
-        raise ValueError(f"features[{group.name!r}] must hold {len(expected)} arrays, got {len(found)}")
-    for values, (positions, size) in zip(found, expected, strict=True):
+    if len(arrays) != len(expected):
+        raise ValueError(f"features[{group.name!r}] must hold {len(expected)} arrays, got {len(arrays)}")
+    for values, (positions, size) in zip(arrays, expected, strict=True):
         trailing = (size,) if positions == 1 else (positions, size)
         if jnp.shape(values)[-len(trailing) :] != trailing:
             raise ValueError(
                 f"features[{group.name!r}] must be of shape [..., {', '.join(map(str, trailing))}], "
                 f"got {jnp.shape(values)}"
             )
-    return found
+    return arrays

@@ -1,4 +1,4 @@
-"""From a run to its results file, its pictures and its table; needs ``pip install "cbp-jax[report]"``."""
+"""Results files, pictures and tables of runs. Requires ``pip install "cbp-jax[report]"``."""
 
 from cbp_jax.report import records
 from cbp_jax.report.benchmark_plots import plot_benchmark
@@ -6,9 +6,10 @@ from cbp_jax.report.benchmarks import benchmark_rows, benchmark_table
 from cbp_jax.report.comparison_plots import plot_differences, plot_search
 from cbp_jax.report.comparisons import Estimate, comparison_table, estimate, paired_differences
 from cbp_jax.report.divergence import diverged_tasks, mark_diverged
+from cbp_jax.report.drawing import save_figures
 from cbp_jax.report.grids import plot_grid, sensitivity
 from cbp_jax.report.network import plot_units
-from cbp_jax.report.plots import best_variants, plot_run, plot_sensitivity, plot_tasks, plot_updates, save_figures
+from cbp_jax.report.plots import best_variants, plot_run, plot_tasks, plot_updates
 from cbp_jax.report.records import list_runs, runs_table
 from cbp_jax.report.results import (
     VALIDATION_MEASURES,
@@ -20,6 +21,7 @@ from cbp_jax.report.results import (
     save_results,
     stream_measures,
 )
+from cbp_jax.report.sensitivity_plots import plot_sensitivity
 from cbp_jax.report.statistics import blocks_of_tasks, finished_tasks, last_tenth, summary
 from cbp_jax.report.tickets import plot_accuracies, plot_densities, plot_tickets, summarize_tickets
 

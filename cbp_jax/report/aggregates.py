@@ -1,8 +1,8 @@
 """Statistics of a benchmark: interquartile means, their stratified bootstrap intervals, and ranks.
 
-As in Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021, whose public
-program is rliable: the interquartile mean is over the runs of all problems together, and bootstrap samples draw the
-runs of each problem by itself.
+As in Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021 (public
+program: rliable): the interquartile mean is taken over the runs of all problems together, and bootstrap samples are
+drawn for each problem separately.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ RESAMPLES = 2000
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The mean of what is left without the lowest and the highest quarter of the values.
+    """Interquartile mean: the mean without the lowest and the highest quarter of the values.
 
     `floor(n / 4)` values are left out at either end, as `scipy.stats.trim_mean(values, 0.25)` does.
 
     Args:
       values: of any shape, at least one along the axis.
-      axis: along which the mean is taken.
+      axis: the axis along which the mean is taken.
 
     Returns:
       float64, without that axis.
@@ -41,15 +41,15 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def draws(sizes: Sequence[int], resamples: int = RESAMPLES) -> list[np.ndarray]:
-    """Which runs the bootstrap samples draw, of each problem by itself.
+    """The runs in each bootstrap sample, drawn for each problem separately.
 
     Args:
       sizes: how many runs each problem has.
       resamples: how many samples.
 
     Returns:
-      for each problem, indices of its runs [resamples, size]: the same at every call. Methods that were run with the
-      same seeds share them, so that what makes one seed harder than another drops out of their comparison.
+      for each problem, indices of its runs [resamples, size], the same at every call. Methods with the same seeds share
+      them, so that differences between seeds cancel in comparisons.
 
     Raises:
       ValueError: a problem has no runs.
@@ -69,15 +69,15 @@ def stratified_bootstrap(
     """A 95% interval of a statistic over the runs of all problems, from percentiles of stratified bootstrap samples.
 
     Args:
-      scores: of each problem, the scores of its runs [runs].
-      statistic: of an array, over its last axis.
-      resamples: how many samples, the same ones at every call.
+      scores: for each problem, the scores of its runs [runs].
+      statistic: a function of an array that reduces its last axis.
+      resamples: number of samples, the same ones at every call.
 
     Returns:
-      lower and upper end; NaN where every problem has but one run, which says nothing of others.
+      lower and upper end; NaN if every problem has only one run.
 
     Raises:
-      ValueError: there is no problem, or one without runs.
+      ValueError: there is no problem, or a problem without runs.
 
     Example:
       >>> stratified_bootstrap([np.array([0.0, 0.0]), np.array([1.0, 1.0])])
@@ -93,11 +93,11 @@ def stratified_bootstrap(
 
 
 def ranks(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Ranks by value, 1 of the largest; those that are equal share the mean of their ranks.
+    """Ranks by value, where the largest has rank 1. Equal values share the mean of their ranks.
 
     Args:
       values: of any shape.
-      axis: along which values are ranked.
+      axis: the axis along which values are ranked.
 
     Returns:
       float64 of the same shape.
@@ -113,12 +113,12 @@ def ranks(values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def mean_rank_intervals(values: Sequence[np.ndarray], *, resamples: int = RESAMPLES) -> np.ndarray:
-    """95% intervals of the mean rank of each method over problems, by the same bootstrap samples for all methods.
+    """95% intervals of the mean rank of each method over problems, with the same bootstrap samples for all methods.
 
     A method's rank in a problem is that of the interquartile mean of its runs.
 
     Args:
-      values: of each problem, the performance of its runs [methods, runs], more being better.
+      values: for each problem, the performance of its runs [methods, runs]; higher is better.
       resamples: how many samples.
 
     Returns:

@@ -9,8 +9,9 @@ import numpy as np
 
 from cbp_jax.report import aggregates
 from cbp_jax.report.benchmarks import BASELINE, Standing, overall, standing
-from cbp_jax.report.looks import looks_of, readable
-from cbp_jax.report.plots import _PANELS, _name, style_of_pictures
+from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.looks import looks_of, name_of, readable
+from cbp_jax.report.panels import PANELS
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import better, is_accuracy
 
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 def plot_benchmark(
     problems: Mapping[str, xr.Dataset], counted: Sequence[str] | None = None, *, baseline: str = BASELINE
 ) -> Figure:
-    """Draws the scores over all problems, and the performance in each: a row for each method, the best on top.
+    """Plots the scores over all problems, and the performance in each: a row for each method, the best on top.
 
-    Interquartile means over held-out seeds and their 95% stratified bootstrap intervals, as in `benchmark_table`. What
-    has not all problems that count is hollow; a line shows plain backpropagation.
+    Shows interquartile means over held-out seeds and their 95% stratified bootstrap intervals, as in `benchmark_table`.
+    Methods without results for all counted problems are hollow. A line marks plain backpropagation.
 
     Args:
       problems: by name, the results of all methods; see `benchmarks.standing`.
-      counted: the problems that count for the score over all; all by default.
+      counted: the problems that count in the overall score; all by default.
       baseline: label of plain backpropagation.
 
     Returns:
@@ -58,7 +59,7 @@ def plot_benchmark(
         for ax, (name, found) in zip(axes[1:], standings.items(), strict=True):
             _draw_problem(ax, found, [row.method for row in rows], named, baseline)
             ax.set_title(readable(name), fontsize=7.5)
-        axes[0].set_yticks(range(len(rows)), [_name(named[row.method], row.method) for row in rows], fontsize=6.5)
+        axes[0].set_yticks(range(len(rows)), [name_of(named[row.method], row.method) for row in rows], fontsize=6.5)
         axes[0].set_ylim(-0.6, len(rows) - 0.4)
         note = "Interquartile mean over held-out seeds, 95% stratified bootstrap interval; line: plain backpropagation"
         figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
@@ -79,8 +80,8 @@ def _draw_problem(
         ends = aggregates.stratified_bootstrap([values])
         _draw(ax, i, [sign * value for value in (mean, *ends)], _color(named[method], method))
     if found.measure == "loss":
-        ax.invert_xaxis()  # to the right is better, in every panel
-    ax.set_xlabel(_PANELS[found.measure].label)
+        ax.invert_xaxis()  # in every panel, right is better
+    ax.set_xlabel(PANELS[found.measure].label)
 
 
 def _draw(ax: Axes, i: int, value: Sequence[float], color: str, hollow: bool = False) -> None:

@@ -1,21 +1,22 @@
-"""The table of a benchmark: methods that were tuned alike, over several problems.
+"""The table of a benchmark: methods tuned with the same budget, over several problems.
 
-How scores are made:
+How scores are computed:
 
-1. The *performance* of a run is its mean over all tasks of what its problem is judged by (`statistics.performance`),
-   with the sign that makes more of it better; a run whose performance or loss is not finite has diverged, and is worse
-   than all others.
-2. The performance of a method in a problem is the interquartile mean of its runs' (`aggregates.interquartile_mean`).
-3. The *gain* of a run is its performance less that of plain backpropagation with the same seed, which saw the same
-   tasks and started from the same weights. The *score* of a run is its gain over the interquartile mean of the gains
-   of the best method of the table: plain backpropagation has 0 in every run, and the best method 1. Where no method
-   gains anything, -1 is the worst that did not diverge. Scores are clipped to [-1, 2]: a run that diverged has -1, and
-   one run cannot outweigh all others where methods hardly differ. (A run of plain backpropagation that diverged counts
-   as its worst that did not.)
+1. The *performance* of a run is the mean over all tasks of its problem's measure (`statistics.performance`), with a
+   sign such that higher is better. A run whose performance or loss is not finite has diverged, and is worse than all
+   others.
+2. The performance of a method on a problem is the interquartile mean over its runs (`aggregates.interquartile_mean`).
+3. The *gain* of a run is its performance minus that of plain backpropagation with the same seed, which saw the same
+   tasks and started from the same weights. The *score* of a run is its gain divided by the interquartile mean of the
+   gains of the best method in the table: plain backpropagation has score 0 in every run, and the best method 1. If no
+   method gains anything, the worst method that did not diverge has -1. Scores are clipped to [-1, 2]: a diverged run
+   has -1, and a single run cannot outweigh all others if methods hardly differ. (A diverged run of plain
+   backpropagation counts as its worst run that did not diverge.)
 4. The score of a method is the interquartile mean over its runs of a problem, and, overall, over its runs of all
-   problems together. Intervals are of stratified bootstrap samples of these; what scores are divided by stays as it is.
-5. Ranks are those of the interquartile means of performance; overall, their mean over problems, among the methods that
-   have all problems.
+   problems together. Intervals are from stratified bootstrap samples of these runs; the divisor of scores is kept
+   fixed.
+5. Ranks are those of the interquartile means of performance. The overall rank is their mean over problems, among
+   methods that have results for all problems.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 BASELINE = "bp"
-COST = "step_cost"  # coordinate along method: time of an update, over that of plain backpropagation
+COST = "step_cost"  # coordinate along method: time of an update relative to plain backpropagation
 LIMITS = (-1.0, 2.0)  # of scores
 _SYMPTOMS = (("dead_units", "dormant_units"), ("effective_rank", "stable_rank"))
 
@@ -53,16 +54,16 @@ NOTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """What methods reach in a problem.
+    """Results of all methods on a problem.
 
     Attributes:
-      measure: that they are judged by.
-      methods: their labels, of all that follows.
-      values: performance of each run [methods, runs], more being better, -inf of those that diverged.
-      scores: of each run [methods, runs]; None where plain backpropagation is not there, or diverged.
-      ranks: of each method [methods], 1 being the best.
-      symptoms: dead units and effective rank [methods, 2], NaN where they were not measured.
-      costs: time of an update over that of plain backpropagation [methods], NaN where it was not measured.
+      measure: the measure of performance.
+      methods: labels of the methods, in the order of the other attributes.
+      values: performance of each run [methods, runs]; higher is better, -inf for diverged runs.
+      scores: score of each run [methods, runs]; None if plain backpropagation is missing, or always diverged.
+      ranks: rank of each method [methods]; 1 is the best.
+      symptoms: dead units and effective rank [methods, 2]; NaN if not measured.
+      costs: time of an update relative to plain backpropagation [methods]; NaN if not measured.
     """
 
     measure: str
@@ -74,15 +75,15 @@ class Standing:
     costs: np.ndarray
 
     def scores_of(self, method: str) -> np.ndarray | None:
-        """The scores of a method's runs [runs]; None where it has none here."""
+        """The scores of a method's runs [runs], or None."""
         return self.scores[self.methods.index(method)] if self.scores is not None and method in self.methods else None
 
 
 def standing(results: xr.Dataset, baseline: str = BASELINE) -> Standing:
-    """What methods reach in a problem.
+    """Computes the results of all methods on a problem.
 
     Args:
-      results: of all methods with the same seeds, finished.
+      results: finished results of all methods with the same seeds.
       baseline: label of plain backpropagation.
     """
     measure, methods = performance(results), results.method.values.tolist()
@@ -99,7 +100,8 @@ def standing(results: xr.Dataset, baseline: str = BASELINE) -> Standing:
 
 
 def _scores(values: np.ndarray, baseline: np.ndarray) -> np.ndarray | None:
-    """The scores of runs [methods, runs], of plain backpropagation's performance [runs]; None if it always diverged."""
+    """The scores of runs [methods, runs], given plain backpropagation's performance [runs]; None if it always
+    diverged."""
     there = np.isfinite(baseline)
     if not there.any():
         return None
@@ -117,14 +119,14 @@ def _last(results: xr.Dataset, method: str, names: Sequence[str]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Overall:
-    """What a method reaches over problems.
+    """The overall result of a method.
 
     Attributes:
       method: its label.
-      problems: those that count and that it has.
-      complete: whether these are all that count.
-      score: interquartile mean over its runs of all of them, and the interval; NaN without plain backpropagation.
-      rank: its mean rank among the complete methods, and the interval; NaN if it is not one of them.
+      problems: the counted problems for which it has results.
+      complete: whether these are all counted problems.
+      score: interquartile mean over its runs of all these problems, with interval; NaN without plain backpropagation.
+      rank: its mean rank among complete methods, with interval; NaN if it is not complete.
     """
 
     method: str
@@ -135,7 +137,7 @@ class Overall:
 
 
 def overall(standings: Mapping[str, Standing], counted: Sequence[str] | None = None) -> list[Overall]:
-    """What methods reach over problems, the best first.
+    """The overall results of all methods, the best first.
 
     Args:
       standings: by problem.
@@ -183,11 +185,11 @@ def benchmark_table(
     title: str = "Benchmark",
     baseline: str = BASELINE,
 ) -> str:
-    """The table of a benchmark as Markdown: all problems together, and one by one.
+    """The tables of a benchmark as Markdown: for all problems together, and for each.
 
     Args:
       problems: by name, the results of all methods, see `standing`.
-      counted: the problems that count for the overall score and rank; all by default.
+      counted: the problems that count in the overall score and rank; all by default.
       title: the heading.
       baseline: label of plain backpropagation.
 
@@ -303,6 +305,6 @@ def _cost(value: float) -> str:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Means over rows of what is finite [columns], NaN where nothing is."""
+    """Means of finite values over rows [columns]; NaN if there are none."""
     there = np.isfinite(values)
     return np.where(there, values, 0).sum(0) / np.where(there.any(0), there.sum(0), np.nan)

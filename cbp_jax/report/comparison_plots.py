@@ -1,4 +1,4 @@
-"""Pictures of comparisons: differences paired by seed, and what a search has tried."""
+"""Pictures of comparisons: differences paired by seed, and configurations of a search."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from cbp_jax.report.comparisons import (
     tried_settings,
     tuning_scores,
 )
-from cbp_jax.report.looks import looks_of, readable
-from cbp_jax.report.plots import _PANELS, _name, style_of_pictures
+from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.looks import looks_of, name_of, readable
+from cbp_jax.report.panels import PANELS
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import better, is_accuracy, performance
 
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 
 def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
-    """Draws by how much methods differ from others, paired by seed, over all tasks.
+    """Plots differences between methods, paired by seed, over all tasks.
 
-    A panel for each baseline and a row for each method, the best on top: the mean difference and its 95% bootstrap
-    interval, hollow where this includes 0.
+    There is a panel for each baseline and a row for each method, the best on top, with the mean difference and its 95%
+    bootstrap interval. Markers are hollow if the interval includes 0.
 
     Args:
       results: results of a run.
-      baselines: methods that the others are compared with, of which those that are absent are left out.
+      baselines: methods with which the others are compared; missing ones are ignored.
 
     Returns:
       A Matplotlib figure.
@@ -63,9 +64,9 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
             found = paired_differences(results, baseline)
             _draw_differences(ax, results, [(i, m, found[m]) for i, m in enumerate(methods) if m != baseline])
             ax.axvline(0, color="black", linewidth=0.8, zorder=1)
-            ax.set_xlabel(f"{_label(measure)}: difference to {_name(results, baseline)}")
+            ax.set_xlabel(f"{_label(measure)}: difference to {name_of(results, baseline)}")
             ax.grid(axis="y", visible=False)
-        labels = [f"{_name(results, m)}\n{settings[m].text.replace('_', ' ')}".strip() for m in methods]
+        labels = [f"{name_of(results, m)}\n{settings[m].text.replace('_', ' ')}".strip() for m in methods]
         axes[0].set_yticks(range(len(methods)), labels, fontsize=6)
         axes[0].set_ylim(-0.6, len(methods) - 0.4)
         note = f"Paired differences over {results.sizes['seed']} seeds, mean over all {results.sizes['task']} tasks; "
@@ -75,10 +76,10 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
 
 
 def plot_search(results: xr.Dataset) -> Figure:
-    """Draws what a search has tried: performance with the tuning seeds, a panel for each method.
+    """Plots the configurations of a search: performance with the tuning seeds, a panel for each method.
 
-    The axis is that of the first setting of its search, logarithmic; a line for each value of the others. The mean
-    over tuning seeds and all tasks, and a ring around what was chosen.
+    The horizontal axis is the first setting of the search, logarithmic, with a line for each value of the others.
+    Values are means over tuning seeds and all tasks. A ring marks the chosen configuration.
 
     Args:
       results: of a comparison with an equal budget, see `experiments.tuning`.
@@ -87,7 +88,7 @@ def plot_search(results: xr.Dataset) -> Figure:
       A Matplotlib figure.
 
     Raises:
-      ValueError: no method has a search that has ended.
+      ValueError: no method has a finished search.
     """
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -136,10 +137,10 @@ def _draw_search(ax: Axes, results: xr.Dataset, method: str) -> None:
     ax.plot(tried[best][axis], scores[best], "o", markersize=7.5, markerfacecolor="none", markeredgecolor="black")
     ax.set_xscale("log")
     ax.set_xlabel(readable(axis), fontsize=7)
-    ax.set_title(_name(results, method), fontsize=7.5, pad=3)
+    ax.set_title(name_of(results, method), fontsize=7.5, pad=3)
     if others(0):
         ax.legend(fontsize=5.5, handlelength=1.5)
 
 
 def _label(measure: str) -> str:
-    return _PANELS[measure].label
+    return PANELS[measure].label

@@ -1,4 +1,4 @@
-"""Comparisons of methods: differences paired by seed, with intervals, and what a search chose."""
+"""Comparisons of methods: differences paired by seed, with intervals, and settings chosen by a search."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RESAMPLES = 10_000
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and its 95% bootstrap interval: NaN for a single seed, and where a seed has no value."""
+    """A mean over seeds and its 95% bootstrap interval; NaN for a single seed, and if a seed has no value."""
 
     mean: float
     low: float
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def text(self, digits: int = 2, sign: bool = False) -> str:
-        """As tables have it: the mean and the interval."""
+        """The mean and the interval as text, for tables."""
         if math.isnan(self.mean):
             return "-"
         number = f"{{:{'+' if sign else ''}.{digits}f}}"
@@ -58,19 +58,19 @@ def estimate(values: np.ndarray) -> Estimate:
 def paired_differences(
     results: xr.Dataset, baseline: str, measure: str | None = None, *, tasks: slice = slice(None)
 ) -> dict[str, Estimate]:
-    """By how much each method differs from another, seed by seed.
+    """The difference between each method and a baseline, paired by seed.
 
-    All methods with the same seed saw the same tasks and started from the same weights, so that what makes one seed
-    harder than another drops out of their difference.
+    All methods with the same seed saw the same tasks and started from the same weights, so variation between seeds
+    cancels in their difference.
 
     Args:
       results: results of a run.
-      baseline: label of the method that the others are compared with.
-      measure: what is compared, averaged over the tasks of a seed; by default the performance.
-      tasks: over which the mean is taken, by position; all by default.
+      baseline: label of the method with which the others are compared.
+      measure: the measure to compare, averaged over the tasks of a seed; by default the performance.
+      tasks: positions of the tasks to average over; all by default.
 
     Returns:
-      by method, all but the baseline, the estimate of its value less the baseline's; NaN where a task of either has not
+      for each method but the baseline, the estimate of its value minus the baseline's; NaN if a task of either is not
       finished, or diverged.
 
     Raises:
@@ -91,12 +91,12 @@ def paired_differences(
 
 
 def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Sequence[str] = ()) -> str:
-    """A comparison with an equal budget as a table of text; see `experiments.tuning`.
+    """A comparison with an equal tuning budget, as a text table; see `experiments.tuning`.
 
     Args:
       results: of a comparison, or of a run.
       baselines: methods that the others are compared with, of which those that are absent are left out.
-      measures: further measures, whose means over the last tenth of the tasks are a second table.
+      measures: further measures; a second table has their means over the last tenth of the tasks.
 
     Returns:
       the table, without a newline at its end.
@@ -141,14 +141,14 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
 
 
 class Chosen(NamedTuple):
-    """The settings that a search chose, as tables have them, and whether one is at an end of what was tried."""
+    """The settings chosen by a search, as text for tables, and whether one is at an end of the range that was tried."""
 
     text: str
     at_edge: bool
 
 
 def chosen_settings(results: xr.Dataset) -> dict[str, Chosen]:
-    """By method, the settings that a search chose; empty texts where there was none, or it has not ended."""
+    """By method, the settings chosen by a search; empty if there was no search, or it is not finished."""
     found = {}
     for method in results.method.values.tolist():
         found[method] = Chosen("", False)
@@ -167,7 +167,7 @@ def chosen_settings(results: xr.Dataset) -> dict[str, Chosen]:
 
 
 def of_seeds(results: xr.Dataset, method: str, measure: str | None = None, tasks: slice = slice(None)) -> np.ndarray:
-    """Means over tasks [seeds]; NaN where a task is missing."""
+    """Means over tasks [seeds]; NaN if a task is missing."""
     values = results[measure or performance(results)].loc[{"method": method}].transpose("seed", "task").values
     return values[:, tasks].astype(np.float64).mean(1)
 
@@ -190,13 +190,13 @@ def tried_settings(results: xr.Dataset, method: str) -> list[dict[str, Any]]:
 
 
 def tuning_scores(results: xr.Dataset, method: str) -> np.ndarray:
-    """The mean performance of each configuration over tuning seeds [candidate]; NaN for those that diverged."""
+    """The mean performance of each configuration over tuning seeds [candidate]; NaN if it diverged."""
     found = results.tuning_performance.loc[{"method": method}].transpose("candidate", "tuning_seed").values
     return found.astype(np.float64).mean(1)
 
 
 def best_candidate(results: xr.Dataset, method: str) -> int | None:
-    """The configuration that was chosen; None where there was no search, or it has not ended, or all diverged."""
+    """The chosen configuration; None if there was no search, it is not finished, or all configurations diverged."""
     if "configurations" not in results.coords or not results.chosen.loc[{"method": method}].item():
         return None
     scores = better(performance(results)) * tuning_scores(results, method)

@@ -1,4 +1,4 @@
-"""Lanes that diverge: which they are, and since when."""
+"""Lanes that diverge, and when."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
-#: The coordinate [method, seed] that results have where a lane has diverged: the task, NaN where it has not.
+#: The coordinate [method, seed] of results in which lanes diverged: the task, or NaN for lanes that did not diverge.
 COORDINATE = "diverged"
 _LOSSES = ("loss", "policy_loss", "value_loss")
 
@@ -21,16 +21,16 @@ def mark_diverged(
     methods: Sequence[str] | None = None,
     lanes: Sequence[tuple[str, int]] | None = None,
 ) -> list[tuple[str, int]]:
-    """Marks lanes whose loss has become infinite or no number, in place.
+    """Marks lanes whose loss has become infinite or NaN, in place.
 
     Args:
       results: results of a run.
-      task: index of a task that has just been recorded.
-      methods: labels of those that have done it, by default all.
-      lanes: method and seed of each lane that has done it, by default all seeds of the methods.
+      task: index of the task that has just been recorded.
+      methods: labels of the methods that have finished it, by default all.
+      lanes: method and seed of each lane that has finished it, by default all seeds of the methods.
 
     Returns:
-      method and seed of each lane that has diverged in this task, and not in an earlier one.
+      method and seed of each lane that diverged in this task and not in an earlier one.
 
     Example:
       >>> from cbp_jax.report import new_results, record_task
@@ -72,7 +72,7 @@ def diverged_tasks(results: xr.Dataset, method: str) -> np.ndarray:
       method: label of the method.
 
     Returns:
-      for each seed the index of the task, float64; NaN where it has not diverged.
+      for each seed the index of the task, float64; NaN if it did not diverge.
     """
     if COORDINATE not in results.coords:
         return np.full(results.sizes["seed"], np.nan)
@@ -80,7 +80,7 @@ def diverged_tasks(results: xr.Dataset, method: str) -> np.ndarray:
 
 
 def before_divergence(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
-    """A measure of a method [seed, task], float64, NaN from the task on in which a seed diverged."""
+    """A measure of a method [seed, task], float64; NaN from the task in which a seed diverged."""
     values = results[measure].loc[{"method": method}].transpose("seed", "task").values.astype(np.float64)
     diverged = diverged_tasks(results, method)
     return np.where(
@@ -89,7 +89,7 @@ def before_divergence(results: xr.Dataset, method: str, measure: str) -> np.ndar
 
 
 def told(results: xr.Dataset) -> list[str]:
-    """A line for each method of which lanes have diverged."""
+    """A line for each method with diverged lanes."""
     lines = []
     for method in results.method.values.tolist():
         diverged = diverged_tasks(results, method)

@@ -1,4 +1,4 @@
-"""Sweeps: the final performance along an axis for each setting that was swept, and its picture."""
+"""Sweeps: the final performance as an array over swept settings, and its picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks
-from cbp_jax.report.looks import PALETTE, looks_of, readable
+from cbp_jax.report.drawing import mark_values, style_of_pictures
+from cbp_jax.report.looks import PALETTE, look_of, readable
+from cbp_jax.report.panels import performance_label
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
 
@@ -21,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def swept_settings(results: xr.Dataset, methods: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """The numbers that were swept: those of which a variant of a learner was run with several values.
+    """The swept settings: numbers for which a variant of a learner was run with several values.
 
     Args:
       results: results of a run.
-      methods: labels of those that count, by default all.
+      methods: labels of the methods to consider, by default all.
 
     Returns:
-      for each setting that was swept, by name, the variants that were run with several of its values. A variant is a
-      learner with its settings that are no numbers, such as "cbp(utility=weight)".
+      for each swept setting, by name, the variants that were run with several of its values. A variant is a learner
+      with its non-numeric settings, such as "cbp(utility=weight)".
     """
     swept: dict[str, list[str]] = {}
     for name, column in results.coords.items():
@@ -45,18 +47,18 @@ def swept_settings(results: xr.Dataset, methods: Sequence[str] | None = None) ->
 
 
 def sensitivity(results: xr.Dataset) -> xr.Dataset:
-    """The final performance of a sweep, with an axis for each setting that was swept.
+    """The final performance of a sweep, with an axis for each swept setting.
 
     Args:
-      results: results of a run in which methods differ in numbers, as with `--grid`; finished or not.
+      results: results of a run whose methods differ in numbers, as with `--grid`; finished or not.
 
     Returns:
-      A dataset with the dimensions ``variant`` (a learner with what was set besides), one for each swept setting, whose
-      coordinates are the values that were run, in order, and ``seed``. Its variables are the performance, such as
-      ``accuracy``, float64, the mean over the last tenth of the tasks that a method has finished: NaN where a
-      combination was not run, or a seed has finished nothing or diverged; and, without ``seed``, ``tasks``, how many
-      tasks that is, and ``diverged``, how many seeds diverged.
-      A variant that has not a setting has the same values all along its axis.
+      A dataset with the dimension ``variant`` (a learner with its other settings), one dimension for each swept
+      setting, whose coordinates are the values in order, and ``seed``. Its variables are the performance, such as
+      ``accuracy``, float64, the mean over the last tenth of the tasks that a method has finished, or NaN if a
+      combination was not run, or a seed has finished nothing or diverged; and, without ``seed``, ``tasks``, the number
+      of these tasks, and ``diverged``, the number of seeds that diverged. A variant without a setting has the same
+      values along the setting's axis.
 
     Raises:
       ValueError: nothing was swept.
@@ -103,24 +105,22 @@ def sensitivity(results: xr.Dataset) -> xr.Dataset:
 
 
 def plot_grid(results: xr.Dataset) -> Figure:
-    """Draws the final performance against each swept setting, one line for each combination of the others.
+    """Plots the final performance against each swept setting, with one line for each combination of the others.
 
-    A row for each variant of a learner that was swept, and a column for each setting. Means over seeds with 95%
-    confidence intervals (Student's t). The axis of a setting is logarithmic, but for 0.
+    There is a row for each swept variant of a learner, and a column for each setting. Values are means over seeds with
+    95% confidence intervals (Student's t). The axis of a setting is logarithmic, except at 0.
 
     Args:
-      results: results of a run in which methods differ in numbers.
+      results: results of a run whose methods differ in numbers.
 
     Returns:
       A Matplotlib figure.
 
     Raises:
-      ValueError: nothing was swept, or nothing that was swept has finished a task.
+      ValueError: nothing was swept, or no swept method has finished a task.
     """
     require("matplotlib")
     from matplotlib.figure import Figure
-
-    from cbp_jax.report.plots import mark_values, performance_label, style_of_pictures
 
     found, swept = sensitivity(results), swept_settings(results)
     measure = performance(results)
@@ -141,7 +141,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
                     continue
                 others = [other for other in swept if other != name and variant in swept[other]]
                 values = scale * found[measure].loc[{"variant": variant}]
-                # Axes of settings that this variant was not swept along have nothing to tell.
+                # Settings for which this variant was not swept are not shown.
                 values = values.isel({other: 0 for other in swept if other not in (name, *others)})
                 _draw(axes[i, j], values, name, others)
                 diverged = found.diverged.loc[{"variant": variant}].max([other for other in swept if other != name])
@@ -211,8 +211,7 @@ def _variant(results: xr.Dataset, method: str) -> str:
 
 def _title(results: xr.Dataset, variant: str) -> str:
     learner = variant.partition("(")[0]
-    look = looks_of(results).get(learner)
-    return (look.title if look else readable(learner)) + variant[len(learner) :].replace("_", " ")
+    return look_of(results, learner).title + variant[len(learner) :].replace("_", " ")
 
 
 def _labels(results: xr.Dataset) -> str:

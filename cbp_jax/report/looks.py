@@ -1,10 +1,14 @@
-"""How a learner looks in pictures: its title, and the color, dashes and marker of its line."""
+"""Appearance of learners in pictures: title, and color, dashes and marker of the line."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -13,7 +17,7 @@ ATTRIBUTE = "looks"  # of results
 
 
 class Style(NamedTuple):
-    """A line: its color and dashes, as Matplotlib takes them, and its marker."""
+    """A line style: color, dashes and marker, in Matplotlib's notation."""
 
     color: str
     dashes: str | tuple
@@ -21,8 +25,8 @@ class Style(NamedTuple):
     hollow: bool = False
 
 
-# Okabe and Ito's palette, which the color-blind can tell apart, with wine red for its yellow, lost on
-# white. Some of the colors are alike in gray: there, dashes and markers carry the difference alone.
+# Okabe and Ito's palette for color-blind readers, with wine red instead of yellow, which is invisible on white. Some of
+# the colors are alike in gray; then only dashes and markers distinguish them.
 BLUE = Style("#0072B2", "-", "o")
 BLACK = Style("#000000", "-", "s")
 VERMILION = Style("#D55E00", (0, (5, 1.5)), "^")
@@ -37,11 +41,11 @@ PALETTE = (BLUE, BLACK, VERMILION, GREEN, PURPLE, ORANGE, SKY, WINE, RUST, GRAY)
 
 
 class Look(NamedTuple):
-    """How a learner is named and drawn, in every picture alike.
+    """How a learner is named and drawn, in all pictures.
 
     Attributes:
       title: its name for readers.
-      style: its line; by default one of the palette that no other learner of the picture has.
+      style: its line style; by default one of the palette that no other learner in the picture has.
       strong: whether its line is drawn thicker, and above the others.
     """
 
@@ -50,17 +54,21 @@ class Look(NamedTuple):
     strong: bool = False
 
 
-def readable(name: str) -> str:
-    """A title for a name of code.
+_ACRONYMS = {"ewc": "EWC", "l1": "L1", "l2": "L2", "mas": "MAS", "snip": "SNIP", "upgd": "UPGD"}
 
-    >>> readable("layer_norm")
-    'Layer norm'
+
+def readable(name: str) -> str:
+    """A title for a name in code.
+
+    >>> readable("layer_norm"), readable("upgd_second_order")
+    ('Layer norm', 'UPGD second order')
     """
-    return name[:1].upper() + name[1:].replace("_", " ")
+    words = [_ACRONYMS.get(word, word) for word in name.split("_")]
+    return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
 
 def to_json(looks: Mapping[str, Look]) -> str:
-    """Looks by learner, as the text that results keep.
+    """Looks by learner, as text to store in results.
 
     >>> to_json({"cbp": Look("Continual backprop", BLUE)})
     '{"cbp": ["Continual backprop", ["#0072B2", "-", "o", false], false]}'
@@ -69,7 +77,7 @@ def to_json(looks: Mapping[str, Look]) -> str:
 
 
 def looks_of(results: xr.Dataset) -> dict[str, Look]:
-    """The looks that results have with them, by learner; none in results that were saved without."""
+    """The looks stored in results, by learner; empty if there are none."""
     return {
         name: Look(title, None if style is None else _style(*style), strong)
         for name, (title, style, strong) in json.loads(results.attrs.get(ATTRIBUTE, "{}")).items()
@@ -81,3 +89,69 @@ def _style(color: str, dashes: str | list, marker: str, hollow: bool) -> Style:
         offset, lengths = dashes
         dashes = (offset, tuple(lengths))
     return Style(color, dashes, marker, hollow)
+
+
+def learner_of(results: xr.Dataset, method: str) -> str:
+    """The name of a method's learner."""
+    return str(results.learner.loc[{"method": method}].item())
+
+
+def look_of(results: xr.Dataset, learner: str) -> Look:
+    """The look of a learner; its name, readable, if results have none with them."""
+    return looks_of(results).get(learner) or Look(readable(learner))
+
+
+def name_of(results: xr.Dataset, method: str) -> str:
+    """A method's label for readers: "Continual backprop (replacement rate 1e-5)"."""
+    learner = learner_of(results, method)
+    if not method.startswith(learner):
+        return readable(method)
+    rest = re.sub(r"e([+-])0+(\d)", r"e\1\2", method[len(learner) :])
+    return f"{look_of(results, learner).title} {rest.replace('_', ' ').replace('=', ' ')}".strip()
+
+
+def names_of(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
+    """Different labels for readers: "Continual backprop (replacement rate 1e-5)" for "cbp(replacement_rate=1e-05)"."""
+    names = [name_of(results, method) for method in methods]
+    return [name if names.count(name) == 1 else method for name, method in zip(names, methods, strict=True)]
+
+
+def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
+    """A style for each method: that of its learner; further variants are paler, with other dashes, and alternately
+    hollow.
+
+    More than two shades of a color are hard to distinguish. Then variants use the styles of learners that are not
+    drawn, as long as there are any.
+    """
+    from matplotlib.colors import to_hex, to_rgb
+
+    learners: dict[str, list[str]] = {}
+    for method in methods:
+        learners.setdefault(learner_of(results, method), []).append(method)
+    base = learner_styles(results, list(learners))
+    dashes = list(dict.fromkeys(style.dashes for style in (*PALETTE, *base.values())))
+    spare = [style for style in PALETTE if style not in base.values()]
+    styles = {}
+    for learner, variants in learners.items():
+        if 2 < len(variants) <= 1 + len(spare):
+            styles |= dict(zip(variants, [base[learner], *spare], strict=False))
+            spare = spare[len(variants) - 1 :]
+            continue
+        for i, method in enumerate(variants):
+            pale = 0.5 * i / len(variants)
+            color = to_hex((1 - pale) * np.array(to_rgb(base[learner].color)) + pale)
+            first = dashes.index(base[learner].dashes)
+            styles[method] = base[learner]._replace(
+                color=color,
+                dashes=dashes[(first + i) % len(dashes)],
+                hollow=base[learner].hollow ^ (i % 2 == 1),
+            )
+    return styles
+
+
+def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
+    """The learner's own style, so that it looks the same in every picture; other learners get unused styles."""
+    own = {learner: look_of(results, learner).style for learner in learners}
+    unused = [style for style in PALETTE if style not in own.values()]
+    spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
+    return {learner: style or next(spare) for learner, style in own.items()}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbp_jax.report.plots import style_of_pictures
+from cbp_jax.report.drawing import style_of_pictures
 from cbp_jax.report.results import require
 from cbp_jax.units import LeftOut, UnitGroup, Units
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette; groups of unknown kind are grey.
+# Okabe and Ito's palette; groups of unknown kind are gray.
 _COLOURS = {"residual": "#0072B2", "conv": "#E69F00", "dense": "#009E73", "head": "#CC79A7", "embedding": "#56B4E9"}
 _GREY = "#8C8C8C"
 _ROW, _LANE, _LETTER = 0.17, 0.42, 0.062  # inches: between kernels, between groups, width of a letter
@@ -22,17 +22,17 @@ _BAR = 0.3  # width of a group, in lanes
 
 
 def plot_units(units: Sequence[UnitGroup], path: str | Path | None = None) -> Figure:
-    """Draws the groups of a network, with the kernels that write and read them.
+    """Draws the groups of units in a network, with the kernels that write and read them.
 
     Each row is a kernel, in forward order, and each bar a group of units, from the first kernel that writes it to the
-    last that touches it. The row's arrow goes from the groups that the kernel reads to those that it writes: a stage of
-    a residual network is a long bar into which several kernels write. An arrow from the left edge reads what is no
-    group, such as the network's input, and one to the right edge writes what is left out. Kernels that touch none of
-    the groups are not drawn.
+    last that uses it. The row's arrow goes from the groups that the kernel reads to those that it writes: a stage of a
+    residual network is a long bar that several kernels write. An arrow from the left edge reads something that is not a
+    group, such as the network's input. An arrow to the right edge writes something that is left out. Kernels that use
+    none of the groups are not drawn.
 
     Args:
-      units: groups of `discover_units`, all or selected, or written by hand.
-      path: a file to write the picture to; its ending says of which kind.
+      units: groups of units, from `discover_units`, all or selected, or written by hand.
+      path: a file for the picture; its extension determines the format.
 
     Returns:
       A Matplotlib figure.
@@ -90,7 +90,7 @@ def plot_units(units: Sequence[UnitGroup], path: str | Path | None = None) -> Fi
 
 
 def _in_order(units: Units) -> list[str]:
-    """The kernels that write or read a group, in forward order; where that is unknown, group by group."""
+    """The kernels that write or read a group, in forward order if known, otherwise group by group."""
     touched = dict.fromkeys(
         path
         for group in units
@@ -101,7 +101,8 @@ def _in_order(units: Units) -> list[str]:
 
 
 def _lanes(units: Units, spans: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """A lane for each group, such that groups of overlapping spans have different ones; residual streams leftmost."""
+    """A column for each group, such that groups with overlapping spans have different columns; residual streams
+    leftmost."""
     taken: list[list[tuple[int, int]]] = []
     lanes: dict[str, int] = {}
     first = 0
@@ -125,7 +126,7 @@ def _lanes(units: Units, spans: dict[str, tuple[int, int]]) -> dict[str, int]:
 
 
 def _notes(units: Units, rows: list[str], writes: dict[str, set[str]]) -> dict[int, str]:
-    """What is said at the right of a row: which groups begin there, and what is left out."""
+    """The text to the right of a row: groups that begin there, and what is left out."""
     notes: dict[int, list[str]] = {}
     for group in units:
         row = next(row for row, kernel in enumerate(rows) if kernel in writes[group.name])

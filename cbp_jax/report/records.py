@@ -1,4 +1,4 @@
-"""What results keep of how they were made, and a list of runs."""
+"""Provenance of results, and a list of runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def origin() -> dict[str, str]:
-    """Where and by what results are made in this process: the attributes that they get.
+    """The provenance of results made in this process, as attributes.
 
     Returns:
-      ``device``, such as "cpu x 2"; ``command``, the command line of the process; ``commit``, of the checkout that the
-      package is in, followed by " with changes" where its files are not those of the commit, and "" where the package
-      is installed otherwise or git is not there.
+      ``device``, such as "cpu x 2"; ``command``, the command line of the process; and ``commit``, the commit of the
+      package's checkout, followed by " with changes" if files differ from it, or "" if the package is not in a checkout
+      or git is not available.
     """
     devices = jax.local_devices()
     several = f" x {len(devices)}" if len(devices) > 1 else ""
@@ -40,14 +40,14 @@ def origin() -> dict[str, str]:
 
 @functools.cache
 def commit_of(folder: Path) -> str:
-    """The git commit of a folder that is kept in a checkout.
+    """The git commit of a folder in a checkout.
 
     Args:
       folder: the folder of a package.
 
     Returns:
-      its hash, followed by " with changes" where the folder differs from it; "" where the folder is in no checkout, is
-      not a part of the one that it lies in, or git is not there.
+      its hash, followed by " with changes" if the folder differs from it; "" if the folder is not in a checkout, is not
+      tracked by it, or git is not available.
     """
 
     def git(*words: str) -> str:
@@ -57,17 +57,19 @@ def commit_of(folder: Path) -> str:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # not an environment inside of another project's checkout
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # fails in an environment inside of another project's checkout
         return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def resume(results: xr.Dataset) -> None:
-    """Notes, in place, that a run goes on, where that is done by another command, device or commit.
+    """Records, in place, that a run is resumed, if the command, device or commit has changed.
 
     Args:
-      results: of the run, as found in its folder. Their attribute ``resumed`` gets an entry.
+      results: results of the run, as found in its folder. Their attribute ``resumed`` gets an entry.
     """
     now = origin()
     entries = json.loads(results.attrs.get("resumed", "[]"))
@@ -77,12 +79,12 @@ def resume(results: xr.Dataset) -> None:
 
 
 def add_seconds(results: xr.Dataset, methods: list[str], seconds: float) -> None:
-    """Adds to the time that methods took, in place; those that run together have equal shares of it.
+    """Adds to the time of methods, in place. Methods that run together get equal shares.
 
     Args:
-      results: whose attribute ``seconds``, JSON, has the time of each method.
-      methods: labels of those that ran together.
-      seconds: that they took in all.
+      results: results whose attribute ``seconds``, JSON, has the time of each method.
+      methods: labels of the methods that ran together.
+      seconds: their total time.
     """
     kept = seconds_of(results)
     kept |= {method: kept.get(method, 0.0) + seconds / len(methods) for method in methods}
@@ -90,7 +92,7 @@ def add_seconds(results: xr.Dataset, methods: list[str], seconds: float) -> None
 
 
 def seconds_of(results: xr.Dataset) -> dict[str, float]:
-    """How long each method took, in seconds of the process, compilation among them; empty where it is not known."""
+    """The time of each method, in seconds of the process, including compilation; empty if unknown."""
     return json.loads(results.attrs.get("seconds", "{}"))
 
 
@@ -101,7 +103,7 @@ class Run(NamedTuple):
       folder: of the run.
       experiment: its name.
       state: "finished", "running", "failed: ...", or "unfinished: 3 of 10 tasks", of all methods and seeds.
-      headline: the best method, and its performance in the last tenth of the tasks.
+      headline: the best method and its performance in the last tenth of the tasks.
     """
 
     folder: Path
@@ -111,13 +113,13 @@ class Run(NamedTuple):
 
 
 def list_runs(folder: str | Path) -> list[Run]:
-    """Finds the runs in a folder and in those below it.
+    """Finds the runs in a folder and its subfolders.
 
     Args:
       folder: where to look.
 
     Returns:
-      the runs, in the order of their folders' names. What cannot be read is a run whose state says so.
+      the runs, ordered by folder name. A run that cannot be read has a state that says so.
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -162,7 +164,7 @@ def _state(results: xr.Dataset, folder: Path) -> str:
 
 
 def tasks_done(results: xr.Dataset) -> tuple[int, int]:
-    """Tasks of all methods and seeds that are done, and how many there are in all."""
+    """Number of finished tasks of all methods and seeds, and number of all tasks."""
     counted = [values for values in results.data_vars.values() if {"seed", "task"} <= set(values.dims)]
     counted = [values.isel({dim: 0 for dim in set(values.dims) - {"method", "seed", "task"}}) for values in counted]
     counts = [(int(values.notnull().sum()), values.size) for values in counted]
@@ -175,7 +177,7 @@ def _in_use(folder: Path) -> bool:
     try:
         with files.locked(folder):
             return False
-    except OSError:  # BlockingIOError; or the folder is another's, and cannot be asked
+    except OSError:  # BlockingIOError; or the folder belongs to another user
         return True
 
 

@@ -1,7 +1,7 @@
-"""Results of a run: one ``xarray.Dataset``, kept in one netCDF file that is complete at every moment.
+"""Results of a run: one ``xarray.Dataset``, stored in one netCDF file that is written atomically.
 
-The dataset is allocated full of NaN before the first task and filled as tasks end, so a run that is killed
-leaves a readable file in which NaN means "not run".
+The dataset is filled with NaN before the first task, and values are written as tasks end. So a killed run leaves a
+readable file in which NaN means "not run".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FILE_NAME = "results.nc"
 PARTS = "processes"  # where the processes of a run that is not finished keep their parts, each a folder with that file
 
-#: What is measured of each task, for each method and seed: name of the data variable, and what it means.
+#: Measures of each task, for each method and seed: name of the data variable, and its meaning.
 MEASURES: dict[str, str] = {
     "accuracy": "fraction of the task's examples classified correctly, each before learning from it",
     "loss": "mean loss of the task's examples, each before learning from it",
@@ -41,7 +41,7 @@ MEASURES: dict[str, str] = {
     "replaced_units": "units replaced during the task",
 }
 
-#: What is measured besides where updates are measured too: see :func:`stream_measures`.
+#: Additional measures if updates are measured; see :func:`stream_measures`.
 UPDATE_MEASURES: dict[str, str] = {
     "plasticity": "1 - loss after / loss before the update, clipped to [0, 1], mean over examples",
     "gradient_l0": "fraction of gradients that are not 0, mean over measured updates",
@@ -54,18 +54,18 @@ UPDATE_MEASURES: dict[str, str] = {
     "weight_l2": "L2 norm of the weights, before the task",
 }
 
-#: What is measured besides where tasks have examples that are not trained on.
+#: Additional measures if tasks have test examples.
 TEST_MEASURES: dict[str, str] = {
     "test_accuracy": "fraction of the task's test examples classified correctly, after the task",
     "test_loss": "mean loss of the task's test examples, after the task",
 }
 
-#: What is measured besides where weights are chosen by examples that are neither trained on nor tested on.
+#: Additional measures if weights are chosen by validation examples.
 VALIDATION_MEASURES: dict[str, str] = {
     "validation_accuracy": "fraction of the task's validation examples classified correctly, after the task",
 }
 
-#: What is measured besides where a threshold of dormancy is given.
+#: Additional measures if a threshold for dormant units is given.
 DORMANT_MEASURES: dict[str, str] = {
     "dormant_units": "fraction of hidden units of small activation, relative to their layer's, before the task",
 }
@@ -76,7 +76,7 @@ _DIMS = ("method", "seed", "task")
 def stream_measures(
     *, accuracy: bool = True, updates: bool = False, test: bool = False, dormant: bool = False
 ) -> dict[str, str]:
-    """What is measured on a stream of tasks.
+    """The measures on a stream of tasks.
 
     Args:
       accuracy: whether tasks are classifications.
@@ -132,26 +132,24 @@ def new_results(
     Args:
       methods: a label for each method, all different, such as ``"cbp(replacement_rate=1e-05)"``.
       learners: the learner of each method, such as ``"cbp"``; several methods may be variants of one learner.
-      hyperparameters: for each method, the numbers it was run with by name, such as ``{"step_size": 0.01}``;
-        None is as good as left out.
-      seeds: how many seeds (they are then 0, 1, ...), or the seeds themselves.
-      tasks: how many tasks the run has when it is complete.
-      settings: the settings of the experiment, a dataclass or a mapping; kept as JSON.
+      hyperparameters: for each method, its numeric settings by name, such as ``{"step_size": 0.01}``. None is ignored.
+      seeds: the number of seeds (then they are 0, 1, ...), or the seeds themselves.
+      tasks: number of tasks of the complete run.
+      settings: the settings of the experiment, a dataclass or a mapping; stored as JSON.
       experiment: the experiment's name.
-      measures: what is measured of a task: names of the data variables, and their meaning.
-      looks: by learner, how it is named and drawn in pictures; others get a title of their name, and a style that is
-        left over.
+      measures: the measures of a task: names of the data variables, and their meanings.
+      looks: by learner, how it is named and drawn in pictures. Others get a title from their name, and an unused style.
 
     Returns:
       A dataset with a float32 variable [method, seed, task] for each measure; the coordinates ``method`` and
       ``learner`` (strings) and one float64 coordinate for each hyperparameter along ``method`` (NaN where a
       method has no such hyperparameter), ``seed`` and ``task`` (integers); and the attributes ``experiment``,
-      ``settings``, ``versions``, ``device``, ``command`` and ``commit`` (see :func:`records.origin`) and, where given,
-      ``looks``; of these, settings, versions and looks are JSON.
+      ``settings``, ``versions``, ``device``, ``command`` and ``commit`` (see :func:`records.origin`) and, if given,
+      ``looks``. Of these, settings, versions and looks are JSON.
 
     Raises:
-      ValueError: a label is given twice, the lengths differ, there is nothing to run, or a hyperparameter is
-        not a number or bears the name of something else in the dataset.
+      ValueError: a label is given twice, the lengths differ, there is nothing to run, or a hyperparameter is not a
+        number or its name is already used in the dataset.
 
     Example:
       >>> results = new_results(
@@ -223,19 +221,18 @@ def record_task(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> None:
-    """Writes what was measured of one task into the results, in place.
+    """Writes the measurements of one task into the results, in place.
 
     Args:
-      results: a dataset as :func:`new_results` makes it.
+      results: a dataset made by :func:`new_results`.
       task: the task's index, from 0.
-      values: name of a measure -> array [methods, seeds], and further axes where the measure has them. Measures that
-        are left out stay as they are.
+      values: name of a measure -> array [methods, seeds], with further axes if the measure has them. Other measures are
+        not changed.
       methods: labels of the rows; all methods by default.
       seeds: seeds of the columns; all seeds by default.
 
     Raises:
-      ValueError: an unknown task, measure, method or seed, or an array of another shape. Nothing has been
-        written then.
+      ValueError: a task, measure, method or seed is unknown, or an array has another shape. Then nothing is written.
 
     Example:
       >>> results = new_results(["bp", "cbp"], ["bp", "cbp"], [{}, {}], seeds=3, tasks=10, settings={},
@@ -326,22 +323,22 @@ def positions_of(results: xr.Dataset, lanes: Sequence[tuple[str, int]]) -> tuple
 
 
 def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:
-    """Writes the results of a run to ``run_dir/results.nc``, all or nothing.
+    """Writes the results of a run to ``run_dir/results.nc`` atomically.
 
-    The file is made in memory, written beside its place and then moved there, so whoever reads it, or kills the run,
-    or fills the disk, finds either the last results or these. Data are kept with checksums: :func:`load_results`
-    refuses damaged ones. It takes about a tenth of a second.
+    The file is made in memory, written to a temporary file and then moved, so that a reader, a killed run or a full
+    disk leaves either the previous results or these. Data are stored with checksums, and :func:`load_results` rejects
+    damaged files. Writing takes about a tenth of a second.
 
     Args:
       results: the dataset to write.
-      run_dir: folder of the run; made if it is not there.
+      run_dir: folder of the run; created if needed.
 
     Returns:
       The path of the file (netCDF 4).
 
     Raises:
       NotADirectoryError: ``run_dir`` is a file.
-      OSError: the file cannot be written, such as on a full disk; the last results are as they were.
+      OSError: the file cannot be written, for example on a full disk. The previous results are not changed.
     """
     require("xarray")
     require("h5netcdf")
@@ -365,9 +362,9 @@ def load_results(path: str | Path) -> xr.Dataset:
       path: the folder of the run, or its ``results.nc``.
 
     Returns:
-      The dataset, in memory; see :func:`new_results`. NaN where a task has not been run. Take a method out of
-      it with ``results.loc[{"method": "cbp"}]``: in ``results.sel(method="cbp")`` xarray reads ``method`` as
-      an option of its own, and selects nothing.
+      The dataset, in memory; see :func:`new_results`. NaN means that a task has not run. Select a method by
+      ``results.loc[{"method": "cbp"}]``: in ``results.sel(method="cbp")`` xarray interprets ``method`` as its own
+      option, and selects nothing.
 
     Raises:
       FileNotFoundError: there is no such file, or no results in that folder.
@@ -436,7 +433,7 @@ def _load_file(file: Path) -> xr.Dataset:
         results = require("xarray").load_dataset(file, engine="h5netcdf")
     except PermissionError:
         raise
-    except Exception as error:  # of many types, by the kind of damage
+    except Exception as error:  # the type depends on the damage
         raise ValueError(f"{file} is not a results file: it cannot be read as netCDF 4 ({error})") from error
     missing = [name for name in ("experiment", "settings") if name not in results.attrs]
     missing += [name for name in ("seed", "task") if name not in results.dims]
@@ -446,17 +443,17 @@ def _load_file(file: Path) -> xr.Dataset:
 
 
 def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Joins results of one experiment that differ in their seeds or in their methods.
+    """Joins results of one experiment with different seeds or methods.
 
     Args:
       parts: datasets of :func:`load_results`, each with seeds or methods that no other has.
 
     Returns:
-      the dataset of all; NaN where a method was not run with a seed. Its attributes are those of the first part; the
-      seconds that methods took add up.
+      the joined dataset; NaN if a method was not run with a seed. Its attributes are those of the first part, except
+      that the times of methods are added.
 
     Raises:
-      ValueError: there are none, they are of several experiments, or two have the same method and seed.
+      ValueError: there are no parts, they are of several experiments, or two have the same method and seed.
 
     Example:
       >>> run = lambda seeds: new_results(["bp"], ["bp"], [{}], seeds=seeds, tasks=10, settings={}, experiment="mine")
@@ -498,12 +495,12 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
 
 
 def settings_json(settings: Any) -> str:
-    """The settings of an experiment, a dataclass or a mapping, as the JSON that results keep."""
+    """The settings of an experiment, a dataclass or a mapping, as JSON for results."""
     return json.dumps(_plain(settings), sort_keys=True)
 
 
 def _plain(value: Any) -> Any:
-    """Settings as JSON knows them: dataclasses become dicts, arrays lists, and what is left its text."""
+    """Converts settings for JSON: dataclasses become dicts, arrays lists, and other objects text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

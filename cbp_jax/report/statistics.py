@@ -1,9 +1,10 @@
-"""What pictures and tables of a run are made of: means and errors over seeds, tenths of the tasks."""
+"""Statistics for pictures and tables of a run: means and errors over seeds, tenths of the tasks."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,16 +16,15 @@ if TYPE_CHECKING:
 
 
 def mean_and_error(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error over seeds, of those seeds that have a value.
+    """Mean and standard error over the seeds that have a value.
 
     Args:
-      values: an array with seeds along ``axis``; what is not finite is left out.
+      values: an array with seeds along ``axis``. Non-finite values are left out.
       axis: the axis of seeds.
 
     Returns:
       ``(mean, error)``, float64, without that axis. ``error`` is the sample standard deviation over the
-      square root of the number of seeds: NaN where fewer than two seeds have a value, as is ``mean`` where
-      none has.
+      square root of the number of seeds: NaN if fewer than two seeds have a value. ``mean`` is NaN if none has.
 
     Example:
       >>> mean, error = mean_and_error(np.array([1.0, 3.0, np.nan]))
@@ -40,11 +40,11 @@ def mean_and_error(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
-    """Cuts a sequence of tasks into contiguous blocks, as equal as can be, the last among the longest.
+    """Splits a sequence of tasks into contiguous blocks of nearly equal length, with longer blocks last.
 
     Args:
       tasks: number of tasks.
-      blocks: number of blocks; one for each task where there are fewer tasks.
+      blocks: number of blocks; one for each task if there are fewer tasks.
 
     Returns:
       The blocks in order, together all the tasks.
@@ -59,9 +59,9 @@ def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
 
 
 def performance(results: xr.Dataset) -> str:
-    """What the methods of a run are judged by.
+    """The measure of performance of a run.
 
-    That is "test_accuracy" where tasks have test examples, else "accuracy", or "loss" where the tasks are regressions;
+    That is "test_accuracy" if tasks have test examples, otherwise "accuracy", or "loss" for regressions;
     "episode_return" for agents.
 
     Raises:
@@ -80,23 +80,23 @@ def is_accuracy(measure: str) -> bool:
 
 
 def better(measure: str) -> int:
-    """1 if more of a measure of performance is better, -1 if less is."""
+    """1 if a higher value of a performance measure is better, -1 if a lower value is."""
     return -1 if measure == "loss" else 1
 
 
 def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
-    """How far a method has come.
+    """The progress of a method.
 
     Args:
       results: results of a run.
       method: label of the method.
 
     Returns:
-      The seeds that have finished a task and have not diverged, as indices, and the number of tasks that all of those
+      The indices of seeds that have finished a task and have not diverged, and the number of tasks that all of these
       have finished.
 
     Raises:
-      ValueError: no ``accuracy`` or ``loss`` [method, seed, task] in the results, by which to know a finished task.
+      ValueError: the results have no ``accuracy`` or ``loss`` [method, seed, task], which mark finished tasks.
     """
     values = results[performance(results)]
     done = np.isfinite(values.loc[{"method": method}].transpose("seed", "task").values)
@@ -105,7 +105,7 @@ def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
 
 
 def last_tenth(results: xr.Dataset, method: str, measure: str | None = None) -> np.ndarray:
-    """Mean of a measure over the last tenth of the tasks that a method has finished, for each seed.
+    """Mean of a measure over the last tenth of a method's finished tasks, for each seed.
 
     Args:
       results: results of a run.
@@ -119,14 +119,14 @@ def last_tenth(results: xr.Dataset, method: str, measure: str | None = None) -> 
 
 
 def summary(results: xr.Dataset) -> str:
-    """The results of a run as a table of text.
+    """The results of a run as a text table.
 
-    For each method, its performance, the accuracy in percent, the loss or the return, in the first, the best and the
-    last tenth of the tasks it has finished (the best being that of the best mean over seeds), how much of the best was
-    lost at the end (a difference within each seed), the mean plasticity over all tasks where it was measured, and the
-    dead units of the last tenth in percent, or dormant ones where only these were counted. Performances are the mean
-    over seeds and half the width of its 95% confidence interval (Student's t), which takes at least two seeds. Seeds
-    that diverged are left out, and named below the table.
+    For each method the table shows its performance (accuracy in percent, loss, or return) in the first, the best and
+    the last tenth of its finished tasks, where the best is that of the best mean over seeds; how much of the best was
+    lost at the end (a difference within each seed); the mean plasticity over all tasks, if measured; and the dead units
+    in the last tenth in percent, or the dormant units if only these were counted. Performances are the mean over seeds
+    and half the width of its 95% confidence interval (Student's t), which requires at least two seeds. Diverged seeds
+    are left out, and listed below the table.
 
     Args:
       results: results of a run.
@@ -173,14 +173,14 @@ def summary(results: xr.Dataset) -> str:
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """A 95% interval of the mean over seeds, from percentiles of the means of bootstrap samples of the seeds.
+    """A 95% bootstrap interval of the mean over seeds, by percentiles.
 
     Args:
-      values: array [seeds, n]; what is not finite is left out.
-      resamples: how many bootstrap samples; they are the same ones at every call.
+      values: array [seeds, n]. Non-finite values are left out.
+      resamples: number of bootstrap samples, the same ones at every call.
 
     Returns:
-      lower and upper ends [n], float64; NaN where no seed has a value, or where there is but one.
+      lower and upper ends [n], float64; NaN if no seed or only one has a value.
 
     Example:
       >>> low, high = bootstrap_interval(np.array([[1.0, 5.0], [3.0, 5.0]]))
@@ -200,12 +200,13 @@ def bootstrap_text(values: np.ndarray, digits: int = 2, of: Callable[[Any], Any]
     """The mean over seeds and its 95% bootstrap interval.
 
     Args:
-      values: array [seeds]; what is not finite is left out.
-      digits: after the point.
-      of: an increasing function of the mean and of the ends: `np.exp` makes a geometric mean of logarithms.
+      values: array [seeds]. Non-finite values are left out.
+      digits: number of digits after the decimal point.
+      of: an increasing function applied to the mean and the ends: `np.exp` turns the mean of logarithms into a
+        geometric mean.
 
     Returns:
-      "mean [low, high]"; the mean alone of one seed, and "-" of none.
+      "mean [low, high]"; only the mean for one seed, and "-" for none.
 
     Example:
       >>> bootstrap_text(np.array([1.0, 1.0, np.nan])), bootstrap_text(np.log([8.0]), 1, np.exp)
@@ -221,7 +222,7 @@ def bootstrap_text(values: np.ndarray, digits: int = 2, of: Callable[[Any], Any]
 
 
 def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
-    """Means of a measure over the tenths of a method's finished tasks: [seeds that have run, at most 10]."""
+    """Means of a measure over tenths of a method's finished tasks: [seeds that have run, at most 10]."""
     seeds, tasks = finished_tasks(results, method)
     values = results[measure].loc[{"method": method}].transpose("seed", "task").values[seeds]
     means = [values[:, block].mean(1, dtype=np.float64) for block in blocks_of_tasks(tasks)]
@@ -229,10 +230,69 @@ def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
 
 
 def interval_text(values: np.ndarray, digits: int) -> str:
-    """Mean and half the width of its 95% confidence interval over seeds; without the latter for one seed."""
+    """Mean over seeds and half the width of its 95% confidence interval; only the mean for one seed."""
     from scipy import stats
 
     mean, error = mean_and_error(values)
     if len(values) < 2:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.{digits}f}"
+
+
+def binned(values: np.ndarray, bin_size: int, bootstrap: bool = False) -> tuple[np.ndarray, ...]:
+    """Bins of values [seeds, tasks]: their centers, with tasks counted from 1, means over seeds, and ends of the
+    band."""
+    seeds, tasks = values.shape
+    bins = math.ceil(tasks / bin_size)
+    # Padded with NaN, which the means leave out, as they do tasks that have not been run.
+    values = np.pad(values, ((0, 0), (0, bins * bin_size - tasks)), constant_values=np.nan)
+    task = np.broadcast_to(np.arange(1.0, bins * bin_size + 1), values.shape)
+    task = np.where(np.isfinite(values), task, np.nan)
+    per_seed, _ = mean_and_error(values.reshape(seeds, bins, bin_size), axis=2)
+    mean, error = mean_and_error(per_seed, axis=0)
+    middle, _ = mean_and_error(task.reshape(seeds, bins, bin_size).swapaxes(0, 1).reshape(bins, -1), axis=1)
+    some = np.isfinite(mean)
+    low, high = bootstrap_interval(per_seed) if bootstrap else (mean - error, mean + error)
+    return middle[some], mean[some], low[some], high[some]
+
+
+def over_steps(results: xr.Dataset) -> bool:
+    """Whether "tasks" are intervals of an agent's life."""
+    return performance(results) == "episode_return"
+
+
+def started(results: xr.Dataset) -> list[str]:
+    """Methods that have finished a task with every seed that was started."""
+    return [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
+
+
+def begun(results: xr.Dataset) -> list[str]:
+    """Those, and methods whose seeds have all diverged."""
+    some_finished = started(results)
+    all_diverged = lambda method: np.isfinite(diverged_tasks(results, method)).all()
+    return [method for method in results.method.values.tolist() if method in some_finished or all_diverged(method)]
+
+
+def unfinished(results: xr.Dataset, method: str) -> bool:
+    """Whether a method still has tasks to do."""
+    return finished_tasks(results, method)[1] < results.sizes["task"]
+
+
+def with_diverged(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
+    """Those of the methods of which a seed has diverged."""
+    return [method for method in methods if np.isfinite(diverged_tasks(results, method)).any()]
+
+
+def diverged_note(results: xr.Dataset, methods: Sequence[str]) -> str:
+    """What a picture says of crosses, if it has any."""
+    return "; cross: a seed diverged, and is left out" if with_diverged(results, methods) else ""
+
+
+def seeds_note(results: xr.Dataset, methods: Sequence[str]) -> str:
+    """What a picture says of its lines and bands."""
+    counts = {len(finished_tasks(results, method)[0]) for method in methods}
+    if counts == {1}:
+        return "One seed"
+    seeds = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    band = "a 95% bootstrap interval" if over_steps(results) else "one standard error"
+    return f"Mean and {band} of {seeds} seeds"

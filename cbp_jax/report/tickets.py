@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbp_jax.report.looks import PALETTE, Look, looks_of, readable
-from cbp_jax.report.plots import _HANDLE, save_figures, style_of_pictures
+from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
+from cbp_jax.report.looks import PALETTE, look_of
 from cbp_jax.report.results import require
 from cbp_jax.report.statistics import interval_text
 
@@ -30,7 +30,7 @@ _PANELS = {
 
 
 def plot_tickets(results: xr.Dataset, out: str | Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run: ``density``, and ``accuracy`` where there are tickets.
+    """Draws the pictures of a run: ``density``, and ``accuracy`` if there are tickets.
 
     Args:
       results: of an experiment on lottery tickets, finished or not.
@@ -50,9 +50,9 @@ def plot_tickets(results: xr.Dataset, out: str | Path, *, formats: Sequence[str]
 
 
 def plot_densities(results: xr.Dataset) -> Figure:
-    """Draws early stopping and accuracy against density, dense to sparse: the paper's Figures 1 and 4.
+    """Plots early stopping and accuracy against density, from dense to sparse: the paper's Figures 1 and 4.
 
-    One line a kind of network: the mean over seeds, with bars from the least to the largest.
+    There is one line for each kind of network: the mean over seeds, with bars from the smallest to the largest value.
 
     Args:
       results: of an experiment on lottery tickets.
@@ -74,7 +74,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
             for number, method in enumerate(results.method.values.tolist()):
                 density = 100 * _values(results, "density", method)[:, :rounds].mean(0)
                 values = _values(results, measure, method)[:, :rounds] * (100 if "accuracy" in measure else 1)
-                shift = 1 + 0.012 * (number - (results.sizes["method"] - 1) / 2)  # bars stand beside each other
+                shift = 1 + 0.012 * (number - (results.sizes["method"] - 1) / 2)  # so that bars do not overlap
                 _draw(ax, results, method, density * shift, values)
             ax.set_xscale("log")
             ax.invert_xaxis()
@@ -85,17 +85,19 @@ def plot_densities(results: xr.Dataset) -> Figure:
             ax.set_ylabel(label)
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), handlelength=_HANDLE)
+        figure.legend(
+            handles, labels, loc="outside upper center", ncols=min(6, len(labels)), handlelength=HANDLE_LENGTH
+        )
         _note(figure, results)
     return figure
 
 
 def plot_accuracies(results: xr.Dataset) -> Figure:
-    """Draws test accuracy as tickets of selected densities train: the paper's Figure 3.
+    """Plots test accuracy during training for tickets of selected densities: the paper's Figure 3.
 
-    Three panels: tickets of high density, tickets of low density, and tickets beside their reinitialized networks, or
-    those of another control where these are not there. Lines are means over seeds, with bars from the least to the
-    largest.
+    The three panels show tickets of high density, tickets of low density, and tickets together with their reinitialized
+    networks, or with another control if these are missing. Lines are means over seeds, with bars from the smallest to
+    the largest value.
 
     Args:
       results: of an experiment on lottery tickets, with "ticket" among its methods.
@@ -131,7 +133,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
             for method in compared:
                 curves = 100 * _values(results, "test_accuracy_at", method)
                 for number in chosen:
-                    style, title = styles[number], _look(results, method).title
+                    style, title = styles[number], look_of(results, method).title
                     label = f"{100 * density[number]:.3g}%" + (f", {title.lower()}" if method != "ticket" else "")
                     every = max(1, len(iteration) // _BARS)
                     place = (list(styles).index(number) * every) // len(styles)
@@ -143,7 +145,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
             ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handlelength=2.2, borderaxespad=0.2)
             ax.margins(x=0.02)
         axes[0].set_ylabel("Correct, test examples (%)")
-        # The first steps, from chance on, would hide the rest.
+        # Without the first steps near chance level, which would compress the rest.
         late = 100 * _values(results, "test_accuracy_at", "ticket")[:, :rounds, len(iteration) // 10 :].mean(0)
         low, high = np.nanmin(late), np.nanmax(late)
         axes[0].set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
@@ -152,10 +154,11 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
 
 
 def summarize_tickets(results: xr.Dataset) -> str:
-    """The results of a run as tables of text, a row a round.
+    """The results of a run as text tables, with a row for each round.
 
-    For each kind of network the mean over seeds ± half its 95% confidence interval (Student's t); and how much better
-    the ticket is than the dense network of its seed, and than its reinitialized network, likewise of the differences.
+    For each kind of network the table shows the mean over seeds ± half its 95% confidence interval (Student's t). A
+    second table shows the differences between the ticket and the dense network of the same seed, and between the ticket
+    and its reinitialized network.
 
     Args:
       results: of an experiment on lottery tickets, finished or not.
@@ -168,7 +171,7 @@ def summarize_tickets(results: xr.Dataset) -> str:
     lines = []
     for measure, label in _PANELS.items():
         scale, digits = (100, 2) if "accuracy" in measure else (1, 0)
-        table = [("density", *(_look(results, method).title for method in methods))]
+        table = [("density", *(look_of(results, method).title for method in methods))]
         values = {method: scale * _values(results, measure, method)[:, :rounds] for method in methods}
         compared: dict[str, Any] = {}
         if "ticket" in methods:
@@ -188,7 +191,7 @@ def summarize_tickets(results: xr.Dataset) -> str:
 
 
 def _finished(results: xr.Dataset) -> int:
-    """How many rounds all kinds and seeds have finished."""
+    """The number of rounds that all kinds and seeds have finished."""
     rounds = int(np.isfinite(results.density.transpose("task", ...).values).all((1, 2)).sum())
     if not rounds:
         raise ValueError("results: no round has finished, so that there is nothing to draw")
@@ -196,17 +199,13 @@ def _finished(results: xr.Dataset) -> int:
 
 
 def _values(results: xr.Dataset, measure: str, method: str) -> np.ndarray:
-    """Of a kind of network, float64 [seeds, rounds, ...]."""
+    """A measure of one kind of network, float64 [seeds, rounds, ...]."""
     return results[measure].loc[{"method": method}].transpose("seed", "task", ...).values.astype(np.float64)
-
-
-def _look(results: xr.Dataset, method: str) -> Look:
-    return looks_of(results).get(method) or Look(readable(method))
 
 
 def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.ndarray) -> None:
     """A line of means over seeds with a bar at each point."""
-    look = _look(results, method)
+    look = look_of(results, method)
     style = look.style or PALETTE[-1]
     mean = values.mean(0)
     ax.errorbar(
@@ -228,7 +227,7 @@ def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.
 
 
 def _line(ax, x, curves, style, dashes, label, place, every) -> None:
-    """A curve of means over seeds with a bar here and there, at other places than those of other curves."""
+    """A curve of means over seeds with some bars, at different positions for each curve."""
     some = np.isfinite(curves).all(0)
     x, curves = x[some], curves[:, some]
     mean = curves.mean(0)

@@ -1,4 +1,4 @@
-"""Reinforcement learning with any optax transformation: PPO, and agents of a stream."""
+"""Reinforcement learning with any optax transformation: PPO, and streaming agents."""
 
 from cbp_jax.rl import ppo, streaming
 from cbp_jax.rl.gae import gae

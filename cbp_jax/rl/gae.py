@@ -1,4 +1,4 @@
-"""Generalised advantage estimation."""
+"""Generalized advantage estimation."""
 
 import chex
 import jax
@@ -15,32 +15,31 @@ def gae(
     discount: chex.Numeric,
     gae_lambda: chex.Numeric,
 ) -> chex.Array:
-    r"""Generalised advantage estimation over a rollout.
+    r"""Generalized advantage estimation over a rollout.
 
-    With :math:`\delta_t = r_t + \gamma (1 - \text{termination}_t) V(s'_t) - V(s_t)`, where :math:`s'_t` is what step t
-    led to,
+    With :math:`\delta_t = r_t + \gamma (1 - \text{termination}_t) V(s'_t) - V(s_t)`, where :math:`s'_t` is the state
+    after step t,
 
     .. math::
       A_t = \delta_t + \gamma \lambda (1 - \text{done}_t) A_{t+1},
 
-    where done is a termination or a truncation: nothing is gained after a termination, while after a truncation, which
-    only stops looking, the value of the last state stands for what would have come; and no advantage reaches back over
-    the end of an episode.
+    where done is a termination or a truncation. After a termination there is no further return. After a truncation, the
+    value of the last state replaces the remaining return. Advantages do not extend across the end of an episode.
 
     Args:
       rewards: [steps, ...].
-      values: of the states in which the steps were made, [steps, ...].
-      next_values: of the states that they led to, before any reset, [steps, ...].
-      terminations: 1 where the step ended the episode for good, [steps, ...].
-      truncations: 1 where the episode was cut after the step, [steps, ...].
-      discount: of a step, gamma.
-      gae_lambda: 0 takes the temporal-difference errors themselves, 1 whole returns.
+      values: values of the states before the steps, [steps, ...].
+      next_values: values of the states after the steps, before any reset, [steps, ...].
+      terminations: 1 where the step terminated the episode, [steps, ...].
+      truncations: 1 where the episode was truncated after the step, [steps, ...].
+      discount: gamma, the discount for each step.
+      gae_lambda: lambda; 0 gives temporal-difference errors, 1 full returns.
 
     Returns:
-      advantages [steps, ...]; with `values` added they are what values are to learn.
+      advantages [steps, ...]. With `values` added they are the targets of the value function.
 
     Raises:
-      ValueError: the arrays are not all of one shape.
+      ValueError: the arrays do not all have the same shape.
 
     Example:
       >>> zero, one = jnp.zeros(2), jnp.ones(2)

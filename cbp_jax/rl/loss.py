@@ -1,4 +1,4 @@
-"""The loss of proximal policy optimisation."""
+"""The loss of proximal policy optimization."""
 
 import chex
 import jax.numpy as jnp
@@ -6,19 +6,19 @@ import jax.numpy as jnp
 from cbp_jax.rl.rollout import Steps, log_prob
 from cbp_jax.rl.settings import Settings
 
-# A policy that has become nearly deterministic can go past the largest float, and one such step would end the run.
+# For a nearly deterministic policy the ratio can overflow, and one such step would ruin the run.
 _LARGEST_LOG_RATIO = 20.0
 
 
 def ppo_loss(
     settings: Settings, mean: chex.Array, log_std: chex.Array, value: chex.Array, batch: Steps
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-    """The loss of a minibatch, as :func:`cbp_jax.rl.ppo.make` says, and its terms.
+    """The loss of a minibatch, as defined in :func:`cbp_jax.rl.ppo.make`, and its terms.
 
     Args:
       settings: the settings.
-      mean: of the policy, [steps, actions].
-      log_std: of the policy, [actions] or [steps, actions].
+      mean: means of the policy, [steps, actions].
+      log_std: log standard deviations of the policy, [actions] or [steps, actions].
       value: [steps].
       batch: the minibatch.
 
@@ -43,7 +43,7 @@ def ppo_loss(
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": entropy,
-        # An estimate of the divergence with little variance, as J. Schulman proposes ("Approximating KL divergence").
+        # A low-variance estimate of the divergence, from J. Schulman, "Approximating KL divergence".
         "approx_kl": jnp.mean(ratio - 1 - log_ratio),
         "clip_fraction": jnp.mean(jnp.abs(ratio - 1) > settings.clip, dtype=jnp.float32),
     }

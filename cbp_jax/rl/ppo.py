@@ -1,4 +1,4 @@
-"""Proximal policy optimisation, on the device from environment to update, with any optax transformation."""
+"""Proximal policy optimization, entirely on the device, with any optax transformation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,8 +28,8 @@ class State(NamedTuple):
     env_state: Any  # leaves [num_envs, ...]
     statistics: Statistics
     key: chex.Array  # raw key data
-    obs: chex.Array  # [rollout_length, num_envs, observations], what the last rollout saw
-    changed: chex.Array  # bool [], whether a period of the environments ended in it
+    obs: chex.Array  # [rollout_length, num_envs, observations] of the last rollout
+    changed: chex.Array  # bool [], whether a period of the environments ended in the last rollout
 
 
 def make(
@@ -40,44 +40,43 @@ def make(
     *,
     reset: str = "",
 ) -> tuple[Callable[[chex.PRNGKey], State], Callable[[State], tuple[State, dict[str, chex.Array]]]]:
-    r"""An agent as two pure functions: its state of a key, and one rollout with all updates from it.
+    r"""An agent as two pure functions: one creates its state, the other runs a rollout with all its updates.
 
-    The policy is a Gaussian. With :math:`\rho` the ratio of an action's probability to that in the rollout and A its
-    advantage, an update descends the mean over a minibatch of
+    The policy is Gaussian. With :math:`\rho` the ratio of an action's probability to that in the rollout and A its
+    advantage, an update minimizes the mean over a minibatch of
 
     .. math::
       -\min\left(\rho A, \text{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A\right)
       + c_V (V(s) - \hat{V})^2 - c_H H.
 
-    With `clip_values`, V_old being the value in the rollout, the squared error is the larger of that and
+    With `clip_values`, where V_old is the value in the rollout, the squared error is the larger of that and
 
     .. math::
       \left(V_\text{old}(s) + \text{clip}(V(s) - V_\text{old}(s), -\epsilon, \epsilon) - \hat{V}\right)^2.
 
     Args:
-      env: one environment; it is vmapped over `num_envs`.
+      env: a single environment; it is vmapped over `num_envs`.
       network: maps observations [..., observations] to (mean [..., actions], log_std [actions] or [..., actions],
         value [...]), as `nets.ActorCritic` does.
       optimizer: makes, of the units of policy and value, an optax transformation. It is given `features` of the
         minibatch as an extra argument, so that continual backpropagation and recycling work, and gradients as
         `max_grad_norm` leaves them.
       settings: the settings.
-      reset: what is drawn anew when the environments' `info["period"]` has changed, "network" or "head" (the layers
-        that make the policy's means and the value, and log-stds that are parameters), with what the optimizer keeps of
-        it: before the first rollout after the one in which the period ended. Statistics of observations stay.
+      reset: what to reinitialize after the environments' `info["period"]` has changed, before the next rollout:
+        "network" or "head" (the layers that compute the policy's means and the value, and log-stds that are
+        parameters), together with the optimizer's state for it. Statistics of observations are kept.
 
     Returns:
       `init(key) -> state` and `update(state) -> (state, metrics)`, to be jitted, scanned and vmapped over seeds.
       Metrics are scalars: over the rollout `episodes`, the number of episodes that ended, the sums
-      `return_sum` and `length_sum` of their returns and lengths, and the mean of each of the environment's metrics,
-      and of its `friction` where it has one; over the updates the means `policy_loss`, `value_loss`, `entropy`,
-      `approx_kl` and `clip_fraction`; `explained_variance`, the fraction of the variance of targets that values
-      explain before the updates; and `replaced_units`, how many the updates replaced.
+      `return_sum` and `length_sum` of their returns and lengths, and the mean of each of the environment's metrics, and
+      of its `friction` if it has one; over the updates the means `policy_loss`, `value_loss`, `entropy`, `approx_kl`
+      and `clip_fraction`; `explained_variance`, the fraction of the variance of targets that values explain before the
+      updates; and `replaced_units`, the number of units replaced by the updates.
 
     Raises:
-      ValueError: the network's means, log-stds or values are not of these shapes for the environment, `reset` is
-        something else, or, from `init`, the environment does not start episodes by itself, or has no periods to reset
-        after.
+      ValueError: the network's means, log-stds or values have wrong shapes for the environment, `reset` is unknown, or,
+        from `init`, the environment does not start episodes by itself, or has no periods to reset after.
 
     Example:
       >>> from cbp_jax import nets
@@ -138,7 +137,7 @@ def make(
     def update(state: State) -> tuple[State, dict[str, chex.Array]]:
         key, rollout_key, learn_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
         if reset:
-            other_key = jax.random.fold_in(learn_key, settings.epochs)  # than those of the epochs
+            other_key = jax.random.fold_in(learn_key, settings.epochs)  # different from those of the epochs
             worn = state.params, state.opt_state
             anew = restart(reset, tx, *worn, head, fresh(other_key))
             params, opt_state = jax.tree.map(lambda new, old: jnp.where(state.changed, new, old), anew, worn)
@@ -188,17 +187,17 @@ def train(
     *,
     updates: int,
 ) -> Callable[[chex.PRNGKey], tuple[State, dict[str, chex.Array]]]:
-    """A whole run as one pure function of a key.
+    """A complete run as one pure function of a key.
 
     Args:
-      env: as in `make`, like what follows.
+      env: as in `make`, like the next arguments.
       network: maps observations to (mean, log_std, value).
       optimizer: makes an optax transformation of the units.
       settings: the settings.
-      updates: number of rollouts, each with its updates.
+      updates: number of rollouts, each followed by its updates.
 
     Returns:
-      a function of a key to (the last state, metrics [updates] by name); `jax.vmap` of it runs many seeds.
+      a function that maps a key to (the last state, metrics [updates] by name); `jax.vmap` of it runs many seeds.
 
     Raises:
       ValueError: `updates` is less than 1, or as in `make`.
@@ -233,8 +232,8 @@ def act(
       network: maps observations to (mean, log_std, value).
       params: its parameters.
       obs: observations [..., observations].
-      key: to draw actions with; without it they are the policy's means.
-      statistics: of the agent's state, where it normalises observations.
+      key: key for sampling actions; without it they are the policy's means.
+      statistics: from the agent's state, if it normalizes observations.
 
     Returns:
       actions [..., actions].
@@ -253,11 +252,11 @@ def act(
 def measure(
     network: nn.Module, state: State, *, normalize_observations: bool = False, dormant_threshold: float = 0.01
 ) -> dict[str, chex.Array]:
-    """The symptoms of lost plasticity in a policy, on the observations of its last rollout.
+    """Symptoms of lost plasticity in a policy, on the observations of its last rollout.
 
-    Two are defined otherwise by the program of Dohare et al.: it counts units that are active in at most 1% of steps,
-    where `metrics.dormant_fraction` compares mean activations with the layer's; and its weight magnitude is of the
-    second layer's kernel, here it is of all of the policy's parameters.
+    The program of Dohare et al. defines two of them differently: it counts units that are active in at most 1% of
+    steps, while `metrics.dormant_fraction` compares mean activations with the layer's; and its weight magnitude is that
+    of the second layer's kernel, while here it is that of all of the policy's parameters.
 
     Args:
       network: as in `make`, with the policy's parameters named "actor..." as in `nets.ActorCritic`.
@@ -266,8 +265,8 @@ def measure(
       dormant_threshold: as in `metrics.dormant_fraction`.
 
     Returns:
-      scalars: `dormant_units` and `weight_magnitude` of the policy, and `stable_rank` of its last hidden layer over
-      that layer's number of units.
+      scalars: `dormant_units` and `weight_magnitude` of the policy, and `stable_rank` of its last hidden layer divided
+      by that layer's number of units.
 
     Example:
       >>> from cbp_jax import nets

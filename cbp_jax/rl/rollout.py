@@ -1,4 +1,4 @@
-"""What an agent goes through with its policy as it is: steps in environments, and what they were worth."""
+"""Rollouts: steps in environments with a fixed policy, and their advantages."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -14,12 +14,12 @@ from cbp_jax.numerics.running import Statistics
 from cbp_jax.rl.gae import gae
 from cbp_jax.rl.settings import Settings
 
-# What an environment tells of its episodes, in the info of its states.
+# What an environment reports about episodes, in the info of its states.
 EPISODE = ("truncation", "final_obs", "episode_return", "episode_length")
 
 
 class Environment(Protocol):
-    """One environment that starts episode after episode by itself, such as `cbp_jax.envs.Episodes` makes of any.
+    """An environment that starts new episodes by itself, such as any environment wrapped in `cbp_jax.envs.Episodes`.
 
     States have `obs`, `reward`, `done` and `metrics` as Brax's, and in `info` at least `truncation`, `final_obs`,
     `episode_return` and `episode_length`.
@@ -29,10 +29,10 @@ class Environment(Protocol):
     action_size: int
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The first state."""
+        """The initial state."""
 
     def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action [actions], the first of the next episode where this one ended."""
+        """The state after an action [actions]; at the end of an episode, the first state of the next."""
 
 
 class Steps(NamedTuple):
@@ -55,7 +55,7 @@ def rollout(
     seen: Callable[[chex.Array], chex.Array],
     key: chex.PRNGKey,
 ) -> tuple[Any, Steps, dict[str, chex.Array]]:
-    """Goes through all environments; also what was found on the way, and the observations as they came."""
+    """Runs all environments. Also returns metrics and the raw observations."""
 
     def step(env_state, key):
         obs = env_state.obs
@@ -104,6 +104,7 @@ def log_prob(mean: chex.Array, log_std: chex.Array, actions: chex.Array) -> chex
 
 
 def normalized(obs: chex.Array, statistics: Statistics) -> chex.Array:
-    """Observations [..., observations] as `normalize_observations` says; as they are before any is counted."""
+    """Normalizes observations [..., observations], as for `normalize_observations`; not before the first update of
+    statistics."""
     std = jnp.where(statistics.count > 0, jnp.sqrt(statistics.variance), 1)
     return jnp.clip((obs - statistics.mean) / jnp.maximum(std, 1e-6), -10, 10)

@@ -1,4 +1,4 @@
-"""Settings of proximal policy optimisation."""
+"""Settings of proximal policy optimization."""
 
 import dataclasses
 from typing import Literal
@@ -10,27 +10,27 @@ from cbp_jax.numerics.scalars import check_scalar
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of PPO; the defaults are those of Dohare et al. (Nature 2024), with 32 environments for its one.
+    """Settings of PPO. The defaults are those of Dohare et al. (Nature 2024), but with 32 environments instead of one.
 
     Numbers that are not counts may be traced, so that a grid of them is a `vmap`.
 
     Attributes:
-      num_envs: environments of a rollout.
-      rollout_length: steps of each environment in a rollout.
-      epochs: how often a rollout is learned from.
-      minibatches: updates of an epoch; they share all steps of the rollout equally.
-      discount: of a step, in [0, 1].
-      gae_lambda: of generalised advantage estimation, in [0, 1].
-      clip: how far ratios of probabilities go from 1 before their gradient is cut.
-      clip_values: whether a value that is farther than `clip` from that in the rollout has the larger of two errors,
-        its own and that of the nearest value that is not: its gradient is cut where it runs ahead.
-      value_coefficient: of the value's squared error in the loss.
-      entropy_coefficient: of the policy's entropy in the loss.
-      max_grad_norm: what a gradient's norm is brought down to where it is larger; nothing if None.
-      normalize_advantages: whether advantages are brought to mean 0 and standard deviation 1.
-      advantages_in: what these are taken of, "rollout", or "minibatch", where the deviation is the unbiased one.
-      normalize_observations: whether observations are, by their mean and variance in all rollouts before, and clipped
-        to [-10, 10].
+      num_envs: number of environments in a rollout.
+      rollout_length: number of steps of each environment in a rollout.
+      epochs: number of epochs over a rollout.
+      minibatches: number of minibatches, and so of updates, in an epoch. They divide the steps of the rollout equally.
+      discount: discount for each step, in [0, 1].
+      gae_lambda: lambda of generalized advantage estimation, in [0, 1].
+      clip: distance of probability ratios from 1 beyond which they have no gradient.
+      clip_values: whether to clip values: a value farther than `clip` from that in the rollout gets the larger of its
+        own error and that of the clipped value.
+      value_coefficient: coefficient of the value's squared error in the loss.
+      entropy_coefficient: coefficient of the policy's entropy in the loss.
+      max_grad_norm: maximum norm of gradients, by clipping; None for no clipping.
+      normalize_advantages: whether to normalize advantages to mean 0 and standard deviation 1.
+      advantages_in: whether these statistics are of the "rollout", or of the "minibatch", with the unbiased deviation.
+      normalize_observations: whether to normalize observations by their mean and variance in all earlier rollouts, and
+        clip them to [-10, 10].
 
     Raises:
       ValueError: a setting is out of range.

@@ -1,10 +1,10 @@
-"""Streaming reinforcement learning (Elsayed et al., 2024): one environment, and one update at every step of it.
+"""Streaming reinforcement learning (Elsayed et al., 2024): one environment, with one update at every step.
 
-There is no replay and no batch: what a step shows is learned from at once, along eligibility traces, and forgotten. The
-environment is to normalize observations and rewards as it goes, `envs.Normalized(env, unbiased=True, bound=inf)`; the
-networks of the paper start sparse (`nets.sparse`) and have layers that are normalized without parameters
-(`normalization="bare_layer"`) before leaky ReLUs. (Its programs also show a continuous agent how much of the episode
-has passed, which is left to the environment here.)
+There is no replay and no batch: the agent learns from each step immediately, with eligibility traces, and then discards
+it. The environment should normalize observations and rewards online: `envs.Normalized(env, unbiased=True, bound=inf)`.
+The networks of the paper have sparse initial weights (`nets.sparse`) and normalization without parameters
+(`normalization="bare_layer"`) before leaky ReLUs. (In its programs, continuous agents also observe how much of the
+episode has passed; here that is left to the environment.)
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Optimizer = Callable[[Units], optax.GradientTransformation]
 
 
 class State(NamedTuple):
-    """All that an agent needs to go on."""
+    """State needed to resume an agent."""
 
     params: optax.Params
     opt_state: optax.OptState
@@ -43,12 +43,12 @@ Step = Callable[[State], tuple[State, dict[str, chex.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Exploration:
-    """How often Stream Q(lambda) takes a random action: a fraction that falls linearly, and then stays.
+    """How often Stream Q(lambda) takes a random action: a fraction that decreases linearly, and then stays constant.
 
     Attributes:
-      start: the fraction at first, in [0, 1].
-      end: the fraction in the end, in [0, 1].
-      steps: in which it falls.
+      start: the initial fraction, in [0, 1].
+      end: the final fraction, in [0, 1].
+      steps: number of steps in which it decreases.
 
     Raises:
       ValueError: an attribute is out of range.
@@ -69,18 +69,20 @@ class Exploration:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def at(self, step: chex.Numeric) -> chex.Array:
-        """The fraction after so many steps: float32 []."""
+        """The fraction after a number of steps: float32 []."""
         return self.start + (self.end - self.start) * jnp.minimum(step / self.steps, 1.0)
 
 
 class _Rule(NamedTuple):
-    """What agents differ in; outputs are the network's of one observation."""
+    """The differences between agents. "Outputs" are those of the network for one observation."""
 
     one: Callable[[Any], Any]  # outputs of the only observation of a batch
-    act: Callable[[Any, chex.PRNGKey, chex.Array], tuple[chex.Array, chex.Array]]  # the action, and if it cuts traces
-    value: Callable[[Any, chex.Array], chex.Array]  # of an action: []
-    best: Callable[[Any], chex.Array]  # the value of where a step led: []
-    followed: Callable[[Any, chex.Array, chex.Array], chex.Array]  # of action and TD error, what traces are of: []
+    # The action, and whether it resets traces.
+    act: Callable[[Any, chex.PRNGKey, chex.Array], tuple[chex.Array, chex.Array]]
+    value: Callable[[Any, chex.Array], chex.Array]  # value of an action: []
+    best: Callable[[Any], chex.Array]  # value of the next state: []
+    # (outputs, action, TD error) -> the function whose gradient enters the traces: []
+    followed: Callable[[Any, chex.Array, chex.Array], chex.Array]
 
 
 def make_q(
@@ -91,34 +93,34 @@ def make_q(
     *,
     discount: chex.Numeric = 0.99,
 ) -> tuple[Init, Step]:
-    r"""Stream Q(lambda) as two pure functions: its state of a key, and one step with its update.
+    r"""Stream Q(lambda) as two pure functions: one creates its state, the other runs a step with its update.
 
-    Actions are the best, or random with the probability of exploration. The TD error
+    Actions are greedy, or random with the probability of exploration. The TD error
 
     .. math:: \delta = r + \gamma (1 - \text{ended}) \max_{a'} Q(s', a') - Q(s, a)
 
-    and the gradient of Q(s, a) go to the optimizer. Traces end with an episode, and after a step whose action was not
-    the best one, as in the public program. (Watkins' Q(lambda) lets them end before it.) Where time cuts an episode,
-    the value of its last state stands for what would have come; in the public program nothing does, as here if the
-    environment's time limit is terminal.
+    and the gradient of Q(s, a) are passed to the optimizer. As in the public program, traces are reset at the end of an
+    episode, and after a step whose action was not greedy. (Watkins' Q(lambda) resets them before such a step.) At a
+    time limit, the value of the last state replaces the remaining return. In the public program it counts as 0, as here
+    if the environment's time limit is terminal.
 
     Args:
-      env: one environment, whose `action_size` is the number of actions, and whose `step` takes the number of one, such
-        as `envs.ChangingCartPole`.
+      env: an environment whose `action_size` is the number of actions and whose `step` takes the index of an action,
+        such as `envs.ChangingCartPole`.
       network: maps observations [..., observations] to values [..., actions].
-      optimizer: makes, of the units of the network, an optax transformation. It is given the gradient of Q(s, a), not
-        of a loss, and the extra arguments `td_error`, `reset_traces` and `features`: `obgd`, or `eligibility_traces`
-        before any other optimizer, or continual backpropagation around either.
-      exploration: how often actions are random.
-      discount: of a step, gamma, in [0, 1]; that of the optimizer's traces should be the same.
+      optimizer: maps the units of the network to an optax transformation. Its update gets the gradient of Q(s, a), not
+        of a loss, and the extra arguments `td_error`, `reset_traces` and `features`. Use `obgd`, or
+        `eligibility_traces` before any other optimizer, or continual backpropagation around either.
+      exploration: probability of random actions.
+      discount: gamma, for each step, in [0, 1]. The optimizer's traces should use the same.
 
     Returns:
       `init(key) -> state` and `step(state) -> (state, metrics)`, to be jitted, scanned and vmapped over seeds. Metrics
-      are of the step: `obs`, what it was made on; `td_error`; `episodes`, `return_sum` and `length_sum`, which are 1
-      and the return and length of the episode that ended with it, else 0; and `replaced_units`.
+      are those of the step: `obs`, the observation before it; `td_error`; `episodes`, `return_sum` and `length_sum`,
+      which are 1 and the return and length of an episode that ended with the step, otherwise 0; and `replaced_units`.
 
     Raises:
-      ValueError: the network's values are not one for each action, a setting is out of range, or, from `init`, the
+      ValueError: the network does not have one value for each action, a setting is out of range, or, from `init`, the
         environment does not start episodes by itself.
 
     Example:
@@ -166,21 +168,21 @@ def make_actor_critic(
     discount: chex.Numeric = 0.99,
     entropy_coefficient: chex.Numeric = 0.01,
 ) -> tuple[Init, Step]:
-    r"""Stream AC(lambda) as two pure functions: its state of a key, and one step with its update.
+    r"""Stream AC(lambda) as two pure functions: one creates its state, the other runs a step with its update.
 
-    With a Gaussian policy and a value that share nothing, and :math:`\delta = r + \gamma (1 - \text{ended}) V(s') -
-    V(s)`, the gradients that go to the optimizer are those of the value V(s) and of
+    With a separate Gaussian policy and value function, and :math:`\delta = r + \gamma (1 - \text{ended}) V(s') - V(s)`,
+    the gradients passed to the optimizer are those of the value V(s) and of
 
     .. math:: \log \pi(a | s) + c_H \, \text{sign}(\delta) H(\pi(\cdot | s)),
 
-    so that the entropy grows whatever the sign of the TD error.
+    so that the entropy increases for either sign of the TD error.
 
     Args:
       env: one environment with continuous actions, such as `envs.Walker`.
       network: maps observations [..., observations] to (mean [..., actions], log_std [actions] or [..., actions],
         value [...]), as `nets.ActorCritic` does.
       optimizer: as in `make_q`; by default `obgd_of_actor_and_critic`.
-      discount: of a step, gamma, in [0, 1]; that of the optimizer's traces should be the same.
+      discount: gamma, for each step, in [0, 1]. The optimizer's traces should use the same.
       entropy_coefficient: c_H, >= 0.
 
     Returns:
@@ -211,7 +213,7 @@ def make_actor_critic(
 
     def followed(outputs: Any, action: chex.Array, td_error: chex.Array) -> chex.Array:
         mean, log_std, value = outputs
-        entropy = jnp.sum(log_std)  # and a constant
+        entropy = jnp.sum(log_std)  # up to a constant
         return value + log_prob(mean, log_std, action) + entropy_coefficient * jnp.sign(td_error) * entropy
 
     def one(outputs: Any) -> Any:
@@ -239,17 +241,17 @@ def obgd_of_actor_and_critic(
     kappa_policy: chex.Numeric = 3.0,
     kappa_value: chex.Numeric = 2.0,
 ) -> Optimizer:
-    """An `obgd` each for the policy and the value of `nets.ActorCritic`, as Stream AC(lambda) has them.
+    """Separate `obgd` optimizers for the policy and the value of `nets.ActorCritic`, as in Stream AC(lambda).
 
     Args:
       learning_rate: of both.
       discount: of both.
       trace_decay: of both.
-      kappa_policy: of the parameters whose layer is named "actor...".
-      kappa_value: of all others.
+      kappa_policy: kappa for parameters whose layer is named "actor...".
+      kappa_value: kappa for all others.
 
     Returns:
-      a function of units, of which it makes no use, to an optax transformation.
+      a function that maps units, which it ignores, to an optax transformation.
 
     Example:
       >>> params = {"params": {"actor_0": jnp.ones(2), "critic_0": jnp.ones(2)}}

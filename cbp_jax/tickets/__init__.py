@@ -1,5 +1,4 @@
-"""Winning tickets: masks, pruning, training under a mask, rounds of pruning with rewinding, controls, structured
-tickets; and the part of a network's change that does the job."""
+"""Lottery tickets: masks, pruning, training under a mask, rewinding, controls, structured and dominant tickets."""
 
 from cbp_jax.tickets.comparison import Shared, compare_tickets
 from cbp_jax.tickets.controls import constant_magnitudes, reinitialize

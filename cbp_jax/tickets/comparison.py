@@ -1,4 +1,4 @@
-"""How far tickets of several tasks are of the same weights."""
+"""Overlap of the tickets of several tasks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,36 +10,37 @@ from cbp_jax.units.groups import leaves_by_path
 
 
 class Shared(NamedTuple):
-    """What two tickets share, in a matrix or in several."""
+    """Overlap of two tickets, in one matrix or several."""
 
     shared: int  # weights in both
     sizes: tuple[int, int]  # weights in each
-    entries: int  # weights that there are
-    by_size: float  # shared by chance, if each had so many weights anywhere in the matrix
-    by_marginals: float  # shared by chance, if each had so many weights in every row and in every column
+    entries: int  # all weights
+    by_size: float  # expected overlap by chance, given the sizes
+    by_marginals: float  # expected overlap by chance, given the sizes of every row and every column
 
     @property
     def jaccard(self) -> float:
-        """Shared weights over those in either; 0 if there are none."""
+        """Jaccard index: shared weights over weights in either; 0 if there are none."""
         either = sum(self.sizes) - self.shared
         return self.shared / either if either else 0.0
 
 
 def compare_tickets(a: Any, b: Any, *, by: Callable[[str], str] = lambda path: path) -> dict[str, Shared]:
-    """How far two tickets are of the same weights, and how far chance would have them so.
+    """Overlap of two tickets, and the overlap expected by chance.
 
     Args:
       a: a ticket, or its mask.
       b: another.
-      by: of a leaf's path, under which name it is counted: by itself, or with others, as those of its layer.
+      by: maps a leaf's path to the name under which it is counted, by itself or together with others, such as those of
+        its layer.
 
     Returns:
-      by name, the overlap. What is expected by chance is counted matrix by matrix: of sizes m and n among N entries,
-      m n / N; with the marginals, the sum over entries of the product of both tickets' chances to be there, which are
-      (in its row) (in its column) / m, at most 1. More than the latter is shared in no row or column, but in entries.
+      by name, the overlap. The expected overlap is computed for each matrix: m n / N for sizes m and n among N entries;
+      with marginals, the sum over entries of the product of both tickets' probabilities, which are (number in its row)
+      (number in its column) / m, at most 1. Overlap beyond the latter is not explained by shared rows or columns.
 
     Raises:
-      ValueError: the masks are of different params.
+      ValueError: the masks belong to different params.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,7 +55,7 @@ def compare_tickets(a: Any, b: Any, *, by: Callable[[str], str] = lambda path: p
     found: dict[str, Shared] = {}
     for path in masks[0]:
         pair = [as_matrix(path, np.asarray(one[path], bool)) for one in masks]
-        sizes = tuple(int(np.count_nonzero(mask)) for mask in pair)
+        sizes = (int(np.count_nonzero(pair[0])), int(np.count_nonzero(pair[1])))
         chances = [
             np.minimum(np.outer(mask.sum(1), mask.sum(0)) / max(size, 1), 1.0)
             for mask, size in zip(pair, sizes, strict=True)

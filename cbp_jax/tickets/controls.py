@@ -1,4 +1,4 @@
-"""What a ticket is compared with: other weights under its mask. Other masks are `random_mask_like`."""
+"""Controls of a ticket: other weights under its mask. For random masks see `random_mask_like`."""
 
 from collections.abc import Callable
 
@@ -12,18 +12,18 @@ from cbp_jax.units.groups import join_path
 
 
 def reinitialize(init: Callable[[chex.PRNGKey], optax.Params], key: chex.PRNGKey, mask: Mask) -> optax.Params:
-    """The ticket with weights of another draw: whether its first weights matter, or its structure alone.
+    """The ticket with newly drawn weights. Tests whether its initial weights matter, or only its structure.
 
     Args:
-      init: of a key, the weights of a network before training.
-      key: another than that of the ticket's weights.
+      init: maps a key to the weights of a network before training.
+      key: a key other than that of the ticket's weights.
       mask: of the ticket, may be traced.
 
     Returns:
       fresh weights, dead ones 0.
 
     Raises:
-      ValueError: the mask is of another structure.
+      ValueError: the mask has another structure.
 
     Example:
       >>> init = lambda key: {"w": jax.random.normal(key, (1, 3))}
@@ -39,20 +39,20 @@ def reinitialize(init: Callable[[chex.PRNGKey], optax.Params], key: chex.PRNGKey
 
 
 def constant_magnitudes(params: optax.Params, mask: Mask) -> optax.Params:
-    r"""The ticket with its signs alone: all weights of a kernel are of one magnitude.
+    r"""The ticket with only its signs: all weights of a kernel get the same magnitude.
 
     A weight :math:`w` becomes :math:`\sigma \, \mathrm{sign}(w)`, with :math:`\sigma` the standard deviation of its
-    kernel's weights, dead ones too; what is not pruned stays as it is.
+    kernel's weights, including pruned ones. Parameters that are not prunable stay as they are.
 
     Args:
-      params: the weights that the ticket is rewound to, without its mask: the standard deviation is that of all.
+      params: the weights to which the ticket is rewound, without its mask, since the standard deviation is that of all.
       mask: of the ticket, may be traced.
 
     Returns:
       weights of the params' dtypes, dead ones 0.
 
     Raises:
-      ValueError: the mask is of another structure.
+      ValueError: the mask has another structure.
 
     Example:
       >>> params = {"w": jnp.array([[3.0, -1.0, 1.0, -3.0]]), "b": jnp.array([0.5])}

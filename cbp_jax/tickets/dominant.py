@@ -1,8 +1,8 @@
 r"""Dominant winning tickets: the few weights of a pre-trained network that fine-tuning has to change.
 
-With a network :math:`\theta_0` and what fine-tuning made of it, :math:`\theta`, best under a penalty
-:math:`\lambda \lVert \theta - \theta_0 \rVert_1` (`cbp_jax.proximal_l1_init`), the ticket is where
-:math:`|\theta - \theta_0|` is large, and the network with only its changes, `transplant`, is what is judged.
+A network :math:`\theta_0` is fine-tuned to :math:`\theta`, preferably with a penalty :math:`\lambda \lVert \theta -
+\theta_0 \rVert_1` (`cbp_jax.proximal_l1_init`). The ticket is where :math:`|\theta - \theta_0|` is large. It is
+evaluated by the network with only these changes (`transplant`).
 
 References:
   Gong et al., `Finding the dominant winning ticket in pre-trained language models
@@ -30,8 +30,8 @@ class Ticket:
 
     Attributes:
       mask: a bool tree like the params, true where a change is kept.
-      dimensions: by the path of each matrix, the rows or columns with anything of the ticket, int array, ascending; if
-        the axis is "both", a dict of "row" and "column" to these.
+      dimensions: by the path of each matrix, the rows or columns that contain weights of the ticket, int array,
+        ascending. If the axis is "both", a dict of "row" and "column" to these.
     """
 
     mask: Any
@@ -53,18 +53,19 @@ def dominant_ticket(
     dimensions: int | None = None,
     axis: Axis = "row",
 ) -> Ticket:
-    r"""Finds where a network has changed most. One of `threshold`, `keep` and `dimensions` says how much that is.
+    r"""Finds where a network has changed most. Pass exactly one of `threshold`, `keep` and `dimensions`.
 
     Args:
       initial: :math:`\theta_0`, any tree of arrays.
       tuned: :math:`\theta`, of the same structure.
-      threshold: all weights with :math:`|\theta - \theta_0|` above it, in every leaf (Algorithm 1 of Gong et al.).
-      keep: the weights of largest change, over all leaves together: so many, if it is an int, or this fraction of all,
-        if it is a float. Exactly so many; of equal changes the first ones are kept.
-      dimensions: in every matrix the so many rows or columns whose changes have the largest L1 norm; all of a matrix
-        that has fewer. A matrix is a leaf of at least two axes that is not named "bias": its rows are what it sums
-        over, its columns what it makes, as in `cbp_jax.lora.init`. Nothing else is changed then.
-      axis: "row", "column", or "both", the union of so many of either.
+      threshold: selects all weights with :math:`|\theta - \theta_0|` above it, in every leaf (Algorithm 1 of Gong et
+        al.).
+      keep: selects exactly this number of weights (an int), or this fraction of all (a float), those of largest change
+        over all leaves. Of equal changes the first ones are kept.
+      dimensions: selects in every matrix this number of rows or columns, those whose changes have the largest L1 norm;
+        all of them if a matrix has fewer. A matrix is a leaf of at least two axes that is not named "bias". Its rows
+        are inputs and its columns outputs, as in `cbp_jax.lora.init`. Other leaves are not selected then.
+      axis: "row", "column", or "both", the union of that number of each.
 
     Returns:
       the ticket.
@@ -93,7 +94,7 @@ def dominant_ticket(
         masks = {path: change > threshold for path, change in changes.items()}
     elif keep is not None:
         masks = _largest(changes, keep)
-    else:
+    elif dimensions is not None:
         masks = {path: np.zeros(change.shape, bool) for path, change in changes.items()}
         for path, change in changes.items():
             if _is_matrix(path, change):
@@ -112,7 +113,7 @@ def transplant(initial: optax.Params, tuned: optax.Params, mask: Any) -> optax.P
       mask: :math:`m`, a bool tree like them, or the ticket.
 
     Returns:
-      the params, of which every weight is, to the last bit, that of one of the two networks.
+      the params, in which every weight is bit for bit that of one of the two networks.
 
     Example:
       >>> transplant(jnp.zeros(2), jnp.ones(2), jnp.array([True, False])).tolist()
@@ -124,12 +125,12 @@ def transplant(initial: optax.Params, tuned: optax.Params, mask: Any) -> optax.P
 def masked_changes(
     inner: optax.GradientTransformation, mask: Any, initial: optax.Params
 ) -> optax.GradientTransformation:
-    """Trains a ticket alone: all other weights stay what they were, or return to it at the first step.
+    """Trains only a ticket: all other weights stay at their initial values, or return to them at the first step.
 
     Args:
-      inner: the optimizer. It sees gradients of 0 outside of the ticket.
+      inner: the optimizer. Outside of the ticket it sees gradients of 0.
       mask: a bool tree like the params, or the ticket.
-      initial: the network that all other weights belong to.
+      initial: the network with the values of all other weights.
 
     Returns:
       an optax transformation, whose state is that of `inner`. Its update needs the params.
@@ -145,7 +146,7 @@ def masked_changes(
       [-0.5, 0.0]
     """
     inner = optax.with_extra_args_support(inner)
-    # By path, as a wrapper may show some of the params only.
+    # By path, since a wrapper may pass only some of the params.
     kept, start = leaves_by_path(mask_of(mask)), leaves_by_path(initial)
 
     def inside(key_path, grad):
@@ -167,7 +168,7 @@ def masked_changes(
 
 
 def mask_of(mask: Any) -> Any:
-    """The mask of a ticket, or the mask that it is."""
+    """The mask of a ticket; a mask is returned as it is."""
     return mask.mask if isinstance(mask, Ticket) else mask
 
 
@@ -187,7 +188,7 @@ def _changes(initial: optax.Params, tuned: optax.Params) -> dict[str, np.ndarray
 
 
 def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarray]:
-    """The masks of the largest changes of all, exactly so many; of equal ones the first."""
+    """The masks of exactly the given number of largest changes over all leaves; of equal changes the first."""
     every = np.concatenate([change.ravel() for change in changes.values()])
     whole = isinstance(keep, int | np.integer) and not isinstance(keep, bool)
     if not 0 <= keep <= (every.size if whole else 1) or isinstance(keep, bool):
@@ -205,12 +206,13 @@ def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarra
     return {path: part.reshape(changes[path].shape) for path, part in zip(changes, parts, strict=True)}
 
 
-def _kth_largest(values: np.ndarray, k: int) -> np.floating:
-    """The k-th largest of numbers of at least 0; ties, which fine-tuning makes many, would slow a partition down."""
+def _kth_largest(values: np.ndarray, k: int) -> Any:
+    """The k-th largest of non-negative numbers. A partition would be slow because of the many ties after
+    fine-tuning."""
     if values.dtype != np.float32:
         return np.partition(values, values.size - k)[values.size - k]
-    bits, found = values.view(np.uint32), np.uint32(0)  # in the order of the numbers
-    for shift in (16, 0):  # halves of them, counted
+    bits, found = values.view(np.uint32), np.uint32(0)  # ordered like the numbers
+    for shift in (16, 0):  # counts the upper halves, then the lower
         half = (bits >> np.uint32(shift)) & np.uint32(0xFFFF)
         above = np.cumsum(np.bincount(half, minlength=2**16)[::-1])
         place = int(np.searchsorted(above, k))
@@ -226,7 +228,7 @@ def _is_matrix(path: str, array: np.ndarray) -> bool:
 
 
 def _order(path: str, ndim: int) -> tuple[tuple[int, ...], int]:
-    """The axes of a leaf, those of rows first, and how many these are; a leaf of one axis is one row."""
+    """The axes of a leaf, row axes first, and the number of row axes. A leaf of one axis is one row."""
     if ndim < 2:
         return tuple(range(ndim)), 0
     axes = kernel_axes(path, ndim)
@@ -234,14 +236,14 @@ def _order(path: str, ndim: int) -> tuple[tuple[int, ...], int]:
 
 
 def as_matrix(path: str, array: np.ndarray) -> np.ndarray:
-    """A leaf as a matrix of what it sums over and what it makes."""
+    """A leaf as a matrix of its input axes by its output axes."""
     order, count = _order(path, array.ndim)
     array = array.transpose(order)
     return array.reshape(int(np.prod(array.shape[:count])), -1)
 
 
 def _lines(path: str, change: np.ndarray, count: int, axis: Axis) -> np.ndarray:
-    """The mask of the rows or columns of largest change."""
+    """The mask of the rows or columns with the largest change."""
     if isinstance(count, bool) or count != int(count) or count < 0:
         raise ValueError(f"dimensions must be a number of rows or columns, got {count}")
     order, _ = _order(path, change.ndim)

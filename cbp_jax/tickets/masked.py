@@ -13,34 +13,34 @@ from cbp_jax.units.groups import join_path, leaves_by_path
 
 
 def masked(inner: optax.GradientTransformation, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    r"""Trains the living weights of a mask by an inner optimizer, and keeps the others at 0.
+    r"""Trains the living weights of a mask with an inner optimizer, and keeps the others at 0.
 
-    With gradient g, weights w, living where :math:`m = 1`, and u what the inner optimizer makes of
-    :math:`m \odot g` and :math:`m \odot w`, the update is
+    With gradient g, weights w, living where :math:`m = 1`, and u the inner optimizer's update for :math:`m \odot g` and
+    :math:`m \odot w`, the update is
 
     .. math:: m \odot u - (1 - m) \odot w.
 
     So dead weights are 0 after any number of updates, whatever the optimizer does, such as decay, noise, or fresh
-    weights for replaced units; so is what it keeps of them: moments, step counts, anchors, which are set to 0 after
-    each update wherever its state has an array of the weights' shape. (Others, such as factored moments, are left as
-    they are.) Living weights are bit for bit what the inner optimizer makes of them in the masked network. Start from
+    weights for replaced units. The optimizer's state for dead weights is also set to 0 after each update: moments, step
+    counts, anchors, and every other array of the weights' shape. (Other arrays, such as factored moments, are not
+    changed.) Living weights are bit for bit those of the inner optimizer in the masked network. Start from
     `apply_mask(params, mask)`.
 
-    `optax.masked` is something else: it leaves out whole arrays, whose gradients pass unchanged.
+    `optax.masked` is different: it excludes whole arrays, whose gradients pass unchanged.
 
     Args:
-      inner: the optimizer. What looks at all gradients, as clipping by their norm, belongs inside, where those of dead
-        weights are 0.
-      mask: tree of bool arrays, True where a weight lives, as `full_mask` or `prune` makes it. May be traced, so that
-        masks can be a `vmap`. It may have more arrays than the params, of which `optax.masked` hides some.
+      inner: the optimizer. Transformations that use all gradients, such as clipping by the global norm, belong inside,
+        where gradients of dead weights are 0.
+      mask: tree of bool arrays, True where a weight lives, from `full_mask` or `prune`. May be traced, so that a `vmap`
+        can run over masks. It may have more arrays than the params, since `optax.masked` may hide some params.
 
     Returns:
       a transformation that passes extra arguments on to `inner`, and whose state is `inner`'s. Its update needs the
       params.
 
     Raises:
-      ValueError: the mask is not bool; in `init` and `update`, it has nothing for a parameter or is of another shape;
-        in `update`, params are missing.
+      ValueError: the mask is not bool; in `init` and `update`, it lacks a parameter or has another shape; in `update`,
+        params are missing.
 
     Example:
       >>> params, mask = jnp.array([1.0, 2.0]), jnp.array([True, False])
@@ -57,7 +57,7 @@ def masked(inner: optax.GradientTransformation, mask: Mask) -> optax.GradientTra
     living = {path: jnp.asarray(leaf) for path, leaf in leaves_by_path(mask).items()}
 
     def alive(tree: Any) -> Any:
-        """The tree with 0 for dead weights."""
+        """Sets dead weights in a tree to 0."""
         return jax.tree_util.tree_map_with_path(lambda path, leaf: kept(living[join_path(path)], leaf), tree)
 
     def init_fn(params: optax.Params) -> optax.OptState:

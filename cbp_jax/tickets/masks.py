@@ -13,26 +13,26 @@ from cbp_jax.numerics import keys
 from cbp_jax.tickets import ranking
 from cbp_jax.units.groups import join_path, leaves_by_path
 
-#: A tree like the params of bool arrays.
+#: A tree of bool arrays, like the params.
 Mask = Any
-#: Which kernels may be pruned: `(path, leaf) -> bool`, or one pattern of paths or several.
+#: Which kernels may be pruned: `(path, leaf) -> bool`, or one or several patterns of paths.
 Select = Callable[[str, chex.Array], bool] | str | Iterable[str]
 
 
 def full_mask(params: optax.Params, select: Select | None = None) -> Mask:
-    """The mask with which all weights live.
+    """The mask in which all weights live.
 
-    Prunable are kernels, the arrays of at least two axes. Those that are left out by `select` have a mask without axes,
-    True alone, which broadcasts to them, so that the mask itself says what may be pruned.
+    Kernels, the arrays of at least two axes, can be pruned. Kernels excluded by `select` get a scalar True as mask,
+    which broadcasts. So the mask itself records what may be pruned.
 
     Args:
       params: pytree of arrays.
       select: which kernels may be pruned, by default all: a function of a kernel's path (its keys joined by "/") and
-        the kernel, or patterns as in `fnmatch` of which one matches its path or that of a layer around it.
+        the kernel; or patterns as in `fnmatch`, one of which must match its path or that of an enclosing layer.
 
     Returns:
-      pytree of the params' structure, bool, True everywhere. Kernels that may be pruned, and all arrays of fewer axes,
-      which are not pruned, have masks of their own shape.
+      pytree of the params' structure, bool, True everywhere. Masks have the shape of their array, except for excluded
+      kernels. Arrays of fewer than two axes are never pruned.
 
     Raises:
       ValueError: a pattern matches no kernel, or nothing may be pruned.
@@ -63,17 +63,17 @@ def full_mask(params: optax.Params, select: Select | None = None) -> Mask:
 
 
 def apply_mask(params: optax.Params, mask: Mask) -> optax.Params:
-    """The params with dead weights 0.
+    """Sets dead weights of the params to 0.
 
     Args:
       params: pytree of arrays.
-      mask: of these, as `full_mask` makes it.
+      mask: their mask, from `full_mask` or `prune`.
 
     Returns:
       pytree like the params.
 
     Raises:
-      ValueError: the mask is of another structure, or not bool.
+      ValueError: the mask has another structure, or is not bool.
 
     Example:
       >>> apply_mask({"w": jnp.ones((1, 3))}, {"w": jnp.array([[True, False, True]])})["w"].tolist()
@@ -85,7 +85,7 @@ def apply_mask(params: optax.Params, mask: Mask) -> optax.Params:
 
 
 def density(mask: Mask) -> chex.Array:
-    """The fraction of the prunable weights that live.
+    """The fraction of prunable weights that live.
 
     Args:
       mask: as `full_mask` or `prune` makes it.
@@ -101,17 +101,17 @@ def density(mask: Mask) -> chex.Array:
       0.5
     """
     leaves = prunable(mask).values()
-    living = sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in leaves)
+    living = jnp.asarray(sum(jnp.sum(leaf, dtype=jnp.int32) for leaf in leaves))
     return living.astype(jnp.float32) / sum(leaf.size for leaf in leaves)
 
 
 class Overlap(NamedTuple):
-    """How much two masks have in common.
+    """Overlap of two masks.
 
     Attributes:
-      jaccard: weights that live in both over weights that live in either, float32 []; 1 where none lives.
-      chance: the same of two random masks with as many living weights in each array, by the expected number of weights
-        that live in both.
+      jaccard: weights that live in both divided by weights that live in either, float32 []; 1 if none lives.
+      chance: the same for two random masks with the same number of living weights in each array, from the expected
+        number of weights that live in both.
     """
 
     jaccard: chex.Array
@@ -126,10 +126,10 @@ def overlap(mask_a: Mask, mask_b: Mask) -> Overlap:
       mask_b: likewise.
 
     Returns:
-      the Jaccard index of the prunable weights that live, and what it would be by chance.
+      the Jaccard index of the living prunable weights, and its value by chance.
 
     Raises:
-      ValueError: they are no masks of one network.
+      ValueError: they are not masks of one network.
 
     Example:
       >>> a, b = {"w": jnp.array([[True, True, False, False]])}, {"w": jnp.array([[True, False, True, False]])}
@@ -153,14 +153,14 @@ def overlap(mask_a: Mask, mask_b: Mask) -> Overlap:
 
 
 def random_mask_like(mask: Mask, key: jax.typing.ArrayLike) -> Mask:
-    """A mask of as many living weights in each array, anywhere in it.
+    """A random mask with the same number of living weights in each array.
 
     Args:
       mask: as `full_mask` or `prune` makes it, may be traced.
       key: int or jax key.
 
     Returns:
-      a mask of the same structure and shapes. What may not be pruned lives.
+      a mask of the same structure and shapes. Weights that may not be pruned live.
 
     Raises:
       ValueError: it is no mask.
@@ -182,7 +182,7 @@ def random_mask_like(mask: Mask, key: jax.typing.ArrayLike) -> Mask:
 
 
 def prunable(mask: Mask) -> dict[str, chex.Array]:
-    """The masks of what may be pruned, by path: those of at least two axes.
+    """The masks of prunable arrays by path: those of at least two axes.
 
     Raises:
       ValueError: it is no mask, or nothing in it may be pruned.
@@ -195,17 +195,17 @@ def prunable(mask: Mask) -> dict[str, chex.Array]:
 
 
 def replace(mask: Mask, new: dict[str, chex.Array]) -> Mask:
-    """The mask with other arrays at some paths."""
+    """The mask with some arrays replaced, by path."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(join_path(path), jnp.asarray(leaf)), mask)
 
 
 def kept(living: chex.Array, leaf: chex.Array) -> chex.Array:
-    """An array with 0 where it is dead, of its own dtype."""
+    """Sets dead entries of an array to 0, keeping its dtype."""
     return jnp.where(living, leaf, jnp.zeros([], jnp.result_type(leaf)))
 
 
 def check_bool(mask: Mask) -> None:
-    """Raises a ValueError unless it is a tree of bool arrays."""
+    """Raises a ValueError unless the mask is a tree of bool arrays."""
     dtypes = {path: jnp.result_type(leaf) for path, leaf in leaves_by_path(mask).items()}
     others = {path: str(dtype) for path, dtype in dtypes.items() if dtype != jnp.bool_}
     if others or not dtypes:
@@ -213,15 +213,15 @@ def check_bool(mask: Mask) -> None:
 
 
 def check_mask(mask: Mask, params: optax.Params, *, whole: bool = True) -> None:
-    """Raises unless a mask is one of the params.
+    """Raises unless a mask fits the params.
 
     Args:
       mask: the mask.
       params: pytree of arrays.
-      whole: whether it may have nothing that the params have not.
+      whole: whether all its arrays must be in the params.
 
     Raises:
-      ValueError: it is not bool, or of another structure or shapes.
+      ValueError: it is not bool, or has another structure or shapes.
     """
     check_bool(mask)
     masks, leaves = leaves_by_path(mask), leaves_by_path(params)
@@ -241,7 +241,7 @@ def check_mask(mask: Mask, params: optax.Params, *, whole: bool = True) -> None:
 
 
 def matching(name: str, pattern: str, paths: Collection[str]) -> list[str]:
-    """The paths that a pattern matches, whole or up to a layer: "params/Dense_0" is the layer's kernel too.
+    """The paths that a pattern matches, directly or by an enclosing layer: "params/Dense_0" also matches its kernel.
 
     Raises:
       ValueError: there is none.

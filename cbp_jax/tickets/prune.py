@@ -1,4 +1,4 @@
-"""Pruning: which of the living weights die."""
+"""Pruning: removes living weights from a mask."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from cbp_jax.tickets import ranking
 from cbp_jax.tickets.masks import Mask, check_mask, matching, prunable, replace
 from cbp_jax.units.groups import leaves_by_path
 
-#: A function of a kernel's path and of the kernel to an array of its shape, or a tree of such arrays.
+#: `(path, kernel) -> score` of the kernel's shape, or a tree of such arrays.
 Score = Callable[[str, chex.Array], chex.Array] | Any
 
 
@@ -27,30 +27,30 @@ def prune(
     rates: Mapping[str, float] | None = None,
     score: Score | None = None,
 ) -> Mask:
-    r"""Takes a fraction of the living weights out of a mask, those of least score.
+    r"""Removes a fraction of the living weights from a mask, those of smallest score.
 
-    Exactly :math:`\mathrm{round}(p \, a)` of :math:`a` living weights die, with p the fraction and halves rounded to
-    even; of equal scores the first die, by position. Weights that are dead stay dead, and count nowhere. Nothing is
-    sorted, and nothing leaves the device.
+    Exactly :math:`\mathrm{round}(p \, a)` of :math:`a` living weights are removed, with p the fraction, and halves
+    rounded to even. Of equal scores the first are removed, by position. Dead weights stay dead and are not counted.
+    Nothing is sorted, and nothing leaves the device.
 
     Args:
-      params: pytree of arrays, the weights that were trained. May be traced.
-      mask: of the params, as `full_mask` makes it: it says what may be pruned. May be traced.
-      fraction: p, in [0, 1). A traced one counts in its own precision.
-      scope: "layer": the fraction of each kernel; "global": of all kernels together, whose scores are compared.
-      rates: factors of the fraction by pattern, as in `fnmatch`, of the path of a kernel or of a layer around it; 1
-        where none matches, and the last that matches where several do. Lottery tickets prune the output layer at half
-        the rate: `{"*Dense_2": 0.5}`. With "global", kernels of one factor are compared with each other.
+      params: pytree of arrays, the trained weights. May be traced.
+      mask: mask of the params, from `full_mask`, which says what may be pruned. May be traced.
+      fraction: p, in [0, 1). A traced fraction is used in its own precision.
+      scope: "layer" prunes the fraction of each kernel; "global" that of all kernels together, whose scores are
+        compared.
+      rates: factors of the fraction by pattern, as in `fnmatch`, of the path of a kernel or an enclosing layer. The
+        last match counts; without a match it is 1. Lottery tickets prune the output layer at half the rate:
+        `{"*Dense_2": 0.5}`. With "global", kernels with the same factor are compared with each other.
       score: `(path, weight) -> score`, by default `|weight|`; or a tree of the params' structure, such as `|g w|` of
-        gradients, or random numbers. Scores are real numbers of the kernel's shape; what is not a number counts as
-        infinite.
+        gradients, or random numbers. Scores are real arrays of the kernel's shape; NaN counts as infinite.
 
     Returns:
-      the mask of the weights that still live.
+      the mask of the remaining weights.
 
     Raises:
-      ValueError: the fraction, or its product with a rate, is out of range; the mask is of another structure or not
-        bool; a pattern matches no kernel; a score is of another shape; nothing is left to prune.
+      ValueError: the fraction, or its product with a rate, is out of range; the mask has another structure or is not
+        bool; a pattern matches no kernel; a score has another shape; nothing is left to prune.
 
     Example:
       >>> import cbp_jax
@@ -73,7 +73,7 @@ def prune(
     pools: dict[Any, list[str]] = {}
     for path in masks:
         pools.setdefault(factors[path] if scope == "global" else path, []).append(path)
-    new = {}
+    new: dict[str, chex.Array] = {}
     for paths in pools.values():
         share = _share(fraction, factors[paths[0]], paths)
         living = [masks[path] for path in paths]
@@ -89,21 +89,21 @@ def prune(
 
 
 def mask_like(params: optax.Params, mask: Mask, *, score: Score | None = None) -> Mask:
-    """The mask of as many living weights in each array, those of largest score.
+    """A mask with the same number of living weights in each array, those of largest score.
 
-    Of dense weights that were trained once it is one-shot pruning to the densities of another mask; of random scores it
-    is `random_mask_like`.
+    For weights of one dense training it is one-shot pruning to the densities of another mask. With random scores it is
+    `random_mask_like`.
 
     Args:
       params: pytree of arrays, may be traced.
-      mask: of the params, whose numbers of living weights count, may be traced.
+      mask: mask of the params, which gives the numbers of living weights; may be traced.
       score: as in `prune`.
 
     Returns:
-      a mask of the same structure and shapes. What may not be pruned lives; of equal scores the last live.
+      a mask of the same structure and shapes. Weights that may not be pruned live. Of equal scores the last live.
 
     Raises:
-      ValueError: as `prune`, of the mask and the scores.
+      ValueError: as in `prune`, for the mask and the scores.
 
     Example:
       >>> params, mask = {"w": jnp.array([[3.0, -1.0, 0.5]])}, {"w": jnp.array([[False, True, True]])}
@@ -121,7 +121,7 @@ def mask_like(params: optax.Params, mask: Mask, *, score: Score | None = None) -
 
 
 def _factors(rates: Mapping[str, float] | None, paths: list[str]) -> dict[str, float]:
-    """The factor of each path, by the last pattern that matches it."""
+    """The factor of each path, from the last pattern that matches it."""
     factors = dict.fromkeys(paths, 1.0)
     for pattern, factor in (rates or {}).items():
         check_scalar(f"rates[{pattern!r}]", factor, at_least=0)
@@ -150,7 +150,7 @@ def _scores(score: Score | None, params: optax.Params, kernels: dict[str, chex.A
 
 
 def _share(fraction: chex.Numeric, factor: float, paths: list[str]) -> chex.Numeric:
-    """The fraction of what is pruned together."""
+    """The fraction for kernels that are pruned together."""
     if isinstance(fraction, jax.core.Tracer):
         return fraction * factor
     share = float(fraction) * factor
@@ -166,7 +166,7 @@ def _is_zero(share: chex.Numeric) -> bool:
 
 
 def rounded_count(share: chex.Numeric, alive: chex.Array) -> chex.Array:
-    """`round(share * alive)`, int32 [], as Python rounds it: in float32 a third of 30 million is no whole number."""
+    """`round(share * alive)`, int32 [], rounded as in Python. float32 would be inexact for large counts."""
     with jax.enable_x64(True):
         product = jax.lax.convert_element_type(alive, np.float64) * jax.lax.convert_element_type(share, np.float64)
         whole = jax.lax.round(product, jax.lax.RoundingMethod.TO_NEAREST_EVEN)

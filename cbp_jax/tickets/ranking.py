@@ -1,7 +1,7 @@
-"""The least of many numbers, exactly so many of them, on the device and without a sort.
+"""Selects exactly k smallest numbers of many, on the device and without sorting.
 
-The k-th smallest number is found bit by bit, from the highest: each bit takes one pass that counts. On a CPU that is
-20 times as fast as sorting, on an accelerator no slower, and `k` may be traced.
+The k-th smallest number is found bit by bit, from the highest: each bit takes one counting pass. On a CPU that is 20
+times as fast as sorting; on an accelerator it is not slower. `k` may be traced.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@jax.jit  # so that the loops are compiled once for each shape where nothing else is
+@jax.jit  # so that outside of jit the loops are compiled once for each shape
 def without_least(
     scores: Sequence[chex.Array], living: Sequence[chex.Array], count: chex.Array
 ) -> tuple[chex.Array, ...]:
-    """Takes the entries of least score out of masks.
+    """Removes the entries of smallest score from masks.
 
     Args:
-      scores: arrays of real numbers, of one dtype. What is not a number counts as infinite.
+      scores: arrays of real numbers, of one dtype. NaN counts as infinite.
       living: bool arrays of the same shapes, the entries among which to choose.
-      count: int32 [], how many to take out of all arrays together, at most as many as live. May be traced.
+      count: int32 [], how many to remove from all arrays together, at most as many as live. May be traced.
 
     Returns:
-      bool arrays, `living` without exactly `count` entries: those of least score and, of equal scores, those that come
-      first, array by array in C order.
+      bool arrays, `living` without exactly `count` entries: those of smallest score and, of equal scores, those that
+      come first, array by array in C order.
 
     Example:
       >>> scores, living = jnp.array([3.0, 1.0, 1.0, 0.0, 1.0]), jnp.array([True, True, True, False, True])
@@ -37,7 +37,7 @@ def without_least(
     largest = _kth_smallest(keys, living, count)
     below = [alive & (key < largest) for key, alive in zip(keys, living, strict=True)]
     equal = [alive & (key == largest) for key, alive in zip(keys, living, strict=True)]
-    # Of equal scores as many as are missing, by their position.
+    # Of equal scores, as many as are still needed, by position.
     places = _positions(scores)
     missing = jnp.asarray(count, jnp.int32) - _total(below)
     last = _kth_smallest(places, equal, missing, bits=max(1, sum(score.size for score in scores).bit_length()))
@@ -50,7 +50,7 @@ def without_least(
 def _kth_smallest(
     keys: Sequence[chex.Array], among: Sequence[chex.Array], k: chex.Array, bits: int | None = None
 ) -> chex.Array:
-    """The largest number below which fewer than `k` of the keys are: the k-th smallest, and 0 for k = 0."""
+    """The largest number with fewer than `k` keys below it: the k-th smallest key, and 0 for k = 0."""
     dtype = keys[0].dtype
     bits = dtype.itemsize * 8 if bits is None else bits
 
@@ -67,7 +67,7 @@ def _total(masks: Sequence[chex.Array]) -> chex.Array:
 
 
 def _ordered(score: chex.Array) -> chex.Array:
-    """Unsigned integers in the order of the scores, equal where these are."""
+    """Unsigned integers ordered like the scores, and equal for equal scores."""
     if score.dtype == bool or jnp.issubdtype(score.dtype, jnp.unsignedinteger):
         return score.astype(jnp.uint32) if score.dtype.itemsize < 4 else score
     if not jnp.issubdtype(score.dtype, jnp.floating):
@@ -83,7 +83,7 @@ def _ordered(score: chex.Array) -> chex.Array:
 
 
 def _positions(arrays: Sequence[chex.Array]) -> list[chex.Array]:
-    """uint32, each entry's place among the entries of all arrays."""
+    """uint32, each entry's index among the entries of all arrays."""
     starts = np.cumsum([0, *(array.size for array in arrays)])[:-1]
     return [
         (jnp.arange(array.size, dtype=jnp.uint32) + np.uint32(start)).reshape(array.shape)

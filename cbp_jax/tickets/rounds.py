@@ -17,7 +17,7 @@ from cbp_jax.tickets.prune import Score, prune
 
 
 class Trained(NamedTuple):
-    """What training gives back.
+    """The result of training.
 
     Attributes:
       params: the weights at its end.
@@ -31,14 +31,14 @@ class Trained(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What a round of `iterative_magnitude_pruning` comes to.
+    """The result of a round of `iterative_magnitude_pruning`.
 
     Attributes:
       number: from 1.
-      mask: of what still lives after it.
-      params: the weights that it was rewound to, dead ones 0: with the mask, the ticket.
-      trained: the weights at the end of its training, under the mask before.
-      measured: what its training measured.
+      mask: mask of the weights that still live after it.
+      params: the rewound weights, dead ones 0. With the mask, this is the ticket.
+      trained: the weights at the end of its training, under the previous mask.
+      measured: measurements of its training.
     """
 
     number: int
@@ -50,19 +50,19 @@ class Round(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """Trains under a mask for some updates, as `iterative_magnitude_pruning` wants it: one compiled loop.
+    """Trains under a mask for some updates, in one compiled loop, for `iterative_magnitude_pruning`.
 
     Attributes:
       loss: `(params, batch) -> loss`, or with `features` `-> (loss, features)`.
-      optimizer: an optax transformation, which gets the mask around it (see `masked`).
-      batch: of the number of an update, from 0 and traced, what the loss is of.
+      optimizer: an optax transformation, which is wrapped by the mask (see `masked`).
+      batch: maps the number of an update, from 0 and traced, to its batch.
       steps: the number of updates.
-      keep: before which updates the weights are kept, such as the step to rewind to.
-      measure: of the weights at the end, whatever is to be measured.
-      features: whether the loss gives what units did, for an optimizer that replaces them.
+      keep: updates before which the weights are stored, such as the step to rewind to.
+      measure: maps the final weights to measurements.
+      features: whether the loss also returns activations, for an optimizer that replaces units.
 
     Raises:
-      ValueError: `steps` is less than 1, or a kept step is none of them.
+      ValueError: `steps` is less than 1, or a step in `keep` is out of range.
 
     Example:
       >>> x = jnp.array([[1.0, 2.0], [3.0, -1.0]])
@@ -90,7 +90,7 @@ class Training:
                 raise ValueError(f"keep must be steps from 0 to {self.steps - 1}, got {step}")
 
     def __call__(self, params: optax.Params, mask: Mask, step: int = 0) -> Trained:
-        """Trains from an update on; the optimizer starts anew there."""
+        """Trains from the given update on, with a new optimizer state."""
         return self._compiled(params, mask, step)
 
     @functools.cached_property
@@ -132,37 +132,37 @@ def iterative_magnitude_pruning(
     rewind_step: int = 0,
     lanes: bool = False,
 ) -> Iterator[Round]:
-    r"""Finds lottery tickets: rounds of training, pruning, and rewinding of what still lives.
+    r"""Finds lottery tickets by rounds of training, pruning, and rewinding of the remaining weights.
 
     With weights :math:`\theta_0`, a mask :math:`m` that is full at first, and :math:`\theta_k` the weights of the first
     round after `rewind_step` updates, each round
 
     1. trains :math:`m \odot \theta_0` in the first, :math:`m \odot \theta_k` from update k on in those after it;
-    2. prunes a fraction of the living weights, those of least score after training;
-    3. rewinds: the ticket is :math:`m \odot \theta_k`, bit for bit, of the new mask.
+    2. prunes a fraction of the living weights, those of smallest score after training;
+    3. rewinds: the ticket is :math:`m \odot \theta_k`, bit for bit, with the new mask.
 
     One round with a large fraction is one-shot pruning.
 
     Args:
-      train: `(params, mask, step) -> Trained`: trains the living weights from an update on, a `Training` or a function
-        of your own. In the first round it is called with step 0 and keeps the weights at `rewind_step`.
+      train: `(params, mask, step) -> Trained`, a `Training` or a function of your own, trains the living weights from
+        an update on. In the first round it is called with step 0 and must keep the weights at `rewind_step`.
       params: :math:`\theta_0`.
       rounds: how many.
       fraction: of the living weights, in [0, 1), as what follows see `prune`.
       scope: of the comparison of scores.
       rates: factors of the fraction by pattern of path.
       score: of trained weights.
-      mask: what lives at first, by default all.
-      rewind_step: k. Late rewinding takes k > 0, which large networks need.
-      lanes: whether params, and the mask where given, have a leading axis of lanes, such as seeds or settings; then
+      mask: the initial mask; by default all weights live.
+      rewind_step: k. Late rewinding uses k > 0, which large networks need.
+      lanes: whether params, and the mask if given, have a leading axis of lanes, such as seeds or settings. Then
         `train` must be traceable, and a round of all lanes is one program.
 
     Yields:
       after each round a `Round`.
 
     Raises:
-      ValueError: before any training, as `prune`; or the rounds are less than 1, or the weights at `rewind_step` are
-        not kept (for a function of your own, after the first training).
+      ValueError: as in `prune`, before any training; or `rounds` is less than 1, or the weights at `rewind_step` are
+        not kept (for a function of your own, this is known after the first training).
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (50, 20))
@@ -190,7 +190,7 @@ def iterative_magnitude_pruning(
     prune_one = functools.partial(prune, fraction=fraction, scope=scope, rates=rates, score=score)
     if mask is None:
         mask = over_lanes(full_mask)(params)
-    over_lanes(prune_one)(params, mask)  # what is wrong is said before any training
+    over_lanes(prune_one)(params, mask)  # raises errors before any training
 
     def one_round(start: optax.Params, mask: Mask, first: bool) -> tuple[Any, ...]:
         trained = train(apply_mask(start, mask), mask, 0 if first else rewind_step)

@@ -1,4 +1,4 @@
-"""Structured tickets: whole units are pruned, and what is left is a smaller dense network."""
+"""Structured tickets: whole units are pruned, which leaves a smaller dense network."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from cbp_jax.tickets.masks import Mask
 from cbp_jax.tickets.prune import rounded_count
 from cbp_jax.units.groups import join_path, leaves_by_path, statistics_name
 
-#: By name of group, bool [units]: the units that stay. Groups that are not there stay whole.
+#: By name of group, bool [units]: the units to keep. Groups that are not named keep all units.
 Keep = Mapping[str, chex.Array]
 
 
@@ -35,31 +35,32 @@ def prune_units(
     grads: optax.Updates | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> dict[str, chex.Array]:
-    """Chooses the units that stay: all but a fraction of those that are there, of least utility.
+    """Prunes a fraction of the remaining units, those of smallest utility.
 
-    Exactly `round(fraction * there)` go, halves rounded to even; of equal utilities the first go. As `prune` does with
-    weights, and likewise under `jit` and `vmap`.
+    Exactly `round(fraction * remaining)` units are removed, halves rounded to even; of equal utilities the first. This
+    is like `prune` for weights, and also works under `jit` and `vmap`.
 
     Args:
       params: pytree of arrays, may be traced.
-      units: groups of `discover_units`, all or selected. Others stay whole.
+      units: groups of `discover_units`, all or selected. Other groups keep all units.
       fraction: in [0, 1).
-      keep: the units that are there, by default all.
-      scope: "layer": the fraction of each group; "global": of all together, whose utilities are compared.
-      utility: by name of group an array [units], such as the state of `continual_backprop` has in `utility`; or a name
-        or function that `continual_backprop` takes, of these params, features and gradients. By default the magnitude
-        of the outgoing weights, which needs no examples. Note that "contribution" favors units that are always on,
-        though a bias could stand for them.
-      features: activations on some examples, as `with_features` gives them, where the utility looks at them.
+      keep: the remaining units; by default all.
+      scope: "layer" prunes the fraction of each group; "global" that of all groups together, whose utilities are
+        compared.
+      utility: by name of group an array [units], such as the field `utility` in the state of `continual_backprop`; or a
+        name or function as in `continual_backprop`, applied to these params, features and gradients. By default the
+        magnitude of the outgoing weights, which needs no examples. Note that "contribution" favors units that are
+        always active, although a bias could replace them.
+      features: activations on some examples, from `with_features`, if the utility needs them.
       grads: gradients, where it looks at them.
       key: int or jax key, where it draws.
 
     Returns:
-      by name of group a bool [units], which are left.
+      by name of group a bool [units], the remaining units.
 
     Raises:
       ValueError: the fraction is out of range, the scope or utility is unknown, the units do not match the params,
-        features are missing, an array is of another shape, or no unit of a group would be left.
+        features are missing, an array has another shape, or no unit of a group would be left.
 
     Example:
       >>> import cbp_jax
@@ -77,7 +78,7 @@ def prune_units(
     there = _checked(keep, groups)
     values = _utilities(groups, params, utility, features, grads, key)
     pools = [[group.name] for group in groups] if scope == "layer" else [[group.name for group in groups]]
-    left = {}
+    left: dict[str, chex.Array] = {}
     for names in pools:
         living = [there[name] for name in names]
         count = rounded_count(fraction, sum(jnp.sum(each, dtype=jnp.int32) for each in living))
@@ -91,18 +92,19 @@ def prune_units(
 
 
 def unit_mask(params: optax.Params, units: Sequence[units_lib.UnitGroup], keep: Keep) -> Mask:
-    """The mask of weights by which units are gone: those that write them and those that read them are dead.
+    """The mask of weights that corresponds to pruned units: weights that write them and weights that read them are
+    dead.
 
     Args:
       params: pytree of arrays.
       units: groups of `discover_units`.
-      keep: the units that stay, may be traced.
+      keep: the units to keep, may be traced.
 
     Returns:
       a mask of the params, as `full_mask` makes it, to train under (`masked`).
 
     Raises:
-      ValueError: the units do not match the params, or an array of `keep` is of another shape.
+      ValueError: the units do not match the params, or an array of `keep` has another shape.
 
     Example:
       >>> import cbp_jax
@@ -123,12 +125,12 @@ def unit_mask(params: optax.Params, units: Sequence[units_lib.UnitGroup], keep: 
 
 
 def shrink_params(params: optax.Params, units: Sequence[units_lib.UnitGroup], keep: Keep) -> optax.Params:
-    """Cuts units out of the parameters: the smaller network computes what the masked one does, in less time.
+    """Removes units from the parameters: the smaller network computes the same as the masked one, in less time.
 
-    A unit's rows are cut out of all arrays that write it, read it, or belong to it as biases, scales and running
-    statistics (those that are in `params`, as in Flax's tree of variables; see `shrink_batch_stats`). The function that
-    takes the smaller parameters is the same where it does not know the sizes; a Flax module is made anew with those of
-    `keep`: `MLP(hidden=[int(keep[group.name].sum()) for group in units], ...)`.
+    A unit's rows are removed from all arrays that write it, read it, or belong to it as biases, scales and running
+    statistics (if these are in `params`, as in Flax's tree of variables; see `shrink_batch_stats`). An apply function
+    that does not depend on sizes can be used unchanged. A Flax module must be created with the new sizes:
+    `MLP(hidden=[int(keep[group.name].sum()) for group in units], ...)`.
 
     Args:
       params: pytree of arrays.
@@ -136,13 +138,13 @@ def shrink_params(params: optax.Params, units: Sequence[units_lib.UnitGroup], ke
       keep: the units that stay, not traced.
 
     Returns:
-      the params with smaller arrays. With them outputs are, to rounding, those of
-      `apply_mask(params, unit_mask(params, units, keep))`.
+      the params with smaller arrays. Up to rounding, outputs are those of `apply_mask(params, unit_mask(params, units,
+      keep))`.
 
     Raises:
-      ValueError: the units do not match the params; an array of `keep` is traced or of another shape; no unit of a
-        group is left; units to be cut are normalized together with others, whose mean and variance would change; or
-        what is left of an array would be no array.
+      ValueError: the units do not match the params; an array of `keep` is traced or has another shape; no unit of a
+        group is left; units to be removed are normalized together with others, whose mean and variance would change; or
+        the rest of an array would not be rectangular.
 
     Example:
       >>> import cbp_jax
@@ -159,7 +161,7 @@ def shrink_params(params: optax.Params, units: Sequence[units_lib.UnitGroup], ke
 
 
 def shrink_batch_stats(batch_stats: Any, units: Sequence[units_lib.UnitGroup], keep: Keep) -> Any:
-    """Cuts units out of running statistics that are no part of the params, as `shrink_params` does.
+    """Removes units from running statistics that are not in the params, like `shrink_params`.
 
     Args:
       batch_stats: tree of running statistics, as `reset_batch_stats` takes it.
@@ -170,14 +172,14 @@ def shrink_batch_stats(batch_stats: Any, units: Sequence[units_lib.UnitGroup], k
       the tree with smaller arrays.
 
     Raises:
-      ValueError: as `shrink_params`.
+      ValueError: as in `shrink_params`.
     """
     groups = units_lib.Units(units)
     return _cut(batch_stats, [(group, part) for group in groups for part in group.statistics], _counted(keep, groups))
 
 
 def _utilities(groups, params, utility, features, grads, key) -> dict[str, chex.Array]:
-    """By name of group an array [units]."""
+    """Utilities by name of group, [units]."""
     if isinstance(utility, Mapping):
         missing = [group.name for group in groups if group.name not in utility]
         if missing:
@@ -209,7 +211,7 @@ def _utilities(groups, params, utility, features, grads, key) -> dict[str, chex.
 
 
 def _checked(keep: Keep | None, groups: units_lib.Units) -> dict[str, chex.Array]:
-    """Of all groups, which units are there."""
+    """The remaining units of all groups."""
     keep = dict(keep or {})
     unknown = [name for name in keep if name not in {group.name for group in groups}]
     if unknown:
@@ -225,7 +227,7 @@ def _checked(keep: Keep | None, groups: units_lib.Units) -> dict[str, chex.Array
 
 
 def _counted(keep: Keep, groups: units_lib.Units) -> dict[str, np.ndarray]:
-    """The same on the host, where sizes are known."""
+    """The same on the host, so that sizes are known."""
     there = _checked(keep, groups)
     for group in groups:
         each = there[group.name]
@@ -242,7 +244,7 @@ def _counted(keep: Keep, groups: units_lib.Units) -> dict[str, np.ndarray]:
 
 
 def _cut(tree: Any, slices: list[tuple[units_lib.UnitGroup, units_lib.ParamSlice]], keep: dict[str, np.ndarray]) -> Any:
-    """The tree without the rows of units that go; of running statistics only those that it has."""
+    """The tree without the rows of removed units, including running statistics in it."""
     leaves = leaves_by_path(tree)
     names = {statistics_name(path): path for path in leaves}
     staying: dict[str, dict[int, np.ndarray]] = {}  # by path and axis

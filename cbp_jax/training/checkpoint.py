@@ -1,4 +1,4 @@
-"""Keeps the state of a run on disk, so that one that is killed goes on where it was."""
+"""Saves the state of a run, so that a killed run can resume."""
 
 import hashlib
 import time
@@ -12,7 +12,7 @@ from flax import serialization
 from cbp_jax import files
 
 _HEAD = b"cbp_jax state 1\n"  # then the checksum of what follows
-_MOST_OF_THE_TIME = 20  # an interval between two saves is at least so many times what a save takes
+_MOST_OF_THE_TIME = 20  # the interval between saves is at least this many times the duration of a save
 
 
 Lane = tuple[str, int]  # label of the method, seed
@@ -53,7 +53,7 @@ def read_state(path: Path) -> Saved | None:
         raise unusable(path, "it is damaged, or no state of a run, or was written by an earlier version")
     if hashlib.sha256(body).digest() != checksum:
         raise unusable(path, "it is damaged, as its checksum shows")
-    found = serialization.msgpack_restore(body)
+    found = serialization.msgpack_restore(body)  # type: ignore[arg-type]  # reads a memoryview without a copy
     lanes = tuple((label, int(seed)) for label, seed in found["lanes"]) if "lanes" in found else None
     return Saved(Path(path), found["name"], found["tasks"], found["needs"], found["state"], lanes)
 
@@ -67,21 +67,22 @@ def unusable(path: Path, reason: str) -> ValueError:
 
 
 class Checkpoint:
-    """The state of lanes after some task, in one file that is whole at every moment.
+    """The state of all lanes after some task, in one file that is written atomically.
 
     Args:
       path: the file.
-      name: what runs, such as the labels of the methods; a file of another name is not read.
-      every: seconds between two saves.
-      before: called before each save, to bring to disk what has been recorded of the tasks that are done: results on
-        disk are then never behind the state.
-      needs: gives for a number of tasks a checksum of what the state is of no use without, such as their results.
-      lanes: what the rows of the state are, method and seed of each; the file tells them.
-      found: the state to go on from, where it is another than that of the file; it is not checked.
+      name: identifies the run, such as the labels of the methods. A file with another name is not read.
+      every: seconds between saves.
+      before: called before each save, to write the recorded results of finished tasks to disk. Results on disk are then
+        never older than the state.
+      needs: takes a number of tasks and returns a checksum of files without which the state is useless, such as their
+        results.
+      lanes: method and seed of each row of the state; kept in the file.
+      found: the state to resume from, in place of the one in the file; it is not checked.
 
     Raises:
-      ValueError: the file is damaged, or no state, or one that an earlier version wrote without a checksum; or what it
-        needs is not what it was.
+      ValueError: the file is damaged, is not a state, or was written by an earlier version without a checksum; or the
+        files that it needs have changed.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -107,7 +108,7 @@ class Checkpoint:
     ):
         self.path, self.name, self.every, self.before, self.needs = Path(path), name, every, before, needs
         self.lanes = None if lanes is None else tuple(lanes)
-        self.tasks = 0  # done by the state that `restore` gives
+        self.tasks = 0  # finished in the state that `restore` returns
         self._state: Any = None
         self._saved = time.monotonic()
         if found is None and (found := read_state(self.path)) is not None:
@@ -119,7 +120,7 @@ class Checkpoint:
             self.tasks, self._state = found.tasks, found.state
 
     def restore(self, like: Any) -> Any:
-        """The saved state, or `like`, a state of the same structure, where there is none.
+        """Returns the saved state, or `like`, a state of the same structure, if there is none.
 
         Raises:
           ValueError: the file holds a state of another structure or of other shapes.
@@ -128,7 +129,7 @@ class Checkpoint:
             return like
         try:
             state, self._state = serialization.from_state_dict(like, self._state), None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # of many types, by the kind of difference
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # the type depends on the kind of difference
             raise unusable(self.path, f"it is of another run: {error}") from error
         for (key_path, found), expected in zip(
             jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(like), strict=True
@@ -142,12 +143,12 @@ class Checkpoint:
         return state
 
     def save(self, tasks: int, state: Callable[[], Any], now: bool = False) -> None:
-        """Writes the state after so many tasks, if it is time.
+        """Writes the state, if the time since the last save is long enough.
 
         Args:
-          tasks: how many tasks are done.
-          state: gives the state, arrays on the host; called where it is time.
-          now: whether it is time, whenever the last save was.
+          tasks: number of finished tasks.
+          state: a function that returns the state, as arrays on the host. Called only if the state is written.
+          now: whether to write regardless of the last save.
         """
         start = time.monotonic()
         if not now and start - self._saved < self.every:
@@ -170,6 +171,6 @@ class Checkpoint:
         files.write_whole(self.path, _HEAD, hashlib.sha256(body).digest(), body)
 
     def delete(self) -> None:
-        """Removes the file, and what a save that was killed has left: what ran is done."""
+        """Removes the file, and leftovers of killed saves, after the run has finished."""
         self.path.unlink(missing_ok=True)
         files.partial(self.path).unlink(missing_ok=True)

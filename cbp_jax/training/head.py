@@ -1,4 +1,4 @@
-"""The output layer: which one it is, and how it, or the whole network, starts anew with a task."""
+"""The output layer: finding it, and resetting it or the whole network at the start of a task."""
 
 from collections.abc import Collection
 
@@ -11,7 +11,7 @@ from cbp_jax.units import LeftOutKind, Units, join_path, leaves_by_path
 
 
 def output_layers(units: Units) -> tuple[str, ...]:
-    """The layers that make a network's output, as discovery found them.
+    """The layers that compute a network's output, as found by discovery.
 
     Args:
       units: of `discover_units`.
@@ -44,17 +44,17 @@ def reset_layers(
     layers: Collection[str],
     fresh: optax.Params | None = None,
 ) -> tuple[optax.Params, optax.OptState]:
-    """Sets the weights and biases of layers to 0, or to others, and what the optimizer keeps of each to its start.
+    """Sets the weights and biases of layers to 0, or to given values, and resets the optimizer's state for them.
 
-    That is every array in the optimizer's state that is about a parameter and of its shape, as moments in any chain or
-    wrapper are. What is kept about units, their utility and age, is not about the output's weights, and stays.
+    Reset is every array in the optimizer's state that belongs to one of these parameters and has its shape, such as
+    moments in any chain or wrapper. Utility and age of units do not belong to the output's weights, and are kept.
 
     Args:
       tx: the optimizer.
       params: its parameters, a tree of named arrays.
       opt_state: its state.
       layers: paths of layers or of single parameters, such as "params/Dense_2".
-      fresh: parameters, of which the layers take theirs; by default they are 0.
+      fresh: parameters with the new values of the layers; by default they are 0.
 
     Returns:
       the parameters and the state.
@@ -92,12 +92,12 @@ def restart(
     layers: Collection[str],
     fresh: optax.Params,
 ) -> tuple[optax.Params, optax.OptState]:
-    """What a method draws anew when its task changes; see `reset_layers` for the arguments.
+    """Reinitializes the head or the whole network at a task change; see `reset_layers` for the arguments.
 
     Args:
-      what: "network" for all parameters and the optimizer's whole state, "head" for the layers alone.
+      what: "network" for all parameters and the optimizer's whole state, "head" for only the layers.
       tx, params, opt_state, layers: as in `reset_layers`.
-      fresh: parameters that the new ones are taken from.
+      fresh: parameters with the new values.
 
     Returns:
       the parameters and the state.

@@ -1,4 +1,5 @@
-"""Trains a learner on a classification that grows, for many epochs an increment: one compiled program, all lanes."""
+"""Trains a learner on a growing classification, with many epochs for each increment: one compiled program, all
+lanes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import optax
 from cbp_jax.problems import IncrementalProblem
 from cbp_jax.replacement import replaced_units
 from cbp_jax.training.checkpoint import Checkpoint
+from cbp_jax.training.lanes import LaneMode
 from cbp_jax.training.learner import Learner, TrainState, begin_task, init_state, stream_keys, weights_of
 from cbp_jax.training.loop import run_lanes
 from cbp_jax.training.step import evaluate, learn
@@ -20,14 +22,14 @@ from cbp_jax.training.symptoms import symptoms
 def step_size_factor(
     epoch: chex.Numeric, epochs: int, falls_at: tuple[float, ...] = (0.3, 0.6, 0.8), factor: float = 0.2
 ) -> chex.Array:
-    """What the step size is multiplied with in an epoch of an increment.
+    """The factor of the step size in an epoch of an increment.
 
     Args:
       epoch: from 0, may be traced.
-      epochs: of the increment.
-      falls_at: fractions of the increment at which the step size falls; those of the Nature paper are its epochs 60,
-        120 and 160 of 200.
-      factor: by which it falls each time.
+      epochs: number of epochs in the increment.
+      falls_at: fractions of the increment at which the step size falls. In the Nature paper these are epochs 60, 120
+        and 160 of 200.
+      factor: the factor at each of these.
 
     Example:
       >>> [round(float(step_size_factor(epoch, 200)), 3) for epoch in (0, 59, 60, 120, 160)]
@@ -49,32 +51,32 @@ def run_increment(
     early_stopping: bool = True,
     schedule: Callable[[chex.Numeric, int], chex.Array] = step_size_factor,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """Measures a network on the classes to come and trains it on these and those before, one lane.
+    """Measures a network on the new classes, and trains it on these and the earlier ones. Runs one lane.
 
-    After each epoch the accuracy on the validation examples is taken, and the increment ends with the weights (and
-    running statistics) of the epoch in which it was best, while the optimizer's state is that of the last epoch.
-    Where a network has running statistics, they are among its parameters, in the collection "batch_stats"; they are
-    learned by no gradient, and what training makes of them takes the place of what the optimizer made.
+    After each epoch, accuracy is measured on the validation examples. The increment ends with the weights (and running
+    statistics) of the epoch with the best accuracy, and with the optimizer's state of the last epoch. Running
+    statistics of a network are in the collection "batch_stats" among its parameters. They have no gradient; the new
+    statistics from training replace what the optimizer returns for them.
 
     Args:
-      learner: what is trained; with `batch_stats`, its `train` returns the outputs and the new collection.
+      learner: the learner; with `batch_stats`, its `train` returns the outputs and the new collection.
       problem: the classes.
       data: `problem.data`, an argument so that lanes share it.
       state: the lane's.
       epochs: how many epochs.
-      measured_examples: how many examples of the new classes the network is measured on before the increment.
-      dormant_threshold: largest score of a unit that counts as dormant, see `metrics.dormant_fraction`.
-      early_stopping: whether the best weights are kept, instead of the last.
+      measured_examples: number of examples of the new classes on which the network is measured before the increment.
+      dormant_threshold: largest score of a dormant unit, see `metrics.dormant_fraction`.
+      early_stopping: whether to keep the best weights instead of the last ones.
       schedule: `(epoch, epochs) -> factor` of the step size.
 
     Returns:
-      the state after the increment; scalars: `loss` and `accuracy`, means over all updates; `validation_accuracy` and
-      `test_accuracy`, over the classes that are there, and `test_loss`, of the weights at the end; `replaced_units`;
-      and before the increment `dead_units`, `dormant_units` and `weight_magnitude`, and `effective_rank` and
-      `stable_rank` of the last hidden layer over its number of units.
+      the state after the increment; and scalars: `loss` and `accuracy`, means over all updates; `validation_accuracy`,
+      `test_accuracy` and `test_loss` of the final weights, over the classes added so far; `replaced_units`; and,
+      measured before the increment, `dead_units`, `dormant_units` and `weight_magnitude`, and `effective_rank` and
+      `stable_rank` of the last hidden layer divided by its number of units.
 
     Raises:
-      ValueError: no group of the learner's units is without positions, as what a dense layer reads is.
+      ValueError: no group of the learner's units is without positions, like the input of a dense layer.
     """
     keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
@@ -112,7 +114,7 @@ def run_increment(
         return params, opt_state, totals, best, jnp.maximum(accuracy, best_accuracy)
 
     def held_out(split, params):
-        """Accuracy and loss over the classes that are there."""
+        """Accuracy and loss over the classes added so far."""
 
         def of_class(number, sums):
             batch = problem.held_out(data, split, task.classes[number])
@@ -141,7 +143,7 @@ def run_increments(
     hyperparameters: dict[str, chex.Array],
     tasks: int,
     *,
-    mode: str = "auto",
+    mode: LaneMode = "auto",
     checkpoint: Checkpoint | None = None,
     lanes_at_once: int | None = None,
     **settings: Any,
@@ -164,18 +166,27 @@ def run_increments(
     """
     go_on = lambda data, state: run_increment(learner, problem, data, state, **settings)
     start = lambda seed, values: init_state(learner, seed, values)
-    how = {"mode": mode, "checkpoint": checkpoint, "lanes_at_once": lanes_at_once}
-    return run_lanes(start, go_on, problem.data, seeds, hyperparameters, tasks, **how)
+    return run_lanes(
+        start,
+        go_on,
+        problem.data,
+        seeds,
+        hyperparameters,
+        tasks,
+        mode=mode,
+        checkpoint=checkpoint,
+        lanes_at_once=lanes_at_once,
+    )
 
 
 def _measure(learner: Learner, params: optax.Params, x: chex.Array, dormant_threshold: float) -> dict[str, chex.Array]:
     _, features = learner.predict(params, x)
-    # What a dense layer reads; where several do, the last is the output's. A dict of features is not in forward order.
+    # Inputs of dense layers, the last of which is that of the output layer. A dict of features is not in forward order.
     forward = jax.tree.leaves([features[group.name] for group in learner.units])
     read = [h for h in forward if h.ndim == 2]
     if forward and not read:
         raise ValueError(
-            "learner must have a group of units without positions, [examples, units], of which ranks are measured; got "
+            "learner must have a group of units without positions, [examples, units], to measure ranks; got "
             f"features of shapes {[h.shape for h in forward]}"
         )
     return symptoms(features, weights_of(params), ranked=read[-1:], dormant_threshold=dormant_threshold)

@@ -1,4 +1,4 @@
-"""Plasticity injection on a stream of tasks: one head is frozen, and a fresh one put beside it, before one task."""
+"""Plasticity injection on a stream of tasks: before one task, the head is frozen and a fresh one is added."""
 
 from collections.abc import Collection
 from typing import Any
@@ -14,17 +14,17 @@ from cbp_jax.units import Units, leaves_by_path
 
 
 def last_layers(units: Units, count: int) -> tuple[str, ...]:
-    """The layers that make a network's output and, before them, those that make its last hidden units.
+    """The layers of a network's head: the output layer and, before it, those that compute the last hidden units.
 
     Args:
       units: of `discover_units`.
-      count: how many layers: 1 for that of the output alone, 2 for it and the last hidden layer, and so on.
+      count: number of layers: 1 for only the output layer, 2 for it and the last hidden layer, and so on.
 
     Returns:
       paths of layers and of parameters: kernels, biases and scales of normalization.
 
     Raises:
-      ValueError: there are fewer hidden layers, or none was found that makes the output.
+      ValueError: there are too few hidden layers, or no output layer was found.
 
     Example:
       >>> import jax, jax.numpy as jnp, cbp_jax
@@ -43,18 +43,18 @@ def last_layers(units: Units, count: int) -> tuple[str, ...]:
 
 
 def with_injection(learner: Learner, layers: Collection[str], at: int) -> Learner:
-    """A learner whose head is frozen before a task, with a fresh one beside it. See `injection.inject`.
+    """A learner whose head is frozen before a task, when a fresh one is added. See `injection.inject`.
 
-    The frozen heads are a collection of the network's variables, "injection", which no optimizer sees. Until the task
-    they are 0, of which the outputs are 0 too where activations are of 0 or meet a kernel of 0.
+    The frozen heads are a collection of the network's variables, "injection", which no optimizer sees. Until that task
+    they are 0, so their outputs are 0 too.
 
     Args:
-      learner: whose variables are a dict of collections, without running statistics.
+      learner: a learner whose variables are a dict of collections, without running statistics.
       layers: paths of the head's layers and parameters.
       at: the number of the task, from 0, before which the head is injected.
 
     Returns:
-      the learner. The optimizer's state of the head starts anew with the fresh one.
+      the learner. The optimizer's state for the head is reset together with the head.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,9 +100,10 @@ def _apart(params: optax.Params) -> tuple[optax.Params, injection.FrozenHeads]:
 
 
 def _beside_frozen(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that leaves the frozen heads as they are; its state is that of the optimizer of the others."""
+    """An optimizer that does not change the frozen heads. Its state is that of the optimizer of the other
+    parameters."""
     tx = optax.with_extra_args_support(tx)
-    # Optax asks by placeholders for params which parts of a state are like params.
+    # Optax passes placeholders for params to find the parts of a state that belong to them.
     without = lambda tree: _apart(tree)[0] if isinstance(tree, dict) and INJECTION in tree else tree
 
     def update(grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any):

@@ -1,4 +1,4 @@
-"""What is trained, and the state of one lane."""
+"""The learner, and the state of one lane."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import optax
 from cbp_jax.nets import online_norm
 from cbp_jax.units import Features, UnitGroup
 
-# Collections of a network's variables that are learned by no gradient.
+# Collections of a network's variables that are not trained by gradients.
 INJECTION = "injection"  # frozen heads
 STATISTICS = ("batch_stats", online_norm.COLLECTION, INJECTION)
 
@@ -19,19 +19,19 @@ Hyperparameters = dict[str, chex.Numeric]
 
 
 class Learner(NamedTuple):
-    """A network and how it learns, as functions of keys and of hyperparameters that may be traced."""
+    """A network and its optimizer, as functions of keys and of hyperparameters, which may be traced."""
 
     init: Callable[[chex.PRNGKey], optax.Params]  # key -> params
     predict: Callable[[optax.Params, chex.Array], tuple[chex.Array, Features]]  # params, x -> logits, features
-    train: Callable[[optax.Params, chex.Array, chex.PRNGKey], tuple[chex.Array, Features]]  # the same with dropout
+    train: Callable[[optax.Params, chex.Array, chex.PRNGKey], tuple[chex.Array, Features]]  # the same in training
     optimizer: Callable[[Hyperparameters, chex.PRNGKey], optax.GradientTransformation]
     units: tuple[UnitGroup, ...]
     # optimizer, key, number of the task, params, state of the optimizer -> params, state; before each task
     begin_task: Callable[..., tuple[optax.Params, optax.OptState]] | None = None
     batch_stats: bool = False  # whether outputs of `train` are (logits, new running statistics), see `run_increment`
-    curvature: bool = False  # whether the optimizer wants the diagonal of the Hessian, from HesScale
-    reference: int = 0  # how many batches of before the optimizer wants with each update, as `reference`
-    scheduled: str = "step_size"  # the hyperparameter that a schedule multiplies
+    curvature: bool = False  # whether the optimizer needs the diagonal of the Hessian, from HesScale
+    reference: int = 0  # how many earlier batches the optimizer gets with each update, as `reference`
+    scheduled: str = "step_size"  # the hyperparameter that schedules multiply
 
 
 class TrainState(NamedTuple):
@@ -45,7 +45,7 @@ class TrainState(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Streams of a seed: learners with the same seed see the same tasks and start from the same weights."""
+    """Random streams of a seed: learners with the same seed see the same tasks and start from the same weights."""
 
     params: chex.PRNGKey
     problem: chex.PRNGKey
@@ -54,7 +54,7 @@ class _Keys(NamedTuple):
 
 
 def stream_keys(data: chex.Array) -> _Keys:
-    """The streams of a seed, from its raw key data."""
+    """The random streams of a seed, from its raw key data."""
     return _Keys(*jax.random.split(jax.random.wrap_key_data(data), len(_Keys._fields)))
 
 
@@ -64,7 +64,7 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
     Args:
       learner: what is trained.
       seed: int32 [].
-      hyperparameters: scalars by name, as the learner's optimizer takes them.
+      hyperparameters: scalars by name, for the learner's optimizer.
 
     Returns:
       the state.
@@ -78,7 +78,7 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
 def begin_task(
     learner: Learner, tx: optax.GradientTransformation, state: TrainState
 ) -> tuple[optax.Params, optax.OptState]:
-    """Parameters and the optimizer's state, as the learner would have them before its next task."""
+    """Parameters and optimizer state after the learner's changes at the start of a task."""
     if learner.begin_task is None:
         return state.params, state.opt_state
     key = jax.random.fold_in(stream_keys(state.key).params, state.task)
@@ -86,7 +86,7 @@ def begin_task(
 
 
 def weights_of(tree: optax.Params) -> optax.Params:
-    """What is learned of a network's variables: all but statistics."""
+    """The trained variables of a network: all but statistics."""
     if isinstance(tree, dict):
         return {name: leaves for name, leaves in tree.items() if name not in STATISTICS}
     return tree

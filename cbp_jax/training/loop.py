@@ -1,4 +1,4 @@
-"""Trains a learner on a stream of tasks, online: one compiled scan per task, all lanes at once."""
+"""Trains a learner online on a stream of tasks: one compiled scan per task, for all lanes at once."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from cbp_jax.losses import LOSSES
 from cbp_jax.problems import Problem
 from cbp_jax.replacement import replaced_units
 from cbp_jax.training.checkpoint import Checkpoint
-from cbp_jax.training.lanes import Lanes
+from cbp_jax.training.lanes import LaneMode, Lanes
 from cbp_jax.training.learner import (
     Hyperparameters,
     Learner,
@@ -40,12 +40,12 @@ def measure(
       learner: whose network it is.
       params: its parameters.
       x: examples.
-      matrices: whether to measure the weights too.
-      dormant_threshold: largest score of a unit that counts as dormant, see `metrics.dormant_fraction`; by default
-        they are not counted.
+      matrices: whether to measure the weights as matrices too.
+      dormant_threshold: largest score of a dormant unit, see `metrics.dormant_fraction`. By default dormant units are
+        not counted.
 
     Returns:
-      what `symptoms` gives, of all hidden layers.
+      the result of `symptoms`, for all hidden layers.
     """
     _, features = learner.predict(params, x)
     return symptoms(features, weights_of(params), matrices=matrices, dormant_threshold=dormant_threshold)
@@ -61,24 +61,24 @@ def run_task(
     measure_every: int | None = None,
     dormant_threshold: float | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """Measures a network on the task to come and trains it on that task, one lane.
+    """Measures a network on the next task, and trains it on that task. Runs one lane.
 
     Args:
       learner: what is trained.
       problem: the stream of tasks.
       data: `problem.data`, an argument so that lanes share it.
       state: the lane's.
-      measured_examples: how many examples of the task the network is measured on before the task.
-      measure_every: every so many steps plasticity and gradients are measured, which takes another forward pass;
-        at most the steps of a task. By default they are not.
+      measured_examples: number of examples of the task on which the network is measured before the task.
+      measure_every: number of steps between measurements of plasticity and gradients, each of which takes an extra
+        forward pass; at most the steps of a task. By default they are not measured.
       dormant_threshold: as in `measure`.
 
     Returns:
-      the state after the task; scalars: `loss`, and `accuracy` where the task is a classification, means over the
-      task's examples, each taken before learning from it, `replaced_units`, those of `measure`, and `test_accuracy`
-      and `test_loss` after the task, where the problem has test examples (of a classification). With `measure_every`
-      also means over the steps measured: `plasticity`, of each example by the loss before and after
-      the update, and of the gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
+      the state after the task; and scalars: `loss`, and for a classification `accuracy`, means over the task's
+      examples, each measured before learning from it; `replaced_units`; those of `measure`; and for a classification
+      with test examples `test_accuracy` and `test_loss` after the task. With `measure_every` also means over the
+      measured steps: `plasticity`, from each example's loss before and after the update, and for gradients
+      `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
 
     """
     keys = stream_keys(state.key)
@@ -95,7 +95,7 @@ def run_task(
     reference_key = jax.random.fold_in(task_key, 2**31)
 
     def earlier(number):
-        """Inputs of batches of this task before this one, drawn with replacement; at the first, its own."""
+        """Inputs of earlier batches of this task, drawn with replacement; in the first step, the batch itself."""
         drawn = jax.random.randint(jax.random.fold_in(reference_key, number), (learner.reference,), 0, number)
         x = jax.vmap(lambda each: problem.batch(data, task, each)[0])(drawn)
         return x.reshape(-1, *x.shape[2:])
@@ -149,7 +149,7 @@ def run_tasks(
     hyperparameters: dict[str, chex.Array],
     tasks: int,
     *,
-    mode: str = "auto",
+    mode: LaneMode = "auto",
     measured_examples: int = 2000,
     measure_every: int | None = None,
     dormant_threshold: float | None = None,
@@ -170,16 +170,16 @@ def run_tasks(
       measured_examples: how many examples of a task the networks are measured on before the task.
       measure_every: as in `run_task`.
       dormant_threshold: as in `measure`.
-      checkpoint: where the state is kept. A run goes on from the state found there, after `checkpoint.tasks` tasks.
-      probe: what else is measured of a lane before some tasks, see `run_lanes`.
-      probe_every: before every so many tasks, from the first on.
+      checkpoint: file for the state. A run resumes from the state found there, after `checkpoint.tasks` tasks.
+      probe: further measurements of a lane before some tasks, see `run_lanes`.
+      probe_every: number of tasks between probes, beginning with the first task.
       lanes_at_once: the most lanes that the devices hold, by default all; see `Lanes`.
 
     Yields:
       after each task, NumPy arrays [lanes] of what `run_task` measures, and arrays [lanes, ...] of what the probe does.
 
     Raises:
-      ValueError: there are no lanes, the mode is unknown, the checkpoint is of another run.
+      ValueError: there are no lanes, the mode is unknown, or the checkpoint belongs to another run.
 
     Example:
       >>> from cbp_jax import data, problems
@@ -225,33 +225,33 @@ def run_lanes(
     hyperparameters: dict[str, chex.Array],
     tasks: int,
     *,
-    mode: str = "auto",
+    mode: LaneMode = "auto",
     checkpoint: Checkpoint | None = None,
     finish: Callable[[Any], None] | None = None,
     probe: Callable[[Any, Any], dict[str, chex.Array]] | None = None,
     probe_every: int = 1,
     lanes_at_once: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Runs task after task on all lanes.
+    """Runs tasks on all lanes.
 
     Args:
-      start: the state of a lane before its first task, of its seed, int32 [], and hyperparameters.
-      go_on: what one lane does in a task, `(data, state) -> (state, measures)`.
-      data: what all lanes share.
-      seeds: as in `run_tasks`, like what follows.
+      start: `start(seed, hyperparameters)` returns the state of a lane before its first task; the seed is int32 [].
+      go_on: runs one lane through a task, `(data, state) -> (state, measures)`.
+      data: data that all lanes share.
+      seeds: as in `run_tasks`, like the next arguments.
       hyperparameters: arrays [lanes] by name.
       tasks: how many tasks.
       mode: how the lanes of a device run.
       checkpoint: where the state is kept.
-      finish: called after the last task with the states [lanes, ...], on the host; again, where the run was stopped
-        before it came back.
-      probe: what else is measured of one lane before some tasks, `(data, state) -> measures`: a program of its own,
-        for what takes long and changes nothing.
-      probe_every: the probe runs before every so many tasks, from the first on.
+      finish: called after the last task with the states [lanes, ...] on the host; called again if the run was stopped
+        during the call.
+      probe: further measurements of one lane before some tasks, `(data, state) -> measures`. It is a separate program,
+        for measurements that take long and change nothing.
+      probe_every: number of tasks between probes, beginning with the first task.
       lanes_at_once: as in `run_tasks`.
 
     Yields:
-      after each task, NumPy arrays [lanes] of what was measured; what the probe measured only where it ran.
+      after each task, NumPy arrays [lanes] of measurements, including those of the probe if it ran.
     """
     lanes = Lanes(len(seeds), mode, at_once=lanes_at_once)
     data = lanes.share(data)
@@ -269,7 +269,7 @@ def run_lanes(
         state, measures = zip(*step(data, state), strict=True)
         yield {**lanes.gather(measures), **found}
         if checkpoint is not None:
-            # What comes after the last task can fail, or be killed, as well.
+            # The code after the last task can fail, or be killed, too.
             last = finish is not None and task + 1 == tasks
             checkpoint.save(task + 1, lambda: lanes.gather(state), now=last)  # noqa: B023
     if finish is not None:

@@ -1,4 +1,4 @@
-"""One training step, of any network with any loss, and of a learner on a batch."""
+"""One training step, for any network and loss, and for a learner on a batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,18 +13,18 @@ from cbp_jax.losses import LOSSES
 from cbp_jax.training.learner import Learner, weights_of
 from cbp_jax.units import Features, reset_batch_stats
 
-#: What `learn` measures of an update besides where it is asked to.
+#: What `learn` measures in addition if `measured` is set.
 OF_UPDATES = ("plasticity", "gradient_l0", "gradient_l1", "gradient_l2")
 
 
 class Step(NamedTuple):
-    """What a step leaves."""
+    """The result of a step."""
 
     params: optax.Params
     opt_state: optax.OptState
     loss: chex.Array  # [], before the update
     grads: optax.Updates
-    found: Any  # what the loss function gave besides
+    found: Any  # what else the loss function returned
 
 
 def train_step(
@@ -34,14 +34,14 @@ def train_step(
     opt_state: optax.OptState,
     **extra: Any,
 ) -> Step:
-    """One update by the gradient of a loss, with what units did.
+    """One update by the gradient of a loss, with the activations of units.
 
     Args:
       tx: the optimizer.
       loss_fn: `params -> loss, (features, found)`.
       params: what it is of.
       opt_state: the optimizer's.
-      **extra: what the optimizer wants besides gradients, params and features.
+      **extra: further arguments of the optimizer's update.
 
     Returns:
       the step.
@@ -59,7 +59,7 @@ def train_step(
 
 
 def as_it_is(outputs: chex.Array) -> chex.Array:
-    """The outputs, where nothing is between them and the loss."""
+    """The outputs themselves: the default of `head`."""
     return outputs
 
 
@@ -85,21 +85,21 @@ def learn(
       params: the network's.
       opt_state: the optimizer's.
       batch: inputs and targets.
-      key: of what is random in training.
-      head: what the loss is of, of the outputs.
-      measured: whether plasticity and gradients are measured, which takes another forward pass.
-      reference: inputs of before, where the learner wants them.
+      key: key for random parts of training, such as dropout.
+      head: a function applied to the outputs before the loss.
+      measured: whether to measure plasticity and gradients, which takes an extra forward pass.
+      reference: earlier inputs, if the learner needs them.
 
     Returns:
-      the parameters and the optimizer's state after the step; and scalars: `loss` and the loss' own metrics, before
-      learning from the batch. With `measured` also `plasticity`, by the loss of each example before and after the
-      update, and of the gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
+      the parameters and the optimizer's state after the step; and scalars: `loss` and the loss's own metrics, before
+      learning from the batch. With `measured` also `plasticity`, from each example's loss before and after the update,
+      and for gradients `gradient_l0`, the fraction that is not 0, `gradient_l1` and `gradient_l2`.
     """
     x, y = batch
     losses_of, _, measures = LOSSES[loss]
 
     def in_training(params, x):
-        """Outputs, features, and new running statistics, or None where the network has none."""
+        """Outputs, features, and new running statistics, or None if the network has none."""
         outputs, features = learner.train(params, x, key)
         outputs, statistics = outputs if learner.batch_stats else (outputs, None)
         return head(outputs), features, statistics
@@ -134,7 +134,7 @@ def evaluate(
     batch: tuple[chex.Array, chex.Array],
     head: Callable[[chex.Array], chex.Array] = as_it_is,
 ) -> dict[str, chex.Array]:
-    """The loss of a learner on a batch that it does not learn from, and the loss' own metrics."""
+    """The loss of a learner on a batch, without learning, and the loss's own metrics."""
     x, y = batch
     outputs = head(learner.predict(params, x)[0])
     losses_of, _, measures = LOSSES[loss]
@@ -144,7 +144,8 @@ def evaluate(
 def _with_statistics(
     learner: Learner, params: optax.Params, opt_state: optax.OptState, statistics: Any
 ) -> optax.Params:
-    """Parameters with new running statistics in place of what an optimizer made; those of replaced units restart."""
+    """Parameters with new running statistics, reset for replaced units, instead of what the optimizer returned for
+    them."""
     found = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
     if found:
         statistics = reset_batch_stats(statistics, learner.units, found[0][1])

@@ -1,4 +1,4 @@
-"""The symptoms of lost plasticity, of any network."""
+"""Symptoms of lost plasticity in any network."""
 
 from collections.abc import Sequence
 
@@ -19,21 +19,21 @@ def symptoms(
     matrices: bool = False,
     dormant_threshold: float | None = None,
 ) -> dict[str, chex.Array]:
-    """The symptoms of lost plasticity, by what units did on some examples and by the weights.
+    """Symptoms of lost plasticity, from activations on some examples and from weights.
 
     Args:
       features: of each layer, arrays [examples, ..., units].
       weights: what is learned.
-      ranked: the layers whose ranks are measured, all by default.
+      ranked: the layers whose ranks are measured; all by default.
       matrices: whether to measure the weights as matrices too.
-      dormant_threshold: largest score of a unit that counts as dormant, see `metrics.dormant_fraction`; by default
-        they are not counted.
+      dormant_threshold: largest score of a dormant unit, see `metrics.dormant_fraction`. By default dormant units are
+        not counted.
 
     Returns:
-      scalars: `dead_units`, `weight_magnitude`, and `effective_rank` and `stable_rank`, each over the number of
-      units of a layer and averaged over layers; NaN for these, but the magnitude, where there are no units. With
-      `matrices` also `weight_rank` and `weight_effective_rank`, over the largest possible, `weight_sparsity`,
-      `weight_l1` and `weight_l2`; with a threshold `dormant_units`.
+      scalars: `dead_units`, `weight_magnitude`, and `effective_rank` and `stable_rank`, each divided by the number of
+      units of a layer and averaged over layers. All but the magnitude are NaN if there are no units. With `matrices`
+      also `weight_rank` and `weight_effective_rank`, relative to full rank, `weight_sparsity`, `weight_l1` and
+      `weight_l2`; with a threshold `dormant_units`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Optax transformations that keep networks plastic, an algorithm a file."""
+"""Optax transformations that maintain plasticity, one algorithm per file."""
 
 from cbp_jax.transforms.adam import adam, scale_by_adam
 from cbp_jax.transforms.adam_reset import adam_reset, scale_by_adam_reset

@@ -1,4 +1,4 @@
-"""Adam whose step count is kept per weight, so that replaced weights start over while the others go on."""
+"""Adam with a step count for each weight, so that replaced weights restart while the others continue."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import optax
 from cbp_jax.numerics.rounding import rounded
 from cbp_jax.numerics.scalars import check_scalar
 
-# Interpolation at the Chebyshev nodes of (2**r - 1) / r on [-1/2, 1/2], relative error 5e-7. Least power first.
+# Interpolates (2**r - 1) / r at the Chebyshev nodes of [-1/2, 1/2], relative error 5e-7. Lowest power first.
 _EXP2 = (0.69314718, 0.24022349, 0.05550381, 0.00966637, 0.00133813)
 
 
@@ -26,7 +26,7 @@ class ScaleByAdamState(NamedTuple):
 def scale_by_adam(
     b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999, eps: chex.Numeric = 1e-8
 ) -> optax.GradientTransformation:
-    """Rescales gradients as Adam does, with a step count per weight. See :func:`adam`.
+    """Rescales gradients like Adam, with a step count for each weight. See :func:`adam`.
 
     Args:
       b1: decay rate of the mean of gradients, in [0, 1).
@@ -52,7 +52,7 @@ def scale_by_adam(
     check_scalar("eps", eps, at_least=0)
 
     def init_fn(params: optax.Params) -> ScaleByAdamState:
-        # In bfloat16 the increment (1 - b2) g**2 would vanish beside the mean itself.
+        # In bfloat16, adding (1 - b2) g**2 to the mean would be rounded away.
         zeros = lambda p: jnp.zeros(jnp.shape(p), jnp.promote_types(jnp.result_type(p), jnp.float32))
         return ScaleByAdamState(
             count=jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.int32), params),
@@ -65,14 +65,14 @@ def scale_by_adam(
     ) -> tuple[optax.Updates, ScaleByAdamState]:
         del params
         wide = jax.tree.map(lambda g, m: g.astype(m.dtype), updates, state.mu)
-        # One product a sum, not two of which a compiler may fuse either: so seeds that are vmapped give what they give
-        # alone, to the last bit.
+        # One product in the sum, since of two a compiler may fuse either: vmapped seeds are bit for bit equal to solo
+        # runs.
         mu = jax.tree.map(lambda g, m: (m + (1 - b1) * (g - m)).astype(m.dtype), wide, state.mu)
         nu = jax.tree.map(lambda g, v: (v + (1 - b2) * (g * g - v)).astype(v.dtype), wide, state.nu)
         count = jax.tree.map(lambda n: jnp.minimum(n, np.int32(2**30)) + 1, state.count)  # never overflows
 
         def rescale(g: chex.Array, m: chex.Array, v: chex.Array, n: chex.Array) -> chex.Array:
-            # Both corrections in one division, the dearest of these operations.
+            # Both corrections in one division, the most expensive of these operations.
             start_m, start_v = _one_minus_power(b1, n, m.dtype), _one_minus_power(b2, n, v.dtype)
             return (m * start_v / (start_m * (jnp.sqrt(v * start_v) + rounded(eps * start_v)))).astype(g.dtype)
 
@@ -87,7 +87,7 @@ def adam(
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with a step count per weight.
+    r"""Adam with a step count for each weight.
 
     With gradient g, and n the number of updates since the weight was made or last reset,
 
@@ -130,10 +130,11 @@ def adam(
 def _one_minus_power(base: chex.Numeric, exponent: chex.Array, dtype: jnp.dtype) -> chex.Array:
     """`1 - base**exponent` for exponents >= 1, elementwise, to a relative error of 1e-6.
 
-    `jnp.power` with an exponent per weight makes a step an order of magnitude slower than `optax.adam`'s, and
-    `1 - exp(n log b)` loses digits while n (1 - b) is small. Here 2**y = 2**k 2**r with k an integer and |r| <= 1/2,
-    and 1 - 2**k is exact.
+    `jnp.power` with an exponent for each weight makes a step ten times slower than `optax.adam`'s, and `1 - exp(n log
+    b)` loses digits while n (1 - b) is small. Here 2**y = 2**k 2**r with k an integer and |r| <= 1/2, and 1 - 2**k is
+    exact.
     """
+    log2: chex.Array
     if isinstance(base, jax.Array):
         log2 = jnp.log1p(base.astype(jnp.float32) - 1) / np.float32(np.log(2))
     else:

@@ -1,4 +1,4 @@
-"""Adam that starts its clock anew now and then (Adam-Rel; Ellis et al., 2024), or forgets its moments too."""
+"""Adam whose step count is reset periodically (Adam-Rel; Ellis et al., 2024), optionally with its moments."""
 
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ class ScaleByAdamResetState(NamedTuple):
     """State of :func:`scale_by_adam_reset`."""
 
     count: chex.Array  # int32 [], updates so far
-    adam: ScaleByAdamState  # its counts are those since the last reset
+    adam: ScaleByAdamState  # its counts start at the last reset
 
 
 def scale_by_adam_reset(
@@ -29,13 +29,13 @@ def scale_by_adam_reset(
     every: chex.Numeric = 1000,
     forget: Forget = "time",
 ) -> optax.GradientTransformation:
-    """Rescales gradients as Adam does, and forgets now and then. See :func:`adam_reset`.
+    """Rescales gradients like Adam, with periodic resets. See :func:`adam_reset`.
 
     Args:
       b1: decay rate of the mean of gradients, in [0, 1).
       b2: decay rate of the mean of squared gradients, in [0, 1).
       eps: added to the root of the mean square, >= 0.
-      every: updates from one reset to the next.
+      every: number of updates between resets.
       forget: "time" or "moments".
 
     Returns:
@@ -85,7 +85,7 @@ def adam_reset(
     every: chex.Numeric = 1000,
     forget: Forget = "time",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam whose step count starts anew every so many updates.
+    r"""Adam whose step count is reset periodically.
 
     With gradient g and n the number of updates since the last reset, this one included,
 
@@ -93,25 +93,25 @@ def adam_reset(
         m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
         u = -\eta \frac{m / (1 - b_1^n)}{\sqrt{v / (1 - b_2^n)} + \epsilon}.
 
-    With `forget="time"` this is Adam-Rel: m and v go on, and are corrected as if they had started anew. Where the new
-    objective has much larger gradients than the old, the first step is of the size of the learning rate, not
-    :math:`(1 - b_1) / \sqrt{1 - b_2}` (3.16) times as large; where nothing has changed it is 0.32 of it, and grows
-    back. With `forget="moments"` m and v become 0 too, and Adam starts from scratch.
+    With `forget="time"` this is Adam-Rel: m and v are kept, but corrected as if they had just started. If the new
+    objective has much larger gradients than the old one, the first step has the size of the learning rate, instead of
+    being :math:`(1 - b_1) / \sqrt{1 - b_2}` (3.16) times as large. If nothing has changed, the first step is 0.32 of
+    its usual size, and steps grow back. With `forget="moments"` m and v become 0 too, and Adam starts from scratch.
 
-    The paper resets where the target of reinforcement learning changes: at each new rollout of PPO, or copy of DQN's
-    target network. Here a reset comes after every so many updates, so that nothing need be known of tasks.
+    The paper resets when the target of reinforcement learning changes: at each rollout of PPO, or each copy of DQN's
+    target network. Here resets are periodic, so that no knowledge of tasks is needed.
 
     Args:
       learning_rate: a number, a tracer, or an optax schedule, whose own count is not reset.
       b1: decay rate of the mean of gradients, in [0, 1). May be traced, as b2, eps and every.
       b2: decay rate of the mean of squared gradients, in [0, 1).
       eps: added to the root of the mean square, >= 0.
-      every: updates from one reset to the next, a whole number >= 1.
-      forget: "time" for the step count alone, "moments" for the moments with it.
+      every: number of updates between resets, a whole number >= 1.
+      forget: what to reset: "time" is the step count, "moments" the moments too.
 
     Returns:
-      an optax transformation, the chain of :func:`scale_by_adam_reset` and `optax.scale_by_learning_rate`. The count is
-      one for each weight, as in :func:`adam`, so that replaced units start over by themselves.
+      an optax transformation, the chain of :func:`scale_by_adam_reset` and `optax.scale_by_learning_rate`. There is a
+      count for each weight, as in :func:`adam`, so that replaced units can restart separately.
 
     Raises:
       ValueError: a setting is out of range.

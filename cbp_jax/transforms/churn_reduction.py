@@ -1,4 +1,4 @@
-"""C-CHAIN (Tang et al., 2025): holds the outputs for other examples where they were before the last update."""
+"""C-CHAIN (Tang et al., 2025): penalizes how much an update changes the outputs for other examples."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ Change = Literal["kl", "squared"]
 class ChurnReductionState(NamedTuple):
     """State of :func:`add_churn_reduction`."""
 
-    previous: optax.Params  # the params at the update before; at the first, those at init
+    previous: optax.Params  # the params at the previous update; at first, those at init
 
 
 def add_churn_reduction(
@@ -25,24 +25,24 @@ def add_churn_reduction(
     *,
     change: Change = "kl",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds the gradient of a loss on the churn that the last update made on a reference batch.
+    r"""Adds the gradient of a penalty on churn: how much the last update changed the outputs on a reference batch.
 
-    C-CHAIN is a term of the loss,
+    C-CHAIN adds a term to the loss,
 
     .. math::
         L(\theta_t) + \lambda \frac{1}{|B|} \sum_{x \in B} d\big(f_{\theta_{t-1}}(x), f_{\theta_t}(x)\big),
 
-    here with the surface of a transformation, which keeps :math:`\theta_{t-1}`, held fixed, and takes the reference
-    batch B, drawn apart from the batch of L, with each update. d is the divergence of the softmax,
-    :math:`\mathrm{KL}(p_{t-1} \,\|\, p_t)`, as the paper has it for policies, or the mean squared difference of
-    outputs, as for values. (The public program has the cross-entropy, whose gradient is the same.) In the first update
-    nothing has changed yet, and nothing is added.
+    which is implemented here as a transformation. Its state holds :math:`\theta_{t-1}`, which is treated as a constant.
+    Each update takes a reference batch B, drawn independently of the batch of L. d is the divergence of the softmax,
+    :math:`\mathrm{KL}(p_{t-1} \,\|\, p_t)`, as in the paper for policies, or the mean squared difference of outputs, as
+    for values. (The public program uses the cross-entropy, whose gradient is the same.) At the first update nothing has
+    changed yet, and nothing is added.
 
-    The term is like friction, but for a delay of one update: where :math:`\lambda` times the step size is too large
-    for the curvature of the outputs it makes the weights swing, and churn grows.
+    The term acts like friction with a delay of one update. If :math:`\lambda` times the step size is too large for the
+    curvature of the outputs, the weights oscillate, and churn grows.
 
-    The public programs set :math:`\lambda` anew again and again, so that the term is a fixed share of the loss. Here it
-    is constant, as in the authors' earlier CHAIN.
+    The public programs adapt :math:`\lambda` so that the term is a fixed fraction of the loss. Here it is constant, as
+    in the authors' earlier CHAIN.
 
     Args:
       apply_fn: `(params, x) -> outputs [n, ..., outputs]`.

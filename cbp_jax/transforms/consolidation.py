@@ -1,7 +1,7 @@
-"""Streaming EWC, MAS, synaptic intelligence and RWalk: a pull on important weights toward where they have been.
+"""Streaming EWC, MAS, synaptic intelligence and RWalk: important weights are pulled toward their running mean.
 
-One factory, :func:`add_consolidation`, serves them all. A learner is an :class:`Importance`: which quantities are
-averaged over the updates, and how their means make up the importance of a weight.
+All are built by :func:`add_consolidation`. They differ in their :class:`Importance`: which quantities are averaged over
+updates, and how the importance of a weight is computed from the means.
 """
 
 import dataclasses
@@ -19,24 +19,25 @@ from cbp_jax.numerics.scalars import check_like, check_scalar
 
 
 class Step(NamedTuple):
-    """What is known of one parameter at an update; arrays of its shape, float32 (float64 for float64 params)."""
+    """Inputs of an importance for one parameter at an update; arrays of its shape, float32 (float64 for float64
+    params)."""
 
-    gradient: chex.Array  # of the loss at the present weights
-    sensitivity: chex.Array  # what the caller passed as such; by default the gradient
-    change: chex.Array  # the present weights less those of the update before; 0 at the first
+    gradient: chex.Array  # of the loss at the current weights
+    sensitivity: chex.Array  # what the caller passed; by default the gradient
+    change: chex.Array  # current weights minus those at the previous update; 0 at the first
     cause: chex.Array  # gradient of the update that made this change; 0 at the first
-    means: tuple[chex.Array, ...]  # as they were when this change was made, corrected for their start; 0 at the first
+    means: tuple[chex.Array, ...]  # at the update that made this change, bias-corrected; 0 at the first
 
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-    """How a learner tells the importance of weights.
+    """How the importance of weights is computed.
 
     Attributes:
-      observe: from a `Step`, the quantities to be averaged.
-      combine: from their means, corrected for their start, the importance.
+      observe: takes a `Step` and returns the quantities to be averaged.
+      combine: takes their bias-corrected means and returns the importance.
       means: how many quantities there are.
-      follows_path: whether `observe` looks at `change` and `cause`, which cost two copies of the params.
+      follows_path: whether `observe` uses `change` and `cause`, which need two copies of the params.
     """
 
     observe: Callable[[Step], tuple[chex.Array, ...]]
@@ -48,16 +49,15 @@ class Importance:
 class ConsolidationState(NamedTuple):
     """State of consolidation: trees of the params' structure and shapes, float32 (float64 for float64 params).
 
-    A rate is the share of the last update in a running mean that is corrected for its start,
-    (1 - beta) / (1 - beta**n) after n updates, and 0 before the first. There is one for each weight, so that a replaced
-    weight starts over.
+    A rate is the weight of the last update in a bias-corrected running mean, (1 - beta) / (1 - beta**n) after n
+    updates, and 0 before the first. There is one for each weight, so that a replaced weight restarts.
     """
 
-    params_mean: optax.Params  # running mean of the weights, corrected for its start
-    params_rate: optax.Updates  # of that mean
-    importance_means: tuple[optax.Updates, ...]  # running means of what the importance observes, corrected
-    importance_rate: optax.Updates  # of these means
-    previous: tuple[optax.Updates, ...]  # weights and gradient of the last update, or () where no path is followed
+    params_mean: optax.Params  # bias-corrected running mean of the weights
+    params_rate: optax.Updates  # rate of that mean
+    importance_means: tuple[optax.Updates, ...]  # bias-corrected running means of what the importance observes
+    importance_rate: optax.Updates  # rate of these means
+    previous: tuple[optax.Updates, ...]  # weights and gradient of the last update, or () if not needed
 
 
 def add_consolidation(
@@ -67,28 +67,27 @@ def add_consolidation(
     beta_weight: chex.Numeric = 0.999,
     beta_importance: chex.Numeric = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds the gradient of a penalty on leaving the mean of past weights, each weight by its importance.
+    r"""Adds the gradient of a penalty on the distance to the mean of past weights, weighted by importance.
 
     .. math::
         g \leftarrow g + \lambda\,\Omega\,(w - \bar w)
 
     for a penalty of :math:`\frac{\lambda}{2} \sum \Omega (w - \bar w)^2` with :math:`\bar w` and :math:`\Omega` held
-    fixed. :math:`\bar w` is the running mean of the weights, of which the present ones are the last, and
-    :math:`\Omega` is made of running means too; all are corrected for their start as Adam's are. So there are no
-    tasks, and no boundaries of tasks, to be told.
+    fixed. :math:`\bar w` is the running mean of the weights, including the current ones, and :math:`\Omega` is computed
+    from running means too. All are bias-corrected like Adam's. So no tasks and no task boundaries need to be known.
 
     Args:
       importance: `EWC`, `MAS`, `synaptic_intelligence_importance()`, `rwalk_importance()`, or your own.
-      strength: :math:`\lambda`, >= 0. May be traced, as the others.
+      strength: :math:`\lambda`, >= 0. May be traced, like the others.
       beta_weight: decay rate of the running mean of weights, in [0, 1). At 0 there is no pull.
       beta_importance: decay rate of the running means that make up the importance, in [0, 1).
 
     Returns:
       an optax transformation to chain before an optimizer. Its update needs the params and takes the extra argument
-      `sensitivity`, a tree like the gradients, which stands in for them where the importance looks at it.
+      `sensitivity`, a tree like the gradients, which some importances use instead of the gradients.
 
     Raises:
-      ValueError: a setting is out of range; in `update`, params are missing or the sensitivity is no such tree.
+      ValueError: a setting is out of range; in `update`, params are missing or the sensitivity is not such a tree.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -104,9 +103,9 @@ def add_consolidation(
     check_scalar("beta_importance", beta_importance, at_least=0, below=1)
 
     def init_fn(params: optax.Params) -> ConsolidationState:
-        # In bfloat16 a thousandth of a weight would vanish beside the mean itself.
+        # In bfloat16, adding a thousandth of a weight to the mean would be rounded away.
         zeros = lambda w: jnp.zeros(jnp.shape(w), _wide(w))
-        # The weights before the first update are those that it will see, so that the first change is 0, not w - 0.
+        # Initialized to the weights of the first update, so that the first change is 0, not w - 0.
         # Copies, so that params and state can both be donated to a jitted step.
         copy = lambda w: jnp.array(w, _wide(w), copy=True)
         return ConsolidationState(
@@ -161,18 +160,18 @@ def ewc(
     beta_weight: chex.Numeric = 0.999,
     beta_importance: chex.Numeric = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming elastic weight consolidation: SGD that holds weights by their empirical Fisher information.
+    r"""Streaming elastic weight consolidation: SGD with weights held by their empirical Fisher information.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad \Omega = \overline{g^2}
 
-    with bars for running means that are corrected for their start, the present weights and gradient included. The
-    original keeps a Fisher diagonal and weights of each past task, for a penalty of
-    :math:`\frac{\lambda}{2} \Omega (w - \bar w)^2`, whose strength is this one's.
+    where bars are bias-corrected running means, including the current weights and gradient. The original keeps a Fisher
+    diagonal and weights for each past task, with the penalty :math:`\frac{\lambda}{2} \Omega (w - \bar w)^2`;
+    :math:`\lambda` is the same here.
 
     Args:
       learning_rate: :math:`\eta`: a number, a tracer, or an optax schedule.
-      strength: :math:`\lambda`, >= 0. May be traced, as the others.
+      strength: :math:`\lambda`, >= 0. May be traced, like the others.
       beta_weight: decay rate of the mean of weights, in [0, 1). At 0 there is no pull.
       beta_importance: decay rate of the mean of squared gradients, in [0, 1).
 
@@ -208,30 +207,29 @@ def mas(
     beta_weight: chex.Numeric = 0.999,
     beta_importance: chex.Numeric = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming memory aware synapses: SGD that holds weights by how strongly the network responds to them.
+    r"""Streaming memory aware synapses: SGD with weights held by how strongly the network's output depends on them.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad \Omega = \overline{|s|}
 
-    with bars for running means that are corrected for their start. In the original, s is the gradient of the squared
-    norm of the network's output, for which no label is needed, and the penalty is
-    :math:`\lambda_{\mathrm{MAS}} \Omega (w - \bar w)^2`, so that :math:`\lambda = 2 \lambda_{\mathrm{MAS}}`. The
-    streaming form of Elsayed & Mahmood takes s = g, the gradient of the loss, which spares a second backward pass; so
-    does this one, unless s is given.
+    where bars are bias-corrected running means. In the original, s is the gradient of the squared norm of the network's
+    output, which needs no labels, and the penalty is :math:`\lambda_{\mathrm{MAS}} \Omega (w - \bar w)^2`, so
+    :math:`\lambda = 2 \lambda_{\mathrm{MAS}}`. The streaming form of Elsayed & Mahmood uses s = g, the gradient of the
+    loss, which saves a second backward pass. So does this one, unless s is given.
 
     Args:
       learning_rate: :math:`\eta`: a number, a tracer, or an optax schedule.
-      strength: :math:`\lambda`, >= 0. May be traced, as the others.
+      strength: :math:`\lambda`, >= 0. May be traced, like the others.
       beta_weight: decay rate of the mean of weights, in [0, 1). At 0 there is no pull.
       beta_importance: decay rate of the mean of absolute sensitivities, in [0, 1).
 
     Returns:
       an optax transformation, the chain of :func:`add_consolidation` and `optax.scale_by_learning_rate`. Its update
-      needs the params, and takes s as `tx.update(grads, state, params, sensitivity=s)`. The mean of |s| is over
-      updates: in a batch of several examples, signs cancel before it.
+      needs the params, and takes s as `tx.update(grads, state, params, sensitivity=s)`. The mean of |s| runs over
+      updates: within a batch, values of opposite sign cancel first.
 
     Raises:
-      ValueError: a setting is out of range; in `update`, params are missing or s is no tree like the gradients.
+      ValueError: a setting is out of range; in `update`, params are missing or s is not a tree like the gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -259,26 +257,25 @@ def synaptic_intelligence(
     beta_importance: chex.Numeric = 0.999,
     epsilon: chex.Numeric = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming synaptic intelligence: SGD that holds weights by what their changes did for the loss.
+    r"""Streaming synaptic intelligence: SGD with weights held by how much their changes reduced the loss.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad
         \Omega = \frac{\overline{-g' \Delta}}{\overline{\Delta}^{\,2} + \epsilon}
 
-    with bars for running means that are corrected for their start, :math:`\Delta` the change of the weight since the
-    last update, and g' the gradient of that update, which made the change. :math:`-g' \Delta` is what the change
-    took from the loss, to first order; the original sums it, and :math:`\Delta`, over a task (its equations 3 to 5),
-    and its penalty is :math:`c\,\Omega (w - \bar w)^2`, so that :math:`\lambda = 2c`. At the first update there is no
-    change yet; it counts as one of 0.
+    where bars are bias-corrected running means, :math:`\Delta` is the change of the weight since the last update, and
+    g' is the gradient of that update, which made the change. To first order, the change reduced the loss by :math:`-g'
+    \Delta`. The original sums it, and :math:`\Delta`, over a task (its equations 3 to 5), and its penalty is
+    :math:`c\,\Omega (w - \bar w)^2`, so :math:`\lambda = 2c`. At the first update the change counts as 0.
 
-    As in the original, nothing keeps :math:`\Omega` from becoming negative. Under plain SGD
-    :math:`-g' \Delta = \eta g'^2` is not; under a strong pull, or momentum behind this transformation, a weight may
-    move up its gradient, and while such moves prevail the pull on it becomes a push. For a floor at 0, give
+    As in the original, :math:`\Omega` may become negative. Under plain SGD, :math:`-g' \Delta = \eta g'^2` is never
+    negative. But under a strong pull, or with momentum after this transformation, a weight may move up its gradient,
+    and while such moves prevail it is pushed away instead of pulled. For a lower bound of 0, give
     :func:`add_consolidation` an :class:`Importance` that has one.
 
     Args:
       learning_rate: :math:`\eta`: a number, a tracer, or an optax schedule.
-      strength: :math:`\lambda`, >= 0. May be traced, as the others.
+      strength: :math:`\lambda`, >= 0. May be traced, like the others.
       beta_weight: decay rate of the mean of weights, in [0, 1). At 0 there is no pull.
       beta_importance: decay rate of the means of :math:`-g' \Delta` and :math:`\Delta`, in [0, 1).
       epsilon: :math:`\epsilon`, which bounds the importance of weights that hardly move, > 0.
@@ -320,22 +317,22 @@ def rwalk(
     beta_importance: chex.Numeric = 0.999,
     epsilon: chex.Numeric = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming Riemannian walk: SGD that holds weights by their Fisher information and by their path.
+    r"""Streaming Riemannian walk: SGD with weights held by their Fisher information and by their path.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad
         \Omega = \overline{g^2} + \overline{\frac{\max(0, -g' \Delta)}{\frac12 F' \Delta^2 + \epsilon}}
 
-    with bars for running means that are corrected for their start, :math:`\Delta` the change of the weight since the
-    last update, and g' and F' the gradient and the mean of squared gradients of that update, which made the change.
-    The fraction is what the change took from the loss for each step on the Riemannian manifold; where the loss rose
-    it is 0. The original keeps the Fisher information as a running mean, sums the scores over a task, halves them from
-    task to task (its equations 8 to 10), and has a penalty of :math:`\lambda_{\mathrm{RW}} \Omega (w - \bar w)^2`, so
-    that :math:`\lambda = 2 \lambda_{\mathrm{RW}}`. At the first update there is no change yet, and its score is 0.
+    where bars are bias-corrected running means, :math:`\Delta` is the change of the weight since the last update, and
+    g' and F' are the gradient and the mean of squared gradients of that update, which made the change. The fraction is
+    by how much the change reduced the loss for each step on the Riemannian manifold, or 0 if the loss rose. The
+    original keeps the Fisher information as a running mean, sums the scores over a task, halves them from task to task
+    (its equations 8 to 10), and has the penalty :math:`\lambda_{\mathrm{RW}} \Omega (w - \bar w)^2`, so :math:`\lambda
+    = 2 \lambda_{\mathrm{RW}}`. At the first update the score is 0.
 
     Args:
       learning_rate: :math:`\eta`: a number, a tracer, or an optax schedule.
-      strength: :math:`\lambda`, >= 0. May be traced, as the others.
+      strength: :math:`\lambda`, >= 0. May be traced, like the others.
       beta_weight: decay rate of the mean of weights, in [0, 1). At 0 there is no pull.
       beta_importance: decay rate of the means of squared gradients and of scores, in [0, 1).
       epsilon: :math:`\epsilon`, which bounds the score of weights that hardly move, > 0.
@@ -408,7 +405,7 @@ def rwalk_importance(epsilon: chex.Numeric = 1e-3) -> Importance:
     _check_epsilon(epsilon)
 
     def observe(step: Step) -> tuple[chex.Array, chex.Array]:
-        fisher, _ = step.means  # this one holds the cause of the change, and not yet the present gradient
+        fisher, _ = step.means  # includes the gradient that caused the change, but not the current one
         distance = rounded(0.5 * fisher * step.change**2) + epsilon
         return rounded(step.gradient**2), jnp.maximum(0, -step.cause * step.change) / distance
 
@@ -425,7 +422,8 @@ def _descend(importance, learning_rate, strength, beta_weight, beta_importance):
 
 
 def _next(rate: chex.Array, beta: chex.Numeric) -> chex.Array:
-    """The rate of an update after that of the one before; no power, and no sum of products for a compiler to fuse."""
+    """The rate at an update, from the previous one. Needs no power, and has no sum of products that a compiler could
+    fuse."""
     return jnp.where(rate == 0, 1, rate / (rate + beta)).astype(rate.dtype)
 
 
@@ -434,5 +432,5 @@ def _wide(param: chex.Array) -> jnp.dtype:
 
 
 def _check_epsilon(epsilon: chex.Numeric) -> None:
-    # Positive in float32: where a weight does not move, all else in the denominator is 0.
+    # Positive in float32: if a weight does not move, the rest of the denominator is 0.
     check_scalar("epsilon", epsilon, at_least=float(np.finfo(np.float32).tiny))

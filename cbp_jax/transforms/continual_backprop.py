@@ -17,7 +17,7 @@ from cbp_jax.replacement import resample
 from cbp_jax.replacement.edits import as_mask
 from cbp_jax.replacement.views import batch_mean
 
-# Sums of float32 fractions fall short of an integer by a rounding error: a hundred times 0.01 is 0.99999934.
+# Sums of float32 fractions can be slightly less than an integer: a hundred times 0.01 is 0.99999934.
 _ROUNDING = 1e-5
 
 
@@ -26,13 +26,13 @@ class ContinualBackpropState(NamedTuple):
 
     key: chex.Array  # raw uint32 key data, constant
     count: chex.Array  # int32 [], updates so far
-    utility: dict[str, chex.Array]  # float32 [units], running mean, not corrected for its start
+    utility: dict[str, chex.Array]  # float32 [units], running mean, not bias-corrected
     age: dict[str, chex.Array]  # int32 [units], updates since the unit was made
-    mean_activation: dict[str, tuple[chex.Array, ...]]  # float32 [positions, units], not corrected
-    budget: dict[str, chex.Array]  # float32 [], replacements due but not made
+    mean_activation: dict[str, tuple[chex.Array, ...]]  # float32 [positions, units], not bias-corrected
+    budget: dict[str, chex.Array]  # float32 [], replacements that are due but not made yet
     replaced: dict[str, chex.Array]  # bool [units], units replaced in the last update
     inner_state: optax.OptState
-    initial: Mapping[str, chex.Array] = {}  # by path, for reinitializations that look back
+    initial: Mapping[str, chex.Array] = {}  # by path, for reinitializations that need initial parameters
 
 
 def continual_backprop(
@@ -57,55 +57,56 @@ def continual_backprop(
     1. ages grow by one, and utilities are averaged, `u <- d u + (1 - d) y` with decay rate d;
     2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
        times their number;
-    3. as many eligible units as the budget has whole replacements, those of least `u / (1 - d**age)`, are replaced:
-       incoming weights are drawn anew, scales of normalisation become 1, biases and outgoing weights 0, and so do
-       utility, age and mean activation. The fraction of the budget stays for later. (Running statistics are no
-       parameters: `reset_batch_stats` resets them.)
+    3. the integer part of the budget is the number of units to replace, those of smallest `u / (1 - d**age)`: their
+       incoming weights are drawn anew, scales of normalization become 1, and biases, outgoing weights, utility, age and
+       mean activation become 0. The fractional part of the budget is kept. (Running statistics are not parameters;
+       `reset_batch_stats` resets them.)
 
-    A replacement is an update like any other, `fresh - param`, so that the transformation composes with all others.
-    Where two adjacent groups replace units in one step, the weight from the one new unit to the other ends drawn anew,
-    not 0. With `replacement_rate=0` the updates are bit for bit those of `inner`.
+    A replacement is an update like any other, `fresh - param`, so the transformation composes with all others. If two
+    adjacent groups replace units in one step, the weight between two new units is drawn, not 0. With
+    `replacement_rate=0` the updates are bit for bit those of `inner`.
 
-    In a chain, whatever remembers weights (momentum, Adam) belongs inside, as `inner`, so that its memory of replaced
-    weights is reset; gradient clipping may stand in front; no transformation that changes updates may follow. In
-    `optax.inject_hyperparams`, name `max_replacements`, and a callable `utility`, `initializer` or `reinitialization`,
-    in `static_args`.
+    In a chain, every transformation with state for each weight (momentum, Adam) belongs inside, as `inner`, so that its
+    state is reset for replaced weights. Gradient clipping may come before. No transformation that changes updates may
+    follow. In `optax.inject_hyperparams`, name `max_replacements`, and a callable `utility`, `initializer` or
+    `reinitialization`, in `static_args`.
 
     Args:
       inner: the optimizer that trains the network.
-      units: groups of `discover_units`, or written by hand.
+      units: groups of units, from `discover_units` or written by hand.
       replacement_rate: replacements for each eligible unit and update, in [0, 1]. May be traced.
-      decay_rate: of the running means of utility and activation, in [0, 1). May be traced.
+      decay_rate: decay rate of the running means of utility and activation, in [0, 1). May be traced.
       maturity_threshold: age in updates above which a unit may be replaced, >= 0. May be traced.
-      utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random"; of the
-        gradient "taylor", "fisher", "snip", "gradient", "upgd"; with the diagonal of the Hessian "taylor_second_order",
-        "upgd_second_order" (see :mod:`cbp_jax.replacement.utility`); or a function of a `GroupView` that returns an
-        array [units]. Units of non-finite utility are not replaced.
-      initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
-        gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout, and for
-        embeddings a normal one of variance 1 / units.
-      reinitialization: what units start from: "resample" as above; "rewind", the unit's own incoming weights and biases
-        at the start of training; "resample_both", outgoing weights drawn too; "orthogonal" to living units' incoming
-        weights; "split", half of the most useful unit; "regrow", along the negative gradient (see
-        :mod:`cbp_jax.replacement.reinitialization`); or a function of a `NewUnits` that returns a `Fresh`.
+      utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random"; from
+        gradients "taylor", "fisher", "snip", "gradient", "upgd"; with the diagonal of the Hessian
+        "taylor_second_order", "upgd_second_order" (see :mod:`cbp_jax.replacement.utility`); or a function of a
+        `GroupView` that returns an array [units]. Units of non-finite utility are not replaced.
+      initializer: `jax.nn.initializers` function for the incoming weights. New entries have the distribution that it
+        gives to the full kernel. The default is He et al.'s uniform one, adapted to each kernel's layout, and for
+        embeddings a normal distribution of variance 1 / units.
+      reinitialization: what replaced units start from: "resample", as above; "rewind", the unit's own incoming weights
+        and biases at the start of training; "resample_both", where outgoing weights are drawn too; "orthogonal",
+        orthogonal to the incoming weights of living units; "split", half of the most useful unit; "regrow", along the
+        negative gradient (see :mod:`cbp_jax.replacement.reinitialization`); or a function of a `NewUnits` that returns
+        a `Fresh`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
-      compensate_bias: add the mean contribution of a replaced unit to the bias of those that read it. Exact for dense
-        kernels; for convolutions, away from zero padding.
-      max_replacements: bound on how many units of a group one update replaces, static; what is due beyond it waits.
-        By default it follows from the replacement rate. A traced rate has no bound but the group's size, and then
-        as many weights are drawn, which is slow: pass a bound.
+      compensate_bias: add the mean contribution of a replaced unit to the biases of its consumers. Exact for dense
+        kernels, and for convolutions away from zero padding.
+      max_replacements: the most units of a group that one update may replace, a static int; further replacements are
+        postponed. By default it follows from the replacement rate. With a traced rate it is the group's size, so
+        weights are drawn for the whole group at every update, which is slow: set it then.
       key: int or jax key for the fresh weights.
 
     Returns:
       a transformation whose update takes the `features` that `with_features` returned:
       `tx.update(grads, state, params, features=features)`, and for utilities of second order `hessian_diag`, a tree
-      like the params (see :mod:`cbp_jax.curvature`); its state is a `ContinualBackpropState`, in a chain found by
-      `optax.tree_utils.tree_get(state, "ContinualBackpropState")`.
+      like the params (see :mod:`cbp_jax.curvature`). Its state is a `ContinualBackpropState`; to find it in a chain's
+      state, use `optax.tree_utils.tree_get(state, "ContinualBackpropState")`.
 
     Raises:
-      ValueError: an argument is out of range; in `init`, units that do not match the params, an inner state that is
-        not understood, or no bias to compensate; in `update`, params, features, or a Hessian's diagonal that the
-        utility needs, are missing or of wrong shapes.
+      ValueError: an argument is out of range; in `init`, the units do not match the params, the inner state is not
+        understood, or a consumer has no bias for the compensation; in `update`, params, features, or a Hessian diagonal
+        that the utility needs, are missing or of wrong shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, cbp_jax
@@ -155,7 +156,7 @@ def _policy(
     compensate_bias: bool,
     max_replacements: int | None,
 ) -> replacement.Policy:
-    """Which units are due by Algorithm 1; the arguments are those of `continual_backprop`."""
+    """The policy of Algorithm 1. Its arguments are those of `continual_backprop`."""
     utility_fn = replacement.get_utility(utility)
 
     def init(group: units_lib.UnitGroup, params: optax.Params) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _policy(
         utility_now = decay_rate * memory["utility"] + (1 - decay_rate) * instantaneous
 
         eligible = age > maturity_threshold
-        # As a product, which is one operation on CPU where a sum is three.
+        # As a product, which is one operation on CPU; a sum is three.
         mature = jnp.dot(eligible.astype(jnp.float32), jnp.ones(size, jnp.float32), precision="highest")
         budget = memory["budget"] + replacement_rate * mature
         chosen, budget = _choose(
@@ -212,8 +213,8 @@ def _policy(
             "mean_activation": tuple(jnp.where(replaced, 0, mean) for mean in means),
             "budget": budget,
         }
-        means = view.mean_activation if compensate_bias else None
-        return replacement.Choice(chosen, memory, means, utility_now / start)
+        removed = view.mean_activation if compensate_bias else None
+        return replacement.Choice(chosen, memory, removed, utility_now / start)
 
     return replacement.Policy(choose, init, state=ContinualBackpropState, name="continual_backprop")
 
@@ -221,26 +222,26 @@ def _policy(
 def _choose(
     utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int, bounded: bool
 ) -> tuple[chex.Array, chex.Array]:
-    """Spends the budget on the eligible units of least utility.
+    """Spends the budget on the eligible units of smallest utility.
 
     Args:
       utility: float32 [units].
       eligible: bool [units].
       budget: float32 [].
-      most: bound on the number of units.
+      most: the most units to choose.
       bounded: whether more than that may be due.
 
     Returns:
-      int32 [most], the chosen units, with the number of units for those that are not due; the rest of the budget.
+      the chosen units, int32 [most], where the group's size stands for no unit; and the rest of the budget.
     """
     size = utility.shape[0]
     due = jnp.floor(budget + _ROUNDING)
     score = jnp.where(eligible & jnp.isfinite(utility), utility, jnp.inf)
-    if most == 1:  # the first of the least; on CPU two minima take half the time of an argmin
+    if most == 1:  # the first of the smallest; on CPU two minima take half the time of an argmin
         ranked = jnp.min(jnp.where(score == jnp.min(score), jnp.arange(size), size - 1))[None]
     else:
         ranked = jax.lax.top_k(-score, most)[1]
     chosen = jnp.where((jnp.arange(most) < due) & jnp.isfinite(score[ranked]), ranked, size)
-    # What `most` holds back stays due. Units of non-finite utility leave no debt.
+    # Units postponed by `most` stay in the budget. Units of non-finite utility do not.
     rest = jnp.maximum(budget - due, 0) + (jnp.clip(due - most, 0, size) if bounded else 0)
     return chosen, rest

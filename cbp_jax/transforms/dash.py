@@ -1,4 +1,4 @@
-"""DASH (Shin et al., 2024): now and then weights shrink, the less the more they point where the loss falls."""
+"""DASH (Shin et al., 2024): shrinks weights periodically, and less if they point along the negative gradient."""
 
 from typing import Any, NamedTuple
 
@@ -28,28 +28,28 @@ def dash(
     alpha: chex.Numeric = 0.3,
     kernels: Kernels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Direction-aware shrinking: shrinks each unit's incoming weights once in so many updates.
+    r"""Direction-aware shrinking: shrinks each unit's incoming weights periodically.
 
     With m the running mean of the negative gradient, :math:`m \leftarrow (1 - \alpha) m - \alpha \nabla L`, the weights
-    w that lead to a unit are shrunk by how far they point in its direction,
+    w that lead to a unit are multiplied by their cosine similarity to it, or by a lower bound,
 
     .. math:: w \leftarrow \max\left(\lambda, \frac{m \cdot w}{\lVert m \rVert \lVert w \rVert}\right) w :
 
-    what gradients still ask for, as features do, is kept, and what they do not, as memorized noise, is forgotten. As in
-    the authors' program, for convolutions w is a filter from one input channel to one output channel.
+    weights along the current gradients, such as features, are kept. Others, such as memorized noise, are forgotten. As
+    in the authors' program, for convolutions w is a filter from one input channel to one output channel.
 
-    The authors shrink before they train on new data, by the mean over a pass of these data at weights that do not move.
-    Here the mean is that of training's own gradients up to the update in question, so that no other pass is needed.
-    They shrink biases as well, each layer's as one vector; here kernels alone are shrunk.
+    The authors shrink before training on new data, with m the mean over one pass through these data at fixed weights.
+    Here m is the mean of the training gradients so far, so no extra pass is needed. They also shrink each layer's
+    biases, as one vector; here only kernels are shrunk.
 
     Args:
       inner: the optimizer that trains the network.
-      every: updates from one shrinking to the next, a whole number >= 1. May be traced. The length of a task makes it
-        shrink before new data.
-      least: :math:`\lambda`, the least factor, in [0, 1]. May be traced.
+      every: number of updates between shrinkings, a whole number >= 1. May be traced. With the length of a task, it
+        shrinks just before new data arrive.
+      least: :math:`\lambda`, the smallest factor, in [0, 1]. May be traced.
       alpha: :math:`\alpha`, weight of the newest gradient, in [0, 1]. May be traced.
-      kernels: which arrays are shrunk, a function of path (keys joined by "/") and array; by default all of two or
-        more axes, the last of which are the outputs.
+      kernels: which arrays are shrunk, a function of path (keys joined by "/") and array. By default all of two or more
+        axes, whose last axis is the outputs.
 
     Returns:
       an optax transformation that passes extra arguments on to `inner`. Its state is a `DashState`.
@@ -100,7 +100,8 @@ def dash(
 
 
 def _cosine(a: chex.Array, b: chex.Array) -> chex.Array:
-    """Of the angle between two kernels, for each output, of convolutions for each input too; 0 where one of them is."""
+    """Cosine of the angle between two kernels, for each output, and for each input of a convolution; 0 if one of them
+    is 0."""
     axes = tuple(range(max(1, a.ndim - 2)))
     inner = lambda a, b: jnp.sum(a * b, axes, keepdims=True)
     lengths = jnp.sqrt(inner(a, a) * inner(b, b))

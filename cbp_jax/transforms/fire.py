@@ -1,4 +1,4 @@
-"""FIRE (Han et al., 2026): now and then every kernel is replaced by the orthogonal one that is nearest to it."""
+"""FIRE (Han et al., 2026): periodically replaces every kernel by the nearest orthogonal matrix."""
 
 import math
 from typing import Any, NamedTuple
@@ -29,33 +29,35 @@ def fire(
     reset_inner_state: bool = False,
     kernels: Kernels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Frobenius-isometry reinitialization: makes kernels orthogonal once in so many updates.
+    r"""Frobenius-isometry reinitialization: makes kernels orthogonal periodically.
 
-    Of all matrices whose singular values are equal, the polar factor is the nearest to W in the Frobenius norm: what
-    was learned is changed least while plasticity is restored. With d outputs and e inputs,
+    Of all matrices with equal singular values, the polar factor is the nearest to W in the Frobenius norm, so
+    plasticity is restored with the smallest change to what was learned. With d outputs and e inputs,
 
     .. math:: W \leftarrow \sqrt{d / e}\; W (W^\top W)^{-1/2},
 
     to which :math:`X \leftarrow \tfrac{3}{2} X - \tfrac{1}{2} X X^\top X` converges from :math:`W / \lVert W \rVert_F`.
-    A singular value that is small beside the norm takes many of these Newton-Schulz iterations: each makes it 1.5 times
-    as large. As in the authors' program, a convolution's kernel is a matrix for each of its places, divided by their
-    number, and all layers take part, the output layer too; other parameters are left alone.
+    A singular value that is small relative to the norm needs many of these Newton-Schulz iterations, each of which
+    makes it 1.5 times as large. As in the authors' program, a convolution's kernel is a matrix for each spatial
+    position, divided by the number of positions, and all layers take part, including the output layer. Other parameters
+    are not changed.
 
     Args:
       inner: the optimizer that trains the network.
-      every: updates from one reinitialization to the next, a whole number >= 1. May be traced. FIRE is meant for the
-        time before new data come: give it the length of a task.
-      iterations: of Newton and Schulz, an int >= 1; in `optax.inject_hyperparams`, name it in `static_args`.
-      reset_inner_state: set the inner optimizer's moments of the kernels to their initial values. How the paper treats
-        them is not known here; they are kept by default.
-      kernels: which arrays are reinitialized, a function of path (keys joined by "/") and array; by default all of two
-        or more axes. Kernels of zeros stay.
+      every: number of updates between reinitializations, a whole number >= 1. May be traced. FIRE is meant to run
+        before new data arrive: use the length of a task.
+      iterations: number of Newton-Schulz iterations, an int >= 1. In `optax.inject_hyperparams`, name it in
+        `static_args`.
+      reset_inner_state: set the inner optimizer's moments of the kernels to their initial values. They are kept by
+        default; we do not know what the paper does.
+      kernels: which arrays are reinitialized, a function of path (keys joined by "/") and array. By default all of two
+        or more axes. Kernels of zeros are not changed.
 
     Returns:
       an optax transformation that passes extra arguments on to `inner`. Its state is a `FireState`.
 
     Raises:
-      ValueError: a setting is out of range; in `init`, there is no kernel, or an inner state that is not understood; in
+      ValueError: a setting is out of range; in `init`, there is no kernel, or the inner state is not understood; in
         `update`, params are missing.
 
     Example:
@@ -101,7 +103,7 @@ def fire(
 
 
 def _isometric(kernel: chex.Array, iterations: int) -> chex.Array:
-    """The kernel [places..., inputs, outputs] with all its singular values alike."""
+    """The kernel [positions..., inputs, outputs] with all its singular values equal."""
     *places, inputs, outputs = kernel.shape
     number = math.prod(places)
     factors = jax.vmap(lambda w: _polar(w, iterations))(kernel.reshape(number, inputs, outputs))
@@ -109,7 +111,7 @@ def _isometric(kernel: chex.Array, iterations: int) -> chex.Array:
 
 
 def _polar(matrix: chex.Array, iterations: int) -> chex.Array:
-    """The orthogonal polar factor of a matrix; 0 for one of zeros."""
+    """The orthogonal polar factor of a matrix; 0 for a matrix of zeros."""
     flat = matrix.shape[1] > matrix.shape[0]
     norm = jnp.sqrt(jnp.sum(jnp.square(matrix)))
     x = (matrix.T if flat else matrix) / jnp.where(norm > 0, norm, 1.0)

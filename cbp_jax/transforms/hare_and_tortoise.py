@@ -1,4 +1,4 @@
-"""Hare and tortoise (Lee et al., 2024): now and then the weights go back to their own running mean."""
+"""Hare and tortoise (Lee et al., 2024): periodically resets the weights to their own running mean."""
 
 from typing import Any, NamedTuple
 
@@ -24,23 +24,23 @@ class HareAndTortoiseState(NamedTuple):
 def hare_and_tortoise(
     inner: optax.GradientTransformation, *, decay: chex.Numeric = 0.999, every: chex.Numeric = 1000
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Takes the weights back to their running mean once in so many updates.
+    r"""Resets the weights to their running mean periodically.
 
-    The hare, w, is what an inner optimizer trains. The tortoise, s, which starts with it, follows slowly, and after
-    every so many updates the hare starts again from there:
+    The hare, w, is trained by an inner optimizer. The tortoise, s, starts at the same weights and follows slowly. Every
+    n updates the hare is reset to the tortoise:
 
     .. math::
         w \leftarrow w + u, \qquad s \leftarrow d\,s + (1 - d)\,w, \qquad
         w \leftarrow s \text{ at updates } n, 2n, \dots
 
-    with u the inner optimizer's update. All parameters take part. As in the authors' program, what the inner optimizer
-    remembers is not reset. They report the tortoise, `state.tortoise`, as well as the hare.
+    with u the inner optimizer's update. All parameters take part. As in the authors' program, the inner optimizer's
+    state is not reset. The authors evaluate both the hare and the tortoise, `state.tortoise`.
 
     Args:
       inner: the optimizer that trains the network.
-      decay: d, in [0, 1]. May be traced. With 1 the hare goes back to its start, with 0 nothing happens.
-      every: n, updates from one return to the next, a whole number >= 1. May be traced. The length of a task makes it
-        return at the task's end. (The authors return every 10 epochs.)
+      decay: d, in [0, 1]. May be traced. With 1 the hare returns to the initial weights, with 0 nothing happens.
+      every: n, number of updates between resets, a whole number >= 1. May be traced. With the length of a task, it
+        resets at each task's end. (The authors reset every 10 epochs.)
 
     Returns:
       an optax transformation that passes extra arguments on to `inner`. Its state is a `HareAndTortoiseState`.

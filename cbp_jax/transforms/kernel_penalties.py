@@ -1,4 +1,4 @@
-"""Penalties on kernels as matrices, as additions to gradients: spectral, Parseval, orthogonal, Wasserstein."""
+"""Penalties on kernels as matrices, added to gradients: spectral, Parseval, orthogonal, Wasserstein."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from cbp_jax import units as units_lib
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.transforms.kernels import Kernels, as_matrix, chosen_kernels, wide
 
-# Power iterations at the start, when nothing is known of the singular vectors.
+# Power iterations at the start, when the singular vectors are unknown.
 _FIRST_ITERATIONS = 20
 
 
@@ -20,8 +20,9 @@ class Penalty(NamedTuple):
     """A penalty on one kernel.
 
     Attributes:
-      init: from a kernel, what is kept of it, a tree of arrays.
-      gradient: from a kernel, in float32 at least, and what is kept: the penalty's gradient, and what is kept then.
+      init: `init(kernel)` returns what is kept for it, a tree of arrays.
+      gradient: `gradient(kernel, kept)` takes a kernel, in float32 at least, and returns the penalty's gradient and the
+        new `kept`.
     """
 
     init: Callable[[chex.Array], Any]
@@ -31,7 +32,7 @@ class Penalty(NamedTuple):
 class AddKernelPenaltyState(NamedTuple):
     """State of :func:`add_kernel_penalty`."""
 
-    kept: dict[str, Any]  # by path of a kernel, what the penalty keeps of it
+    kept: dict[str, Any]  # by path of a kernel, what the penalty keeps for it
 
 
 def add_kernel_penalty(
@@ -39,16 +40,16 @@ def add_kernel_penalty(
 ) -> optax.GradientTransformation:
     r"""Adds the gradient of a penalty on kernels, :math:`g \leftarrow g + \lambda \nabla R(W)`.
 
-    A kernel of more than two axes is the matrix W of its last axis, the outputs, by all others: its rows are what each
-    output is computed by. Around transformations that replace units it stands in front, as in
-    `optax.chain(add_kernel_penalty(...), continual_backprop(...))`, for what it keeps is no part of single units.
+    A kernel of more than two axes is treated as a matrix W of its last axis, the outputs, by all others: row i holds
+    the weights that compute output i. Chain it before transformations that replace units, as in
+    `optax.chain(add_kernel_penalty(...), continual_backprop(...))`, because its state cannot be reset for single units.
 
     Args:
       strength: :math:`\lambda`, >= 0. May be traced.
       penalty: R, as :func:`spectral_penalty`, :func:`parseval_penalty`, :func:`orthogonal_penalty` or
         :func:`wasserstein_penalty` make it, or one of your own.
-      kernels: which arrays are penalized, a function of path (keys joined by "/") and array; by default all of two or
-        more axes. (Parseval regularization leaves the output layer out; say so here.)
+      kernels: which arrays are penalized, a function of path (keys joined by "/") and array. By default all of two or
+        more axes. (For Parseval regularization as published, exclude the output layer.)
 
     Returns:
       an optax transformation to chain before an optimizer. Its update needs the params.
@@ -94,9 +95,9 @@ def add_kernel_penalty(
 def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
     r"""Spectral regularization, :math:`R(W) = (\sigma_{\max}(W)^k - 1)^2`.
 
-    The largest singular value is estimated by one power iteration an update, whose vector is kept in the state, and by
-    twenty at first, which start from W's longest row. Singular vectors count as constants in the gradient. The paper
-    also keeps biases near 0 and scales of normalization near 1; here kernels alone are penalized.
+    The largest singular value is estimated by one power iteration for each update, whose vector is kept in the state,
+    and by twenty at the start, beginning with W's longest row. Singular vectors are constants in the gradient. The
+    paper also keeps biases near 0 and scales of normalization near 1; here only kernels are penalized.
 
     Args:
       power: k, > 0. May be traced.
@@ -119,7 +120,7 @@ def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
         raise ValueError(f"power must be above 0, got {power}")
 
     def iterate(matrix, right):
-        # Sums of products, which round alike whether seeds are vmapped or not, as matrix products do not.
+        # Sums of products round alike whether seeds are vmapped or not. Matrix products do not.
         left = _unit(jnp.sum(matrix * right, 1))
         image = jnp.sum(matrix * left[:, None], 0)
         return left, _unit(image), jnp.linalg.norm(image)
@@ -133,7 +134,7 @@ def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
         left, right, largest = iterate(as_matrix(kernel), right)
         k = jnp.asarray(power, jnp.float32)
         slope = 2 * (largest**k - 1) * k * largest ** (k - 1)
-        slope = jnp.where(largest > 0, slope, 0.0)  # where for k < 1 it would be infinite
+        slope = jnp.where(largest > 0, slope, 0.0)  # for k < 1 it would be infinite there
         return slope * _as_kernel(jnp.outer(left, right), kernel), right
 
     return Penalty(init, gradient)
@@ -143,10 +144,10 @@ def parseval_penalty(scale: chex.Numeric = 2.0) -> Penalty:
     r"""Parseval regularization, :math:`R(W) = \lVert W W^\top - s I \rVert_F^2`.
 
     Its gradient is :math:`4 (W W^\top - s I) W`. Rows, one for each output, are pulled to be orthogonal and of length
-    :math:`\sqrt s`. Where outputs outnumber inputs they cannot be, and the penalty cannot be 0.
+    :math:`\sqrt s`. If there are more outputs than inputs, that is impossible, and the penalty cannot become 0.
 
     Args:
-      scale: s, >= 0; the authors' program has the squared gain of the initialization, 2. May be traced.
+      scale: s, >= 0. The authors' program uses the squared gain of the initialization, 2. May be traced.
 
     Returns:
       the penalty for :func:`add_kernel_penalty`.
@@ -167,8 +168,8 @@ def parseval_penalty(scale: chex.Numeric = 2.0) -> Penalty:
 def orthogonal_penalty() -> Penalty:
     r"""Soft orthogonality, :math:`R(W) = \lVert W W^\top - I \rVert_F^2`, or with :math:`W^\top W`, if it is smaller.
 
-    All singular values are pulled to 1. The paper takes the products of outputs for all shapes, which cannot be the
-    identity where outputs outnumber inputs; here those of inputs are taken then.
+    All singular values are pulled to 1. The paper uses the products of outputs for all shapes. These cannot be the
+    identity if there are more outputs than inputs, so the products of inputs are used then.
 
     Returns:
       the penalty for :func:`add_kernel_penalty`.
@@ -196,8 +197,8 @@ def wasserstein_penalty() -> Penalty:
     r"""Wasserstein distance to the start, :math:`R(W) = \lVert \mathrm{sort}(W) - \mathrm{sort}(W_0) \rVert^2`.
 
     The sorted weights of a kernel are pulled to its sorted initial ones: the distribution of the weights is kept, but
-    no weight has to stay where it was. The sum of squares is taken, not their mean, so that strengths compare with
-    those of :func:`add_l2_init` (whose gradient is half of what this gives where no weights change places).
+    no weight has to stay where it was. It is the sum of squares, not their mean, so that strengths are comparable with
+    those of :func:`add_l2_init` (whose gradient is half of this one if the order of the weights has not changed).
 
     Returns:
       the penalty for :func:`add_kernel_penalty`.
@@ -226,7 +227,7 @@ def wasserstein_penalty() -> Penalty:
 
 
 def _unit(vector: chex.Array) -> chex.Array:
-    """The vector at length 1; one of equal entries where it is 0, so that an iteration never stops there."""
+    """The vector scaled to length 1; for a zero vector, one of equal entries, so that an iteration never gets stuck."""
     length = jnp.linalg.norm(vector)
     return jnp.where(length > 0, vector / jnp.where(length > 0, length, 1.0), vector.size**-0.5)
 

@@ -1,4 +1,4 @@
-"""Which arrays of the params are kernels, the matrices that they are, and edits of them."""
+"""Kernels in the params: how to choose them, view them as matrices, and edit them."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,7 +10,7 @@ import optax
 from cbp_jax import units as units_lib
 from cbp_jax.numerics.periods import when_due
 
-# Of an array's path and the array, whether it is chosen.
+# (path, array) -> whether the array is chosen.
 Kernels = Callable[[str, chex.Array], bool]
 
 
@@ -19,13 +19,13 @@ def chosen_kernels(params: optax.Params, kernels: Kernels | None = None) -> dict
 
     Args:
       params: pytree of arrays.
-      kernels: a function of path and array; by default all arrays of two or more axes are chosen.
+      kernels: a function of path and array. By default all arrays of two or more axes are chosen.
 
     Returns:
       the chosen arrays by path, in the tree's order.
 
     Raises:
-      ValueError: none is chosen, or an array of fewer than two axes.
+      ValueError: no array is chosen, or one of fewer than two axes.
 
     Example:
       >>> params = {"layer": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
@@ -61,17 +61,18 @@ def edit_after(
     updates: optax.Updates,
     paths: Iterable[str],
 ) -> optax.Updates:
-    """Updates after which parameters are, where it is due, what a function makes of those that the updates lead to.
+    """Changes updates so that, when due, a function is applied to the updated parameters.
 
     Args:
       due: bool [], see `when_due`.
-      edit: from arrays by path, the parameters after the updates in float32 at least, to arrays of the same shapes.
-      params: before the updates.
-      updates: of an optimizer.
-      paths: of the parameters that are edited.
+      edit: takes arrays by path, the parameters after the updates in float32 at least, and returns arrays of the same
+        shapes.
+      params: parameters before the updates.
+      updates: updates of an optimizer.
+      paths: paths of the parameters to edit.
 
     Returns:
-      the updates, of the params' precision where they are edited, and else as they are.
+      the updates, in the params' precision where they are edited, and otherwise as they are.
 
     Example:
       >>> halve = lambda after: {path: w / 2 for path, w in after.items()}

@@ -1,4 +1,4 @@
-"""Normalize-and-project (Lyle et al., 2024): every kernel keeps its initial norm, and its effective learning rate."""
+"""Normalize-and-project (Lyle et al., 2024): every kernel keeps its initial norm and effective learning rate."""
 
 from typing import Any, NamedTuple
 
@@ -32,22 +32,21 @@ def normalize_and_project(
 
     .. math:: W \leftarrow \lVert W_0 \rVert_F \frac{W + u}{\lVert W + u \rVert_F}
 
-    with u the inner optimizer's update. In a network with normalization in front of its nonlinearities, what it
-    computes does not depend on the norm of kernels, and a norm that grows is a learning rate that falls: of
-    :func:`effective_learning_rate`. The *normalize* of the method is the network's: give it layer normalization (the
-    learner `nap` does). Kernels that start at 0 are left free.
+    with u the inner optimizer's update. The output of a network with normalization before its nonlinearities does not
+    depend on the norm of its kernels, so a growing norm means a falling learning rate: see
+    :func:`effective_learning_rate`. The *normalize* part of the method is up to the network, which needs layer
+    normalization (the learner `nap` adds it). Kernels that start at 0 are not projected.
 
-    Scales and offsets of normalization, and biases, are no kernels. The paper lets scales and offsets drift, or keeps
-    them near their initial values where runs are long; how exactly is a choice made here: a fraction `pull` of their
-    distance from there is taken back at every projection, none by default.
+    Scales and offsets of normalization, and biases, are not kernels. The paper lets scales and offsets drift, or keeps
+    them near their initial values in long runs. How to do that is our choice: every projection moves them by a fraction
+    `pull` of their distance to the initial values, 0 by default.
 
-    Around transformations that replace units this stands outside, as
-    `normalize_and_project(continual_backprop(...))`.
+    Wrap it around transformations that replace units, as in `normalize_and_project(continual_backprop(...))`.
 
     Args:
       inner: the optimizer that trains the network.
-      every: updates from one projection to the next, a whole number >= 1. May be traced.
-      pull: fraction by which parameters that are no kernels return to their initial values, in [0, 1]. May be traced.
+      every: number of updates between projections, a whole number >= 1. May be traced.
+      pull: fraction by which other parameters return to their initial values, in [0, 1]. May be traced.
       kernels: which arrays are projected, a function of path (keys joined by "/") and array; by default all of two or
         more axes.
 
@@ -111,16 +110,17 @@ def normalize_and_project(
 def effective_learning_rate(
     params: optax.Params, learning_rate: chex.Numeric, *, adaptive: bool = False, kernels: Kernels | None = None
 ) -> dict[str, chex.Array]:
-    r"""How far a step turns each kernel, where what the network computes does not depend on the kernel's norm.
+    r"""How far a step rotates each kernel, if the network's output does not depend on the kernel's norm.
 
     Gradients of such a kernel shrink as its norm grows, :math:`\nabla L(c W) = \nabla L(W) / c`, so that a step of SGD
-    turns it as one of a kernel of norm 1 and learning rate :math:`\eta / \lVert W \rVert_F^2` does. Steps of optimizers
-    that do not heed the scale of gradients, such as Adam's, are as those with :math:`\eta / \lVert W \rVert_F`.
+    rotates it as much as a step with the learning rate :math:`\eta / \lVert W \rVert_F^2` rotates a kernel of norm 1.
+    For optimizers whose steps do not depend on the scale of gradients, such as Adam, it is :math:`\eta / \lVert W
+    \rVert_F`.
 
     Args:
       params: pytree of arrays.
       learning_rate: :math:`\eta`, >= 0.
-      adaptive: whether the optimizer does not heed the scale of gradients.
+      adaptive: whether the optimizer's steps are independent of the scale of gradients.
       kernels: as in :func:`normalize_and_project`.
 
     Returns:

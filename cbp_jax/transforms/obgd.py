@@ -20,19 +20,19 @@ class TracesState(NamedTuple):
 def eligibility_traces(
     discount: chex.Numeric = 0.99, trace_decay: chex.Numeric = 0.8
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Makes of the gradients of a value and a TD error the direction that TD(lambda) goes, for any optimizer.
+    r"""Turns gradients of a value and a TD error into the direction of TD(lambda), for any optimizer.
 
     With the gradient g of the value (or of the logarithm of the policy) and the TD error :math:`\delta`,
 
     .. math::
         z \leftarrow \gamma \lambda z + g, \qquad u = -\delta z.
 
-    An optimizer behind it descends u as it would a gradient: `optax.chain(eligibility_traces(), optax.sgd(alpha))` is
+    The optimizer that follows treats u as a gradient: `optax.chain(eligibility_traces(), optax.sgd(alpha))` is
     TD(lambda) with accumulating traces, :math:`w \leftarrow w + \alpha \delta z`.
 
     Args:
-      discount: of a step, gamma, in [0, 1]. May be traced.
-      trace_decay: lambda, in [0, 1]: 0 learns from single steps. May be traced.
+      discount: gamma, the discount for each step, in [0, 1]. May be traced.
+      trace_decay: lambda, in [0, 1]. May be traced. 0 is one-step TD.
 
     Returns:
       an optax transformation, whose update needs the extra argument `td_error`, float []. With `reset_traces`, bool [],
@@ -89,16 +89,16 @@ def obgd(
         M = \alpha \kappa \max(|\delta|, 1) \lVert z \rVert_1, \\
         w &\leftarrow w + \min\left(\frac{\alpha}{M}, \alpha\right) \delta z.
 
-    M estimates from above how many times over an update would make up for its TD error, where no gradient is much
-    larger than 1, as behind normalized inputs and layers; where M is more than 1, the step is divided by it. The norm
-    is over all weights: networks that learn apart, such as a policy and a value, want an `obgd` each
-    (`optax.partition`).
+    M is an upper estimate of the effective step size: how many times an update would correct its TD error, if no
+    gradient is much larger than 1, as with normalized inputs and layers. If M is more than 1, the step is divided by
+    it. The norm is taken over all weights: networks that are trained separately, such as a policy and a value, need an
+    `obgd` each (`optax.partition`).
 
     Args:
-      learning_rate: alpha, the largest step, >= 0. May be traced, as the others.
-      discount: of a step, gamma, in [0, 1].
+      learning_rate: alpha, the largest step, >= 0. May be traced, like the others.
+      discount: gamma, the discount for each step, in [0, 1].
       trace_decay: lambda, in [0, 1].
-      kappa: scale of the bound, >= 0; with 0 there is none. The paper has 2 for values and 3 for policies.
+      kappa: scale of the bound, >= 0; 0 means no bound. The paper uses 2 for values and 3 for policies.
 
     Returns:
       an optax transformation, whose update needs the extra argument `td_error`, float []. With `reset_traces`, bool [],

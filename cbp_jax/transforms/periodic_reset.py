@@ -1,4 +1,4 @@
-"""Layers, or the whole network, start anew every so many updates (Nikishin et al., 2022)."""
+"""Periodically reinitializes layers or the whole network (Nikishin et al., 2022)."""
 
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -31,25 +31,25 @@ def periodic_reset(
     layers: Collection[str] | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Draws parameters anew every so many updates, and takes what the optimizer keeps of them to its start.
+    r"""Periodically draws parameters anew, and resets the optimizer's state for them.
 
     With :math:`w'` the weights after the inner optimizer's update number n,
 
     .. math:: w \leftarrow \begin{cases} \text{fresh} & \text{if } n \bmod N = 0 \text{ and } w \text{ is reset} \\
         w' & \text{otherwise.} \end{cases}
 
-    The paper resets the last layer or layers, or all, of agents that learn on from their replay buffer. On a stream
-    there is none: what the network knows is lost with what is reset, which makes it the plainest cure to compare with.
+    The paper resets the last layers, or all layers, of agents that relearn from their replay buffer. On a stream there
+    is no buffer, and what the reset layers knew is lost. That makes it the simplest remedy to compare with.
 
     A reset is an update like any other, `fresh - param`. Other updates are bit for bit those of `inner`. Running
-    statistics of normalization are no parameters.
+    statistics of normalization are not parameters, so they are not reset.
 
     Args:
       inner: the optimizer that trains the network.
-      init: gives new parameters of a key, such as `lambda key: net.init(key, x)`; those of the layers are taken.
-      every: N, updates from one reset to the next, a whole number >= 1. May be traced.
-      layers: paths of layers or of single parameters, such as "params/Dense_2"; by default the whole network. For the
-        output layer see `training.output_layers`.
+      init: a function that returns new parameters for a key, such as `lambda key: net.init(key, x)`.
+      every: N, number of updates between resets, a whole number >= 1. May be traced.
+      layers: paths of layers or of single parameters, such as "params/Dense_2". By default the whole network.
+        `training.output_layers` finds the output layer.
       key: int or jax key for the fresh weights. `init` of the state mixes the params into it, so that vmapped seeds
         differ.
 
@@ -58,8 +58,8 @@ def periodic_reset(
       needs the params. In `optax.inject_hyperparams` name `init` in `static_args`.
 
     Raises:
-      ValueError: `every` is out of range; in `init`, the params have no such layer, or `init(key)` lacks a parameter or
-        has it in another shape; in `update`, params are missing.
+      ValueError: `every` is out of range; in `init`, the params have no such layer, or a parameter is missing in
+        `init(key)` or has another shape; in `update`, params are missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -1,4 +1,4 @@
-"""Perturbed gradient descent: noise in every gradient, and with weight decay a form of shrink and perturb."""
+"""Perturbed gradient descent: adds noise to every gradient. With weight decay it is a form of shrink and perturb."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class AddNoiseState(NamedTuple):
 def add_noise(sigma: chex.Numeric, key: jax.typing.ArrayLike = 0) -> optax.GradientTransformation:
     r"""Adds normal noise to the gradients, :math:`g \leftarrow g + \xi`, :math:`\xi \sim \mathcal{N}(0, \sigma^2)`.
 
-    `optax.add_noise` is another: its variance falls from step to step, and vmapped seeds share its key.
+    In `optax.add_noise`, by contrast, the variance decreases over steps, and vmapped seeds share the key.
 
     Args:
       sigma: standard deviation of the noise, >= 0. May be traced.
@@ -72,8 +72,8 @@ def perturbed_gradient_descent(
     .. math::
         w \leftarrow (1 - \eta \lambda)\,w - \eta\,(g + \xi), \qquad \xi \sim \mathcal{N}(0, \sigma^2)
 
-    Without decay this is the PGD that UPGD is compared with, and with decay its shrink and perturb: UPGD without the
-    gates. :func:`shrink_and_perturb` differs in that neither its shrinking nor its noise scales with the learning rate.
+    This is UPGD without gates. Without decay it is the baseline called PGD in the UPGD paper, and with decay the one
+    called shrink and perturb. In :func:`shrink_and_perturb`, neither shrinking nor noise scales with the learning rate.
 
     Args:
       learning_rate: :math:`\eta`: a number, a tracer, or an optax schedule.

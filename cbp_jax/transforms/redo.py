@@ -1,4 +1,4 @@
-"""ReDo (Sokar et al., 2023): recycles all dormant units, now and then."""
+"""ReDo (Sokar et al., 2023): periodically recycles all dormant units."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -35,33 +35,32 @@ def redo(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Recycles dormant units once in so many updates.
+    r"""Periodically recycles dormant units.
 
-    After the inner optimizer's update number `every`, 2 `every`, ..., the units i of a group of H whose activations
-    on this update's batch are small beside the group's,
+    After the inner optimizer's update number `every`, 2 `every`, ..., units are recycled whose activations on this
+    update's batch are small relative to the group's. For unit i of a group of H units,
 
     .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|} \le \tau,
 
-    are recycled: incoming weights are drawn anew, scales of normalisation become 1, biases and outgoing weights 0.
-    (Running statistics are no parameters: `reset_batch_stats` takes the state's `replaced`.) The mean runs over
-    examples and positions; where consumers read different arrays, the score is the mean of the scores on each. A
-    group that is silent on the whole batch is recycled whole, as :func:`metrics.dormant_fraction` counts it; one
-    whose activations are not finite is left alone. The batch should be large enough for the scores to mean something:
-    on a single example about half of all ReLU units are silent.
+    Their incoming weights are drawn anew, scales of normalization become 1, and biases and outgoing weights become 0.
+    (Running statistics are not parameters; call `reset_batch_stats` with the state's `replaced`.) The mean runs over
+    examples and positions. If consumers read different arrays, the score is the mean of the scores on each. A group
+    that is silent on the whole batch is recycled as a whole, as :func:`metrics.dormant_fraction` counts it. A group
+    with non-finite activations is not recycled. The batch must be large enough for meaningful scores: on a single
+    example about half of all ReLU units are silent.
 
-    A replacement is an update like any other, `fresh - param`; groups are treated from front to back, and what stands
-    in front of and behind this in a chain is as for :func:`continual_backprop`. Other updates are bit for bit those
-    of `inner`.
+    A replacement is an update like any other, `fresh - param`. Groups are processed from front to back. For the
+    position in a chain see :func:`continual_backprop`. Other updates are bit for bit those of `inner`.
 
     Args:
       inner: the optimizer that trains the network.
-      units: groups of `discover_units`, or written by hand.
+      units: groups of units, from `discover_units` or written by hand.
       threshold: :math:`\tau`, largest score of a dormant unit, >= 0. May be traced.
-      every: updates from one recycling to the next, a whole number >= 1. May be traced.
-      score: from a `GroupView`, the scores of its units, float [units], in place of the above; units of a score that
-        is not a number are left alone. See :func:`regrama`.
-      initializer: `jax.nn.initializers` function for the incoming weights; entries have the distribution that it
-        gives to the full kernel. The default is He et al.'s uniform one, whatever the kernel's layout.
+      every: number of updates between recyclings, a whole number >= 1. May be traced.
+      score: a function of a `GroupView` that returns scores, float [units], to use instead of the above. Units whose
+        score is not a number are not recycled. See :func:`regrama`.
+      initializer: `jax.nn.initializers` function for the incoming weights. New entries have the distribution that it
+        gives to the full kernel. The default is He et al.'s uniform one, adapted to each kernel's layout.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
       key: int or jax key for the fresh weights. `init` mixes the params into it (see :func:`keys.init_key`).
 
@@ -70,8 +69,8 @@ def redo(
       `tx.update(grads, state, params, features=features)`. Its state is a `RedoState`.
 
     Raises:
-      ValueError: an argument is out of range; in `init`, units that do not match the params, or an inner state that is
-        not understood; in `update`, params or features are missing or of wrong shapes.
+      ValueError: an argument is out of range; in `init`, the units do not match the params, or the inner state is not
+        understood; in `update`, params or features are missing or of wrong shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, cbp_jax
@@ -109,7 +108,7 @@ def redo(
 
 
 def activation_score(view: replacement.GroupView) -> chex.Array:
-    """Mean absolute activation of each unit over the group's, float32 [units]; not a number where one is not finite."""
+    """Mean absolute activation of each unit divided by the group's, float32 [units]; NaN if one is not finite."""
     scores = []
     for h in view.features:
         size = jnp.mean(jnp.abs(h.astype(jnp.float32)), axis=tuple(range(h.ndim - 1)))

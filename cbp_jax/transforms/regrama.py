@@ -1,4 +1,4 @@
-"""ReGraMa (Liu et al., 2025): recycles units of small gradients, now and then."""
+"""ReGraMa (Liu et al., 2025): periodically recycles units with small gradients."""
 
 from collections.abc import Sequence
 
@@ -23,33 +23,32 @@ def regrama(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Recycles units that hardly learn, once in so many updates.
+    r"""Periodically recycles units that hardly learn.
 
-    This is :func:`redo` with another score: not how much a unit does, but how much it learns. With the gradient of the
-    incoming weights :math:`W_i` of unit i, of a group of H,
+    This is :func:`redo` with another score: how much a unit learns, not how active it is. With the gradient of the
+    incoming weights :math:`W_i` of unit i in a group of H units,
 
     .. math:: G_i = \frac{E|\nabla_{W_i} L|}{\frac{1}{H} \sum_k E|\nabla_{W_k} L|} \le \tau.
 
-    The gradient is that of this update, as it comes to this transformation; clipping by the norm of all gradients in
-    front changes no score. Biases do not count. The mean runs over all kernels that write the group.
+    The gradient is the one passed to this transformation in this update. Clipping by the global norm beforehand changes
+    no score. Biases do not count. The mean runs over all kernels that write the group.
 
-    A choice made here: a group without any gradient is left alone, as is one whose gradient is not finite, for a batch
-    that is fitted perfectly has no gradient and says nothing about units. With a small number added to the denominator,
-    as programs have it, such a group would be recycled whole, and :func:`metrics.gradient_dormant_units` counts it as
-    dormant. The batch should be large enough for the scores to mean something: on one example, ReLU units that are
-    silent have no gradient.
+    Our choice is not to recycle a group whose gradient is 0 or not finite, because a batch that is fitted perfectly has
+    no gradient and says nothing about units. With a small number added to the denominator, as in public programs, such
+    a group would be recycled as a whole, and :func:`metrics.gradient_dormant_units` counts it as dormant. The batch
+    must be large enough for meaningful scores: on one example, silent ReLU units have no gradient.
 
     Args:
       inner: the optimizer that trains the network.
-      units: groups of `discover_units`, or written by hand.
+      units: groups of units, from `discover_units` or written by hand.
       threshold: :math:`\tau`, largest score of a unit that is recycled, >= 0. May be traced.
-      every: updates from one recycling to the next, a whole number >= 1. May be traced.
+      every: number of updates between recyclings, a whole number >= 1. May be traced.
       initializer: of incoming weights, see :func:`redo`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
       key: int or jax key for the fresh weights.
 
     Returns:
-      a transformation as of :func:`redo`, whose state is a `RedoState`; its update needs no `features`.
+      a transformation like that of :func:`redo`, whose state is a `RedoState`. Its update needs no `features`.
 
     Raises:
       ValueError: as :func:`redo`.
@@ -83,15 +82,15 @@ def regrama(
 
 
 def gradient_score(view: replacement.GroupView) -> chex.Array:
-    """Mean absolute gradient of each unit's incoming weights over the group's.
+    """Mean absolute gradient of each unit's incoming weights divided by the group's.
 
     Args:
       view: the group, at one step.
 
     Returns:
-      float32 [units]; not a number where the group has no gradient, or none that is finite.
+      float32 [units]; NaN if the group's gradient is 0 or not finite.
     """
-    # Sums do as well as means: all units of a group have as many incoming weights.
+    # Sums serve as well as means: all units of a group have the same number of incoming weights.
     size = sum(part.sum(jnp.abs(view.grads[part.path].astype(jnp.float32))).sum(0) for part in view.group.incoming)
     mean = jnp.mean(size)
     return jnp.where(jnp.isfinite(mean) & (mean > 0), size / mean, jnp.nan)

@@ -1,4 +1,4 @@
-"""Penalties on the weights, as gradients or as a proximal step. L2 toward zero is `optax.add_decayed_weights`."""
+"""Penalties on the weights, as gradients or as a proximal step. For L2 toward zero use `optax.add_decayed_weights`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,15 +51,15 @@ class AddL2InitState(NamedTuple):
 def add_l2_init(strength: chex.Numeric) -> optax.GradientTransformation:
     r"""Adds the gradient of an L2 penalty toward the initial weights, :math:`g \leftarrow g + \lambda (w - w_0)`.
 
-    :math:`w_0` are the params given to `init`. Where a wrapper resets a unit's part of this state,
-    as `continual_backprop` does, that part of :math:`w_0` becomes the unit's new initial weights.
+    :math:`w_0` are the params given to `init`. If a wrapper such as `continual_backprop` resets this state for a unit,
+    the unit's part of :math:`w_0` becomes its new initial weights.
 
     Args:
       strength: :math:`\lambda`, for a penalty of :math:`\frac{\lambda}{2} \lVert w - w_0 \rVert^2`, >= 0. May be
         traced.
 
     Returns:
-      an optax transformation, as :func:`add_l1`, which says what it raises.
+      an optax transformation like :func:`add_l1`, which lists the errors.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -88,14 +88,14 @@ def add_l1_init(strength: chex.Numeric) -> optax.GradientTransformation:
 
     .. math:: g \leftarrow g + \lambda\,\mathrm{sign}(w - w_0)
 
-    Weights that the loss does not want to move step around :math:`w_0` and do not come to rest there: where the change
-    is to be sparse, use :func:`proximal_l1_init`.
+    Weights without a gradient of the loss oscillate around :math:`w_0` instead of coming to rest there. If the change
+    should be sparse, use :func:`proximal_l1_init`.
 
     Args:
       strength: :math:`\lambda`, for a penalty of :math:`\lambda \lVert w - w_0 \rVert_1`, >= 0. May be traced.
 
     Returns:
-      an optax transformation, as :func:`add_l2_init`, which says what :math:`w_0` is.
+      an optax transformation like :func:`add_l2_init`, which explains :math:`w_0`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -123,25 +123,25 @@ class ProximalL1InitState(NamedTuple):
 def proximal_l1_init(
     strength: chex.Numeric, learning_rate: optax.ScalarOrSchedule = 1.0
 ) -> optax.GradientTransformation:
-    r"""Shrinks the change since the start after a step: weights that hardly move return to their initial values.
+    r"""Soft-thresholds the change of weights since initialization, so that weights that hardly move return to it.
 
-    Where :math:`w' = w + u` would be the weights after the step, they become
+    With :math:`w' = w + u` the weights after the optimizer's step, the weights become
 
     .. math:: w_0 + S_{\alpha\lambda}(w' - w_0), \qquad S_t(x) = \mathrm{sign}(x) \max(|x| - t, 0)
 
-    the proximal step of a penalty :math:`\lambda \lVert w - w_0 \rVert_1` (iterative soft thresholding). Behind
-    adaptive optimizers every weight is shrunk alike, however its gradient was scaled.
+    the proximal step of a penalty :math:`\lambda \lVert w - w_0 \rVert_1` (iterative soft thresholding). After adaptive
+    optimizers the threshold is the same for all weights, no matter how gradients were scaled.
 
-    A weight that returns is :math:`w_0` to the last bit where the update can be written as one number of its type, as
-    it can if the weight is at most twice and at least half of :math:`w_0`; else it is so after the steps that follow.
+    A weight that returns becomes exactly :math:`w_0` if the difference is representable in its type, which holds if the
+    weight is between half and twice :math:`w_0`. Otherwise it becomes exact in the following steps.
 
     Args:
       strength: :math:`\lambda`, >= 0. May be traced.
-      learning_rate: :math:`\alpha`, that of the optimizer in front: a number that may be traced, or a schedule. With 1,
-        the strength itself is what each step takes off.
+      learning_rate: :math:`\alpha`, the learning rate of the optimizer before it: a number, which may be traced, or a
+        schedule. With 1, the strength itself is the threshold.
 
     Returns:
-      an optax transformation to chain behind an optimizer. :math:`w_0` is as in :func:`add_l2_init`.
+      an optax transformation to chain after an optimizer. :math:`w_0` is as in :func:`add_l2_init`.
 
     Raises:
       ValueError: the strength or the learning rate is negative; in `update`, params are missing.
@@ -174,7 +174,7 @@ def proximal_l1_init(
 
         def shrunk(u, w, w0):
             change = w + u - w0
-            # Not `w0 + S(change) - w`, which would round the updates of weights far from 0.
+            # Not `w0 + S(change) - w`, which would round the updates of large weights.
             moved = jnp.where(jnp.abs(change) <= threshold, w0 - w, u - threshold * jnp.sign(change))
             return moved.astype(u.dtype)
 
@@ -185,7 +185,7 @@ def proximal_l1_init(
 
 
 def _pull(name: str, state_type: Any, force: Callable[[chex.Array], chex.Array]) -> optax.GradientTransformation:
-    """Adds to gradients what pulls weights back, a function of their change."""
+    """Adds to the gradients a function of the weights' change since initialization."""
 
     def init_fn(params: optax.Params) -> Any:
         return state_type(initial=_copied(params))

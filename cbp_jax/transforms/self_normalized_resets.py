@@ -1,4 +1,4 @@
-"""Self-normalized resets (Farias & Jozefiak, 2025): units silent for longer than their past makes likely are reset."""
+"""Self-normalized resets (Farias & Jozefiak, 2025): resets units that are silent improbably long, given their past."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class SelfNormalizedResetsState(NamedTuple):
     count: chex.Array  # int32 [], updates so far
     silence: dict[str, chex.Array]  # int32 [units], updates since the unit last fired or was reset
     threshold: dict[str, chex.Array]  # int32 [units], silence at which the unit is reset
-    history: dict[str, chex.Array]  # int32 [units, max_silence], how many silences of 1, 2, ... updates ended
+    history: dict[str, chex.Array]  # int32 [units, max_silence], how many silences lasted 1, 2, ... updates
     replaced: dict[str, chex.Array]  # bool [units], units reset in the last update
     inner_state: optax.OptState
 
@@ -44,39 +44,40 @@ def self_normalized_resets(
     r"""Resets each unit whose silence has become improbable under its own past.
 
     A unit fires in an update if its activation is above 0 for some example and position. With :math:`a_i` the number of
-    updates since unit i last fired, and :math:`A_i` the lengths of its past silences, it is reset (Algorithm 1) as soon
-    as
+    updates since unit i last fired, and :math:`A_i` the distribution of its past silences' lengths, it is reset
+    (Algorithm 1) as soon as
 
     .. math:: P(A_i \ge a_i) \le \eta.
 
-    Incoming weights are then drawn anew, scales of normalization become 1, biases and outgoing weights 0, as in
-    :func:`continual_backprop`, where it is also said what may stand before and behind this in a chain.
+    Its incoming weights are then drawn anew, scales of normalization become 1, and biases and outgoing weights become
+    0, as in :func:`continual_backprop`, which also explains the position in a chain.
 
-    The paper leaves open how the distribution is estimated. As in its authors' program, a histogram of silences is kept
-    for each unit, and every so many updates the unit's threshold :math:`\tau_i` is computed from it: the least silence
+    The paper leaves open how the distribution is estimated. As in the authors' program, a histogram of silences is kept
+    for each unit, and the unit's threshold :math:`\tau_i` is periodically computed from it: the shortest silence
     :math:`q` with :math:`P(A_i \ge q) \le \eta` if :math:`q < \tau_i`, else :math:`2 \tau_i`, at most the largest that
-    is recorded. Thresholds start there. The histogram then starts anew. A silence that a reset ends is recorded too, so
-    that a threshold which resets too often grows; the unit in the same place inherits threshold and histogram.
+    is recorded, which is also the initial threshold. Then the histogram is cleared. A silence ended by a reset is
+    recorded too, so that a threshold that resets too often grows. The new unit inherits threshold and histogram.
 
-    Chosen here, and different from that program:
+    Our choices that differ from that program:
 
-    - silences are counted in updates, and not in examples, so that nothing depends on the size of the batch;
-    - the least silence q obeys the paper's inequality; the program's percentile is smaller by 1, and would reset a unit
+    - silences are counted in updates, not in examples, so that they do not depend on the batch size;
+    - the threshold q obeys the paper's inequality; the program's percentile is smaller by 1, and would reset a unit
       whose silences all last one update as soon as it is silent;
-    - only silences of at least one update are counted, as in the program, but a unit that ended none since the last
-      time keeps its threshold, where the program's falls to the least possible.
+    - only silences of at least one update are counted, as in the program, but a unit with no such silence since the
+      last computation keeps its threshold; in the program it falls to the smallest possible.
 
     Args:
       inner: the optimizer that trains the network.
-      units: groups of `discover_units`, or written by hand.
-      rejection: :math:`\eta`, probability of a silence below which the unit is reset, in [0, 1]. May be traced.
-      every: updates from one computation of the thresholds to the next, a whole number >= 1. May be traced.
-      max_silence: the longest silence that is recorded, and largest threshold, in updates; a static int >= 1. The
+      units: groups of units, from `discover_units` or written by hand.
+      rejection: :math:`\eta`, the probability of a silence at or below which the unit is reset, in [0, 1]. May be
+        traced.
+      every: number of updates between computations of the thresholds, a whole number >= 1. May be traced.
+      max_silence: the longest silence that is recorded and the largest threshold, in updates; a static int >= 1. The
         state has that many numbers for each unit. In `optax.inject_hyperparams`, name it and `max_resets` in
         `static_args`.
-      max_resets: bound on how many units of a group one update resets, static; others wait while they are silent,
-        those that are overdue by most coming first. None for no bound, which is slow where seeds are vmapped: random
-        weights are then drawn for whole groups.
+      max_resets: the most units of a group that one update may reset, a static int. Others wait while they stay silent;
+        the most overdue come first. None means no limit, which is slow if seeds are vmapped, because random weights are
+        then drawn for whole groups.
       initializer: `jax.nn.initializers` function for the incoming weights; see :func:`continual_backprop`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
       key: int or jax key for the fresh weights. `init` mixes the params into it (see :func:`keys.init_key`).
@@ -86,8 +87,8 @@ def self_normalized_resets(
       `tx.update(grads, state, params, features=features)`. Its state is a `SelfNormalizedResetsState`.
 
     Raises:
-      ValueError: an argument is out of range; in `init`, units that do not match the params, or an inner state that is
-        not understood; in `update`, params or features are missing or of wrong shapes.
+      ValueError: an argument is out of range; in `init`, the units do not match the params, or the inner state is not
+        understood; in `update`, params or features are missing or of wrong shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, cbp_jax
@@ -134,7 +135,7 @@ def self_normalized_resets(
             late, first = jax.lax.top_k(jnp.where(overdue, silence - memory["threshold"], -1), min(max_resets, size))
             chosen = jnp.where(late >= 0, first, size)
             reset = as_mask(chosen, size)
-        ended = jnp.where(fired, before, jnp.where(reset, silence, 0))  # 0 where none did
+        ended = jnp.where(fired, before, jnp.where(reset, silence, 0))  # 0 if no silence ended
         slot = jnp.where(ended > 0, jnp.minimum(ended, max_silence) - 1, max_silence)
         history = memory["history"].at[np.arange(size), slot].add(1, mode="drop")
         threshold, history = when_due(
@@ -150,7 +151,7 @@ def self_normalized_resets(
 
 
 def _fired(activations: tuple[chex.Array, ...]) -> chex.Array:
-    """Which units are above 0 anywhere in the batch, in one of the arrays that consumers read, bool [units]."""
+    """Which units are above 0 anywhere in the batch, in any of the arrays that consumers read, bool [units]."""
     fired = [jnp.any(h > 0, axis=tuple(range(h.ndim - 1))) for h in activations]
     return jnp.any(jnp.stack(fired), axis=0)
 

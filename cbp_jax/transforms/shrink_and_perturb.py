@@ -30,8 +30,8 @@ def shrink_and_perturb(
     .. math::
         w \leftarrow (1 - s)\,w + u + p\,\xi, \qquad \xi \sim \mathcal{N}(0, 1)
 
-    with u the inner optimizer's update. The weights neither grow without bound nor lose the diversity that they had
-    at the start. Ash & Adams do it once per data set; done at every step it is the baseline of the Nature paper.
+    with u the inner optimizer's update. The weights neither grow without bound nor lose their initial diversity. Ash &
+    Adams do it once for each data set. Done at every step, it is the baseline of the Nature paper.
 
     Args:
       inner: the optimizer that trains the network.
@@ -80,7 +80,7 @@ def shrink_and_perturb(
         if params is None:
             raise ValueError("shrink_and_perturb needs the params: tx.update(grads, state, params), got params=None")
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        # Scalars as float32, so that a traced setting rounds as a constant one does, whatever the params' dtype.
+        # Scalars as float32, so that a traced setting rounds like a constant one for any dtype of the params.
         s = jnp.asarray(shrink, jnp.float32)
         perturbation = noise.normal(state.key, state.count, params, scale=perturb)
         updates = jax.tree.map(lambda u, w, x: (u + (x - s * w)).astype(u.dtype), updates, params, perturbation)

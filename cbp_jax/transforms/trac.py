@@ -1,4 +1,4 @@
-"""TRAC (Muppidi et al., 2024): scales how far any optimizer has come from the initial weights, without a step size."""
+"""TRAC (Muppidi et al., 2024): scales the displacement of an optimizer from the initial weights by a learned factor."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 
 _TINY = float(np.finfo(np.float32).tiny)
 _FIRST_SUM = 1e-8
-_LARGEST = 9.0  # erfi of it is 1e34; soon after it float32 overflows
-_WIDTH = 0.35  # of the trapezoidal rule for erfi, whose relative error is then below float32's
+_LARGEST = 9.0  # erfi(9) is 1e34; soon above it float32 overflows
+_WIDTH = 0.35  # step of the trapezoidal rule for erfi, whose relative error is then below float32's
 _NODES = np.arange(1, 39, 2, dtype=np.float32)
 _ERFI_OF_ROOT_HALF = 0.95343827  # erfi(1 / sqrt(2))
 
@@ -41,10 +41,10 @@ def trac(
     s_init: chex.Numeric = 1e-8,
     eps: chex.Numeric = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Puts the weights at a learned fraction of the way from the initial weights to where an optimizer would be.
+    r"""Scales the displacement of an inner optimizer from the initial weights by a learned factor.
 
     With gradient g at the weights w, the initial weights :math:`w_0`, and the sum :math:`\Delta` of the inner
-    optimizer's updates u so far, a tuner for each discount :math:`\beta_j` tells a scale, and the scales add up:
+    optimizer's updates u so far, a tuner for each discount :math:`\beta_j` computes a scale, and the scales add up:
 
     .. math::
         h &= \langle g, \Delta \rangle, \qquad
@@ -55,28 +55,29 @@ def trac(
         \Delta \leftarrow \Delta + u, \qquad
         w \leftarrow w_0 + \max\Big(0, \sum_j s_j\Big) \Delta.
 
-    Where the way so far points downhill, the scale grows exponentially from almost nothing; where a new task makes it
-    point uphill, the weights are drawn back to :math:`w_0`. There is nothing to tune but the inner optimizer.
+    If the displacement points downhill, the scale grows exponentially from almost 0. If a new task makes it point
+    uphill, the weights are drawn back to :math:`w_0`. Nothing needs tuning except the inner optimizer.
 
-    What the paper and its programs leave open, or where they differ, is chosen as follows. :math:`\Delta` is kept, as
-    the paper has it, and not found as :math:`(w - w_0) / (\sum_j s_j + \epsilon)`, as in the public programs, for
-    float32 cannot hold a change of 1e-8 of a weight, and once the scale is 0 the way would be lost, all later h be 0,
-    and the weights stay at :math:`w_0` forever.
-    The scale is not negative, as in the public PyTorch program (the JAX one has no bound), and :math:`\sigma_j` starts
-    at 1e-8, as in both. The argument of erfi is kept within ±9, beyond which float32 overflows.
+    Where the paper and its programs differ or leave something open, our choices are as follows. :math:`\Delta` is kept
+    in the state, as in the paper. The public programs compute it as :math:`(w - w_0) / (\sum_j s_j + \epsilon)`. But
+    float32 cannot represent a relative change of 1e-8 of a weight, and once the scale is 0 the displacement would be
+    lost: all later h would be 0, and the weights would stay at :math:`w_0` forever. As in the public PyTorch program,
+    the scale is at least 0 (the JAX program has no bound). As in both, :math:`\sigma_j` starts at 1e-8. The argument of
+    erfi is clipped to ±9, beyond which float32 overflows.
 
     Args:
-      inner: the optimizer that is tuned. It gets gradients and params as it would alone.
+      inner: the optimizer to tune. It gets gradients and params as usual.
       betas: the discounts, each in [0, 1]. By default the paper's six.
-      s_init: the scale of each discount where its :math:`\sigma_j^2 = v_j`, >= 0. May be traced.
+      s_init: the scale of each discount when its :math:`\sigma_j^2 = v_j`, >= 0. May be traced.
       eps: added to the denominator, > 0. May be traced.
 
     Returns:
       a transformation that passes extra arguments on to `inner`. Its state is a `TracState`, and its update needs the
-      params. What changes the weights behind it in a chain is undone by its next update.
+      params. Changes of the weights by transformations after it in a chain are undone by its next update.
 
     Raises:
-      ValueError: an argument is out of range; in `update`, params are missing or of other shapes than the gradients.
+      ValueError: an argument is out of range; in `update`, params are missing, or their shapes differ from the
+        gradients'.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -150,7 +151,7 @@ def erfi(x: chex.Array) -> chex.Array:
     Rybicki's sum: :math:`\frac{4}{\pi} \sum_{n = 1, 3, 5, \dots} \frac{1}{n} e^{-n^2 d^2} \sinh(2 n d x)`.
 
     Args:
-      x: float32 array, of which what is beyond ±9 is taken as ±9.
+      x: float32 array; values are clipped to ±9.
 
     Returns:
       float32 array of its shape.
@@ -166,11 +167,11 @@ def erfi(x: chex.Array) -> chex.Array:
     """
     size = jnp.minimum(jnp.abs(x), _LARGEST)[..., None]
     steps = _WIDTH * _NODES
-    # Not sinh and a factor, of which one would overflow.
+    # Not sinh times a factor, since one of the two would overflow.
     halves = jnp.exp(2 * steps * size - steps**2) * -jnp.expm1(-4 * steps * size)
     return jnp.sign(x) * np.float32(2 / math.pi) * jnp.sum(halves / _NODES, -1)
 
 
 def _wide(leaf: chex.Array) -> jnp.dtype:
-    # In bfloat16 the way that the weights have come would lose what a step adds.
+    # In bfloat16, adding a step to the displacement would be rounded away.
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

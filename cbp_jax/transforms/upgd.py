@@ -41,34 +41,34 @@ def scale_by_upgd(
     incoming_axes: IncomingAxes | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gates what `inner` makes of the gradients, and noise, by the utility of each weight. See :func:`upgd`.
+    r"""Gates the updates of `inner`, plus noise, by the utility of each weight. See :func:`upgd`.
 
     With d the updates of `inner`, and the gate :math:`1 - \phi(\bar U)` of each weight as in :func:`upgd`,
 
     .. math:: u = (d + \xi) \circ (1 - \phi(\bar U)) \quad\text{or, unprotected,}\quad
         u = d + \xi \circ (1 - \phi(\bar U)).
 
-    Utilities are always those of the gradients that come in, not of what `inner` makes of them.
+    Utilities are always computed from the incoming gradients, not from the updates of `inner`.
 
     Args:
-      inner: what scales gradients before they are gated, such as `cbp_jax.transforms.adam.scale_by_adam()`; by
-        default they stay as they are. It must not turn them: the sign and the learning rate come after the gate.
+      inner: rescales gradients before they are gated, such as `cbp_jax.transforms.adam.scale_by_adam()`. By default
+        they are not rescaled. It must not flip their sign: sign and learning rate are applied after the gate.
       beta_utility: as in :func:`upgd`, and likewise all that follow.
       sigma: standard deviation of the noise.
       order: 1 or 2.
       scope: "global" or "local".
-      protect: whether the gate holds gradients back too.
+      protect: whether the gate applies to gradients too, not only to noise.
       units: groups of units for feature-wise utilities.
-      incoming_axes: `(path, leaf) -> axes`, the axes of a leaf over which "local" normalises.
+      incoming_axes: `(path, leaf) -> axes`, the axes of a leaf over which "local" normalizes.
       key: int or jax key for the noise.
 
     Returns:
-      an optax transformation, whose state is a `ScaleByUpgdState`. Its update needs the params, and
-      `hessian_diag` where the order is 2; what else it is given goes to `inner`.
+      an optax transformation, whose state is a `ScaleByUpgdState`. Its update needs the params, and with order 2
+      `hessian_diag`. Other extra arguments are passed to `inner`.
 
     Raises:
       ValueError: a setting is out of range, or units do not match the params; in `update`, params or
-        `hessian_diag` are missing, or the latter is no tree of the gradients' shapes.
+        `hessian_diag` are missing, or the latter is not a tree of the gradients' shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,10 +92,10 @@ def scale_by_upgd(
     def init_fn(params: optax.Params) -> ScaleByUpgdState:
         check_axes(params)
         if units is None:
-            # In bfloat16 the increment (1 - beta) g w would vanish beside the mean itself.
+            # In bfloat16, adding (1 - beta) g w to the mean would be rounded away.
             utility = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), params)
         else:
-            if jax.tree.leaves(params):  # optax calls `init` with none to see what of a state belongs to the params
+            if jax.tree.leaves(params):  # optax.tree.map_params calls `init` with a placeholder that has no leaves
                 units_lib.check_units(units, params)
             utility = {group.name: jnp.zeros(group.size, jnp.float32) for group in units}
         return ScaleByUpgdState(
@@ -130,7 +130,8 @@ def scale_by_upgd(
             instantaneous = jax.tree.map(chosen, instantaneous, second)
         if units is not None:
             instantaneous = _unit_utility(units, instantaneous)
-        # One product a sum, not two of which a compiler may fuse either: vmapped seeds give what they give alone.
+        # One product in the sum, since of two a compiler may fuse either: vmapped seeds are bit for bit equal to solo
+        # runs.
         average = lambda u, m: (u + (1 - beta_utility) * (m - u)).astype(u.dtype)
         utility = jax.tree.map(average, state.utility, instantaneous)
         gate = jax.tree.map(lambda ratio: jax.nn.sigmoid(-ratio), _normalize(utility, scope, units, incoming_axes))
@@ -139,7 +140,7 @@ def scale_by_upgd(
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         perturbation = noise.normal(state.key, state.count, params, scale=sigma)
         if units is not None:
-            # What leads to no unit has neither a gate nor noise.
+            # Parameters that lead to no unit have neither a gate nor noise.
             owned = _spread(units, {group.name: jnp.ones(group.size) for group in units}, params, others=0.0)
             perturbation = jax.tree.map(jnp.multiply, perturbation, owned)
             gate = _spread(units, gate, params, others=1.0)
@@ -147,7 +148,7 @@ def scale_by_upgd(
         def gated(d: chex.Array, x: chex.Array, a: chex.Array) -> chex.Array:
             if isinstance(protect, jax.Array):
                 return jnp.where(protect, (d + x) * a, d + x * a).astype(d.dtype)
-            # Decay will be added.
+            # Rounded, because weight decay will be added.
             return (rounded((d + x) * a) if protect else d + x * a).astype(d.dtype)
 
         new_updates = sharded_alike(jax.tree.map(gated, direction, perturbation, gate), params)
@@ -171,33 +172,34 @@ def upgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Utility-gated perturbed gradient descent: protects useful weights and perturbs useless ones.
 
-    The utility of a weight is by how much the loss would grow with the weight set to 0, expanded around its value,
-    with gradient g and, for order 2, the diagonal h of the Hessian; it is averaged over steps,
+    The utility of a weight is how much the loss would increase if the weight were set to 0, in a Taylor expansion with
+    gradient g and, for order 2, the diagonal h of the Hessian. It is averaged over steps,
 
     .. math::
         M = -g w \;[\; + \tfrac12 h w^2 \;], \qquad
         U \leftarrow \beta U + (1 - \beta) M, \qquad
         \bar U = \frac{U / (1 - \beta^t)}{\eta}.
 
-    Globally, :math:`\eta` is the largest of the corrected utilities of all weights; locally it is the Euclidean norm of
-    those of the weights that lead to the same unit. Then, with the sigmoid :math:`\phi` and noise
+    With global scope, :math:`\eta` is the maximum of the bias-corrected utilities of all weights. With local scope it
+    is the Euclidean norm of those of the weights that lead to the same unit. Then, with the sigmoid :math:`\phi` and
+    noise
     :math:`\xi \sim N(0, \sigma^2)`,
 
     .. math:: w \leftarrow (1 - \alpha \lambda) w - \alpha (g + \xi) \circ (1 - \phi(\bar U)).
 
-    The published algorithm (Algorithm 1) has no factor 2, so that a weight of utility 0 moves at half the learning
-    rate: compare it with SGD at several rates.
+    The published Algorithm 1 has no factor of 2, so a weight of utility 0 moves at half the learning rate. Compare it
+    with SGD at several learning rates.
 
-    The correction for the start of the mean is the same for all weights and cancels in :math:`\bar U`: it is not
-    computed. Where no utility is positive :math:`\eta` would turn the order of weights around; here it is its absolute
-    value, so that of two weights the more useful is always held the more. Where all utilities are 0 the gate is 1/2.
+    The bias correction of the mean is the same for all weights and cancels in :math:`\bar U`, so it is not computed. If
+    no utility is positive, dividing by :math:`\eta` would reverse the order of weights; its absolute value is used
+    instead, so that the more useful of two weights is always protected more. If all utilities are 0, the gate is 1/2.
 
-    The public code, globally, divides the corrected utilities by the largest of the uncorrected ones. Its
-    :math:`\bar U` is that of Algorithm 1, which this is, times :math:`1 / (1 - \beta^t)`: for :math:`\beta = 0.999`
-    1,000 at the first step, 10.5 at the 100th and 1.6 at the 1,000th; for 0.9999, its best on input-permuted MNIST,
-    still 2.5 at the end of the first task. So its early gates are nearly binary: a weight of positive utility stands
-    still and gets no noise, one of negative utility moves at the whole learning rate, and only utilities near 0 are
-    told apart by degrees. The gates of the first step:
+    With global scope, the public code divides the corrected utilities by the maximum of the uncorrected ones. Its
+    :math:`\bar U` is that of Algorithm 1, which is implemented here, times :math:`1 / (1 - \beta^t)`. For :math:`\beta
+    = 0.999` this factor is 1,000 at the first step, 10.5 at the 100th and 1.6 at the 1,000th. For 0.9999, its best
+    value on input-permuted MNIST, it is still 2.5 at the end of the first task. So its early gates are nearly binary: a
+    weight of positive utility does not move and gets no noise, one of negative utility moves at the full learning rate,
+    and only near utility 0 are there gates in between. The gates of the first step:
 
     >>> import jax, jax.numpy as jnp
     >>> utility, beta, t = jnp.array([1.0, 0.1, 0.0, -0.1]), 0.999, 1
@@ -209,12 +211,12 @@ def upgd(
 
     With `units`, utilities are those of units instead ("feature-wise"): a unit of outgoing weights w with gradients g
     (and curvature h) has :math:`M = \sum (-g w \;[\; + \tfrac12 h w^2 \;])`, the sum running over its outgoing
-    weights. That is the derivative of the loss for a gate on the unit, whatever the network, so that no gate needs to
-    be built into it. The unit's gate applies to its incoming weights and its biases; what leads to no unit, as the
-    output layer, learns by plain SGD without noise. :math:`\eta` is then the largest utility of all units, or the norm
-    of those of a group.
+    weights. In any network, that is the derivative of the loss with respect to a gate on the unit, so no gate needs to
+    be built into the network. The unit's gate applies to its incoming weights and biases. Parameters that lead to no
+    unit, such as the output layer, are trained by plain SGD without noise. :math:`\eta` is then the maximum over all
+    units, or the norm over a group.
 
-    Inside `cbp_jax.continual_backprop` utilities of replaced weights start at 0, and both work together:
+    Inside `cbp_jax.continual_backprop`, utilities of replaced weights restart at 0, so the two can be combined:
 
     >>> import cbp_jax
     >>> def with_cbp(units):
@@ -228,16 +230,17 @@ def upgd(
       sigma: :math:`\sigma`, standard deviation of the noise, which the learning rate and the gate scale, >= 0.
       order: 1, or 2 with the diagonal of the Hessian given to update as `hessian_diag`, a tree like the params.
       scope: "global" or "local".
-      protect: whether the gate holds back gradients. If not, it gates the noise alone.
-      units: groups of `discover_units`, for feature-wise utilities; by default every weight has its own.
-      incoming_axes: `(path, leaf) -> axes`: the axes of a leaf that lead to one unit, over which "local" normalises.
-        By default all but the last, as in Flax kernels, and the only one of a vector.
+      protect: whether the gate applies to gradients too. If not, it applies only to noise.
+      units: groups of units from `discover_units`, for feature-wise utilities. By default every weight has its own
+        utility.
+      incoming_axes: `(path, leaf) -> axes`: the axes of a leaf that lead to one unit, over which "local" normalizes.
+        By default all but the last, as in Flax kernels, and the single axis of a vector.
       key: int or jax key for the noise. `init` mixes the params into it, so that vmapped seeds differ.
 
     Returns:
       an optax transformation, the chain of :func:`scale_by_upgd`, `optax.add_decayed_weights` and
-      `optax.scale_by_learning_rate`. In `optax.inject_hyperparams` name `incoming_axes` in `static_args`, where it is
-      given; an order that is injected counts only where `hessian_diag` is given.
+      `optax.scale_by_learning_rate`. In `optax.inject_hyperparams`, name `incoming_axes` in `static_args` if you pass
+      it. An injected `order` has an effect only if `hessian_diag` is passed.
 
     Raises:
       ValueError: a setting is out of range; in `update`, params or `hessian_diag` are missing.
@@ -305,9 +308,9 @@ def adaptive_upgd(
       sigma: standard deviation of the noise.
       order: 1 or 2.
       scope: "global" or "local".
-      protect: whether the gate holds back Adam's direction.
+      protect: whether the gate applies to Adam's direction too.
       units: groups of units for feature-wise utilities.
-      incoming_axes: axes of a leaf over which "local" normalises.
+      incoming_axes: axes of a leaf over which "local" normalizes.
       key: int or jax key for the noise.
 
     Returns:
@@ -352,7 +355,7 @@ def _descend(
 
 
 def _first_order(g: chex.Array, w: chex.Array) -> chex.Array:
-    """By how much the loss would grow with a weight set to 0, to first order, float32."""
+    """How much the loss would increase if a weight were set to 0, to first order, float32."""
     return -g.astype(jnp.float32) * w.astype(jnp.float32)
 
 
@@ -365,12 +368,14 @@ def _unit_utility(units: tuple[units_lib.UnitGroup, ...], per_weight: Any) -> di
     }
 
 
-def _normalize(utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes) -> Any:
-    """Utilities over the largest of all, or over the norm of their neighbours'."""
-    tiny = np.finfo(np.float32).tiny  # where it takes the place of 0 the utilities are all 0, or all gates are open
+def _normalize(
+    utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes | None
+) -> Any:
+    """Utilities divided by the maximum of all, or by the norm over the same unit's weights."""
+    tiny = np.finfo(np.float32).tiny  # if it replaces 0, all utilities are 0, or all gates are open
     if scope == "global":
         largest = [jnp.max(u) for u in jax.tree.leaves(utility) if u.size]
-        # Times the inverse: divisions are dear.
+        # Multiplied by the inverse, since divisions are expensive.
         inverse = 1 / jnp.maximum(jnp.abs(jnp.max(jnp.stack(largest))), tiny)
         return jax.tree.map(lambda u: u * inverse, utility)
 
@@ -379,7 +384,7 @@ def _normalize(utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...
             along = tuple(range(max(u.ndim - 1, min(u.ndim, 1))))
         else:
             along = axes(units_lib.join_path(key_path), u)
-        # Scaled first, so that squares of small utilities do not vanish.
+        # Scaled first, so that squares of small utilities do not underflow.
         u = u / jnp.maximum(jnp.max(jnp.abs(u), along, keepdims=True, initial=0.0), tiny)
         return u / jnp.maximum(jnp.sqrt(jnp.sum(u * u, along, keepdims=True)), tiny)
 
@@ -389,7 +394,8 @@ def _normalize(utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...
 def _spread(
     units: tuple[units_lib.UnitGroup, ...], per_unit: dict[str, chex.Array], params: optax.Params, others: float
 ) -> optax.Params:
-    """Values [units] as factors that broadcast to the params, for incoming weights and biases; `others` elsewhere."""
+    """Spreads values [units] to factors that broadcast to the params, for incoming weights and biases; `others`
+    elsewhere."""
     leaves = units_lib.leaves_by_path(params)
     factors: dict[str, chex.Array] = {}
     for group in units:

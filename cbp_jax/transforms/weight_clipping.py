@@ -1,4 +1,4 @@
-"""Weight clipping (Elsayed, Lan, Lyle & Mahmood, 2024): weights stay within a multiple of their initial range."""
+"""Weight clipping (Elsayed, Lan, Lyle & Mahmood, 2024): keeps weights within a multiple of their initial range."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import optax
 from cbp_jax import units as units_lib
 from cbp_jax.numerics.scalars import check_scalar
 
-# Of a parameter's path and the parameter, the scale of its bound, or None where it is not to be clipped.
+# (path, parameter) -> the scale of its bound, or None if it is not clipped.
 Scale = Callable[[str, chex.Array], chex.Numeric | None]
 
 
@@ -27,23 +27,23 @@ def clip_weights(
     .. math::
         w \leftarrow \mathrm{clip}(w + u, -\kappa s, \kappa s)
 
-    with u the inner optimizer's update and s a scale of each layer, by default the bound
+    with u the inner optimizer's update and s a scale for each layer, by default the bound
     :math:`1 / \sqrt{\text{fan-in}}` of the uniform distribution from which PyTorch draws kernels and biases. (Flax's
-    `lecun_normal` has that for its standard deviation, and is cut off at 2.3 of them; He et al.'s uniform initializer
-    ranges to 2.4 of them.)
+    `lecun_normal` has that as its standard deviation, and is truncated at 2.3 times it. He et al.'s uniform initializer
+    extends to 2.4 times it.)
 
-    The default takes an array of two or more axes for a kernel whose last axis are the outputs, as in Flax and Haiku. A
-    vector or scalar has the scale of the kernel that stands beside it in its layer, and is not clipped where there is
-    none (norms). Where there are several, as in a flat dict of all layers, pass a scale.
+    By default, an array of two or more axes is a kernel whose last axis is the outputs, as in Flax and Haiku. A vector
+    or scalar has the scale of the kernel in the same layer, and is not clipped if there is none (norms). If there are
+    several kernels, as in a flat dict of all layers, pass `scale`.
 
-    The clipping is an update like any other: where `w + u` is within the bound the update is u, bit for bit, and
-    elsewhere `params + updates` is the bound, or next to it inside. What the inner optimizer remembers is not
-    touched. Weights that start outside come in with the first update.
+    Clipping is an update like any other: where `w + u` is within the bound, the update is u, bit for bit; elsewhere
+    `params + updates` is the bound, or the next number inside. The inner optimizer's state is not changed. Weights that
+    start outside the bound are clipped by the first update.
 
     Args:
       inner: the optimizer that trains the network.
       bound: :math:`\kappa`, >= 0; the paper tries 1 to 5. May be traced.
-      scale: s: a function of a parameter's path (its keys joined by "/") and the parameter that gives a number, or
+      scale: s: a function of a parameter's path (its keys joined by "/") and the parameter that returns a number, or
         None for no clipping; or a tree of the params' structure whose leaves are numbers or arrays that broadcast to
         the parameters. By default as above.
 
@@ -52,8 +52,8 @@ def clip_weights(
       params.
 
     Raises:
-      ValueError: the bound is negative; in `init` and `update`, a scale does not fit or cannot be told; in `update`,
-        params are missing.
+      ValueError: the bound is negative; in `init` and `update`, a scale has a wrong shape or cannot be inferred; in
+        `update`, params are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -102,7 +102,7 @@ def kernel_scale(params: optax.Params) -> dict[str, float | None]:
       for each path 1 / sqrt(fan-in) of the layer's kernel, or None for a parameter of a layer that has none.
 
     Raises:
-      ValueError: a vector or scalar stands beside several kernels.
+      ValueError: a vector or scalar is in one layer with several kernels.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,12 +163,12 @@ def _scales(scale: Scale | Any | None, params: optax.Params) -> dict[str, chex.N
 
 def _clip(update: chex.Array, param: chex.Array, bound: chex.Array) -> chex.Array:
     """An update after which the parameter, in its own precision, is within the bound."""
-    # Rounded toward 0, for the bound may be no number of the parameter's precision.
+    # Rounded toward 0, since the bound may not be representable in the parameter's precision.
     rounded = bound.astype(param.dtype)
     bound = jnp.where(rounded > bound, jnp.nextafter(rounded, jnp.zeros_like(rounded)), rounded)
     after = (param + update).astype(param.dtype)
     inward = jnp.clip(after, -bound, bound) - param
-    # The difference is rounded, and its sum with the parameter may come out too large: by less than its last digit.
+    # The difference is rounded, so its sum with the parameter may be too large by less than its last digit.
     inward = jnp.where(jnp.abs(param + inward) <= bound, inward, jnp.nextafter(inward, -jnp.sign(after) * jnp.inf))
     inside = jnp.abs(after) <= bound
     return jnp.where(inside, update, inward)

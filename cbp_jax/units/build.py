@@ -1,4 +1,4 @@
-"""Cuts the labels of a walked network into groups of units."""
+"""Builds groups of units from the labels of a walked network."""
 
 import collections
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from cbp_jax.units import collection, groups, tracing
 from cbp_jax.units.values import Contraction, LeftOutKind, Reason
 from cbp_jax.units.walk import Claim, Walk
 
-# Names by which a running statistic is known to be a variance, where it is only updated and not used.
+# Names that identify a running statistic as a variance if it is only updated, not used.
 _VARIANCES = ("var", "std", "variance", "second_moment")
 
 
-# Of groups and the variables that hold the sums by which units are normalized together: the names of wrong groups.
+# Takes groups and the variables that hold sums of joint normalizations; returns the names of wrong groups.
 Check = Callable[[list[groups.UnitGroup], frozenset[core.Var]], set[str]]
 
 
 def build(walk: Walk, check: Check | None = None) -> collection.Units:
-    """The groups of a network: units that own rows of the same parameters, and as many, belong together.
+    """The groups of a network. Units that own equally many rows of the same parameters belong to one group.
 
     Args:
       walk: a walk through it.
-      check: finds groups that are wrong all the same; these are left out.
+      check: finds groups that are wrong nevertheless; these are left out.
     """
     together, sums = _check_normalization(walk)
     parts = _Parts(walk, together)
@@ -52,7 +52,7 @@ def build(walk: Walk, check: Check | None = None) -> collection.Units:
         found.remove(group)
         text = "its incoming weights change the output when its outgoing ones are 0; please report this network"
         left_out.append(collection.LeftOut(group.name, group.size, text, LeftOutKind.REFUTED))
-    # Kernels that never made labels were met in equations that are not followed.
+    # Kernels that never created labels occur in equations that are not followed.
     made = {path for path, _ in walk.producers}
     for path, shape in walk.shapes.items():
         if path in walk.used_otherwise and path not in made and path not in walk.states and len(shape) > 1:
@@ -65,7 +65,7 @@ def build(walk: Walk, check: Check | None = None) -> collection.Units:
 
 
 class _LeaveOut(Exception):
-    """The group at hand is left out."""
+    """Raised when the current group must be left out."""
 
     def __init__(self, kind: LeftOutKind, text: str):
         super().__init__(text)
@@ -73,10 +73,10 @@ class _LeaveOut(Exception):
 
 
 def _check_normalization(walk: Walk) -> tuple[set[int], frozenset[core.Var]]:
-    """Leaves out units that a statistic mixes if it meets others than them: that is no normalization.
+    """Leaves out units mixed by a statistic that is applied to other units: that is not a normalization.
 
     Returns:
-      the units that are normalized together with others: resetting one changes these through the statistic; and the
+      the units that are normalized together, where resetting one changes the others through the statistic; and the
       variables that hold the sums of such statistics.
     """
     together: set[int] = set()
@@ -98,14 +98,15 @@ def _check_normalization(walk: Walk) -> tuple[set[int], frozenset[core.Var]]:
 class _Parts:
     """Which rows of which parameters belong to which unit.
 
-    A *place* is a number that stands for a parameter, the axes that enumerate its rows, and what it is to its units.
+    A *place* is a number that identifies a parameter, the axes that enumerate its rows, and its role for the units.
 
     Attributes:
       places: the path and the axes of each place.
-      rows: the unit of each row, by place, flat; -1 for none.
-      producers, vectors, readers: the places that are incoming, biases or scales or statistics, and outgoing.
-      groups: units that own equally many rows everywhere, in forward order, and why they are left out, if they are.
-      columns: by place, how many rows units of each group own, by number of the group.
+      rows: by place, the unit of each row, flat; -1 for none.
+      producers, vectors, readers: the places of incoming kernels; of biases, scales and statistics; of outgoing
+        kernels.
+      groups: units that own equally many rows everywhere, in forward order, with the reason if they are left out.
+      columns: by place and number of the group, how many rows each unit owns.
     """
 
     def __init__(self, walk: Walk, together: set[int]):
@@ -121,7 +122,7 @@ class _Parts:
         for (path, axes), uses in claims.items():
             ids = walk.labels.roots(np.concatenate([claim.ids for claim in uses], -1))
             own = ids.max(-1)
-            shared = ((ids != own[..., None]) & (ids >= 0)).any(-1)  # a row of several units belongs to none
+            shared = ((ids != own[..., None]) & (ids >= 0)).any(-1)  # a row of several units belongs to no unit
             role = "scale" if any(claim.role == "scale" for claim in uses) else "bias"
             reset = 0.0
             if uses[0].weight.state:
@@ -134,7 +135,7 @@ class _Parts:
         for contraction in walk.contractions:
             by_path.setdefault(contraction.path, []).append(contraction)
         for path, uses in by_path.items():
-            for fixed in dict.fromkeys(use.fixed for use in uses):  # of kernels that are stacked, one by one
+            for fixed in dict.fromkeys(use.fixed for use in uses):  # stacked kernels, one by one
                 same = [use for use in uses if use.fixed == fixed]
                 first = next((use for use in same if use.labels is not None), None)
                 if first is not None:
@@ -153,7 +154,7 @@ class _Parts:
             if any(use.labels is None for use in uses):
                 self.conflicts.setdefault(uses[0].path, "it is used more than once, and not always on units")
         self.groups = self._split()
-        # Of every unit its group, and its number in it; the last is no unit.
+        # For every unit its group, and its number in the group. The last entry stands for no unit.
         self._group = np.full(len(walk.labels) + 1, -1)
         self._number = np.zeros(len(walk.labels) + 1, np.int64)
         for number, (units, _) in enumerate(self.groups):
@@ -169,7 +170,7 @@ class _Parts:
         return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
     def _among(self, events: list[np.ndarray]) -> set[int]:
-        """The groups of which some units are among these."""
+        """The groups that contain some of these units."""
         return {number for ids in events for number in self._counts(self.walk.labels.roots(ids).ravel())}
 
     def _place(self, path: str, axes: tuple[int, ...], ids: np.ndarray) -> int:
@@ -178,7 +179,8 @@ class _Parts:
         return len(self.places) - 1
 
     def _split(self) -> list[tuple[np.ndarray, Reason | None]]:
-        """The groups: units with equal signatures, which are sums of a random number for each row that they own."""
+        """The groups: units with equal signatures. A signature is the sum of a random number for each row that a unit
+        owns."""
         size, random = len(self.walk.labels), np.random.default_rng(0)
         signatures = np.zeros(size, np.uint64)
         for rows in self.rows:
@@ -186,7 +188,7 @@ class _Parts:
             signatures[units] += counts.astype(np.uint64) * random.integers(2**64, dtype=np.uint64)
         lost = np.zeros(size, np.int64)
         reasons: list[Reason | None] = [None]
-        for ids, reason in reversed(self.walk.lost):  # of several reasons the first stays
+        for ids, reason in reversed(self.walk.lost):  # the first of several reasons is kept
             reasons.append(reason)
             lost[self.walk.labels.roots(ids)] = len(reasons) - 1
         everywhere = np.concatenate([self.rows[place] for place in self.producers])
@@ -198,11 +200,11 @@ class _Parts:
         return [(units[members[kind]], reasons[lost[units[first[kind]]]]) for kind in np.argsort(first)]
 
     def is_table(self, place: int) -> bool:
-        """Whether rows of a parameter are looked up by number."""
+        """Whether rows of a parameter are looked up by index."""
         return self.walk.kinds[self.places[place][0]] == "embedding"
 
     def slice(self, place: int, group: int, reset: float = 0.0, lookup: bool = False) -> groups.ParamSlice | None:
-        """The rows of a parameter that belong to units of a group, if any do."""
+        """The rows of a parameter that belong to units of a group, or None."""
         path, axes = self.places[place]
         if group not in self.columns[place]:
             return None
@@ -215,8 +217,8 @@ class _Parts:
         return groups.ParamSlice(path, axes, order.reshape(size, -1).T, rows.size, reset, lookup)
 
     def group(self, name: str, number: int, keys: list[int]) -> groups.UnitGroup:
-        """The group of units that the places `keys` make."""
-        # Of a table that is also read, the unit's entries are outgoing: they become 0.
+        """The group of units that own rows at the places `keys`."""
+        # In a table that also reads units, their entries are outgoing: they become 0.
         written = [place for place in keys if not _is_tied(self.walk.uses[self.places[place][0]])]
         if not written:
             raise _LeaveOut(
@@ -267,7 +269,7 @@ class _Parts:
 
 
 def _is_tied(uses: set[tuple]) -> bool:
-    """Whether a parameter embeds tokens and also makes the output, a row of it for each token in both."""
+    """Whether a parameter embeds tokens and also computes the output, with one row for each token in both."""
     lookups = [use[1] for use in uses if use[0] == "lookup"]
     kernels = [use[1:] for use in uses if use[0] == "kernel"]
     if len(uses) != 2 or not lookups or not kernels:
@@ -277,7 +279,7 @@ def _is_tied(uses: set[tuple]) -> bool:
 
 
 def _description(use: tuple) -> str:
-    """A way in which a parameter is used, for the reader."""
+    """Describes a use of a parameter."""
     axes = lambda numbers: "axis " + " and ".join(map(str, numbers))
     if use[0] == "kernel":
         return f"as a kernel that reads along {axes(use[1])}"
@@ -285,13 +287,13 @@ def _description(use: tuple) -> str:
 
 
 def _statistic(path: str, role: str) -> float:
-    """What a running statistic starts at."""
+    """The initial value of a running statistic."""
     name = path.rpartition("/")[2].lower()
     return 1.0 if role == "scale" or any(word in name for word in _VARIANCES) else 0.0
 
 
 def _layer_names(paths: list[str]) -> dict[str, str]:
-    """The path of the layer of each kernel; the kernel's own where its layer holds several."""
+    """The path of each kernel's layer, or the kernel's own path if its layer has several kernels."""
     layers = {path: path.rpartition("/")[0] for path in paths}
     counts: dict[str, int] = {}
     for layer in layers.values():

@@ -1,4 +1,4 @@
-"""The groups of a network: a tuple that prints as a table, from which groups are chosen, and that can be drawn."""
+"""The groups of a network: a tuple that prints as a table, with methods to select and to draw groups."""
 
 import dataclasses
 import fnmatch
@@ -10,19 +10,19 @@ import numpy as np
 from cbp_jax.units.groups import ParamSlice, UnitGroup, leaves_by_path
 from cbp_jax.units.values import LeftOutKind
 
-# How many parameters a cell of the table shows.
+# Maximum number of parameters in a cell of the table.
 _SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """A layer whose units cannot be replaced, and why; each of several that make the same units stands for itself.
+    """A layer whose units cannot be replaced, and the reason. Layers that write the same units are listed separately.
 
     Attributes:
       name: the path of the layer, or of its kernel.
-      size: number of units that it makes, which are its kernel's columns.
-      reason: a sentence for the reader.
-      kind: the same for programs.
+      size: number of its units, which are its kernel's columns.
+      reason: an explanation in words.
+      kind: the reason as an enum, for programs.
     """
 
     name: str
@@ -32,7 +32,7 @@ class LeftOut:
 
 
 class Units(tuple[UnitGroup, ...]):
-    """The unit groups of a network, in forward order; printing it gives a table.
+    """The unit groups of a network, in forward order. Prints as a table.
 
     Attributes:
       left_out: layers that are not groups, each a `LeftOut` with the reason.
@@ -52,9 +52,9 @@ class Units(tuple[UnitGroup, ...]):
         """The groups to replace, chosen by name or by kind.
 
         Args:
-          *names: patterns of group names, as in `fnmatch`: `*` for any characters, `?` for one. A group is chosen if
-            any matches; without names, all are.
-          kind: one kind or several; chosen groups are of one of these. By default any.
+          *names: patterns of group names, as in `fnmatch`: `*` matches any characters, `?` one. A group is chosen if
+            any pattern matches. Without names, all groups are chosen.
+          kind: one kind or several, to which chosen groups must belong. By default any.
 
         Returns:
           the chosen groups; the others are listed in its `left_out`.
@@ -78,7 +78,8 @@ class Units(tuple[UnitGroup, ...]):
                 raise ValueError(f"no group's name matches {name!r}; the groups are {have_names}")
         if kinds is not None and not kinds <= have_kinds:
             raise ValueError(f"kind must be of {sorted(have_kinds)}, got {kind!r}")
-        chosen, others = [], []
+        chosen: list[UnitGroup] = []
+        others: list[UnitGroup] = []
         for group in self:
             named = not names or any(fnmatch.fnmatchcase(group.name, name) for name in names)
             (chosen if named and (kinds is None or group.kind in kinds) else others).append(group)
@@ -86,7 +87,7 @@ class Units(tuple[UnitGroup, ...]):
         return Units(chosen, (*self.left_out, *left), self.kernels)
 
     def to_dot(self) -> str:
-        """A drawing of the groups in Graphviz's language: boxes are groups, ellipses the kernels that join them.
+        """The groups as a graph in Graphviz's DOT language: boxes are groups, ellipses are kernels between them.
 
         Returns:
           text to render with `dot -Tsvg`.
@@ -114,7 +115,7 @@ class Units(tuple[UnitGroup, ...]):
         return "\n".join([*lines, "}"])
 
     def __str__(self) -> str:
-        """A table of the groups and of what is left out."""
+        """A table of the groups, and a list of what is left out."""
         columns = {
             "group": [group.name for group in self],
             "size": [str(group.size) for group in self],
@@ -126,7 +127,7 @@ class Units(tuple[UnitGroup, ...]):
             "outgoing": [_describe([consumer.kernel for consumer in group.outgoing]) for group in self],
             "exact": ["-" if group.exact else "but for its normalization" for group in self],
         }
-        # What no group has is not shown, bias apart.
+        # Columns that are empty for all groups are not shown, except for biases.
         columns = {
             name: cells
             for name, cells in columns.items()
@@ -158,10 +159,10 @@ def _quote(text: str) -> str:
 
 
 class NoUnits(ValueError):
-    """No unit of a network can be replaced, as in a linear one.
+    """Raised if no unit of a network can be replaced, as in a linear network.
 
     Attributes:
-      units: no groups, with the layers that were left out, and why.
+      units: an empty `Units`, whose `left_out` lists the layers with reasons.
     """
 
     def __init__(self, units: Units):
@@ -182,7 +183,7 @@ def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
 
     Raises:
       TypeError: something in units is not a `UnitGroup`.
-      ValueError: no groups, two groups of one name, or a slice that the params do not have.
+      ValueError: there are no groups, two groups have one name, or the params lack a slice.
     """
     units = units if isinstance(units, Units) else Units(units)
     if not units:

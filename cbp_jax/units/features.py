@@ -1,4 +1,4 @@
-"""Captures what the units computed, from any apply function."""
+"""Captures the activations of units, from any apply function."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -13,8 +13,7 @@ from cbp_jax import jaxprs
 from cbp_jax.units import groups, modules, tracing, walk
 from cbp_jax.units.values import Contraction
 
-# Activations of each group, [..., units] or [..., positions, units]; several arrays where its kernels read
-# several.
+# Activations of each group, [..., units] or [..., positions, units]; a tuple if its kernels read several arrays.
 Features = dict[str, chex.Array | tuple[chex.Array, ...]]
 
 
@@ -24,25 +23,24 @@ def with_features(
     """Makes a network return the activations of its units as well.
 
     The activation of a unit is what its outgoing weights see: after the nonlinearity, pooling and dropout.
-    Under `jit`, outputs and gradients are bit for bit those of `apply_fn`. (Outside of it, layers that are jitted on
-    their own are evaluated operation by operation here, which rounds differently; so do low-rank changes of kernels,
-    which are applied factor by factor, see `cbp_jax.lora.factored`.)
+    Under `jit`, outputs and gradients are bit for bit those of `apply_fn`. (Without `jit`, layers that are jitted
+    themselves are evaluated operation by operation here, which rounds differently. So do low-rank changes of kernels,
+    which are applied factor by factor; see `cbp_jax.lora.factored`.)
 
     Args:
-      apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`. Where `params` is an `nnx.Module`, as in the loss of
-        `nnx.grad`, the state that it changes (running statistics, random streams) is changed as usual.
-      units: groups of `discover_units`, or written by hand.
+      apply_fn: `apply_fn(params, *inputs, **kwargs) -> outputs`. If `params` is an `nnx.Module`, as in the loss of
+        `nnx.grad`, its other state (running statistics, random streams) is updated as usual.
+      units: groups of units, from `discover_units` or written by hand.
 
     Returns:
       a function of the same arguments that returns `(outputs, features)`. `features` maps the name of each group
-      to an array [..., units] (leading axes: batch and positions). Where each position of a unit has outgoing
-      weights of its own, as from a convolution to a dense layer, it is [batch, positions, units]. Where a kernel
-      is applied several times, the activations that it reads are stacked along a new leading axis, or joined along
-      the batch if their shapes differ. Keyword arguments are not traced.
+      to an array [..., units], with batch and positions as leading axes. If each position of a unit has its own
+      outgoing weights, as from a convolution to a dense layer, it is [batch, positions, units]. If a kernel is applied
+      several times, the activations that it reads are stacked along a new leading axis, or concatenated along the batch
+      if their shapes differ. Keyword arguments are not traced.
 
     Raises:
-      ValueError: when called, if a group's outgoing kernel is not applied by this function along the axes that the
-        group says.
+      ValueError: when called, if the function does not apply a group's outgoing kernel along the axes in the group.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,7 +57,7 @@ def with_features(
 
     @functools.wraps(apply_fn)
     def apply(params: Any, *inputs: Any, **kwargs: Any) -> tuple[Any, Features]:
-        function = functools.partial(apply_fn, **kwargs)
+        function: Callable[..., Any] = functools.partial(apply_fn, **kwargs)
         if modules.is_module(params):
             function, state, rest = modules.pure(function, params)
             (outputs, rest), features = run(function, state, rest, *inputs)
@@ -96,14 +94,15 @@ def with_features(
 
 
 def _of_passes(operands: chex.Array, use: Contraction) -> chex.Array:
-    """Of what the passes of scans read, [passes..., operand's shape], what a kernel read: of one pass, or of all."""
+    """Selects what a kernel read, in one pass or in all, from what the passes of scans read, [passes..., operand's
+    shape]."""
     return (
         operands[tuple(slice(None) if number is None else number for number in use.passes)] if use.passes else operands
     )
 
 
 def _per_unit(operand: chex.Array, use: Contraction, kernel: groups.ParamSlice) -> chex.Array:
-    """Brings the axes that a kernel contracts to the end, as [units] or [positions, units]."""
+    """Moves the axes that a kernel contracts to the end, as [units] or [positions, units]."""
     axes = tuple(axis + use.passes.count(None) for axis in use.operand_axes)
     if axes != tuple(range(operand.ndim - len(axes), operand.ndim)):
         operand = jnp.moveaxis(operand, axes, range(-len(axes), 0))

@@ -1,4 +1,4 @@
-"""What a unit is made of: the rows of parameters that write it and the rows that read it."""
+"""Groups of units: which rows of which parameters write and read each unit."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Sums over kernels of this many entries are folded; below it the extra loop costs more than it saves.
+# Sums over kernels of at least this many entries are folded. For smaller ones the extra loop costs more than it saves.
 _FOLD_FROM, _FOLDS = 2**17, 4
 # Flax's name for the collection of running statistics.
 STATISTICS = "batch_stats"
@@ -25,10 +25,10 @@ class ParamSlice:
     Attributes:
       path: where the array stands in the params: the keys joined by "/", as `"params/Dense_0/kernel"`.
       axes: the axes of the array that enumerate rows.
-      index: int array [positions, units], rows of each unit.
-      rows: how many rows the axes have in all; other groups or none may own the rest.
-      reset: the value that the rows of a replaced unit get, where they are neither drawn nor outgoing weights.
-      lookup: whether the array is a table whose entries are looked up by number, as of an embedding.
+      index: int array [positions, units], the rows of each unit.
+      rows: the total number of rows along the axes. Some may belong to other groups, or to no unit.
+      reset: the value for the rows of a replaced unit, if they are neither drawn nor outgoing weights.
+      lookup: whether the array is a table whose entries are looked up by index, as in an embedding.
     """
 
     path: str
@@ -88,7 +88,7 @@ class ParamSlice:
 
         Args:
           array: an array of the parameter's shape.
-          weights: of the sum, broadcastable to the array and alike for all rows of this slice; by default 1.
+          weights: factors in the sum, broadcastable to the array and equal for all rows of this slice; by default 1.
         """
         others = tuple(axis for axis in range(array.ndim) if axis not in self.axes)
         if weights is None:
@@ -97,12 +97,12 @@ class ParamSlice:
             array, weights = array * weights, jnp.ones((1,) * array.ndim, array.dtype)
         weights = jnp.broadcast_to(weights.squeeze(self.axes), [array.shape[axis] for axis in others])
         if array.ndim == 2 and array.size >= _FOLD_FROM and weights.size % _FOLDS == 0:
-            # Folded first, in one vectorised loop: the product below then reads a fraction of the array.
+            # First folded in one vectorized loop, so that the product below reads only a fraction of the array.
             (axis,) = others
             array = array * jnp.expand_dims(weights, self.axes)
             array = sum(jnp.split(array, _FOLDS, axis))
             weights = jnp.ones(weights.size // _FOLDS, array.dtype)
-        # As a product: XLA's CPU reductions are not vectorised along a minor axis.
+        # As a product: XLA's CPU reductions are not vectorized along a minor axis.
         per_row = jax.lax.dot_general(
             array, weights, ((others, range(len(others))), ((), ())), precision=jax.lax.Precision.HIGHEST
         )
@@ -145,10 +145,10 @@ class Consumer:
     Attributes:
       kernel: the rows of the kernel that read each unit.
       bias: path of the bias added to what the kernel computes, or None.
-      bias_axes: the kernel's axes that the axes of that bias stand for.
+      bias_axes: the kernel's axes that correspond to the axes of that bias.
       operand: which of the group's captured activations this kernel reads; consumers of one array share it.
-      absorbed: whether the mean over the batch is subtracted from what the kernel computes, as batch normalisation
-        does: it needs no compensation for what a unit gave on average.
+      absorbed: whether the mean over the batch is subtracted from what the kernel computes, as batch normalization
+        does. Then the mean contribution of a removed unit needs no compensation.
     """
 
     kernel: ParamSlice
@@ -160,9 +160,9 @@ class Consumer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnitGroup:
-    """Units that are made and read by the same arrays: neurons, channels, attention heads.
+    """Units that are written and read by the same arrays: neurons, channels, attention heads.
 
-    Groups come from `discover_units` or are written by hand:
+    Groups come from `discover_units`, or are written by hand:
 
     >>> import cbp_jax
     >>> group = UnitGroup(
@@ -181,13 +181,14 @@ class UnitGroup:
       incoming: kernels that write the units; resampled when a unit is replaced.
       biases: parameters added to the units; zeroed when a unit is replaced.
       outgoing: kernels that read the units; zeroed when a unit is replaced.
-      scales: parameters multiplied with the units, as those of normalisation; set to `reset` when a unit is replaced,
+      scales: parameters multiplied with the units, as those of normalization; set to `reset` when a unit is replaced,
         which is the value at which the multiplication changes nothing: 1, or 0 for a scale that is used as `1 + scale`.
-      statistics: running statistics of the units, which are no parameters; see `reset_batch_stats`.
+      statistics: running statistics of the units, which are not parameters; see `reset_batch_stats`.
       kind: "dense", "conv" or "embedding" for the layer that makes the units; "residual" for those that several layers
         write into by a sum; "head" for attention heads; "" if unknown.
-      exact: whether nothing but the outgoing kernels carries a unit on. False where the group's units are normalized
-        together (layer, group, RMS norm): a fresh unit then still acts on the others through their mean and variance.
+      exact: whether units act on the network only through their outgoing kernels. False if the group's units are
+        normalized together (layer, group, RMS norm): a new unit then acts on the others through their mean and
+        variance.
     """
 
     name: str
@@ -227,10 +228,10 @@ class UnitGroup:
 
 
 def join_path(key_path: tuple[Any, ...]) -> str:
-    """A jax key path as one string: its keys joined by "/".
+    """Converts a jax key path to a string: its keys joined by "/".
 
-    The value of an NNX variable has the variable's own path, since Flax's optimizer shows its transformation now
-    variables and now their values.
+    The value of an NNX variable has the path of the variable, since Flax's optimizer passes sometimes variables and
+    sometimes their values to its transformation.
 
     >>> from flax import nnx
     >>> tree = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
@@ -246,7 +247,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their joined path, in the tree's order.
 
     Raises:
-      ValueError: two leaves have one path, as those of `{"a/b": x, "a": {"b": y}}`.
+      ValueError: two leaves have the same path, as in `{"a/b": x, "a": {"b": y}}`.
     """
     leaves: dict[str, Any] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -1,7 +1,7 @@
-"""A network is evaluated, and groups are left out that are not what they are said to be.
+"""Evaluates a network to find groups that are wrong.
 
-Whatever rule of the walk may be wrong: where the outgoing weights of a unit are 0, its incoming ones must not change
-the network's output. What holds only but for a normalization is checked with the statistics held.
+This catches errors in any rule of the walk: while the outgoing weights of a unit are 0, its incoming weights must not
+change the network's output. Groups that act through a normalization are checked with its statistics held fixed.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.extend import core
 from cbp_jax import jaxprs
 from cbp_jax.units import groups, tracing
 
-# A network is checked without being asked for if it is no larger: equations, and numbers in its inputs and constants.
+# Networks up to this size are checked by default: equations, and numbers in inputs and constants.
 _CHEAP_EQUATIONS, _CHEAP_NUMBERS = 400, 2**20
 # Compiled once and run a few times.
 _QUICK = {"xla_backend_optimization_level": 0}
@@ -24,7 +24,7 @@ _DRAWS = 4
 
 
 def is_cheap(closed: core.ClosedJaxpr) -> bool:
-    """Whether the check of a network takes a moment only."""
+    """Whether checking a network takes only a moment."""
     numbers = sum(math.prod(getattr(value, "shape", ())) for value in (*closed.in_avals, *closed.consts))
     return numbers <= _CHEAP_NUMBERS and jaxprs.count_equations(closed.jaxpr) <= _CHEAP_EQUATIONS
 
@@ -36,17 +36,17 @@ def refuted(
     frozen: Collection[core.Var],
     checked: Sequence[bool],
 ) -> set[str]:
-    """The names of those groups whose units act on the output when their outgoing weights are 0.
+    """The names of groups whose units act on the output although their outgoing weights are 0.
 
     Args:
       trace: the network.
-      inputs: a leaf for each of its arguments; integers and keys are taken as they are, if they are arrays.
+      inputs: a leaf for each of its arguments. Integers and keys are used as they are, if they are arrays.
       found: its groups.
       frozen: the variables that hold the sums by which units are normalized together.
-      checked: of each output whether it must not change; running statistics may.
+      checked: for each output, whether it must stay the same; running statistics may change.
 
     Returns:
-      names; none if the outputs are not finite, so that nothing can be seen.
+      names; none if the outputs are not finite, since nothing can be concluded then.
     """
     if any(isinstance(const, jax.core.Tracer) for const in trace.jaxpr.consts):
         return set()
@@ -80,11 +80,11 @@ class _Check:
         exact = [group for group in found if group.exact]
         for draw in range(_DRAWS):
             leaves = self.draw()
-            if draw % 2 == 0:  # half of the units, and then the others: one acts past another in one of the two
+            if draw % 2 == 0:  # half of the units, then the other half: any effect of one unit on another shows once
                 orders = {group.name: self.rng.permutation(group.size) for group in found}
             half = slice(None, None, -1) if draw % 2 else slice(None)
             chosen = {name: order[half][: (order.size + 1) // 2] for name, order in orders.items()}
-            # All groups at once; one by one only if something moves.
+            # All groups at once, and one by one only if an output changes.
             held = bool(self.frozen)
             if not self.silent(leaves, found, chosen, held):
                 wrong |= {group.name for group in found if not self.silent(leaves, [group], chosen, held)}
@@ -95,7 +95,7 @@ class _Check:
     def silent(
         self, leaves: list[Any], found: Iterable[groups.UnitGroup], chosen: dict[str, np.ndarray], held: bool
     ) -> bool:
-        """Whether chosen units of groups, their outgoing weights being 0, do not act on the output."""
+        """Whether chosen units of groups, with outgoing weights 0, leave the output unchanged."""
         paths, states = self.trace.param_paths, self.trace.states
         invars = enumerate(self.trace.jaxpr.jaxpr.invars)
         number = {paths[var]: n for n, var in invars if var in paths and var not in states}

@@ -38,7 +38,7 @@ def pure(function: Callable[..., Any], module: Any) -> Pure:
 
 
 def update(module: Any, rest: Any) -> None:
-    """Takes over the state that a run of a module has left."""
+    """Writes the state after a run back into the module."""
     from flax import nnx
 
     if jax.tree.leaves(rest):

@@ -1,15 +1,15 @@
-"""Sums over units, and which of them normalize.
+"""Sums over units: recognizes those that are used for normalization.
 
-A sum over units mixes them: what it then meets depends on all. Such a sum is no harm to a group of units only as part
-of their own normalization, which is one of
+A sum over units mixes them: everything computed from it depends on all of them. Units can still be replaced one by one
+if the sum is only used for their own normalization, which is one of
 
 - `x - mean(x)`,
 - `x / root`, `x * (1 / root)`, where the root is of a mean or sum of `x**2` or of `(x - mean(x))**2`, to which small
   numbers are added or which they bound from below.
 
-Anything else that is done with the sum, a softmax for instance, is not. So each array carries its `Form`, by which it
-is known that two arrays are one, or one less its mean; and each sum over units is a `Statistic`, of which is known what
-has become of it.
+Any other use of the sum, such as a softmax, is not a normalization. Therefore each array has a `Form`, which tells
+whether two arrays hold the same values, or the same values with the mean subtracted; and each sum over units is a
+`Statistic`, which records what was computed from it.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ from collections.abc import Sequence
 import numpy as np
 from jax.extend import core
 
-# Elementwise primitives that change no value.
+# Elementwise primitives that do not change values.
 UNCHANGED = frozenset(
     "convert_element_type copy copy_p name optimization_barrier real reduce_precision stop_gradient".split()
 )
 _COMPARISONS = frozenset("eq ge gt le lt ne".split())
-_TOLERANCE = 1e-2  # of 1 / N, which may be a number of half precision
+_TOLERANCE = 1e-2  # relative, for 1 / N, which may be in half precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What the values of an array are, so far as is needed to tell that two arrays are one.
+    """What is known about the values of an array, to recognize arrays with the same values.
 
     Attributes:
       origin: the same object for arrays that hold the same values, perhaps in another order or shape.
-      power: the power of them that the array holds, 1 or 2.
+      power: which power of the values the array holds, 1 or 2.
       centered: whether their mean is subtracted from them first.
-      multiple_of: the form of which this is a multiple, element by element.
+      multiple_of: the form of an array that this array is a multiple of, element by element.
     """
 
     origin: object = dataclasses.field(default_factory=object)
@@ -44,7 +44,7 @@ class Form:
     multiple_of: "Form | None" = dataclasses.field(default=None, compare=False)
 
     def multiple(self) -> "Form":
-        """The form of this times something."""
+        """The form of this array times something."""
         return Form(multiple_of=self)
 
     def squared(self) -> "Form":
@@ -52,7 +52,7 @@ class Form:
         return dataclasses.replace(self, power=2, multiple_of=None) if self.power == 1 else Form()
 
     def normalized_by(self, other: "Form") -> bool:
-        """Whether an array of this form is one of the other, perhaps centered or a multiple."""
+        """Whether an array of this form has the other's values, possibly centered or multiplied."""
         form: Form | None = self
         while form is not None:
             if form.power == 1 and form.origin is other.origin:
@@ -62,7 +62,7 @@ class Form:
 
 
 class Kind(enum.Enum):
-    """What has become of a sum over units."""
+    """What was computed from a sum over units."""
 
     SUM = "a multiple of the sum"
     SQUARES = "a multiple of the sum of squares, or the variance"
@@ -75,14 +75,13 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistic:
-    """What was made of a sum over units.
+    """A value computed from a sum over units.
 
     Attributes:
       kind: what it is now.
-      form: of the array that was summed, to the first power.
-      scale: how many times the mean it is; of kinds SUM, SQUARES and SQUARED_MEAN.
-      sets: for each element of the array at hand, the number of the set of units that was summed; broadcastable to the
-        array's shape.
+      form: the form of the array that was summed, to the first power.
+      scale: the value divided by the mean; for kinds SUM, SQUARES and SQUARED_MEAN.
+      sets: for each element, the number of the set of units that was summed; broadcastable to the array's shape.
       members: the units of each set.
       sources: the variables that hold the sums.
     """
@@ -105,12 +104,12 @@ class Statistic:
         )
 
     def is_one(self) -> bool:
-        """Whether it is the mean itself, and not a multiple."""
+        """Whether it is the mean itself, not a multiple."""
         return abs(self.scale - 1.0) < _TOLERANCE
 
 
 def of_sum(eqn: core.JaxprEqn, ids: np.ndarray, form: Form) -> Statistic:
-    """The statistic that a `reduce_sum` over units makes of an array with these labels and form."""
+    """The statistic that `reduce_sum` over units computes from an array with these labels and form."""
     (operand,), axes = eqn.invars, tuple(eqn.params["axes"])
     kept = [axis for axis in range(ids.ndim) if axis not in axes]
     rows = ids.transpose(*kept, *axes).reshape(*(ids.shape[axis] for axis in kept), -1)
@@ -133,12 +132,12 @@ def combine(
     statistics: Sequence[Statistic | None],
     numbers: Sequence[float | None],
 ) -> Statistic | None:
-    """The statistic that an elementwise equation makes of statistics and values of no unit; None if there is none.
+    """The statistic that an elementwise equation computes from statistics and values of no unit; None if it is not one.
 
     Args:
       eqn: the equation.
-      statistics: of each operand, if it is one.
-      numbers: the value of each operand that is one number throughout.
+      statistics: the statistic of each operand, or None.
+      numbers: for each operand whose entries are all one number, this number.
     """
     known = [item for item in statistics if item is not None]
     if not known:
@@ -149,12 +148,12 @@ def combine(
 
 
 def rearrange(eqn: core.JaxprEqn, statistics: Sequence[Statistic], sets: np.ndarray | None) -> Statistic | None:
-    """The statistic that an equation makes which is not elementwise.
+    """The statistic that an equation computes that is not elementwise.
 
     Args:
       eqn: the equation.
       statistics: those among its operands.
-      sets: the numbers of the sets in what it makes; None if it does more than to rearrange a single statistic.
+      sets: the numbers of the sets in its output; None if it does more than rearrange a single statistic.
     """
     if not statistics:
         return None
@@ -165,14 +164,14 @@ def rearrange(eqn: core.JaxprEqn, statistics: Sequence[Statistic], sets: np.ndar
 
 
 def _mixed(statistics: Sequence[Statistic], ndim: int) -> Statistic:
-    """What no longer is a known function of one set of units an element."""
+    """A value that is no longer a known function of one set of units for each element."""
     members = tuple(units for item in statistics for units in item.members)
     sources = tuple(dict.fromkeys(var for item in statistics for var in item.sources))
     return Statistic(Kind.OTHER, Form(), 1.0, np.zeros((1,) * ndim, int), members, sources)
 
 
 def _combined(eqn, statistics, numbers) -> tuple[Kind, float]:
-    """The kind and the scale of what an equation makes."""
+    """The kind and the scale of an equation's output."""
     name, other = eqn.primitive.name, (Kind.OTHER, 1.0)
     places = [n for n, item in enumerate(statistics) if item is not None]
     item, place = statistics[places[0]], places[0]
@@ -242,13 +241,13 @@ def form_of(
     statistics: Sequence[Statistic | None],
     numbers: Sequence[float | None],
 ) -> Form:
-    """The form of what an elementwise equation makes of labeled arrays and others.
+    """The form of what an elementwise equation computes from labeled arrays and others.
 
     Args:
       eqn: the equation.
-      forms: of each operand, None if it has no labels.
-      statistics: of each operand, if it is one.
-      numbers: the value of each operand that is one number throughout.
+      forms: the form of each operand, None if it has no labels.
+      statistics: the statistic of each operand, or None.
+      numbers: for each operand whose entries are all one number, this number.
     """
     name, found = eqn.primitive.name, [form for form in forms if form is not None]
     form = found[0]

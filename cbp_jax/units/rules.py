@@ -10,16 +10,16 @@ from cbp_jax import jaxprs
 from cbp_jax.units.values import Derived, Labels, Vector, Weight
 
 REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
-# What only puts the same values in another order or shape.
+# Primitives that only change the order or the shape of values.
 REARRANGING = frozenset("transpose squeeze rev reshape broadcast_in_dim tile".split())
 _WINDOWS = jaxprs.POOLING | {"reduce_window"}
 _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
-# Elementwise primitives that leave a kernel of zeros a kernel of zeros, the other operand being a scalar.
+# Elementwise primitives with a scalar operand that map a kernel of zeros to zeros.
 _SCALING = frozenset("convert_element_type copy copy_p neg mul div reduce_precision optimization_barrier".split())
 
 
 def is_scalar_step(eqn: core.JaxprEqn, position: int) -> bool:
-    """Whether the other operands of an elementwise equation are written out as scalars."""
+    """Whether the other operands of an elementwise equation are scalar literals."""
     return all(
         isinstance(atom, core.Literal) and np.ndim(atom.val) == 0 for n, atom in enumerate(eqn.invars) if n != position
     )
@@ -33,9 +33,9 @@ def is_scaling(eqn: core.JaxprEqn, position: int) -> bool:
 
 
 def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """The leaf's axes behind the output of an equation on a view of it with these axes; None if it is no view.
+    """Given a view of a leaf with these axes, the leaf's axes of the equation's output; None if that is not a view.
 
-    An axis that is cut no longer stands for the leaf's.
+    An axis that is sliced no longer corresponds to the leaf's.
     """
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     if name == "transpose":
@@ -49,7 +49,7 @@ def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | Non
             if eqn.invars[0].aval.shape[source] == shape[place]:
                 made[place] = axes[source]
         return tuple(made)
-    if name == "tile":  # what is repeated does not stand for the leaf's axis
+    if name == "tile":  # a repeated axis does not correspond to the leaf's axis
         return tuple(axis if times == 1 else None for axis, times in zip(axes, eqn.params["reps"], strict=True))
     if name in ("slice", "dynamic_slice"):
         whole = (a == b for a, b in zip(eqn.invars[0].aval.shape, shape, strict=True))
@@ -63,7 +63,7 @@ def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | Non
 
 
 def lookup_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """The same for a gather: an axis that is taken whole stays, one that is indexed is lost."""
+    """The same for a gather: an axis that is taken as a whole stays, one that is indexed is lost."""
     numbers = eqn.params["dimension_numbers"]
     if numbers.operand_batching_dims:
         return None
@@ -148,7 +148,7 @@ def _dynamic_slice_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | N
 
 
 def _pad_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """What is padded along units is of none, as in a shortcut to more channels."""
+    """Elements padded along units belong to no unit, as in a shortcut to more channels."""
     config = [pad if size > 1 else (0, 0, 0) for pad, size in zip(eqn.params["padding_config"], ids.shape, strict=True)]
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
         return None
@@ -156,13 +156,14 @@ def _pad_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
 
 
 def _parallel_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """A sum or maximum over devices, or over the axes that `vmap` has made of them."""
+    """A sum or maximum over devices, or over the axes that `vmap` turned them into."""
     axes = tuple(axis for axis in eqn.params["axes"] if isinstance(axis, int))
     return None if any(ids.shape[axis] > 1 for axis in axes) else ids.squeeze(axes)
 
 
 def scatter_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """The labels of what updates with these labels are written into; None if a window does not hold all units."""
+    """The labels of an array into which updates with these labels are written; None if a window does not hold all
+    units."""
     numbers, (operand, _, updates) = eqn.params["dimension_numbers"], (atom.aval.shape for atom in eqn.invars)
     windows = [axis for axis in range(len(operand)) if axis not in numbers.inserted_window_dims]
     if numbers.operand_batching_dims:
@@ -190,12 +191,12 @@ def split_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
 
 
 def unstack_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
-    """The labels of the arrays that an array is taken apart into."""
+    """The labels of the arrays that an array is unstacked into."""
     axis = eqn.params["axis"]
     return [ids.take(number if ids.shape[axis] > 1 else 0, axis) for number in range(len(eqn.outvars))]
 
 
-# Where a rule has no answer, the labels are not followed. The first operand is labelled, the others are not.
+# If a rule returns None, the labels are not followed. The first operand is labeled, the others are not.
 LABEL_RULES: dict[str, Callable[[core.JaxprEqn, np.ndarray], np.ndarray | None]] = {
     "transpose": lambda eqn, ids: ids.transpose(eqn.params["permutation"]),
     "squeeze": lambda eqn, ids: ids.squeeze(tuple(eqn.params["dimensions"])),
@@ -215,7 +216,7 @@ LABEL_RULES: dict[str, Callable[[core.JaxprEqn, np.ndarray], np.ndarray | None]]
 
 
 def rearranged(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """The labels of what an equation makes of one operand, if it only rearranges or selects its elements."""
+    """The labels of the output of an equation that only rearranges or selects elements of one operand."""
     name = eqn.primitive.name
     if name in REDUCTIONS and any(eqn.invars[0].aval.shape[axis] > 1 for axis in eqn.params["axes"]):
         return None
@@ -225,12 +226,12 @@ def rearranged(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
 
 
 class KernelUse:
-    """How one equation applies a kernel; `reason` says why it is not understood, if it is not.
+    """How one equation applies a kernel. If that is not understood, `reason` says why.
 
     Attributes:
       kernel, operand: positions of the kernel and of the array among the equation's operands.
       operand_axes, kernel_axes: the axes that are batched or summed over, matching each other.
-      places: the output's axis for each free axis of the kernel.
+      places: for each free axis of the kernel, the output's axis.
       groups: the number of groups of a grouped convolution.
     """
 
@@ -266,7 +267,7 @@ class KernelUse:
         self.operand = 1 - self.kernel
         contracted, batch = eqn.params["dimension_numbers"]
         mine, other = self.kernel, self.operand
-        # What is batched is both read and made: each member of an ensemble by its own entries.
+        # Batched axes are both read and written: each member of an ensemble uses its own entries.
         free = [axis for axis in range(len(values[mine].axes)) if axis not in (*contracted[mine], *batch[mine])]
         first = eqn.invars[other].aval.ndim - len(contracted[other]) if mine == 1 else len(batch[mine])
         places = [*enumerate(batch[mine]), *enumerate(free, first)]
@@ -276,5 +277,5 @@ class KernelUse:
 
 
 def labelled(values: Sequence[Any]) -> list[Labels]:
-    """Those of the values that are labelled."""
+    """Those of the values that are labeled."""
     return [value for value in values if isinstance(value, Labels)]

@@ -1,4 +1,4 @@
-"""Running statistics of normalisation, which live outside of the parameters."""
+"""Running statistics of normalization, which are not part of the parameters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,25 +11,25 @@ from cbp_jax.units import groups
 
 
 def reset_batch_stats(batch_stats: Any, units: Iterable[groups.UnitGroup], replaced: Mapping[str, chex.Array]) -> Any:
-    """Takes the running statistics of replaced units back to their start: means to 0, variances to 1.
+    """Resets the running statistics of replaced units to their initial values: means to 0, variances to 1.
 
-    A replacement is an update of the parameters; running statistics are none, so that the training loop resets them
-    itself, after `optax.apply_updates`. Which leaves belong to which group was found by `discover_units`, if these were
-    among its arguments: as an example input that is a tree, `discover_units(lambda params, batch_stats, x: ...,
-    variables["params"], variables["batch_stats"], x)`, or in the tree of variables, under "batch_stats".
+    A replacement is an update of parameters. Running statistics are not parameters, so the training loop must reset
+    them itself, after `optax.apply_updates`. `discover_units` finds which leaves belong to which group, if the
+    statistics are among its arguments: as an example input that is a tree, `discover_units(lambda params, batch_stats,
+    x: ..., variables["params"], variables["batch_stats"], x)`, or in the tree of variables, under "batch_stats".
 
     Args:
-      batch_stats: tree of running statistics, with or without "batch_stats" at its top; other leaves stay.
+      batch_stats: tree of running statistics, with or without "batch_stats" at its top. Other leaves stay as they are.
       units: groups of `discover_units`.
-      replaced: by name of group a bool [units]; that of `ContinualBackpropState`. Of groups that are not there, as
-        where the transformation has only some of the units, none is replaced.
+      replaced: by name of group a bool [units], as in `ContinualBackpropState`. In groups that it does not name, no
+        unit is replaced.
 
     Returns:
       the tree with these entries reset.
 
     Raises:
-      ValueError: a group has running statistics that the tree does not hold, or no group has any; `replaced` has none
-        of the groups, or one of another shape.
+      ValueError: the tree lacks running statistics of a group, or no group has any; `replaced` names none of the
+        groups, or has a wrong shape.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cbp_jax

@@ -1,4 +1,4 @@
-"""A network as one flat jaxpr of which the parameters are known by path."""
+"""A network as one flat jaxpr, whose parameters are known by path."""
 
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from cbp_jax.units.values import LeftOutKind, Reason
 class Trace(NamedTuple):
     """A traced apply function."""
 
-    jaxpr: core.ClosedJaxpr  # flat: what is left of calls holds no contraction or cannot be inlined
+    jaxpr: core.ClosedJaxpr  # flat: remaining calls contain no contraction, or cannot be inlined
     param_paths: dict[core.Var, str]  # the jaxpr's inputs that are parameters or part of the network's state
-    states: frozenset[core.Var]  # those of them that are no parameters: running statistics, as far as is known
+    states: frozenset[core.Var]  # those that are not parameters: presumably running statistics
     out_tree: Any  # tree of the outputs' ShapeDtypeStructs
 
     def with_data(self, paths: Collection[str]) -> "Trace":
-        """The same network, of whose state the leaves at these paths are data."""
+        """The same network, with the leaves at these paths treated as data instead of state."""
         data = {var for var in self.states if self.param_paths[var] in paths}
         named = {var: path for var, path in self.param_paths.items() if var not in data}
         return self._replace(param_paths=named, states=self.states - data)
@@ -41,8 +41,8 @@ def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Tr
     paths = list(leaves)
     named = dict(zip(closed.jaxpr.invars, paths, strict=False))
     states = {var for var, path in named.items() if path.startswith(f"{groups.STATISTICS}/")}
-    # An input that is a tree of named arrays may be running statistics; plain arrays are data, and so is what cannot be
-    # a statistic: masks, numbers of tokens, keys.
+    # An input that is a tree of named arrays may be running statistics. Plain arrays are data, and so are arrays that
+    # cannot be statistics: masks, token ids, keys.
     others = [groups.join_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs)]
     for var, path in zip(closed.jaxpr.invars[len(paths) :], others, strict=True):
         name = path.partition("/")[2]
@@ -53,7 +53,8 @@ def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Tr
 
 
 def not_followed(primitive: str, what: str) -> Reason:
-    """Why something that happens in a primitive (`what`, as "it is used in") is not followed; of a loop, what to do."""
+    """The reason for not following something that happens in a primitive (`what`, as "it is used in"), with advice for
+    loops."""
     text = f"{what} `{primitive}`, which is not followed"
     if primitive in jaxprs.LOOPS:
         return Reason(LeftOutKind.LOOP, f"{text}: what a loop computes cannot be seen from outside; unroll it")

@@ -1,4 +1,4 @@
-"""What is known about an array while a network is walked: which units its elements belong to."""
+"""What is known about arrays during the walk: which units their elements belong to."""
 
 import dataclasses
 import enum
@@ -17,7 +17,7 @@ class LeftOutKind(enum.Enum):
     OUTPUT = "part of the network's output"
     LOOP = "inside of a loop, which cannot be seen into"
     NOT_FOLLOWED = "met by an operation that is not understood"
-    MIXED = "summed with other units in a way that is no normalisation"
+    MIXED = "summed with other units in a way that is no normalization"
     SHARED = "of weights that are used in more than one way, or shared with what are no units"
     NOT_READ = "read by no kernel"
     REFUTED = "seen to act on the output past its outgoing weights"
@@ -25,14 +25,14 @@ class LeftOutKind(enum.Enum):
 
 
 class Reason(NamedTuple):
-    """Why units are left out: the kind, and what is said of it."""
+    """Why units are left out: the kind, and an explanation in words."""
 
     kind: LeftOutKind
     text: str
 
 
 class Index(NamedTuple):
-    """An axis of a leaf that a scan indexes: the pass, and how many scans stand around this one."""
+    """An axis of a leaf that a scan indexes: the pass, and the nesting depth of the scan."""
 
     axis: int
     number: int
@@ -41,15 +41,15 @@ class Index(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A parameter, perhaps cast, scaled, transposed or broadcast.
+    """A parameter, possibly cast, scaled, transposed or broadcast.
 
     Attributes:
       path: the leaf.
-      axes: the leaf's axis behind each axis, None where there is none.
+      axes: for each axis, the leaf's axis, or None.
       plain: whether it is not scaled.
-      fixed: where it is one of several that are stacked, as layers are for a scan, the leaf's axes that are indexed.
-      state: whether it is no parameter but part of the network's state, as running statistics are.
-      steps: elementwise equations with scalars that were applied to it, each with the operand that it was.
+      fixed: for a slice of a stacked array, as for the layers of a scan, the leaf's axes that are indexed.
+      state: whether it is part of the network's state, such as running statistics, instead of a parameter.
+      steps: elementwise equations with scalars that were applied to it, each with its operand position.
     """
 
     path: str
@@ -60,7 +60,7 @@ class Weight:
     steps: tuple[tuple[core.JaxprEqn, int], ...] = ()
 
     def identity(self) -> float:
-        """The value of the leaf at which what was made of it is 1; where neither 1 nor 0 does that, 1."""
+        """The value of the leaf, 0 or 1, at which the value computed from it is 1; 1 if neither does that."""
         with jax.ensure_compile_time_eval():
             for value in (1.0, 0.0):
                 made = value
@@ -74,12 +74,12 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Parameters side by side, as the kernels of a cell's gates are.
+    """Concatenated parameters, such as the kernels of a cell's gates.
 
     Attributes:
       parts: the parameters.
-      sizes: how long each is along the axis.
-      axis: along which they are put together.
+      sizes: the length of each along the axis.
+      axis: the axis along which they are concatenated.
     """
 
     parts: tuple[Weight, ...]
@@ -87,7 +87,7 @@ class Joined:
     axis: int
 
     def split(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Cuts labels that broadcast to an array of this shape into those of each parameter."""
+        """Splits labels that broadcast to an array of this shape into those of each parameter."""
         cuts = np.cumsum(self.sizes)
         whole = np.broadcast_to(ids, (*ids.shape[: self.axis], cuts[-1], *ids.shape[self.axis + 1 :]))
         return np.split(whole, cuts[:-1], self.axis)
@@ -95,11 +95,11 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vector:
-    """An elementwise function of parameters, constants and a statistic that mixes units; it is of no unit.
+    """An elementwise function of parameters, constants and a statistic that mixes units; it belongs to no unit.
 
     Attributes:
       parts: the parameters, each with its axes.
-      statistic: what was made of a sum over units, if there is one in it.
+      statistic: the statistic in it, computed from a sum over units, if there is one.
     """
 
     parts: tuple[Weight, ...] = ()
@@ -118,12 +118,12 @@ class Labels:
     """Units of an array's elements.
 
     Attributes:
-      ids: numbers of units, broadcastable to the array's shape; -1 where an element is of no unit.
+      ids: numbers of units, broadcastable to the array's shape; -1 where an element belongs to no unit.
       reduced: whether it is a sum over batch or positions.
       running: the running statistics that it is the update of, or "".
-      joined: axes along which arrays were put side by side that do not differ along it, as a class token and patches: a
-        sum over them is a sum of these, not one over units.
-      form: by which it is known that two arrays hold the same values.
+      joined: axes along which arrays were concatenated whose units do not differ along the axis, such as a class token
+        and patches. A sum over such an axis is not a sum over units.
+      form: identifies arrays that hold the same values.
     """
 
     ids: np.ndarray
@@ -139,19 +139,20 @@ class Contraction:
 
     Attributes:
       path: the kernel.
-      in_axes: its axes that enumerate the rows which read units. (Those that are summed over; in a batched product, as
-        of an ensemble, the batch's too; in a grouped convolution the output axis too, since a channel is read by one
-        group's outputs only; and those that scans index.)
-      out_axes: its axes that make the output.
+      in_axes: the kernel's axes that enumerate the rows that read units. (Those that are summed over; in a batched
+        product, as in an ensemble, also the batch axes; in a grouped convolution also the output axis, since a channel
+        is read only by its own group's outputs; and those that scans index.)
+      out_axes: the kernel's axes that appear in the output.
       operand: the array it is applied to.
       operand_axes: the axes of that array that are summed over, or batched.
-      operand_rows: for each row of `in_axes`, the element of `operand_axes` that it reads, or -1; None if the same.
-      labels: the units that the rows read, [in_axes...]; None if there are none.
-      out_places: the output's axes that `out_axes` make.
+      operand_rows: for each row of `in_axes`, the element of `operand_axes` that it reads, or -1; None if they
+        correspond.
+      labels: the units that the rows read, [in_axes...], or None.
+      out_places: the output's axes that correspond to `out_axes`.
       plain: whether the kernel is applied as it is, not scaled.
       fixed: the kernel's axes that scans index.
-      passes: of each scan around, the pass of which it is; None if it is of all.
-      bias: path of a parameter that is added to the output as it is, and the kernel's axes that its axes stand for.
+      passes: for each enclosing scan, the pass in which it is applied; None for all passes.
+      bias: path of a parameter that is added to the output unscaled, and the kernel's axes that correspond to its axes.
       absorbed: whether the output's mean over batch and positions is subtracted from it.
     """
 
@@ -170,17 +171,17 @@ class Contraction:
     absorbed: bool = False
 
     def reads(self, index: np.ndarray) -> bool:
-        """Whether rows of its kernel, which may be one of several that are stacked, are among those that it applies."""
+        """Whether it applies these rows of its kernel, which may be a slice of a stacked array."""
         return self.operand_rows is None or bool((self.operand_rows[index] >= 0).all())
 
 
 class UnionFind:
-    """Numbers that can be made one; the least number of each set stands for it."""
+    """Numbers that can be merged into sets (union-find). The smallest number represents its set."""
 
     def __init__(self):
         self._parent = np.zeros(0, np.int64)
         self._count = 0
-        self.changes = 0  # how often there was something new
+        self.changes = 0  # how often something new was found
 
     def new(self, shape: tuple[int, ...]) -> np.ndarray:
         """New numbers."""
@@ -192,7 +193,7 @@ class UnionFind:
         return np.arange(start, self._count).reshape(shape)
 
     def roots(self, ids: np.ndarray) -> np.ndarray:
-        """The number that stands for each, -1 for -1."""
+        """The representative of each number; -1 for -1."""
         found = np.where(ids >= 0, self._parent[ids], -1) if self._count else ids
         while True:
             above = np.where(found >= 0, self._parent[found], -1) if self._count else found
@@ -201,7 +202,7 @@ class UnionFind:
             found = above
 
     def union(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Makes those one that stand in the same place, unless one is -1."""
+        """Merges numbers at the same position, unless one is -1."""
         a, b = np.broadcast_arrays(a, b)
         keep = (a != b) & (a >= 0) & (b >= 0)
         a, b = a[keep], b[keep]
@@ -210,7 +211,7 @@ class UnionFind:
             differ = a != b
             a, b = a[differ], b[differ]
             self.changes += a.size
-            # Of several numbers below one root the least stays its parent; the others are met in the next round.
+            # Of several numbers below one root the smallest stays its parent. The others are handled in the next round.
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def __len__(self) -> int:

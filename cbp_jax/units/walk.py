@@ -2,8 +2,8 @@
 
 The labels of an array are integers of a shape that broadcasts to the array's, so that reshapes, transposes,
 concatenations and sums of arrays are the same operations on their labels. A kernel that is contracted makes new labels
-along its free axes and, where it contracts labelled values, reads them. What the walk does not understand leaves the
-labels it met out, with the reason.
+along its free axes and, if it contracts labeled values, reads them. Labels that reach an operation that the walk does
+not understand are left out, with the reason.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ from cbp_jax.units.values import (
 )
 
 _SHARED = Reason(LeftOutKind.SHARED, "it shares weights with values that are not units")
-# A recurrent network settles after a few passes.
+# Labels of a recurrent network converge after a few passes.
 _PASSES = 64
-# What equations make of numbers, as in the count by which a sum is divided.
+# Constant folding, for numbers such as the count by which a sum is divided.
 _ARITHMETIC: dict[str, Callable[..., float]] = {
     **dict.fromkeys(moments.UNCHANGED | {"broadcast_in_dim", "reshape", "squeeze"}, float),
     "add": operator.add,
@@ -56,7 +56,7 @@ class Claim:
       path, axes: the leaf and its axes that enumerate rows.
       role: "bias" or "scale".
       ids: the units of each row, [axes..., uses].
-      weight: the parameter as it met them.
+      weight: the parameter as it was used.
     """
 
     path: str
@@ -67,7 +67,7 @@ class Claim:
 
 
 def walk(trace: tracing.Trace) -> "Walk":
-    """Walks through a network; what turns out not to be used as running statistics are is data."""
+    """Walks through a network. State that is not used like running statistics is treated as data."""
     while data := (found := Walk(trace)).data():
         trace = trace.with_data(data)
     return found
@@ -78,23 +78,25 @@ class Walk:
 
     def __init__(self, trace: tracing.Trace):
         self._contractions: dict[Any, Contraction] = {}
-        self.passes: list[int] = []  # of the scans that are being walked through
+        self.passes: list[int] = []  # of the enclosing scans
         self.labels = UnionFind()
-        # Kernel and axes -> labels; -1 where a kernel that is one of several has not been met.
+        # Kernel and axes -> labels; -1 for slices of a stacked kernel that were not applied yet.
         self.producers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # free axes
         self.readers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}  # axes of rows
-        self.read: set[Any] = set()  # what of `readers` has been met
+        self.read: set[Any] = set()  # entries of `readers` that were applied
         self.claims: list[Claim] = []
         self.uses: dict[str, set[Any]] = {}  # the ways in which a parameter is used
         self.kinds: dict[str, str] = {}  # "dense", "conv" or "embedding", by kernel
         self.made_by: dict[core.Var, Contraction] = {}  # outputs of contractions, for their biases
         self.lost: list[tuple[np.ndarray, Reason]] = []  # labels that are left out, and why
-        self.normalized: list[tuple[moments.Statistic, np.ndarray]] = []  # statistics, and the labels that they meet
+        self.normalized: list[
+            tuple[moments.Statistic, np.ndarray]
+        ] = []  # statistics, and the labels of what they normalize
         self.sums: list[np.ndarray] = []  # units that were added to others
         self.products: list[np.ndarray] = []  # units whose activations are contracted with each other
         self.used_otherwise: dict[str, str] = {}  # parameters used in ways not followed
-        self.misused: set[str] = set()  # state that is used as no statistic is
-        self.numbers: dict[core.Var, float] = {}  # arrays that are one number throughout
+        self.misused: set[str] = set()  # state that is not used like a statistic
+        self.numbers: dict[core.Var, float] = {}  # arrays whose entries are all one number
         self.trace, jaxpr = trace, trace.jaxpr.jaxpr
         self.paths = trace.param_paths
         self.shapes = {path: var.aval.shape for var, path in trace.param_paths.items()}
@@ -105,10 +107,10 @@ class Walk:
             else None
             for var in jaxpr.invars
         ]
-        self.checked: list[bool] = []  # of each output, whether it is more than new running statistics
+        self.checked: list[bool] = []  # for each output, whether it is anything but new running statistics
         outputs = self.run(trace.jaxpr, inputs, nested=False)
         for (key_path, _), value in zip(jax.tree_util.tree_leaves_with_path(trace.out_tree), outputs, strict=True):
-            # New running statistics leave by the name that old ones came in by.
+            # New running statistics have the same name among the outputs as the old ones among the inputs.
             if isinstance(value, Labels) and value.running and value.reduced:
                 name = f"/{groups.join_path(key_path)}"
                 if any(name.endswith(f"/{groups.statistics_name(path)}") for path in self.states):
@@ -119,14 +121,14 @@ class Walk:
 
     @property
     def contractions(self) -> list[Contraction]:
-        """All of them, in forward order; of those in a scan that all passes do alike, the last pass stands for all."""
+        """All contractions, in forward order. If all passes of a scan do the same, the last pass represents all."""
         return list(self._contractions.values())
 
     def data(self) -> set[str]:
         """Inputs provisionally treated as state that turn out to be data.
 
         A statistic is a number for each unit, which is only used to normalize and only updated from a sum over the
-        batch. What stands under "batch_stats" is taken for one.
+        batch. Arrays under "batch_stats" are assumed to be statistics.
         """
         inputs = {path for path in self.states if not path.startswith(f"{groups.STATISTICS}/")}
         found = inputs & (self.uses.keys() | self.used_otherwise.keys() | self.misused)
@@ -137,7 +139,7 @@ class Walk:
         return found
 
     def run(self, closed: core.ClosedJaxpr, inputs: list[Any], nested: bool) -> list[Any]:
-        """Labels the outputs of a jaxpr whose inputs are labelled."""
+        """Labels the outputs of a jaxpr whose inputs are labeled."""
         env: dict[core.Var, Any] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
             self.note_number(var, value)
@@ -148,7 +150,7 @@ class Walk:
         for eqn in jaxprs.live_equations(closed.jaxpr):
             values = [read(atom) for atom in eqn.invars]
             body = jaxprs.call_body(eqn)
-            for var in eqn.outvars:  # of a body that was met before, perhaps with other operands
+            for var in eqn.outvars:  # of a body that was walked before, possibly with other operands
                 self.note_number(var, None)
             if all(value is None for value in values):
                 numbers, made = [self.number(atom) for atom in eqn.invars], _ARITHMETIC.get(eqn.primitive.name)
@@ -169,9 +171,9 @@ class Walk:
         return [read(atom) for atom in closed.jaxpr.outvars]
 
     def scan(self, eqn: core.JaxprEqn, values: list[Any], nested: bool) -> list[Any]:
-        """Walks through a loop, pass by pass, until nothing new is met.
+        """Walks through a loop, pass by pass, until nothing new is found.
 
-        What is scanned over is cut: of kernels that are stacked each pass has its own.
+        Scanned arrays are sliced: each pass has its own slice of a stacked kernel.
         """
         scan, length = jaxprs.scan_of(eqn, values), eqn.params["length"]
         for var, atom in zip(scan.body.jaxpr.invars, eqn.invars, strict=True):
@@ -183,7 +185,7 @@ class Walk:
         carry, made, claims, uses = scan.carry, [], self.claims, self.uses
         for number in range(length)[:: -1 if eqn.params["reverse"] else 1]:
             changes = self.labels.changes
-            if not stacked:  # what the last pass does stands for all; the first begins with what may be no units
+            if not stacked:  # the last pass represents all; the first may begin with values that are not units
                 self.claims, self.uses = list(claims), {path: set(used) for path, used in uses.items()}
             self.passes.append(number)
             results = self.run(scan.body, [*scan.consts, *carry, *(self.cut(x, number) for x in scan.xs)], nested)
@@ -202,7 +204,7 @@ class Walk:
         return [*carry, *(self.stacked(list(ys)) for ys in zip(*made, strict=True))]
 
     def cut(self, value: Any, number: int) -> Any:
-        """What one pass of a scan gets of a value that it scans over."""
+        """The slice of a scanned value that one pass gets."""
         if isinstance(value, Labels):
             joined = frozenset(axis - 1 for axis in value.joined if axis)
             return Labels(value.ids[number if len(value.ids) > 1 else 0], value.reduced, value.running, joined)
@@ -213,14 +215,14 @@ class Walk:
         return value
 
     def alike(self, a: Any, b: Any) -> bool:
-        """Whether two values of a carry are of the same units."""
+        """Whether two values of a carry have the same units."""
         if isinstance(a, Labels) and isinstance(b, Labels):
             a_ids, b_ids = self.labels.roots(a.ids), self.labels.roots(b.ids)
             return a.reduced == b.reduced and a_ids.shape == b_ids.shape and np.array_equal(a_ids, b_ids)
         return a is b or a == b
 
     def stacked(self, values: list[Any]) -> Any:
-        """What a scan puts together of what its passes give."""
+        """The stacked output of a scan, from the outputs of its passes."""
         found = rules.labelled(values)
         if any(value is not None and not isinstance(value, Labels) for value in values):
             for value in values:
@@ -239,13 +241,13 @@ class Walk:
         return Labels(whole[0][None] if same else np.stack(whole), reduced, running)
 
     def number(self, atom: core.Var | core.Literal) -> float | None:
-        """The number that an array is throughout, if that is known."""
+        """The number that all entries of an array are, if known."""
         if isinstance(atom, core.Literal):
             return float(atom.val) if np.ndim(atom.val) == 0 and np.isrealobj(atom.val) else None
         return self.numbers.get(atom)
 
     def note_number(self, var: core.Var, value: Any) -> None:
-        """Notes of a variable that it is a number, or, since bodies of calls are met again, that it is none."""
+        """Records that a variable is a number, or, since bodies of calls are walked again, that it is not."""
         known = isinstance(value, int | float | np.ndarray | np.generic) and np.ndim(value) == 0
         if known and np.isrealobj(value):
             self.numbers[var] = float(value)
@@ -266,7 +268,7 @@ class Walk:
         return [self.unlabelled(eqn, values)]
 
     def labelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """The output of an equation with one output and a labelled operand."""
+        """The output of an equation with one output and a labeled operand."""
         name, first = eqn.primitive.name, values[0]
         if name in jaxprs.ELEMENTWISE:
             return self.elementwise(eqn, values)
@@ -292,7 +294,7 @@ class Walk:
         axes = eqn.params.get("axes", ())
         if name in ("reduce_max", "reduce_min") and any(
             size > 1 for axis, size in enumerate(first.ids.shape) if axis not in axes
-        ):  # as of maxout: those of which one is taken are one unit
+        ):  # as in maxout, where units that are reduced together are one unit
             return Labels(self.merge(first.ids, tuple(axes)))
         return self.not_followed(eqn, values)
 
@@ -305,7 +307,7 @@ class Walk:
         return Labels(ids if operand is None else self.join(ids, operand.ids))
 
     def as_units(self, value: Any) -> Any:
-        """A sum over some units at a time, as over the members of an ensemble, as units: those in it become one."""
+        """A sum over some units at a time, as over the members of an ensemble: they become one unit."""
         statistic = value.statistic if isinstance(value, Vector) and not value.parts else None
         if statistic is None or statistic.kind is moments.Kind.OTHER or len(statistic.members) < 2:
             return value
@@ -317,7 +319,7 @@ class Walk:
         return Labels(first[statistic.sets])
 
     def sum_joined(self, eqn: core.JaxprEqn, value: Labels) -> Labels:
-        """Makes those units one that a reduction brings together from arrays that were put side by side."""
+        """Merges units that a reduction combines from concatenated arrays."""
         axes = [axis for axis in eqn.params["axes"] if axis in value.joined]
         return dataclasses.replace(value, ids=self.merge(value.ids, tuple(axes), keep=True))
 
@@ -361,11 +363,11 @@ class Walk:
         return self.not_followed(eqn, values)
 
     def nothing(self, eqn: core.JaxprEqn) -> None:
-        """What is 0 throughout is of no unit, as the first state of a cell."""
+        """An array of zeros, such as the first state of a cell, belongs to no unit."""
         self.note_number(eqn.outvars[0], 0.0)
 
     def joined(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """What an equation makes of parameters side by side and data: a view of them, or a multiple, or a sum."""
+        """The output of an equation on concatenated parameters and data: a view of them, a multiple, or a sum."""
         known = [(position, value) for position, value in enumerate(values) if value is not None]
         (position, value), *others = known
         if others or not isinstance(value, Joined):
@@ -394,7 +396,7 @@ class Walk:
         return Vector(tuple(parts), statistic)
 
     def split(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
-        """Labels the parts of an array that is cut, or taken apart, along one axis."""
+        """Labels the parts of an array that is split, or unstacked, along one axis."""
         (value,) = values
         axis, count, cut = eqn.params["axis"], len(eqn.outvars), eqn.primitive.name == "split"
         if isinstance(value, Labels):
@@ -413,7 +415,7 @@ class Walk:
         return [self.not_followed(eqn, values)] * count
 
     def stack(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """Labels arrays that are put together along a new axis: each gets it, and then they are put side by side."""
+        """Labels arrays that are stacked along a new axis: each is expanded, then they are concatenated."""
         axis, grown, shapes = eqn.params["axis"], [], []
         for atom, value in zip(eqn.invars, values, strict=True):
             shapes.append((*atom.aval.shape[:axis], 1, *atom.aval.shape[axis:]))
@@ -426,13 +428,15 @@ class Walk:
         return self.concatenate(eqn, grown, axis, shapes)
 
     def not_followed(self, eqn: core.JaxprEqn, values: list[Any], text: str = "") -> Any:
-        """Leaves every labelled operand out and marks parameters as used in another way."""
+        """Leaves every labeled operand out and marks parameters as used in another way."""
         reason = tracing.not_followed(eqn.primitive.name, "its activations pass through")
         reason = Reason(LeftOutKind.NOT_FOLLOWED, text) if text else reason
         for value in values:
             self.lose(value, reason)
         paths = _paths(values)
-        derived = any(isinstance(value, Derived) for value in values)  # then nothing is said of a statistic beside it
+        derived = any(
+            isinstance(value, Derived) for value in values
+        )  # then a statistic among the operands says nothing
         for path in paths:
             if derived and path in self.states:
                 continue
@@ -449,11 +453,12 @@ class Walk:
                 self.lose_units(ids, reason._replace(text=text))
 
     def lose_units(self, ids: np.ndarray, reason: Reason) -> None:
-        """Leaves units out; numbers below 0 are none."""
+        """Leaves units out. Numbers below 0 are ignored."""
         self.lost.append((np.unique(ids[ids >= 0]), reason))
 
     def elementwise(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """Units that meet in one element become one unit; parameters that meet them are their biases and scales."""
+        """Units that are combined in one element become one unit; parameters combined with them are biases and
+        scales."""
         name, found = eqn.primitive.name, rules.labelled(values)
         form = found[0].form if len(found) == 1 else moments.Form()
         values = [
@@ -509,19 +514,19 @@ class Walk:
         return Labels(ids, reduced, running, joined, moments.form_of(eqn, forms, _statistics(values), numbers))
 
     def meeting(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """The units that meet others in one element."""
+        """The units that are combined with others in one element."""
         a, b = np.broadcast_arrays(self.labels.roots(a), self.labels.roots(b))
         differ = (a != b) & (a >= 0) & (b >= 0)
         return np.unique(np.concatenate([a[differ], b[differ]]))
 
     def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Makes units one that meet in one element, and gives the labels of all elements."""
+        """Merges units that are combined in one element, and returns the labels of all elements."""
         self.labels.union(a, b)
         a, b = np.broadcast_arrays(a, b)
         return np.where(a >= 0, a, b)
 
     def is_statistic(self, eqn: core.JaxprEqn, position: int, value: Weight | Vector) -> bool:
-        """Whether state that meets units in an equation is used as a mean or a variance is."""
+        """Whether an equation uses state the way a mean or a variance is used."""
         name = eqn.primitive.name
         if name == "sub":
             return position == 1 and isinstance(value, Weight) and value.plain and not value.steps
@@ -544,7 +549,7 @@ class Walk:
         role = {"add": "bias", "sub": "bias", "mul": "scale"}.get(name, "scale" if divides else "")
         if name == "select_n" and position > 0:  # a token in place of what is masked
             role = "bias"
-        # The axes along which units differ; a unit of its own may stand on an axis of length 1.
+        # The axes along which units differ. An axis of length 1 may hold a unit of its own.
         varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
         for part in vector.parts:
             lengths = [1 if axis is None else self.shapes[part.path][axis] for axis in part.axes]
@@ -566,7 +571,8 @@ class Walk:
         return True
 
     def sources(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
-        """Of a parameter that is repeated over the batch, as learned queries are, a kernel reads entries as units."""
+        """Treats entries of a parameter that is repeated over the batch, such as learned queries, as units if a kernel
+        reads them."""
         if not all(isinstance(value, Weight) for value in values):
             return values
         batched = [None in value.axes and not value.fixed for value in values]
@@ -586,7 +592,7 @@ class Walk:
         ]
 
     def gates(self, eqn: core.JaxprEqn, values: list[Any], position: int, kernels: Joined) -> Any:
-        """Kernels side by side are applied one by one, if it is their outputs that stand side by side."""
+        """Applies concatenated kernels one by one, if their outputs are concatenated."""
         made = []
         for part in kernels.parts:
             replaced = [part if n == position else value for n, value in enumerate(values)]
@@ -594,7 +600,7 @@ class Walk:
             if use.reason or kernels.axis not in use.places:
                 return self.not_followed(eqn, values, use.reason)
             made.append(self.contraction(eqn, replaced))
-        self.made_by.pop(eqn.outvars[0], None)  # its bias is not one kernel's
+        self.made_by.pop(eqn.outvars[0], None)  # its bias does not belong to one kernel
         if not all(isinstance(labels, Labels) for labels in made):
             return None
         return Labels(np.concatenate([labels.ids for labels in made], use.places[kernels.axis]))
@@ -602,7 +608,7 @@ class Walk:
     def among_stacked(
         self, weight: Weight, axes: tuple[int, ...], rows: np.ndarray
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Rows of a leaf that is one of several, [axes..., others...], among those of all; and the axes of these."""
+        """Rows of a slice of a stacked leaf, [axes..., others...], as rows of the whole leaf; and the axes of these."""
         if not weight.fixed:
             return rows, axes
         sizes = [self.shapes[weight.path][index.axis] for index in weight.fixed]
@@ -625,7 +631,7 @@ class Walk:
         made = self.made_by.get(source) if isinstance(source, core.Var) else None
         if made is None or made.bias is not None or not (made.plain and weight.plain) or eqn.primitive.name != "add":
             return
-        # Its axes are those that the kernel makes, in the kernel's order.
+        # Its axes are those of the kernel's outputs, in the kernel's order.
         kernel_axis = dict(zip(made.out_places, made.out_axes, strict=True))
         leaf_axis = {axis: kernel_axis.get(place) for place, axis in enumerate(weight.axes) if axis is not None}
         if len(made.fixed) == len(weight.fixed):
@@ -637,7 +643,7 @@ class Walk:
             self.made_by[eqn.outvars[0]] = made
 
     def merge(self, ids: np.ndarray, axes: tuple[int, ...], keep: bool = False) -> np.ndarray:
-        """Makes one unit of those that differ only along `axes`, which share weights, and drops these axes."""
+        """Merges units that differ only along `axes`, which share weights, and drops these axes."""
         for axis in axes:
             whole = ids
             ids = whole.max(axis, keepdims=True)
@@ -648,7 +654,7 @@ class Walk:
         return ids if keep else ids.squeeze(axes)
 
     def contraction(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """A kernel reads labelled units, if its operand has them, and makes new ones."""
+        """Applies a kernel: it reads labeled units, if its operand has them, and writes new ones."""
         if 0.0 in map(self.number, eqn.invars):
             return self.nothing(eqn)
         if rules.labelled(values) and all(value is None or isinstance(value, Labels) for value in values):
@@ -682,7 +688,7 @@ class Walk:
             inside, outside = shape[in_axes[0]], shape[out_axes[0]]
             group = np.arange(outside) // (outside // use.groups)
             rows = group * inside + np.arange(inside)[:, None]  # the channel that each [in, out] reads
-            if labels is not None and inside == 1:  # depthwise: a channel goes on as itself
+            if labels is not None and inside == 1:  # depthwise: a channel stays the same unit
                 coupled, labels = labels[rows[0]], None
             elif labels is not None:
                 labels, in_axes = labels[rows], (*in_axes, *out_axes)
@@ -725,14 +731,14 @@ class Walk:
         ndim: int,
         coupled: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The labels that the free axes of a kernel make on an array, at the given places.
+        """The labels along the free axes of a kernel, placed on the array's axes.
 
         Args:
           weight: the kernel.
           axes: its free axes.
-          places: the array's axes that these make.
+          places: the array's axes that correspond to these.
           ndim: the array's number of axes.
-          coupled: units that go on as themselves, or -1 for new ones; None for all new.
+          coupled: units that stay the same, or -1 for new ones; None if all are new.
         """
         labels = self.block(self.producers, weight, axes)
         if (labels < 0).any():
@@ -746,7 +752,7 @@ class Walk:
         return labels.transpose(np.argsort(places)).reshape(shape)
 
     def lookup(self, eqn: core.JaxprEqn, table: Weight) -> Any:
-        """Rows of a table that are taken by number: the rest of its axes make units."""
+        """Rows of a table that are looked up by index: its other axes enumerate units."""
         axes = rules.lookup_axes(eqn, table.axes)
         found = () if axes is None else tuple((axis, place) for place, axis in enumerate(axes) if axis is not None)
         if not found or len(found) == len(self.shapes[table.path]):
@@ -758,7 +764,7 @@ class Walk:
         return Labels(self.produce(table, own, places, eqn.outvars[0].aval.ndim))
 
     def product(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """Activations times activations: those that are summed over, and all that meet, become one unit."""
+        """Activations times activations: units that are summed over, and units that are combined, become one unit."""
         if eqn.primitive.name != "dot_general":
             return self.not_followed(eqn, values, "it is convolved with something that is not a parameter")
         contracted, batch = eqn.params["dimension_numbers"]
@@ -780,7 +786,7 @@ class Walk:
         if len(sides) == 2:
             counts = [np.unique(self.labels.roots(side[side >= 0])).size for side in sides]
             crossed = not any(m > 1 and n > 1 for m, n in zip(sides[0].shape, sides[1].shape, strict=True))
-            if crossed and counts[0] != counts[1]:  # all would be one, as where there is one head of keys or values
+            if crossed and counts[0] != counts[1]:  # all would become one unit, as with a single head of keys or values
                 text = "it weighs other activations, as queries and keys of a single head do, and no kernel reads it"
                 self.lose_units(sides[counts.index(min(counts))], Reason(LeftOutKind.NOT_READ, text))
                 return Labels(sides[counts.index(max(counts))])
@@ -790,7 +796,7 @@ class Walk:
         return Labels(ids)
 
     def concatenate(self, eqn: core.JaxprEqn, values: list[Any], axis: int, shapes: list[tuple[int, ...]]) -> Any:
-        """Labels side by side; a parameter beside units, as a class token beside patches, is a bias of its own."""
+        """Concatenates labels. A parameter beside units, such as a class token beside patches, is a bias of its own."""
         parts, single = [], []
         for shape, value in zip(shapes, values, strict=True):
             if shape[axis] == 0:
@@ -813,7 +819,7 @@ class Walk:
                 return self.not_followed(eqn, values)
             single.append(ids.shape[axis] == 1 or (isinstance(value, Labels) and axis in value.joined))
             parts.append(np.broadcast_to(ids, (*ids.shape[:axis], shape[axis], *ids.shape[axis + 1 :])))
-        if not parts:  # of no elements
+        if not parts:  # an empty array
             return None
         several = any(size > 1 for part in parts for place, size in enumerate(part.shape) if place != axis)
         joined = {axis} if several and all(single) else set()
@@ -831,7 +837,7 @@ def _alike(parts: list[np.ndarray], axis: int) -> bool:
 
 
 def _as_vector(value: Weight | Vector, ndim: int) -> Vector:
-    """A parameter as the vector that it is on an array of `ndim` axes; a scalar has none."""
+    """A parameter as a vector on an array of `ndim` axes; None for a scalar."""
     if isinstance(value, Weight):
         value = Vector((value,))
     fitting = (

@@ -170,7 +170,7 @@ def refused(capsys, *words):
 
 def test_mistakes_are_told_before_anything_is_run(published, tmp_path, capsys):
     out = ("--out", str(tmp_path / "out"))
-    assert "--method must name what is run" in refused(capsys, *out)
+    assert "--method must name the methods to run" in refused(capsys, *out)
     assert "suite must be one of ['small', 'full', 'smoke'], got 'x'" in refused(
         capsys, *out, "--suite", "x", "--report"
     )

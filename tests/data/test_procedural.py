@@ -17,7 +17,7 @@ def test_every_class_has_its_images(images):
     assert images.images.shape == (CLASSES * IMAGES, 12, 12, 2) and images.name == "procedural"
     np.testing.assert_array_equal(images.labels, np.repeat(np.arange(CLASSES), IMAGES))
     assert len(np.unique(images.images.reshape(len(images), -1), axis=0)) == len(images)
-    # Grey on average, neither flat nor saturated.
+    # Gray on average, neither flat nor saturated.
     assert abs(images.images.mean() - 128) < 5 and 15 < images.images.std() < 60
     assert np.isin(images.images, (0, 255)).mean() < 0.02
 

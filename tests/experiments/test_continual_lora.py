@@ -328,3 +328,4 @@ def test_bad_settings(changes, message, tmp_path):
 def test_presets():
     for name in ("smoke", "laptop", "paper"):
         assert check(preset(name))
+    assert preset("smoke").encoder == "none"  # also where a pre-trained one is installed

@@ -128,9 +128,17 @@ def test_table_and_pictures(keywords, tmp_path):
     assert table.startswith("dominant_tickets, encoder none: means over seeds")
     lines = table.splitlines()
     accuracy = 100 * results.accuracy.loc[{"method": "l1=0", "task": 0}].values
-    (row,) = [line for line in lines if line.startswith("l1=0 ") and "animals" in line and "," not in line]
+    row, _ = [line for line in lines if line.startswith("l1=0 ") and "animals" in line and "," not in line]
     assert text_reports.interval(accuracy) in row
     assert sum("animals, letters" in line for line in lines) == 2
+    start = next(number for number, line in enumerate(lines) if "trained alone" in line)
+    rows = {tuple(line.split()[:3]): line for line in lines[start + 2 : start + 6]}
+    assert len(rows) == 4  # of two strengths and two tasks, all weights
+    for name in ("ticket_accuracy", "retrained_accuracy"):
+        found = results[name].loc[{"method": "l1=0.5", "task": 1}].sel(density=1.0)
+        assert text_reports.interval(100 * found.values) in rows["l1=0.5", "letters", "100"]
+    without = results.assign(retrained_accuracy=np.nan * results.retrained_accuracy)
+    assert "trained alone" in table and "alone" not in dominant_tickets.summary(without)
     paths = dominant_tickets.plot(results, tmp_path, ("png", "pdf"))
     assert [path.name for path in paths] == [
         f"dominant_tickets{part}.{kind}" for part in ("", "_overlap") for kind in ("png", "pdf")
@@ -204,4 +212,5 @@ def test_bad_settings(changes, message, tmp_path):
 def test_presets():
     for name in ("smoke", "laptop", "paper"):
         assert check(preset(name))[0] == "probe"
+    assert preset("smoke").encoder == "none"  # also where a pre-trained one is installed
     assert preset("paper").encoder == "roberta-large" and len(preset("paper").tasks) == 7

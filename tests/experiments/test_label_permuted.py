@@ -15,7 +15,7 @@ TINY = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """An array file of images in colour, and one of features."""
+    """An array file of images in color, and one of features."""
     rng = np.random.default_rng(0)
     folder, labels = tmp_path_factory.mktemp("arrays"), np.arange(30) % 3
     images = rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)

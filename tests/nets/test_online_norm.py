@@ -109,7 +109,7 @@ def test_low_precision_keeps_its_statistics_in_float32():
 
 @pytest.fixture(scope="module")
 def training():
-    """Trains an MLP with online normalisation on 20 examples of a seed, as a loop that knows of variables alone."""
+    """Trains an MLP with online normalization on 20 examples of a seed, as a loop that knows of variables alone."""
     net = MLP((5, 4), 2, normalization="online")
     tx = keep_online_stats(optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.01, momentum=0.9)))
     xs = np.random.default_rng(0).normal(1, 2, (20, 1, 6)).astype(np.float32)

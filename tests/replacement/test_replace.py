@@ -129,3 +129,11 @@ def test_a_utility_is_a_function_alone():
     )
     _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, features=FEATURES)
     assert state.replaced["w1"].tolist() == [False, False, True] + [False] * 5
+
+
+def test_a_mean_activation_needs_a_bias_that_takes_it():
+    def choose(view, memory):
+        return cbp_jax.Choice(jnp.array([0]), mean_activation=(jnp.zeros((1, view.group.size)),))
+
+    with pytest.raises(ValueError, match="'w2', which reads group 'w1', has no bias"):
+        update(cbp_jax.Policy(choose), features=FEATURES)

@@ -17,8 +17,10 @@ from cbp_jax.report import (
     save_results,
     stream_measures,
 )
+from cbp_jax.report.drawing import legend_columns
 from cbp_jax.report.looks import Look, to_json
-from cbp_jax.report.plots import _binned, _default_bin, _legend_columns
+from cbp_jax.report.plots import _default_bin
+from cbp_jax.report.statistics import binned
 
 SEVEN = ["bp", "adam", "l2", "l1", "shrink_and_perturb", "dropout", "cbp"]
 
@@ -123,12 +125,12 @@ def test_learners_of_one_title_are_told_apart_by_their_names():
 
 def test_bins_average_tasks_within_a_seed_and_then_seeds():
     values = np.array([[1.0, 3.0, 5.0, 7.0, 9.0], [3.0, 5.0, 7.0, np.nan, np.nan]])
-    task, mean, low, high = _binned(values, 2)
+    task, mean, low, high = binned(values, 2)
     np.testing.assert_allclose(mean, [3.0, 6.5, 9.0])
     np.testing.assert_allclose(high - mean, [1.0, 0.5, np.nan])
     np.testing.assert_allclose(mean - low, [1.0, 0.5, np.nan])
     np.testing.assert_allclose(task, [1.5, 10 / 3, 5.0])
-    task, mean, *_ = _binned(np.full((2, 4), np.nan), 3)
+    task, mean, *_ = binned(np.full((2, 4), np.nan), 3)
     assert task.size == mean.size == 0
     assert [_default_bin(tasks) for tasks in (1, 100, 150, 800, 5000)] == [1, 1, 2, 20, 100]
 
@@ -324,9 +326,9 @@ def test_pyplot_and_the_users_settings_are_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_long_legend_takes_fewer_columns():
-    assert _legend_columns(["Backprop"] * 8, 7.2) == 4
-    assert _legend_columns(["Continual backprop (replacement rate 1e-5)"] * 8, 7.2) == 2
-    assert _legend_columns(["x" * 300] * 8, 7.2) == 1
+    assert legend_columns(["Backprop"] * 8, 7.2) == 4
+    assert legend_columns(["Continual backprop (replacement rate 1e-5)"] * 8, 7.2) == 2
+    assert legend_columns(["x" * 300] * 8, 7.2) == 1
 
 
 def test_bad_bins_and_missing_matplotlib(monkeypatch):

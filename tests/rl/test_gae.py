@@ -1,4 +1,4 @@
-"""Generalised advantage estimation against a loop in NumPy."""
+"""Generalized advantage estimation against a loop in NumPy."""
 
 import hypothesis
 import hypothesis.strategies as st

@@ -1,4 +1,4 @@
-"""Behaviours that every transformation of the library shares. A new algorithm is a new row of the table.
+"""Behaviors that every transformation of the library shares. A new algorithm is a new row of the table.
 
 All runs take the same sequence of random gradients and activations, so that no network is needed, and start from
 parameters with one leaf, `tag`, that no unit owns.

@@ -1,4 +1,4 @@
-"""Units keep their identity through normalisation; its scales, offsets and running statistics are theirs."""
+"""Units keep their identity through normalization; its scales, offsets and running statistics are theirs."""
 
 import functools
 

@@ -425,7 +425,7 @@ CONSTRUCTS = {
     "used transposed": lambda h, p: jnp.tanh(jnp.tanh(h @ p["square"]) @ p["square"].T),
     # Statistics mix units, and are the only path that is left: they are frozen.
     "layer norm": lambda h, p: (h - jax.lax.stop_gradient(h.mean(-1, keepdims=True))) * p["vector"],
-    "normalised by others": lambda h, p: jnp.tile(h[:, :3] / h[:, 3:].std(-1, keepdims=True), 2),
+    "normalized by others": lambda h, p: jnp.tile(h[:, :3] / h[:, 3:].std(-1, keepdims=True), 2),
     "batch norm": lambda h, p: (h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-3),
     "kernel of the kernel": lambda h, p: h @ (p["square"] * p["vector"]),
     "weight of activations": lambda h, p: h @ jnp.tanh(h.T @ h),
@@ -491,4 +491,4 @@ def test_a_group_is_never_silently_wrong(name):
             for path, mask in drawn.items():
                 now, then = (np.asarray(tree[path.split("/")[0]]["w"]) for tree in (after, before))
                 assert mask.any() and np.all(now[mask] == 0), "the output still depends on the new unit"
-                assert not np.any((now == 0) & (then != 0) & ~mask), "the reset has silenced a neighbour"
+                assert not np.any((now == 0) & (then != 0) & ~mask), "the reset has silenced a neighbor"

@@ -1,9 +1,9 @@
-"""The learners that experiments compare: each makes an optax transformation, or chooses the network.
+"""The learners that experiments compare: each creates an optax transformation, or changes the network.
 
-A *learner* is a frozen dataclass, a file for each family of them; `LEARNERS` has them by name. Its fields are its
-settings: numbers that are traced, so that methods that differ in these alone are lanes of one program, and others. A
-*method* is a learner with its settings, an instance; `parse_method` reads one of its text, and `read_methods` what is
-to be compared. A function that makes a transformation is a method too; see `custom`.
+A *learner* is a frozen dataclass; each family has a file, and `LEARNERS` has all by name. Its fields are its settings.
+Numbers are traced, so that methods that differ only in these are lanes of one program. A *method* is an instance: a
+learner with its settings. `parse_method` reads a method from text, and `read_methods` all methods of a comparison. A
+function that creates a transformation is a method too; see `custom`.
 """
 
 from cbp_jax.experiments.learners.consolidation import EWC, MAS, RWalk, SynapticIntelligence

@@ -1,4 +1,4 @@
-"""SGD that holds weights by their importance, in online forms."""
+"""SGD with online consolidation of important weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from cbp_jax.units import Units
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Consolidation(SGD):
-    """Around one of the consolidations."""
+    """Base class of learners with consolidation."""
 
     transform: ClassVar[Callable[..., optax.GradientTransformation]]
 

@@ -22,10 +22,10 @@ from cbp_jax.units import Units
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Replacing(Method):
-    """Around what replaces units.
+    """Base class of learners that replace units.
 
     Attributes:
-      kernel_init: what replaced units start from; where it is None, what those of the network did.
+      kernel_init: initializer of replaced units; None for that of the network.
     """
 
     needs_units = True
@@ -33,22 +33,22 @@ class Replacing(Method):
     kernel_init: nn.initializers.Initializer | None = of_python()  # noqa: RUF009
 
     def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """The optimizer within."""
+        """The inner optimizer."""
         raise NotImplementedError
 
     def transformation(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """See `Method`; statistics change within, because those of a replaced unit start anew."""
+        """See `Method`. Statistics are updated inside, so that those of a replaced unit are reset."""
         return self.build(units, key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continual(Replacing):
-    """Around continual backpropagation.
+    """Base class of learners with continual backpropagation.
 
     Attributes:
-      utility: by which units are ranked; one of second order takes the diagonal of the Hessian.
+      utility: the utility that ranks units. Those of second order need the diagonal of the Hessian.
       reinitialization: what replaced units start from.
-      max_replacements: of one step and group; by default so many as the rate can need.
+      max_replacements: the most replacements in one step and group; by default as many as the rate can require.
     """
 
     space: ClassVar[Space] = {"replacement_rate": LogUniform(1e-6, 1e-2)}
@@ -70,7 +70,7 @@ class Continual(Replacing):
         """See `Method`."""
         method = super().on(network, units, methods)
         if method.max_replacements is None:
-            # The rate is traced; its largest value bounds how many units one step can replace.
+            # The rate is traced. Its largest value limits how many units one step can replace.
             largest = max(other.hyperparameters["replacement_rate"] for other in methods)
             most = int(largest * max(group.size for group in units) + 1e-5) + 1
             method = dataclasses.replace(method, max_replacements=most)

@@ -1,4 +1,4 @@
-"""A user's own transformation as a method: a function, by its path or as it is."""
+"""A user's own transformation as a method: a function, given by its path or directly."""
 
 import dataclasses
 import functools
@@ -22,23 +22,23 @@ from cbp_jax.experiments.learners.search import Space, check_space
 from cbp_jax.report.looks import Look, readable
 from cbp_jax.units import Units
 
-# What a factory may ask for besides settings.
+# Arguments that a factory may have besides settings.
 GIVEN_BY_THE_RUN = ("units", "key")
 
 
 class NoTransformation(ValueError):
-    """What a function returned is no optax transformation."""
+    """Raised if a function does not return an optax transformation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Custom(Method):
-    """A method whose optimizer a function makes; `custom` makes it.
+    """A method whose optimizer is created by a function; see `custom`.
 
     Attributes:
-      path: what it is called in results: "module:function".
-      factory: the function; what it is called with, and what it returns, is said in `custom`.
-      settings: all its keyword arguments but `units` and `key`, as pairs.
-      traced: names of those that are traced.
+      path: its name in results: "module:function".
+      factory: the function; `custom` describes its arguments and its result.
+      settings: all its keyword arguments except `units` and `key`, as pairs.
+      traced: names of the settings that are traced.
       second_order: whether its update needs `hessian_diag`.
     """
 
@@ -110,17 +110,17 @@ class Custom(Method):
 
 
 def read_path(text: str) -> Method | None:
-    """Reads a method of the form `module:function(name=value, ...)`.
+    """Parses a method of the form `module:function(name=value, ...)`.
 
-    The module is imported; modules of the current directory are found. Values are numbers, text (quoted or a bare
+    The module is imported; modules in the current directory are found. Values are numbers, text (quoted or a bare
     word), true, false, None, and tuples of these.
 
     Args:
-      text: such as `"my_package.my_module:my_factory(learning_rate=0.01)"`; without settings the parentheses may be
-        left out. In place of a function, a subclass of `Method` may stand.
+      text: such as `"my_package.my_module:my_factory(learning_rate=0.01)"`. The parentheses are optional. Instead of a
+        function, it may name a subclass of `Method`.
 
     Returns:
-      the method; None where the text has not this form.
+      the method; None if the text does not have this form.
 
     Raises:
       ValueError: there is no such module or function, or a setting is unknown or not allowed.
@@ -148,28 +148,28 @@ def custom(
 ) -> Method:
     """A method whose optimizer a function makes.
 
-    The function is called with settings by keyword, and, where its signature names them, with `units`, those of the
-    network (see `discover_units`), and `key`, a key of its own for each seed. It returns an
-    `optax.GradientTransformation`, whose `init` and `update` see all weights of the network. Where `update` takes extra
+    The function is called with settings as keyword arguments, and, if its signature has them, with `units`, those of
+    the network (see `discover_units`), and `key`, a different key for each seed. It returns an
+    `optax.GradientTransformation`, whose `init` and `update` get all weights of the network. If `update` accepts extra
     arguments, it gets `features`, the activations of the units by group, and, if it fails without, `hessian_diag`, the
-    diagonal of the Hessian, of the weights' structure (on streams of tasks, whose networks are feed-forward).
+    diagonal of the Hessian, with the weights' structure (on streams of tasks, whose networks are feed-forward).
 
-    Settings are the function's arguments that have a default, or are given here. Floating-point numbers (0.1, 1.0, and
-    what is given where the default is one) are traced: methods that differ in these alone run as lanes of one program.
-    If the function needs one of them as a Python number, as in `if momentum > 0:`, each of its values is compiled by
-    itself, and a warning says so. Integers, text and so on are always as they are given. `activation`, `normalization`,
-    `dropout_rate` and `hidden` are the network's settings, as with any method, unless the function has arguments of
-    these names. What an experiment's schedule multiplies is a setting that is called `learning_rate` or `step_size`.
-    An attribute `space` of the function says where a comparison with an equal budget searches its settings: by name a
-    `LogUniform`, or a tuple of values.
+    Settings are the function's arguments that have a default or are given here. Floating-point numbers (0.1, 1.0, and
+    values of arguments whose default is one) are traced: methods that differ only in these run as lanes of one program.
+    If the function needs one of them as a Python number, as in `if momentum > 0:`, each value is compiled separately,
+    with a warning. Integers, text and so on are never traced. `activation`, `normalization`, `dropout_rate` and
+    `hidden` are settings of the network, as with any method, unless the function has arguments of these names. An
+    experiment's schedule multiplies the setting called `learning_rate` or `step_size`. An attribute `space` of the
+    function defines the search space for comparisons with an equal tuning budget: by name a `LogUniform`, or a tuple of
+    values.
 
     Args:
-      factory: the function; a `functools.partial` is its function with settings.
-      settings: that are given, by name.
-      path: what it is called in results; by default its module and name.
+      factory: the function, or a `functools.partial` with settings.
+      settings: settings by name.
+      path: its name in results; by default its module and name.
 
     Raises:
-      ValueError: it cannot be called with these settings, or returns no transformation.
+      ValueError: it cannot be called with these settings, or does not return a transformation.
 
     Example:
       >>> def signed(learning_rate, momentum=0.9):
@@ -217,14 +217,14 @@ def custom(
 
 
 def _bound(partial: functools.partial) -> dict[str, Any]:
-    """The settings that a partial holds, by name."""
+    """The settings in a partial, by name."""
     if not partial.args:
         return dict(partial.keywords)
     return dict(inspect.signature(partial.func).bind_partial(*partial.args, **partial.keywords).arguments)
 
 
 def _written(value: Any) -> str:
-    """A setting as text, which is the same in every process."""
+    """A setting as text that is the same in every process."""
     return by_path.path_of(value) if callable(value) else repr(value)
 
 
@@ -256,10 +256,10 @@ def _hashable(value: Any) -> bool:
 
 
 def _tried(method: Custom) -> Custom:
-    """The method, with what a small network tells of its transformation; nothing is computed.
+    """Probes the method's transformation by tracing it on a small network. Nothing is computed.
 
     Raises:
-      ValueError: the factory fails, or makes no transformation.
+      ValueError: the factory fails, or does not return a transformation.
     """
     _, units = _small_network()
     made = _error_of(lambda: method.build(units, jax.random.key(0)) and None)
@@ -271,7 +271,7 @@ def _tried(method: Custom) -> Custom:
     if error is not None:
         method = dataclasses.replace(method, second_order=True)
         if _update_error(method, {}) is not None:
-            # It may be made for the experiment's network alone, so that there is nothing to try it on.
+            # It may work only with the experiment's network, so it cannot be probed.
             warnings.warn(
                 f"{method.path} fails on a small network ({_first_line(error)}): methods that differ in its numbers "
                 "are compiled one by one",
@@ -299,7 +299,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _error_of(function: Callable[..., Any], *args: Any) -> Exception | None:
-    """What goes wrong when the function is traced."""
+    """The error when the function is traced, or None."""
     try:
         jax.eval_shape(function, *args)
     except Exception as error:
@@ -308,13 +308,13 @@ def _error_of(function: Callable[..., Any], *args: Any) -> Exception | None:
 
 
 def _update_error(method: Custom, traced: Mapping[str, float]) -> Exception | None:
-    """What goes wrong when an update of the method's transformation is traced, and these numbers with it."""
+    """The error when an update of the method's transformation is traced with these numbers traced, or None."""
     params, units = _small_network()
     features = {group.name: jax.ShapeDtypeStruct((1, group.size), jnp.float32) for group in units}
     extra = {"hessian_diag": params} if method.curvature else {}
 
     def step(traced, params, features, extra):
-        # The key is made in here, where it starts no device.
+        # The key is created in here, so that no device is initialized.
         tx = optax.with_extra_args_support(method.with_numbers(traced).build(units, jax.random.key(0)))
         return tx.update(params, tx.init(params), params, features=features, **extra)
 

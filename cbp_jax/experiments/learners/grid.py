@@ -1,4 +1,4 @@
-"""From methods and a grid of settings to one method for each combination."""
+"""Expands methods and a grid of settings to one method for each combination."""
 
 import inspect
 import itertools
@@ -13,7 +13,7 @@ from cbp_jax.experiments.learners.text import parse_method
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Reads the settings of a grid.
+    """Parses the settings of a grid.
 
     Args:
       texts: such as `["replacement_rate=1e-4,1e-5", "step_size=0.01,0.003"]`.
@@ -22,7 +22,7 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
       the values of each setting, as texts.
 
     Raises:
-      ValueError: a text has another form, or a setting or a value is given twice.
+      ValueError: a text is malformed, or a setting or a value is given twice.
 
     Example:
       >>> read_grid(["replacement_rate=1e-4,1e-5"])
@@ -31,7 +31,7 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     grid: dict[str, tuple[str, ...]] = {}
     for text in texts:
         name, equals, given = text.partition("=")
-        values = tuple(value.strip() for value in re.split(r",(?![^()]*\))", given))  # not the commas of a tuple
+        values = tuple(value.strip() for value in re.split(r",(?![^()]*\))", given))  # but not at the commas of a tuple
         if not equals or not name.isidentifier() or not all(values):
             raise ValueError(f"grid must be settings with their values, as in step_size=0.01,0.003, got {text!r}")
         if name in grid:
@@ -43,17 +43,17 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def expand(methods: Sequence[str], grid: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Makes of each method one for every combination of the grid's settings that it has.
+    """Expands each method to all combinations of the grid's settings that it has.
 
     Args:
-      methods: texts as `parse_method` takes them. A method that has none of the settings stays as it is.
-      grid: values of settings, as `read_grid` gives them.
+      methods: texts as for `parse_method`. A method without any of the settings is not changed.
+      grid: values of settings, from `read_grid`.
 
     Returns:
       texts of methods, in the order of the methods and, for each, with the last setting changing first.
 
     Raises:
-      ValueError: a method is unknown, has a value of the grid's settings already, or no method has a setting.
+      ValueError: a method is unknown, a method already has a value for one of the settings, or no method has a setting.
 
     Example:
       >>> expand(["bp", "cbp:utility=weight"], {"replacement_rate": ("1e-4", "1e-5")})
@@ -79,19 +79,19 @@ def expand(methods: Sequence[str], grid: Mapping[str, Sequence[str]]) -> tuple[s
 
 
 def _settings(text: str) -> tuple[set[str], set[str]]:
-    """Names of what can be set in a method's text, and of what is."""
+    """Names of settings that a method's text can have, and of those that it has."""
     if text.partition(":")[0] in LEARNERS:
         method = parse_method(text)
         return _of_class(type(method)), set(method.given)
-    # A function is not called yet: it may need what the grid will give it.
+    # A function is not called yet, because it may need settings from the grid.
     found = by_path.read(text, "learner")
     if found is None:
-        return set(), set(parse_method(text).given)  # which says what is wrong
+        return set(), set(parse_method(text).given)  # raises a helpful error
     if isinstance(found.value, type) and issubclass(found.value, Method):
         return _of_class(found.value), set(found.settings)
     try:
         own = set(inspect.signature(found.value).parameters) - set(GIVEN_BY_THE_RUN)
-    except (TypeError, ValueError):  # what is wrong is said where the method is read
+    except (TypeError, ValueError):  # the error is reported when the method is parsed
         own = set()
     return own | _of_class(Method), set(found.settings)
 

@@ -1,4 +1,4 @@
-"""From methods to what the training loop takes: a network, and how it learns."""
+"""Creates learners for the training loop from methods: the network, and the optimizer."""
 
 import functools
 import inspect
@@ -21,7 +21,7 @@ from cbp_jax.units import NoUnits, Units
 def make_optimizer(
     methods: Sequence[Method], units: Units, network: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
-    """The optimizer of methods that differ in their numbers alone.
+    """The optimizer of methods that differ only in numbers.
 
     Args:
       methods: of one learner and with the same options.
@@ -29,7 +29,7 @@ def make_optimizer(
       network: attributes of the network, such as `kernel_init`, what replaced units start from.
 
     Returns:
-      a function of hyperparameters by name and of a key to an optax transformation.
+      a function that maps hyperparameters by name and a key to an optax transformation.
     """
     method = methods[0].on(network, units, methods)
     return lambda numbers, key: method.with_numbers(numbers).transformation(units, key)
@@ -47,22 +47,21 @@ def make_learner(
     init_of_activation: Callable[[str], nn.initializers.Initializer] | None = None,
     **attributes: Any,
 ) -> Learner:
-    """Makes the learner of methods that differ in their numbers alone.
+    """Creates the learner of methods that differ only in numbers.
 
     Args:
       methods: of one learner and with the same options.
-      hidden: sizes of the hidden layers, where the network has a setting for them.
-      activation: name of the activation, where the network has a setting for it and the methods do not choose one.
+      hidden: sizes of the hidden layers, if the network has a setting for them.
+      activation: name of the activation, if the network has a setting for it and the methods do not set one.
       input_shape: of one example.
       num_classes: outputs.
-      network: as `nets.read` takes it. Settings that follow its name come before those here, and what the methods
-        choose before both.
-      reset_head: whether the output layer starts each task from zero.
-      init_of_activation: gives the network's `kernel_init` for the name of its activation.
-      **attributes: further settings of the network, where it has them, such as `kernel_init`.
+      network: as for `nets.read`. Settings after its name override those here, and the methods' settings override both.
+      reset_head: whether the output layer is reset to zero before each task.
+      init_of_activation: maps the name of the activation to the network's `kernel_init`.
+      **attributes: further settings of the network, if it has them, such as `kernel_init`.
 
     Raises:
-      ValueError: there is no such network, it does not fit the inputs, or has not what the methods choose.
+      ValueError: there is no such network, it does not fit the inputs, or it lacks a setting of the methods.
     """
     first = methods[0]
     attributes = {"hidden": tuple(hidden), "activation": activation, **attributes}
@@ -102,7 +101,7 @@ def make_learner(
         start = params, opt_state
         if at_tasks:
             start = restart(at_tasks, tx, params, opt_state, head, init(key))
-        # In the first task the weights are fresh, and those that all methods start from.
+        # In the first task the weights are fresh already, and the same for all methods.
         start = jax.tree.map(lambda new, old: jnp.where(task == 0, old, new), start, (params, opt_state))
         return reset_layers(tx, *start, head) if reset_head else start
 
@@ -131,7 +130,7 @@ def _with_term(
     method: Method,
     predict: Callable[[optax.Params, chex.Array], chex.Array],
 ) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
-    """The same optimizer, of a loss with the method's own term."""
+    """The optimizer, for a loss with the method's additional term."""
     return lambda numbers, key: optax.chain(method.with_numbers(numbers).loss_term(predict), optimizer(numbers, key))
 
 
@@ -141,7 +140,7 @@ def _resetting(
     every: int,
     layers: Sequence[str] | None,
 ) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
-    """The same optimizer, with layers, or all, drawn anew every so many updates."""
+    """The optimizer, with periodic resets of layers or the whole network."""
 
     def make(numbers: Mapping[str, Any], key: chex.PRNGKey) -> optax.GradientTransformation:
         key, of_resets = jax.random.split(key)
@@ -151,6 +150,6 @@ def _resetting(
 
 
 def _shared(net: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a network has in common with its optimizer: given here, or its own."""
+    """Attributes that a network shares with its optimizer: those given here, or its own."""
     own = {name: getattr(net, name, None) for name in ("kernel_init", "normalization")}
     return {**given, **{name: value for name, value in own.items() if value}}

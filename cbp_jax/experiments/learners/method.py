@@ -1,4 +1,4 @@
-"""What a method is: a learner with its settings, as a frozen dataclass; and the kinds of settings."""
+"""The class `Method`: a learner with its settings, as a frozen dataclass; and the kinds of settings."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,14 @@ from cbp_jax.units import Units
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is known of a setting beside its field.
+    """Metadata of a setting.
 
     Attributes:
-      check: raises a ValueError, or a TypeError, of a name and a value that is not allowed.
-      read: makes the value of its text; None for what has no text and is given from Python alone.
-      kind: what `read` expects, for its error.
-      traced: whether methods that differ in it alone are lanes of one program.
-      optional: whether it belongs to a method, and to its results, only where it is given.
+      check: `check(name, value)` raises a ValueError or a TypeError if the value is not allowed.
+      read: parses a value; None for settings that can be given only from Python.
+      kind: what `read` expects, for error messages.
+      traced: whether methods that differ only in it are lanes of one program.
+      optional: whether it belongs to a method, and to its results, only if given.
     """
 
     check: Callable[[str, Any], None]
@@ -44,14 +44,14 @@ def ranged(
     traced: bool = True,
     optional: bool = False,
 ) -> Any:
-    """A field for a finite number of a range.
+    """A field for a finite number in a range.
 
     Args:
       default: its default.
       at_least: smallest value allowed.
       at_most: largest value allowed.
-      below: value that must not be reached.
-      traced: whether it is an argument of the compiled program, so that methods that differ in it share one.
+      below: exclusive upper bound.
+      traced: whether it is an argument of the compiled program, so that methods that differ in it share a program.
       optional: see `Setting`.
 
     Example:
@@ -75,14 +75,14 @@ def ranged(
 
 
 def check_finite(name: str, value: float) -> None:
-    """Raises a ValueError if a number is not finite in float32, in which programs compute."""
+    """Raises a ValueError if a number is not finite in float32, the precision of programs."""
     with np.errstate(over="ignore"):
         if not np.isfinite(np.float32(value)):
             raise ValueError(f"{name} must be a finite number of float32, got {value:g}")
 
 
 def count(default: int | None, *, optional: bool = False) -> Any:
-    """A field for an integer from 1; where the default is None, also for None."""
+    """A field for a positive integer, or also None if that is the default."""
 
     def check(name: str, value: Any) -> None:
         if value is None and default is None:
@@ -118,7 +118,7 @@ def choice(default: Any, *others: Any, optional: bool = False) -> Any:
 
 
 def named(default: str | None, get: Callable[[Any], Any], *, optional: bool = False) -> Any:
-    """A field for a name that a function knows, which raises a ValueError where it does not."""
+    """A field for a name that a function accepts; otherwise the function raises a ValueError."""
 
     def check(name: str, value: Any) -> None:
         if value is not None:
@@ -128,7 +128,7 @@ def named(default: str | None, get: Callable[[Any], Any], *, optional: bool = Fa
 
 
 def sizes(default: tuple[int, ...] | None = None) -> Any:
-    """A field for the sizes of layers, in texts as 100x100, or none where there are no layers."""
+    """A field for the sizes of layers, written as 100x100, or none for no layers."""
 
     def check(name: str, value: Any) -> None:
         if value is None and default is None:
@@ -141,7 +141,7 @@ def sizes(default: tuple[int, ...] | None = None) -> Any:
 
 
 def of_python(default: Any = None) -> Any:
-    """A field for what is given from Python alone."""
+    """A field that can be given only from Python."""
     return _field(default, Setting(lambda name, value: None, read=None, optional=True))
 
 
@@ -150,7 +150,7 @@ def _field(default: Any, setting: Setting) -> Any:
 
 
 def settings_of(learner: "type[Method] | Method") -> dict[str, Setting]:
-    """The settings of a learner by name: first its own, of these first what is traced, and then what is optional."""
+    """The settings of a learner by name: first its own, traced before others, then optional ones."""
     found = {
         field.name: field.metadata["setting"] for field in dataclasses.fields(learner) if "setting" in field.metadata
     }
@@ -165,19 +165,20 @@ def defaults_of(learner: "type[Method]") -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A learner with its settings: the class is the learner, the fields are the settings.
+    """A learner with its settings. The class is the learner, its fields are the settings.
 
-    A learner is added by a subclass: a frozen dataclass, whose arguments are given by keyword, with `name`, `about`,
-    `look`, a field for each setting (`ranged`, `choice`, ...; what these check is checked when a method is made), and
-    `build`. In a row of `learners.LEARNERS` it is a learner by that name.
+    To add a learner, write a subclass: a frozen dataclass with keyword-only arguments, with `name`, `about`, `look`, a
+    field for each setting (`ranged`, `choice`, ..., which are checked when a method is created), and `build`. A row in
+    `learners.LEARNERS` makes it available by name.
 
     Attributes:
-      activation: of the network's hidden layers; that of the experiment where it is None.
-      normalization: of the network's hidden layers.
-      dropout_rate: of the network's hidden units.
-      hidden: sizes of the network's hidden layers, which may be none, as in a linear network; those of the experiment
-        where it is None.
-      given: names of the settings that were given, which its label shows; by default all that differ from defaults.
+      activation: activation of the network's hidden layers; None for that of the experiment.
+      normalization: normalization of the network's hidden layers.
+      dropout_rate: dropout rate of the network's hidden units.
+      hidden: sizes of the network's hidden layers, which may be empty, for a linear network; None for those of the
+        experiment.
+      given: names of the settings that were given, which its label shows; by default all that differ from their
+        defaults.
 
     Example:
       >>> from cbp_jax.experiments.learners import ContinualBackprop
@@ -186,18 +187,18 @@ class Method:
       ('cbp(replacement_rate=1e-05)', 0.01)
     """
 
-    name: ClassVar[str]  # in texts and in results
+    name: ClassVar[str]  # name in texts and results
     about: ClassVar[str]  # one line for lists
-    look: ClassVar[Look]  # in pictures
-    # Where comparisons with an equal budget search its settings; a subclass says what it adds to that of its bases.
+    look: ClassVar[Look]  # look in pictures
+    # Search space for comparisons with an equal tuning budget. A subclass declares only what it adds to its bases.
     space: ClassVar[Space] = {}
-    needs_units: ClassVar[bool] = False  # whether a network without hidden units is nothing for it
-    # What is drawn anew before each task but the first: "head" or "network". Not annotated: even as a ClassVar it would
-    # hide the field that only some of the bases of a subclass have.
+    needs_units: ClassVar[bool] = False  # whether it requires a network with hidden units
+    # What is reinitialized before each task but the first: "head" or "network". It is not annotated, because even a
+    # ClassVar would hide the field of that name in some bases of a subclass.
     reset = ""
-    reference = 0  # how many batches of before the optimizer wants with each update, as `reference`
+    reference = 0  # how many earlier batches the optimizer gets with each update, as `reference`
     inject_at = None  # the task before which a fresh head is injected; see `training.with_injection`
-    reset_every = None  # updates after which it is, where that is not before each task
+    reset_every = None  # number of updates between resets, instead of before each task
 
     activation: str | None = named(None, nets.get_activation, optional=True)
     normalization: str = choice("", *nets.NORMALIZATIONS, optional=True)
@@ -208,7 +209,7 @@ class Method:
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         own = vars(cls).get("space", {})
-        if isinstance(own, Mapping):  # and no property
+        if isinstance(own, Mapping):  # not a property
             bases = [vars(base).get("space", {}) for base in reversed(cls.__mro__[1:])]
             cls.space = {name: values for space in (*bases, own) for name, values in space.items()}
 
@@ -223,7 +224,7 @@ class Method:
             object.__setattr__(self, "given", tuple(changed))
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """Makes the optimizer of the network's weights.
+        """Creates the optimizer of the network's weights.
 
         Args:
           units: of the network.
@@ -238,25 +239,25 @@ class Method:
 
     @property
     def label(self) -> str:
-        """What it is called in results: its learner, and what was given besides."""
+        """Its name in results: its learner, and the given settings."""
         shown = ", ".join(f"{name}={_shown(value)}" for name, value in self._values(self.given).items())
         return f"{self.learner}({shown})" if shown else self.learner
 
     @property
     def text(self) -> str:
-        """The text that `parse_method` makes it of."""
+        """Its text, from which `parse_method` creates it."""
         given = ",".join(f"{name}={_written(value)}" for name, value in self._values(self.given).items())
         return f"{self.learner}:{given}" if given else self.learner
 
     @property
     def hyperparameters(self) -> dict[str, float]:
-        """Its numbers, which are traced."""
+        """Its traced numbers."""
         traced = [name for name, setting in settings_of(self).items() if setting.traced]
         return {name: float(value) for name, value in self._values(traced).items()}
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its settings that are not traced; methods of one learner with the same run as lanes of one program."""
+        """Its settings that are not traced. Methods of one learner with equal options run as lanes of one program."""
         found = settings_of(self).items()
         return self._values(
             [name for name, setting in found if not setting.traced and (not setting.optional or name in self.given)]
@@ -264,33 +265,33 @@ class Method:
 
     @property
     def network(self) -> dict[str, Any]:
-        """Attributes of the network that it chooses."""
+        """Attributes of the network that it sets."""
         chosen = {name: getattr(self, name) for name in settings_of(Method)}
         return {name: value for name, value in chosen.items() if value or value == ()}
 
     @property
     def curvature(self) -> bool:
-        """Whether its optimizer wants the diagonal of the Hessian."""
+        """Whether its optimizer needs the diagonal of the Hessian."""
         return False
 
     @property
     def scheduled(self) -> str:
-        """The number that a schedule of the experiment's multiplies; "" if there is none."""
+        """The setting that an experiment's schedule multiplies; "" if there is none."""
         return next((name for name in ("step_size", "learning_rate") if name in self.hyperparameters), "")
 
     def loss_term(
         self, predict: Callable[[optax.Params, chex.Array], chex.Array]
     ) -> optax.GradientTransformation | None:
-        """What it adds to the gradients before its optimizer, by the network's outputs; None if nothing.
+        """A transformation before its optimizer that depends on the network's outputs, or None.
 
         Args:
-          predict: `(params, x) -> outputs`, not in training.
+          predict: `(params, x) -> outputs`, in evaluation mode.
         """
         return None
 
     @property
     def searched(self) -> Space:
-        """What a search may change: its space, but for the settings that were given.
+        """Its search space, without the settings that were given.
 
         Example:
           >>> from cbp_jax.experiments.learners import parse_method
@@ -300,14 +301,14 @@ class Method:
         return {name: values for name, values in self.space.items() if name not in self.given}
 
     def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
-        """The same with other numbers, which may be traced."""
+        """A copy with other numbers, which may be traced."""
         return dataclasses.replace(self, **numbers)
 
     def with_settings(self, values: Mapping[str, Any]) -> Self:
-        """The same with other settings, which its label shows.
+        """A copy with other settings, which its label shows.
 
         Raises:
-          ValueError: it has no such setting, or the value is not allowed.
+          ValueError: there is no such setting, or the value is not allowed.
 
         Example:
           >>> from cbp_jax.experiments.learners import parse_method
@@ -320,19 +321,19 @@ class Method:
         return dataclasses.replace(self, **values, given=tuple(dict.fromkeys((*self.given, *values))))
 
     def on(self, network: Mapping[str, Any], units: Units, methods: "Sequence[Method]") -> Self:
-        """The same for a network.
+        """A copy completed for a network.
 
         Args:
-          network: attributes of the network, which a method takes where it has not its own.
+          network: attributes of the network, used for settings that the method leaves open.
           units: of the network.
-          methods: those that are compiled together, of which this is the first.
+          methods: the methods that are compiled together, of which this is the first.
         """
         names = {field.name for field in dataclasses.fields(self)} & {"normalization", "kernel_init"}
         taken = {name: network[name] for name in names if name in network and name not in self.options}
         return dataclasses.replace(self, **taken)
 
     def transformation(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """What `build` makes, for all variables of the network: statistics change beside the weights."""
+        """The transformation of `build`, extended to all variables of the network, including statistics."""
         return self._keeping_statistics(self.build(units, key))
 
     def _keeping_statistics(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -349,7 +350,7 @@ def _shown(value: Any) -> str:
 
 
 def _written(value: Any) -> str:
-    """As a text has it."""
+    """The value as text."""
     if isinstance(value, tuple) and all(isinstance(each, int) for each in value):
         return "x".join(map(str, value)) or "none"
     return by_path.path_of(value) if callable(value) else str(value)

@@ -1,4 +1,4 @@
-"""SGD on another network."""
+"""SGD on modified networks."""
 
 import dataclasses
 from typing import ClassVar
@@ -19,7 +19,7 @@ class Dropout(SGD):
     about = "SGD with dropout of hidden units"
     look = Look("Dropout", looks.WINE)
 
-    space: ClassVar[Space] = {"dropout_rate": (0.03, 0.1, 0.3)}  # each is a program of its own
+    space: ClassVar[Space] = {"dropout_rate": (0.03, 0.1, 0.3)}  # each value is a separate program
 
     dropout_rate: float = ranged(0.1, below=1, traced=False)
 
@@ -59,7 +59,7 @@ class CReLU(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepFourier(SGD):
-    """SGD with deep Fourier features: two outputs of each hidden unit, its sine and its cosine."""
+    """SGD with deep Fourier features: each hidden unit has two outputs, its sine and its cosine."""
 
     name = "deep_fourier"
     about = "SGD with deep Fourier features, the sine and the cosine of each hidden unit"

@@ -1,7 +1,7 @@
-"""Optimizers for problems that change.
+"""Optimizers for nonstationary problems.
 
-Of those that precondition kernels as matrices, by Kronecker factors or the like, optax has Muon alone. Its other
-optimizers run by their path, as `optax.contrib:prodigy(learning_rate=1.0)`.
+Muon is the only optimizer in optax that preconditions kernels as matrices. Other optimizers of optax can be given by
+their path, as `optax.contrib:prodigy(learning_rate=1.0)`.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from cbp_jax.units import Units
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trac(Moments):
-    """Adam in TRAC.
+    """TRAC around Adam.
 
     Attributes:
-      s_init: the scale that each discount starts from; see `cbp_jax.trac`.
+      s_init: the initial scale of each discount; see `cbp_jax.trac`.
     """
 
     name = "trac"
-    about = "TRAC around Adam: scales how far it has come from the initial weights"
+    about = "TRAC around Adam: scales the displacement from the initial weights"
     look = Look("TRAC")
 
     s_init: float = ranged(1e-8)
@@ -41,15 +41,15 @@ class Trac(Moments):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamReset(Moments):
-    """Adam with resets of its time, or of its moments too.
+    """Adam with periodic resets of its step count, or also of its moments.
 
     Attributes:
-      every: updates from one reset to the next.
-      forget: "time" for the step count alone, which is Adam-Rel, "moments" for the moments with it.
+      every: number of updates between resets.
+      forget: "time" resets only the step count (Adam-Rel), "moments" also the moments.
     """
 
     name = "adam_reset"
-    about = "Adam whose step count, or moments too, start anew every so many updates (Adam-Rel)"
+    about = "Adam with periodic resets of its step count, or also of its moments (Adam-Rel)"
     look = Look("Adam, reset")
 
     space: ClassVar[Space] = {"every": LogUniform(100, 10_000)}
@@ -64,13 +64,13 @@ class AdamReset(Moments):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon(Method):
-    """Muon for kernels, and Adam for other parameters, both with Nesterov's momentum, as optax has it.
+    """Muon for kernels, and Adam for other parameters, both with Nesterov's momentum, as in optax.
 
     Attributes:
-      step_size: of kernels, and of Adam too unless `adam_step_size` is given.
-      beta: decay of the mean of gradients.
-      weight_decay: of kernels, scaled by the step size.
-      adam_step_size: of biases, norms and what else has fewer than two axes.
+      step_size: step size for kernels, and also for Adam unless `adam_step_size` is given.
+      beta: decay rate of the mean of gradients.
+      weight_decay: weight decay of kernels, scaled by the step size.
+      adam_step_size: step size for biases, norms and other arrays of fewer than two axes.
     """
 
     name = "muon"
@@ -97,12 +97,12 @@ class Muon(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CChain(Moments):
-    """Adam of a loss with C-CHAIN's term, on streams of tasks.
+    """Adam with C-CHAIN's loss term, on streams of tasks.
 
     Attributes:
-      strength: of the term; see `cbp_jax.add_churn_reduction`.
-      change: how outputs are compared, "kl" where they are logits, or "squared".
-      reference: how many earlier batches of the task are a reference batch, drawn anew at each update.
+      strength: strength of the term; see `cbp_jax.add_churn_reduction`.
+      change: how outputs are compared, "kl" for logits, or "squared".
+      reference: number of earlier batches of the task in a reference batch, drawn anew at each update.
     """
 
     name = "c_chain"
@@ -130,7 +130,7 @@ class PlasticityInjection(Moments):
 
     Attributes:
       inject_at: the number of the task, from 0, before which a fresh head is injected, once.
-      head_layers: how many layers are the head, that of the output among them.
+      head_layers: number of layers in the head, including the output layer.
     """
 
     name = "injection"
@@ -142,10 +142,10 @@ class PlasticityInjection(Moments):
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        return self.adam(cbp_jax.adam)  # with a count of steps for each weight, so that only the head's starts anew
+        return self.adam(cbp_jax.adam)  # with a step count for each weight, so that only the head's is reset
 
 
 def _as_matrices(params: optax.Params) -> optax.Params:
-    """Of each kernel, whose last axis are the outputs, which axes are the rows and columns of its matrix."""
+    """For each kernel, whose last axis is the outputs, the axes that are rows and columns of its matrix."""
     axes = lambda w: optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1) if w.ndim > 1 else None
     return jax.tree.map(axes, params)

@@ -30,11 +30,11 @@ class SGD(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MomentumSGD(SGD):
-    """Around SGD that may have momentum.
+    """Base class of learners with SGD and optional momentum.
 
     Attributes:
-      momentum: decay of the sum of gradients.
-      reset: "head" or "network", for what is drawn anew before each task but the first.
+      momentum: decay rate of the sum of gradients.
+      reset: "head" or "network": what to reinitialize before each task but the first.
       reset_every: updates after which it is drawn anew, and again, instead of before each task.
     """
 
@@ -43,11 +43,11 @@ class MomentumSGD(SGD):
     reset_every: int | None = count(None, optional=True)
 
     def sgd(self) -> optax.GradientTransformation:
-        """SGD; without momentum there is no trace, which costs memory and time."""
+        """SGD. Without momentum there is no trace, which would cost memory and time."""
         return optax.sgd(self.step_size, momentum=self.momentum or None)
 
     def decayed_sgd(self, l2: chex.Numeric) -> optax.GradientTransformation:
-        """SGD of the loss with L2 toward zero, whose gradient goes through the momentum."""
+        """SGD with L2 toward zero in the loss, whose gradient passes through the momentum."""
         return optax.chain(optax.add_decayed_weights(l2), self.sgd())
 
 
@@ -56,10 +56,10 @@ class Moments(Method):
     """Around Adam.
 
     Attributes:
-      reset: "head" or "network", for what is drawn anew before each task but the first: with it what Adam keeps of
-        it, its moments and its count of steps, starts anew.
+      reset: "head" or "network": what to reinitialize before each task but the first, together with Adam's moments and
+        step count.
       reset_every: updates after which it is drawn anew, and again, instead of before each task.
-      eps: what is added to the root of the mean square.
+      eps: added to the root of the mean square.
     """
 
     space: ClassVar[Space] = {"step_size": LogUniform(3e-5, 1e-2)}
@@ -72,9 +72,9 @@ class Moments(Method):
     eps: float = ranged(1e-8, traced=False, optional=True)
 
     def adam(self, make: Callable[..., optax.GradientTransformation], l2: float = 0.0) -> optax.GradientTransformation:
-        """Adam as `make` makes it, with L2 as a part of the loss, so that it goes through the moments."""
+        """Adam created by `make`, with L2 as a part of the loss, so that it passes through the moments."""
         if self.reset == "head":
-            make = cbp_jax.adam  # with a count of steps for each weight, so that only the head's starts anew
+            make = cbp_jax.adam  # with a step count for each weight, so that only the head's is reset
         tx = make(self.step_size, b1=self.b1, b2=self.b2, eps=self.eps)
         return optax.chain(optax.add_decayed_weights(l2), tx) if l2 else tx
 
@@ -97,8 +97,8 @@ class Adam(Moments):
     """Adam.
 
     Attributes:
-      l2: a part of the loss, whose gradient goes through the moments.
-      weight_decay: apart from the moments, scaled by the step size, as in AdamW.
+      l2: strength of L2 in the loss, whose gradient passes through the moments.
+      weight_decay: decoupled weight decay, scaled by the step size, as in AdamW.
     """
 
     name = "adam"

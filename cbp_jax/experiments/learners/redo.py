@@ -1,4 +1,4 @@
-"""Recycling of units that do or learn little, around several optimizers."""
+"""Recycling of inactive units, or of units that learn little, around several optimizers."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from cbp_jax.units import Units
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recycling(Replacing):
-    """Around the recycling of dormant units."""
+    """Base class of learners that recycle dormant units."""
 
     space: ClassVar[Space] = {"threshold": LogUniform(1e-3, 0.3), "every": LogUniform(100, 10_000)}
 
@@ -27,7 +27,7 @@ class Recycling(Replacing):
 
     @property
     def recycle(self) -> Callable[..., optax.GradientTransformation]:
-        """What recycles units: `redo`, or a sibling with the same arguments."""
+        """The function that recycles units: `redo`, or one with the same arguments."""
         return cbp_jax.redo
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
@@ -72,7 +72,7 @@ class ReDoAdam(Recycling, Moments):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecyclingByGradient(Recycling):
-    """Around the recycling of units of small gradients."""
+    """Base class of learners that recycle units of small gradients."""
 
     space: ClassVar[Space] = {"threshold": LogUniform(1e-4, 0.1)}
 

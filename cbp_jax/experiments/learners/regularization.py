@@ -1,4 +1,4 @@
-"""What pulls on the weights, bounds them, or adds noise to them."""
+"""Learners that pull weights, bound them, or add noise to them."""
 
 import dataclasses
 from typing import ClassVar
@@ -88,7 +88,7 @@ class L1Init(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProximalL1Init(L1Init):
-    """SGD, and behind it the proximal step of L1: weights that hardly move are exactly the initial ones."""
+    """SGD followed by the proximal step of L1: weights that hardly move are exactly the initial ones."""
 
     name = "proximal_l1_init"
     about = "SGD with proximal steps of L1 toward the initial weights"
@@ -101,7 +101,7 @@ class ProximalL1Init(L1Init):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shrinking(Method):
-    """Around what has a step size, with weight decay and noise on the weights at every step."""
+    """Base class of learners with weight decay and noise on the weights at every step."""
 
     space: ClassVar[Space] = {"l2": LogUniform(1e-6, 0.1), "noise": LogUniform(1e-6, 1e-2)}
 
@@ -133,7 +133,7 @@ class ShrinkAndPerturb(Shrinking, MomentumSGD):
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
         if self.momentum:
-            # The decay goes through the momentum, as in the Nature paper, where it is SGD's own.
+            # The decay passes through the momentum, as in the Nature paper, where it is part of SGD.
             return cbp_jax.shrink_and_perturb(self.decayed_sgd(self.l2), shrink=0.0, perturb=self.noise, key=key)
         return cbp_jax.shrink_and_perturb(optax.sgd(self.step_size), self.shrink, self.noise, key)
 
@@ -148,7 +148,7 @@ class ShrinkAndPerturbAdam(Shrinking, Moments):
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        # The decay goes through the moments, as in the Nature paper's program, where it is Adam's own.
+        # The decay passes through the moments, as in the Nature paper's program, where it is part of Adam.
         decayed = optax.chain(optax.add_decayed_weights(self.l2), self.adam(optax.adam))
         return cbp_jax.shrink_and_perturb(decayed, shrink=0.0, perturb=self.noise, key=key)
 
@@ -172,7 +172,7 @@ class WeightClipping(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Penalized(SGD):
-    """Around SGD with a penalty on the kernels, the output layer's too."""
+    """Base class of learners with SGD and a penalty on the kernels, including the output layer's."""
 
     space: ClassVar[Space] = {"strength": LogUniform(1e-6, 0.1)}
 

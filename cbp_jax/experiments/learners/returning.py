@@ -1,6 +1,6 @@
-"""What sets all weights right after an update, always or now and then.
+"""Learners that modify all weights after updates, always or periodically.
 
-With `every` as long as a task, the last update of a task is followed by what the papers do before new data.
+If `every` is the length of a task, this happens after the last update of each task, as in the papers before new data.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ class NormalizeAndProject(MomentumSGD):
     """SGD with layer normalization and kernels of constant norm.
 
     Attributes:
-      pull: fraction by which what is no kernel returns to its start at every projection.
-      every: updates from one projection to the next.
+      pull: fraction by which parameters other than kernels return to their initial values at every projection.
+      every: number of updates between projections.
     """
 
     name = "nap"
@@ -44,10 +44,10 @@ class NormalizeAndProject(MomentumSGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FIRE(MomentumSGD):
-    """SGD with kernels made orthogonal now and then."""
+    """SGD with kernels made orthogonal periodically."""
 
     name = "fire"
-    about = "SGD with kernels made orthogonal now and then"
+    about = "SGD with kernels made orthogonal periodically"
     look = Look("FIRE")
 
     space: ClassVar[Space] = {"every": LogUniform(100, 10_000)}
@@ -61,10 +61,10 @@ class FIRE(MomentumSGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DASH(MomentumSGD):
-    """SGD with direction-aware shrinking now and then."""
+    """SGD with periodic direction-aware shrinking."""
 
     name = "dash"
-    about = "SGD with weights shrunk now and then, the less the more they point where the loss falls"
+    about = "SGD with periodic shrinking of weights, less for weights along the negative gradient"
     look = Look("DASH")
 
     space: ClassVar[Space] = {
@@ -84,10 +84,10 @@ class DASH(MomentumSGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HareAndTortoise(MomentumSGD):
-    """SGD that goes back to the running mean of its weights now and then."""
+    """SGD with periodic resets to the running mean of its weights."""
 
     name = "hare_tortoise"
-    about = "SGD that goes back to the running mean of its weights now and then"
+    about = "SGD with periodic resets to the running mean of its weights"
     look = Look("Hare and tortoise")
 
     space: ClassVar[Space] = {"decay": (0.99, 0.999, 0.9999), "every": LogUniform(100, 10_000)}

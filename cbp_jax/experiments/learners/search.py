@@ -1,4 +1,4 @@
-"""Where the settings of a method are searched: values of a grid, and ranges from which they are drawn."""
+"""Search spaces: values of a grid, and ranges to draw from."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LogUniform:
-    """Numbers of a range, drawn so that their logarithm is uniform, and rounded to three digits.
+    """Log-uniformly distributed numbers, rounded to three digits.
 
     Attributes:
       low: smallest number, above 0.
@@ -34,12 +34,12 @@ class LogUniform:
         return f"{self.low:g} to {self.high:g}"
 
     def draw(self, rng: np.random.Generator, count: int) -> list[float]:
-        """So many numbers of the range."""
+        """Draws numbers of the range."""
         drawn = np.exp(rng.uniform(np.log(self.low), np.log(self.high), count))
         return [min(max(float(f"{value:.3g}"), self.low), self.high) for value in drawn]
 
 
-# By setting, the values that are tried, or the range that they are drawn from.
+# By setting, the values to try, or a range to draw from.
 Space = Mapping[str, tuple[Any, ...] | LogUniform]
 
 
@@ -55,7 +55,7 @@ def told(space: Space) -> str:
 
 
 def check_space(space: Any, what: str) -> Space:
-    """The space; raises a ValueError, of what has it, if it is none.
+    """Returns the space. Raises a ValueError that names its owner if it is not a space.
 
     Example:
       >>> check_space({"step_size": 0.1}, "my_module:my_factory")
@@ -71,22 +71,23 @@ def check_space(space: Any, what: str) -> Space:
 
 
 def configurations(space: Space, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """The configurations that a search tries.
+    """The configurations of a search.
 
-    Where all settings have values, these are all combinations of them, a grid. Where one has a range, they are drawn:
-    numbers of the range, and any of the values as likely as any other. The draws of a setting depend on the seed, its
-    name and its range alone, so that methods that share a setting try the same numbers.
+    If all settings have lists of values, these are all combinations, a grid. If one has a range, configurations are
+    drawn: numbers from ranges, and values from lists with equal probability. The draws of a setting depend only on the
+    seed, its name and its range, so that methods that share a setting try the same numbers.
 
     Args:
-      space: by setting, its values or its range. An empty one has a single configuration, that without settings.
-      count: how many configurations; it must be the size of a grid, and has to be given where some are drawn.
-      seed: of the draws.
+      space: by setting, its values or its range. An empty space has one configuration, without settings.
+      count: number of configurations. For a grid it must be the grid's size; if configurations are drawn, it is
+        required.
+      seed: seed of the draws.
 
     Returns:
       settings by name, for each configuration.
 
     Raises:
-      ValueError: a setting has no values or the same twice, or the count is under 1 or does not fit.
+      ValueError: a setting has no values or duplicate values, or the count is less than 1 or does not fit.
 
     Example:
       >>> configurations({"step_size": (0.1, 0.01), "l2": (0.0, 1e-3)}, count=4)[1]

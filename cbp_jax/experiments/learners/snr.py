@@ -17,13 +17,13 @@ from cbp_jax.units import Units
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfNormalized(Replacing):
-    """Around self-normalized resets; see `self_normalized_resets`.
+    """Base class of learners with self-normalized resets; see `self_normalized_resets`.
 
     Attributes:
       rejection: probability of a silence below which a unit is reset.
-      every: updates from one computation of the thresholds to the next.
+      every: number of updates between computations of the thresholds.
       max_silence: largest threshold, in updates.
-      max_resets: of one step and group; 1, which is fast, hardly ever makes a unit wait.
+      max_resets: the most resets in one step and group. 1 is fast, and units hardly ever have to wait.
     """
 
     space: ClassVar[Space] = {"rejection": LogUniform(1e-3, 0.1)}

@@ -1,4 +1,4 @@
-"""From what a user gives to methods: texts, functions, and methods themselves."""
+"""Parses methods given by a user as texts, functions, or methods."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -10,22 +10,22 @@ from cbp_jax.experiments.learners.registry import LEARNERS
 
 
 def parse_method(text: str, known: Mapping[str, type[Method]] = LEARNERS) -> Method:
-    """Reads a method: a learner's name and, after a colon, settings that differ from its defaults; or a path.
+    """Parses a method: a learner's name, optionally followed by a colon and settings; or a path.
 
     Args:
       text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
         `activation`, `normalization`, `dropout_rate` and `hidden`, sizes of its hidden layers as in `hidden=100x100`,
-        or `hidden=none` for a linear network; those around SGD that say so `momentum`, and these and those around Adam
-        `reset`, "head" or "network", for what is drawn anew before each task but the first, or, with
-        `reset_every=1000`, after every so many updates. A function of the user's is given as
-        `"my_package.my_module:my_factory(learning_rate=0.01)"`; see `custom`.
+        or `hidden=none` for a linear network. Some learners with SGD take `momentum`. These and learners with Adam take
+        `reset`, "head" or "network", to reinitialize it before each task but the first, or, with `reset_every=1000`,
+        every 1,000 updates. Your own function is given as `"my_package.my_module:my_factory(learning_rate=0.01)"`; see
+        `custom`.
       known: the learners by name.
 
     Returns:
       the method.
 
     Raises:
-      ValueError: an unknown learner or setting, or a value that does not fit it.
+      ValueError: the learner or setting is unknown, or a value does not fit.
 
     Example:
       >>> method = parse_method("cbp:replacement_rate=1e-5")
@@ -76,19 +76,19 @@ def read_methods(
     activation: str | None = None,
     known: Mapping[str, type[Method]] = LEARNERS,
 ) -> list[Method]:
-    """Reads methods that are to be compared.
+    """Parses the methods of a comparison.
 
     Args:
-      given: each a text (see `parse_method`), a method, or a function that makes an optax transformation (see
-        `custom`), such as `functools.partial(my_factory, learning_rate=0.01)`.
-      activation: of the experiment's network, where a method has not its own.
+      given: texts (see `parse_method`), methods, or functions that create an optax transformation (see `custom`), such
+        as `functools.partial(my_factory, learning_rate=0.01)`.
+      activation: activation of the experiment's network, for methods that do not set their own.
       known: the learners by name.
 
     Returns:
       the methods.
 
     Raises:
-      ValueError: there are none, two are the same, or one is unknown.
+      ValueError: there are no methods, two are the same, or one is unknown.
 
     Example:
       >>> read_methods(["bp", "bp:step_size=0.01"])

@@ -1,4 +1,4 @@
-"""Perturbed gradient descent, with and without gates of utility."""
+"""Perturbed gradient descent, with and without utility gates."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,8 +39,8 @@ class Gated(Method):
     """Around UPGD.
 
     Attributes:
-      factor: of the step, but not of the decay. The paper's algorithm has none, 1; its public code has 2, so that a
-        weight of utility 0, whose gate is 1/2, moves at the step size.
+      factor: factor of the step, but not of the decay. It is 1 in the paper's algorithm; the public code has 2, so that
+        a weight of utility 0, whose gate is 1/2, moves at the step size.
     """
 
     space: ClassVar[Space] = {
@@ -62,8 +62,8 @@ class Gated(Method):
         key: chex.PRNGKey,
         **settings: object,
     ) -> optax.GradientTransformation:
-        """UPGD as `make` makes it."""
-        decay = self.weight_decay / self.factor  # which the transformation multiplies by the whole step
+        """UPGD created by `make`."""
+        decay = self.weight_decay / self.factor  # the transformation multiplies it by the step including the factor
         numbers = {"weight_decay": decay, "beta_utility": self.beta_utility, "sigma": self.sigma}
         return make(self.factor * self.step_size, **numbers, **settings, key=key)
 
@@ -73,10 +73,10 @@ class UPGD(Gated):
     """Utility-gated perturbed gradient descent.
 
     Attributes:
-      order: of the expansion that utilities are; 2 takes the diagonal of the Hessian.
-      scope: what utilities are compared in.
-      protect: whether gradients are gated, and not the noise alone.
-      featurewise: whether utilities are those of units.
+      order: order of the utilities' Taylor expansion; 2 needs the diagonal of the Hessian.
+      scope: "global" or "local": where utilities are normalized.
+      protect: whether gradients are gated too, not only the noise.
+      featurewise: whether to use utilities of units.
     """
 
     name = "upgd"
@@ -94,7 +94,7 @@ class UPGD(Gated):
         return self.order == 2
 
     def options_of_upgd(self, units: Units) -> dict[str, object]:
-        """What is not a number, as the transformation takes it."""
+        """The non-numeric arguments of the transformation."""
         return {
             "order": self.order,
             "scope": self.scope,
@@ -112,7 +112,7 @@ class AdaptiveUPGD(UPGD):
     """UPGD around Adam's moments.
 
     Attributes:
-      eps: what is added to the root of the mean square.
+      eps: added to the root of the mean square.
     """
 
     name = "adaptive_upgd"

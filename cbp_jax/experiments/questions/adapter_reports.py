@@ -10,6 +10,8 @@ import numpy as np
 from cbp_jax.experiments import learners
 from cbp_jax.experiments.questions.adapter_learners import LEARNERS, is_fresh
 from cbp_jax.experiments.questions.drawing import draw_line, legend, mean_of, note, table, values_of
+from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
+from cbp_jax.report.looks import names_of, styles_of
 from cbp_jax.report.statistics import blocks_of_tasks, bootstrap_text, finished_tasks
 
 _BINS = 25
@@ -106,7 +108,6 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Raises:
       ValueError: no method has finished a task.
     """
-    from cbp_jax.report import plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -115,10 +116,10 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     methods, found = measured(results)
     if not methods:
         raise ValueError("results: no method has finished a task, so that there is nothing to draw")
-    styles, names = plots._styles(results, methods), plots._names(results, methods)
+    styles, names = styles_of(results, methods), names_of(results, methods)
     blocks = blocks_of_tasks(found["accuracy"][methods[0]].shape[1], _BINS)
     x = np.array([(block.start + block.stop + 1) / 2 for block in blocks])
-    with plots.style_of_pictures():
+    with style_of_pictures():
         figure = Figure(figsize=(9.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 3).ravel()
         for letter, ax, (name, (label, scale)) in zip("abcdef", axes, _PANELS.items(), strict=True):
@@ -134,6 +135,6 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
             ax.set_xlabel("Task")
             ax.set_ylabel(label)
             ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
-        legend(figure, axes[0], handlelength=plots._HANDLE)
+        legend(figure, axes[0], handlelength=HANDLE_LENGTH)
         note(figure, results)
-        return plots.save_figures({"adapters": figure}, Path(out), formats)
+        return save_figures({"adapters": figure}, Path(out), formats)

@@ -8,10 +8,10 @@ adapter's rank-one components, which `discover_units` finds to be units; and all
 trained network each time (`full:reset=network`). `l1` is L1 on the change. All methods of a seed start from the same
 network.
 
-`accuracy` is online: of each example before learning from it. Dead units and ranks of the representation are those of
-the network's hidden units, on examples of the next task before it, as the last task left them, where each starts anew
-too. Of the change since the trained network, the product of an adapter's factors or what all weights have become, after
-each task:
+`accuracy` is online: each example is classified before the network learns from it. Dead units and ranks of the
+representation are those of the network's hidden units, on examples of the next task, as the last task left them (also
+where each task starts anew). The change since the trained network is the product of an adapter's factors, or the
+difference of all weights. Measured of it after each task:
 
     change_rank           the effective rank, mean over kernels
     dormant_components    of an adapter, components whose norm is at most a tenth of the mean of their kernel's
@@ -72,7 +72,7 @@ class Settings(stream.ImageStreamSettings):
 
 
 class State(NamedTuple):
-    """All that a lane needs to go on."""
+    """State needed to resume one lane."""
 
     train: training.TrainState  # of the adapter, or of all weights
     base: optax.Params  # of the trained network, constant

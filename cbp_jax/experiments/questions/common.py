@@ -1,8 +1,8 @@
-"""What the questions about learners share: one stream of tasks, an equal search, and how answers are shown.
+"""Shared by the questions about learners: one stream of tasks, an equal search, tables and pictures.
 
 The stream is Online Permuted images in a size where plain backpropagation loses half of its accuracy in minutes: 8x8
 digits, 1,000 of them a task, one at a time, and three hidden layers of 50 units. In every question plain
-backpropagation and all that is compared with it try 12 configurations with two seeds, and run with ten others.
+backpropagation and every method compared with it try 12 configurations on two seeds, and run on ten others.
 """
 
 import dataclasses

@@ -1,21 +1,22 @@
-"""What pictures and tables of the questions share: lines with a band, differences and correlations by seed."""
+"""Helpers for the pictures and tables of the questions: lines with a band, differences, correlations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cbp_jax.report.drawing import legend_columns
 from cbp_jax.report.looks import Style
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, mean_and_error
 
 
 def values_of(results: Any, name: str, method: str) -> np.ndarray:
-    """Of one method, float64 [seeds, tasks, ...]."""
+    """The values of one method, float64 [seeds, tasks, ...]."""
     return results[name].loc[{"method": method}].transpose("seed", "task", ...).values.astype(np.float64)
 
 
 def mean_of(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Means along an axis of what is finite; NaN where nothing is."""
+    """Means of the finite values along an axis; NaN where there are none."""
     return mean_and_error(values, axis)[0]
 
 
@@ -64,10 +65,8 @@ def draw_line(
 
 def legend(figure: Any, ax: Any, **options: Any) -> None:
     """Puts the legend of one panel above all of them, in as many columns as the picture's width has room for."""
-    from cbp_jax.report import plots
-
     handles, texts = ax.get_legend_handles_labels()
-    columns = plots._legend_columns(texts, figure.get_figwidth())
+    columns = legend_columns(texts, figure.get_figwidth())
     figure.legend(handles, texts, loc="outside upper center", ncols=columns, **options)
 
 
@@ -81,7 +80,7 @@ def note(figure: Any, results: Any) -> None:
 def differences(
     values: Mapping[str, np.ndarray], first: str, digits: int = 2, of: Callable[[Any], Any] = lambda value: value
 ) -> dict[str, str]:
-    """Of each method but the first, how much more it has than that: differences within each seed.
+    """The difference of each method to the first, paired by seed.
 
     Args:
       values: by method, [seeds]; those of a method that was run with other seeds are not paired.
@@ -98,7 +97,7 @@ def differences(
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, the first row its head, columns after the first to the right."""
+    """The lines of a text table. The first row is the header; all columns but the first are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]

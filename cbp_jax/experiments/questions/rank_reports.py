@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.experiments.questions.drawing import draw_line, legend, mean_of, note, rank_correlation, table, values_of
+from cbp_jax.report.drawing import save_figures, style_of_pictures
+from cbp_jax.report.looks import names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
 
-#: What is told from, and what of; by name in `aligned`, with the names of pictures.
+#: What predicts, and what is predicted: names in `aligned`, and names in pictures.
 PREDICTORS = {
     "change_rank": "Stable rank of the change",
     "overlap": "Overlap with earlier changes",
@@ -31,7 +33,7 @@ _SCATTER = (
 
 
 def aligned(results: Any) -> tuple[list[str], dict[str, np.ndarray]]:
-    """What goes with each task: its change and what it made forget, and the representation that it leaves.
+    """The measures of one task: its change, what it made the network forget, and the representation it left.
 
     Args:
       results: of a run, finished or not.
@@ -77,7 +79,7 @@ def correlations(values: dict[str, np.ndarray]) -> dict[tuple[str, str, str], np
 
 
 def detrended(values: np.ndarray) -> np.ndarray:
-    """What is left of values [..., tasks] by their linear regression on the number of the task; NaN stays.
+    """The residuals of a linear regression of values [..., tasks] on the number of the task; NaN stays NaN.
 
     >>> detrended(np.array([[1.0, 2.0, 3.0]])).round(6).tolist()
     [[0.0, 0.0, 0.0]]
@@ -95,7 +97,7 @@ def detrended(values: np.ndarray) -> np.ndarray:
 
 
 def summary(results: Any) -> str:
-    """The tables of a run, finished or not: what each learner has in the second half, and all correlations."""
+    """The tables of a run, finished or not: means over the second half of the tasks, and all correlations."""
     methods, values = aligned(results)
     title = f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval]"
     if not methods:
@@ -119,7 +121,7 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws learners against each other, all correlations, and what is measured along the stream.
+    """Draws a scatter plot of learners, all correlations, and the measures along the stream.
 
     Args:
       results: of a run, finished or not.
@@ -132,22 +134,21 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Raises:
       ValueError: no method has finished two tasks.
     """
-    from cbp_jax.report import plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
     methods, values = aligned(results)
     if not methods:
         raise ValueError("results: no method has finished two tasks, so that there is nothing to draw")
-    styles = plots._styles(results, methods)
-    names = dict(zip(methods, plots._names(results, methods), strict=True))
-    with plots.style_of_pictures():
+    styles = styles_of(results, methods)
+    names = dict(zip(methods, names_of(results, methods), strict=True))
+    with style_of_pictures():
         figures = {
             "learners": _learners(results, methods, values, styles, names),
             "correlations": _correlations(results, correlations(values)),
             "tasks": _tasks(results, methods, values, styles, names),
         }
-        return plots.save_figures(figures, Path(out), formats)
+        return save_figures(figures, Path(out), formats)
 
 
 def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:

@@ -1,20 +1,19 @@
 """Which rank tells what: that of a task's change of the weights, or that of the representation?
 
-All learners run on one Online Permuted stream, each at its best settings. After each task is measured, of every kernel
-as a matrix [in, out] and averaged over kernels,
+All learners run on one Online Permuted stream, each at its best settings. After each task two quantities of the change
+are measured, for every kernel as a matrix [in, out], and averaged over kernels:
 
     change_rank    the stable rank of the weights' change in the task, over the smaller side of the kernel
-    overlap        the mean squared cosine between the directions of the input that this change reads and those that
-                   the changes of the last few tasks read: the first left singular vectors of each
+    overlap        the mean squared cosine between the input directions that this change reads and those that the
+                   changes of the last few tasks read; a change reads its first left singular vectors
 
-and what the learner still knows: its accuracy on the last few tasks before (`earlier_accuracy`), and how much less that
-is than right after each of them was learned (`forgetting`). Plasticity is the online accuracy on the next task, how
-fast and how well it is learned. The rank of the representation, `effective_rank` and `stable_rank`, is measured before
-each task, as in all streams.
+What the learner still knows is its accuracy on the last few tasks (`earlier_accuracy`); `forgetting` is how much lower
+that is than right after each of them was learned. Plasticity is the online accuracy on the next task. The rank of the
+representation, `effective_rank` and `stable_rank`, is measured before each task, as in all streams.
 
-Reported are rank correlations over learners (of each seed, of means over the second half of the tasks) and within a
-learner (over its tasks, averaged over learners), the latter also without the linear trend of either, since everything
-drifts as tasks go by; each with its bootstrap interval over seeds.
+The report has rank correlations over learners (for each seed, from means over the second half of the tasks) and within
+a learner (over its tasks, averaged over learners). The latter are also given without linear trends, since everything
+drifts from task to task. Intervals are bootstrapped over seeds.
 """
 
 import dataclasses
@@ -90,7 +89,7 @@ def lanes() -> list[Lane]:
 
 
 class State(NamedTuple):
-    """All that a lane needs to go on; of earlier tasks, the last first."""
+    """State needed to resume one lane. Earlier tasks are listed from the latest to the oldest."""
 
     train: training.TrainState
     reads: dict[str, chex.Array]  # by kernel, [earlier, in, directions]
@@ -140,7 +139,7 @@ def check(settings: StreamSettings) -> list[learners.Method]:
 
 
 def _train(settings: StreamSettings) -> Callable[..., Iterator[dict[str, Any]]]:
-    """The training of the stream, with what each task changed and what is still known."""
+    """The training of a stream that also measures what each task changed and what is still known."""
 
     def train(
         learner: training.Learner,

@@ -17,6 +17,8 @@ from cbp_jax.experiments.questions.drawing import (
     table,
     values_of,
 )
+from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
+from cbp_jax.report.looks import names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_text
 
 #: By name and method, [seeds, measurements]; see `tickets.measured`.
@@ -110,7 +112,6 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
     Raises:
       ValueError: nothing has been measured.
     """
-    from cbp_jax.report import plots
     from cbp_jax.report.results import require
 
     require("matplotlib")
@@ -119,9 +120,9 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
     methods, count = finished(measured)
     if not count:
         raise ValueError("results: tickets have not been looked for, so that there is nothing to draw")
-    styles, names = plots._styles(results, methods), plots._names(results, methods)
+    styles, names = styles_of(results, methods), names_of(results, methods)
     tasks = _tasks(results, measured)[:count]
-    with plots.style_of_pictures():
+    with style_of_pictures():
         along = Figure(figsize=(10.6, 4.6), layout="constrained")
         axes = along.subplots(2, 4, sharex=True)
         axes[1, 3].remove()
@@ -143,10 +144,10 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
         for ax in (*axes[1, :3], axes[0, 3]):
             ax.set_xlabel("Tasks before")
             ax.tick_params(labelbottom=True)
-        legend(along, axes[0, 0], handlelength=plots._HANDLE)
+        legend(along, axes[0, 0], handlelength=HANDLE_LENGTH)
         note(along, results)
         curves = _curves(results, methods, styles, names, count, _tasks(results, measured))
-        return plots.save_figures({"tickets": along, "curves": curves}, Path(out), formats)
+        return save_figures({"tickets": along, "curves": curves}, Path(out), formats)
 
 
 def _tasks(results: Any, measured: Measured) -> np.ndarray:

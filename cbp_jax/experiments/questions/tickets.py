@@ -1,20 +1,20 @@
 """Do winning tickets vanish as plasticity is lost?
 
-Before every so many tasks of a long Online Permuted stream tickets are looked for in the network as it stands: it
-learns the next task, a fraction of the living weights of least magnitude is pruned, those that live are rewound to the
-weights of that moment, and so on, round after round. Beside each ticket a random mask of the same numbers per layer is
+At regular intervals of a long Online Permuted stream, tickets are sought in the network as it stands: it learns the
+next task, a fraction of the living weights of least magnitude is pruned, the others are rewound to what they were
+before the task, and so on, round after round. Beside each ticket, a random mask with as many weights in each layer is
 trained from the same weights. All networks are trained by one learner, plain SGD by default, on the examples of the
-task in the order in which the stream shows them, so that what differs is the network and not how it learns. The stream
-then goes on as if nothing had happened.
+task in the order of the stream, so that networks differ and learning does not. The stream then continues as if nothing
+had happened.
 
-What is measured of a mask is the online accuracy: the fraction of the task's examples that are classified correctly,
-each before learning from it. Of the curve of accuracy against density follow
+The measure of a mask is its online accuracy: the fraction of the task's examples that are classified correctly, each
+before the network learns from it. Two numbers summarize the curve of accuracy against density:
 
     matching density    the least density at which, and at all larger ones of the curve, the ticket's accuracy is at
                         least that of the dense network less a tolerance; not less than that of the last round
-    advantage           the accuracy of tickets less that of random masks, the mean over all rounds but the first
+    advantage           the accuracy of tickets minus that of random masks, mean over all rounds but the first
 
-A weight lies in a unit that writes it or reads it. Where units have ages, as in continual backpropagation, `young` is
+A weight belongs to the units on either side of it. Where units have ages, as in continual backpropagation, `young` is
 the fraction of a ticket's weights that lie in units made since the last measurement, and `young_chance` that of random
 masks of the same numbers per layer, as expected.
 """
@@ -137,7 +137,7 @@ def _ticket_method(settings: Settings) -> learners.Method:
 
 
 def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
-    """The training of the stream, with a look for tickets before some tasks."""
+    """The training of a stream that seeks tickets before some of its tasks."""
     method = _ticket_method(settings)
 
     def train(learner: training.Learner, problem: Problem, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
@@ -166,7 +166,7 @@ def find_tickets(
     fraction: float,
     young_below: int,
 ) -> dict[str, chex.Array]:
-    """Looks for tickets in a network as it stands, on its next task; one lane.
+    """Seeks tickets in a network as it stands, on its next task; one lane.
 
     Args:
       learner: of the stream.
@@ -274,7 +274,7 @@ def matching_round(accuracy: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def measured(results: Any) -> dict[str, dict[str, np.ndarray]]:
-    """What tables and pictures are of: by name and method, [seeds, measurements].
+    """The values that tables and pictures show, by name and method, [seeds, measurements].
 
     Args:
       results: of a run, finished or not.
