@@ -122,7 +122,8 @@ class Kept:
 
     def state_path(self, name: str, lanes: Sequence[Lane], every: Sequence[Lane]) -> Path:
         """The file for the state of lanes of a program, of which `every` are all."""
-        if self.share is None and tuple(lanes) == tuple(every):
+        # A file is simply removed in the end where no other can have an older state of these lanes.
+        if self.share is None and tuple(lanes) == tuple(every) and not any(_processes(self.out).glob(_STATES)):
             return self.out / STATE_FILE
         number = hashlib.sha256(json.dumps([name, list(lanes)]).encode()).hexdigest()[:16]
         path = _processes(self.out) / _STATES.replace("*", number)
@@ -229,6 +230,7 @@ def join(out: Path) -> tuple[Any, bool]:
     try:
         with files.locked(out):
             results = report.load_results(out)
+            results.attrs.pop("failed", None)  # of a process that has been replaced
             report.save_results(results, out)
             remove_parts(out)
     except BlockingIOError:  # a running process will do it

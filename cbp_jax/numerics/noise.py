@@ -4,9 +4,14 @@
 the normal distribution by long polynomials. The generator here is one expression per element, which XLA fuses with
 the update that uses it:
 
-1. a counter-based hash, `pcg3d` of Jarzynski & Olano, turns (element, stream) into two random words; the stream, 64
-   bits, is the hash of (key, step, leaf);
-2. Box & Muller turn two words into one normal number, with short polynomials for the logarithm and the sine.
+1. a hash of (key, step, leaf), `pcg3d` of Jarzynski & Olano, gives three words to a leaf. With these an element's
+   number is multiplied, added to and mixed, by the two multiplications of Wellons' `lowbias32`, into a random word;
+2. how many bits of the word are set is binomial, of 32 tosses; the halves of another word, a multiple of the first,
+   are added to smooth it. A cubic polynomial gives the sum the variance and the kurtosis of a normal number.
+
+What is given up against exact normal numbers: the distribution function is off by at most 1.7e-4, no number is farther
+than 6.5 standard deviations from 0, and beyond 4 of them there are about a tenth too few. Box & Muller's exact formula
+takes longer, as it needs a logarithm, a root and a sine.
 
 It is meant for perturbations, not for cryptography. An element's noise depends only on key, step, leaf and its index in
 the leaf, so that under `vmap` every seed draws the same numbers as in a solo run.
@@ -21,10 +26,8 @@ import numpy as np
 
 _U32 = np.uint32
 
-# Interpolates log2(1 + m) / m at the Chebyshev nodes of [sqrt(1/2) - 1, sqrt(2) - 1], and sin(pi t / 2) / t as a
-# function of t**2 at those of [0, 1]: relative errors 1.3e-6 and 1.2e-6. Lowest power first.
-_LOG2 = (1.44269652, -0.72136018, 0.48061313, -0.35952446, 0.29611956, -0.26796387, 0.16818659)
-_SINE = (1.57079513, -0.64592572, 0.07950001, -0.00437059)
+# n (c0 + c1 n**2), with n / 2**16 the centered sum of 32 bits and two uniform numbers, has variance 1 and kurtosis 3.
+_CUBIC = (0.347150173 * 2.0**-16, 1.15377268e-4 * 2.0**-48)
 
 
 def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric = 1.0) -> Any:
@@ -37,7 +40,7 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
       scale: standard deviation, >= 0, may be traced.
 
     Returns:
-      pytree of float32 arrays of the same shapes. None is farther than 6.56 standard deviations from 0.
+      pytree of float32 arrays of the same shapes. None is farther than 6.47 standard deviations from 0.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,16 +51,17 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     References:
       Jarzynski & Olano, `Hash functions for GPU rendering <https://jcgt.org/published/0009/03/02/>`_, 2020
 
-      Box & Muller, `A note on the generation of random normal deviates
-      <https://doi.org/10.1214/aoms/1177706645>`_, 1958
+      Wellons, `Prospecting for hash functions <https://nullprogram.com/blog/2018/07/31/>`_, 2018
+
+      Cornish & Fisher, `Moments and cumulants in the specification of distributions
+      <https://doi.org/10.2307/1400905>`_, 1938, for the cubic polynomial
     """
     leaves, treedef = jax.tree.flatten(tree)
     x, y, z = _hash(key[0], key[-1], jnp.asarray(step).astype(jnp.uint32))
     noise = []
     for number, leaf in enumerate(leaves):
-        _, *stream = _hash(x ^ _U32(number), y, z)
-        _, first, second = _hash(element_numbers(jnp.shape(leaf)), *stream)
-        noise.append(_box_muller(first, second, jnp.asarray(scale, jnp.float32)))
+        words = _words(element_numbers(jnp.shape(leaf)), *_hash(x ^ _U32(number), y, z))
+        noise.append(_nearly_normal(words, jnp.asarray(scale, jnp.float32)))
     return jax.tree.unflatten(treedef, noise)
 
 
@@ -83,26 +87,23 @@ def _hash(x: chex.Array, y: chex.Array, z: chex.Array) -> tuple[chex.Array, chex
     return x, y, z
 
 
-def _box_muller(radius_word: chex.Array, angle_word: chex.Array, scale: chex.Array) -> chex.Array:
-    """scale sqrt(-2 log u) sin(pi t / 2), with a random sign, for u and t uniform in (0, 1] and [0, 1]."""
-    # Signed conversions are one instruction on every machine; unsigned ones are not.
-    u = ((radius_word >> _U32(1)) | _U32(1)).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-31)
-    bits = jax.lax.bitcast_convert_type(u, jnp.int32)
-    exponent = (bits - np.int32(0x3F3504F3)) >> np.int32(23)  # u = 2**exponent (1 + m), 1 + m in [0.707, 1.414]
-    m = jax.lax.bitcast_convert_type(bits - (exponent << np.int32(23)), jnp.float32) - np.float32(1)
-    # Every sum here has a single product, and the result, whose sign is set last, is not a product itself. Of two
-    # products a compiler may contract either into a fused multiply-add, so that a vmapped draw could differ from a solo
-    # one.
-    log2_u = m * _polynomial(_LOG2, m) + exponent.astype(jnp.float32)
-    radius = jnp.sqrt(np.float32(-2 * np.log(2)) * log2_u)
-    t = (angle_word & _U32(0x7FFFFFFF)).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-31)
-    magnitude = scale * radius * (t * _polynomial(_SINE, t * t))
-    signed = jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | (angle_word & _U32(0x80000000))
-    return jax.lax.bitcast_convert_type(signed, jnp.float32)
+def _words(number: chex.Array, factor: chex.Array, offset: chex.Array, mask: chex.Array) -> chex.Array:
+    """A random word for each number; different ones for different numbers."""
+    word = number * (factor | _U32(1)) + offset
+    word = (word ^ (word >> _U32(16)) ^ mask) * _U32(0x7FEB352D)
+    word = (word ^ (word >> _U32(15))) * _U32(0x846CA68B)
+    return word ^ (word >> _U32(16))
 
 
-def _polynomial(coefficients: tuple[float, ...], x: chex.Array) -> chex.Array:
-    value = jnp.full_like(x, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        value = value * x + np.float32(coefficient)
-    return value
+def _nearly_normal(word: chex.Array, scale: chex.Array) -> chex.Array:
+    """scale times a nearly normal number of a random word."""
+    other = word * _U32(0x9E3779B9)
+    halves = (other >> _U32(16)) + (other & _U32(0xFFFF))
+    n = (jax.lax.population_count(word) << _U32(16)) + halves  # of mean 16 * 2**16 + 65535
+    n = jax.lax.bitcast_convert_type(n - _U32(16 * 2**16 + 65535), jnp.int32)
+    x = jnp.abs(n).astype(jnp.float32)
+    # Every sum here adds a single product, and the result, its sign put in last, is none itself: of two products a
+    # compiler may contract either into a fused multiply-add, and a vmapped draw could differ from the same draw alone.
+    magnitude = scale * (x * (np.float32(_CUBIC[0]) + np.float32(_CUBIC[1]) * (x * x)))
+    sign = jax.lax.bitcast_convert_type(n, jnp.uint32) & _U32(0x80000000)
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | sign, jnp.float32)

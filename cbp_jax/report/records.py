@@ -128,8 +128,9 @@ def list_runs(folder: str | Path) -> list[Run]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must be that of runs; there is none at {folder}")
-    files = [path for path in sorted(folder.rglob(FILE_NAME)) if path.parent.parent.name != PARTS]
-    runs = [_run(path.parent) for path in files]
+    parents = [path.parent for path in folder.rglob(FILE_NAME)]
+    # The parts of several processes are one run.
+    runs = [_run(run) for run in sorted({path.parents[1] if path.parent.name == PARTS else path for path in parents})]
     if not runs:
         raise ValueError(f"folder must have runs in it, and {folder} has no {FILE_NAME}, nor has a folder below it")
     return runs

@@ -139,6 +139,28 @@ def test_after_a_process_was_lost_any_number_goes_on_and_nothing_finished_is_los
     assert_is_whole(tmp_path, whole)
 
 
+def test_what_one_process_did_of_the_lanes_of_two_is_not_done_again(whole, tmp_path):
+    for index in range(2):
+        stopped(tmp_path, Share(index, 2), 1)
+    with pytest.raises(KeyboardInterrupt):  # in the second program
+        run(tmp_path, None, stop_after=TASKS - 1 + 2)
+    assert [(len(cohort), done) for cohort, done in run(tmp_path)[0]] == [(2, 2)]
+    assert_is_whole(tmp_path, whole)
+
+
+def test_a_failure_is_told_until_another_process_has_done_the_lanes(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(Train, "__call__", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, Share(1, 2))
+    assert report.list_runs(tmp_path)[0].state.startswith("failed: ZeroDivisionError: division by zero; 0 of 24")
+    monkeypatch.undo()
+    monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
+    monkeypatch.setattr(stream.memory, "check_states", lambda *args: 1000)
+    for index in range(3):
+        run(tmp_path, Share(index, 3))
+    assert_is_whole(tmp_path, whole)
+
+
 def test_processes_go_on_with_the_run_of_one(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, None, stop_after=2)
@@ -274,7 +296,7 @@ def start(out, environment, count, kill=None, devices=1, **changes):
         **os.environ,
         **environment,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_cpu_use_fusion_emitters=false",
     }
     for index in range(count):
         settings = dict(changes, kill_after=2 if index == kill else None)
@@ -338,3 +360,53 @@ def test_a_process_that_is_killed_loses_nothing_that_was_finished(one, compiled_
     else:
         start(tmp_path, compiled_once, 2)
     assert_is_whole(tmp_path, one)
+
+
+def words_of(slurm_process):
+    names = {"PROCID": slurm_process, "LOCALID": slurm_process, "JOB_ID": os.getpid() + 2000, "NTASKS": 2}
+    names |= {"STEP_NODELIST": "localhost", "STEP_NUM_NODES": 1, "STEP_NUM_TASKS": 2}
+    return {f"SLURM_{name}": str(value) for name, value in names.items()}
+
+
+@pytest.mark.slow
+def test_processes_are_found_as_slurm_starts_them():
+    script = """
+import jax
+from cbp_jax import cli_processes
+print(*cli_processes.meet(cli_processes.Given(detect=True), 60), jax.config.read("jax_cuda_visible_devices"))
+"""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env={**os.environ, **words_of(index)}, stdout=subprocess.PIPE, text=True
+        )
+        for index in range(2)
+    ]
+    found = [process.communicate(timeout=120)[0].split() for process in started]
+    assert found == [["0", "2", "0"], ["1", "2", "1"]]  # index, count, and a GPU for each
+    with pytest.raises(ValueError, match="--distributed finds no cluster here that JAX knows"):
+        cli_processes.meet(cli_processes.Given(detect=True), 5)
+
+
+@pytest.mark.slow
+def test_the_command_runs_in_two_processes_and_the_last_one_draws(tmp_path):
+    words = ["run", "online_permuted", "--preset", "smoke", "--seeds", "1", "--tasks", "2", "--quiet"]
+    command = [sys.executable, "-m", "cbp_jax", *words, "--no-compilation-cache"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    address = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+    started = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / "two"), *address, "--process-id", str(index)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    told = sorted(process.communicate(timeout=280)[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0]
+    drawn = [text for text in told if "results: " in text]
+    assert drawn and all("tasks.png" in text for text in drawn)
+    assert all("the process that ends last joins the results" in text for text in told if text not in drawn)
+    subprocess.run([*command, "--out", str(tmp_path / "one")], env=environment, check=True, timeout=280)
+    assert same(load_results(tmp_path / "two"), load_results(tmp_path / "one"))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["results.nc", "tasks.png"]
