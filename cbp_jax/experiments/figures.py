@@ -59,7 +59,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         NATURE,
         "Fig. 4, Extended Data Fig. 5",
-        "the ant on ground that stays as it is",
+        "the ant with constant friction",
         "stationary_ant --preset paper",
         "240 lanes of 50M steps; 100 minutes a lane",
         "a million steps of standard Adam",

@@ -245,7 +245,7 @@ def _labels_problem(dataset: str) -> str:
 
 online_permuted = Experiment(
     name="online_permuted",
-    about="Online Permuted MNIST (Dohare et al., Nature 2024): every task shuffles the pixels anew.",
+    about="Online Permuted MNIST (Dohare et al., Nature 2024): each task has a new permutation of the pixels.",
     Settings=Online,
     presets={"smoke": _online_smoke, "laptop": _online_laptop, "paper": _online_paper, **ONLINE_FIGURES},
     problem=lambda settings: _problem(problems.online_permuted, settings, normalize=False),

@@ -73,8 +73,8 @@ class Checkpoint:
 
     def _unusable(self, reason: str) -> ValueError:
         return ValueError(
-            f"the run cannot go on from {self.path}: {reason}. The results that were saved are safe. Delete the file "
-            "and run again: what is not finished starts from its first task and comes to the same results"
+            f"the run cannot resume from {self.path}: {reason}. The results that were saved are safe. Delete the file "
+            "and run again: what is not finished restarts from its first task, with the same results"
         )
 
     def restore(self, like: Any) -> Any:
