@@ -64,8 +64,7 @@ def _as_pytorch(settings: ImageStreamSettings) -> dict[str, Any]:
 
 
 def kaiming(settings: Any) -> dict[str, Any]:
-    """As in the paper, hidden layers are initialized with the gain of their activation, and the output layer with gain
-    1.
+    """As in the paper, hidden layers are initialized with the gain of their activation, the output layer with gain 1.
 
     Activations without a known gain get that of ReLU. Networks other than the perceptron use their own initializers.
     """
