@@ -236,7 +236,7 @@ def _paper() -> Settings:
 
 continual_lora = Experiment(
     name=NAME,
-    about="A sequence of text tasks with an adapter for all or for each, sparse or orthogonal ones, and replay.",
+    about="A sequence of text tasks with one adapter for all or for each; sparse or orthogonal adapters; replay.",
     Settings=Settings,
     presets={"smoke": _smoke, "laptop": Settings, "paper": _paper},
     check=check,
