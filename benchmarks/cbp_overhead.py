@@ -4,10 +4,10 @@
     python benchmarks/cbp_overhead.py --widths 1000 --batches 1 16 --optimizers sgd --seeds 1
     python benchmarks/cbp_overhead.py --utilities all --reinitializations all --widths 100 --optimizers sgd --seeds 1
 
-Both run inside a `lax.scan` on the 784-w-w-w-10 ReLU network, calls of the two interleaved; the ratio is the
-median over the rounds. `untouched` is CBP with a utility that looks at no weight, to show what the pass over the
-outgoing weights costs. Utilities are timed with drawn weights, reinitializations with `contribution`; utilities of
-second order with HesScale, the second backward pass that they need.
+Both run inside a `lax.scan` on the 784-w-w-w-10 ReLU network, and their calls are interleaved; the ratio is the median
+over the rounds. `untouched` is CBP with a utility that reads no weights, to show what the pass over the outgoing
+weights costs. Utilities are timed with the reinitialization `resample`, and reinitializations with the utility
+`contribution`. Times of second-order utilities include HesScale, the second backward pass that they need.
 """
 
 import argparse
@@ -40,14 +40,14 @@ OPTIMIZERS = {"sgd": lambda: optax.sgd(0.003), "adam": lambda: cbp_jax.adam(1e-4
 
 
 def nothing(view):
-    """A utility that looks at no weight: any unit is as good as another."""
+    """A utility that reads no weights: all units are equally useful."""
     return jnp.zeros(view.group.size)
 
 
 def runner(width, batch, optimizer, seeds, steps, lanes, utility=None, **settings):
     """A compiled function of no arguments that trains `seeds` networks for `steps` steps.
 
-    Without a utility by the inner optimizer alone; `settings` are of `continual_backprop`.
+    Without a utility, only the inner optimizer trains them; `settings` are arguments of `continual_backprop`.
     """
     net = Net(width)
     x = jax.random.uniform(jax.random.key(0), (64, batch, 784))

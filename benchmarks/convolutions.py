@@ -1,13 +1,13 @@
 """Steps of convolutional networks in a loop on a CPU: XLA's convolutions against matrix products.
 
-    python benchmarks/convolutions.py                      # ResNet-18 of an eighth of the widths; ConvNet
+    python benchmarks/convolutions.py                      # ResNet-18 with an eighth of its widths; ConvNet
     python benchmarks/convolutions.py --networks resnet --scale 1 --variants products cbp --rounds 1
     taskset -c 0 python benchmarks/convolutions.py --networks convnet --variants xla_pooling products --clock process
 
-A step is a forward and a backward pass and an update by SGD with momentum, in a `lax.scan` as the training loop has it.
-`convolutions` are XLA's, `outside` the same without a loop, `products` those of `contract_convolutions`, `xla_pooling`
-the same but for pooling, whose derivative is XLA's, and `cbp` products with continual backpropagation. Calls are
-interleaved; seconds are medians.
+A step is a forward and a backward pass and an update by SGD with momentum, in a `lax.scan` as in the training loop.
+Variants: `convolutions` uses XLA's convolutions, `outside` the same without a loop, `products` those of
+`contract_convolutions`, `xla_pooling` the same but XLA's derivative of pooling, and `cbp` is `products` with continual
+backpropagation. Calls are interleaved; seconds are medians.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""How long units take to be found: python benchmarks/discovery.py [--only NAME].
+"""How long it takes to find units: python benchmarks/discovery.py [--only NAME].
 
-Prints, for networks by shape alone (no arrays are made), the seconds to trace them, to find their units, and how many
-groups these are. What is counted is the second of two calls.
+Prints, for networks given by shapes alone (no arrays are made), the seconds to trace them and to find their units, and
+the number of groups. The second of two calls is timed.
 """
 
 import argparse
@@ -34,13 +34,13 @@ def encoder(depth, width, heads):
 
 
 def resnet(blocks):
-    """A residual network of the full width."""
+    """A residual network with its full width."""
     net, x = nets.ResNet(10, blocks=blocks), jnp.zeros((1, 32, 32, 3))
     return net.apply, jax.eval_shape(net.init, jax.random.key(0), x), x
 
 
 def decoder(depth, width, heads, hidden, vocabulary, length=16):
-    """A decoder of the form of Llama: RMS norm, rotary positions, gated perceptrons."""
+    """A decoder like Llama: RMS norm, rotary positions, gated perceptrons."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
     layer = {
         **{name: shape(width, width) for name in ("query", "key", "value", "out")},

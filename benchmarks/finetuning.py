@@ -1,14 +1,15 @@
-"""A step of fine-tuning an encoder: all weights, and adapters, against plain products of the layers' sizes.
+"""A step of fine-tuning an encoder, with all weights and with adapters, compared with the matrix products alone.
 
     python benchmarks/finetuning.py                  # 6 layers of width 384, 16 texts of 64 tokens
     python benchmarks/finetuning.py --depth 2 --rounds 3
 
-A step is a forward and a backward pass and an update by Adam, compiled, outside of a loop; with `--scan` eight of them
-in a `lax.scan`, as the experiments have it. `dot` are the forward products of the layers by `jnp.dot`, three times, as
-a step has them: forward, and for the gradients of inputs and of weights. `full` trains all weights, `lora` adapters of
-all layers that are applied in factors (`cbp_jax.lora.factored`), `merged` those whose kernels are added up first. Calls
-are interleaved; seconds are medians, with `--processor` those of all cores together, on a machine that others use. The
-speed is that of the products of a full step over the seconds of all.
+A step is a forward and a backward pass and an update by Adam, compiled, outside of a loop; with `--scan`, a `lax.scan`
+of eight of them, as in the experiments. `dot` computes the layers' matrix products with `jnp.dot`, three times as in a
+step: forward, and for the gradients of inputs and of weights. `full` trains all weights, `lora` adapters of all layers
+that are applied in factors (`cbp_jax.lora.factored`), and `merged` adapters that are added to the kernels first. Calls
+are interleaved; seconds are medians. With `--processor` they are the processor time of all cores together, for a
+machine that others use, too. The speed is the number of operations in the products of a full step, divided by the
+seconds.
 """
 
 import argparse
@@ -28,7 +29,7 @@ VARIANTS = ("dot", "full", "lora", "merged")
 
 
 def products(batch, length, depth, width, hidden):
-    """Sizes (rows, in, out) of the layers' products, and the operations of a step, those between tokens included."""
+    """Sizes (rows, in, out) of the layers' products; the number of operations in a step, including attention."""
     rows = batch * length
     sizes = depth * ([(rows, width, width)] * 4 + [(rows, width, hidden), (rows, hidden, width)])
     tokens = depth * 2 * 2 * batch * length**2 * width

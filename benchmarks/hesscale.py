@@ -2,9 +2,9 @@
 
     python benchmarks/hesscale.py
 
-Each call computes loss and gradients, with HesScale its diagonal as well, `steps` times in a scan, the parameters moved
-a little by both so that nothing can be left out or hoisted; calls are interleaved, and the ratio is the median over
-rounds. `hutchinson` is one sample of Hutchinson's estimate, for comparison.
+Each call computes the loss and gradients, and with HesScale also the Hessian's diagonal, `steps` times in a scan. Both
+move the parameters a little, so that the compiler can neither remove nor hoist them. Calls are interleaved, and the
+ratio is the median over rounds. `hutchinson` is one sample of Hutchinson's estimate, for comparison.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """How a run on a CPU suffers from other processes: two host devices of one process against two processes.
 
 A run spreads its lanes over the cores as host devices of one process, which wait for each other at the end of every
-task. This times the same work, a lane a core, with and without busy loops beside it: as one process, and as a process a
-lane. The fair share is what the scheduler leaves: all cores, divided by the number of busy threads.
+task. This script times the same work, one lane per core, with and without busy loops in other processes: as one
+process, and as one process per lane. The fair share is what the scheduler leaves: the number of cores divided by the
+number of busy threads.
 
     python benchmarks/host_devices.py > benchmarks/results/host_devices_cpu.txt
 """
@@ -28,7 +29,7 @@ print(json.dumps((ends[-1] - ends[0]) / int(sys.argv[2])))
 
 
 def seconds_per_task(processes: int, devices: int, tasks: int, busy: int) -> float:
-    """Of the slowest process, its compilation left out."""
+    """Seconds per task of the slowest process, without compilation."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     try:
         runs = [

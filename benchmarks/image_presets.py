@@ -1,11 +1,11 @@
-"""Seconds of the image experiments' laptop presets on a CPU, with convolutions as products and as XLA has them.
+"""Seconds of the image experiments' laptop presets on a CPU, with convolutions as matrix products and as XLA's.
 
     python benchmarks/image_presets.py
     python benchmarks/image_presets.py --experiments class_incremental --tasks 4
 
-Each is run from its settings to its results file for the first tasks and one seed, with compilation, plain and with
-continual backpropagation. The experiments contract their convolutions by themselves; for comparison they are run with
-`contract_convolutions` replaced by nothing. Runs are interleaved; seconds are medians.
+Each preset is run from its settings to its results file, for the first tasks and one seed, including compilation, with
+backpropagation and with continual backpropagation. The experiments use `contract_convolutions` by themselves; for
+comparison they are also run without it. Runs are interleaved; seconds are medians.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""One step of training under a mask against the same step without.
+"""One step of training under a mask, compared with the same step without a mask.
 
     python benchmarks/masked_overhead.py
     python benchmarks/masked_overhead.py --hidden 1000 1000 --batches 60 --density 0.05
 
-Both run inside a `lax.scan` on LeNet-300-100, calls of the two interleaved; the ratio is the median over the rounds.
-Also timed: pruning a fifth of the network.
+Both run inside a `lax.scan` on LeNet-300-100, and their calls are interleaved; the ratio is the median over the rounds.
+Pruning a fifth of the network is timed, too.
 """
 
 import argparse

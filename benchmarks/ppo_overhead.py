@@ -1,4 +1,4 @@
-"""PPO on the ant, end to end, with continual backpropagation and without; and seeds under vmap.
+"""PPO on the ant, end to end, with and without continual backpropagation; and several seeds with vmap.
 
     python benchmarks/ppo_overhead.py
     python benchmarks/ppo_overhead.py --seeds 1 16 64 --rounds 5      # on an accelerator
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def runner(optimizer, seeds, updates):
-    """A function of no arguments that goes on with `seeds` agents for `updates` rollouts."""
+    """A function of no arguments that trains `seeds` agents for `updates` more rollouts."""
     env = envs.SlipperyAnt(friction=1.0, clip_actions=True)
     network = nets.ActorCritic(env.action_size, initial_log_std=-0.7)
     init, update = ppo.make(env, network, OPTIMIZERS[optimizer])

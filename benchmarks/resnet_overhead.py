@@ -5,12 +5,13 @@
     taskset -c 1 python benchmarks/resnet_overhead.py --clock process --scales 1 --part update  # without the network
     python benchmarks/resnet_overhead.py --scales 1 --steps 20                                  # on an accelerator
 
-The network is ResNet-18 for images of 32x32 with all of its widths divided by `scale`, in training: statistics of the
-batch, running ones updated. The optimizer is that of class-incremental CIFAR-100, SGD with momentum 0.9 and weight
-decay 5e-4; CBP has its settings, and resets the running statistics of what it replaces. Calls of the variants are
-interleaved, and the ratio is the median over the rounds. `untouched` is CBP with a utility that looks at no weight and
-at no activation; `eager` replaces a channel of every group in every step, which with the paper's settings happens once
-in hundreds to thousands of steps. `--part update` times what follows the gradient alone: the update, and applying it.
+The network is ResNet-18 for images of 32x32 with all of its widths divided by `scale`, in training mode: it normalizes
+by statistics of the batch and updates the running statistics. The optimizer is that of class-incremental CIFAR-100, SGD
+with momentum 0.9 and weight decay 5e-4; CBP has the settings of that experiment, and resets the running statistics of
+replaced channels. Calls of the variants are interleaved, and the ratio is the median over the rounds. `untouched` is
+CBP with a utility that reads no weights and no activations; `eager` replaces a channel of every group in every step,
+which with the paper's settings happens once in hundreds to thousands of steps. `--part update` times only what follows
+the gradient: computing the update and applying it.
 """
 
 import argparse
@@ -32,7 +33,7 @@ CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def nothing(view):
-    """A utility that looks at no weight: any unit is as good as another."""
+    """A utility that reads no weights: all units are equally useful."""
     return jnp.zeros(view.group.size)
 
 
@@ -45,7 +46,7 @@ VARIANTS = {
 
 
 def random_like(shapes, key):
-    """Arrays of given shapes, none of whose entries is 0."""
+    """Arrays of the given shapes without zeros."""
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten(

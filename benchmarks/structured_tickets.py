@@ -3,11 +3,11 @@
     python benchmarks/structured_tickets.py
     python benchmarks/structured_tickets.py --dataset mnist --iterations 10000 --rounds 10
 
-Each round trains the network from its first weights, prunes a fraction of the units of each hidden layer, those of
-least utility (`--utility`), and cuts them out. A row is a round: the units and weights that are left, the test
-accuracy of the smaller network trained as it is, the largest difference between outputs of the trained masked network
-and of what is cut out of it, and the time of a step of training, of the masked network and of the smaller one, over the
-dense network's.
+Each round trains the network from its initial weights, prunes a fraction of the units of each hidden layer, those with
+the lowest utility (`--utility`), and removes them from the network. A row is a round: the units and weights that are
+left, the test accuracy of the smaller network when it is trained itself, the largest difference between outputs of the
+trained masked network and of the smaller network with its weights, and the time of a training step of the masked
+network and of the smaller one, divided by the dense network's.
 """
 
 import argparse

@@ -7,12 +7,12 @@ import jax
 
 
 def interleaved(functions, rounds, clock=time.perf_counter):
-    """Seconds per call of each compiled function, in turn, `rounds` times; the first call is a warm-up.
+    """Seconds of calls of each compiled function, in turn, `rounds` times, after one call of each as a warm-up.
 
     Args:
       functions: dict from name to a function of no arguments that returns arrays.
-      rounds: how many counted calls of each.
-      clock: `time.process_time` counts what this process computed, on a CPU that others use too.
+      rounds: number of timed calls of each.
+      clock: the clock to read. `time.process_time` counts only this process's work, for a CPU that others use, too.
 
     Returns:
       dict from name to the list of seconds.

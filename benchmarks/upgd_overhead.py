@@ -1,14 +1,14 @@
-"""One step of UPGD against the same step of plain SGD, and what random numbers take of it.
+"""One step of UPGD compared with the same step of plain SGD, and how much of it the random numbers take.
 
     python benchmarks/upgd_overhead.py
     python benchmarks/upgd_overhead.py --widths 1000 --batches 1 --rounds 15
 
-All run inside a `lax.scan` on the 784-w-w-w-10 ReLU network, calls of the variants interleaved; the ratio is the
-median over the rounds. Columns: `upgd`, as it is; `no gate`, which keeps utilities and their maximum and adds noise,
-but lets everything pass; `no noise`, the gate alone; `neither`, utilities and their maximum alone; then UPGD with
+All run inside a `lax.scan` on the 784-w-w-w-10 ReLU network, and their calls are interleaved; the ratio is the median
+over the rounds. Columns: `upgd`, unchanged; `no gate`, with utilities, their maximum and noise, but without the gate;
+`no noise`, with the gate but without noise; `neither`, with utilities and their maximum only; then UPGD with
 `jax.random.normal` in place of this library's generator, with keys of JAX's default implementation and of `rbg`;
-`uniform`, UPGD with the least that could be called noise, uniform numbers of a hash of two multiplications, which
-bounds from below what any generator costs; and Adam, whose state is twice that of UPGD.
+`uniform`, with the simplest possible noise, uniform numbers from a hash of two multiplications, as a lower bound for
+the cost of any generator; and Adam, whose state is twice as large as UPGD's.
 """
 
 import argparse

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="cbp-jax bench",
         description="Tunes all methods with the same budget on the problems of a suite, runs the best settings with "
         "other seeds, and makes one table of all results.",
-        epilog="One row beside published ones: cbp-jax bench --suite small --method my_module:my_factory "
+        epilog="To add one row to published results: cbp-jax bench --suite small --method my_module:my_factory "
         "--published benchmarks/results/bench-small",
     )
     parser.add_argument("--suite", default="small", help="small, full or smoke; `cbp-jax list` shows their problems")

@@ -54,7 +54,7 @@ def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
         raise OSError(
             error.errno,
             f"{path} cannot be written: {os.strerror(error.errno).lower()}, and it takes {sum(map(len, pieces)):,} "
-            "bytes. What was saved last is still there; free some space and run again to go on",
+            "bytes. What was saved last is still there; free some space and run again to resume",
         ) from error
     finally:
         partial(path).unlink(missing_ok=True)

@@ -239,7 +239,7 @@ def test_the_console_script_is_this_command():
             ["EXPERIMENT", "--preset", "--grid", "--plan", "--lanes-at-once", "--log", "--no-compilation-cache"],
         ),
         (["plot", "--help"], ["run_dir", "--formats"]),
-        (["runs", "--help"], ["folder", "subfolders"]),
+        (["runs", "--help"], ["folder", "subfolders", "where to look"]),
         (["bench", "--help"], ["--suite", "--method", "--published", "--report", "--problems"]),
         (["data", "--help"], ["prepare"]),
         (["data", "prepare", "--help"], ["--from", "--data-dir", "IDX"]),

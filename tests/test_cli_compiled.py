@@ -84,7 +84,7 @@ def test_a_second_run_compiles_nothing(tmp_path):
         return done.stderr
 
     count = lambda: len([path for path in (tmp_path / "cache").rglob("*-cache")])
-    assert "compiled programs are kept" not in run("--no-compilation-cache", "--out", str(tmp_path / "0"))
+    assert "compiled programs are cached" not in run("--no-compilation-cache", "--out", str(tmp_path / "0"))
     assert not (tmp_path / "cache" / "cbp_jax").exists()
     assert f"compiled programs are cached in {tmp_path / 'cache'}" in run("--out", str(tmp_path / "1"))
     kept = count()

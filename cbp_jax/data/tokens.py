@@ -123,7 +123,7 @@ class Tokenizer(Protocol):
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, length: int
     ) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """Of each text, or pair of texts, at most so many tokens and their types."""
+        """The tokens of each text, or pair of texts, cut to a maximum length, and their types."""
         ...
 
 
@@ -223,7 +223,7 @@ class FileTokenizer:
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, length: int
     ) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """Of each text, or pair of texts, at most so many tokens and their types."""
+        """The tokens of each text, or pair of texts, cut to a maximum length, and their types."""
         self._tokenizer.enable_truncation(length)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         return [(found.ids, found.type_ids) for found in self._tokenizer.encode_batch(inputs)]

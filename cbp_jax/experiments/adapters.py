@@ -127,7 +127,8 @@ def job(settings: Settings) -> stream.Job:
 
     Returns:
       what runs it. Its results are `MEASURES` [method, order, seed, task], where a task is its position in the order,
-      and `PAIR_MEASURES` with the position of an earlier task besides; `sequence` [order, task] says which is which.
+      and `PAIR_MEASURES` with an additional dimension, the position of an earlier task.
+      `sequence` [order, task] says which task is at which position.
 
     Raises:
       ValueError: a setting is out of range or unknown, before anything is computed.
@@ -236,7 +237,7 @@ def _paper() -> Settings:
 
 continual_lora = Experiment(
     name=NAME,
-    about="A sequence of text tasks with an adapter for all or for each, sparse or orthogonal ones, and replay.",
+    about="A sequence of text tasks with one adapter for all or for each; sparse or orthogonal adapters; replay.",
     Settings=Settings,
     presets={"smoke": _smoke, "laptop": Settings, "paper": _paper},
     check=check,

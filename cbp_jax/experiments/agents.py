@@ -123,7 +123,7 @@ def check(settings: Settings) -> list[learners.Method]:
         if method.inject_at is not None:
             raise ValueError(f"method {text!r}: heads are injected before tasks of a stream, and an agent has none")
         if method.reset_every:
-            raise ValueError(f"method {text!r}: an agent is reset where friction changes, not every so many updates")
+            raise ValueError(f"method {text!r}: an agent is reset where friction changes; reset_every is not supported")
     return methods
 
 

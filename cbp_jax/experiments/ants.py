@@ -170,7 +170,7 @@ slippery_ant = Experiment(
 )
 stationary_ant = Experiment(
     name="stationary_ant",
-    about="Stationary ant (Dohare et al., Nature 2024): PPO learns to walk, and collapses though nothing changes.",
+    about="Stationary ant (Dohare et al., Nature 2024): PPO learns to walk, and collapses although nothing changes.",
     Settings=Settings,
     presets={
         "smoke": lambda: dataclasses.replace(SMOKE, friction=1.0),

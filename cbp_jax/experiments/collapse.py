@@ -143,7 +143,7 @@ def job(settings: Settings, *, lanes_at_once: int | None = None) -> stream.Job:
 
 policy_collapse = Experiment(
     name="policy_collapse",
-    about="Policy collapse (Elsayed & Mahmood, ICLR 2024): PPO on a walker of Brax, for long.",
+    about="Policy collapse (Elsayed & Mahmood, ICLR 2024): a long run of PPO on a Brax walker.",
     Settings=Settings,
     presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP, "paper": lambda: Settings(seeds=30)},
     check=check,

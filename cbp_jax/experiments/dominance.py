@@ -38,8 +38,8 @@ MEASURES = {
 TICKET_MEASURES = {
     "ticket_accuracy": ("density", "accuracy with only the changes of the largest weights"),
     "retrained_accuracy": ("density", "accuracy where only these weights were trained from the start"),
-    "dimension_accuracy": ("dimensions", "accuracy with only the changes of so many dimensions of each matrix"),
-    "dimension_density": ("dimensions", "fraction of the weights in so many dimensions of each matrix"),
+    "dimension_accuracy": ("dimensions", "accuracy with only the changes of this number of dimensions of each matrix"),
+    "dimension_density": ("dimensions", "fraction of the weights in this number of dimensions of each matrix"),
     "shared": ("other", "weights in both tasks' tickets"),
     "by_size": ("other", "weights that tickets of their sizes in each matrix share by chance"),
     "by_marginals": ("other", "weights that tickets with as many in each row and column share by chance"),

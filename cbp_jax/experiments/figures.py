@@ -46,7 +46,7 @@ FIGURES: tuple[Figure, ...] = (
         "class-incremental CIFAR-100 with ResNet-18: accuracy against a retrained network, dormant units, stable rank",
         "class_incremental --preset paper",
         "75 lanes of 1M updates; 40 days a lane",
-        "--preset perceptron on Quick, Draw!, five seeds: shown",
+        "--preset perceptron on Quick, Draw!, five seeds; the effect shows",
     ),
     Figure(
         NATURE,
@@ -54,12 +54,12 @@ FIGURES: tuple[Figure, ...] = (
         "slippery ant: standard and tuned Adam, L2, CBP, and ReDo, shrink and perturb, UPGD",
         "slippery_ant --preset paper",
         "800 lanes of 20M steps; 40 minutes a lane",
-        "--preset alternating, 0.9M steps, eight seeds: standard and tuned Adam apart",
+        "--preset alternating, 0.9M steps, eight seeds; standard and tuned Adam differ clearly",
     ),
     Figure(
         NATURE,
         "Fig. 4, Extended Data Fig. 5",
-        "the ant on ground that stays as it is",
+        "the ant with constant friction",
         "stationary_ant --preset paper",
         "240 lanes of 50M steps; 100 minutes a lane",
         "a million steps of standard Adam",
@@ -112,7 +112,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         UPGD,
         "Fig. 1",
-        "Adam with and without restarts; of label-permuted EMNIST and others: label_permuted --preset restarts",
+        "Adam with and without restarts; for label-permuted EMNIST and others: label_permuted --preset restarts",
         "input_permuted --preset restarts",
         "200 lanes of 1M updates; 10 minutes a lane",
     ),
@@ -127,7 +127,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         UPGD,
         "label-permuted EMNIST",
-        "the same; the search behind it is --preset paper, as of input-permuted MNIST",
+        "the same; --preset paper is the search behind it, as for input-permuted MNIST",
         "label_permuted --preset best",
         "200 lanes of 1M updates; 10 minutes a lane",
         "MNIST, 80 tasks of 2,500 images, five seeds",
@@ -142,13 +142,13 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         UPGD,
         "Fig. 8",
-        "policy collapse: PPO with Adam and UPGD; --env halfcheetah, hopper, walker2d and humanoid are its others",
+        "policy collapse: PPO with Adam and UPGD; also with --env halfcheetah, hopper, walker2d or humanoid",
         "policy_collapse --preset paper",
         "90 lanes of 1M steps; 10 minutes a lane",
     ),
     Figure(
         STREAMING,
-        "(Stream Q, on a problem of ours)",
+        "(Stream Q, on a new problem)",
         "Stream Q(lambda) on a changing cart-pole: ObGD, SGD, Adam, and continual backpropagation around each",
         "streaming_control --preset laptop",
         "30 lanes of 400,000 steps; a minute a lane",
@@ -163,7 +163,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         TICKETS,
         "Fig. 5, Conv-2",
-        "the same of a network with two convolutions on CIFAR-10",
+        "the same for a network with two convolutions on CIFAR-10",
         "convolutional_tickets --preset paper",
         "285 networks of 20,000 updates; half an hour each",
     ),
@@ -211,7 +211,7 @@ FIGURES: tuple[Figure, ...] = (
         "L1 or L2, toward zero or toward the initial weights, each at its best strength",
         "question_penalty --preset laptop",
         "half an hour of one core, tuning included",
-        "this command, ten seeds: shown",
+        "this command, ten seeds; see docs/findings.md",
     ),
     Figure(
         QUESTIONS,
@@ -219,7 +219,7 @@ FIGURES: tuple[Figure, ...] = (
         "whether winning tickets vanish as plasticity is lost, for backpropagation, L2 and CBP",
         "question_tickets --preset laptop",
         "40 lanes of 541,000 updates and 13 searches for tickets; 30 seconds a lane",
-        "this command, ten seeds: shown",
+        "this command, ten seeds; see docs/findings.md",
     ),
     Figure(
         QUESTIONS,
@@ -232,9 +232,9 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         QUESTIONS,
         "6",
-        "whether an adapter that is trained on and on learns worse than a fresh one",
+        "whether an adapter that is trained on one task after another learns worse than a fresh one",
         "question_adapters --preset laptop",
         "80 lanes of 80,000 updates; 10 seconds a lane",
-        "this command, ten seeds: shown",
+        "this command, ten seeds; see docs/findings.md",
     ),
 )

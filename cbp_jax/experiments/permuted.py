@@ -64,8 +64,7 @@ def _as_pytorch(settings: ImageStreamSettings) -> dict[str, Any]:
 
 
 def kaiming(settings: Any) -> dict[str, Any]:
-    """As in the paper, hidden layers are initialized with the gain of their activation, and the output layer with gain
-    1.
+    """As in the paper, hidden layers are initialized with the gain of their activation, the output layer with gain 1.
 
     Activations without a known gain get that of ReLU. Networks other than the perceptron use their own initializers.
     """
@@ -245,7 +244,7 @@ def _labels_problem(dataset: str) -> str:
 
 online_permuted = Experiment(
     name="online_permuted",
-    about="Online Permuted MNIST (Dohare et al., Nature 2024): every task shuffles the pixels anew.",
+    about="Online Permuted MNIST (Dohare et al., Nature 2024): each task has a new permutation of the pixels.",
     Settings=Online,
     presets={"smoke": _online_smoke, "laptop": _online_laptop, "paper": _online_paper, **ONLINE_FIGURES},
     problem=lambda settings: _problem(problems.online_permuted, settings, normalize=False),

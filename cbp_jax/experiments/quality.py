@@ -136,7 +136,7 @@ def job(settings: Settings) -> stream.Job:
     Returns:
       what runs it. Its results are `correlation` [method, level, scope, utility, seed, task] and `loss`
       [method, seed, task], the mean loss of the steps up to the next measurement. Methods are the activations, tasks
-      the measurements, whose coordinate `step` counts updates before them. After each, progress is told the
+      the measurements, whose coordinate `step` counts updates before them. After each, `progress` is called with the
       activation, the number of seeds, and means of what was measured.
 
     Raises:

@@ -26,7 +26,7 @@ class Settings(stream.StreamSettings):
     hidden: tuple[int, ...] = (5,)
     """Sizes of the hidden layers, unless a method sets its own; none for a linear network."""
     num_inputs: int = 20
-    """Input bits, besides a constant 1."""
+    """Number of input bits, without the constant 1."""
     flipping_bits: int = 15
     """Input bits that are fixed during a task, one of which flips before the next."""
     redraw: bool = False

@@ -67,7 +67,7 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
       dim: "density" or "dimensions".
 
     Returns:
-      array [tasks]: the smallest value such that there, and at all larger values, the mean accuracy over seeds is at
+      array [tasks]: the smallest value from which on the mean accuracy over seeds is at
       least that of the probe plus `KEPT` of what fine-tuning without a pull adds; NaN if there is no such value, or if
       fine-tuning adds nothing.
     """

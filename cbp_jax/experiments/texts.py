@@ -276,8 +276,8 @@ def fit(
     Args:
       apply: `apply(trained, frozen, batch, dropout key) -> logits`.
       tx: the optimizer.
-      trained: what is trained.
-      frozen: what is not.
+      trained: the parameters that are trained.
+      frozen: the parameters that are not.
       texts: arrays [steps, batch, ...].
       seed: of dropout.
       penalty: a function of the trained parameters that is added to the loss.

@@ -76,8 +76,8 @@ def init(
         ("params/*/query/kernel"), its layer's path, or the end of either, as in PEFT: "query", "kernel".
       init_lora_weights: how A is drawn: "kaiming", uniform in :math:`\pm 1/\sqrt{in}`, PEFT's default; or "gaussian",
         with standard deviation :math:`1/r`.
-      axes: by pattern, as above, (input axes, output axes). The first match counts. Axes in neither enumerate stacked
-        kernels, each of which gets its own factors. For Equinox use `{"*": ((1,), (0,))}`.
+      axes: by pattern, as above, (input axes, output axes). The first match counts. The other axes enumerate stacked
+        kernels, and each of these gets its own factors. For Equinox use `{"*": ((1,), (0,))}`.
 
     Returns:
       the adapter, in float32 or wider.

@@ -22,8 +22,8 @@ class RegressionTask(NamedTuple):
 
     bits: jax.Array  # float32 [flipping_bits], 0 or 1
     input_weights: jax.Array  # float32 [num_inputs + 1, target_units], -1 or 1; the same in all tasks of a stream
-    thresholds: jax.Array  # float32 [target_units], likewise
-    output_weights: jax.Array  # float32 [target_units], -1 or 1, likewise
+    thresholds: jax.Array  # float32 [target_units], the same in all tasks
+    output_weights: jax.Array  # float32 [target_units], -1 or 1, the same in all tasks
     key: jax.Array  # key, of the random bits of each batch
     evaluation_key: jax.Array  # key, of those of `evaluation`
 

@@ -203,7 +203,7 @@ def benchmark_table(
     rows = overall(standings, counted)
     lines = [f"# {title}", "", NOTES, "", "## All problems", "", *_overall_lines(standings, rows)]
     if counted is not None and (besides := [name for name in standings if name not in counted]):
-        lines += ["", f"Beside the overall score and rank: {', '.join(map(readable, besides))}."]
+        lines += ["", f"Not counted in the overall score and rank: {', '.join(map(readable, besides))}."]
     if not any(each.scores is not None for each in standings.values()):
         lines += ["", f"There are no scores: {baseline}, plain backpropagation, is not in the table."]
     for name, results in problems.items():

@@ -95,7 +95,7 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
 
     Args:
       results: of a comparison, or of a run.
-      baselines: methods that the others are compared with, of which those that are absent are left out.
+      baselines: methods that the others are compared with. Those that are absent are left out.
       measures: further measures; a second table has their means over the last tenth of the tasks.
 
     Returns:
@@ -121,8 +121,8 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
         "",
         *_aligned(rows),
         "",
-        "Differences are paired by seed, over all tasks. Without a word, the interval includes 0: the two are not told",
-        f"apart. Intervals are not corrected for there being {max(len(methods) - 1, 1)} of them in a column.",
+        "Differences are paired by seed, over all tasks. Without a word, the interval includes 0: there is no",
+        f"clear difference. Intervals are not corrected for there being {max(len(methods) - 1, 1)} in a column.",
     ]
     if "tuning_seed" in results.dims:
         tried, seeds = results.sizes["candidate"], results.sizes["tuning_seed"]

@@ -247,5 +247,5 @@ def _line(ax, x, curves, style, dashes, label, place, every) -> None:
 
 def _note(figure: Figure, results: xr.Dataset) -> None:
     seeds = results.sizes["seed"]
-    note = f"Mean, least and largest of {seeds} seeds" if seeds > 1 else "One seed"
+    note = f"Mean, smallest and largest value of {seeds} seeds" if seeds > 1 else "One seed"
     figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")

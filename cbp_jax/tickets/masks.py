@@ -122,8 +122,8 @@ def overlap(mask_a: Mask, mask_b: Mask) -> Overlap:
     """Compares two masks of one network.
 
     Args:
-      mask_a: as `full_mask` or `prune` makes it.
-      mask_b: likewise.
+      mask_a: a mask, from `full_mask` or `prune`.
+      mask_b: another mask of the same network.
 
     Returns:
       the Jaccard index of the living prunable weights, and its value by chance.

@@ -20,9 +20,9 @@ class Trained(NamedTuple):
     """The result of training.
 
     Attributes:
-      params: the weights at its end.
-      kept: weights on the way, by how many updates are before them.
-      measured: whatever was measured.
+      params: the weights at the end of training.
+      kept: weights during training, by the number of updates before them.
+      measured: measurements of any kind, or None.
     """
 
     params: optax.Params

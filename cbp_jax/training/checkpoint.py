@@ -61,8 +61,8 @@ def read_state(path: Path) -> Saved | None:
 def unusable(path: Path, reason: str) -> ValueError:
     """The error that a state cannot be used, with the way out."""
     return ValueError(
-        f"the run cannot go on from {path}: {reason}. The results that were saved are safe. Delete the file "
-        "and run again: what is not finished starts from its first task and comes to the same results"
+        f"the run cannot resume from {path}: {reason}. The results that were saved are safe. Delete the file "
+        "and run again: what is not finished restarts from its first task, with the same results"
     )
 
 

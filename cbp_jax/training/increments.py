@@ -151,13 +151,13 @@ def run_increments(
     """Trains all lanes on the first increments.
 
     Args:
-      learner: what is trained.
+      learner: the learner that is trained.
       problem: the classes.
       seeds: int [lanes], the seed of each lane.
       hyperparameters: arrays [lanes] by name.
       tasks: how many increments.
       mode: how the lanes of a device run, see `Lanes`.
-      checkpoint: where the state is kept. A run goes on from the state found there.
+      checkpoint: where the state is saved. A run resumes from the state found there.
       lanes_at_once: the most lanes that the devices hold, by default all; see `Lanes`.
       **settings: of `run_increment`.
 

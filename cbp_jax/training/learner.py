@@ -62,7 +62,7 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
     """The state of one lane before its first task.
 
     Args:
-      learner: what is trained.
+      learner: the learner that is trained.
       seed: int32 [].
       hyperparameters: scalars by name, for the learner's optimizer.
 

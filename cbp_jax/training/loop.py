@@ -64,7 +64,7 @@ def run_task(
     """Measures a network on the next task, and trains it on that task. Runs one lane.
 
     Args:
-      learner: what is trained.
+      learner: the learner that is trained.
       problem: the stream of tasks.
       data: `problem.data`, an argument so that lanes share it.
       state: the lane's.
@@ -161,7 +161,7 @@ def run_tasks(
     """Trains all lanes on a stream of tasks.
 
     Args:
-      learner: what is trained.
+      learner: the learner that is trained.
       problem: the stream of tasks.
       seeds: int [lanes], the seed of each lane.
       hyperparameters: arrays [lanes] by name.

@@ -79,7 +79,7 @@ def learn(
     """One step of a learner on a batch.
 
     Args:
-      learner: what is trained.
+      learner: the learner that is trained.
       tx: its optimizer.
       loss: a name of `losses.LOSSES`.
       params: the network's.

@@ -20,7 +20,7 @@ class ScaleByAdamState(NamedTuple):
 
     count: optax.Updates  # int32, updates since the weight was made
     mu: optax.Updates  # running mean of the gradient, float32 (float64 for float64 params)
-    nu: optax.Updates  # running mean of its square, likewise
+    nu: optax.Updates  # running mean of its square, in the same precision
 
 
 def scale_by_adam(

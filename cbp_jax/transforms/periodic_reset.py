@@ -35,8 +35,8 @@ def periodic_reset(
 
     With :math:`w'` the weights after the inner optimizer's update number n,
 
-    .. math:: w \leftarrow \begin{cases} \text{fresh} & \text{if } n \bmod N = 0 \text{ and } w \text{ is reset} \\
-        w' & \text{otherwise.} \end{cases}
+    .. math::
+        w \leftarrow \text{fresh} \;\text{ if } n \operatorname{mod} N = 0 \text{ and } w \text{ is reset, else }\; w'.
 
     The paper resets the last layers, or all layers, of agents that relearn from their replay buffer. On a stream there
     is no buffer, and what the reset layers knew is lost. That makes it the simplest remedy to compare with.

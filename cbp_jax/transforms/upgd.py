@@ -53,7 +53,7 @@ def scale_by_upgd(
     Args:
       inner: rescales gradients before they are gated, such as `cbp_jax.transforms.adam.scale_by_adam()`. By default
         they are not rescaled. It must not flip their sign: sign and learning rate are applied after the gate.
-      beta_utility: as in :func:`upgd`, and likewise all that follow.
+      beta_utility: as in :func:`upgd`, like all arguments below.
       sigma: standard deviation of the noise.
       order: 1 or 2.
       scope: "global" or "local".
@@ -303,7 +303,7 @@ def adaptive_upgd(
       b1: decay rate of the mean of gradients, in [0, 1). May be traced, as b2 and eps.
       b2: decay rate of the mean of squared gradients, in [0, 1).
       eps: added to the root of the mean square, >= 0.
-      weight_decay: as in :func:`upgd`, and likewise all that follow.
+      weight_decay: as in :func:`upgd`, like all arguments below.
       beta_utility: decay of the mean of utilities.
       sigma: standard deviation of the noise.
       order: 1 or 2.

@@ -241,7 +241,7 @@ class Walk:
         return Labels(whole[0][None] if same else np.stack(whole), reduced, running)
 
     def number(self, atom: core.Var | core.Literal) -> float | None:
-        """The number that all entries of an array are, if known."""
+        """The number that all entries of an array equal, if known."""
         if isinstance(atom, core.Literal):
             return float(atom.val) if np.ndim(atom.val) == 0 and np.isrealobj(atom.val) else None
         return self.numbers.get(atom)

@@ -13,11 +13,11 @@ import re
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\S|\s+", re.DOTALL)
 
 _NAMES = """alpha beta gamma delta epsilon varepsilon eta theta kappa lambda mu xi pi rho sigma tau phi Delta Sigma
-Omega partial infty ell top"""
-_LETTERS = dict(zip(_NAMES.split(), "αβγδϵεηθκλμξπρστϕΔΣΩ∂∞ℓ⊤", strict=True))
+Omega partial nabla infty ell top"""
+_LETTERS = dict(zip(_NAMES.split(), "αβγδϵεηθκλμξπρστϕΔΣΩ∂∇∞ℓ⊤", strict=True))
 _SIGNS = r"""leftarrow to cdot cdots dots ldots times pm circ odot sim approx le ge ne in mid sum prod lVert rVert
-lvert rvert lfloor rfloor { } |"""
-_OPERATORS = dict(zip(_SIGNS.split(), "←→⋅⋯……×±∘⊙∼≈≤≥≠∈∣∑∏‖‖||⌊⌋{}‖", strict=True))
+lvert rvert lfloor rfloor langle rangle { } |"""
+_OPERATORS = dict(zip(_SIGNS.split(), "←→⋅⋯……×±∘⊙∼≈≤≥≠∈∣∑∏‖‖||⌊⌋⟨⟩{}‖", strict=True))
 _FUNCTIONS = {"log", "exp", "max", "min", "sin", "cos", "tanh", "arg"}
 _LIMITS = {"sum", "prod", "max", "min"}
 _SPACES = {",": 0.17, ";": 0.28, ":": 0.22, "!": -0.17, " ": 0.3, "quad": 1, "qquad": 2}

@@ -19,7 +19,7 @@ SETTINGS = {"change_every": 3, "episode_length": 2, "random_reset": False}
 
 
 def slides(env, frictions):
-    """How far an ant that was pushed sideways slides in a second, in metres, at each of the frictions."""
+    """How far an ant that was pushed sideways slides in a second, in meters, at each of the frictions."""
 
     @jax.jit
     @jax.vmap

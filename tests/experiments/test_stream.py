@@ -362,7 +362,7 @@ def test_a_damaged_state_is_refused_the_results_are_kept_and_without_it_they_are
     stop(tmp_path, after=2)
     state = tmp_path / folder.STATE_FILE
     state.write_bytes(state.read_bytes()[:-1] + b"\0")
-    with pytest.raises(ValueError, match=f"cannot go on from {state}: it is damaged"):
+    with pytest.raises(ValueError, match=f"cannot resume from {state}: it is damaged"):
         run(tmp_path, None, FAKE)
     assert finished_tasks(tmp_path) == [2, 0, 2]
     state.unlink()

@@ -165,7 +165,9 @@ def test_a_damaged_or_foreign_file_is_refused_with_the_way_out_and_left_as_it_is
     path.write_bytes(damage(path.read_bytes()))
     damaged = path.read_bytes()
     for name in ("bp", "cbp"):
-        with pytest.raises(ValueError, match=f"cannot go on from {path}: .*{reason}.* results .* are safe. Delete the"):
+        with pytest.raises(
+            ValueError, match=f"cannot resume from {path}: .*{reason}.* results .* are safe. Delete the"
+        ):
             Checkpoint(path, name)
     assert path.read_bytes() == damaged
 

@@ -326,7 +326,7 @@ class Method:
         Args:
           network: attributes of the network, used for settings that the method leaves open.
           units: of the network.
-          methods: the methods that are compiled together, of which this is the first.
+          methods: the methods that are compiled together; this is the first of them.
         """
         names = {field.name for field in dataclasses.fields(self)} & {"normalization", "kernel_init"}
         taken = {name: network[name] for name in names if name in network and name not in self.options}

@@ -134,7 +134,7 @@ class PlasticityInjection(Moments):
     """
 
     name = "injection"
-    about = "Adam with plasticity injection: a fresh head learns beside the frozen old one"
+    about = "Adam with plasticity injection: a fresh head learns next to the frozen old one"
     look = Look("Plasticity injection")
 
     inject_at: int = count(1)

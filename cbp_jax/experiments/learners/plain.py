@@ -35,7 +35,7 @@ class MomentumSGD(SGD):
     Attributes:
       momentum: decay rate of the sum of gradients.
       reset: "head" or "network": what to reinitialize before each task but the first.
-      reset_every: updates after which it is drawn anew, and again, instead of before each task.
+      reset_every: reinitialize it every so many updates, instead of before each task.
     """
 
     momentum: float = ranged(0.0, below=1, traced=False, optional=True)
@@ -58,7 +58,7 @@ class Moments(Method):
     Attributes:
       reset: "head" or "network": what to reinitialize before each task but the first, together with Adam's moments and
         step count.
-      reset_every: updates after which it is drawn anew, and again, instead of before each task.
+      reset_every: reinitialize it every so many updates, instead of before each task.
       eps: added to the root of the mean square.
     """
 

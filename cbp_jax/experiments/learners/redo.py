@@ -72,7 +72,7 @@ class ReDoAdam(Recycling, Moments):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecyclingByGradient(Recycling):
-    """Base class of learners that recycle units of small gradients."""
+    """Base class of learners that recycle units with small gradients."""
 
     space: ClassVar[Space] = {"threshold": LogUniform(1e-4, 0.1)}
 
@@ -86,17 +86,17 @@ class RecyclingByGradient(Recycling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReGraMa(RecyclingByGradient, ReDo):
-    """SGD with recycling of units of small gradients."""
+    """SGD with recycling of units with small gradients."""
 
     name = "regrama"
-    about = "SGD with recycling of units of small gradients"
+    about = "SGD with recycling of units with small gradients"
     look = Look("ReGraMa")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReGraMaAdam(RecyclingByGradient, ReDoAdam):
-    """Adam with recycling of units of small gradients."""
+    """Adam with recycling of units with small gradients."""
 
     name = "regrama_adam"
-    about = "Adam with a step count per weight, with recycling of units of small gradients"
+    about = "Adam with a step count per weight, with recycling of units with small gradients"
     look = Look("ReGraMa, Adam")

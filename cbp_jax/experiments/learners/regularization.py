@@ -209,7 +209,7 @@ class Parseval(Penalized):
     """SGD with Parseval regularization."""
 
     name = "parseval"
-    about = "SGD with the weights of each unit pulled to be orthogonal to those of others, and of one length"
+    about = "SGD with the weights of each unit pulled to be orthogonal to those of other units, and of equal norm"
     look = Look("Parseval")
 
     scale: float = ranged(2.0)
