@@ -51,26 +51,27 @@ class StreamSettings:
     """Settings of every experiment on a stream of tasks."""
 
     methods: tuple[str, ...] = ("bp", "cbp")
-    """Learners to compare, each a name, with settings if wanted: "cbp:replacement_rate=1e-5,utility=weight", or a
-    function that makes an optax transformation: "my_module:my_factory(learning_rate=0.01)"."""
+    """Learners to compare: names, optionally with settings, "cbp:replacement_rate=1e-5,utility=weight"; or functions
+    that create an optax transformation: "my_module:my_factory(learning_rate=0.01)"."""
     seeds: int = 3
-    """Number of runs of each method, each with a seed of its own."""
+    """Number of runs of each method, with different seeds."""
     first_seed: int = 0
-    """The first of the seeds; the others follow it. Settings are chosen on some seeds and reported on others."""
+    """The first seed; the others follow. Choose settings on some seeds and report results on others."""
     tasks: int = 10
     """Number of tasks."""
     batch_size: int = 1
     """Examples of an update."""
     hidden: tuple[int, ...] = (100, 100, 100)
-    """Sizes of the hidden layers, where a method does not choose its own; none make a linear network."""
+    """Sizes of the hidden layers, unless a method sets its own; no sizes make a linear network."""
     activation: str = "relu"
-    """Activation of the hidden layers, where a method does not choose one."""
+    """Activation of the hidden layers, unless a method sets its own."""
     measured_examples: int = 2000
-    """Examples on which dead units and ranks are measured before each task, or all that it has where it has fewer."""
+    """Number of examples on which dead units and ranks are measured before each task; all of its examples, if it has
+    fewer."""
     measure_every: int | None = None
-    """Every so many updates plasticity and gradients are measured; never if not given."""
+    """Number of updates between measurements of plasticity and gradients; by default they are not measured."""
     lanes: Literal["auto", "vmap", "map"] = "auto"
-    """How seeds run on one device: together (vmap) or in turn (map); auto chooses by device."""
+    """How seeds run on one device: in parallel (vmap) or in turn (map); auto chooses by device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +79,14 @@ class ImageStreamSettings(StreamSettings):
     """Settings of a stream of tasks made of a dataset."""
 
     network: str = "mlp"
-    """One of mlp, convnet, lenet, resnet18 and vit, with settings if wanted: "vit:depth=2,width=32"; or a Flax module:
-    "my_module:MyNet(width=64)". Networks that do not take images as they are get them flat."""
+    """One of mlp, convnet, lenet, resnet18 and vit, optionally with settings: "vit:depth=2,width=32"; or a Flax module:
+    "my_module:MyNet(width=64)". Networks that do not accept images get flattened images."""
     dataset: str = "digits"
     """A name of `cbp_jax.data.names()` or of tensorflow-datasets, or the path of an array file (.npz)."""
     examples_per_task: int | None = None
     """Examples of each task, all of the dataset by default."""
     data_dir: Path | None = None
-    """Where prepared datasets are; tensorflow-datasets' own default if not given."""
+    """Folder of prepared datasets; by default that of tensorflow-datasets."""
 
 
 def check_counts(settings: Any, *names: str) -> None:
