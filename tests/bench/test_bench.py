@@ -101,6 +101,7 @@ def test_a_transformation_of_another_package_is_a_row_by_one_command(published, 
     assert {path: path.read_bytes() for path in published.rglob("*.nc")} == before
 
 
+@pytest.mark.slow
 def test_what_was_stopped_goes_on_to_the_same_results(published, tmp_path):
     method = parse_method("l2")
     pairs, _ = bench.entries(SMOKE, [method], tmp_path, [PROBLEM])

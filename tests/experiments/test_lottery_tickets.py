@@ -185,6 +185,7 @@ def test_a_round_is_training_by_hand():
         assert expected.sum() == new[path].sum()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
     whole, _, _ = smoke
     calls = []
@@ -287,6 +288,7 @@ def test_settings_of_the_paper():
             assert check(experiment.preset(name)) == list(experiment.preset(name).methods)
 
 
+@pytest.mark.slow
 def test_global_pruning_compares_layers_of_one_fraction():
     _, plan, _ = rounds_of_a_lane()
     params = plan.learner.init(jax.random.key(0))

@@ -168,7 +168,8 @@ def test_processes_go_on_with_the_run_of_one(whole, tmp_path):
     assert_is_whole(tmp_path, whole)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
 def test_however_often_and_by_however_many_it_is_stopped_it_ends_as_if_it_had_not_been(whole, tmp_path, seed):
     rng = random.Random(seed)
     for _ in range(4):
@@ -307,6 +308,7 @@ def start(out, environment, count, kill=None, devices=1, **changes):
     assert ends == [-signal.SIGKILL if index == kill else 0 for index in range(count)]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(compiled_once, tmp_path):
     few = {"methods": REAL.methods[:1], "tasks": 2}
     real_job(**few)(tmp_path / "one")

@@ -18,6 +18,7 @@ from cbp_jax.rl import ppo
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
     "test_any_transformation_trains_an_agent_without_being_traced_again": ("redo", "upgd"),
+    "test_the_network_or_its_head_starts_anew_with_a_period": ("head",),
 }
 
 PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action", "cut_elsewhere")
@@ -104,6 +105,7 @@ def test_the_value_of_a_constant_reward(probed):
     assert outputs(probed["constant_terminated"][0], 0.0)[1] == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_value_where_time_is_cut_goes_on(probed):
     # V = 1 + 0.8 V
     assert outputs(probed["constant_truncated"][0], 0.0)[1] == pytest.approx(5, abs=0.3)

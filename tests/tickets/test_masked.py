@@ -12,7 +12,8 @@ from cbp_jax.tickets import apply_mask, full_mask, masked, prune
 
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
-    "test_dead_weights_and_moments_are_0_after_a_thousand_updates": ("momentum",),
+    "test_dead_weights_and_moments_are_0_after_a_thousand_updates": ("momentum", "cbp"),
+    "test_living_weights_go_as_the_inner_one_makes_them_go_in_the_masked_network": ("adam",),
 }
 
 OPTIMIZED = True  # bits are compared

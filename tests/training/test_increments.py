@@ -59,6 +59,7 @@ def test_the_step_size_falls_as_in_the_paper():
     assert [round(float(step_size_factor(epoch, 5)), 3) for epoch in range(5)] == [1, 1, 0.2, 0.04, 0.008]
 
 
+@pytest.mark.slow
 def test_a_run_is_what_a_plain_loop_makes_of_it(problem, carried):
     """Two increments: outputs of unseen classes left out, statistics carried, best weights kept, momentum going on."""
     state, task_fn = carried

@@ -139,6 +139,7 @@ def check_two_devices():
     assert len(everywhere.addressable_shards) == 2
 
 
+@pytest.mark.slow
 def test_two_devices_share_the_lanes_and_give_the_same():
     script = f"""
 import jax, runpy

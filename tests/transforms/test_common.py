@@ -325,7 +325,7 @@ ROWS = [
             ("taylor_second_order", "resample"),
         )
     ),
-    Row("ewc", ewc, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE),
+    Row("ewc", ewc, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE, slow=True),
     Row("mas", mas, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE, slow=True),
     Row(
         "synaptic_intelligence",
@@ -356,6 +356,7 @@ ROWS = [
         {**GATE, "b1": 0.9, "b2": 0.99, "eps": 0.1},
         {**GATE_OTHERWISE, "b1": 0.5, "b2": 0.9, "eps": 0.3},
         noisy=True,
+        slow=True,
     ),
     Row(
         "continual_backprop of upgd",

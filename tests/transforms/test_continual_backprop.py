@@ -15,12 +15,17 @@ import cbp_jax
 
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
-    "test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones": ("per-weight-adam", "chain"),
+    "test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones": (
+        "per-weight-adam",
+        "chain",
+        "momentum",
+    ),
     "test_moments_of_replaced_units_return_to_their_initial_values_and_no_others": (
         "chain",
         "adam",
         "adagrad",
         "momentum",
+        "multisteps",
     ),
 }
 

@@ -21,6 +21,7 @@ from cbp_jax.units import LeftOutKind
 SLOW_CASES = {
     "test_chosen_networks": (
         "joined depthwise grouped squeezed--gated-True-1",
+        "residual projected batch_norm strided--hidden layer_norm-True-2",
         "strided group_norm-embedded attention perceptron fused_attention layer_norm--True-1",
     ),
 }

@@ -14,7 +14,7 @@ import cbp_jax
 
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
-    "test_the_state_of_a_cell_is_a_group": ("optimized lstm-False", "minimal-False", "simple-False"),
+    "test_the_state_of_a_cell_is_a_group": ("optimized lstm-False", "minimal-False", "simple-False", "gru-False"),
     "test_each_layer_has_its_units": ("linen, rematerialized", "nnx"),
     "test_gradients_with_features_are_those_without": ("linen, rematerialized",),
 }
