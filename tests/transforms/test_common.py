@@ -323,6 +323,7 @@ ROWS = [
             ("upgd", "regrow"),
             ("fisher", "resample_both"),
             ("taylor_second_order", "resample"),
+            ("upgd_second_order", "orthogonal"),
         )
     ),
     Row("ewc", ewc, (), CONSOLIDATE, CONSOLIDATE_OTHERWISE, slow=True),
