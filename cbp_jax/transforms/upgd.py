@@ -13,7 +13,7 @@ from cbp_jax import units as units_lib
 from cbp_jax.numerics import keys, noise
 from cbp_jax.numerics.rounding import rounded
 from cbp_jax.numerics.scalars import check_like, check_scalar
-from cbp_jax.numerics.sharding import check_axes, sharded_alike
+from cbp_jax.numerics.sharding import sharded_alike
 from cbp_jax.transforms.adam import scale_by_adam
 
 Scope = Literal["global", "local"]
@@ -90,7 +90,6 @@ def scale_by_upgd(
     inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
 
     def init_fn(params: optax.Params) -> ScaleByUpgdState:
-        check_axes(params)
         if units is None:
             # In bfloat16, adding (1 - beta) g w to the mean would be rounded away.
             utility = jax.tree.map(lambda w: jnp.zeros(jnp.shape(w), jnp.float32), params)
