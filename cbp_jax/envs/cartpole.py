@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cbp_jax.envs.episodes import Around, Episodes, check_range, strong
-from cbp_jax.numerics.keys import as_key_data
+from cbp_jax.envs.episodes import Episodes, check_range
+from cbp_jax.envs.periods import Periods
 
 _STEP = 0.02  # seconds
 _FARTHEST, _STEEPEST = 2.4, 12 * math.pi / 180
@@ -28,8 +28,8 @@ class Physics(NamedTuple):
 class State:
     """A state with the fields of Brax's, without depending on Brax."""
 
-    pipeline_state: jax.Array  # float32 [4]: position, velocity, angle, angular velocity
-    obs: jax.Array  # the same
+    pipeline_state: Any  # of the environment; of cart-pole float32 [4]: position, velocity, angle, angular velocity
+    obs: jax.Array  # of cart-pole the same
     reward: jax.Array
     done: jax.Array
     metrics: dict[str, jax.Array] = struct.field(default_factory=dict)
@@ -91,7 +91,7 @@ class CartPole:
         return state.replace(pipeline_state=after, obs=after, reward=jnp.ones([]), done=jnp.where(lost, 1.0, 0.0))
 
 
-class ChangingCartPole(Around):
+class ChangingCartPole(Periods):
     """Consecutive episodes of cart-pole, whose physics change periodically.
 
     In period i, counted from 0, gravity, the pole's length and the force of a push are log-uniform in their ranges,
@@ -118,6 +118,8 @@ class ChangingCartPole(Around):
       [10.0, -10.0, 10.0]
     """
 
+    changing = "physics"
+
     def __init__(
         self,
         *,
@@ -129,41 +131,19 @@ class ChangingCartPole(Around):
         key: chex.PRNGKey | int = 0,
         **episodes: Any,
     ):
-        if change_every < 1:
-            raise ValueError(f"change_every must be at least 1, got {change_every}")
+        super().__init__(Episodes(CartPole(), **{"episode_length": 500, **episodes}), change_every, key)
         self.ranges = Physics(gravity_range, length_range, force_range)
         for name, value in zip(("gravity_range", "length_range", "force_range"), self.ranges, strict=True):
             check_range(name, value)
-        self.env = Episodes(CartPole(), **{"episode_length": 500, **episodes})
-        self.change_every = change_every
         self.swap_actions = swap_actions
-        self._key, self._impl = as_key_data(key)
 
     def physics_of(self, period: chex.Numeric) -> Physics:
         """The physics of a period, counted from 0; float32 [] each."""
-        key = jax.random.fold_in(jax.random.wrap_key_data(self._key, impl=self._impl), period)
+        return self.of_period(period)
+
+    def drawn(self, period: chex.Numeric, key: chex.PRNGKey) -> Physics:
+        """See `Periods`."""
         low, high = jnp.log(jnp.asarray(self.ranges, jnp.float32)).T
         gravity, length, force = jnp.exp(jax.random.uniform(key, (3,), minval=low, maxval=high))
         swapped = self.swap_actions & (jnp.asarray(period) % 2 == 1)
         return Physics(gravity, length, jnp.where(swapped, -force, force))
-
-    def reset(self, key: chex.PRNGKey) -> State:
-        """The initial state in the first period. The key determines where episodes start."""
-        state = self.env.reset(key)
-        info = {"physics": self.physics_of(0), "period": jnp.int32(0), "period_steps": jnp.int32(0)}
-        return strong(state.replace(info=state.info | info))
-
-    def step(self, state: State, action: chex.Array) -> State:
-        """The state after an action, int [], 0 or 1."""
-        old = state.info
-        state = self.env.step(state, action)
-        steps = old["period_steps"] + 1
-        over = (steps >= self.change_every) & (state.done > 0)
-        period = old["period"] + over
-        new = self.physics_of(period)
-        info = {
-            "physics": jax.tree.map(lambda new, old: jnp.where(over, new, old), new, old["physics"]),
-            "period": period,
-            "period_steps": jnp.where(over, 0, steps),
-        }
-        return strong(state.replace(info=state.info | info))

@@ -1,6 +1,6 @@
-"""Reinforcement learning with any optax transformation: PPO, and streaming agents."""
+"""Reinforcement learning with any optax transformation: PPO, PQN, and streaming agents."""
 
-from cbp_jax.rl import ppo, streaming
+from cbp_jax.rl import ppo, pqn, streaming
 from cbp_jax.rl.gae import gae
 
-__all__ = ["gae", "ppo", "streaming"]
+__all__ = ["gae", "ppo", "pqn", "streaming"]

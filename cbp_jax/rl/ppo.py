@@ -12,11 +12,11 @@ import optax
 import cbp_jax
 from cbp_jax.envs.episodes import strong
 from cbp_jax.numerics.running import Statistics, counted, unseen
-from cbp_jax.replacement import replaced_units
+from cbp_jax.rl.epochs import run_epochs
 from cbp_jax.rl.loss import ppo_loss
 from cbp_jax.rl.rollout import EPISODE, Environment, normalized, rollout
 from cbp_jax.rl.settings import DEFAULTS, Settings
-from cbp_jax.training import output_layers, restart, symptoms, train_step
+from cbp_jax.training import output_layers, restart, symptoms
 from cbp_jax.units import Units, leaves_by_path
 
 
@@ -145,27 +145,22 @@ def make(
         seen = lambda obs: normalized(obs, state.statistics) if settings.normalize_observations else obs
         env_state, steps, found = rollout(env, network, settings, state.params, state.env_state, seen, rollout_key)
 
-        def learn(carry, batch):
-            def loss_fn(params):
-                (mean, log_std, value), features = apply(params, batch.obs)
-                loss, terms = ppo_loss(settings, mean, log_std, value, batch)
-                return loss, (features, terms)
+        def loss_fn(params, batch):
+            (mean, log_std, value), features = apply(params, batch.obs)
+            loss, terms = ppo_loss(settings, mean, log_std, value, batch)
+            return loss, (features, terms)
 
-            step = train_step(tx, loss_fn, *carry)
-            return (step.params, step.opt_state), (step.found, replaced_units(step.opt_state))
-
-        flat = jax.tree.map(lambda x: x.reshape(settings.steps, *x.shape[2:]), steps)
-
-        def epoch(carry, key):
-            order = jax.random.permutation(key, settings.steps)
-            batches = jax.tree.map(lambda x: x[order].reshape(settings.minibatches, -1, *x.shape[1:]), flat)
-            return jax.lax.scan(learn, carry, batches)
-
-        start = (state.params, state.opt_state)
-        (params, opt_state), (terms, replaced) = jax.lax.scan(
-            epoch, start, jax.random.split(learn_key, settings.epochs)
+        params, opt_state, terms = run_epochs(
+            tx,
+            loss_fn,
+            state.params,
+            state.opt_state,
+            steps,
+            learn_key,
+            epochs=settings.epochs,
+            minibatches=settings.minibatches,
         )
-        found |= jax.tree.map(jnp.mean, terms) | {"replaced_units": jnp.sum(replaced)}
+        found |= terms
         obs = found.pop("obs")
         statistics = (
             counted(state.statistics, obs.reshape(-1, obs.shape[-1]))

@@ -63,10 +63,7 @@ def rollout(
         actions = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
         ground = {name: env_state.info[name] for name in ("friction",) if name in env_state.info}  # of this step
         env_state = strong(jax.vmap(env.step)(env_state, actions))
-        info = env_state.info
-        kept = {name: info[name] for name in EPISODE} | {
-            "interrupted": info.get("interrupted", jnp.zeros_like(env_state.done))
-        }
+        kept = episode_info(env_state)
         further = env_state.metrics | ground
         ended = (env_state.reward, env_state.done)
         return env_state, (obs, actions, log_prob(mean, log_std, actions), ended, kept, further)
@@ -84,17 +81,33 @@ def rollout(
         gae_lambda=settings.gae_lambda,
     )
     targets = gained + values
-    whole = dones * (1 - info["interrupted"])
     found = {name: jnp.mean(values) for name, values in further.items()} | {
         "obs": obs,
-        "episodes": jnp.sum(whole),
-        "return_sum": jnp.sum(whole * info["episode_return"]),
-        "length_sum": jnp.sum(whole * info["episode_length"]),
+        **episode_sums(dones, info),
         "explained_variance": 1 - jnp.var(gained) / jnp.maximum(jnp.var(targets), 1e-12),
     }
     if settings.normalize_advantages and settings.advantages_in == "rollout":
         gained = (gained - jnp.mean(gained)) / (jnp.std(gained) + 1e-8)
     return env_state, Steps(seen(obs), actions, log_probs, values, gained, targets), found
+
+
+def episode_info(env_state: Any) -> dict[str, chex.Array]:
+    """What states report about episodes, [...] each: `EPISODE`, and `interrupted`, 0 where an environment has none."""
+    info = env_state.info
+    return {name: info[name] for name in EPISODE} | {
+        "interrupted": info.get("interrupted", jnp.zeros_like(env_state.done))
+    }
+
+
+def episode_sums(dones: chex.Array, info: dict[str, chex.Array]) -> dict[str, chex.Array]:
+    """The number of episodes that ended in steps [...], and the sums of their returns and lengths, without those that
+    were cut."""
+    whole = dones * (1 - info["interrupted"])
+    return {
+        "episodes": jnp.sum(whole),
+        "return_sum": jnp.sum(whole * info["episode_return"]),
+        "length_sum": jnp.sum(whole * info["episode_length"]),
+    }
 
 
 def log_prob(mean: chex.Array, log_std: chex.Array, actions: chex.Array) -> chex.Array:

@@ -1,11 +1,23 @@
 """Settings of proximal policy optimization."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 
 from cbp_jax.numerics.scalars import check_scalar
+
+
+def check_rollout(settings: Any) -> None:
+    """Raises a ValueError if a count of a rollout's settings is less than 1 or minibatches do not divide its steps."""
+    for name in ("num_envs", "rollout_length", "epochs", "minibatches"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if settings.steps % settings.minibatches:
+        raise ValueError(
+            f"minibatches must divide the {settings.num_envs} x {settings.rollout_length} = {settings.steps} steps of "
+            f"a rollout, got {settings.minibatches}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +70,7 @@ class Settings:
     normalize_observations: bool = False
 
     def __post_init__(self):
-        for name in ("num_envs", "rollout_length", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps % self.minibatches:
-            raise ValueError(
-                f"minibatches must divide the {self.num_envs} x {self.rollout_length} = {self.steps} steps of a "
-                f"rollout, got {self.minibatches}"
-            )
+        check_rollout(self)
         check_scalar("discount", self.discount, at_least=0, at_most=1)
         check_scalar("gae_lambda", self.gae_lambda, at_least=0, at_most=1)
         for name in ("clip", "value_coefficient", "entropy_coefficient"):
