@@ -37,8 +37,10 @@ import numpy as np
 import optax
 
 from cbp_jax import curvature
-from cbp_jax.experiments import folder, memory, stream
+from cbp_jax.experiments import folder, memory
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.lanes import Job
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
 from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
 from cbp_jax.report.statistics import binned
@@ -124,7 +126,7 @@ def total(settings: Settings) -> int:
     return len(settings.activations) * settings.seeds * (settings.steps // settings.measure_every)
 
 
-def job(settings: Settings) -> stream.Job:
+def job(settings: Settings) -> Job:
     """Prepares the experiment.
 
     Results are written after each measurement, so a killed run keeps them. A resumed run keeps finished activations and
@@ -149,7 +151,7 @@ def job(settings: Settings) -> stream.Job:
     each = 1 + len(LEVELS) * len(SCOPES) * len(UTILITIES)
     memory.check_results(len(activations), settings.seeds, measurements, each)
 
-    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+    def run(out: Path, progress: Progress | None = None) -> Any:
         found = folder.opened(_empty_results(settings, activations), Path(out))
         with one_blas_thread(), found as results:
             report.save_results(results, out)
@@ -168,7 +170,7 @@ def _run_activation(
     settings: Settings,
     activation: str,
     out: Path,
-    progress: stream.Progress | None,
+    progress: Progress | None,
 ) -> None:
     from cbp_jax import report
 

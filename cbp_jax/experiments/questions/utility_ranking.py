@@ -22,7 +22,9 @@ import optax
 
 from cbp_jax import data, losses, problems, replacement, training
 from cbp_jax.experiments import stream
+from cbp_jax.experiments.checks import check_counts
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.images import check_classes, gets_vectors
 from cbp_jax.experiments.permuted import kaiming
 from cbp_jax.experiments.quality import pearson_correlations, rank_correlations, true_feature_utility
 from cbp_jax.replacement.views import batch_mean
@@ -95,7 +97,7 @@ def _measures(settings: Settings) -> dict[str, str]:
 
 def check(settings: Settings) -> list[Any]:
     """Checks settings before anything is computed; see `stream.check`."""
-    stream.check_counts(settings, "window")
+    check_counts(settings, "window")
     utilities_of(settings)
     if not 0 <= settings.decay_rate < 1:
         raise ValueError(f"decay_rate must be in [0, 1), got {settings.decay_rate}")
@@ -106,12 +108,12 @@ def check(settings: Settings) -> list[Any]:
 
 
 def _problem(settings: Settings) -> problems.Problem:
-    images = stream.check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
+    images = check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
     problem = problems.online_permuted(
         images,
         examples_per_task=settings.examples_per_task,
         batch_size=settings.batch_size,
-        flatten=stream.flat(settings, images),
+        flatten=gets_vectors(settings, images),
     )
     if 2 * settings.window > problem.steps_per_task:
         raise ValueError(
