@@ -257,7 +257,7 @@ def _run_share(asked: _Asked, job: Any) -> Any:
     results, joined = folder.join(out)
     if joined:
         return results
-    done, of = report.records.tasks_done(results)
+    done, of = report.runs.tasks_done(results)
     print(
         f"process {share.index} of {share.count} is done, and {done} of {of} tasks of all are; the process "
         "that ends last joins the results. If one was stopped, run again, with any number of processes"
@@ -270,4 +270,4 @@ def _report(asked: _Asked, results: Any) -> None:
     from cbp_jax import report
 
     cli_show.show(results, asked.out, experiment=asked.experiment)
-    print(f"results: {asked.out / report.results.FILE_NAME}")
+    print(f"results: {asked.out / report.storage.FILE_NAME}")

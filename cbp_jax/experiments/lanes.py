@@ -66,7 +66,7 @@ class Prepared(NamedTuple):
         ):
             found = kept.results
             found.attrs.pop("failed", None)  # of an earlier process
-            if share is not None and share.index == 0 and not (out / report.results.FILE_NAME).exists():
+            if share is not None and share.index == 0 and not (out / report.storage.FILE_NAME).exists():
                 report.save_results(self.results, out)
             kept.clean()
             try:

@@ -166,7 +166,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
     Returns:
       paths of the pictures.
     """
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -236,7 +236,7 @@ def heat_maps(
     digits: int = 1,
 ) -> list[Path]:
     """Draws matrices side by side, with their numbers. Returns paths of the picture."""
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure

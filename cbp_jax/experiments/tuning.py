@@ -178,7 +178,7 @@ class Plan:
                 try:
                     reported = run(out / REPORTED, progress)
                 except KeyboardInterrupt:  # so that finished results can be seen
-                    if (out / REPORTED / report.results.FILE_NAME).exists():
+                    if (out / REPORTED / report.storage.FILE_NAME).exists():
                         self._take(results, chosen, report.load_results(out / REPORTED))
                         report.save_results(results, out)
                     raise

@@ -10,9 +10,9 @@ import numpy as np
 from cbp_jax.report import aggregates
 from cbp_jax.report.benchmarks import BASELINE, Standing, overall, standing
 from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import looks_of, name_of, readable
 from cbp_jax.report.panels import PANELS
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import better, is_accuracy
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from cbp_jax.report.comparisons import (
     tuning_scores,
 )
 from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import looks_of, name_of, readable
 from cbp_jax.report.panels import PANELS
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import better, is_accuracy, performance
 
 if TYPE_CHECKING:

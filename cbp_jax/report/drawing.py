@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbp_jax.report.results import require
+from cbp_jax.report.extra import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,9 +11,9 @@ import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks
 from cbp_jax.report.drawing import mark_values, style_of_pictures
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import PALETTE, look_of, readable
 from cbp_jax.report.panels import performance_label
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import numpy as np
 
 from cbp_jax.report.divergence import before_divergence, diverged_tasks
 from cbp_jax.report.drawing import CROSS, HANDLE_LENGTH, legend_columns, mark_values, save_figures, style_of_pictures
+from cbp_jax.report.extra import require
 from cbp_jax.report.grids import plot_grid, swept_settings
 from cbp_jax.report.looks import Style, learner_of, look_of, names_of, styles_of
 from cbp_jax.report.panels import PANELS, Panel, panels_of
-from cbp_jax.report.results import load_results, require
 from cbp_jax.report.sensitivity_plots import plot_sensitivity, swept_learners
 from cbp_jax.report.statistics import (
     begun,
@@ -29,6 +29,7 @@ from cbp_jax.report.statistics import (
     started,
     with_diverged,
 )
+from cbp_jax.report.storage import load_results
 
 if TYPE_CHECKING:
     import xarray as xr

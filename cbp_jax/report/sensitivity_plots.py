@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbp_jax.report.drawing import HANDLE_LENGTH, mark_values, style_of_pictures
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import Style, learner_of, learner_styles, look_of, readable
 from cbp_jax.report.panels import PANELS, performance_label
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import (
     better,
     diverged_note,

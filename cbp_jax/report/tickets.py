@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import PALETTE, look_of
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import interval_text
 
 if TYPE_CHECKING:

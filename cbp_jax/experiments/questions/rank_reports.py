@@ -134,7 +134,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Raises:
       ValueError: no method has finished two tasks.
     """
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     methods, values = aligned(results)

@@ -112,7 +112,7 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
     Raises:
       ValueError: nothing has been measured.
     """
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure

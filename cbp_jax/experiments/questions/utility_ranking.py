@@ -313,7 +313,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     import numpy as np
 
     from cbp_jax.report import looks
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
     from cbp_jax.report.statistics import bootstrap_interval
 
     require("matplotlib")
