@@ -42,7 +42,7 @@ from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
 from cbp_jax.experiments.progress import Progress
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
-from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
+from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import binned
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
@@ -528,13 +528,8 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3, handlelength=HANDLE_LENGTH)
         note = f"Global correlations; mean and one standard error of {results.sizes['seed']} seeds"
         note += f"; bins of {bin_size * every} steps" if bin_size > 1 else ""
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [out / f"{NAME}.{kind}" for kind in formats]
-        for path in paths:
-            figure.savefig(path)
-    return paths
+        write_note(figure, note)
+    return save_figures({NAME: figure}, Path(out), formats)
 
 
 utility_quality = Experiment(

@@ -11,6 +11,7 @@ import numpy as np
 from cbp_jax import files
 from cbp_jax.report.statistics import better, interval_text, is_accuracy, last_tenth, performance
 from cbp_jax.report.storage import FILE_NAME, PARTS, load_results
+from cbp_jax.report.tables import text_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -60,9 +61,7 @@ def runs_table(runs: list[Run], folder: str | Path) -> str:
     """The runs as a table of text, with names of folders as seen from one."""
     table = [("run", "experiment", "state", "best in the last tenth of tasks")]
     table += [(str(run.folder.relative_to(folder)), *run[1:]) for run in runs]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-    return "\n".join([rows[0], "-" * max(map(len, rows)), *rows[1:]])
+    return "\n".join(text_table(table, left=None))
 
 
 def _run(folder: Path) -> Run:
