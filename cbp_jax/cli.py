@@ -2,10 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
-import hashlib
-import importlib
-import json
 import os
 import signal
 import sys
@@ -109,136 +105,9 @@ def _list(argv: list[str]) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="cbp-jax run",
-        add_help=False,
-        allow_abbrev=False,  # --lanes is a setting of the experiment
-        description="Runs an experiment. `cbp-jax run EXPERIMENT --preset NAME --help` lists its options.",
-    )
-    parser.add_argument(
-        "experiment", nargs="?", help="a name that `cbp-jax list` shows, or the path of one: my_module:my_experiment"
-    )
-    parser.add_argument(
-        "--preset",
-        default="laptop",
-        help="settings to start from: smoke, laptop, paper, or another that `cbp-jax list` shows",
-    )
-    parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
-    parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")
-    parser.add_argument(
-        "--grid",
-        nargs="+",
-        default=[],
-        metavar="SETTING=VALUE,VALUE",
-        help="run every method that has these settings, with every combination of their values, such as "
-        "replacement_rate=1e-4,1e-5 step_size=0.01,0.003",
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="only print what would be compiled, how many lanes (methods times seeds) would run, and their memory",
-    )
-    parser.add_argument(
-        "--lanes-at-once",
-        type=int,
-        default=None,
-        metavar="N",
-        help="the most lanes that the devices hold, for the same results in less memory; found if not given",
-    )
-    parser.add_argument(
-        "--log",
-        nargs="+",
-        default=[],
-        choices=["jsonl", "tensorboard"],
-        help="also log each finished task: a line of JSON for each task and method (log.jsonl), or TensorBoard scalars",
-    )
-    parser.add_argument(
-        "--no-compilation-cache",
-        action="store_true",
-        help="compile everything anew. Otherwise compiled programs are cached in the user's cache folder, or in "
-        "JAX_COMPILATION_CACHE_DIR",
-    )
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("-h", "--help", action="store_true")
-    from cbp_jax import cli_processes
+    from cbp_jax import cli_run
 
-    cli_processes.add_options(parser)
-    given, rest = parser.parse_known_args(argv)
-    processes = cli_processes.read(given)
-    from cbp_jax.experiments import learners
-
-    grid = learners.read_grid(given.grid)
-    if given.experiment is None:
-        parser.print_help()
-        return
-    share = processes.share
-    if processes.detect and not given.help and not given.plan:
-        share = cli_processes.meet(processes)  # which may choose devices, so that it comes before JAX starts
-    experiment = _experiment(given.experiment)
-    start = experiment.preset(given.preset, given.dataset)
-    if given.help:
-        parser.print_help()
-        rest = ["--help"]
-    settings = _parse(f"cbp-jax run {given.experiment}", start, rest)
-    if grid:
-        settings = _swept(experiment, settings, grid)
-    out = given.out or Path("runs") / f"{experiment.name}-{given.preset}-{_hash(settings)}"
-    from cbp_jax import cli_compiled, cli_log, report
-    from cbp_jax.cli_progress import Bar
-    from cbp_jax.experiments import folder
-
-    if not given.no_compilation_cache and (kept := cli_compiled.keep_compiled()):
-        print(f"compiled programs are cached in {kept} (turn this off by --no-compilation-cache)", file=sys.stderr)
-
-    if share is not None and share.count == 1:
-        share = None
-    if not given.plan:
-        folder.check(out, experiment.name, settings, share)
-    _use_all_cores()  # before importing a user's module, which may start JAX
-    asked_for = [name for name, value in vars(settings).items() if value != getattr(start, name)]
-    how = {} if share is None else {"processes": share.count}
-    job = experiment.prepare(settings, asked_for, lanes_at_once=given.lanes_at_once, **how)
-    plan = getattr(job, "plan", None)
-    if share is not None:
-        if plan is None:
-            raise ValueError(f"processes must be left out: the methods of {experiment.name} are no lanes of programs")
-        if given.log:
-            raise ValueError(
-                f"--log must be left out with several processes, of which none has all lanes; got {given.log}"
-            )
-        share.check(job.num_lanes())
-    if given.log and plan is None:
-        raise ValueError(f"--log must be left out: {experiment.name} tells of no single method; got {given.log}")
-    if given.plan:
-        if plan is None:
-            raise ValueError(f"--plan must be left out: the methods of {experiment.name} are no lanes of programs")
-        print(plan.text())
-        return
-    print(f"{experiment.name}: {experiment.about}\n{_told(settings)}", file=sys.stderr)
-    if plan is not None:
-        print(plan.text(), file=sys.stderr)
-    logs = [cli_log.LOGS[kind](out) for kind in dict.fromkeys(given.log)]
-    total = experiment.total(settings)
-    if share is None:
-        with Bar(total, given.quiet) as bar:
-            results = job(out, cli_log.Logged(bar, logs))
-    else:
-        with folder.claimed(out, share):
-            if not processes.detect:
-                cli_processes.meet(processes)
-            total = total * sum(map(len, job.lanes(share))) // job.num_lanes()
-            with Bar(total, given.quiet) as bar:
-                job(out, cli_log.Logged(bar, logs), share)
-        results, joined = folder.join(out)
-        if not joined:
-            done, of = report.records.tasks_done(results)
-            print(
-                f"process {share.index} of {share.count} is done, and {done} of {of} tasks of all are; the process "
-                "that ends last joins the results. If one was stopped, run again, with any number of processes"
-            )
-            return
-    _show(results, out, experiment=experiment)
-    print(f"results: {out / report.results.FILE_NAME}")
+    cli_run.main(argv, before=_use_all_cores)
 
 
 def _plot(argv: list[str]) -> None:
@@ -259,7 +128,7 @@ def _plot(argv: list[str]) -> None:
     )
     parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
     args = parser.parse_args(argv)
-    from cbp_jax import report
+    from cbp_jax import cli_show, report
 
     first = args.run_dir[0]
     if args.out is None and len(args.run_dir) > 1:
@@ -268,17 +137,7 @@ def _plot(argv: list[str]) -> None:
     results = report.join_results([report.load_results(path) for path in args.run_dir])
     if len(args.run_dir) > 1:
         print(f"results: {report.save_results(results, out)}")
-    _show(results, out, tuple(args.formats))
-
-
-def _swept(experiment: Any, settings: Any, grid: dict[str, tuple[str, ...]]) -> Any:
-    """The settings with a method for each combination of the grid's values."""
-    from cbp_jax.experiments import learners
-
-    methods = experiment.check(settings)
-    if not hasattr(settings, "methods") or not all(isinstance(method, learners.Method) for method in methods):
-        raise ValueError(f"grid must be left out: {experiment.name} compares no learners; got {' '.join(grid)}")
-    return dataclasses.replace(settings, methods=learners.expand(settings.methods, grid))
+    cli_show.show(results, out, tuple(args.formats))
 
 
 def _runs(argv: list[str]) -> None:
@@ -291,26 +150,6 @@ def _runs(argv: list[str]) -> None:
 
     folder = parser.parse_args(argv).folder
     print(report.runs_table(report.list_runs(folder), folder))
-
-
-def _told(settings: Any) -> str:
-    """A line for each setting, as it would be given on the command line."""
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    width = max(map(len, values))
-    shown = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
-    return "\n".join(f"  {name:{width}}  {value}" for name, value in shown.items())
-
-
-def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",), experiment: Any = None) -> None:
-    """Prints the table of a run and draws its pictures, as its experiment defines them."""
-    from cbp_jax import experiments
-    from cbp_jax.experiments import learners
-
-    results = learners.with_looks(results)
-    experiment = experiment or experiments.EXPERIMENTS.get(results.attrs["experiment"], experiments.stream)
-    print(experiment.summary(results))
-    for picture in experiment.plot(results, out, formats):
-        print(f"picture: {picture}")
 
 
 def _bench(argv: list[str]) -> None:
@@ -342,35 +181,6 @@ def _data(argv: list[str]) -> None:
 
     data.prepare(args.name, args.source, data_dir=args.data_dir)
     print(f"prepared {data.load(args.name, data_dir=args.data_dir)!r}")
-
-
-def _experiment(name: str) -> Any:
-    from cbp_jax import by_path, experiments
-
-    if name in experiments.EXPERIMENTS:
-        return experiments.EXPERIMENTS[name]
-    if ":" in name:
-        _use_all_cores()
-    found = by_path.read(name, "experiment")
-    if found is None:
-        raise ValueError(f"experiment must be one of {list(experiments.EXPERIMENTS)}, got {name!r}")
-    if not isinstance(found.value, experiments.Experiment):
-        raise ValueError(f"{name} must be a cbp_jax.experiments.Experiment, got {type(found.value).__name__}")
-    return found.value
-
-
-def _parse(program: str, start: Any, argv: list[str]) -> Any:
-    """Reads the options that the dataclass of settings has, with `start` as defaults."""
-    try:
-        tyro = importlib.import_module("tyro")
-    except ImportError as error:
-        raise ImportError('the command line needs tyro: pip install "cbp-jax[cli]"') from error
-    return tyro.cli(type(start), prog=program, default=start, args=argv, config=(tyro.conf.FlagConversionOff,))
-
-
-def _hash(settings: Any) -> str:
-    text = json.dumps(dataclasses.asdict(settings), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _use_all_cores() -> None:

@@ -37,6 +37,6 @@ class Bar:
 
     def diverged(self, method: str, seed: int, task: int) -> None:
         """Reports a lane whose loss is no longer finite, above the bar. `task` counts from 0."""
-        from cbp_jax.experiments import stream
+        from cbp_jax.experiments.progress import diverged_text
 
-        self._bar.write(f"warning: {stream.diverged_text(method, seed, task)}", file=sys.stderr)
+        self._bar.write(f"warning: {diverged_text(method, seed, task)}", file=sys.stderr)

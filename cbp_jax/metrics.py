@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax.network_metrics import churn, tangent_kernel, weight_change
+from cbp_jax.numerics import by_unit
 
 __all__ = [
     "Ranks",
@@ -68,7 +69,7 @@ def dead_fraction(features: Any) -> jax.Array:
     >>> float(dead_fraction(jnp.array([[0.0, 0.0, 1.0, 2.0], [0.0, 3.0, 0.0, 1.0]])))
     0.25
     """
-    dead = [jnp.all(h == 0, axis=_all_but_units(h)) for h in _groups(features)]
+    dead = [jnp.all(h == 0, axis=by_unit.all_but_units(h)) for h in _groups(features)]
     return jnp.mean(jnp.concatenate(dead), dtype=jnp.float32)
 
 
@@ -160,7 +161,7 @@ def linearized_fraction(features: Any) -> jax.Array:
     >>> float(linearized_fraction(jnp.array([[0.0, 0.5, 1.0, 2.0], [0.0, 3.0, 0.0, 0.0]])))
     0.25
     """
-    on = [jnp.all(h > 0, axis=_all_but_units(h)) for h in _groups(features)]
+    on = [jnp.all(h > 0, axis=by_unit.all_but_units(h)) for h in _groups(features)]
     return jnp.mean(jnp.concatenate(on), dtype=jnp.float32)
 
 
@@ -445,20 +446,12 @@ def _small_beside_their_layer(layers: list[jax.Array], threshold: float | jax.Ar
     if isinstance(threshold, int | float | np.number) and not threshold >= 0:
         raise ValueError(f"threshold must not be negative; got {threshold}")
 
-    def is_small(array):
-        size = jnp.mean(jnp.abs(array.astype(jnp.float32)), axis=_all_but_units(array))
-        layer = jnp.mean(size)
-        return size / jnp.where(layer == 0, 1.0, layer) <= threshold
-
-    return jnp.mean(jnp.concatenate([is_small(array) for array in layers]), dtype=jnp.float32)
+    is_small = [by_unit.relative(by_unit.mean_abs(array)) <= threshold for array in layers]
+    return jnp.mean(jnp.concatenate(is_small), dtype=jnp.float32)
 
 
 def _as_array(leaf: Any) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def _all_but_units(h: jax.Array) -> tuple[int, ...]:
-    return tuple(range(h.ndim - 1))
 
 
 def _singular_values(x: jax.Array) -> jax.Array:

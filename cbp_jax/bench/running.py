@@ -13,9 +13,10 @@ import numpy as np
 
 from cbp_jax import by_path, report
 from cbp_jax.bench.suites import Problem, Suite
-from cbp_jax.experiments import agents, folder, stream
+from cbp_jax.experiments import agents, folder
 from cbp_jax.experiments.learners import LEARNERS, LogUniform, Method, custom, parse_method, read_methods
 from cbp_jax.experiments.learners.search import check_space
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.report.benchmarks import BASELINE, COST
 
 
@@ -90,7 +91,7 @@ def entries(
     return found, left_out
 
 
-def run(suite: Suite, pairs: Iterable[Entry], progress: stream.Progress | None = None) -> list[str]:
+def run(suite: Suite, pairs: Iterable[Entry], progress: Progress | None = None) -> list[str]:
     """Runs all pairs that are not finished. Interrupted runs resume, with the same results.
 
     Args:
@@ -121,7 +122,7 @@ class _Refused(ValueError):
     """Raised if a problem does not support a method."""
 
 
-def _run(suite: Suite, entry: Entry, progress: stream.Progress | None) -> None:
+def _run(suite: Suite, entry: Entry, progress: Progress | None) -> None:
     problem, method, out = entry
     plan, name = suite.plan(problem, method), name_of(suite, problem)
 

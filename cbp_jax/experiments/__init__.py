@@ -12,6 +12,7 @@ from cbp_jax.experiments.imagenet import continual_imagenet
 from cbp_jax.experiments.increments import class_incremental
 from cbp_jax.experiments.lottery import convolutional_tickets, lottery_tickets
 from cbp_jax.experiments.permuted import input_permuted, label_permuted, online_permuted
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.experiments.quality import utility_quality
 from cbp_jax.experiments.questions.adapters import question_adapters
 from cbp_jax.experiments.questions.penalties import question_penalty
@@ -21,7 +22,6 @@ from cbp_jax.experiments.questions.tickets import question_tickets
 from cbp_jax.experiments.questions.utilities import question_utility
 from cbp_jax.experiments.questions.utility_ranking import question_utility_ranking
 from cbp_jax.experiments.regression import slowly_changing_regression
-from cbp_jax.experiments.stream import Progress
 from cbp_jax.experiments.streaming import streaming_control
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.experiments.adapter_methods import read_methods
-from cbp_jax.experiments.text_reports import at, heat_maps, interval, table
+from cbp_jax.experiments.text_reports import at, heat_maps, interval
+from cbp_jax.report.tables import text_table
 
 
 def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -83,7 +84,7 @@ def summary(results: Any) -> str:
             cells.append(interval(np.nanmean(flat["sparsity"], -1), 100, 1))
             cells += [interval(np.nanmean(pairs[name], (-2, -1)), 1, 2) for name in ("overlap", "collisions")]
         rows.append((method, *cells))
-    return "\n".join([f"{title}their 95% interval", "", *table(rows)])
+    return "\n".join([f"{title}their 95% interval", "", *text_table(rows)])
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:

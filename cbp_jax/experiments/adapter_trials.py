@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from cbp_jax import lora
-from cbp_jax.experiments import adapter_changes, stream, texts
+from cbp_jax.experiments import adapter_changes, texts
 from cbp_jax.experiments.adapter_methods import AdapterMethod
+from cbp_jax.experiments.checks import seeds_of
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.units.groups import leaves_by_path
 
@@ -24,7 +25,7 @@ class Trials:
     def __init__(self, settings: Any, prepared: texts.Prepared, orders: np.ndarray):
         self.settings, self.prepared, self.orders = settings, prepared, orders
         self.net, self.masks = prepared.net, prepared.class_masks()
-        self.places = [(order, seed) for order in range(len(orders)) for seed in stream.seeds_of(settings)]
+        self.places = [(order, seed) for order in range(len(orders)) for seed in seeds_of(settings)]
         self.lanes = Lanes(len(self.places), settings.lanes)
         self.seeds = self.lanes.scatter(jnp.asarray([seed for _, seed in self.places]))
         begin = self._compiled(lambda params, seed: prepared.init(params, seed))

@@ -24,10 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.experiments import adapter_reports, folder, memory, stream, text_reports, texts
+from cbp_jax.experiments import adapter_reports, folder, memory, text_reports, texts
 from cbp_jax.experiments.adapter_methods import METHODS, read_methods
 from cbp_jax.experiments.adapter_trials import Trials
+from cbp_jax.experiments.checks import check_counts, seeds_of
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.lanes import Job
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.training.lanes import one_blas_thread
 
 NAME = "continual_lora"
@@ -79,7 +82,7 @@ def check(settings: Settings) -> list[str]:
       ValueError: a setting is out of range or unknown.
     """
     texts.check(settings)
-    stream.check_counts(settings, "orders", "rank", "memory_texts")
+    check_counts(settings, "orders", "rank", "memory_texts")
     numbers = ("learning_rate", "full_learning_rate", "alpha")
     texts.check_numbers(settings, **{name: getattr(settings, name) for name in numbers})
     if settings.alpha == 0:
@@ -117,7 +120,7 @@ def total(settings: Settings) -> int:
     return len(settings.methods) * min(settings.orders, math.factorial(count)) * settings.seeds * count
 
 
-def job(settings: Settings) -> stream.Job:
+def job(settings: Settings) -> Job:
     """Prepares the experiment.
 
     Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task.
@@ -141,7 +144,7 @@ def job(settings: Settings) -> stream.Job:
     memory.check_results(len(labels), settings.seeds * len(orders), count, len(MEASURES) + count * len(PAIR_MEASURES))
     prepared = texts.prepare(settings)
 
-    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+    def run(out: Path, progress: Progress | None = None) -> Any:
         empty = _empty_results(settings, labels, orders, prepared.name)
         with one_blas_thread(), folder.opened(empty, Path(out)) as results:
             report.save_results(results, out)
@@ -179,7 +182,7 @@ def _empty_results(settings: Settings, labels: list[str], orders: np.ndarray, en
         labels,
         [label.partition("(")[0] for label in labels],
         [{} for _ in labels],
-        seeds=stream.seeds_of(settings),
+        seeds=seeds_of(settings),
         tasks=len(settings.tasks),
         settings=settings,
         experiment=NAME,

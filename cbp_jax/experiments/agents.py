@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import envs, nets, training
-from cbp_jax.experiments import learners, memory, plan, stream
+from cbp_jax.experiments import learners, memory, plan
+from cbp_jax.experiments.checks import check_counts, check_first_seed, check_lanes_at_once
+from cbp_jax.experiments.empty_results import empty_results
+from cbp_jax.experiments.lanes import Prepared, Train, prepare_methods, program_of
 from cbp_jax.rl import ppo
 
 #: Measures of each interval, for each method and seed.
@@ -100,9 +103,9 @@ def num_intervals(settings: Settings) -> int:
 
 def check(settings: Settings) -> list[learners.Method]:
     """Checks settings that all experiments with agents share, like `stream.check`."""
-    methods = stream.check_methods(settings.methods, settings.activation)
-    stream.check_counts(settings, "seeds", "steps", "interval", "episode_length")
-    stream.check_first_seed(settings)
+    methods = learners.read_methods(settings.methods, activation=settings.activation)
+    check_counts(settings, "seeds", "steps", "interval", "episode_length")
+    check_first_seed(settings)
     rollout = ppo_settings(settings).steps
     if settings.interval % rollout:
         raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")
@@ -114,7 +117,7 @@ def check(settings: Settings) -> list[learners.Method]:
     if not math.isfinite(settings.initial_log_std):
         raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
     make_network(settings, 1)
-    for text, method in zip(stream.texts(settings, methods), methods, strict=True):
+    for text, method in zip(learners.texts_of(settings.methods, methods), methods, strict=True):
         unusable = [name for name in ("normalization", "dropout_rate") if getattr(method, name)]
         if unusable or method.curvature:
             raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")
@@ -155,7 +158,7 @@ class Parts(NamedTuple):
 
 def job(
     experiment: str, parts: Parts, settings: Settings, *, annealed: bool = False, lanes_at_once: int | None = None
-) -> stream.Prepared:
+) -> Prepared:
     """Prepares the training of agents with all methods and seeds.
 
     All methods with the same seed start from the same weights in the same environments. Results are written as
@@ -183,15 +186,15 @@ def job(
     intervals = num_intervals(settings)
     memory.check_results(len(methods), settings.seeds, intervals, len(parts.measures))
 
-    stream.check_lanes_at_once(lanes_at_once)
-    results = stream.empty_results(experiment, settings, methods, intervals, parts.measures)
+    check_lanes_at_once(lanes_at_once)
+    results = empty_results(experiment, settings, methods, intervals, parts.measures)
     results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
 
-    def make(group: list[learners.Method]) -> tuple[stream.Train, plan.Program]:
-        program = stream.program_of(group, settings, lanes_at_once)
+    def make(group: list[learners.Method]) -> tuple[Train, plan.Program]:
+        program = program_of(group, settings, lanes_at_once)
         return functools.partial(_train, parts, settings, group, annealed, lanes_at_once), program
 
-    return stream.prepare_methods(results, methods, make)
+    return prepare_methods(results, methods, make)
 
 
 class _Lane(NamedTuple):

@@ -15,7 +15,8 @@ import functools
 import chex
 
 from cbp_jax import envs
-from cbp_jax.experiments import agents, learners, stream
+from cbp_jax.experiments import agents, learners
+from cbp_jax.experiments.checks import check_counts
 from cbp_jax.experiments.experiment import Experiment
 
 #: Measures of each interval, for each method and seed. Episodes cut by a change of friction are not counted.
@@ -117,7 +118,7 @@ def _stationary_paper() -> Settings:
 def check(settings: Settings) -> list[learners.Method]:
     """Checks settings, as `stream.check` does."""
     methods = agents.check(settings)
-    stream.check_counts(settings, "change_every")
+    check_counts(settings, "change_every")
     episode = settings.num_envs * settings.episode_length
     if settings.common_clock and settings.friction is None:
         if settings.change_every < episode:
@@ -127,7 +128,7 @@ def check(settings: Settings) -> list[learners.Method]:
             )
         if settings.change_every % settings.interval:  # a cut splits an interval into two parts
             agents.check_episodes(settings, parts=2)
-    for text, method in zip(stream.texts(settings, methods), methods, strict=True):
+    for text, method in zip(learners.texts_of(settings.methods, methods), methods, strict=True):
         if method.reset and settings.friction is not None:
             raise ValueError(
                 f"method {text!r}: there is no change to reset after where friction is {settings.friction}"

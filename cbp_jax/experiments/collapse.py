@@ -29,8 +29,9 @@ import chex
 import jax
 
 from cbp_jax import envs, nets
-from cbp_jax.experiments import agents, learners, stream
+from cbp_jax.experiments import agents, learners
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.lanes import Job
 
 ENVIRONMENTS = ("ant", "halfcheetah", "hopper", "walker2d", "humanoid")
 _GAIN = math.sqrt(2)
@@ -104,7 +105,7 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"env must be one of {ENVIRONMENTS}, got {settings.env!r}")
     methods = agents.check(settings)
     make_network(settings, 1)
-    for text, method in zip(stream.texts(settings, methods), methods, strict=True):
+    for text, method in zip(learners.texts_of(settings.methods, methods), methods, strict=True):
         if method.reset:
             raise ValueError(f"method {text!r}: there is no change to reset after")
         if settings.anneal and not method.scheduled:
@@ -136,7 +137,7 @@ def make_network(settings: Settings, action_size: int, options: Mapping[str, Any
 PARTS = agents.Parts(check, make_env, make_network, agents.MEASURES)
 
 
-def job(settings: Settings, *, lanes_at_once: int | None = None) -> stream.Job:
+def job(settings: Settings, *, lanes_at_once: int | None = None) -> Job:
     """Prepares the training of agents; see `agents.job`."""
     return agents.job("policy_collapse", PARTS, settings, annealed=settings.anneal, lanes_at_once=lanes_at_once)
 

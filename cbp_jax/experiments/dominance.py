@@ -21,8 +21,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cbp_jax.experiments import folder, memory, stream, text_reports, texts
+from cbp_jax.experiments import folder, memory, text_reports, texts
+from cbp_jax.experiments.checks import seeds_of
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.lanes import Job
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.experiments.ticket_trials import Trials
 from cbp_jax.training.lanes import one_blas_thread
 
@@ -108,7 +111,7 @@ def total(settings: Settings) -> int:
     return (1 + len(settings.strengths)) * settings.seeds * len(settings.tasks)
 
 
-def job(settings: Settings) -> stream.Job:
+def job(settings: Settings) -> Job:
     """Prepares the experiment.
 
     Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task, because its
@@ -131,7 +134,7 @@ def job(settings: Settings) -> stream.Job:
     memory.check_results(len(methods), settings.seeds, len(settings.tasks), each)
     prepared = texts.prepare(settings)
 
-    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+    def run(out: Path, progress: Progress | None = None) -> Any:
         empty = _empty_results(settings, methods, prepared.name)
         with one_blas_thread(), folder.opened(empty, Path(out)) as results:
             report.save_results(results, out)
@@ -163,7 +166,7 @@ def _empty_results(settings: Settings, methods: list[str], encoder: str) -> Any:
         methods,
         methods,
         [{}, *({"strength": strength} for strength in settings.strengths)],
-        seeds=stream.seeds_of(settings),
+        seeds=seeds_of(settings),
         tasks=len(settings.tasks),
         settings=settings,
         experiment=NAME,

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cbp_jax.experiments import stream
-from cbp_jax.experiments.stream import Job, Progress
+from cbp_jax.experiments.checks import check_dataset
+from cbp_jax.experiments.empty_results import Curve
+from cbp_jax.experiments.lanes import Job
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.problems import Problem
 
 
@@ -45,7 +48,7 @@ class Experiment:
     network: Callable[[Any], Mapping[str, Any]] = lambda settings: {}
     train: Callable[[Any], Callable[..., Iterator[dict[str, Any]]]] | None = None
     measures: Callable[[Any], Mapping[str, str]] | None = None
-    curves: Callable[[Any], Mapping[str, stream.Curve]] | None = None
+    curves: Callable[[Any], Mapping[str, Curve]] | None = None
     check: Callable[[Any], list[Any]] = stream.check
     total: Callable[[Any], int] = stream.total
     plot: Callable[..., list[Path]] = stream.plot
@@ -87,7 +90,7 @@ class Experiment:
                 raise ValueError(f"dataset must be left out: {self.name} has none; got {dataset!r}")
             return self.presets[name]()
         if dataset is not None:
-            stream.check_dataset(dataset)
+            check_dataset(dataset)
         return self.presets[name](dataset)
 
     def prepare(

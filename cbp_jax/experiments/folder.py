@@ -39,7 +39,7 @@ class Kept:
 
         self.results, self.out, self.share, self._lanes = results, Path(out), share, tuple(lanes)
         if share is not None:
-            own = _part(self.out, share) / report.results.FILE_NAME
+            own = _part(self.out, share) / report.storage.FILE_NAME
             before = report.records.seconds_of(report.load_results(own)) if own.exists() else {}
             self._others_seconds = {
                 method: seconds - before.get(method, 0.0)
@@ -76,7 +76,7 @@ class Kept:
 
         if self.share is None:
             self.save()
-            for file in report.results.part_files(self.out):
+            for file in report.storage.part_files(self.out):
                 file.unlink()
 
     def states(self, name: str, lanes: Sequence[Lane]) -> list[training.Saved]:
@@ -243,10 +243,10 @@ def remove_parts(out: Path) -> None:
     from cbp_jax import report
 
     _remove_states(out)
-    for file in report.results.part_files(out):
+    for file in report.storage.part_files(out):
         file.unlink(missing_ok=True)
     for folder in [*_processes(out).glob("*-of-*"), _processes(out)]:
-        for path in (folder / files.LOCK_FILE, files.partial(folder / report.results.FILE_NAME)):
+        for path in (folder / files.LOCK_FILE, files.partial(folder / report.storage.FILE_NAME)):
             path.unlink(missing_ok=True)
     _remove_empty(out)
 
@@ -266,7 +266,7 @@ def _remove_states(out: Path) -> None:
 def _processes(out: Path) -> Path:
     from cbp_jax import report
 
-    return out / report.results.PARTS
+    return out / report.storage.PARTS
 
 
 def _part(out: Path, share: Share) -> Path:
@@ -293,8 +293,8 @@ def check(out: Path, experiment: str, settings: Any, share: Share | None = None)
     """
     from cbp_jax import report
 
-    name = report.results.FILE_NAME
-    left_by_a_kill = {files.LOCK_FILE, files.partial(out / name).name, report.results.PARTS}
+    name = report.storage.FILE_NAME
+    left_by_a_kill = {files.LOCK_FILE, files.partial(out / name).name, report.storage.PARTS}
     if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= left_by_a_kill):
         return
     with files.locked(out, shared=share is not None):
@@ -367,6 +367,6 @@ def _finished(results: Any) -> str:
 def _ways_out(out: Path) -> str:
     from cbp_jax import report
 
-    kept = [out / name for name in (report.results.FILE_NAME, STATE_FILE, report.results.PARTS)]
+    kept = [out / name for name in (report.storage.FILE_NAME, STATE_FILE, report.storage.PARTS)]
     kept = [path for path in kept if path.exists()]
     return f"Choose another folder (--out), or move {' and '.join(map(str, kept))} away to start anew here"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cbp_jax import data, nets, problems, training
-from cbp_jax.experiments import learners, pools, stream
+from cbp_jax.experiments import learners, pools
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.pools import PROCEDURAL
 
@@ -154,7 +154,7 @@ def check(settings: Settings) -> list[learners.Method]:
     if settings.measure_every is not None:
         raise ValueError(f"measure_every cannot be given for class_incremental, got {settings.measure_every}")
     methods = pools.check(settings)
-    for text, method in zip(stream.texts(settings, methods), methods, strict=True):
+    for text, method in zip(learners.texts_of(settings.methods, methods), methods, strict=True):
         if method.curvature or method.reference:
             what = "curvature" if method.curvature else "reference batches"
             raise ValueError(f"method {text!r}: class_incremental has no {what}")

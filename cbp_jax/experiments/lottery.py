@@ -20,8 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import data, nets, tickets, training
-from cbp_jax.experiments import folder, learners, memory, stream, ticket_rounds
+from cbp_jax.experiments import folder, learners, memory, ticket_rounds
+from cbp_jax.experiments.checks import MOST_STEPS, check_counts, check_dataset, check_first_seed, check_hidden, seeds_of
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.images import check_classes, gets_vectors
+from cbp_jax.experiments.lanes import Job
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.experiments.ticket_rounds import KINDS
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.problems.sampling import scaling
@@ -164,8 +168,8 @@ def check(settings: Settings) -> list[str]:
       ValueError: a setting is out of range or unknown.
     """
     names = ("seeds", "rounds", "iterations", "batch_size", "evaluate_every", "validation_examples", "test_examples")
-    stream.check_counts(settings, *names)
-    stream.check_first_seed(settings)
+    check_counts(settings, *names)
+    check_first_seed(settings)
     if not settings.methods or len(set(settings.methods)) < len(settings.methods):
         raise ValueError(f"methods must be at least one and all different, got {settings.methods}")
     for kind in settings.methods:
@@ -193,16 +197,16 @@ def check(settings: Settings) -> list[str]:
         raise ValueError(f"scope must be 'layer' or 'global', got {settings.scope!r}")
     if settings.lanes not in ("auto", "vmap", "map"):
         raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
-    if settings.iterations * settings.batch_size > stream.MOST_STEPS:
-        raise ValueError(f"iterations times batch_size must be at most {stream.MOST_STEPS}, got more")
-    stream.check_dataset(settings.dataset)
+    if settings.iterations * settings.batch_size > MOST_STEPS:
+        raise ValueError(f"iterations times batch_size must be at most {MOST_STEPS}, got more")
+    check_dataset(settings.dataset)
     _learning(settings)
     return list(settings.methods)
 
 
 def _learning(settings: Settings) -> learners.Method:
     """The learner, checked together with the network."""
-    stream.check_hidden(settings.hidden)
+    check_hidden(settings.hidden)
     nets.get_activation(settings.activation)
     (method,) = learners.read_methods([settings.learner], activation=settings.activation)
     if method.curvature or method.reset or method.reference or method.inject_at is not None:
@@ -226,7 +230,7 @@ def total(settings: Settings) -> int:
     return len(settings.methods) * settings.seeds * (settings.rounds + 1)
 
 
-def job(experiment: str, settings: Settings) -> stream.Job:
+def job(experiment: str, settings: Settings) -> Job:
     """Prepares an experiment.
 
     A round of all seeds and networks is one program. Results and the state are written after each round: a killed run
@@ -263,7 +267,7 @@ def job(experiment: str, settings: Settings) -> stream.Job:
     memory.check_states(learner, [method] * len(kinds), settings.seeds)
     plan = _plan(settings, learner, method, scaling(images, None), input_shape)
 
-    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+    def run(out: Path, progress: Progress | None = None) -> Any:
         from cbp_jax import report
 
         out = Path(out)
@@ -282,9 +286,9 @@ def job(experiment: str, settings: Settings) -> stream.Job:
 def _examples(settings: Settings) -> tuple[ticket_rounds.Data, data.Dataset, bool]:
     """The examples on the device, the dataset, and whether images are flattened."""
     load = functools.partial(data.load, settings.dataset, data_dir=settings.data_dir)
-    images = stream.check_classes(load())
+    images = check_classes(load())
     test = None if settings.test_split is None else load(settings.test_split)
-    flat = stream.flat(settings, images)
+    flat = gets_vectors(settings, images)
     taken = settings.validation_examples + (0 if test else settings.test_examples)
     if taken + settings.batch_size > len(images):
         raise ValueError(
@@ -351,7 +355,7 @@ def _empty_results(experiment: str, settings: Settings, kinds: Sequence[str]) ->
         kinds,
         kinds,
         [{} for _ in kinds],
-        seeds=stream.seeds_of(settings),
+        seeds=seeds_of(settings),
         tasks=settings.rounds + 1,
         settings=settings,
         experiment=experiment,
@@ -375,7 +379,7 @@ def _run(
     plan: ticket_rounds.Plan,
     examples: ticket_rounds.Data,
     out: Path,
-    progress: stream.Progress | None,
+    progress: Progress | None,
 ) -> None:
     """Runs the remaining rounds."""
     from cbp_jax import report
@@ -397,7 +401,7 @@ def _run(
         lambda seed, numbers: ticket_rounds.start(plan, seed),
         functools.partial(ticket_rounds.go_on, plan),
         examples,
-        np.asarray(stream.seeds_of(settings)),
+        np.asarray(seeds_of(settings)),
         {},
         settings.rounds + 1,
         mode=settings.lanes,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cbp_jax import data, nets, problems
-from cbp_jax.experiments import stream
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.images import check_classes, gets_vectors
 from cbp_jax.experiments.published import adam_with_restarts, best_methods, paper_grid
 from cbp_jax.experiments.stream import ImageStreamSettings
 
@@ -46,13 +46,13 @@ class Labels(ImageStreamSettings):
 
 def _problem(make: Callable[..., problems.Problem], settings: ImageStreamSettings, *, normalize: bool) -> Any:
     """A stream of permutation tasks, with the images or features of the settings."""
-    images = stream.check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
+    images = check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
     return make(
         images,
         examples_per_task=settings.examples_per_task,
         batch_size=settings.batch_size,
         normalize=data.normalization(images) if normalize else None,
-        flatten=stream.flat(settings, images),
+        flatten=gets_vectors(settings, images),
     )
 
 

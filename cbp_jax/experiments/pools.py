@@ -5,6 +5,8 @@ from pathlib import Path
 
 from cbp_jax import data
 from cbp_jax.experiments import learners, memory, stream
+from cbp_jax.experiments.checks import check_counts
+from cbp_jax.experiments.images import check_classes
 
 PROCEDURAL = "procedural"
 
@@ -36,7 +38,7 @@ class PoolSettings(stream.StreamSettings):
 
 def check(settings: PoolSettings) -> list[learners.Method]:
     """Checks settings, like `stream.check`, except those that depend on the images."""
-    stream.check_counts(settings, "procedural_size", "downsample", "train_per_class", "test_per_class", "epochs")
+    check_counts(settings, "procedural_size", "downsample", "train_per_class", "test_per_class", "epochs")
     if not settings.dormant_threshold >= 0:
         raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
     return stream.check(settings)
@@ -62,4 +64,4 @@ def load(settings: PoolSettings, split: str = "train", *, classes: int, per_clas
         images = data.load(settings.dataset, split, data_dir=settings.data_dir)
     if images.has_features:
         raise ValueError(f"dataset must hold images, and {settings.dataset!r} holds features")
-    return data.downsample(stream.check_classes(images), settings.downsample)
+    return data.downsample(check_classes(images), settings.downsample)

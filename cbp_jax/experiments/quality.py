@@ -37,10 +37,12 @@ import numpy as np
 import optax
 
 from cbp_jax import curvature
-from cbp_jax.experiments import folder, memory, stream
+from cbp_jax.experiments import folder, memory
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.lanes import Job
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
-from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
+from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import binned
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
@@ -124,7 +126,7 @@ def total(settings: Settings) -> int:
     return len(settings.activations) * settings.seeds * (settings.steps // settings.measure_every)
 
 
-def job(settings: Settings) -> stream.Job:
+def job(settings: Settings) -> Job:
     """Prepares the experiment.
 
     Results are written after each measurement, so a killed run keeps them. A resumed run keeps finished activations and
@@ -149,7 +151,7 @@ def job(settings: Settings) -> stream.Job:
     each = 1 + len(LEVELS) * len(SCOPES) * len(UTILITIES)
     memory.check_results(len(activations), settings.seeds, measurements, each)
 
-    def run(out: Path, progress: stream.Progress | None = None) -> Any:
+    def run(out: Path, progress: Progress | None = None) -> Any:
         found = folder.opened(_empty_results(settings, activations), Path(out))
         with one_blas_thread(), found as results:
             report.save_results(results, out)
@@ -168,7 +170,7 @@ def _run_activation(
     settings: Settings,
     activation: str,
     out: Path,
-    progress: stream.Progress | None,
+    progress: Progress | None,
 ) -> None:
     from cbp_jax import report
 
@@ -485,7 +487,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
       paths of the picture, one for each format.
     """
     from cbp_jax.report import looks
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -526,13 +528,8 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3, handlelength=HANDLE_LENGTH)
         note = f"Global correlations; mean and one standard error of {results.sizes['seed']} seeds"
         note += f"; bins of {bin_size * every} steps" if bin_size > 1 else ""
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [out / f"{NAME}.{kind}" for kind in formats]
-        for path in paths:
-            figure.savefig(path)
-    return paths
+        write_note(figure, note)
+    return save_figures({NAME: figure}, Path(out), formats)
 
 
 utility_quality = Experiment(

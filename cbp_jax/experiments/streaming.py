@@ -22,8 +22,11 @@ import numpy as np
 
 import cbp_jax
 from cbp_jax import envs, nets, training
-from cbp_jax.experiments import learners, memory, stream
+from cbp_jax.experiments import learners, memory
+from cbp_jax.experiments.checks import check_counts, check_first_seed, check_hidden
+from cbp_jax.experiments.empty_results import empty_results
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.lanes import Job, prepare_methods, program_of
 from cbp_jax.experiments.streaming_learners import LEARNERS
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.rl import streaming
@@ -128,9 +131,9 @@ def total(settings: Settings) -> int:
 
 def check(settings: Settings) -> list[learners.Method]:
     """Checks settings, as `stream.check` does."""
-    stream.check_counts(settings, "seeds", "steps", "interval", "episode_length", "exploration_steps")
-    stream.check_first_seed(settings)
-    stream.check_hidden(settings.hidden)
+    check_counts(settings, "seeds", "steps", "interval", "episode_length", "exploration_steps")
+    check_first_seed(settings)
+    check_hidden(settings.hidden)
     if settings.interval < settings.episode_length:
         raise ValueError(
             f"interval must be at least episode_length = {settings.episode_length}, so that an episode ends in it; got "
@@ -187,7 +190,7 @@ def make_network(settings: Settings, method: learners.Method | None = None) -> n
     )
 
 
-def job(settings: Settings) -> stream.Job:
+def job(settings: Settings) -> Job:
     """Prepares the training of agents with all methods and seeds; see `Experiment.prepare`.
 
     All methods with the same seed start from the same weights, and have the same physics. In results, tasks are
@@ -197,10 +200,10 @@ def job(settings: Settings) -> stream.Job:
     intervals = num_intervals(settings)
     memory.check_results(len(methods), settings.seeds, intervals, len(MEASURES))
 
-    results = stream.empty_results(NAME, settings, methods, intervals, MEASURES)
+    results = empty_results(NAME, settings, methods, intervals, MEASURES)
     results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-    make = lambda group: (functools.partial(_train, settings, group), stream.program_of(group, settings, None))
-    return stream.prepare_methods(results, methods, make)
+    make = lambda group: (functools.partial(_train, settings, group), program_of(group, settings, None))
+    return prepare_methods(results, methods, make)
 
 
 class _Lane(NamedTuple):

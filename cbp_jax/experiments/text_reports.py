@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.report import looks
-from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
+from cbp_jax.report.drawing import HANDLE_LENGTH, legend_above, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import mean_and_error
+from cbp_jax.report.tables import text_table
 
 PROBE = "probe"
 #: The fraction of the accuracy that fine-tuning adds to the probe's that must be kept.
@@ -43,13 +44,6 @@ def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
     if values.size < 2:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {stats.t.ppf(0.975, values.size - 1) * error:.{digits}f}"
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def at(results: Any, name: str, method: str, *dims: str) -> np.ndarray:
@@ -119,10 +113,10 @@ def summary_of_tickets(results: Any) -> str:
                     method, task, interval(accuracy[number], 100), interval(changed[number], 100, 2),
                     f"{100 * density:g}" if np.isfinite(density) else "-", f"{count:g}" if np.isfinite(count) else "-",
                 ))  # fmt: skip
-    lines += ["", *table(rows)]
+    lines += ["", *text_table(rows)]
     if np.isfinite(results.retrained_accuracy).any():
         title = "Correct (%) with only a ticket's changes: of fine-tuning all weights, and of training the ticket alone"
-        lines += ["", title, "", *table(_rows_of_retrained(results, methods, tasks))]
+        lines += ["", title, "", *text_table(_rows_of_retrained(results, methods, tasks))]
     lines += ["", "Weights that tickets of two tasks share, over what chance gives them"]
     rows = [("method", "tasks", "by size", "by rows and columns", "shared of either (%)")]
     for method in methods:
@@ -137,7 +131,7 @@ def summary_of_tickets(results: Any) -> str:
                         interval(shared[a, b] / np.maximum(chance[a, b], 1e-9), 1, 2) for chance in (size, marginals)
                     ]
                     rows.append((method, f"{tasks[b]}, {tasks[a]}", *ratios, interval(jaccard[a, b], 100, 2)))
-    return "\n".join(lines + (table(rows) if len(rows) > 1 else ["(not measured)"]))
+    return "\n".join(lines + (text_table(rows) if len(rows) > 1 else ["(not measured)"]))
 
 
 def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, ...]]:
@@ -166,7 +160,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
     Returns:
       paths of the pictures.
     """
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -197,7 +191,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                             100 * at(results, "retrained_accuracy", method, "task", "seed", dim)[column]
                         )
                         ax.plot(x, alone, "*", color=style.color, markerfacecolor="white", markersize=7)
-                levels = ((PROBE, "#6B6B6B", ":"), (_plain(results), "#000000", "--"))
+                levels = ((PROBE, looks.GRAY.color, ":"), (_plain(results), looks.BLACK.color, "--"))
                 for method, color, dashes in levels:
                     mean = 100 * np.mean(at(results, "accuracy", method, "task", "seed")[column])
                     ax.axhline(mean, color=color, linestyle=dashes, linewidth=0.8)
@@ -206,15 +200,14 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                 ax.set_title(task if row == 0 else "")
                 ax.set_xlabel("Density" if dim == "density" else "Dimensions of each matrix")
                 ax.set_ylabel("Correct (%)" if column == 0 else "")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=HANDLE_LENGTH)
+        legend_above(figure, axes[0, 0], columns=4, handlelength=HANDLE_LENGTH)
         note = (
             f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
         )
         if np.isfinite(results.retrained_accuracy).any():
             note += "\nStars: only the ticket is trained, from the start"
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
-        paths = save(figure, "dominant_tickets", out, formats)
+        write_note(figure, note)
+        paths = save_figures({"dominant_tickets": figure}, Path(out), formats)
     panels = {}
     for method in methods:
         chance = at(results, "by_size", method, "task", "other", "seed").mean(-1)
@@ -236,7 +229,7 @@ def heat_maps(
     digits: int = 1,
 ) -> list[Path]:
     """Draws matrices side by side, with their numbers. Returns paths of the picture."""
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -263,14 +256,4 @@ def heat_maps(
         for ax in axes[len(panels) :]:
             ax.remove()
         figure.colorbar(image, ax=list(axes[: len(panels)]), label=label, shrink=0.8)
-        return save(figure, name, out, formats)
-
-
-def save(figure: Any, name: str, out: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes a picture in several formats."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.{kind}" for kind in formats]
-    for path in paths:
-        figure.savefig(path)
-    return paths
+        return save_figures({name: figure}, Path(out), formats)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from cbp_jax import data, nets
-from cbp_jax.experiments import stream
+from cbp_jax.experiments.checks import check_counts, check_first_seed, seeds_of
 
 FROM_NOTHING = "none"
 _TEST_SPLITS = ("test", "validation", "validation_matched")
@@ -128,8 +128,8 @@ def check(settings: TextSettings) -> None:
       ValueError: a setting is out of range or unknown.
     """
     counts = ("seeds", "width", "train_texts", "test_texts", "batch_size", "steps", "depth")
-    stream.check_counts(settings, *counts)
-    stream.check_first_seed(settings)
+    check_counts(settings, *counts)
+    check_first_seed(settings)
     if not settings.tasks or len(set(settings.tasks)) < len(settings.tasks):
         raise ValueError(f"tasks must be at least one and all different, got {settings.tasks}")
     for name, least in (("length", 4), ("vocabulary", 5)):
@@ -192,7 +192,7 @@ def prepare(settings: TextSettings) -> Prepared:
     tasks, first = [], 0
     for found in texts:
         tokens = found.tokenize(tokenizer, settings.length)
-        train = {seed: tokens.take("train", settings.train_texts, seed) for seed in stream.seeds_of(settings)}
+        train = {seed: tokens.take("train", settings.train_texts, seed) for seed in seeds_of(settings)}
         test = tokens.take(_test_split(found), settings.test_texts)
         tasks.append(Task(found.name, range(first, first + tokens.num_classes), train, test))
         first += tokens.num_classes

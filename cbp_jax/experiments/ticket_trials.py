@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cbp_jax.experiments import stream, texts
+from cbp_jax.experiments import texts
+from cbp_jax.experiments.checks import seeds_of
 from cbp_jax.tickets import Ticket, compare_tickets, dominant_ticket, masked_changes, transplant
 from cbp_jax.training.lanes import Lanes
 from cbp_jax.transforms import proximal_l1_init
@@ -24,7 +25,7 @@ class Trials:
     def __init__(self, settings: Any, prepared: texts.Prepared):
         self.settings, self.prepared, self.net = settings, prepared, prepared.net
         self.lanes = Lanes(settings.seeds, settings.lanes)
-        self.seeds = self.lanes.scatter(jnp.asarray(stream.seeds_of(settings)))
+        self.seeds = self.lanes.scatter(jnp.asarray(seeds_of(settings)))
         self.masks = prepared.class_masks()
         self.initial = self.lanes.jit(prepared.init)(self.lanes.share(prepared.params), self.seeds)
         self.starts = self._per_seed(self.lanes.gather(self.initial))
@@ -67,7 +68,7 @@ class Trials:
         task, settings = self.prepared.tasks[number], self.settings
         classes = {task.name: self.masks[number]}
         parts = [(task, settings.batch_size, settings.train_texts)]
-        each = [texts.batches(parts, seed, settings.steps, classes, number) for seed in stream.seeds_of(settings)]
+        each = [texts.batches(parts, seed, settings.steps, classes, number) for seed in seeds_of(settings)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *each)
 
     def _per_seed(self, tree: Any) -> list[Any]:

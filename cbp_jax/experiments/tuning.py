@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.experiments import agents, folder, learners, memory, stream
+from cbp_jax.experiments import agents, folder, learners, memory
+from cbp_jax.experiments.checks import seeds_of
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.lanes import Job
 from cbp_jax.experiments.learners import Method
 from cbp_jax.experiments.learners.search import Space, configurations
+from cbp_jax.experiments.progress import Progress
 from cbp_jax.report.looks import Look, readable
 
 TUNING, REPORTED = "tuning", "reported"
@@ -124,7 +127,7 @@ class Plan:
         tried = self.tried()
         self.experiment.check(self._searching(tried))
         self.experiment.check(_with_methods(self.reporting, [methods[0] for methods in tried.values()]))
-        both = sorted(set(stream.seeds_of(self.tuning)) & set(stream.seeds_of(self.reporting)))
+        both = sorted(set(seeds_of(self.tuning)) & set(seeds_of(self.reporting)))
         if both:
             raise ValueError(
                 f"tuning seeds must not be reported, and {both[0]} is both: tuning has {_told(self.tuning)}, "
@@ -141,7 +144,7 @@ class Plan:
     def _searching(self, tried: Mapping[str, list[Method]]) -> Any:
         return _with_methods(self.tuning, [method for methods in tried.values() for method in methods])
 
-    def prepare(self, name: str, settings: Any) -> stream.Job:
+    def prepare(self, name: str, settings: Any) -> Job:
         """Checks everything and creates the networks of the search.
 
         Args:
@@ -163,7 +166,7 @@ class Plan:
         memory.check_results(len(self.lanes), self.reporting.seeds, _tasks(self.reporting), len(self.measures))
         search = self.experiment.prepare(self._searching(tried))
 
-        def job(out: Path, progress: stream.Progress | None = None) -> Any:
+        def job(out: Path, progress: Progress | None = None) -> Any:
             out = Path(out)
             with folder.opened(self._empty_results(name, settings, tried), out) as results:
                 report.save_results(results, out)
@@ -175,7 +178,7 @@ class Plan:
                 try:
                     reported = run(out / REPORTED, progress)
                 except KeyboardInterrupt:  # so that finished results can be seen
-                    if (out / REPORTED / report.results.FILE_NAME).exists():
+                    if (out / REPORTED / report.storage.FILE_NAME).exists():
                         self._take(results, chosen, report.load_results(out / REPORTED))
                         report.save_results(results, out)
                     raise
@@ -188,12 +191,12 @@ class Plan:
     def _empty_results(self, name: str, settings: Any, tried: Mapping[str, list[Method]]) -> Any:
         from cbp_jax import report
 
-        seeds, most = list(stream.seeds_of(self.tuning)), max(map(len, tried.values()))
+        seeds, most = list(seeds_of(self.tuning)), max(map(len, tried.values()))
         results = report.new_results(
             list(tried),
             list(tried),
             [{}] * len(tried),
-            seeds=stream.seeds_of(self.reporting),
+            seeds=seeds_of(self.reporting),
             tasks=_tasks(self.reporting),
             settings=settings,
             experiment=name,
@@ -298,5 +301,5 @@ def _labels(methods: Any) -> dict[Method, str]:
 
 
 def _told(settings: Any) -> str:
-    seeds = stream.seeds_of(settings)
+    seeds = seeds_of(settings)
     return f"{seeds[0]} to {seeds[-1]}"

@@ -1,1 +1,1 @@
-"""Helpers of the transformations: random keys and noise, exact rounding, checks of arguments."""
+"""Helpers of the transformations: random keys and noise, exact rounding, reductions by unit, checks of arguments."""

@@ -94,3 +94,24 @@ def check_whole(name: str, value: Any) -> None:
     check_scalar(name, value, at_least=1)
     if not isinstance(value, jax.core.Tracer) and float(value) != np.floor(float(value)):
         raise ValueError(f"{name} must be a whole number, got {value}")
+
+
+def check_static(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raises if a setting that shapes or loops depend on, and that cannot be traced, is not an int of at least 1.
+
+    Args:
+      name: the argument's name, for the message.
+      value: the setting.
+      optional: whether it may be None.
+
+    Raises:
+      ValueError: it is something else.
+
+    Example:
+      >>> check_static("max_resets", 0, optional=True)
+      Traceback (most recent call last):
+      ...
+      ValueError: max_resets must be a positive int or None, got 0
+    """
+    if not (optional and value is None) and (type(value) is not int or value < 1):
+        raise ValueError(f"{name} must be a positive int{' or None' * optional}, got {value!r}")

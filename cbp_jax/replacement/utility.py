@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from cbp_jax import by_path
+from cbp_jax.numerics import by_unit
 from cbp_jax.replacement.views import GroupView
 
 Utility = Callable[[GroupView], chex.Array]
@@ -101,11 +102,8 @@ def gradient(view: GroupView) -> chex.Array:
     Biases are left out. Where the whole group's gradient is 0, all are 0. A unit whose outgoing weights are 0, such as
     a new one, has no gradient: ReGraMa measures which units can learn, not whose removal hurts.
     """
-    rows = [(part, view.grads[part.path].astype(jnp.float32)) for part in view.group.incoming]
-    entries = sum(array.size // part.rows * part.positions for part, array in rows)
-    size = sum(part.sum(jnp.abs(array)).sum(0) for part, array in rows) / entries
-    mean = jnp.mean(size)
-    return size / jnp.where(mean == 0, 1.0, mean)
+    entries = sum(view.grads[part.path].size // part.rows * part.positions for part in view.group.incoming)
+    return by_unit.relative(view.incoming_gradient() / entries)
 
 
 def upgd(view: GroupView) -> chex.Array:

@@ -103,6 +103,11 @@ class GroupView:
         """Sum of each unit's absolute incoming weights, biases left out, [units]."""
         return sum(self.magnitude(part).sum(0) for part in self.group.incoming)
 
+    def incoming_gradient(self) -> chex.Array:
+        """Sum of the absolute gradients of each unit's incoming weights, biases left out, float32 [units]."""
+        gradient = lambda part: jnp.abs(self.grads[part.path].astype(jnp.float32))
+        return sum(part.sum(gradient(part)).sum(0) for part in self.group.incoming)
+
     def weighted_activity(self, centred: bool) -> chex.Array:
         """Mean absolute activation times outgoing magnitude at each position, summed over positions, [units]."""
         total: chex.Numeric = 0.0

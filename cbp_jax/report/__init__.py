@@ -8,21 +8,15 @@ from cbp_jax.report.comparisons import Estimate, comparison_table, estimate, pai
 from cbp_jax.report.divergence import diverged_tasks, mark_diverged
 from cbp_jax.report.drawing import save_figures
 from cbp_jax.report.grids import plot_grid, sensitivity
+from cbp_jax.report.joining import join_results
+from cbp_jax.report.measures import VALIDATION_MEASURES, stream_measures
 from cbp_jax.report.network import plot_units
 from cbp_jax.report.plots import best_variants, plot_run, plot_tasks, plot_updates
-from cbp_jax.report.records import list_runs, runs_table
-from cbp_jax.report.results import (
-    VALIDATION_MEASURES,
-    join_results,
-    load_results,
-    new_results,
-    record_lanes,
-    record_task,
-    save_results,
-    stream_measures,
-)
+from cbp_jax.report.results import new_results, record_lanes, record_task
+from cbp_jax.report.runs import list_runs, runs_table
 from cbp_jax.report.sensitivity_plots import plot_sensitivity
 from cbp_jax.report.statistics import blocks_of_tasks, finished_tasks, last_tenth, summary
+from cbp_jax.report.storage import load_results, save_results
 from cbp_jax.report.tickets import plot_accuracies, plot_densities, plot_tickets, summarize_tickets
 
 __all__ = [

@@ -16,10 +16,10 @@ from cbp_jax.report.comparisons import (
     tried_settings,
     tuning_scores,
 )
-from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.drawing import style_of_pictures, write_note
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import looks_of, name_of, readable
 from cbp_jax.report.panels import PANELS
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import better, is_accuracy, performance
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
         axes[0].set_ylim(-0.6, len(methods) - 0.4)
         note = f"Paired differences over {results.sizes['seed']} seeds, mean over all {results.sizes['task']} tasks; "
         note += "95% bootstrap intervals, hollow: includes 0" + "; !: at an end of what was tried" * at_edge
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        write_note(figure, note)
     return figure
 
 
@@ -111,7 +111,7 @@ def plot_search(results: xr.Dataset) -> Figure:
         note = (
             f"Mean over {seeds} tuning seed{'s' * (seeds > 1)} and all tasks; ring: chosen, then run with other seeds"
         )
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        write_note(figure, note)
     return figure
 
 

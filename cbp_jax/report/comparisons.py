@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cbp_jax.report.statistics import better, blocks_of_tasks, bootstrap_interval, is_accuracy, performance
+from cbp_jax.report.tables import text_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -119,7 +120,7 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
     lines = [
         f"{results.attrs['experiment']}: {what}, mean over {results.sizes['seed']} seeds, its 95% bootstrap interval",
         "",
-        *_aligned(rows),
+        *text_table(rows, left=None),
         "",
         "Differences are paired by seed, over all tasks. Without a word, the interval includes 0: there is no",
         f"clear difference. Intervals are not corrected for there being {max(len(methods) - 1, 1)} in a column.",
@@ -136,7 +137,7 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
         for method in methods:
             found = [estimate(of_seeds(results, method, name, last)) for name in measures]
             rows.append((method, *(each.text(3) for each in found)))
-        lines += ["", *_aligned(rows)]
+        lines += ["", *text_table(rows, left=None)]
     return "\n".join(lines)
 
 
@@ -201,9 +202,3 @@ def best_candidate(results: xr.Dataset, method: str) -> int | None:
         return None
     scores = better(performance(results)) * tuning_scores(results, method)
     return int(np.nanargmax(scores)) if np.isfinite(scores).any() else None
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]]

@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbp_jax.report.results import require
+from cbp_jax.report.extra import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,6 +75,30 @@ def legend_columns(names: Sequence[str], width: float) -> int:
         if em * sum(0.58 * length + HANDLE_LENGTH + 2.4 for length in longest) < width:
             return columns
     return 1
+
+
+def legend_above(figure: Figure, ax: Axes, columns: int | None = None, **options: Any) -> None:
+    """Puts the legend of one panel above all of them.
+
+    Args:
+      figure: the picture.
+      ax: the panel.
+      columns: number of columns; by default as many as the picture's width has room for.
+      **options: as of Matplotlib's `legend`.
+    """
+    handles, names = ax.get_legend_handles_labels()
+    columns = legend_columns(names, figure.get_figwidth()) if columns is None else columns
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, **options)
+
+
+def write_letter(ax: Axes, letter: str) -> None:
+    """Writes the letter of a panel above its left corner."""
+    ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+
+
+def write_note(figure: Figure, text: str) -> None:
+    """Writes a note below all panels, such as what bands and bars are."""
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
 
 
 def mark_values(ax: Axes, values: Sequence[float], color: str = "black") -> None:

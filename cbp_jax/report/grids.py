@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks
-from cbp_jax.report.drawing import mark_values, style_of_pictures
+from cbp_jax.report.drawing import mark_values, style_of_pictures, write_note
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import PALETTE, look_of, readable
 from cbp_jax.report.panels import performance_label
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
         seeds = found.sizes["seed"]
         note = f"Mean and 95% confidence interval of {seeds} seeds" if seeds > 1 else "One seed"
         note += "; cross: a seed diverged, and is left out" if found.diverged.any() else ""
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        write_note(figure, note)
     return figure
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cbp_jax.report.drawing import style_of_pictures
-from cbp_jax.report.results import require
+from cbp_jax.report.extra import require
 from cbp_jax.units import LeftOut, UnitGroup, Units
 
 if TYPE_CHECKING:

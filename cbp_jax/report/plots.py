@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbp_jax.report.divergence import before_divergence, diverged_tasks
-from cbp_jax.report.drawing import CROSS, HANDLE_LENGTH, legend_columns, mark_values, save_figures, style_of_pictures
+from cbp_jax.report.drawing import (
+    CROSS,
+    HANDLE_LENGTH,
+    legend_columns,
+    mark_values,
+    save_figures,
+    style_of_pictures,
+    write_letter,
+    write_note,
+)
+from cbp_jax.report.extra import require
 from cbp_jax.report.grids import plot_grid, swept_settings
 from cbp_jax.report.looks import Style, learner_of, look_of, names_of, styles_of
 from cbp_jax.report.panels import PANELS, Panel, panels_of
-from cbp_jax.report.results import load_results, require
 from cbp_jax.report.sensitivity_plots import plot_sensitivity, swept_learners
 from cbp_jax.report.statistics import (
     begun,
@@ -29,6 +38,7 @@ from cbp_jax.report.statistics import (
     started,
     with_diverged,
 )
+from cbp_jax.report.storage import load_results
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -193,7 +203,7 @@ def _plot_panels(
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
         for letter, ax, panel in zip("abcdefghi", axes, panels, strict=False):
             _draw_panel(ax, results, panel, methods, styles, bin_size)
-            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+            write_letter(ax, letter)
         for ax in axes[len(panels) - columns : len(panels)]:
             ax.set_xlabel("Steps of the environment (millions)" if over_steps(results) else "Task")
             ax.tick_params(labelbottom=True)
@@ -213,7 +223,7 @@ def _plot_panels(
         note += f"; bins of {bin_size} {'intervals' if over_steps(results) else 'tasks'}" if bin_size > 1 else ""
         note += "; the best variant of each learner" if chosen else ""
         note += diverged_note(results, methods)
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        write_note(figure, note)
     return figure
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbp_jax.report.drawing import HANDLE_LENGTH, mark_values, style_of_pictures
+from cbp_jax.report.drawing import HANDLE_LENGTH, mark_values, style_of_pictures, write_note
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import Style, learner_of, learner_styles, look_of, readable
 from cbp_jax.report.panels import PANELS, performance_label
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import (
     better,
     diverged_note,
@@ -76,7 +76,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
         if any(unfinished(results, method) for method in swept_methods):
             note += "; hollow: unfinished"
         note += diverged_note(results, [m for m in results.method.values if learner_of(results, m) in all_learners])
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        write_note(figure, note)
     return figure
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks, told
+from cbp_jax.report.tables import text_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -163,13 +164,11 @@ def summary(results: xr.Dataset) -> str:
                 f"{100 * np.nanmean(dead):.1f}" if np.isfinite(dead).any() else "-",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    rows = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
     experiment = results.attrs.get("experiment", "run")
     what = measure.replace("_", " ") + (" in percent" if is_accuracy(measure) else "")
     title = f"{experiment}: {what}, mean over seeds ± half its 95% confidence interval"
     notes = told(results)
-    return "\n".join([title, "", rows[0], "-" * len(rows[0]), *rows[1:], *([""] if notes else []), *notes])
+    return "\n".join([title, "", *text_table(table), *([""] if notes else []), *notes])
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
+from cbp_jax.report.drawing import (
+    HANDLE_LENGTH,
+    legend_above,
+    save_figures,
+    style_of_pictures,
+    write_letter,
+    write_note,
+)
+from cbp_jax.report.extra import require
 from cbp_jax.report.looks import PALETTE, look_of
-from cbp_jax.report.results import require
 from cbp_jax.report.statistics import interval_text
+from cbp_jax.report.tables import text_table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -83,11 +91,8 @@ def plot_densities(results: xr.Dataset) -> Figure:
             ax.set_xticks([], minor=True)
             ax.set_xlabel("Weights that live (%)")
             ax.set_ylabel(label)
-            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper center", ncols=min(6, len(labels)), handlelength=HANDLE_LENGTH
-        )
+            write_letter(ax, letter)
+        legend_above(figure, axes[0], columns=min(6, results.sizes["method"]), handlelength=HANDLE_LENGTH)
         _note(figure, results)
     return figure
 
@@ -141,7 +146,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
                         ax, iteration, curves[:, number], style, ":" if method != "ticket" else "-", label, place, every
                     )
             ax.set_xlabel("Training iteration")
-            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+            write_letter(ax, letter)
             ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handlelength=2.2, borderaxespad=0.2)
             ax.margins(x=0.02)
         axes[0].set_ylabel("Correct, test examples (%)")
@@ -183,9 +188,7 @@ def summarize_tickets(results: xr.Dataset) -> str:
             density = 100 * float(results.density.values[:, :, number].mean())
             cells = [interval_text(each[:, number], digits) for each in (*values.values(), *compared.values())]
             table.append((f"{density:.1f}%", *cells))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        rows = ["  ".join(map(str.rjust, row, widths)) for row in table]
-        lines += ["", label, rows[0], "-" * len(rows[0]), *rows[1:]]
+        lines += ["", label, *text_table(table, left=0)]
     title = f"{results.attrs.get('experiment', 'run')}: mean over seeds ± half its 95% confidence interval"
     return "\n".join([title, *lines])
 
@@ -248,4 +251,4 @@ def _line(ax, x, curves, style, dashes, label, place, every) -> None:
 def _note(figure: Figure, results: xr.Dataset) -> None:
     seeds = results.sizes["seed"]
     note = f"Mean, smallest and largest value of {seeds} seeds" if seeds > 1 else "One seed"
-    figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    write_note(figure, note)

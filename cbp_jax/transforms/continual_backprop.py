@@ -12,7 +12,7 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
-from cbp_jax.numerics.scalars import check_scalar
+from cbp_jax.numerics.scalars import check_scalar, check_static
 from cbp_jax.replacement import resample
 from cbp_jax.replacement.edits import as_mask
 from cbp_jax.replacement.views import batch_mean
@@ -134,8 +134,7 @@ def continual_backprop(
     check_scalar("replacement_rate", replacement_rate, at_least=0, at_most=1)
     check_scalar("decay_rate", decay_rate, at_least=0, below=1)
     check_scalar("maturity_threshold", maturity_threshold, at_least=0)
-    if max_replacements is not None and (type(max_replacements) is not int or max_replacements < 1):
-        raise ValueError(f"max_replacements must be a positive int or None, got {max_replacements!r}")
+    check_static("max_replacements", max_replacements, optional=True)
     policy = _policy(replacement_rate, decay_rate, maturity_threshold, utility, compensate_bias, max_replacements)
     return replacement.replace_units(
         inner,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax.numerics.periods import is_due, when_due
-from cbp_jax.numerics.scalars import check_whole
+from cbp_jax.numerics.scalars import check_static, check_whole
 from cbp_jax.replacement import inner_state as inner_state_lib
 from cbp_jax.transforms.kernels import Kernels, chosen_kernels, edit_after
 
@@ -73,8 +73,7 @@ def fire(
       <https://arxiv.org/abs/2602.08040>`_, ICLR 2026
     """
     check_whole("every", every)
-    if type(iterations) is not int or iterations < 1:
-        raise ValueError(f"iterations must be a positive int, got {iterations!r}")
+    check_static("iterations", iterations)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> FireState:

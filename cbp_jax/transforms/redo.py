@@ -10,6 +10,7 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
+from cbp_jax.numerics import by_unit
 from cbp_jax.numerics.periods import is_due
 from cbp_jax.numerics.scalars import check_scalar, check_whole
 from cbp_jax.replacement import resample
@@ -111,7 +112,6 @@ def activation_score(view: replacement.GroupView) -> chex.Array:
     """Mean absolute activation of each unit divided by the group's, float32 [units]; NaN if one is not finite."""
     scores = []
     for h in view.features:
-        size = jnp.mean(jnp.abs(h.astype(jnp.float32)), axis=tuple(range(h.ndim - 1)))
-        mean = jnp.mean(size)
-        scores.append(jnp.where(jnp.isfinite(mean), size / jnp.where(mean == 0, 1.0, mean), jnp.nan))
+        size = by_unit.mean_abs(h)
+        scores.append(jnp.where(jnp.isfinite(jnp.mean(size)), by_unit.relative(size), jnp.nan))
     return sum(scores) / len(scores)

@@ -91,6 +91,6 @@ def gradient_score(view: replacement.GroupView) -> chex.Array:
       float32 [units]; NaN if the group's gradient is 0 or not finite.
     """
     # Sums serve as well as means: all units of a group have the same number of incoming weights.
-    size = sum(part.sum(jnp.abs(view.grads[part.path].astype(jnp.float32))).sum(0) for part in view.group.incoming)
+    size = view.incoming_gradient()
     mean = jnp.mean(size)
     return jnp.where(jnp.isfinite(mean) & (mean > 0), size / mean, jnp.nan)

@@ -11,8 +11,9 @@ import optax
 
 from cbp_jax import replacement
 from cbp_jax import units as units_lib
+from cbp_jax.numerics.by_unit import all_but_units
 from cbp_jax.numerics.periods import is_due, when_due
-from cbp_jax.numerics.scalars import check_scalar, check_whole
+from cbp_jax.numerics.scalars import check_scalar, check_static, check_whole
 from cbp_jax.replacement import resample
 from cbp_jax.replacement.edits import as_mask
 
@@ -112,9 +113,8 @@ def self_normalized_resets(
     """
     check_scalar("rejection", rejection, at_least=0, at_most=1)
     check_whole("every", every)
-    for name, value in (("max_silence", max_silence), ("max_resets", max_resets)):
-        if (type(value) is not int or value < 1) and not (name == "max_resets" and value is None):
-            raise ValueError(f"{name} must be a positive int{' or None' * (name == 'max_resets')}, got {value!r}")
+    check_static("max_silence", max_silence)
+    check_static("max_resets", max_resets, optional=True)
 
     def init(group: units_lib.UnitGroup, params: optax.Params) -> dict[str, Any]:
         del params
@@ -152,7 +152,7 @@ def self_normalized_resets(
 
 def _fired(activations: tuple[chex.Array, ...]) -> chex.Array:
     """Which units are above 0 anywhere in the batch, in any of the arrays that consumers read, bool [units]."""
-    fired = [jnp.any(h > 0, axis=tuple(range(h.ndim - 1))) for h in activations]
+    fired = [jnp.any(h > 0, axis=all_but_units(h)) for h in activations]
     return jnp.any(jnp.stack(fired), axis=0)
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from jax.extend import core
 
 from cbp_jax.units import collection, groups, tracing
+from cbp_jax.units.record import Claim
 from cbp_jax.units.values import Contraction, LeftOutKind, Reason
-from cbp_jax.units.walk import Claim, Walk
+from cbp_jax.units.walk import Walk
 
 # Names that identify a running statistic as a variance if it is only updated, not used.
 _VARIANCES = ("var", "std", "variance", "second_moment")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -173,6 +173,34 @@ class Contraction:
     def reads(self, index: np.ndarray) -> bool:
         """Whether it applies these rows of its kernel, which may be a slice of a stacked array."""
         return self.operand_rows is None or bool((self.operand_rows[index] >= 0).all())
+
+
+def as_vector(value: Weight | Vector, ndim: int) -> Vector:
+    """A parameter as a vector on an array of `ndim` axes; None for a scalar."""
+    if isinstance(value, Weight):
+        value = Vector((value,))
+    fitting = (
+        part if len(part.axes) == ndim else dataclasses.replace(part, axes=(None,) * ndim) for part in value.parts
+    )
+    return dataclasses.replace(value, parts=tuple(fitting))
+
+
+def statistics_of(values: list[Any]) -> list[moments.Statistic | None]:
+    """The statistics among values."""
+    return [value.statistic if isinstance(value, Vector) else None for value in values]
+
+
+def paths_of(values: list[Any]) -> frozenset[str]:
+    """The paths of the parameters among values, or from which they were computed."""
+    paths: set[str] = set()
+    for value in values:
+        if isinstance(value, Weight):
+            paths.add(value.path)
+        elif isinstance(value, Vector | Joined):
+            paths.update(part.path for part in value.parts)
+        elif isinstance(value, Derived):
+            paths.update(value.paths)
+    return frozenset(paths)
 
 
 class UnionFind:

@@ -9,7 +9,7 @@ from cbp_jax.experiments import folder, stream
 SETTINGS = stream.StreamSettings(methods=("bp", "cbp"), seeds=2, tasks=3)
 
 
-def results_of(experiment="toy", settings=SETTINGS, measures=report.results.MEASURES, labels=("bp", "cbp"), tasks=3):
+def results_of(experiment="toy", settings=SETTINGS, measures=report.measures.MEASURES, labels=("bp", "cbp"), tasks=3):
     return report.new_results(
         labels, labels, [{}] * 2, seeds=2, tasks=tasks, settings=settings, experiment=experiment, measures=measures
     )
@@ -45,11 +45,11 @@ OTHERS = {
 }
 SHAPES = {
     "a measure less": (
-        results_of(measures=dict(list(report.results.MEASURES.items())[1:])),
+        results_of(measures=dict(list(report.measures.MEASURES.items())[1:])),
         "measures only there: none, only now: accuracy",
     ),
     "a measure more": (
-        results_of(measures=report.results.MEASURES | {"speed": "how fast"}),
+        results_of(measures=report.measures.MEASURES | {"speed": "how fast"}),
         "measures only there: speed, only now: none",
     ),
     "labels": (results_of(labels=("bp", "cbp(utility=contribution)")), "each method is named otherwise"),

@@ -11,7 +11,7 @@ from cbp_jax.experiments.online_permuted import Settings, check, preset, run
 from same_runs import same
 
 from cbp_jax import load_results
-from cbp_jax.experiments import EXPERIMENTS, learners, online_permuted, stream
+from cbp_jax.experiments import EXPERIMENTS, lanes, learners, online_permuted
 from cbp_jax.experiments.learners import parse_method
 
 SETTINGS = Settings(
@@ -90,7 +90,7 @@ def test_progress_is_told_after_each_task_of_the_methods_that_run_together(finis
 
 def test_an_interrupted_run_leaves_the_tasks_that_it_finished(finished, tmp_path, monkeypatch):
     whole, _, _ = finished
-    monkeypatch.setattr(stream, "SAVE_EVERY", 1e9)  # not on the way, but as it stops
+    monkeypatch.setattr(lanes, "SAVE_EVERY", 1e9)  # not on the way, but as it stops
     with pytest.raises(KeyboardInterrupt):
         run(SETTINGS, tmp_path / "run", Calls(stop_after=4))  # the three of cbp, and the first of bp
     results = load_results(tmp_path / "run")
@@ -108,9 +108,9 @@ def test_a_killed_run_leaves_the_tasks_that_it_finished(tmp_path):
 import sys
 sys.path.insert(0, {sys.path[0]!r})
 from pathlib import Path
-from cbp_jax.experiments import online_permuted, stream
+from cbp_jax.experiments import lanes, online_permuted
 from cbp_jax.experiments.permuted import Online
-stream.SAVE_EVERY = 0.0
+lanes.SAVE_EVERY = 0.0
 settings = {settings!r}
 online_permuted.run(settings, Path({str(tmp_path)!r}), lambda *args: print("a task", flush=True))
 """

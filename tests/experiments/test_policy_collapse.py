@@ -12,7 +12,7 @@ from flax import struct
 
 import cbp_jax
 from cbp_jax import envs
-from cbp_jax.experiments import EXPERIMENTS, agents, collapse, policy_collapse, stream
+from cbp_jax.experiments import EXPERIMENTS, agents, collapse, lanes, policy_collapse
 from cbp_jax.rl import ppo
 
 TINY = dataclasses.replace(
@@ -169,7 +169,7 @@ def test_an_ant_shows_an_episode(tmp_path):
 @pytest.mark.usefixtures("quick")
 def test_a_run_that_was_killed_goes_on_with_the_step_size_that_it_had(tmp_path, monkeypatch):
     whole = policy_collapse.run(TINY, tmp_path / "whole")
-    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
 
     class Kill(Exception):
         pass

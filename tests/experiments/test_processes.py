@@ -14,7 +14,7 @@ from same_runs import same
 from toy_streams import tiny_problem
 
 from cbp_jax import cli, cli_processes, load_results, report
-from cbp_jax.experiments import folder, stream
+from cbp_jax.experiments import folder, lanes, stream
 from cbp_jax.experiments.share import Share
 
 SETTINGS = stream.StreamSettings(
@@ -77,7 +77,7 @@ def stopped(out, share, stop_after):
 @pytest.fixture
 def no_networks(monkeypatch):
     """None are made, and every task is saved."""
-    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
     monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
     monkeypatch.setattr(stream.memory, "check_states", lambda *args: 1000)
 
@@ -275,7 +275,7 @@ def as_process(out, words, kill_after=None, **changes):
     """What `cbp-jax run` does, for this problem; in a process of its own."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
-    stream.CHECKPOINT_EVERY, stream.SAVE_EVERY = 0.0, 0.0
+    lanes.CHECKPOINT_EVERY, lanes.SAVE_EVERY = 0.0, 0.0
     calls = []
 
     def progress(methods, lanes, means):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cbp_jax
-from cbp_jax.experiments import EXPERIMENTS, agents, ants, slippery_ant, stationary_ant, stream
+from cbp_jax.experiments import EXPERIMENTS, agents, ants, lanes, slippery_ant, stationary_ant
 
 TINY = dataclasses.replace(
     ants.SMOKE,
@@ -151,7 +151,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch)
     whole = slippery_ant.run(TINY, tmp_path / "whole")
     assert len(list((tmp_path / "whole").glob("episode-*.html"))) == 1
 
-    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
 
     class Kill(Exception):
         pass

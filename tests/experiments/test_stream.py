@@ -13,7 +13,7 @@ from same_runs import same
 from toy_streams import tiny_problem
 
 from cbp_jax import files, load_results, report, training
-from cbp_jax.experiments import folder, stream
+from cbp_jax.experiments import folder, lanes, stream
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -39,7 +39,7 @@ def run_killed(out):
     """Runs in a process that kills itself in the second method's third task; the state is of the second."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
-    stream.SAVE_EVERY, stream.CHECKPOINT_EVERY = 1e9, 0.0
+    lanes.SAVE_EVERY, lanes.CHECKPOINT_EVERY = 1e9, 0.0
     calls = Calls()
 
     def progress(*args):
@@ -109,11 +109,11 @@ def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(who
         return calls
 
     state = tmp_path / folder.STATE_FILE
-    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 1e9)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 1e9)
     assert told_at_once(interrupted(after=2)) == []
     assert finished_tasks(tmp_path) == [2, 0, 2] and not state.exists()
     # Without a state all over again, and then with one that is two tasks behind the results.
-    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(training.Checkpoint, "save", only_after(1))
         assert told_at_once(interrupted(after=3)) == []
@@ -176,7 +176,7 @@ BP, ADAM = "bp(step_size=1); bp(step_size=3)", "adam(step_size=2)"
 def stop(out, after):
     """Runs to the task after so many, and leaves the state of all that came before."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+        patch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
         run(out, Calls(after), FAKE)
     assert (out / folder.STATE_FILE).exists()
 
@@ -261,7 +261,7 @@ def test_lanes_in_batches_give_the_results_of_all_together_and_go_on_the_same(tm
     )
     together = run(tmp_path / "together", None, settings)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+        patch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
         batched(tmp_path / "batches", Calls(2), at_once=2)
     calls = Calls()
     in_batches = batched(tmp_path / "batches", calls)

@@ -10,7 +10,7 @@ import pytest
 
 import cbp_jax
 from cbp_jax import envs
-from cbp_jax.experiments import EXPERIMENTS, learners, stream, streaming, streaming_control
+from cbp_jax.experiments import EXPERIMENTS, lanes, learners, streaming, streaming_control
 from cbp_jax.experiments.streaming_learners import LEARNERS
 
 TINY = dataclasses.replace(
@@ -105,7 +105,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path, monkeypa
     assert "episode return" in streaming_control.summary(whole)
     assert "tasks.png" in [path.name for path in streaming_control.plot(whole, tmp_path)]
 
-    monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
 
     class Kill(Exception):
         pass

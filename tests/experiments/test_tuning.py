@@ -7,6 +7,8 @@ import pytest
 
 from cbp_jax import load_results, report
 from cbp_jax.experiments import online_permuted, stream, tuning
+from cbp_jax.experiments.empty_results import empty_results
+from cbp_jax.experiments.lanes import prepare_methods, program_of
 from cbp_jax.experiments.learners import LogUniform, configurations, parse_method
 from cbp_jax.experiments.tuning import Lane, Plan, TunedSettings, choose, tuned_experiment
 
@@ -54,9 +56,9 @@ def make(group):
 
 def job(settings):
     methods = stream.check(settings)
-    empty = stream.empty_results("online_permuted", settings, methods, settings.tasks, MEASURES)
-    with_plan = lambda group: (make(group), stream.program_of(group, settings, None))
-    return stream.prepare_methods(empty, methods, with_plan)
+    empty = empty_results("online_permuted", settings, methods, settings.tasks, MEASURES)
+    with_plan = lambda group: (make(group), program_of(group, settings, None))
+    return prepare_methods(empty, methods, with_plan)
 
 
 PLAN = Plan(dataclasses.replace(online_permuted, job=job), LANES, TUNING, REPORTING, MEASURES)

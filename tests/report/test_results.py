@@ -11,7 +11,9 @@ import xarray as xr
 
 from cbp_jax.files import partial
 from cbp_jax.report import join_results, load_results, new_results, record_task, save_results, stream_measures
-from cbp_jax.report.results import FILE_NAME, MEASURES, UPDATE_MEASURES, settings_json
+from cbp_jax.report.measures import MEASURES, UPDATE_MEASURES
+from cbp_jax.report.results import settings_json
+from cbp_jax.report.storage import FILE_NAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,4 +264,4 @@ def test_what_cannot_be_joined_is_refused():
 def test_settings_that_are_functions_are_kept_by_where_they_are():
     """So that another process, in which they have another address, goes on with the run."""
     kept = settings_json({"utilities": ("weight", load_results)})
-    assert json.loads(kept) == {"utilities": ["weight", "cbp_jax.report.results:load_results"]}
+    assert json.loads(kept) == {"utilities": ["weight", "cbp_jax.report.storage:load_results"]}

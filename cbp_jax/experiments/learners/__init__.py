@@ -48,7 +48,7 @@ from cbp_jax.experiments.learners.regularization import (
 from cbp_jax.experiments.learners.returning import DASH, FIRE, HareAndTortoise, NormalizeAndProject
 from cbp_jax.experiments.learners.search import LogUniform, Space, configurations, told
 from cbp_jax.experiments.learners.snr import SNR, SNRAdam
-from cbp_jax.experiments.learners.text import parse_method, read_methods
+from cbp_jax.experiments.learners.text import parse_method, read_methods, texts_of
 from cbp_jax.experiments.learners.upgd import PGD, UPGD, AdaptiveUPGD
 
 __all__ = [
@@ -117,6 +117,7 @@ __all__ = [
     "read_grid",
     "read_methods",
     "settings_of",
+    "texts_of",
     "told",
     "with_looks",
 ]

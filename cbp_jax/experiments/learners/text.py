@@ -109,6 +109,11 @@ def read_methods(
     return methods
 
 
+def texts_of(given: Sequence[Any], methods: Sequence[Method]) -> tuple[str, ...]:
+    """Texts of given methods, as `read_methods` reads them; those of functions are the same in every process."""
+    return tuple(one if isinstance(one, str) else method.text for one, method in zip(given, methods, strict=True))
+
+
 def _method(given: Any, known: Mapping[str, type[Method]] = LEARNERS) -> Method:
     if isinstance(given, str):
         return parse_method(given, known)

@@ -9,12 +9,12 @@ import numpy as np
 
 from cbp_jax.experiments import learners
 from cbp_jax.experiments.questions.adapter_learners import LEARNERS, is_fresh
-from cbp_jax.experiments.questions.drawing import draw_line, legend, mean_of, note, table, values_of
-from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
-from cbp_jax.report.looks import names_of, styles_of
+from cbp_jax.experiments.questions.drawing import draw_tasks, mean_of, note, values_of
+from cbp_jax.report.drawing import HANDLE_LENGTH, legend_above, save_figures, style_of_pictures, write_letter
+from cbp_jax.report.looks import GRAY, names_of, styles_of
 from cbp_jax.report.statistics import blocks_of_tasks, bootstrap_text, finished_tasks
+from cbp_jax.report.tables import text_table
 
-_BINS = 25
 _PANELS = {
     "accuracy": ("Online accuracy (%)", 100.0),
     "less_fresh": ("Accuracy less the fresh\nadapter's (points)", 100.0),
@@ -91,7 +91,7 @@ def summary(results: Any) -> str:
             bootstrap_text(100 * at(name, last), 1) for name in ("dormant_components", "effective_rank", "dead_units")
         ]
         rows.append((method, *cells))
-    return "\n".join([title, f"{tasks} tasks; compared with {fresh_of(results)}", "", *table(rows)])
+    return "\n".join([title, f"{tasks} tasks; compared with {fresh_of(results)}", "", *text_table(rows)])
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -108,7 +108,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Raises:
       ValueError: no method has finished a task.
     """
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -117,24 +117,22 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     if not methods:
         raise ValueError("results: no method has finished a task, so that there is nothing to draw")
     styles, names = styles_of(results, methods), names_of(results, methods)
-    blocks = blocks_of_tasks(found["accuracy"][methods[0]].shape[1], _BINS)
-    x = np.array([(block.start + block.stop + 1) / 2 for block in blocks])
     with style_of_pictures():
         figure = Figure(figsize=(9.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 3).ravel()
         for letter, ax, (name, (label, scale)) in zip("abcdef", axes, _PANELS.items(), strict=True):
             for method, title in zip(methods, names, strict=True):
-                values = np.stack([mean_of(found[name][method][:, block]) for block in blocks], 1)
+                values = found[name][method]
                 if np.isfinite(values).any():
-                    draw_line(ax, x, scale * values, styles[method], title)
+                    draw_tasks(ax, scale * values, styles[method], title)
             if name == "less_fresh":
-                ax.axhline(0.0, color="#6B6B6B", linewidth=0.8)
+                ax.axhline(0.0, color=GRAY.color, linewidth=0.8)
             if name == "change_rank":
                 ax.set_yscale("log")
                 ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xlabel("Task")
             ax.set_ylabel(label)
-            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
-        legend(figure, axes[0], handlelength=HANDLE_LENGTH)
+            write_letter(ax, letter)
+        legend_above(figure, axes[0], handlelength=HANDLE_LENGTH)
         note(figure, results)
         return save_figures({"adapters": figure}, Path(out), formats)

@@ -31,7 +31,11 @@ import optax
 import cbp_jax
 from cbp_jax import data, lora, metrics, nets, problems, report, training
 from cbp_jax.experiments import learners, memory, stream
+from cbp_jax.experiments.checks import check_counts, seeds_of
+from cbp_jax.experiments.empty_results import empty_results
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.images import check_classes, gets_vectors
+from cbp_jax.experiments.lanes import Job, Train, prepare_methods, program_of
 from cbp_jax.experiments.plan import Program
 from cbp_jax.experiments.questions import adapter_reports
 from cbp_jax.experiments.questions.adapter_learners import LEARNERS, is_fresh, trains_adapter
@@ -127,7 +131,7 @@ def check(settings: Settings) -> list[learners.Method]:
       ValueError: a setting is out of range or unknown.
     """
     stream.check(dataclasses.replace(settings, methods=("bp",)))
-    stream.check_counts(settings, "base_epochs", "rank")
+    check_counts(settings, "base_epochs", "rank")
     check_scalar("alpha", settings.alpha, at_least=0)
     if not settings.alpha > 0:
         raise ValueError(f"alpha must be positive, got {settings.alpha}")
@@ -159,13 +163,13 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def _problem(settings: Settings) -> problems.Problem:
-    images = stream.check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
+    images = check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
     make = {"labels": problems.label_permuted, "pixels": problems.online_permuted}[settings.stream]
     return make(
         images,
         examples_per_task=settings.examples_per_task or len(images),
         batch_size=settings.batch_size,
-        flatten=stream.flat(settings, images),
+        flatten=gets_vectors(settings, images),
     )
 
 
@@ -180,7 +184,7 @@ def base_problem(settings: Settings, problem: problems.Problem) -> problems.Prob
     return dataclasses.replace(problem, make_task=make_task)
 
 
-def job(settings: Settings) -> stream.Job:
+def job(settings: Settings) -> Job:
     """Prepares the experiment; networks are trained on the base task when it runs.
 
     Args:
@@ -219,7 +223,7 @@ def job(settings: Settings) -> stream.Job:
     units = cbp_jax.discover_units(adapted, shape, jnp.zeros((1, *problem.input_shape)), check=True)
     trained = functools.cache(lambda: train_base(settings, network, base_problem(settings, problem), base_methods[0]))
 
-    def make(group: list[learners.Method]) -> tuple[stream.Train, Program]:
+    def make(group: list[learners.Method]) -> tuple[Train, Program]:
         learner_on = functools.partial(on_base, group, network, units, adapter_of)
 
         def start(seed: chex.Array, values: dict[str, chex.Array]) -> State:
@@ -242,17 +246,17 @@ def job(settings: Settings) -> stream.Job:
                 checkpoint=checkpoint,
             )  # fmt: skip
 
-        return train, stream.program_of(group, settings, None)
+        return train, program_of(group, settings, None)
 
-    empty = stream.empty_results(NAME, settings, methods, settings.tasks, MEASURES)
-    return stream.prepare_methods(empty, methods, make)
+    empty = empty_results(NAME, settings, methods, settings.tasks, MEASURES)
+    return prepare_methods(empty, methods, make)
 
 
 def train_base(
     settings: Settings, network: training.Learner, problem: problems.Problem, method: learners.Method
 ) -> optax.Params:
     """The parameters [seeds, ...] of networks that are trained on the base task, one for each seed."""
-    seeds = np.asarray(stream.seeds_of(settings))
+    seeds = np.asarray(seeds_of(settings))
     numbers = {name: np.full(len(seeds), value, np.float32) for name, value in method.hyperparameters.items()}
     kept: list[training.TrainState] = []
     epochs = training.run_lanes(

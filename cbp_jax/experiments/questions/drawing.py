@@ -1,13 +1,15 @@
-"""Helpers for the pictures and tables of the questions: lines with a band, differences, correlations."""
+"""What the reports of the questions share: lines with a band, notes, differences, correlations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from cbp_jax.report.drawing import legend_columns
+from cbp_jax.report.drawing import write_note
 from cbp_jax.report.looks import Style
-from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, mean_and_error
+from cbp_jax.report.statistics import blocks_of_tasks, bootstrap_interval, bootstrap_text, mean_and_error
+
+_BINS = 25
 
 
 def values_of(results: Any, name: str, method: str) -> np.ndarray:
@@ -63,18 +65,24 @@ def draw_line(
         ax.fill_between(x[some], of(low), of(high), color=style.color, alpha=0.18, linewidth=0)
 
 
-def legend(figure: Any, ax: Any, **options: Any) -> None:
-    """Puts the legend of one panel above all of them, in as many columns as the picture's width has room for."""
-    handles, texts = ax.get_legend_handles_labels()
-    columns = legend_columns(texts, figure.get_figwidth())
-    figure.legend(handles, texts, loc="outside upper center", ncols=columns, **options)
+def draw_tasks(ax: Any, values: np.ndarray, style: Style, label: str, *, band: bool = True) -> None:
+    """Draws a line of what was measured of each task, in at most 25 bins of tasks.
+
+    Args:
+      ax: Matplotlib's axes.
+      values: [seeds, tasks].
+      style, label, band: as in `draw_line`.
+    """
+    blocks = blocks_of_tasks(values.shape[1], _BINS)
+    middles = np.array([(block.start + block.stop + 1) / 2 for block in blocks])
+    draw_line(ax, middles, np.stack([mean_of(values[:, block]) for block in blocks], 1), style, label, band=band)
 
 
 def note(figure: Any, results: Any) -> None:
     """Says under a picture what its bands are."""
     seeds = results.sizes["seed"]
     text = f"Mean and 95% bootstrap interval of {seeds} seeds" if seeds > 1 else "One seed"
-    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    write_note(figure, text)
 
 
 def differences(
@@ -94,13 +102,6 @@ def differences(
     return {
         method: bootstrap_text(each - values[first], digits, of) for method, each in values.items() if method != first
     }
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a text table. The first row is the header; all columns but the first are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.experiments.questions.drawing import draw_line, legend, mean_of, note, rank_correlation, table, values_of
-from cbp_jax.report.drawing import save_figures, style_of_pictures
-from cbp_jax.report.looks import names_of, styles_of
+from cbp_jax.experiments.questions.drawing import draw_tasks, mean_of, note, rank_correlation, values_of
+from cbp_jax.report.drawing import legend_above, save_figures, style_of_pictures, write_letter, write_note
+from cbp_jax.report.looks import GRAY, PALETTE, names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
+from cbp_jax.report.tables import text_table
 
 #: What predicts, and what is predicted: names in `aligned`, and names in pictures.
 PREDICTORS = {
@@ -109,14 +110,14 @@ def summary(results: Any) -> str:
     rows = [("", *names.values())]
     for number, method in enumerate(methods):
         rows.append((method, *(bootstrap_text(100 * late[name][number], 1) for name in names)))
-    lines += table(rows)
+    lines += text_table(rows)
     found = correlations(values)
     for kind, title in KINDS.items():
         lines += ["", f"Rank correlation {title}"]
         rows = [("", *OUTCOMES.values())]
         for predictor, label in PREDICTORS.items():
             rows.append((label, *(bootstrap_text(found[kind, predictor, outcome]) for outcome in OUTCOMES)))
-        lines += table(rows)
+        lines += text_table(rows)
     return "\n".join(lines)
 
 
@@ -134,7 +135,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Raises:
       ValueError: no method has finished two tasks.
     """
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     methods, values = aligned(results)
@@ -172,19 +173,17 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
             )  # fmt: skip
         ax.set_xlabel(f"{labels[x]} (%)")
         ax.set_ylabel(f"{labels[y]} (%)")
-        ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
-    legend(figure, axes[0], fontsize=6.5)
+        write_letter(ax, letter)
+    legend_above(figure, axes[0], fontsize=6.5)
     seeds = results.sizes["seed"]
     text = f"Second half of the tasks; mean and one standard error of {seeds} seeds" if seeds > 1 else "One seed"
-    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    write_note(figure, text)
     return figure
 
 
 def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -> Any:
     """A panel for each outcome, a row for each predictor, a marker for each kind of correlation."""
     from matplotlib.figure import Figure
-
-    from cbp_jax.report.looks import PALETTE
 
     figure = Figure(figsize=(9.0, 2.8), layout="constrained")
     axes = figure.subplots(1, len(OUTCOMES), sharey=True)
@@ -201,14 +200,13 @@ def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -
                     [mean], [place], color=style.color, marker=style.marker, markersize=4.5, linestyle="none",
                     label=label if row == 0 else None,
                 )  # fmt: skip
-        ax.axvline(0.0, color="#6B6B6B", linewidth=0.8)
+        ax.axvline(0.0, color=GRAY.color, linewidth=0.8)
         ax.set_xlim(-1.05, 1.05)
         ax.set_title(title, fontsize=8)
         ax.set_xlabel("Rank correlation")
     axes[0].set_yticks(range(len(PREDICTORS)), PREDICTORS.values())
     axes[0].invert_yaxis()
-    handles, texts = axes[0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=3)
+    legend_above(figure, axes[0], columns=3)
     note(figure, results)
     return figure
 
@@ -217,20 +215,15 @@ def _tasks(results: Any, methods: Sequence[str], values: Any, styles: Any, names
     """What is measured along the stream, in at most 25 bins of tasks."""
     from matplotlib.figure import Figure
 
-    from cbp_jax.report.statistics import blocks_of_tasks
-
     panels = {**PREDICTORS, **OUTCOMES}
     figure = Figure(figsize=(10.4, 5.2), layout="constrained")
     axes = figure.subplots(2, 4).ravel()
-    blocks = blocks_of_tasks(values["forgetting"].shape[-1], 25)
-    x = np.array([(block.start + block.stop + 1) / 2 for block in blocks])
     for letter, ax, (name, label) in zip("abcdefg", axes, panels.items(), strict=False):
         for number, method in enumerate(methods):
-            binned = np.stack([mean_of(values[name][number][:, block]) for block in blocks], 1)
-            draw_line(ax, x, 100 * binned, styles[method], names[method], band=len(methods) <= 6)
+            draw_tasks(ax, 100 * values[name][number], styles[method], names[method], band=len(methods) <= 6)
         ax.set_xlabel("Task")
         ax.set_ylabel(f"{label} (%)")
-        ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+        write_letter(ax, letter)
     handles, texts = axes[0].get_legend_handles_labels()
     axes[-1].axis("off")
     axes[-1].legend(handles, texts, loc="center", fontsize=5.5 if len(methods) > 8 else 7)

@@ -28,6 +28,7 @@ import optax
 
 from cbp_jax import metrics, report, training
 from cbp_jax.experiments import learners, permuted, stream
+from cbp_jax.experiments.checks import check_counts
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.questions import penalties, rank_reports
 from cbp_jax.experiments.questions.common import BACKPROP, STEP_SIZES, QuestionSettings
@@ -137,7 +138,7 @@ def check(settings: StreamSettings) -> list[learners.Method]:
       ValueError: a setting is out of range or unknown.
     """
     methods = stream.check(settings)
-    stream.check_counts(settings, "earlier", "subspace")
+    check_counts(settings, "earlier", "subspace")
     if settings.earlier >= settings.tasks:
         raise ValueError(f"earlier must be less than tasks = {settings.tasks}, got {settings.earlier}")
     return methods

@@ -10,16 +10,15 @@ import numpy as np
 from cbp_jax.experiments.questions.drawing import (
     differences,
     draw_line,
-    legend,
     mean_of,
     note,
     rank_correlation,
-    table,
     values_of,
 )
-from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures
-from cbp_jax.report.looks import names_of, styles_of
+from cbp_jax.report.drawing import HANDLE_LENGTH, legend_above, save_figures, style_of_pictures, write_letter
+from cbp_jax.report.looks import GRAY, names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_text
+from cbp_jax.report.tables import text_table
 
 #: By name and method, [seeds, measurements]; see `tickets.measured`.
 Measured = Mapping[str, Mapping[str, np.ndarray]]
@@ -71,7 +70,7 @@ def summary(results: Any, measured: Measured) -> str:
         for method in methods:
             cells = [bootstrap_text(halves[name][method][number], 1, scaled(name)) for name in shown[:-1]]
             rows.append((f"{method}, {when}", *cells, bootstrap_text(halves["young"][method][number], 2)))
-    lines += ["", *table(rows), "", f"Last third, against {methods[0]} of the same seed (densities: the ratio)"]
+    lines += ["", *text_table(rows), "", f"Last third, against {methods[0]} of the same seed (densities: the ratio)"]
     rows = [("", *head[1:7])]
     late = {name: {method: both[1] for method, both in halves[name].items()} for name in shown[:-1]}
     against = {
@@ -79,14 +78,14 @@ def summary(results: Any, measured: Measured) -> str:
         for name in shown[:-1]
     }
     rows += [(method, *(against[name][method] for name in shown[:-1])) for method in methods[1:]]
-    lines += table(rows) if len(rows) > 1 else ["(one method)"]
+    lines += text_table(rows) if len(rows) > 1 else ["(one method)"]
     lines += ["", "Rank correlation with the effective rank, over the measurements of a seed"]
     rows = [("", "density", "advantage")]
     for method in methods:
         rank = measured["effective_rank"][method][:, :count]
         cells = [bootstrap_text(rank_correlation(measured[name][method][:, :count], rank)) for name in shown[:2]]
         rows.append((method, *cells))
-    lines += [*table(rows), "", "Last less first third (densities: the ratio)"]
+    lines += [*text_table(rows), "", "Last less first third (densities: the ratio)"]
     rows = [("", *head[1:7])]
     for method in methods:
         cells = []
@@ -94,7 +93,7 @@ def summary(results: Any, measured: Measured) -> str:
             first, last = halves[name][method]
             cells.append(bootstrap_text(last - first, 2, np.exp if name == "log_density" else scaled(name)))
         rows.append((method, *cells))
-    return "\n".join([*lines, *table(rows)])
+    return "\n".join([*lines, *text_table(rows)])
 
 
 def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
@@ -112,7 +111,7 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
     Raises:
       ValueError: nothing has been measured.
     """
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -138,13 +137,13 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
                 ax.yaxis.set_minor_formatter("{x:g}")
             if name == "young":
                 ax.yaxis.set_major_formatter("{x:.2f}")
-                ax.axhline(1.0, color="#6B6B6B", linestyle=":", linewidth=0.8)
+                ax.axhline(1.0, color=GRAY.color, linestyle=":", linewidth=0.8)
             ax.set_ylabel(label)
-            ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+            write_letter(ax, letter)
         for ax in (*axes[1, :3], axes[0, 3]):
             ax.set_xlabel("Tasks before")
             ax.tick_params(labelbottom=True)
-        legend(along, axes[0, 0], handlelength=HANDLE_LENGTH)
+        legend_above(along, axes[0, 0], handlelength=HANDLE_LENGTH)
         note(along, results)
         curves = _curves(results, methods, styles, names, count, _tasks(results, measured))
         return save_figures({"tickets": along, "curves": curves}, Path(out), formats)
@@ -159,8 +158,6 @@ def _tasks(results: Any, measured: Measured) -> np.ndarray:
 def _curves(results: Any, methods: Sequence[str], styles: Any, names: Sequence[str], count: int, tasks: Any) -> Any:
     """Accuracy against density: a column for each method, tickets and random masks at first and at last."""
     from matplotlib.figure import Figure
-
-    from cbp_jax.report.looks import GRAY
 
     figure = Figure(figsize=(max(2.5 * len(methods) + 0.6, 4.6), 3.1), layout="constrained")
     axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
@@ -179,7 +176,6 @@ def _curves(results: Any, methods: Sequence[str], styles: Any, names: Sequence[s
         ax.set_xlabel("Weights that live (%)")
         ax.set_title(title, fontsize=8)
     axes[0].set_ylabel("Correct on the next task (%)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, handlelength=3.6)
+    legend_above(figure, axes[0], columns=2, handlelength=HANDLE_LENGTH)
     note(figure, results)
     return figure

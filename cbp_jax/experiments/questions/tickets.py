@@ -33,9 +33,10 @@ import optax
 
 from cbp_jax import tickets, training
 from cbp_jax.experiments import learners, permuted, stream
+from cbp_jax.experiments.checks import check_counts
+from cbp_jax.experiments.empty_results import Curve
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.questions import ticket_reports
-from cbp_jax.experiments.stream import Curve
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.problems import Problem
 from cbp_jax.training.learner import stream_keys
@@ -112,7 +113,7 @@ def check(settings: Settings) -> list[learners.Method]:
       ValueError: a setting is out of range or unknown.
     """
     methods = stream.check(settings)
-    stream.check_counts(settings, "every", "rounds")
+    check_counts(settings, "every", "rounds")
     if settings.every > settings.tasks:
         raise ValueError(f"every must be at most tasks = {settings.tasks}, got {settings.every}")
     check_scalar("fraction", settings.fraction, at_least=0, below=1)

@@ -22,11 +22,13 @@ import optax
 
 from cbp_jax import data, losses, problems, replacement, training
 from cbp_jax.experiments import stream
+from cbp_jax.experiments.checks import check_counts
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.images import check_classes, gets_vectors
 from cbp_jax.experiments.permuted import kaiming
 from cbp_jax.experiments.quality import pearson_correlations, rank_correlations, true_feature_utility
 from cbp_jax.replacement.views import batch_mean
-from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.drawing import legend_above, save_figures, style_of_pictures, write_note
 from cbp_jax.training.learner import begin_task, stream_keys
 from cbp_jax.training.step import learn
 from cbp_jax.units import UnitGroup, Units
@@ -95,7 +97,7 @@ def _measures(settings: Settings) -> dict[str, str]:
 
 def check(settings: Settings) -> list[Any]:
     """Checks settings before anything is computed; see `stream.check`."""
-    stream.check_counts(settings, "window")
+    check_counts(settings, "window")
     utilities_of(settings)
     if not 0 <= settings.decay_rate < 1:
         raise ValueError(f"decay_rate must be in [0, 1), got {settings.decay_rate}")
@@ -106,12 +108,12 @@ def check(settings: Settings) -> list[Any]:
 
 
 def _problem(settings: Settings) -> problems.Problem:
-    images = stream.check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
+    images = check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
     problem = problems.online_permuted(
         images,
         examples_per_task=settings.examples_per_task,
         batch_size=settings.batch_size,
-        flatten=stream.flat(settings, images),
+        flatten=gets_vectors(settings, images),
     )
     if 2 * settings.window > problem.steps_per_task:
         raise ValueError(
@@ -311,14 +313,13 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     import numpy as np
 
     from cbp_jax.report import looks
-    from cbp_jax.report.results import require
+    from cbp_jax.report.extra import require
     from cbp_jax.report.statistics import bootstrap_interval
 
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    (utilities, layers), paths = _shown(results), []
-    Path(out).mkdir(parents=True, exist_ok=True)
+    (utilities, layers), figures = _shown(results), {}
     for number, method in enumerate(results.method.values.tolist()):
         with style_of_pictures():
             figure = Figure(figsize=(6.4, 0.26 * len(utilities) + 1.1), layout="constrained")
@@ -340,15 +341,11 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                 ax.set_xlabel("Rank correlation with the true utility")
             axes[0].set_yticks(range(len(utilities)), [utility.replace("_", " ") for utility in utilities])
             axes[0].invert_yaxis()
-            handles, labels = axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper center", ncols=len(layers))
+            legend_above(figure, axes[0], columns=len(layers))
             note = f"{method}; mean and 95% bootstrap interval of {results.sizes['seed']} seeds"
-            figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
-            name = NAME if results.sizes["method"] == 1 else f"{NAME}_{number + 1}"
-            for kind in formats:
-                paths.append(Path(out) / f"{name}.{kind}")
-                figure.savefig(paths[-1])
-    return paths
+            write_note(figure, note)
+        figures[NAME if results.sizes["method"] == 1 else f"{NAME}_{number + 1}"] = figure
+    return save_figures(figures, Path(out), formats)
 
 
 def _smoke(dataset: str | None) -> Settings:

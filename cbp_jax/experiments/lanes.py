@@ -1,0 +1,232 @@
+"""Runs methods with all seeds, task by task, and keeps their results and states on disk.
+
+A *lane* is a method with a seed. Lanes of methods that differ in their numbers alone run as one compiled program.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cbp_jax import training
+from cbp_jax.experiments import folder, learners
+from cbp_jax.experiments.plan import Plan, Program
+from cbp_jax.experiments.progress import Progress, labels_of, tell
+from cbp_jax.experiments.share import Share
+
+SAVE_EVERY = 2.0  # seconds between two writings of the results
+CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
+
+# folder, progress -> results; everything is checked
+Job = Callable[[Path, Progress | None], Any]
+# seeds [lanes], arrays [lanes] of hyperparameters, checkpoint -> arrays [lanes] of what was measured, for each task
+Train = Callable[[np.ndarray, dict[str, np.ndarray], training.Checkpoint], Iterator[dict[str, Any]]]
+
+
+class Prepared(NamedTuple):
+    """Methods that are ready to run: a `Job` that tells its plan.
+
+    Attributes:
+      results: empty.
+      groups: methods that run as lanes of one program, and what trains them.
+      plan: what is compiled, and the memory that it takes.
+    """
+
+    results: Any
+    groups: list[tuple[list[learners.Method], Train]]
+    plan: Plan
+
+    def __call__(self, out: Path, progress: Progress | None = None, share: Share | None = None) -> Any:
+        """Runs the methods, fills the results, and keeps them and the state on disk; see `prepare_methods`.
+
+        Args:
+          out: folder of the run.
+          progress: as in `Experiment.run`.
+          share: this process, where several run the lanes together, and have the folder by `folder.claimed`. It runs
+            its lanes alone; `folder.join` joins the results then.
+
+        Returns:
+          the results; of several processes, those that were there at the start and those of this one.
+
+        Raises:
+          ValueError: as in `prepare_methods`, and for a share that has no lane.
+        """
+        from cbp_jax import report
+
+        out = Path(out)
+        if share is not None:
+            share.check(self.num_lanes())
+        own = self.lanes(share)
+        with (
+            training.one_blas_thread(),
+            folder.kept(self.results, out, share, [lane for lanes in own for lane in lanes]) as kept,
+        ):
+            found = kept.results
+            found.attrs.pop("failed", None)  # of an earlier process
+            if share is not None and share.index == 0 and not (out / report.storage.FILE_NAME).exists():
+                report.save_results(self.results, out)
+            kept.clean()
+            try:
+                for (group, train), lanes in zip(self.groups, own, strict=True):
+                    _run_group(kept, group, train, lanes, progress)
+            except Exception as error:
+                found.attrs["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise
+            finally:
+                kept.save()
+            if share is None:
+                folder.remove_parts(out)
+        return found
+
+    def num_lanes(self) -> int:
+        """How many lanes all programs have."""
+        return sum(len(group) for group, _ in self.groups) * self.results.sizes["seed"]
+
+    def lanes(self, share: Share | None = None) -> list[list[training.Lane]]:
+        """The lanes of each group, methods with their seeds; where several processes share them, those of one."""
+        seeds, found, dealt = self.results.seed.values.tolist(), [], 0
+        for group, _ in self.groups:
+            lanes = [(method.label, seed) for method in group for seed in seeds]
+            found.append(lanes if share is None else [lanes[number] for number in share.lanes(len(lanes), dealt)])
+            dealt += len(lanes)
+        return found
+
+
+def prepare_methods(
+    results: Any,
+    methods: Sequence[learners.Method],
+    make: Callable[[list[learners.Method]], tuple[Train, Program]],
+    processes: int = 1,
+) -> Prepared:
+    """Prepares what runs methods with all seeds, fills the results, and keeps them and the state on disk.
+
+    Args:
+      results: empty, of `empty_results`; one of its measures is `replaced_units`, which tells what has been run.
+      methods: what to run.
+      make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them,
+        and the plan of it.
+      processes: how many share the lanes.
+
+    Returns:
+      a function of a folder and of progress as in `run`, to the results, of which those on disk are a part. It raises
+      a BlockingIOError where another run is at work in the folder, and a ValueError where the folder holds another run,
+      or a state that cannot be used; both are left as they are.
+    """
+    groups = [(group, *make(group)) for group in _compiled_together(methods)]
+    programs = tuple(program for *_, program in groups)
+    plan = Plan(programs, results.sizes["seed"], results.sizes["task"], processes)
+    return Prepared(results, [(group, train) for group, train, _ in groups], plan)
+
+
+def _compiled_together(methods: Sequence[learners.Method]) -> list[list[learners.Method]]:
+    """Methods of one learner that differ in their numbers alone run as lanes of one program."""
+    groups: dict[Any, list[learners.Method]] = {}
+    for method in methods:
+        groups.setdefault((method.learner, tuple(sorted(method.options.items()))), []).append(method)
+    return list(groups.values())
+
+
+def program_of(group: Sequence[learners.Method], settings: Any, lanes_at_once: int | None) -> Program:
+    """The plan of methods that run as lanes of one program."""
+    labels = tuple(method.label for method in group)
+    return Program(labels, len(group) * settings.seeds, at_once=lanes_at_once)
+
+
+def _run_group(
+    kept: folder.Kept,
+    group: list[learners.Method],
+    train: Train,
+    lanes: Sequence[training.Lane],
+    progress: Progress | None,
+) -> None:
+    """Does what is left of lanes of methods that are one program."""
+    results, tasks = kept.results, kept.results.sizes["task"]
+    name = "; ".join(method.label for method in group)
+    every = [(method.label, seed) for method in group for seed in results.seed.values.tolist()]
+    ready, waiting = _progress_of(kept, name, every, lanes)
+    if progress is not None and ready:
+        progress(labels_of(ready), len(ready) * tasks, {})
+    for states in waiting:
+        cohort = [lane for lane, _ in states]
+        checkpoint = training.Checkpoint(
+            kept.state_path(name, cohort, every),
+            name,
+            every=CHECKPOINT_EVERY,
+            before=kept.save,
+            needs=lambda tasks, cohort=cohort: kept.digests(cohort, tasks),
+            lanes=cohort,
+            found=_joined([(lane, kept.checked(saved, lane)) for lane, saved in states if saved is not None]),
+        )
+        if progress is not None and checkpoint.tasks:
+            progress(labels_of(cohort), len(cohort) * checkpoint.tasks, {})
+        _run_lanes(kept, group, train, checkpoint, progress)
+        kept.close(checkpoint)
+
+
+def _progress_of(
+    kept: folder.Kept, name: str, every: Sequence[training.Lane], lanes: Sequence[training.Lane]
+) -> tuple[list[training.Lane], list[list[tuple[training.Lane, training.Saved | None]]]]:
+    """The lanes that are done, and the others with their states: together those that have done as many tasks."""
+    saved = kept.states(name, every)
+    # Of all measures the one that stays a number where training has diverged.
+    recorded = np.isfinite(kept.results.replaced_units.values).all(-1)
+    ready, waiting = [], {}
+    for lane, row, column in zip(lanes, *kept.positions(lanes), strict=True):
+        states = [state for state in saved if lane in state.lanes]
+        noted = any(state.state is None for state in states)
+        if recorded[row, column] and (noted or not states):
+            ready.append(lane)
+            continue
+        # A state of lanes that are recorded is left where they were stopped after their last task and before all was
+        # done.
+        states = [state for state in states if state.state is not None]
+        best = max(states, key=lambda state: state.tasks, default=None)
+        waiting.setdefault(best.tasks if best else 0, []).append((lane, best))
+    return ready, [waiting[done] for done in sorted(waiting, reverse=True)]
+
+
+def _joined(states: Sequence[tuple[training.Lane, training.Saved]]) -> training.Saved | None:
+    """One state of lanes that have done as many tasks, each a row of a state."""
+    if not states:
+        return None
+    first = states[0][1]
+    if len({saved.path for _, saved in states}) == 1 and [lane for lane, _ in states] == list(first.lanes):
+        return first
+    row_of = lambda saved, row: jax.tree.map(lambda leaf: np.asarray(leaf)[row], saved.state)
+    rows = [row_of(saved, saved.lanes.index(lane)) for lane, saved in states]
+    return first._replace(state=jax.tree.map(lambda *leaves: np.stack(leaves), *rows), lanes=None)
+
+
+def _run_lanes(
+    kept: folder.Kept,
+    group: list[learners.Method],
+    train: Train,
+    checkpoint: training.Checkpoint,
+    progress: Progress | None,
+) -> None:
+    """Runs the lanes of a checkpoint to their last task."""
+    from cbp_jax import report
+
+    results, lanes = kept.results, checkpoint.lanes
+    methods = {method.label: method for method in group}
+    labels = list(dict.fromkeys(label for label, _ in lanes))
+    numbers = {
+        name: np.asarray([methods[label].hyperparameters[name] for label, _ in lanes])
+        for name in group[0].hyperparameters
+    }
+    report.records.resume(results)
+    saved = since = time.monotonic()
+    rows_of_tasks = train(np.asarray([seed for _, seed in lanes]), numbers, checkpoint)
+    for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
+        report.record_lanes(results, task, measured, lanes)
+        now = time.monotonic()
+        report.records.add_seconds(results, labels, now - since)
+        since = now
+        diverged = report.mark_diverged(results, task, lanes=lanes)
+        if now - saved > SAVE_EVERY:
+            kept.save()
+            saved = time.monotonic()
+        tell(progress, lanes, task, measured, diverged)
