@@ -8,6 +8,7 @@ from cbp_jax.experiments.ants import slippery_ant, stationary_ant
 from cbp_jax.experiments.collapse import policy_collapse
 from cbp_jax.experiments.dominance import dominant_tickets
 from cbp_jax.experiments.experiment import Experiment
+from cbp_jax.experiments.games import continual_minatar
 from cbp_jax.experiments.imagenet import continual_imagenet
 from cbp_jax.experiments.increments import class_incremental
 from cbp_jax.experiments.lottery import convolutional_tickets, lottery_tickets
@@ -38,6 +39,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         stationary_ant,
         policy_collapse,
         streaming_control,
+        continual_minatar,
         lottery_tickets,
         convolutional_tickets,
         dominant_tickets,

@@ -118,16 +118,22 @@ def check(settings: Settings) -> list[learners.Method]:
         raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
     make_network(settings, 1)
     for text, method in zip(learners.texts_of(settings.methods, methods), methods, strict=True):
-        unusable = [name for name in ("normalization", "dropout_rate") if getattr(method, name)]
-        if unusable or method.curvature:
-            raise ValueError(f"method {text!r}: the agent has no {', '.join(unusable) or 'curvature'}")
-        if method.reference:
-            raise ValueError(f"method {text!r}: the agent keeps no earlier examples for a reference batch")
-        if method.inject_at is not None:
-            raise ValueError(f"method {text!r}: heads are injected before tasks of a stream, and an agent has none")
-        if method.reset_every:
-            raise ValueError(f"method {text!r}: an agent is reset where friction changes; reset_every is not supported")
+        if method.normalization:
+            raise ValueError(f"method {text!r}: the agent has no normalization")
+        check_method(text, method)
     return methods
+
+
+def check_method(text: str, method: learners.Method) -> None:
+    """Raises a ValueError if a method needs what no agent has. The text names it."""
+    if method.dropout_rate or method.curvature:
+        raise ValueError(f"method {text!r}: the agent has no {'dropout_rate' if method.dropout_rate else 'curvature'}")
+    if method.reference:
+        raise ValueError(f"method {text!r}: the agent keeps no earlier examples for a reference batch")
+    if method.inject_at is not None:
+        raise ValueError(f"method {text!r}: heads are injected before tasks of a stream, and an agent has none")
+    if method.reset_every:
+        raise ValueError(f"method {text!r}: an agent is reset where friction changes; reset_every is not supported")
 
 
 def check_episodes(settings: Settings, parts: int = 1) -> None:

@@ -7,6 +7,7 @@ UPGD = "Elsayed & Mahmood 2024"
 TICKETS = "Frankle & Carbin 2019"
 DOMINANT = "Gong et al. 2022"
 STREAMING = "Elsayed et al. 2024"
+PQN = "Gallici et al. 2025"
 QUESTIONS = "Open questions"
 
 
@@ -152,6 +153,13 @@ FIGURES: tuple[Figure, ...] = (
         "Stream Q(lambda) on a changing cart-pole: ObGD, SGD, Adam, and continual backpropagation around each",
         "streaming_control --preset laptop",
         "30 lanes of 400,000 steps; a minute a lane",
+    ),
+    Figure(
+        PQN,
+        "(PQN, on a new problem)",
+        "PQN on a game of MinAtar whose channels and actions are shuffled periodically",
+        "continual_minatar --preset laptop",
+        "12 lanes of 4M steps; minutes a lane",
     ),
     Figure(
         TICKETS,

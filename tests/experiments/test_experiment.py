@@ -60,7 +60,7 @@ def test_every_experiment_is_found_by_its_name_in_each_way():
     for name, experiment in experiments.EXPERIMENTS.items():
         assert getattr(experiments, name) is experiment and experiment.NAME == experiment.name == name
         assert sys.modules[f"cbp_jax.experiments.{name}"] is experiment
-        ours = name.startswith("question_") or name == "streaming_control"  # of no paper
+        ours = name.startswith("question_") or name in ("streaming_control", "continual_minatar")  # of no paper
         presets = {"smoke", "laptop"} if ours else {"smoke", "laptop", "paper"}
         assert presets <= set(experiment.PRESETS) and experiment.about.endswith(".")
         for preset in experiment.presets:
