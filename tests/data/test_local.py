@@ -54,7 +54,7 @@ def test_a_dataset_that_only_tensorflow_reads_is_not_readable(tmp_path, write_id
             attempt()
 
 
-def test_a_folder_that_holds_no_dataset_is_in_the_way(tmp_path, write_idx, tiny_splits):
+def test_a_folder_that_holds_no_dataset_is_refused(tmp_path, write_idx, tiny_splits):
     (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="is not a prepared dataset"):
         prepare("mnist", write_idx(tmp_path / "source", tiny_splits), tmp_path)

@@ -12,5 +12,5 @@ def test_all_images_are_normalized_alike(name):
     assert normalization(Dataset(np.zeros((2, 4, 4, 1), np.uint8), LABELS, 2, name)) == (0.5, 0.5)
 
 
-def test_features_stay_as_they_are():
+def test_features_are_not_normalized():
     assert normalization(Dataset(np.zeros((2, 4), np.float32), LABELS, 2, "mnist")) is None

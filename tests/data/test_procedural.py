@@ -22,7 +22,7 @@ def test_every_class_has_its_images(images):
     assert np.isin(images.images, (0, 255)).mean() < 0.02
 
 
-def test_pixels_tell_classes_apart_and_mean_colours_do_not(images):
+def test_pixels_distinguish_classes_and_mean_colors_do_not(images):
     pixels = images.images.reshape(len(images), -1) / 255
     colours = images.images.mean((1, 2)) / 255
     train = np.arange(len(images)) % 3 > 0
@@ -37,7 +37,7 @@ def test_pixels_tell_classes_apart_and_mean_colours_do_not(images):
     assert correct(colours) < 0.4
 
 
-def test_images_are_a_function_of_the_key_and_classes_of_their_number(images):
+def test_images_depend_on_the_key_and_each_class_on_its_number(images):
     again = procedural(CLASSES - 1, IMAGES, size=12, channels=2, key=jax.random.key(0))
     np.testing.assert_array_equal(again.images, images.images[: len(again)])
     other = procedural(1, IMAGES, size=12, channels=2, key=1)

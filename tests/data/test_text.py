@@ -104,7 +104,7 @@ def test_a_text_of_tensorflow_datasets(tmp_path):
     assert texts.label_names == ("neg", "pos")
 
 
-def test_two_texts_and_secret_labels(tmp_path):
+def test_pairs_of_texts_and_splits_without_labels(tmp_path):
     pair = lambda n, label: {"premise": f"p{n}", "hypothesis": f"h{n}", "label": label, "idx": n}
     splits = {"train": [pair(0, 2), pair(1, 0)], "validation_matched": [pair(2, 1)], "test_matched": [pair(3, -1)]}
     write_tiny("glue/mnli", tmp_path, splits)
@@ -197,7 +197,7 @@ def test_texts_of_every_installation():
     np.testing.assert_array_equal(kinds.splits["test"], texts.splits["test"])
 
 
-def test_the_texts_of_development(real_data):
+def test_real_texts(real_data):
     folder = real_data / "text"
     if not folder.is_dir():
         pytest.skip(f"no texts in {folder}")
