@@ -77,7 +77,7 @@ def test_physics_change_where_an_episode_ends(walked):
     assert (force[period != 1] > 0).all() and (force[period == 1] < 0).all()
 
 
-def test_steps_after_a_change_are_by_the_new_physics(walked):
+def test_steps_after_a_change_follow_the_new_physics(walked):
     _, (_, (obs, done, info)) = walked
     for t in range(1, 40):
         if not done[0, t - 1] and not done[0, t]:
@@ -86,7 +86,7 @@ def test_steps_after_a_change_are_by_the_new_physics(walked):
             np.testing.assert_allclose(obs[0, t], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_physics_are_log_uniform_and_of_the_key():
+def test_physics_are_log_uniform_and_depend_on_the_key():
     env = ChangingCartPole(key=0, gravity_range=(5.0, 20.0), force_range=(3.0, 3.0))
     draws = jax.jit(jax.vmap(env.physics_of))(jnp.arange(2000))
     assert 5 <= draws.gravity.min() < 5.1 and 19.5 < draws.gravity.max() <= 20

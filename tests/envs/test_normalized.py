@@ -95,7 +95,7 @@ def test_observations_and_rewards_are_normalized_by_all_so_far(terminal):
     assert abs(states.reward).max() == 10, "the first reward is large against the variance so far"
 
 
-def test_as_streaming_agents_have_it():
+def test_normalization_of_streaming_agents():
     """Welford's unbiased variances, 1 at first, and nothing clipped."""
     episodes = Episodes(Drift(), episode_length=5, time_limit_is_terminal=True)
     keys = jax.random.split(jax.random.key(1), 1)
@@ -118,7 +118,7 @@ def test_as_streaming_agents_have_it():
     assert states.reward[1] == plain.reward[1] and plain.done.sum() > 2
 
 
-def test_either_may_stay_as_it_is():
+def test_observations_or_rewards_can_be_left_unnormalized():
     episodes = Episodes(Drift(), episode_length=5)
     keys = jax.random.split(jax.random.key(0), 1)
     plain = go(episodes, keys, ACTIONS)

@@ -115,7 +115,7 @@ def test_changes_are_not_traced_again(runs, traces):
 
 
 @pytest.mark.slow
-def test_after_a_change_the_state_does_as_an_environment_built_with_that_friction(runs, monkeypatch):
+def test_after_a_change_the_ant_moves_like_one_built_with_that_friction(runs, monkeypatch):
     _, states, frictions = runs
     # Step 4 is the first with the second friction, and the first of an episode: for both seeds the same but for it.
     before = jax.tree.map(lambda x: x[:, 3], states.pipeline_state)
@@ -143,7 +143,7 @@ def test_friction_can_be_set_by_hand(runs):
         envs.set_friction(at, jnp.ones(3))
 
 
-def test_frictions_are_log_uniform_and_of_the_key_alone():
+def test_frictions_are_log_uniform_and_depend_only_on_the_key():
     friction_of = jax.jit(jax.vmap(envs.SlipperyAnt(key=3).friction_of))
     frictions = np.log(friction_of(jnp.arange(4000)))
     low, high = np.log([0.02, 2.0])
@@ -155,7 +155,7 @@ def test_frictions_are_log_uniform_and_of_the_key_alone():
     assert envs.SlipperyAnt(friction=0.7, key=4).friction_of(5) == jnp.float32(0.7)
 
 
-def test_given_frictions_come_one_after_the_other_and_again():
+def test_given_frictions_are_used_in_turn_and_repeated():
     env = envs.SlipperyAnt(frictions=(0.1, 2.0, 0.5))
     found = jax.vmap(env.friction_of)(jnp.arange(7))
     np.testing.assert_array_equal(found, np.float32([0.1, 2.0, 0.5, 0.1, 2.0, 0.5, 0.1]))
@@ -202,7 +202,7 @@ class Slider:
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("common_clock", [True, False])
-def test_a_common_clock_changes_all_grounds_after_one_step(monkeypatch, common_clock, terminal):
+def test_a_common_clock_changes_friction_in_all_environments_after_the_same_step(monkeypatch, common_clock, terminal):
     monkeypatch.setattr(envs.walker, "make_brax_env", lambda *_: Slider())
     frictions, every, steps = (0.25, 2.0, 0.5), 8, 30
     env = envs.Slippery(
@@ -235,7 +235,7 @@ def test_a_common_clock_changes_all_grounds_after_one_step(monkeypatch, common_c
     assert fell[:, due].any() and interrupted.any()
 
 
-def test_actions_are_clipped_where_asked():
+def test_actions_are_clipped_on_request():
     action = jnp.array([-3.0, 0.5, 2.0])
     assert envs.SlipperyAnt(clip_actions=True).clipped(action).tolist() == [-1.0, 0.5, 1.0]
     assert envs.SlipperyAnt().clipped(action).tolist() == action.tolist()
@@ -259,7 +259,7 @@ def test_actions_are_clipped_where_asked():
         ({"key": 0.5}, r"key must be an int seed or a jax key"),
     ],
 )
-def test_what_is_not_offered_is_refused(settings, message):
+def test_unsupported_settings_are_refused(settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
         envs.Slippery(**settings)
 
@@ -271,7 +271,7 @@ def test_without_brax_the_error_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-def test_mjx_slides_likewise():
+def test_the_ant_slides_as_far_with_mjx():
     env = envs.SlipperyAnt(backend="mjx").env
     slid = slides(env, [0.02, 0.3, 1.0])
     np.testing.assert_allclose(slid, [2.90, 1.53, 0.46], atol=0.1)
@@ -292,7 +292,7 @@ def test_other_walkers_walk_on_slippery_ground(name):
 
 
 @pytest.mark.slow
-def test_an_episode_becomes_a_page(tmp_path):
+def test_an_episode_is_rendered_as_a_page(tmp_path):
     env = envs.SlipperyAnt(friction=1.0, episode_length=5)
     poses, total = envs.episode(env, lambda obs: jnp.zeros(8), jax.random.key(0))
     assert poses.q.shape == (5, env.env.sys.q_size()) and 4 < total < 7  # 1 a step for standing
