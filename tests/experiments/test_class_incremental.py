@@ -76,7 +76,7 @@ def test_a_run_measures_every_increment(finished):
     assert first[0] == pytest.approx(first[1], rel=1e-5) and abs(second[0] - second[1]) > 1e-4
 
 
-def test_its_picture_shows_the_accuracy_less_that_of_training_from_scratch(finished, tmp_path, monkeypatch):
+def test_its_picture_shows_the_accuracy_minus_that_of_training_from_scratch(finished, tmp_path, monkeypatch):
     results, _ = finished
     assert class_incremental.summary(results).startswith("class_incremental: test accuracy in percent")
     assert [path.name for path in plot(results, tmp_path)] == ["tasks.png"]

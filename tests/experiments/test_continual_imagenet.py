@@ -70,7 +70,7 @@ def test_a_run_measures_every_task(finished):
     np.testing.assert_allclose(in_twentieths, np.rint(in_twentieths), atol=1e-4)
 
 
-def test_its_table_and_pictures_judge_by_test_images(finished, tmp_path):
+def test_its_table_and_pictures_show_accuracy_on_test_images(finished, tmp_path):
     results, _ = finished
     table = continual_imagenet.summary(results)
     assert table.startswith("continual_imagenet: test accuracy in percent")

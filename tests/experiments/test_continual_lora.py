@@ -55,7 +55,7 @@ def of_method(results, name, method):
     return results[name].loc[{"method": method}].transpose("order", "seed", ...).values[0]
 
 
-def test_adapters_of_their_own_forget_nothing_and_one_for_all_does(keywords):
+def test_separate_adapters_forget_nothing_and_a_shared_one_forgets(keywords):
     _, results, _, _ = keywords
     accuracy = {method: of_method(results, "accuracy", method) for method in results.method.values.tolist()}
     alone = accuracy["per_task"]
@@ -91,7 +91,7 @@ def tiny(tmp_path_factory):
     return settings, prepared, Trials(settings, prepared, orders_of(3, 2))
 
 
-def test_which_classes_are_asked_for(tiny):
+def test_which_classes_a_loss_covers(tiny):
     _, _, trials = tiny
     orders = trials.orders
     own, shared, joint = AdapterMethod(), AdapterMethod(head="shared"), AdapterMethod(head="shared", joint=True)
@@ -112,7 +112,7 @@ def test_which_classes_are_asked_for(tiny):
         (AdapterMethod(replay=0.9), 2, {2: 2, 0: 7, 1: 7}),
     ],
 )
-def test_of_which_tasks_batches_are(tiny, method, position, expected):
+def test_batches_come_from_the_expected_tasks(tiny, method, position, expected):
     _, prepared, trials = tiny
     batch = trials._train(method, 0, position)
     assert batch.tokens.shape == (2, 16, 12)
@@ -124,7 +124,7 @@ def test_of_which_tasks_batches_are(tiny, method, position, expected):
 
 
 @pytest.mark.slow
-def test_earlier_adapters_are_kept_in_use(tiny, monkeypatch):
+def test_a_new_adapter_is_added_to_earlier_ones(tiny, monkeypatch):
     """Of "added" the next adapter is trained beside the sum of those before; of "new" beside none."""
     _, _, trials = tiny
     seen = {}
@@ -144,7 +144,7 @@ def test_earlier_adapters_are_kept_in_use(tiny, monkeypatch):
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(take(base)), jax.tree.leaves(take(later)), strict=True))
 
 
-def test_the_memory_of_o_lora_is_the_adapters_side_by_side(tiny):
+def test_the_memory_of_o_lora_is_the_concatenated_adapters(tiny):
     _, _, trials = tiny
     encoder = {"layer0_mlp1": {"kernel": jnp.zeros((8, 6))}}
     one, two = (trials._adapter(encoder, seed) for seed in range(2))
@@ -171,7 +171,7 @@ def numpy_rank(matrix):
 
 
 @pytest.mark.parametrize("before", [None, 5])
-def test_the_change_by_an_adapter_is_that_of_its_matrices(before):
+def test_the_change_by_an_adapter_is_the_product_of_its_matrices(before):
     after = random_adapter(0)
     earlier = None if before is None else random_adapter(before)
     change = change_of_adapter(after, earlier, 0.1)
@@ -261,7 +261,7 @@ def test_table_and_picture(keywords, tmp_path):
     assert path.name == "continual_lora.png" and path.stat().st_size > 1000
 
 
-def test_an_interrupted_run_goes_on_with_the_methods_that_are_not_done(keywords, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_path, monkeypatch):
     settings, whole, _, _ = keywords
     labels, asked = dict(zip(read_methods(LANES).values(), whole.method.values.tolist(), strict=True)), []
 

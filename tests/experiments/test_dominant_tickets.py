@@ -45,7 +45,7 @@ def test_results_and_progress(keywords):
     assert json.loads(results.attrs["settings"])["compared"] == 0.1
 
 
-def test_what_is_kept_lies_between_nothing_and_everything(keywords):
+def test_keeping_all_changes_gives_the_tuned_network_and_keeping_none_does_worse(keywords):
     _, results, _, _ = keywords
     assert np.isfinite(results.accuracy).all() and results.accuracy.loc[{"method": "l1=0"}].min() > 0.9
     for method in ("l1=0", "l1=0.5"):
@@ -65,13 +65,13 @@ def test_what_is_kept_lies_between_nothing_and_everything(keywords):
     assert results.ticket_accuracy.loc[plain].sel(density=1e-6).mean() < results.accuracy.loc[plain].mean() - 0.05
 
 
-def test_the_pull_lets_weights_stay(keywords):
+def test_the_l1_pull_changes_fewer_weights(keywords):
     _, results, _, _ = keywords
     changed = {method: float(results.changed.loc[{"method": method}].mean()) for method in ("l1=0", "l1=0.5")}
     assert changed["l1=0.5"] < changed["l1=0"] < 1
 
 
-def test_overlaps_are_of_both_tasks(keywords):
+def test_overlaps_compare_the_two_tasks(keywords):
     _, results, _, _ = keywords
     shared = results.shared.loc[{"method": "l1=0"}].transpose("task", "other", "seed").values
     assert np.isnan(shared[[0, 1], [0, 1]]).all()
@@ -85,7 +85,7 @@ def test_overlaps_are_of_both_tasks(keywords):
 
 
 @pytest.mark.slow
-def test_measures_are_those_of_their_seed(keywords, monkeypatch):
+def test_measures_belong_to_their_seed(keywords, monkeypatch):
     """Of one seed of the second task, from the networks themselves."""
     settings, results, _, _ = keywords
     prepared = texts.prepare(settings)
@@ -106,7 +106,7 @@ def test_measures_are_those_of_their_seed(keywords, monkeypatch):
     assert float(results.ticket_accuracy.loc[where].sel(density=0.2)) == pytest.approx(accuracy)
 
 
-def test_the_least_that_is_kept():
+def test_the_least_density_that_suffices():
     dims, seeds = ("method", "seed", "task"), 2
     accuracy = np.array([[[0.5, 0.5, 0.5]] * seeds, [[0.9, 0.4, 0.9]] * seeds])
     kept = np.full((2, seeds, 3, 3), np.nan)
@@ -146,7 +146,7 @@ def test_table_and_pictures(keywords, tmp_path):
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
-def test_an_interrupted_run_goes_on_with_the_methods_that_are_not_done(keywords, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_path, monkeypatch):
     settings, whole, _, _ = keywords
     asked, rows = [], {}
     for number, method in enumerate(whole.method.values.tolist()):

@@ -21,7 +21,7 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert len(check(paper)) == len(paper.methods) and paper.methods == paper_grid("input_permuted_mnist")
 
 
-def test_adam_with_restarts_stands_beside_adam_as_it_is():
+def test_adam_with_restarts_is_compared_with_plain_adam():
     methods = check(preset("restarts"))
     assert preset("restarts") == dataclasses.replace(preset("paper"), methods=preset("restarts").methods)
     resets = {name: [m.hyperparameters["step_size"] for m in methods if m.reset == name] for name in ("", "network")}
@@ -54,7 +54,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
     assert EXPERIMENTS["input_permuted"] is input_permuted
 
 
-def test_networks_start_as_the_papers_and_inputs_are_normalised(trained, tmp_path):
+def test_networks_are_initialized_as_in_the_paper_and_inputs_are_normalized(trained, tmp_path):
     settings = dataclasses.replace(TINY, methods=("bp",), hidden=(300, 150), measured_examples=5000)
     run(settings, tmp_path)
     (group,) = trained

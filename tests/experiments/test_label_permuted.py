@@ -72,7 +72,7 @@ def shapes(learner):
     return {name: layer["kernel"].shape for name, layer in layers.items()}
 
 
-def test_networks_are_of_dense_layers_or_behind_convolutions(trained, files, tmp_path):
+def test_networks_have_dense_layers_only_or_after_convolutions(trained, files, tmp_path):
     run(dataclasses.replace(TINY, hidden=(300, 150)), tmp_path / "digits")
     run(dataclasses.replace(TINY, dataset=files["features"]), tmp_path / "features")
     run(dataclasses.replace(TINY, dataset=files["images"], network="lenet", hidden=(120, 84)), tmp_path / "images")
@@ -107,7 +107,7 @@ def test_the_papers_lenet_has_no_activation_after_its_convolutions(trained, file
         assert [least["Conv_0"] >= 0, least["Conv_1"] >= 0] == [activated] * 2
 
 
-def test_labels_are_permuted_and_images_normalised_alone(trained, tmp_path):
+def test_labels_are_permuted_and_images_only_normalized(trained, tmp_path):
     run(dataclasses.replace(TINY, measured_examples=5000), tmp_path)
     (group,) = trained
     assert group.measured_examples == 1797  # no more than there are

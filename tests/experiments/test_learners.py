@@ -16,7 +16,7 @@ from cbp_jax.training.learner import weights_of
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
     "test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not": ("cbp",),
-    "test_a_learner_learns_and_heeds_its_numbers": (
+    "test_a_learner_learns_and_each_of_its_numbers_matters": (
         "cbp_upgd",
         "redo_adam",
         "shrink_and_perturb_adam",
@@ -132,7 +132,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LEARNERS])
-def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
+def test_a_learner_learns_and_each_of_its_numbers_matters(examples, start, name):
     strong = {**STRONG, "step_size": 0.01} if "adam" in name else STRONG
     base = {key: strong.get(key, default) for key, default in LEARNERS[name]().hyperparameters.items()}
     lanes = [base] + [{**base, key: value * FACTOR.get(key, 3)} for key, value in base.items()]
@@ -184,7 +184,7 @@ def direction(name, at):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_what_pulls_on_the_weights_is_scaled_by_the_step_size(method, expected):
+def test_penalties_on_weights_are_scaled_by_the_step_size(method, expected):
     first, before, after = direction(*method)
     jax.tree.map(
         lambda w0, w, new: np.testing.assert_allclose(new, expected(w0, w), rtol=1e-5, atol=1e-6), first, before, after
@@ -201,7 +201,7 @@ def test_the_decay_of_shrink_and_perturb_with_adam_goes_through_its_moments():
 
 
 @pytest.mark.parametrize("reset", ["", ",reset=head"])
-def test_the_decay_of_adam_apart_from_its_moments_is_scaled_by_the_step_size(reset):
+def test_decoupled_weight_decay_of_adam_is_scaled_by_the_step_size(reset):
     _, before, after = direction("adam", f"step_size=0.5,weight_decay=0.1{reset}")
     expected = jax.tree.map(lambda w: w - 0.5 * 0.1 * w, before)
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5), after, expected)
@@ -241,7 +241,7 @@ def test_momentum_sums_gradients_and_decay_goes_through_it(name, at, decay):
     jax.tree.map(lambda w, new: np.testing.assert_allclose(new, expected(w), rtol=1e-5, atol=1e-6), before, after)
 
 
-def test_momentum_is_of_methods_that_give_it():
+def test_only_methods_that_set_momentum_have_it():
     given = parse_method("cbp:momentum=0.9")
     assert given.label == "cbp(momentum=0.9)" and given.options["momentum"] == 0.9
     assert "momentum" not in parse_method("cbp").options
@@ -250,7 +250,7 @@ def test_momentum_is_of_methods_that_give_it():
     assert not jax.tree.leaves(state.opt_state)  # no trace that takes memory and time
 
 
-def test_a_head_that_is_reset_is_the_output_layer():
+def test_resetting_the_head_resets_the_output_layer():
     plain, reset = (
         make_learner([parse_method("bp")], (3, 4), "relu", (PIXELS,), CLASSES, reset_head=given)
         for given in (False, True)
@@ -304,7 +304,7 @@ def test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not(name, dir
 
 @pytest.mark.parametrize("reset", ["head", "network"])
 @pytest.mark.parametrize("name", ["adam", "adam_reset", "shrink_and_perturb_adam"])
-def test_adam_starts_anew_with_what_is_reset(name, reset):
+def test_adams_state_is_reset_with_the_weights(name, reset):
     text = f"{name}:step_size=0.01,reset={reset}" + (",noise=0,l2=0" if name.startswith("shrink") else "")
     learner = make_learner([parse_method(text)], (3,), "tanh", (PIXELS,), CLASSES)
     numbers = {name: jnp.float32(value) for name, value in parse_method(text).hyperparameters.items()}
@@ -330,7 +330,7 @@ def test_adam_starts_anew_with_what_is_reset(name, reset):
             assert (abs(first["params"][layer]["kernel"] - 0.01) > 1e-3).all()
 
 
-def test_dropout_is_in_training_alone_and_differs_by_key():
+def test_dropout_applies_only_in_training_and_differs_by_key():
     method = parse_method("dropout:dropout_rate=0.5")
     learner = make_learner([method], (40,), "relu", (PIXELS,), CLASSES)
     params, x = jax.jit(learner.init)(jax.random.key(0)), jnp.ones((1, PIXELS))
@@ -346,7 +346,7 @@ def test_dropout_is_in_training_alone_and_differs_by_key():
     assert not np.array_equal(dropped[0], dropped[2])
 
 
-def test_the_network_is_the_papers():
+def test_the_network_is_that_of_the_paper():
     learner = make_learner([parse_method("bp")], (200, 100), "relu", (50,), 10)
     layers = jax.jit(learner.init)(jax.random.key(0))["params"]
     assert [layers[f"Dense_{i}"]["kernel"].shape for i in range(3)] == [(50, 200), (200, 100), (100, 10)]
@@ -484,7 +484,7 @@ def test_a_method_chooses_attributes_of_its_network(text, given, own):
     assert made == [{**expected, **given, **own}] and not learner.curvature
 
 
-def test_what_replaced_units_start_from_is_what_the_network_does(monkeypatch):
+def test_replaced_units_are_initialized_like_the_network(monkeypatch):
     seen = []
     for name in ("continual_backprop", "redo"):
         monkeypatch.setattr(f"cbp_jax.{name}", lambda *args, **kwargs: seen.append(kwargs["initializer"]))
@@ -500,7 +500,7 @@ def test_what_replaced_units_start_from_is_what_the_network_does(monkeypatch):
     assert seen == [init, init, of_activation["tanh"]]
 
 
-def test_results_that_were_saved_without_looks_are_drawn_as_ever():
+def test_results_saved_without_looks_are_drawn_as_before():
     path = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "online_permuted_mnist_laptop.nc"
     assert looks.ATTRIBUTE not in load_results(path).attrs
     figure = plot_tasks(with_looks(load_results(path)))
@@ -522,13 +522,13 @@ def test_the_command_draws_old_results_with_names_and_colors(monkeypatch, tmp_pa
     assert looks.looks_of(seen[0])["upgd"] == LEARNERS["upgd"].look
 
 
-def test_names_titles_and_styles_of_learners_are_their_own():
+def test_names_titles_and_styles_of_learners_are_unique():
     found = [learner.look for learner in LEARNERS.values()]
     styles = [look.style for look in found if look.style is not None]
     assert len({look.title for look in found}) == len(found) and len(set(styles)) == len(styles)
     assert [name for name, learner in LEARNERS.items() if learner.name != name or not learner.about] == []
 
 
-def test_utilities_of_second_order_get_curvature():
+def test_second_order_utilities_get_curvature():
     asks = {text: parse_method(text).curvature for text in ("cbp:utility=taylor_second_order", "cbp:utility=taylor")}
     assert list(asks.values()) == [True, False]

@@ -42,7 +42,7 @@ def test_a_run_from_end_to_end(smoke):
     assert sorted(path.name for path in out.iterdir()) == ["results.nc"]
 
 
-def test_what_is_measured_is_what_the_curves_say(smoke):
+def test_measures_agree_with_the_curves(smoke):
     results, _, _ = smoke
     accuracy, losses = results.test_accuracy_at.values, results.validation_loss_at.values
     late = results.method.values.tolist().index("late_rewinding")
@@ -57,7 +57,7 @@ def test_what_is_measured_is_what_the_curves_say(smoke):
     np.testing.assert_array_equal(results.test_accuracy, accuracy[..., -1])
 
 
-def test_all_are_the_dense_network_at_first_and_one_shot_is_the_ticket_once(smoke):
+def test_kinds_of_tickets_share_the_dense_network_and_one_shot_also_the_first_ticket(smoke):
     results, _, _ = smoke
     at = lambda kind: results.validation_loss_at.loc[{"method": kind}].values
     for kind in ("late_rewinding", "one_shot", "random"):
@@ -146,7 +146,7 @@ def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
 
 
 @pytest.mark.slow
-def test_a_round_is_training_by_hand():
+def test_a_round_equals_training_by_hand():
     """The ticket's second round, step by step in other words."""
     states, _, data = rounds_of_a_lane()
     keys = ticket_rounds.stream_keys(states[1].key)
@@ -186,7 +186,7 @@ def test_a_round_is_training_by_hand():
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
+def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     whole, _, _ = smoke
     calls = []
 
@@ -211,14 +211,14 @@ def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_seeds_from_another_on_are_those_of_a_longer_run(smoke, tmp_path):
+def test_a_run_with_a_later_first_seed_equals_part_of_a_longer_run(smoke, tmp_path):
     later = run(dataclasses.replace(SMOKE, first_seed=1, seeds=1), tmp_path)
     assert later.seed.values.tolist() == [1]
     np.testing.assert_array_equal(later.validation_loss_at, smoke[0].validation_loss_at.loc[{"seed": [1]}])
 
 
 @pytest.mark.slow
-def test_networks_together_are_what_they_are_in_turn(smoke, tmp_path):
+def test_networks_trained_together_equal_those_trained_in_turn(smoke, tmp_path):
     results, _, _ = smoke
     together = run(dataclasses.replace(SMOKE, lanes="vmap"), tmp_path)
     for name in ("density", "validation_loss_at"):
@@ -254,7 +254,7 @@ def test_tables_and_pictures(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_by_the_command_line(monkeypatch, capsys, tmp_path):
+def test_a_run_from_the_command_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
     words = "run convolutional_tickets --preset smoke --methods ticket --seeds 1 --rounds 1 --quiet --out".split()
     learner = "cbp_adam:replacement_rate=0.01,maturity_threshold=5"
@@ -289,7 +289,7 @@ def test_settings_of_the_paper():
 
 
 @pytest.mark.slow
-def test_global_pruning_compares_layers_of_one_fraction():
+def test_global_pruning_compares_layers_with_the_same_fraction():
     _, plan, _ = rounds_of_a_lane()
     params = plan.learner.init(jax.random.key(0))
     params["params"]["Dense_0"]["kernel"] *= 10

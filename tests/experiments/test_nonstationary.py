@@ -64,7 +64,7 @@ def test_adam_takes_muons_step_size_unless_it_has_its_own():
     np.testing.assert_allclose(updates["Dense_0"]["bias"], expected, rtol=1e-3)
 
 
-def test_trac_is_around_adam():
+def test_trac_wraps_adam():
     method = parse_method("trac:step_size=0.1,s_init=0.5")
     _, grads, updates = first_update("trac:step_size=0.1,s_init=0.5", "mlp", (4,))
     # In the first step each of the six tuners has sigma of about 1e-8 over eps, of 1e-8: erfi(beta) / erfi(sqrt(1/2)).

@@ -92,7 +92,7 @@ def settings(*methods):
     return dataclasses.replace(online_permuted.preset("smoke"), methods=methods, **small)
 
 
-def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monkeypatch, capsys):
+def test_a_new_learner_is_one_class_and_one_row_or_only_a_path(own, monkeypatch, capsys):
     imported = []
     monkeypatch.setattr(cli, "_use_all_cores", lambda: imported.append("my_package.functions" in sys.modules))
     sys.path.append(str(own))
@@ -126,7 +126,7 @@ def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monke
     assert "RuntimeError: the cat is on the table" in capsys.readouterr().err
 
 
-def test_from_python_methods_are_functions_classes_and_texts(own, monkeypatch):
+def test_methods_given_from_python_are_functions_classes_or_strings(own, monkeypatch):
     sys.path.append(str(own))
     from my_package.functions import plain
 
@@ -184,7 +184,7 @@ def test_from_python_methods_are_functions_classes_and_texts(own, monkeypatch):
         ("my_package.functions:plain(learning_rate=0.1", "the learner must be one of"),
     ],
 )
-def test_what_is_wrong_with_a_path_is_told(own, text, message):
+def test_errors_say_what_is_wrong_with_a_path(own, text, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_method(text)
     assert str(error.value).startswith(f"method {text!r}: ")
@@ -216,7 +216,7 @@ def test_numbers_are_traced_where_the_function_allows(own):
         parse_method("my_package.functions:needs_python(momentum=0.9)")
 
 
-def test_a_function_gets_units_a_key_activations_and_curvature_where_it_asks(own):
+def test_a_function_gets_units_a_key_activations_and_curvature_if_it_asks_for_them(own):
     method = parse_method("my_package.functions:scaled_by_activity(learning_rate=0.5)")
     assert method.hyperparameters == {"learning_rate": 0.5} and not method.curvature
     learner = learners.make_learner([method], (4, 3), "relu", (2,), 2)
@@ -255,7 +255,7 @@ def test_the_same_settings_in_two_spellings_are_refused(pair):
         online_permuted.check(settings("adam", *pair))
 
 
-def test_methods_that_differ_where_their_names_do_not_are_refused():
+def test_different_methods_with_the_same_name_are_refused():
     online_permuted.check(settings("bp", "bp:activation=tanh", "l2", "l2:l2=0"))
     pair = ("bp:step_size=0.12345678", "bp:step_size=0.12345679")
     with pytest.raises(ValueError, match=r"'bp:step_size=0.12345678' and .* have the same name in results"):
@@ -264,13 +264,13 @@ def test_methods_that_differ_where_their_names_do_not_are_refused():
         read_methods([lambda: optax.sgd(0.1), lambda: cbp_jax.adam(0.1)])
 
 
-def test_functions_among_the_settings_have_a_text_that_is_the_same_in_every_process():
+def test_functions_among_the_settings_have_the_same_name_in_every_process():
     method = custom(functools.partial(optax.sgd, optax.constant_schedule(0.1)))
     assert "constant_schedule" in method.text and "0x" not in method.text
     assert method.options["learning_rate"](0) == 0.1
 
 
-def test_what_is_no_method_is_refused():
+def test_invalid_methods_are_refused():
     for given in ("bp", (), []):
         with pytest.raises(ValueError, match="methods must name at least one of"):
             read_methods(given)

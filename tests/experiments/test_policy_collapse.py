@@ -159,7 +159,7 @@ def test_the_step_size_falls_linearly_to_zero(tmp_path, anneal):
 
 
 @pytest.mark.slow  # the ant's physics compile for long
-def test_an_ant_shows_an_episode(tmp_path):
+def test_a_run_with_the_ant_saves_an_episode(tmp_path):
     results = policy_collapse.run(dataclasses.replace(TINY, seeds=1, steps=64), tmp_path)
     assert np.isfinite(results.to_array()).all() and results.sizes["task"] == 1
     assert len(list(tmp_path.glob("episode-*.html"))) == 1
@@ -167,7 +167,7 @@ def test_an_ant_shows_an_episode(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_a_run_that_was_killed_goes_on_with_the_step_size_that_it_had(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_its_step_size(tmp_path, monkeypatch):
     whole = policy_collapse.run(TINY, tmp_path / "whole")
     monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
 

@@ -83,7 +83,7 @@ def published(texts):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_best_are_those_of_the_programs_and_are_among_the_search(problem):
+def test_the_best_settings_are_those_of_the_programs_and_are_in_the_search(problem):
     best = list(published(best_methods(problem)))
     assert len(best) == len(STATISTICS[problem]) == 10 and dict(best) == STATISTICS[problem]
     assert set(best) <= set(published(paper_grid(problem)))

@@ -113,7 +113,7 @@ def test_every_method_starts_from_the_trained_network_of_its_seed(smoke, tmp_pat
     assert question_adapters.plot(results, tmp_path / "pictures")[0].is_file()
 
 
-def test_a_fresh_adapter_changes_nothing_before_each_task_but_the_first():
+def test_each_task_but_the_first_starts_with_a_fresh_adapter_that_changes_nothing():
     base = {"w": jnp.ones((4, 3))}
     network = types.SimpleNamespace(
         predict=lambda params, x: (x @ params["w"], {}), _replace=lambda **fields: Network(**fields)
@@ -153,7 +153,7 @@ def test_the_trained_network_knows_its_task():
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
+def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     calls = []
 
     def stop(*args):

@@ -35,7 +35,7 @@ def smoke(tmp_path_factory, compiled_once):
 
 
 @pytest.mark.slow
-def test_the_question_is_of_streams_at_their_best_settings(tmp_path):
+def test_results_are_those_of_the_best_settings(tmp_path):
     settings = dataclasses.replace(question_rank.preset("smoke"), methods=("bp", "l2"), hidden=(10,))
     results = question_rank.run(settings, tmp_path)
     reported = cbp_jax.load_results(tmp_path / "reported")
@@ -105,7 +105,7 @@ def test_overlap_of_subspaces_by_their_angles():
     np.testing.assert_allclose(ranks.subspace_overlap(jnp.asarray(a), jnp.asarray(b)), expected, rtol=1e-5)
 
 
-def test_what_goes_with_a_task(smoke):
+def test_measures_are_aligned_by_task(smoke):
     results, _ = smoke
     methods, values = rank_reports.aligned(results)
     assert methods == results.method.values.tolist()
@@ -150,7 +150,7 @@ def test_pictures(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
+def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     calls = []
 
     def stop(*args):

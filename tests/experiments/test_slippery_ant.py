@@ -77,7 +77,7 @@ def test_no_interval_of_these_presets_mixes_frictions(name):
     assert settings.steps >= 5 * settings.change_every and settings.steps % settings.change_every == 0
 
 
-def test_two_learners_of_the_alternating_preset_differ_in_continual_backpropagation_alone():
+def test_two_learners_of_the_alternating_preset_differ_only_in_continual_backpropagation():
     *_, l2, cbp = slippery_ant.check(slippery_ant.preset("alternating"))
     own = ("replacement_rate", "decay_rate", "maturity_threshold")
     assert {name: value for name, value in cbp.hyperparameters.items() if name not in own} == l2.hyperparameters
@@ -147,7 +147,7 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = slippery_ant.run(TINY, tmp_path / "whole")
     assert len(list((tmp_path / "whole").glob("episode-*.html"))) == 1
 
@@ -172,7 +172,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
+def test_lanes_run_together_equal_lanes_run_in_turn(tmp_path):
     runs = [
         slippery_ant.run(dataclasses.replace(TINY, lanes=lanes, steps=64), tmp_path / lanes)
         for lanes in ("map", "vmap")
@@ -182,7 +182,7 @@ def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
 
 
 @pytest.mark.slow
-def test_by_a_common_clock_an_interval_has_one_friction_and_methods_start_anew(tmp_path, monkeypatch):
+def test_with_a_common_clock_an_interval_has_one_friction_and_methods_are_reset(tmp_path, monkeypatch):
     monkeypatch.setattr(agents, "save_episode", lambda *_: None)
     settings = dataclasses.replace(
         TINY,

@@ -101,7 +101,7 @@ def told_at_once(calls):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+def test_a_repeatedly_interrupted_run_ends_like_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     def interrupted(after):
         calls = Calls(after)
         with pytest.raises(KeyboardInterrupt):
@@ -128,7 +128,7 @@ def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(who
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, tmp_path):
+def test_a_killed_run_ends_like_an_uninterrupted_one(whole, compiled_once, tmp_path):
     script = f"import runpy; runpy.run_path({__file__!r})['run_killed']({str(tmp_path)!r})"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **compiled_once, "PYTHONPATH": path}
@@ -181,7 +181,7 @@ def stop(out, after):
     assert (out / folder.STATE_FILE).exists()
 
 
-def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(asked, tmp_path):
+def test_methods_and_seeds_are_lanes_of_groups_and_results_belong_to_them(asked, tmp_path):
     calls = Calls()
     results = run(tmp_path, calls, FAKE)
     assert [(name, seeds, tasks) for name, _, seeds, tasks, _ in asked] == [(BP, [0, 1, 0, 1], 3), (ADAM, [0, 1], 3)]
@@ -211,7 +211,7 @@ class Listener(Calls):
 
 
 @pytest.mark.parametrize("mode", ["vmap", "map"])
-def test_a_lane_that_diverges_is_told_when_it_does_and_changes_no_other(tmp_path, mode):
+def test_a_diverging_lane_is_reported_immediately_and_changes_no_other(tmp_path, mode):
     healthy = dataclasses.replace(BACKPROP, lanes=mode)
     sick = dataclasses.replace(healthy, methods=("bp:step_size=0.1", "bp:step_size=1e38"))
     heard = Listener()
@@ -233,7 +233,7 @@ def test_a_lane_that_diverges_is_told_when_it_does_and_changes_no_other(tmp_path
     assert stream.summary(results).endswith(told)
 
 
-def test_results_know_how_they_were_made_and_how_long_it_took(asked, tmp_path, monkeypatch):
+def test_results_record_how_they_were_made_and_how_long_it_took(asked, tmp_path, monkeypatch):
     first = run(tmp_path, None, FAKE)
     assert set(report.records.seconds_of(first)) == set(first.method.values.tolist())
     assert first.attrs["device"].startswith("cpu") and "resumed" not in first.attrs and "failed" not in first.attrs
@@ -243,7 +243,7 @@ def test_results_know_how_they_were_made_and_how_long_it_took(asked, tmp_path, m
     assert resumed["command"] == "cbp-jax run again 'and again'" and resumed["device"] == first.attrs["device"]
 
 
-def test_a_run_that_fails_says_so_until_it_goes_on(asked, tmp_path):
+def test_a_failed_run_says_so_until_it_is_resumed(asked, tmp_path):
     def fail(*args):
         raise RuntimeError("out of memory\nand so on")
 
@@ -254,7 +254,7 @@ def test_a_run_that_fails_says_so_until_it_goes_on(asked, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [pytest.param("vmap", marks=pytest.mark.slow), "map"])
-def test_lanes_in_batches_give_the_results_of_all_together_and_go_on_the_same(tmp_path, mode):
+def test_lanes_in_batches_give_the_same_results_and_can_be_resumed(tmp_path, mode):
     settings = dataclasses.replace(BACKPROP, lanes=mode)
     batched = lambda out, progress=None, at_once=3: stream.run(
         "toy", settings, tiny_problem(), out, progress, lanes_at_once=at_once
@@ -273,7 +273,7 @@ def test_lanes_in_batches_give_the_results_of_all_together_and_go_on_the_same(tm
             np.testing.assert_allclose(in_batches[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_the_plan_tells_programs_lanes_and_memory(monkeypatch):
+def test_the_plan_lists_programs_lanes_and_memory(monkeypatch):
     job = stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=3)
     cbp, upgd = job.plan.programs
     assert [len(cbp.methods), cbp.lanes, cbp.at_once, len(upgd.methods), upgd.lanes] == [2, 4, 3, 1, 2]
@@ -311,7 +311,7 @@ def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
-def test_a_run_that_was_stopped_after_its_last_task_does_what_was_left_and_leaves_no_state(asked, tmp_path):
+def test_a_run_stopped_after_its_last_task_finishes_and_leaves_no_state(asked, tmp_path):
     stop(tmp_path, after=6)
     assert finished_tasks(tmp_path) == [3, 3, 3]
     recorded = load_results(tmp_path)
@@ -350,14 +350,14 @@ def test_a_folder_in_use_is_refused_and_free_again_after_a_run_that_failed(asked
     run(tmp_path, None, FAKE)
 
 
-def test_a_disk_that_is_full_at_the_first_write_is_told(asked, tmp_path):
+def test_a_disk_that_is_full_at_the_first_write_is_reported(asked, tmp_path):
     files.partial(tmp_path / "results.nc").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"results\.nc cannot be written: no space left on device"):
         run(tmp_path, None, FAKE)
     assert kept(tmp_path) == {}
 
 
-def test_a_damaged_state_is_refused_the_results_are_kept_and_without_it_they_are_made_again(asked, tmp_path):
+def test_a_damaged_state_is_refused_and_after_deleting_it_the_run_gives_the_same_results(asked, tmp_path):
     whole = run(tmp_path / "whole", None, FAKE)
     stop(tmp_path, after=2)
     state = tmp_path / folder.STATE_FILE
@@ -379,7 +379,7 @@ def test_a_state_whose_results_are_gone_is_refused(asked, tmp_path):
 
 
 @pytest.mark.parametrize("without", ["results", "its name"])
-def test_a_state_without_results_or_of_other_methods_is_not_taken(asked, tmp_path, without):
+def test_a_state_without_results_or_of_other_methods_is_not_used(asked, tmp_path, without):
     stop(tmp_path, after=2)
     if without == "results":
         (tmp_path / "results.nc").unlink()

@@ -148,7 +148,7 @@ def test_feature_utilities_are_those_of_gates_on_the_activations():
     np.testing.assert_allclose(found[UTILITIES.index("second_order")][1], true[1], rtol=1e-4, atol=2e-6)
 
 
-def test_rank_correlations_are_scipys():
+def test_rank_correlations_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     values = np.stack([rng.normal(size=60), rng.integers(0, 5, 60), rng.normal(size=60), np.repeat([0.0, 1.0], 30)])
     values[2] += values[0]
@@ -188,7 +188,7 @@ def test_a_run_from_end_to_end(smoke):
     assert len(np.unique(results.loss.values)) == results.loss.size
 
 
-def test_results_are_in_their_places(smoke):
+def test_results_belong_to_their_seed_utility_and_layer(smoke):
     results, _, _ = smoke
     # The first measurement of seed 1, from what it is made of; captured where it is measured.
     settings = dataclasses.replace(preset("smoke"), measure_every=1)
@@ -221,7 +221,7 @@ def test_results_are_in_their_places(smoke):
             assert float(found.sel(scope=scope)) == pytest.approx(value, abs=0.01), (utility, scope)
 
 
-def test_the_papers_networks_have_one_hidden_layer_and_start_as_pytorchs(monkeypatch):
+def test_the_papers_networks_have_one_hidden_layer_and_are_initialized_as_in_pytorch(monkeypatch):
     monkeypatch.setattr(quality, "correlations", lambda apply_fn, units, params, x, y, key: (params, x))
     settings = dataclasses.replace(preset("paper"), seeds=20, steps=2)
     _, (params, x) = next(iter(quality._measurements(settings, "relu")))
@@ -256,7 +256,7 @@ def test_table_and_picture(smoke, tmp_path):
     assert pdf.name == "utility_quality.pdf" and pdf.read_bytes().startswith(b"%PDF")
 
 
-def test_an_interrupted_run_leaves_what_it_measured_and_goes_on_with_what_it_has_not(tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_its_measurements_and_resumes_with_the_missing_ones(tmp_path, monkeypatch):
     asked, stopped = [], [True]
 
     def measurements(settings, activation):

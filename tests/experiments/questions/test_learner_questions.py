@@ -42,7 +42,7 @@ def test_every_utility_and_reinitialization_of_the_library_is_compared():
     assert {lane.name for lane in penalties.lanes()} == {"bp", "l1", "l2", "l1_init", "l2_init", "proximal_l1_init"}
 
 
-def test_a_new_reinitialization_appears_by_itself(monkeypatch):
+def test_a_new_reinitialization_is_compared_automatically(monkeypatch):
     names = {"resample": None, "rewind": None}
     monkeypatch.setattr(reinitializations.replacement, "REINITIALIZATIONS", names)
     assert [(lane.name, lane.method) for lane in reinitializations.lanes()[1:]] == [
@@ -60,7 +60,7 @@ def test_a_new_reinitialization_appears_by_itself(monkeypatch):
         ({"tuning_seeds": 0}, "seeds must be at least 1, got 0"),
     ],
 )
-def test_what_is_no_question_is_refused(change, message):
+def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         question_penalty.check(dataclasses.replace(question_penalty.preset("smoke"), **change))
 

@@ -49,7 +49,7 @@ def test_utilities_are_averaged_as_continual_backprop_does():
     np.testing.assert_allclose(seen.memory["weight"]["w1"], 1 - 0.9**3, rtol=1e-5)
 
 
-def test_correlations_are_scipys():
+def test_correlations_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     values = {name: jnp.asarray(rng.normal(size=6), jnp.float32) for name in UTILITIES}
     true, weight = jnp.asarray(rng.normal(size=6), jnp.float32), jnp.asarray([0.5, 0.1, 0.9, 0.3, 1.0, 0.0])
