@@ -108,14 +108,14 @@ def test_changes_of_several_adapters_add_up():
     assert not total["params"]["up"]["bias"].any()
 
 
-def test_one_of_several_is_chosen_by_a_number_that_is_traced():
+def test_a_traced_number_chooses_one_of_several_adapters():
     adapters = [filled(lora.init(PARAMS, n, rank=2), n) for n in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
     chosen = jax.jit(lambda n: lora.apply(PARAMS, jax.tree.map(lambda leaf: leaf[n], stacked)))(2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chosen, lora.apply(PARAMS, adapters[2]))
 
 
-def test_gradients_reach_the_adapter_alone():
+def test_gradients_reach_only_the_adapter():
     adapter = lora.init(PARAMS, jax.random.key(1), rank=2, target_modules=["conv", "attention/*/kernel"])
     loss = lambda params, adapter: jnp.square(NET.apply(lora.apply(params, adapter), X)).sum()
     of_params, of_adapter = jax.jit(jax.grad(loss, (0, 1)))(PARAMS, adapter)

@@ -22,7 +22,7 @@ def make(**settings):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), adapter)
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_an_adapter_is_the_same_after_saving_and_loading(tmp_path):
     adapter = make()
     found = lora.load(lora.save(adapter, tmp_path / "adapter"), PARAMS)
     assert jax.tree.structure(found) == jax.tree.structure(adapter)
@@ -32,7 +32,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert list(found.factors) == ["params/attention/query/kernel", "params/head/kernel"]
 
 
-def test_the_form_is_that_of_peft(tmp_path):
+def test_the_format_is_that_of_peft(tmp_path):
     """A [rank, in] and B [out, rank]; the change of a layer of PyTorch's is alpha / rank B A."""
     adapter = make()
     lora.save(adapter, tmp_path)
