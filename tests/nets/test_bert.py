@@ -131,7 +131,7 @@ def test_the_forward_pass_of_a_checkpoint(config, prefix, pooler, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_padded_changes_nothing(tmp_path):
+def test_padding_changes_nothing(tmp_path):
     for config in (CONFIG, ROBERTA):
         net, variables = load_bert(write(tmp_path / config["model_type"], config, make_tensors(config)))
         tokens = np.array([[5, 6, 7]], np.int32)
@@ -144,7 +144,7 @@ def test_what_is_padded_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(installed_encoder() is None, reason="the package of the pre-trained encoder is not installed")
-def test_the_installed_encoder_is_what_it_is_said_to_be():
+def test_the_installed_encoder_is_as_documented():
     folder = installed_encoder()
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor for name, tensor in safetensors.read(folder / "model.safetensors").items() if tensor.ndim}
@@ -269,7 +269,7 @@ def test_bad_pooling():
         jax.eval_shape(TextClassifier(2, SMALL.copy(pooler=False), "pooler").init, jax.random.key(0), tokens)
 
 
-def test_dropout_in_training_alone():
+def test_dropout_only_in_training():
     variables = fill(SMALL)
     train = jax.jit(lambda key: SMALL.apply(variables, TOKENS, train=True, rngs={"dropout": jax.random.key(key)})[0])
     assert (train(0) == train(0)).all() and (train(0) != train(1)).mean() > 0.9

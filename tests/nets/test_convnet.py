@@ -34,7 +34,7 @@ def test_same_padding_fits_small_images():
     assert shapes(ConvNet(num_outputs=10, padding="SAME"), (8, 8, 1))["Dense_0"] == (128, 128)
 
 
-def test_computes_what_it_says():
+def test_outputs_against_numpy():
     net = ConvNet(num_outputs=2, **SMALL, activation="tanh")
     params = net.init(jax.random.key(0), X)
     layers = params["params"]
@@ -49,7 +49,7 @@ def test_computes_what_it_says():
     np.testing.assert_allclose(net.apply(params, X), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_and_biases_start_as_those_of_the_papers_program():
+def test_weights_and_biases_are_initialized_as_in_the_papers_program():
     net = ConvNet(num_outputs=50, channels=(30, 40), kernel_sizes=(3, 2), hidden=(60,))
     layers = net.init(jax.random.key(0), X)["params"]
     for name, layer in layers.items():
@@ -59,7 +59,7 @@ def test_weights_and_biases_start_as_those_of_the_papers_program():
             assert 0.8 < largest <= 1, (name, what)
 
 
-def test_replaced_units_start_as_the_others_did():
+def test_replaced_units_are_initialized_like_the_others():
     net = functools.partial(ConvNet, channels=(40,), kernel_sizes=(3,))
     method = parse_method("cbp:replacement_rate=1,maturity_threshold=0")
     learner = make_learner([method], (30,), "relu", X.shape[1:], 2, network=net)
@@ -91,7 +91,7 @@ def test_convolutions_may_have_another_activation():
     assert not np.ptp(same.apply({"params": linear}, X), axis=0).any()
 
 
-def test_dropout_is_off_until_asked_for():
+def test_dropout_is_off_by_default():
     net = ConvNet(num_outputs=2, **SMALL, dropout_rate=0.5)
     params = net.init(jax.random.key(0), X)
     plain = ConvNet(num_outputs=2, **SMALL).apply(params, X)

@@ -40,7 +40,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("shape", [(1, UNITS), (2, 2, 3, UNITS)])
-def test_is_the_algorithm_step_by_step(shape):
+def test_follows_the_algorithm_step_by_step(shape):
     steps, decays = 80, (0.9, 0.8)  # short memories, so that 80 steps see every term at work
     rng = np.random.default_rng(0)
     inputs = rng.normal([1.0, -2.0, 0.0], [1.0, 3.0, 0.1], (steps, *shape))
@@ -66,7 +66,7 @@ def test_is_the_algorithm_step_by_step(shape):
             np.testing.assert_allclose(stats[name][t], getattr(reference, name), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_outputs_and_gradients_are_normalised_in_the_long_run():
+def test_outputs_and_gradients_are_normalized_in_the_long_run():
     norm = OnlineNorm(0.99, 0.9, clamp=None, use_scale=False, use_bias=False)
     draws = jax.random.normal(jax.random.key(0), (3000, 1, UNITS)) * 3 + 2
     pushes = jax.random.normal(jax.random.key(1), (3000, 1, UNITS)) + 5 + draws  # with a mean, and along the output
@@ -128,7 +128,7 @@ def training():
     return run, xs
 
 
-def test_statistics_ride_in_a_loop_that_does_not_know_them(training):
+def test_statistics_are_carried_by_a_loop_that_only_passes_variables_on(training):
     run, xs = training
     seen = jax.jit(run)(0)
     layer, stats = seen["params"]["Dense_0"], seen["online_stats"]["OnlineNorm_0"]
