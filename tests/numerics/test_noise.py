@@ -30,7 +30,7 @@ def test_the_distribution_is_normal(key, step):
     assert np.abs(x).max() < 6.47
 
 
-def test_neighbours_are_independent():
+def test_neighbors_are_independent():
     """In place, in time, between seeds and between leaves; also of their squares."""
     x = np.asarray(draw(KEY, 7))
     pairs = {f"{lag} apart": (x[:-lag], x[lag:]) for lag in (1, 2, 3, 8, 64, 1000, 1024, 65536)}
@@ -76,7 +76,7 @@ def test_variance_and_kurtosis_are_those_of_the_normal_distribution():
     np.testing.assert_allclose(noise._nearly_normal(jnp.asarray(words), jnp.float32(1)), expected, rtol=1e-6)
 
 
-def test_no_two_elements_of_a_leaf_have_one_word():
+def test_elements_of_a_leaf_have_different_random_words():
     numbers = jnp.arange(1 << 20, dtype=jnp.uint32)
     words = np.asarray(noise._words(numbers, *jnp.array([4, 5, 6], jnp.uint32)))
     assert len(np.unique(words)) == len(words)
