@@ -36,7 +36,7 @@ def test_flips_and_crops_are_those_of_numpy_each_equally_often(image):
     assert len(np.unique(drawn, axis=0)) > 40
 
 
-def test_without_flips_and_crops_images_stay(image):
+def test_without_flips_and_crops_images_are_unchanged(image):
     np.testing.assert_array_equal(many(image, flip=False, padding=0, max_rotation=0.0)[7], image)
 
 

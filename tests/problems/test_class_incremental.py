@@ -98,7 +98,7 @@ def test_networks_are_measured_on_the_classes_to_come(show, problem):
     assert all(VALIDATION <= place < VALIDATION + TRAIN for _, place in examples)
 
 
-def test_training_images_alone_are_augmented():
+def test_only_training_images_are_augmented():
     images = Dataset(
         np.random.default_rng(0).integers(0, 256, (30, 6, 6, 1), dtype=np.uint8),
         np.repeat(np.arange(2, dtype=np.int32), 15),

@@ -82,7 +82,7 @@ def test_a_class_comes_again_only_after_the_others_and_with_another(show):
     assert [show(jax.random.key(4), index)[0].tolist() for index in range(3)] != dealt[:3]
 
 
-def test_lanes_see_what_they_see_alone(problem, show):
+def test_lanes_see_the_same_data_as_when_run_alone(problem, show):
     keys = jax.random.split(jax.random.key(0), 3)
 
     @jax.jit
@@ -97,7 +97,7 @@ def test_lanes_see_what_they_see_alone(problem, show):
         np.testing.assert_array_equal(y[row], alone_y[2])
 
 
-def test_inputs_are_normalised_and_tasks_may_have_more_classes(dataset):
+def test_inputs_are_normalized_and_tasks_may_have_more_classes(dataset):
     problem = continual_images(
         dataset, train_per_class=2, test_per_class=1, epochs=1, batch_size=6, classes_per_task=3, normalize=(0.5, 0.25)
     )

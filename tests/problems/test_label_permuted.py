@@ -41,7 +41,7 @@ def whole_task(problem, key, index):
     return task, np.asarray(x).reshape(-1, *problem.input_shape), np.asarray(y).ravel()
 
 
-def test_labels_change_and_images_do_not(dataset, problem):
+def test_labels_change_but_images_do_not(dataset, problem):
     task, x, y = whole_task(problem, jax.random.key(0), 0)
     assert (problem.num_classes, problem.steps_per_task, problem.loss) == (CLASSES, 9, "softmax_cross_entropy")
     assert x.shape == (27, 12) and x.dtype == np.float32 and y.dtype == np.int32
@@ -80,7 +80,7 @@ def test_permutations_are_uniform_from_the_first_task_on(problem):
     assert len(np.unique(one_stream, axis=0)) > 15  # and tasks of a stream differ
 
 
-def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(dataset):
+def test_seeds_share_the_data_and_equal_their_solo_runs(dataset):
     problem = label_permuted(dataset, examples_per_task=9, batch_size=3)
     keys = jax.random.split(jax.random.key(0), 3)
     make = jax.jit(problem.make_task)
@@ -112,7 +112,7 @@ def test_images_for_convolutions_are_the_same_images(dataset):
     np.testing.assert_array_equal(y, flat.batch(flat.data, task, 1)[1])
 
 
-def test_normalisation(dataset):
+def test_normalization(dataset):
     problem = label_permuted(dataset, examples_per_task=9, normalize=normalization(dataset), flatten=False)
     task = problem.make_task(problem.data, jax.random.key(0), 0)
     x, _ = problem.evaluation(problem.data, task, EXAMPLES)

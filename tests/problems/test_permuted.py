@@ -67,7 +67,7 @@ def test_a_task_shows_each_example_once_under_one_permutation(dataset, problem):
     )
 
 
-def test_every_task_and_every_key_is_another(problem):
+def test_every_task_and_every_key_gives_different_examples(problem):
     tasks = [problem.make_task(problem.data, jax.random.key(k), i) for k, i in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(task.permutation.tolist()) for task in tasks}) == 3
     assert len({tuple(task.order.tolist()) for task in tasks}) == 3
@@ -83,7 +83,7 @@ def test_a_task_is_a_pure_function_of_key_and_index(problem):
         np.testing.assert_array_equal(task.order, eager.order)
 
 
-def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(problem):
+def test_seeds_share_the_data_and_equal_their_solo_runs(problem):
     keys = jax.random.split(jax.random.key(0), 3)
 
     @jax.jit
@@ -169,7 +169,7 @@ def test_bad_settings_are_refused(dataset, settings, message):
         online_permuted(dataset, **settings)
 
 
-def test_normalisation_of_each_channel(dataset, problem):
+def test_normalization_of_each_channel(dataset, problem):
     normalize = ((0.25, 0.5), (0.5, 0.125))  # exact in binary
     normalized = online_permuted(dataset, batch_size=4, normalize=normalize)
     task = problem.make_task(problem.data, jax.random.key(0), 0)

@@ -38,7 +38,7 @@ def test_one_bit_flips_between_tasks(tasks):
     assert 20 <= (flipped[1:] == flipped[:-1]).sum() <= 62
 
 
-def test_all_bits_are_redrawn_where_asked_for(tasks):
+def test_all_bits_are_redrawn_on_request(tasks):
     problem = slowly_changing_regression(redraw=True)
     make = jax.jit(jax.vmap(lambda index: problem.make_task((), jax.random.key(0), index)))
     redrawn = make(jnp.arange(601))
@@ -72,7 +72,7 @@ def test_counting_flips_in_blocks(monkeypatch):
         np.testing.assert_array_equal(flips(key, count, 5), expected)
 
 
-def test_the_target_network_is_fixed_and_of_signs(tasks):
+def test_the_target_network_is_fixed_and_its_weights_are_signs(tasks):
     for name in ("input_weights", "thresholds", "output_weights"):
         array = np.asarray(getattr(tasks, name))
         assert (array == array[:1]).all(), name
@@ -123,7 +123,7 @@ def test_tasks_draw_their_own_bits():
     assert (random_bits[0] != random_bits[1]).any()
 
 
-def test_seeds_give_the_rows_of_the_solo_runs():
+def test_seeds_equal_their_solo_runs():
     keys, indices = jax.random.split(jax.random.key(0), 3), jnp.array([0, 300, 7])
 
     @jax.jit
