@@ -106,7 +106,7 @@ def test_split_keeps_the_function():
 
 
 @pytest.mark.slow
-def test_split_with_nothing_left_is_a_draw():
+def test_split_without_a_living_unit_draws_weights():
     everyone = lambda group: list(range(group.size))
     drawn, halves = replaced("resample", everyone)[0], replaced("split", everyone)[0]
     jax.tree.map(np.testing.assert_array_equal, drawn, halves)
@@ -143,7 +143,7 @@ def test_orthogonal_and_regrow():
     np.testing.assert_allclose(got / length(got), -way / length(way), atol=1e-5)
 
 
-def test_a_function_of_ones_own():
+def test_a_users_function():
     ones = lambda new: Fresh(tuple(jnp.ones_like(rows) for rows in new.drawn))
     np.testing.assert_allclose(columns(replaced(ones)[0]["Dense_0"]["kernel"], [1, 5]), 1.0, atol=1e-6)
     with pytest.raises(
@@ -156,14 +156,14 @@ def test_a_function_of_ones_own():
         get_reinitialization("best")
 
 
-def test_split_wants_to_know_who_is_useful():
+def test_split_needs_utilities():
     policy = cbp_jax.Policy(lambda view, memory: cbp_jax.Choice(jnp.array([0])))
     tx = cbp_jax.replace_units(optax.sgd(0.1), UNITS, policy, reinitialization="split")
     with pytest.raises(ValueError, match=r"the policy must give Choice\(utility=\.\.\.\)"):
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), PARAMS)
 
 
-def test_the_start_of_training_is_kept_in_the_state():
+def test_initial_parameters_are_kept_in_the_state():
     """A copy, so that params and state can both be donated; only for `rewind`."""
     make = lambda name: cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, reinitialization=name)
     state = make("rewind").init(INITIAL)
@@ -177,7 +177,7 @@ def test_the_start_of_training_is_kept_in_the_state():
 
 
 @pytest.mark.slow
-def test_the_start_of_training_is_known_to_what_stands_around():
+def test_wrapping_transformations_accept_the_kept_initial_parameters():
     tx = cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, reinitialization="rewind")
     mask = cbp_jax.tickets.random_mask_like(cbp_jax.tickets.full_mask(INITIAL), jax.random.key(0))
     for around in (
@@ -190,7 +190,7 @@ def test_the_start_of_training_is_known_to_what_stands_around():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REINITIALIZATIONS)
-def test_compensation_hands_over_what_was_removed(name):
+def test_compensation_adds_the_removed_contribution_to_the_bias(name):
     """Whatever a unit starts from, what it gave on average goes to the bias."""
     _, features = cbp_jax.with_features(NET.apply, UNITS)(PARAMS, X)
 

@@ -34,7 +34,7 @@ def first(view, memory):
 
 
 @pytest.mark.parametrize("choose", [first, lambda view, memory: cbp_jax.Choice(jnp.arange(view.group.size) == 0)])
-def test_by_number_and_by_mask_are_one(choose):
+def test_choices_by_count_and_by_mask_agree(choose):
     updates, state = update(cbp_jax.Policy(choose), inner=optax.sgd(0.1, momentum=0.9))
     assert {name: mask.tolist() for name, mask in state.replaced.items()} == {
         "w1": [True] + [False] * 7,
@@ -48,7 +48,7 @@ def test_by_number_and_by_mask_are_one(choose):
     assert not np.asarray(state.inner_state[0].trace["w3"])[0].any()
 
 
-def test_nobody_is_replaced():
+def test_no_unit_is_replaced():
     updates, state = update(cbp_jax.Policy(lambda view, memory: cbp_jax.Choice(jnp.array([view.group.size]))))
     jax.tree.map(np.testing.assert_array_equal, updates, jax.tree.map(lambda g: -0.1 * g, PARAMS))
     assert replaced_units(state) == 0
@@ -70,7 +70,7 @@ def test_due_and_memory():
         assert state.memory["asked"] == {"w1": asked, "w2": asked}
 
 
-def test_groups_see_what_was_replaced_in_front():
+def test_groups_see_replacements_in_earlier_groups():
     """Algorithm 1 goes from front to back: weights from new units in front count as 0 in later utilities."""
     seen = []
 
@@ -121,7 +121,7 @@ def test_params_are_needed():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-def test_a_utility_is_a_function_alone():
+def test_a_utility_is_a_single_function():
     """Of a utility of one's own, the least is replaced."""
     utility = lambda view: jnp.abs(jnp.arange(view.group.size) - 2.0)
     tx = cbp_jax.continual_backprop(

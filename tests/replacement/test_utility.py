@@ -62,7 +62,7 @@ def test_the_slope_is_that_of_a_gate():
 
 
 @pytest.mark.parametrize("name", OF_GRADIENTS)
-def test_without_gradient_there_is_no_utility(name):
+def test_without_a_gradient_the_utility_is_zero(name):
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     for group in UNITS:
         np.testing.assert_array_equal(UTILITIES[name](view_of(group, zeros, zeros)), np.zeros(group.size))
@@ -74,7 +74,7 @@ def test_which_utilities_need_curvature():
         UTILITIES["taylor_second_order"](view_of(UNITS[0], PARAMS))
 
 
-def test_curvature_comes_in_by_update():
+def test_curvature_is_an_argument_of_update():
     """As an extra argument, which is checked; and it goes on to the inner optimizer."""
     tx = cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, utility="upgd_second_order")
     features = jax.eval_shape(cbp_jax.with_features(NET.apply, UNITS), PARAMS, X)[1]
