@@ -40,7 +40,7 @@ def test_a_score_is_what_a_run_gains_over_backpropagation_with_its_seed():
     np.testing.assert_allclose(found.symptoms, np.tile([25.0, 50.0], (4, 1)))
 
 
-def test_less_of_a_loss_is_better():
+def test_a_lower_loss_is_better():
     found = standing(PROBLEMS["targets"])
     assert found.ranks.tolist() == [3, 1, 2, 4] and (found.values < 0).all()
     unit = stats.trim_mean(LOSS["bp"] - LOSS["good"], 0.25)
@@ -48,7 +48,7 @@ def test_less_of_a_loss_is_better():
     np.testing.assert_allclose(stats.trim_mean(found.scores[1], 0.25), 1, rtol=1e-6)
 
 
-def test_where_no_method_gains_the_worst_is_at_minus_one():
+def test_if_no_method_gains_the_worst_score_is_minus_one():
     found = standing(results_of({"bp": 0.5 + HARD, "worse": 0.4 + HARD, "worst": 0.3 + HARD}))
     np.testing.assert_allclose(found.scores, np.repeat([[0.0], [-0.5], [-1.0]], SEEDS, 1), atol=1e-5)
     assert (standing(results_of({"bp": HARD})).scores == 0).all()
@@ -99,7 +99,7 @@ def test_the_table_has_all_problems_together_and_one_by_one():
     assert "`bad` | -1.00 [-1.00, -1.00] (1 problem) | - |" in benchmark_rows(PROBLEMS, ["bad"])
 
 
-def test_without_plain_backpropagation_there_are_ranks_alone():
+def test_without_plain_backpropagation_there_are_only_ranks():
     page = benchmark_table({"digits": results_of({"good": 0.6 + HARD, "half": 0.5 + HARD})})
     assert "There are no scores: bp, plain backpropagation, is not in the table." in page
     assert "| `good` | - | 1.0 [1.0, 1.0] | - |" in page

@@ -68,7 +68,7 @@ def test_differences_are_paired_by_seed_and_have_the_interval_of_the_bootstrap()
         paired_differences(results, "bp")
 
 
-def test_what_has_not_finished_and_a_single_seed_have_no_interval():
+def test_unfinished_methods_and_single_seeds_have_no_interval():
     results = comparison()
     results.accuracy.values[1, 3, -1] = np.nan
     found = paired_differences(results, "plain")
@@ -123,7 +123,7 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
         plot_differences(results, ("absent",))
 
 
-def test_the_picture_of_a_search_draws_all_that_was_tried_and_rings_the_choice():
+def test_the_picture_of_a_search_draws_all_tried_settings_and_circles_the_choice():
     figure = plot_search(comparison())
     assert [ax.get_title() for ax in figure.axes] == ["Good", "Like"]  # there is nothing to choose for the other
     low, high, ring = figure.axes[0].lines

@@ -53,7 +53,7 @@ def test_lanes_are_marked_once_and_kept_in_the_file(tmp_path):
     assert np.isnan(diverged_tasks(healthy, SICK)).all()
 
 
-def test_statistics_leave_them_out_and_say_how_many():
+def test_statistics_leave_out_diverged_lanes_and_say_how_many():
     results, _ = sick_results()
     seeds, tasks = finished_tasks(results, SICK)
     assert seeds.tolist() == [0, 2] and tasks == 10
@@ -67,7 +67,7 @@ def test_statistics_leave_them_out_and_say_how_many():
     assert int(found.diverged.sum()) == 4 and int(found.accuracy.notnull().sum()) == 3 + 3 + 2
 
 
-def test_pictures_mark_them(tmp_path):
+def test_pictures_mark_diverged_lanes(tmp_path):
     results, _ = sick_results()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

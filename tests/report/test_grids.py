@@ -61,7 +61,7 @@ def test_a_line_for_each_value_of_the_other_setting_with_intervals_over_seeds(tm
     assert [path.name for path in plot_run(results, tmp_path)] == ["tasks.png", "sensitivity.png", "grid.png"]
 
 
-def test_what_was_not_swept_or_not_run_is_told():
+def test_errors_say_what_was_not_swept_or_not_run():
     results, _ = grid_results(run=0)
     assert sensitivity(results).accuracy.isnull().all()
     with pytest.raises(ValueError, match="nothing that was swept has finished a task"):

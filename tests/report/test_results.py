@@ -93,7 +93,7 @@ def test_measures_of_a_stream_follow_what_its_tasks_are():
         ({"tasks": 0}, "tasks must be at least 1; got 0"),
     ],
 )
-def test_new_results_say_what_is_wrong(changes, message):
+def test_new_results_refuses_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
 
@@ -125,7 +125,7 @@ def test_record_task_writes_its_block_and_nothing_else():
         (0, {}, {"seeds": [0]}, "seed: got .0.; these results have, once each, .3, 5."),
     ],
 )
-def test_record_task_says_what_is_wrong_and_then_writes_nothing(task, values, where, message):
+def test_record_task_refuses_bad_arguments_and_then_writes_nothing(task, values, where, message):
     results = small()
     with pytest.raises(ValueError, match=message):
         record_task(results, task, {"accuracy": np.ones((3, 2)), **values}, **where)
@@ -145,7 +145,7 @@ def test_results_come_back_from_their_file(tmp_path, of):
     assert int(loaded.accuracy.notnull().sum()) == 12
 
 
-def test_a_save_that_is_broken_off_leaves_the_last_results(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_last_results(tmp_path, monkeypatch):
     results = small()
     record_task(results, 0, {"accuracy": np.ones((3, 2))})
     save_results(results, tmp_path)
@@ -166,7 +166,7 @@ def test_a_save_that_is_broken_off_leaves_the_last_results(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_results(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_last_results(tmp_path):
     save_results(small(), tmp_path)
     partial(tmp_path / FILE_NAME).symlink_to("/dev/full")
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_one_flipped_bit_of_the_data_is_found(tmp_path):
         load_results(tmp_path)
 
 
-def test_whoever_reads_while_results_are_saved_reads_the_last_ones(tmp_path):
+def test_reading_during_a_save_gives_the_last_results(tmp_path):
     path = save_results(small(), tmp_path)
     last = path.read_bytes()
     with path.open("rb") as reader:
@@ -201,7 +201,7 @@ def test_save_results_refuses_a_file_as_folder(tmp_path):
         save_results(small(), tmp_path / "file")
 
 
-def test_load_results_says_what_is_wrong(tmp_path):
+def test_load_results_says_why_a_file_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give the folder of a run"):
         load_results(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no results\.nc"):
@@ -250,7 +250,7 @@ def test_results_of_other_seeds_and_methods_are_joined():
     assert join_results([first]).identical(first)
 
 
-def test_what_cannot_be_joined_is_refused():
+def test_incompatible_results_are_not_joined():
     with pytest.raises(ValueError, match="parts must be results, got none"):
         join_results([])
     with pytest.raises(ValueError, match=r"different methods or seeds, got \('bp', 5\) twice"):
@@ -259,7 +259,7 @@ def test_what_cannot_be_joined_is_refused():
         join_results([small(), small(seeds=[7], experiment="other")])
 
 
-def test_settings_that_are_functions_are_kept_by_where_they_are():
+def test_settings_that_are_functions_are_stored_by_import_path():
     """So that another process, in which they have another address, goes on with the run."""
     kept = settings_json({"utilities": ("weight", load_results)})
     assert json.loads(kept) == {"utilities": ["weight", "cbp_jax.report.results:load_results"]}
