@@ -18,7 +18,7 @@ from cbp_jax.rl import ppo
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
     "test_any_transformation_trains_an_agent_without_being_traced_again": ("redo", "upgd"),
-    "test_the_network_or_its_head_starts_anew_with_a_period": ("head",),
+    "test_the_network_or_its_head_is_reset_with_each_period": ("head",),
 }
 
 PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action", "cut_elsewhere")
@@ -106,12 +106,12 @@ def test_the_value_of_a_constant_reward(probed):
 
 
 @pytest.mark.slow
-def test_the_value_where_time_is_cut_goes_on(probed):
+def test_values_bootstrap_at_a_truncation(probed):
     # V = 1 + 0.8 V
     assert outputs(probed["constant_truncated"][0], 0.0)[1] == pytest.approx(5, abs=0.3)
 
 
-def test_the_value_where_time_is_cut_is_that_of_where_it_led(probed):
+def test_values_bootstrap_from_the_final_observation_of_a_truncated_episode(probed):
     # V(1) = 1 + 0.8 V(-1) and V(-1) = 0.8 V(1); from the next episode's start instead they would be 3 and 2.
     state, _ = probed["cut_elsewhere"]
     assert outputs(state, 1.0)[1] == pytest.approx(1 / 0.36, abs=0.12)
@@ -131,7 +131,7 @@ def test_the_value_depends_on_the_observation(probed):
     assert metrics["explained_variance"][-1] > 0.95 > metrics["explained_variance"][0]
 
 
-def test_the_action_follows_what_is_rewarded(probed):
+def test_actions_follow_the_reward(probed):
     state, metrics = probed["action"]
     assert outputs(state, 1.0)[0] == pytest.approx(0.5, abs=0.15)
     assert outputs(state, -1.0)[0] == pytest.approx(-0.5, abs=0.15)
@@ -151,7 +151,7 @@ def test_metrics_count_the_episodes(probed):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
-def test_a_row_of_seeds_and_settings_is_the_solo_run():
+def test_a_row_of_seeds_and_settings_equals_the_solo_run():
     def train(key, step_size, clip, discount):
         settings = ppo.Settings(4, 4, 1, 2, discount=discount, clip=clip)
         optimizer = lambda units: cbp_jax.continual_backprop(
@@ -259,7 +259,7 @@ def test_an_epoch_learns_from_each_step_once_in_an_order_of_its_own():
         assert len(set(minibatch // 4)) > 2 and len(set(minibatch % 4)) > 1, "of several times and environments"
 
 
-def test_observations_are_normalised_by_all_before():
+def test_observations_are_normalized_by_all_earlier_ones():
     settings = ppo.Settings(4, 8, 1, 1, normalize_observations=True)
     init, update = ppo.make(Probe(3), NETWORK, lambda units: optax.sgd(0.0), settings)
     update, state, seen = jax.jit(update), jax.jit(init)(jax.random.key(0)), []
@@ -284,7 +284,7 @@ def test_actions_are_the_mean_or_drawn(probed):
     np.testing.assert_allclose(drawn.std(), jnp.exp(log_std[0]), rtol=0.06)
 
 
-def test_measures_are_of_the_policy(probed):
+def test_measures_describe_the_policy(probed):
     state, _ = probed["action"]
     found = ppo.measure(NETWORK, state)
     actor = {name: leaves for name, leaves in state.params["params"].items() if name.startswith("actor")}
@@ -331,7 +331,7 @@ def test_networks_and_lengths_that_do_not_fit_are_refused():
         train(outputs(one, one, one), updates=1)
 
 
-def test_an_environment_that_does_not_start_episodes_by_itself_is_refused():
+def test_an_environment_without_automatic_resets_is_refused():
     class Bare(Probe):
         def reset(self, key):
             return super().reset(key).replace(info={"truncation": jnp.zeros([])})
@@ -354,7 +354,7 @@ class Clocked(Probe):
 
 
 @pytest.mark.parametrize("reset", ["", "head", "network"])
-def test_the_network_or_its_head_starts_anew_with_a_period(reset):
+def test_the_network_or_its_head_is_reset_with_each_period(reset):
     network = nets.ActorCritic(action_size=1, hidden=(4,))
     adam = lambda units: cbp_jax.adam(0.01)
     init, update = ppo.make(Clocked(4), network, adam, ppo.Settings(2, 4, 1, 2), reset=reset)
@@ -378,12 +378,12 @@ def test_the_network_or_its_head_starts_anew_with_a_period(reset):
             ppo.make(Probe(0), network, adam, SETTINGS, reset=reset)[0](jax.random.key(0))
 
 
-def test_what_cannot_be_reset_is_refused():
+def test_unknown_resets_are_refused():
     with pytest.raises(ValueError, match="reset must be 'head', 'network' or '', got 'all'"):
         ppo.make(Probe(0), NETWORK, lambda units: optax.sgd(0.1), SETTINGS, reset="all")
 
 
-def test_episodes_that_were_interrupted_are_not_counted_and_friction_is_that_of_the_step():
+def test_interrupted_episodes_are_not_counted_and_friction_is_that_of_the_step():
     class Cut(Probe):
         """Every other step interrupts; friction is the number of the step."""
 
@@ -404,7 +404,7 @@ def test_episodes_that_were_interrupted_are_not_counted_and_friction_is_that_of_
 
 
 @pytest.mark.slow
-def test_gradients_are_brought_down_to_a_norm_where_they_are_larger():
+def test_gradients_are_clipped_to_a_norm():
     norms = []
     for limit in (None, 0.01, 100.0):
 
@@ -420,7 +420,7 @@ def test_gradients_are_brought_down_to_a_norm_where_they_are_larger():
 
 
 @pytest.mark.slow
-def test_advantages_that_are_normalized_later_come_as_they_are():
+def test_normalizing_advantages_in_minibatches_replaces_that_in_the_rollout():
     """A step of SGD on one minibatch is the same, but for the unbiased deviation."""
     steps = []
     for place in ("rollout", "minibatch"):

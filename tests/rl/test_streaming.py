@@ -156,7 +156,7 @@ NET = nets.MLP((32,), 2, "leaky_relu", kernel_init=nets.sparse(), normalization=
 
 
 @pytest.mark.slow
-def test_a_row_of_seeds_is_the_solo_run_and_counts_episodes():
+def test_a_row_of_seeds_equals_the_solo_run_and_counts_episodes():
     cbp = lambda units: cbp_jax.continual_backprop(cbp_jax.obgd(), units, replacement_rate=0.01, maturity_threshold=10)
     init, step = streaming.make_q(cart_pole(), NET, cbp)
     run = lambda key: jax.lax.scan(lambda state, _: step(state), init(key), length=200)
@@ -224,7 +224,7 @@ def test_exploration_falls_and_stays():
     np.testing.assert_allclose(found, [0.9, 0.7, 0.5, 0.3, 0.1, 0.1, 0.1], rtol=1e-6)
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_arguments_are_refused():
     tx = lambda units: cbp_jax.obgd()
     with pytest.raises(ValueError, match=r"network must give a value for each of 2 actions"):
         streaming.make_q(cart_pole(), nets.MLP((3,), 5), tx)
