@@ -15,7 +15,7 @@ draw = lambda: jax.tree.map(lambda shape: jnp.asarray(RNG.normal(size=shape), jn
 COUNT = 48 + 48 + 35 + 7
 
 
-def test_overlap_and_what_chance_makes_of_it():
+def test_overlap_and_its_value_by_chance():
     """Against means over masks shuffled anywhere, and over masks whose rows and columns are shuffled together."""
     a = RNG.random((30, 20)) < RNG.random((30, 1)) * 0.4
     b = RNG.random((30, 20)) < RNG.random((1, 20)) * 0.4

@@ -59,7 +59,7 @@ def test_counts_are_exact_under_ties(keep):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_least_that_is_kept_among_many_equal_ones(dtype):
+def test_the_fewest_changes_are_kept_exactly_among_many_equal_ones(dtype):
     values = np.abs(np.concatenate([RNG.normal(size=300), np.zeros(200), np.full(100, 0.25), [np.inf, 1e-45]]))
     values = values.astype(dtype)
     ordered = np.sort(values)[::-1]
@@ -98,13 +98,13 @@ def test_rows_and_columns_of_largest_change(axis):
     assert not ticket.mask["dense"]["bias"].any() and not ticket.mask["attention"]["query"]["bias"].any()
 
 
-def test_equal_rows_are_taken_in_order():
+def test_equal_rows_are_chosen_in_order():
     zeros, ones = {"w": jnp.zeros((5, 2))}, {"w": jnp.ones((5, 2))}
     assert dominant_ticket(zeros, ones, dimensions=2).dimensions["w"].tolist() == [0, 1]
     assert dominant_ticket(zeros, ones, dimensions=9).density == 1
 
 
-def test_which_dimensions_a_ticket_has_something_in():
+def test_dimensions_in_which_a_ticket_has_weights():
     tuned = {"w": jnp.zeros((4, 3)).at[2, 1].set(1.0).at[0, 1].set(-2.0)}
     for axis, expected in (("row", [0, 2]), ("column", [1])):
         assert (

@@ -13,7 +13,7 @@ from cbp_jax.tickets import apply_mask, full_mask, masked, prune
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
     "test_dead_weights_and_moments_are_0_after_a_thousand_updates": ("momentum", "cbp"),
-    "test_living_weights_go_as_the_inner_one_makes_them_go_in_the_masked_network": ("adam",),
+    "test_living_weights_follow_the_inner_optimizer_on_the_masked_network": ("adam",),
 }
 
 OPTIMIZED = True  # bits are compared
@@ -122,7 +122,7 @@ def test_dead_weights_and_moments_are_0_after_a_thousand_updates(name):
 
 
 @of_all("momentum", "adam", "noise into momentum", "l2 init")
-def test_living_weights_go_as_the_inner_one_makes_them_go_in_the_masked_network(name):
+def test_living_weights_follow_the_inner_optimizer_on_the_masked_network(name):
     inner = optax.with_extra_args_support(INNER[name][0])
 
     def update_fn(grads, state, params, **extra_args):
@@ -180,7 +180,7 @@ def test_vmap_over_masks():
     assert (together[0]["a"]["w"][0] != together[0]["a"]["w"][1]).any()
 
 
-def test_a_replaced_unit_s_fresh_weights_appear_only_where_the_mask_lives():
+def test_fresh_weights_of_a_replaced_unit_appear_only_where_the_mask_is_true():
     policy = Policy(lambda view, memory: Choice(jnp.array([2])))
     inner = cbp_jax.replace_units(optax.sgd(0.1), UNITS, policy)
     params = apply_mask(PARAMS, MASK)
@@ -211,7 +211,7 @@ def test_dead_weights_that_are_not_0_yet_become_so_in_the_first_update():
     assert (optax.apply_updates(params, updates)["w"][~mask["w"]] == 0).all()
 
 
-def test_what_is_kept_is_0_at_the_start_too():
+def test_states_of_dead_weights_are_0_from_the_start():
     params, mask = {"w": jnp.ones((2, 2))}, {"w": jnp.array([[True, False], [True, True]])}
     state = masked(optax.chain(cbp_jax.add_l2_init(0.1), optax.adagrad(0.1)), mask).init(params)
     assert state[0].initial["w"].tolist() == [[1, 0], [1, 1]]
@@ -225,7 +225,7 @@ def test_a_full_mask_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_part_of_the_params():
+def test_a_mask_on_some_of_the_params():
     """What `optax.masked` or `optax.partition` hide has no place in the state."""
     labels = {"a": "adam", "b": "adam", "c": "sgd"}
     tx = optax.partition({"adam": masked(optax.adam(0.01), MASK), "sgd": optax.sgd(0.01)}, labels)
@@ -233,7 +233,7 @@ def test_part_of_the_params():
     assert (params["a"]["w"][~MASK["a"]["w"]] == 0).all() and (params["c"] != 0).all()
 
 
-def test_arrays_that_are_left_out_of_pruning_train_as_a_whole():
+def test_arrays_that_are_not_pruned_train_completely():
     mask = prune(PARAMS, full_mask(PARAMS, ["a", "c"]), 0.5)
     assert mask["b"]["w"].shape == ()
     params, _ = train(masked(cbp_jax.adam(0.01), mask), apply_mask(PARAMS, mask), 5)

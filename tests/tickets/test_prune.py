@@ -117,7 +117,7 @@ def test_random_trees(data):
 
 @settings(max_examples=200)
 @given(alive=st.integers(1, 3000), fraction=st.one_of(st.floats(0, 0.999), st.integers(0, 99).map(lambda n: n / 100)))
-def test_counts_are_python_s_to_the_last_one(alive, fraction):
+def test_counts_equal_those_of_python(alive, fraction):
     """Halves too: 0.3 * 5 is 1.5 in float64, which rounds to 2."""
     assert int(rounded_count(fraction, jnp.int32(alive))) == round(fraction * alive)
 
@@ -128,7 +128,7 @@ def test_counts_of_many_weights():
             assert int(rounded_count(fraction, jnp.int32(alive))) == round(fraction * alive)
 
 
-def test_ties_die_by_position_and_the_dead_count_nowhere():
+def test_ties_are_pruned_by_position_and_dead_weights_do_not_count():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 2))}
     mask = {"a": jnp.array([[False, True, True], [True, True, True]]), "b": jnp.ones((2, 2), bool)}
     found = prune(params, mask, 0.4)
@@ -139,14 +139,14 @@ def test_ties_die_by_position_and_the_dead_count_nowhere():
     assert found["b"].tolist() == [[False, True], [True, True]]
 
 
-def test_dead_weights_of_any_size_stay_dead_and_take_nobody_s_place():
+def test_dead_weights_of_any_size_stay_dead_and_are_not_counted():
     params = {"w": jnp.array([[0.0, 9.0, 1.0, 2.0, jnp.nan, 3.0]])}
     mask = {"w": jnp.array([[False, False, True, True, True, True]])}
     assert prune(params, mask, 0.5)["w"].tolist() == [[False, False, False, False, True, True]]
     assert prune(params, mask, 0.75)["w"].tolist() == [[False, False, False, False, True, False]]  # nan is infinite
 
 
-def test_the_paper_s_rates():
+def test_rates_of_the_paper():
     """LeNet-300-100: 20% a round, 10% of the output layer; the densities of its figures."""
     rng = np.random.default_rng(0)
     params = {"params": {f"Dense_{n}": {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}

@@ -132,7 +132,7 @@ VARIABLES, X, UNITS = network(NET, 5)
 NAMES = [group.name for group in UNITS]
 
 
-def test_units_of_least_utility_go_exactly_so_many():
+def test_exactly_the_given_fraction_of_units_of_least_utility_is_pruned():
     utility = {NAMES[0]: jnp.array([3.0, 1, 1, 1, 9, 0, 1, 2]), NAMES[1]: jnp.array([5.0, 4, 3, 2, 1, 0])}
     keep = prune_units(VARIABLES, UNITS, 0.5, utility=utility)
     assert keep[NAMES[0]].tolist() == [True, False, False, False, True, False, True, True]
@@ -177,7 +177,7 @@ def test_under_vmap():
         jax.tree.map(lambda a, b, row=row: np.testing.assert_array_equal(a[row], b), together, alone)
 
 
-def test_training_under_a_mask_of_units_and_cutting_them_out_afterwards():
+def test_training_under_a_mask_of_units_and_removing_them_afterwards():
     keep = prune_units(VARIABLES, UNITS, 0.5)
     mask = unit_mask(VARIABLES, UNITS, keep)
     assert jax.tree.structure(mask) == jax.tree.structure(full_mask(VARIABLES))
