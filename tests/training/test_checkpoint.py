@@ -45,14 +45,14 @@ def test_a_state_comes_back_with_its_structure_types_and_bits(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def test_where_there_is_no_state_a_run_starts_as_it_is(tmp_path):
+def test_without_a_saved_state_a_run_starts_from_its_initial_state(tmp_path):
     none = Checkpoint(tmp_path / "state", "bp")
     like = state_of()
     assert none.tasks == 0 and none.restore(like) is like
     none.delete()  # nothing, and no error
 
 
-def test_a_file_of_another_name_is_not_read_and_the_next_save_takes_its_place(tmp_path):
+def test_a_state_of_another_name_is_not_restored_and_the_next_save_replaces_it(tmp_path):
     Checkpoint(tmp_path / "state", "bp", every=0.0).save(7, state_of)
     other = Checkpoint(tmp_path / "state", "cbp", every=0.0)
     like = state_of(scale=3.0)
@@ -80,7 +80,7 @@ def test_a_state_of_another_run_is_refused(tmp_path, like, message):
         Checkpoint(tmp_path / "state", "bp").restore(like)
 
 
-def test_a_state_is_saved_when_it_is_time(tmp_path, clock):
+def test_a_state_is_saved_when_it_is_due(tmp_path, clock):
     path, calls = tmp_path / "state", []
     saving = Checkpoint(path, "bp", every=30.0, before=lambda: calls.append(path.exists()))
     clock.now += 29.0
@@ -100,7 +100,7 @@ def test_a_state_is_saved_when_it_is_time(tmp_path, clock):
     np.testing.assert_array_equal(kernel, state_of(scale=2.0).params["params"]["Dense_0"]["kernel"])
 
 
-def test_saves_take_a_twentieth_of_the_time_at_most(tmp_path, clock):
+def test_saves_take_at_most_a_twentieth_of_the_time(tmp_path, clock):
     def slow():
         clock.now += 5.0
         return state_of()
@@ -119,7 +119,7 @@ def test_saves_take_a_twentieth_of_the_time_at_most(tmp_path, clock):
 
 
 @pytest.mark.parametrize("broken", ["before", "state", "write"])
-def test_a_save_that_is_broken_off_leaves_the_last_state(tmp_path, monkeypatch, broken):
+def test_an_interrupted_save_leaves_the_last_state(tmp_path, monkeypatch, broken):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -159,7 +159,7 @@ def flipped(content, at):
     ],
     ids=["bit", "last bits", "checksum", "head", "cut", "cut short", "empty", "text", "foreign", "no checksum"],
 )
-def test_a_damaged_or_foreign_file_is_refused_with_the_way_out_and_left_as_it_is(tmp_path, damage, reason):
+def test_a_damaged_or_foreign_file_is_kept_and_the_error_says_what_to_do(tmp_path, damage, reason):
     path = tmp_path / "state"
     Checkpoint(path, "bp", every=0.0).save(7, state_of)
     path.write_bytes(damage(path.read_bytes()))
@@ -172,7 +172,7 @@ def test_a_damaged_or_foreign_file_is_refused_with_the_way_out_and_left_as_it_is
     assert path.read_bytes() == damaged
 
 
-def test_a_state_is_of_no_use_without_what_it_needs(tmp_path):
+def test_a_state_is_refused_without_the_results_that_it_needs(tmp_path):
     path = tmp_path / "state"
     Checkpoint(path, "bp", every=0.0, needs=lambda tasks: b"results of %d" % tasks).save(7, state_of)
     assert Checkpoint(path, "bp", needs=lambda tasks: b"results of 7").tasks == 7
@@ -181,7 +181,7 @@ def test_a_state_is_of_no_use_without_what_it_needs(tmp_path):
         Checkpoint(path, "bp", needs=lambda tasks: b"others")
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_state(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_last_state(tmp_path):
     path = tmp_path / "state"
     saving = Checkpoint(path, "bp", every=0.0)
     saving.save(1, state_of)
@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_state(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state"] and Checkpoint(path, "bp").tasks == 1
 
 
-def test_deleting_leaves_nothing_not_even_what_a_kill_left_of_a_save(tmp_path):
+def test_deleting_also_removes_files_of_an_interrupted_save(tmp_path):
     saving = Checkpoint(tmp_path / "state", "bp", every=0.0)
     saving.save(1, state_of)
     (tmp_path / ".state.part").write_bytes(b"half of a file")

@@ -37,7 +37,7 @@ def wrap(name, units):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "cbp", "shrink_and_perturb", "multi_steps"])
-def test_the_head_starts_anew_and_nothing_else_changes(network, name):
+def test_only_the_head_is_reset(network, name):
     params, units, features = network
     tx = optax.with_extra_args_support(wrap(name, units))
     params = jax.tree.map(lambda leaf: leaf + 1, params)
@@ -73,7 +73,7 @@ def test_a_path_that_ends_like_another_is_not_mistaken_for_it():
         assert not tree["head"].any() and tree["torso"]["head"].all()
 
 
-def test_output_layers_are_found_or_named(network):
+def test_output_layers_are_found_or_given(network):
     params, units, _ = network
     assert output_layers(units) == (HEAD,)
     with pytest.raises(ValueError, match="no layer was found that makes the network's output; name it instead"):
@@ -82,7 +82,7 @@ def test_output_layers_are_found_or_named(network):
         reset_layers(optax.sgd(0.1), params, optax.sgd(0.1).init(params), ["params/Dense_2"])
 
 
-def test_a_run_is_what_a_plain_loop_makes_of_it():
+def test_a_run_equals_a_plain_loop():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4, dtype=np.int32), 8)
     images = (rng.integers(0, 150, (32, 2, 2, 1)) + 25 * labels[:, None, None, None]).astype(np.uint8)

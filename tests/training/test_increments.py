@@ -60,7 +60,7 @@ def test_the_step_size_falls_as_in_the_paper():
 
 
 @pytest.mark.slow
-def test_a_run_is_what_a_plain_loop_makes_of_it(problem, carried):
+def test_a_run_equals_a_plain_loop(problem, carried):
     """Two increments: outputs of unseen classes left out, statistics carried, best weights kept, momentum going on."""
     state, task_fn = carried
     net = nets.ResNet(CLASSES, (4,), (1,))
@@ -137,7 +137,7 @@ def test_networks_are_measured_before_each_increment_on_classes_to_come(problem,
 
 
 @pytest.mark.slow
-def test_statistics_of_replaced_channels_start_anew(problem):
+def test_statistics_of_replaced_channels_are_reset(problem):
     text = "cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=1,maturity_threshold=0"
     state, task_fn = start_and_task(problem, text, early_stopping=False)
     state, measures = task_fn(state)
@@ -151,7 +151,7 @@ def test_statistics_of_replaced_channels_start_anew(problem):
 
 
 @pytest.mark.parametrize("reset", ["head", "network"])
-def test_what_is_reset_is_drawn_anew_before_each_increment_but_the_first(problem, reset):
+def test_resets_draw_new_weights_before_each_increment_but_the_first(problem, reset):
     method = parse_method(f"l2:step_size=0.3,momentum=0.9,reset={reset}")
     learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES, network=tiny_resnet)
     params = jax.jit(learner.init)(jax.random.key(0))
@@ -171,7 +171,7 @@ def test_what_is_reset_is_drawn_anew_before_each_increment_but_the_first(problem
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
-def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_path):
+def test_an_interrupted_run_resumes_exactly(problem, tmp_path):
     method = parse_method("cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=0.1,maturity_threshold=2")
     learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES, network=tiny_resnet)
     numbers = {name: np.full(2, value, np.float32) for name, value in method.hyperparameters.items()}

@@ -36,7 +36,7 @@ def stream():
     return learner, go, x
 
 
-def test_before_the_task_it_is_the_network_alone(stream):
+def test_before_the_task_nothing_is_injected(stream):
     _, go, x = stream
     before, params, _, _, outputs = go(jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, before, params)
@@ -49,7 +49,7 @@ def test_before_the_task_it_is_the_network_alone(stream):
     assert list(weights_of(params)) == ["params"]  # frozen heads are no weights to be measured
 
 
-def test_at_the_task_outputs_stay_and_a_fresh_head_learns(stream):
+def test_at_the_task_outputs_are_unchanged_and_a_fresh_head_learns(stream):
     _, go, _ = stream
     before, params, opt_state, after, outputs = go(jnp.int32(1))
     np.testing.assert_allclose(outputs[0][0], outputs[1][0], rtol=1e-4, atol=1e-4)
@@ -68,7 +68,7 @@ def test_at_the_task_outputs_stay_and_a_fresh_head_learns(stream):
     jax.tree.map(np.testing.assert_array_equal, params["injection"], after["injection"])
 
 
-def test_what_cannot_be_injected_into_is_refused():
+def test_networks_that_cannot_take_an_injection_are_refused():
     make = lambda text, **given: make_learner([parse_method(text)], (5,), "relu", (PIXELS,), CLASSES, **given)
     with pytest.raises(ValueError, match="nothing can be injected into a network with a head that starts anew"):
         make("injection", reset_head=True)

@@ -38,7 +38,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_lane_is_what_it_is_alone(mode):
+def test_every_lane_equals_its_solo_run(mode):
     shared, lane, offset = arguments(3)
     together, _ = run(Lanes(3, mode), shared, lane, offset)
     assert together["product"].shape == (3, 3, 2) and together["noise"].shape == (3,)
@@ -59,7 +59,7 @@ def test_map_runs_a_lane_of_a_device_at_a_time_and_vmap_all_in_one_call():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_lanes_that_wait_on_the_host_give_the_same_by_one_program(mode):
+def test_lanes_that_wait_on_the_host_give_the_same_results_with_one_program(mode):
     every = arguments(7)
     together, _ = run(Lanes(7, mode, jax.devices()[:1]), *every)
     lanes = Lanes(7, mode, jax.devices()[:1], at_once=3)
@@ -85,7 +85,7 @@ def test_all_calls_share_one_compilation():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_donated_argument_is_given_up_and_no_other(mode):
+def test_only_the_donated_argument_is_deleted(mode):
     lanes = Lanes(2, mode)
     step = lanes.jit(lambda shared, kept, given: given + shared * kept, donate_lane=1)
     shared, kept, given = lanes.share(jnp.float32(2)), lanes.scatter(jnp.ones(2)), lanes.scatter(jnp.zeros(2))
@@ -140,7 +140,7 @@ def check_two_devices():
 
 
 @pytest.mark.slow
-def test_two_devices_share_the_lanes_and_give_the_same():
+def test_two_devices_share_the_lanes_and_give_the_same_results():
     script = f"""
 import jax, runpy
 jax.config.update("jax_platforms", "cpu")
@@ -150,7 +150,7 @@ runpy.run_path({__file__!r})["check_two_devices"]()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_lanes_have_the_cores_for_themselves():
+def test_threads_of_openblas_leave_the_cores_to_the_lanes():
     """The threads of OpenBLAS wait by spinning; while lanes run there is one, and then as many as before."""
     import scipy.linalg.cython_lapack  # noqa: F401
     import threadpoolctl

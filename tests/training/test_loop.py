@@ -225,7 +225,7 @@ def expected(problem):
     return reference(problem, seed, directly(method))
 
 
-def test_a_lane_is_what_a_plain_loop_makes_of_its_seed_and_numbers(together, expected):
+def test_a_lane_equals_a_plain_loop_with_its_seed_and_numbers(together, expected):
     assert_is(lane(together, 0), expected)
     # The reference tells measuring before the update from measuring after it, and sees symptoms and replacements.
     assert np.all(expected["loss"] > expected["loss_after"] + 0.02)
@@ -242,7 +242,7 @@ def test_a_method_does_not_depend_on_those_it_runs_with(together, problem):
 
 
 @pytest.mark.parametrize("number", range(len(LANES)))
-def test_a_lane_is_the_run_of_its_seed_and_numbers_alone(together, alone, number):
+def test_a_lane_equals_its_solo_run(together, alone, number):
     start, task = alone
     state = start(*LANES[number])
     for index in range(TASKS):
@@ -263,14 +263,14 @@ def test_lanes_differ(together):
     assert np.all(together["replaced_units"][:, 2] < together["replaced_units"][:, 0] / 2)
 
 
-def test_vmap_gives_what_map_gives(together, quick_compilation):
+def test_vmap_and_map_give_the_same_results(together, quick_compilation):
     # Batched products of matrices sum in another order: equal within rounding, not to the last bit.
     for name, values in run_lanes("vmap").items():
         np.testing.assert_allclose(values, together[name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow  # starts another process; test_lanes.py has two devices too
-def test_two_devices_give_what_one_gives(together, tmp_path):
+def test_two_devices_give_the_same_results_as_one(together, tmp_path):
     script = f"""
 import jax, runpy, numpy
 jax.config.update("jax_platforms", "cpu")
@@ -286,7 +286,7 @@ numpy.savez({str(tmp_path / "two.npz")!r}, devices=len(jax.devices()), **runpy.r
         np.testing.assert_allclose(values, together[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_a_run_goes_on_from_its_state(alone):
+def test_a_run_resumes_from_its_state(alone):
     start, task = alone
     whole, measured = start(0, HIGH), []
     for _ in range(TASKS):
@@ -305,7 +305,7 @@ def test_a_run_goes_on_from_its_state(alone):
 
 
 @pytest.mark.slow
-def test_running_statistics_are_carried_and_those_of_replaced_units_start_anew(quick_compilation):
+def test_running_statistics_are_carried_and_those_of_replaced_units_are_reset(quick_compilation):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 4, 4, 1), dtype=np.uint8)
     problem = label_permuted(
@@ -348,7 +348,7 @@ def test_running_statistics_are_carried_and_those_of_replaced_units_start_anew(q
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(end.params["batch_stats"]))
 
 
-def test_what_follows_the_last_task_is_done_again_where_it_was_stopped(tmp_path):
+def test_a_step_after_the_last_task_is_repeated_if_it_was_interrupted(tmp_path):
     tasks, finished = [], []
 
     def run(finish):
@@ -369,7 +369,7 @@ def test_what_follows_the_last_task_is_done_again_where_it_was_stopped(tmp_path)
     np.testing.assert_array_equal(finished, [[13, 24]])
 
 
-def test_results_come_as_numpy_rows_of_lanes(together):
+def test_results_are_numpy_arrays_with_a_row_for_each_lane(together):
     for values in together.values():
         assert isinstance(values, np.ndarray) and values.shape == (TASKS, len(LANES)) and values.dtype == np.float32
 
@@ -385,7 +385,7 @@ def measured_lane(problem, learner, method, every, tasks=TASKS):
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def test_updates_are_measured_on_the_sample_that_they_learned_from(together, problem, expected):
+def test_updates_are_measured_on_the_examples_that_they_learn_from(together, problem, expected):
     measured = measured_lane(problem, tiny_learner(problem, [HIGH, LOW]), HIGH, EVERY)
     assert_is(measured, expected, OF_UPDATES)
     # Measuring changes nothing of what is measured besides.
@@ -399,7 +399,7 @@ def test_updates_are_measured_on_the_sample_that_they_learned_from(together, pro
 
 
 @pytest.mark.slow
-def test_a_regression_with_curvature_is_what_a_plain_loop_makes_of_it():
+def test_a_regression_with_curvature_equals_a_plain_loop():
     problem = slowly_changing_regression(examples_per_task=8, batch_size=2)
     method = parse_method("upgd:step_size=0.005,sigma=0.1,beta_utility=0.9,order=2,activation=tanh")
     learner = make_learner([method], (3,), "relu", problem.input_shape, 1)
@@ -433,14 +433,14 @@ def test_a_regression_with_curvature_is_what_a_plain_loop_makes_of_it():
             assert measured[name][index] == pytest.approx(values.mean(), rel=1e-4), name
 
 
-def test_plasticity_is_measured_with_the_dropout_that_was_trained_with(problem):
+def test_plasticity_is_measured_with_the_dropout_of_training(problem):
     method = parse_method("dropout:step_size=0,dropout_rate=0.5")
     measured = measured_lane(problem, tiny_learner(problem, [method]), method, every=1, tasks=1)
     # Without a step the losses before and after are equal, unless other units are dropped or none.
     assert measured["plasticity"] == 0 and measured["gradient_l2"] > 0.1
 
 
-def test_statistics_are_no_weights(problem):
+def test_running_statistics_are_not_measured_as_weights(problem):
     method = parse_method("online_norm:step_size=0.01")
     learner = tiny_learner(problem, [method])
     params = jax.jit(learner.init)(jax.random.key(0))
@@ -452,7 +452,7 @@ def test_statistics_are_no_weights(problem):
     assert float(measured["weight_magnitude"]) == pytest.approx(float(metrics.weight_magnitude(weights)), rel=1e-5)
 
 
-def test_a_reference_batch_is_of_earlier_steps_of_the_task():
+def test_a_reference_batch_comes_from_earlier_steps_of_the_task():
     """Where a learner asks for it; here the optimizer keeps what it gets."""
 
     def make_batch(data, task, number):
