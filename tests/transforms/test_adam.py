@@ -29,7 +29,7 @@ def train(tx, grads, params, state=None):
         (optax.linear_schedule(0.1, 0.0, STEPS), {"b1": 0.8}),
     ],
 )
-def test_equals_optax_where_nothing_is_reset(learning_rate, settings):
+def test_equals_optax_if_nothing_is_reset(learning_rate, settings):
     params = jnp.zeros(GRADS.shape[1:])
     ours, _ = train(adam(learning_rate, **settings), GRADS, params)
     theirs, _ = train(optax.adam(learning_rate, **settings), GRADS, params)
@@ -47,7 +47,7 @@ def test_against_float64():
         np.testing.assert_allclose(ours[n - 1], expected, rtol=2e-5, atol=1e-7)
 
 
-def test_reset_weights_start_over_and_the_others_go_on():
+def test_reset_weights_start_over_and_the_others_continue():
     tx = adam(0.1)
     params = jnp.zeros(GRADS.shape[1:])
     _, state = train(tx, GRADS, params)
@@ -63,7 +63,7 @@ def test_reset_weights_start_over_and_the_others_go_on():
     np.testing.assert_allclose(jnp.abs(after[0][reset]), 0.1, rtol=1e-3)
 
 
-def test_a_shared_count_is_what_this_is_for():
+def test_a_shared_count_makes_the_first_step_after_a_reset_too_large():
     """With optax's count the first step after a reset is three times too large."""
     tx, params = optax.adam(0.1), jnp.zeros(2)
     _, (state, rest) = train(tx, jnp.ones((10_000, 2)), params)

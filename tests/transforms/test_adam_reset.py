@@ -35,7 +35,7 @@ def test_agrees_with_numpy(forget):
     np.testing.assert_allclose(ours, numpy_adam_reset(grads, forget), rtol=1e-4, atol=1e-6)
 
 
-def test_a_larger_gradient_makes_a_step_of_the_size_of_the_learning_rate():
+def test_a_suddenly_larger_gradient_gives_a_step_of_the_learning_rate():
     """What Adam-Rel is for: the first gradient of a new task is a thousand times the old."""
     grads = np.where(np.arange(201) < 200, 1e-3, 1.0)[:, None]
     relative = run(cbp_jax.adam_reset(RATE, every=200), grads)[-1, 0]

@@ -149,7 +149,7 @@ def test_the_first_step_is_that_of_sgd(kind):
         np.testing.assert_array_equal(mean, wanted)
 
 
-def test_the_gradient_of_a_change_is_the_one_that_made_it():
+def test_a_change_is_weighted_by_the_gradient_that_caused_it():
     """Weights 0, 1, 1 with gradients -2, 7, 7: the change of 1 took 2 from the loss, whatever came later."""
     weights, grads = np.float32([[0], [1], [1]]), np.float32([[-2], [7], [7]])
     tx = cbp_jax.synaptic_intelligence(1.0, beta_importance=0.5)
@@ -173,7 +173,7 @@ def test_scores_of_rwalk_are_remembered_and_never_negative():
     np.testing.assert_allclose(scores, [0, *(good * 0.5**n / counts[n + 1] for n in range(4))], rtol=1e-6)
 
 
-def test_synaptic_intelligence_may_push():
+def test_synaptic_intelligence_may_be_negative():
     """As in the paper, a weight that moved up its gradient has a negative importance."""
     weights, grads = np.float32([[0], [1]]), np.float32([[2], [0]])
     updates, _ = one_weight(cbp_jax.synaptic_intelligence(1.0, beta_weight=0.5, beta_importance=0.0), weights, grads)
@@ -202,7 +202,7 @@ def test_without_strength_it_is_sgd(kind):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), history, sgd_history())
 
 
-def test_sensitivity_takes_the_place_of_the_gradient_in_mas_alone():
+def test_sensitivity_replaces_the_gradient_only_in_mas():
     w, g, s = np.float32([[1.0], [3.0]]), np.float32([[0.5], [0.5]]), jnp.asarray([-4.0])
     settings = {"strength": 1.0, "beta_weight": 0.5, "beta_importance": 0.9}
     updates, _ = one_weight(cbp_jax.mas(1.0, **settings), w, g, sensitivity=s)
@@ -225,7 +225,7 @@ def test_means_of_bfloat16_params_are_float32():
     np.testing.assert_allclose(state[0].params_mean, 1 + 0.5 / (1 + 0.999 + 0.999**2), rtol=1e-6)
 
 
-def test_a_weight_that_rests_is_not_pulled():
+def test_a_constant_weight_is_not_pulled():
     """However long the run: the mean does not drift from equal weights by rounding."""
     tx = cbp_jax.mas(1.0, strength=1e6)
     w = jnp.float32([0.1, 3.3])
@@ -308,7 +308,7 @@ def test_params_and_a_fitting_sensitivity_are_needed():
             tx.update(params, tx.init(params), params, sensitivity=sensitivity)
 
 
-def test_an_importance_of_ones_own():
+def test_a_users_importance():
     """L2 toward the mean of the weights: every weight is of importance 1."""
     importance = consolidation.Importance(lambda step: (jnp.ones_like(step.gradient),), lambda one: one, means=1)
     tx = consolidation.add_consolidation(importance, 2.0, beta_weight=0.5)

@@ -239,7 +239,7 @@ def test_non_finite_utility_does_not_take_the_place_of_the_least_finite_one():
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 2), (4, 4, 4)])
-def test_magnitude_is_of_each_element_before_the_mean(sizes):
+def test_the_absolute_value_is_taken_of_each_element_before_the_mean(sizes):
     params, units = make(sizes)
     params["layer_2"]["kernel"] = jnp.ones(sizes[1:])
     h = np.full((4, sizes[1]), 2.0, np.float32)
@@ -302,7 +302,7 @@ def test_max_replacements_bounds_the_step():
 # -------------------------------------------------------------------------------------------------- surgery
 
 
-def test_reset_unit_gets_new_incoming_weights_zero_bias_zero_outgoing_and_a_new_life():
+def test_reset_unit_gets_new_incoming_weights_zero_bias_zero_outgoing_weights_and_a_new_state():
     sizes = (3, 5, 2)
     params, units = make(sizes)
     tx = still(units, replacement_rate=0.2, maturity_threshold=0)
@@ -350,7 +350,7 @@ def test_flatten_order_of_conv_to_dense(order):
     np.testing.assert_array_equal(new["dense"]["kernel"][kept], params["dense"]["kernel"][kept])
 
 
-def test_positions_with_outgoing_weights_of_their_own_are_weighed_one_by_one():
+def test_positions_with_outgoing_weights_of_their_own_are_weighted_separately():
     """Channel 0 is active only where nobody listens: large mean activation, large weights, no contribution."""
     kernel = np.zeros((2, 2, 3), np.float32)  # [positions, channels, outputs]
     kernel[0, 0], kernel[1, 0], kernel[:, 1] = 10.0, 0.0, 1.0
@@ -496,7 +496,7 @@ def test_custom_initializer_reaches_the_incoming_weights():
 
 
 @pytest.mark.slow
-def test_more_than_ten_layers_whose_names_sort_otherwise_are_wired_in_forward_order():
+def test_more_than_ten_layers_whose_names_sort_differently_are_connected_in_forward_order():
     sizes = (4,) * 14
     params, units = make(sizes)
     assert list(params) != sorted(params)
@@ -638,7 +638,7 @@ def test_moments_of_replaced_units_return_to_their_initial_values_and_no_others(
     assert compared >= 2
 
 
-def test_without_reset_the_inner_state_is_left_alone():
+def test_without_reset_the_inner_state_is_unchanged():
     sizes = (3, 5, 2)
     params, units = make(sizes)
     grads = random_like(params, 0)
@@ -651,7 +651,7 @@ def test_without_reset_the_inner_state_is_left_alone():
     jax.tree.map(np.testing.assert_array_equal, state.inner_state, want)
 
 
-def test_unknown_inner_state_raises_unless_it_is_to_be_left_alone():
+def test_unknown_inner_state_raises_unless_it_is_not_to_be_reset():
     params, units = make((3, 5, 2))
     odd = optax.GradientTransformation(lambda _: {"buffer": jnp.zeros((7, 3))}, lambda g, s, p=None: (g, s))
 
@@ -664,7 +664,7 @@ def test_unknown_inner_state_raises_unless_it_is_to_be_left_alone():
     run(reset_inner_state=False)
 
 
-def test_factored_moments_are_unknown_too():
+def test_factored_moments_raise_too():
     """Adafactor keeps row and column statistics, in which one unit's part cannot be told from another's."""
     params, units = make((128, 130, 2))
     tx = cbp_jax.continual_backprop(optax.adafactor(0.1), units)
@@ -713,7 +713,7 @@ def test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones(inn
     jax.tree.map(np.testing.assert_array_equal, state.inner_state, inner_state)
 
 
-def test_traced_rate_of_zero_is_bit_identical_too():
+def test_a_traced_rate_of_zero_is_bit_identical_too():
     params, units = make((3, 6, 2))
     grads, features = random_like(params, 0), lowest((3, 6, 2))
 
@@ -897,13 +897,13 @@ def test_missing_params_are_refused():
 
 
 @pytest.mark.parametrize("sizes", [(3, 6, 2), (3, 4, 2)])
-def test_units_of_another_width_are_refused(sizes):
+def test_units_with_another_width_are_refused(sizes):
     _, units = make((3, 5, 2))
     with pytest.raises(ValueError, match=r"layer_1|layer_2"):
         jax.eval_shape(still(units).init, make_params(sizes))
 
 
-def test_units_of_other_names_are_refused():
+def test_units_with_other_names_are_refused():
     params, units = make((3, 5, 2))
     renamed = {"other_1": params["layer_1"], "layer_2": params["layer_2"]}
     with pytest.raises((ValueError, KeyError), match="layer_1"):

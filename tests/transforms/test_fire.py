@@ -49,7 +49,7 @@ def test_all_singular_values_become_one_number(shape):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_kernels_of_zeros_stay_and_others_can_be_left_out():
+def test_kernels_of_zeros_are_unchanged_and_kernels_can_be_left_out():
     params = {"zero": jnp.zeros((2, 3)), "head": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}
     tx = cbp_jax.fire(optax.sgd(0.0), every=1, kernels=lambda path, leaf: path == "zero")
     updates, _ = tx.update(params, tx.init(params), params)

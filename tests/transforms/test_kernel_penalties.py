@@ -138,7 +138,7 @@ def test_the_spectral_norm_is_followed_even_from_a_kernel_of_zeros():
     np.testing.assert_allclose(gradient, differences(lambda w: (np.linalg.svd(w)[1][0] - 1) ** 2, w), atol=1e-3)
 
 
-def test_numbers_may_be_arrays_while_a_program_is_traced():
+def test_settings_may_be_arrays_inside_a_traced_program():
     params = {"w": jnp.ones((2, 2))}
     power, scale = jnp.float32(1.0), jnp.float32(2.0)
     for make in (lambda: cbp_jax.spectral_penalty(power), lambda: cbp_jax.parseval_penalty(scale)):
@@ -154,7 +154,7 @@ def test_only_chosen_kernels_are_penalized():
     assert grads["hidden"].all() and not grads["head"].any() and not grads["bias"].any()
 
 
-def test_what_is_wrong_is_named():
+def test_errors_name_what_is_wrong():
     parseval = cbp_jax.parseval_penalty()
     with pytest.raises(ValueError, match=r"strength must be in \[0, inf\), got -1"):
         cbp_jax.add_kernel_penalty(-1.0, parseval)

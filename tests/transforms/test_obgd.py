@@ -85,7 +85,7 @@ def test_a_step_does_not_overshoot(target):
 
 
 @pytest.mark.slow
-def test_traces_of_replaced_units_start_anew():
+def test_traces_of_replaced_units_are_reset():
     net = nets.MLP((6,), 2)
     params = net.init(jax.random.key(0), jnp.zeros((1, 3)))
     units = cbp_jax.discover_units(net.apply, params, jnp.zeros((1, 3)))

@@ -15,7 +15,7 @@ from cbp_jax.units import Consumer, ParamSlice, UnitGroup
 
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
-    "test_under_vmap_the_branch_stays_a_branch": ("1",),
+    "test_under_vmap_the_branch_remains_a_branch": ("1",),
 }
 
 STEPS = 70
@@ -85,7 +85,7 @@ def recycled(features, threshold):
     return tx.update(PARAMS, tx.init(PARAMS), PARAMS, features={"hidden": features})[1].replaced["hidden"]
 
 
-def test_counts_as_the_metric_does():
+def test_agrees_with_the_metric():
     for threshold in (0.0, 0.1, 0.5, 2.0):
         share = recycled(FEATURES, threshold).mean()
         np.testing.assert_allclose(share, metrics.dormant_fraction(FEATURES, threshold))
@@ -127,7 +127,7 @@ def test_averages_over_positions_and_over_what_consumers_read():
     np.testing.assert_array_equal(new["b1"] == 0, expected)
 
 
-def test_happens_every_so_many_updates_and_else_changes_nothing():
+def test_recycles_every_so_many_updates_and_otherwise_changes_nothing():
     """Bit for bit, in the updates and in the inner state."""
     inner = optax.adam(0.01)
     tx = cbp_jax.redo(inner, UNITS, threshold=0.5, every=3)
@@ -148,7 +148,7 @@ def test_happens_every_so_many_updates_and_else_changes_nothing():
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_moments_of_recycled_units_alone_are_reset(reset):
+def test_only_moments_of_recycled_units_are_reset(reset):
     tx = cbp_jax.redo(optax.sgd(0.1, momentum=0.9), UNITS, threshold=0.5, every=1, reset_inner_state=reset)
     _, state = one_update(tx, FEATURES)
     trace, new = state.inner_state[0].trace, np.asarray(state.replaced["hidden"]) & reset
@@ -166,7 +166,7 @@ def test_fresh_noise_at_every_recycling_from_the_given_initializer():
     assert all(30 < np.std(fresh) < 300 for fresh in drawn)
 
 
-def test_coarse_updates_still_zero_exactly():
+def test_low_precision_updates_still_zero_exactly():
     """bfloat16 gradients of float32 params: `-param` would be rounded."""
     grads = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
     tx = cbp_jax.redo(optax.sgd(0.1), UNITS, threshold=0.5, every=1)
@@ -201,7 +201,7 @@ def test_seeds_recycle_when_they_are_due():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_under_vmap_the_branch_stays_a_branch(depth):
+def test_under_vmap_the_branch_remains_a_branch(depth):
     """As a select, whole kernels would be drawn at every step."""
     tx = cbp_jax.redo(optax.sgd(0.1), UNITS)
     update = lambda params, state: tx.update(params, state, params, features={"hidden": FEATURES})
@@ -228,7 +228,7 @@ def test_bad_settings(settings, words):
         cbp_jax.redo(optax.sgd(0.1), UNITS, **settings)
 
 
-def test_what_is_missing_is_named():
+def test_errors_name_what_is_missing():
     with pytest.raises(TypeError, match="initializer must be a function"):
         cbp_jax.redo(optax.sgd(0.1), UNITS, initializer="he")
     tx = cbp_jax.redo(optax.sgd(0.1), UNITS)

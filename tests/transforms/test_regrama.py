@@ -62,7 +62,7 @@ def recycled(gradient, threshold):
     return tx.update(grads, tx.init(PARAMS), PARAMS)[1].replaced["w1"]
 
 
-def test_counts_as_the_metric_does():
+def test_agrees_with_the_metric():
     for threshold in (0.0, 0.01, 0.1, 0.5, 2.0):
         share = recycled(GRADIENT, threshold).mean()
         np.testing.assert_allclose(share, metrics.gradient_dormant_units(GRADIENT, threshold))
@@ -75,7 +75,7 @@ def test_groups_without_gradient_and_of_infinite_gradient_are_left_alone():
         assert not recycled(GRADIENT.at[0, 2].set(value), 10.0).any()
 
 
-def test_a_score_of_ones_own():
+def test_a_users_score():
     """Units whose outgoing weights are the smallest."""
     score = lambda view: view.outgoing_magnitude() / view.outgoing_magnitude().mean()
     params = {**PARAMS, "w2": PARAMS["w2"].at[3].set(0.01)}

@@ -24,7 +24,7 @@ def test_l1_is_the_gradient_of_its_penalty():
     check_is_gradient_of(tx, tx.init(PARAMS), penalty, PARAMS)
 
 
-def test_l1_leaves_a_zero_alone():
+def test_l1_leaves_zeros_unchanged():
     updates, _ = add_l1(0.25).update(jnp.zeros(2), optax.EmptyState(), jnp.array([0.0, 1e-30]))
     assert updates.tolist() == [0.0, 0.25]
 
@@ -33,7 +33,7 @@ def test_l1_leaves_a_zero_alone():
     ("factory", "of_change"),
     [(add_l1_init, lambda change: 0.3 * jnp.abs(change)), (add_l2_init, lambda change: 0.15 * change**2)],
 )
-def test_a_pull_to_the_start_is_the_gradient_of_its_penalty(factory, of_change):
+def test_a_pull_toward_the_start_is_the_gradient_of_its_penalty(factory, of_change):
     tx = factory(0.3)
     state = tx.init(PARAMS)
     moved = {"w": PARAMS["w"] * 1.5, "b": PARAMS["b"] - 1}

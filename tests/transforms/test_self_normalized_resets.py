@@ -85,7 +85,7 @@ def run(fires, **settings):
     return np.asarray(replaced), state
 
 
-def test_rare_units_are_given_more_time_than_busy_ones():
+def test_rarely_firing_units_get_more_time_than_busy_ones():
     """A silence that is usual for one unit resets another, which used to fire more often."""
     steps = np.arange(1, 41)
     period = np.array([2, 2, 4, 4, 8, 8])
@@ -105,7 +105,7 @@ def test_units_without_a_past_keep_their_threshold():
     assert state.silence["hidden"].tolist() == [3] * SIZE
 
 
-def test_resets_beyond_the_bound_wait_and_the_most_overdue_come_first():
+def test_resets_above_the_maximum_wait_and_the_most_overdue_come_first():
     fires = np.zeros((9, SIZE), bool)
     fires[1, :2], fires[:, 5] = True, True
     replaced, _ = run(fires, max_silence=4, max_resets=1)

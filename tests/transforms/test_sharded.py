@@ -123,7 +123,7 @@ def reorder(found, state, params):
         ),
     ],
 )
-def test_updates_of_sharded_params_are_sharded_likewise_and_equal(name, layout):
+def test_updates_of_sharded_params_have_the_same_sharding_and_values(name, layout):
     script = f"import runpy; runpy.run_path({__file__!r})['check']({name!r}, {layout!r})"
     environment = {
         **os.environ,
@@ -143,6 +143,6 @@ def test_units_are_not_replaced_over_explicit_axes():
         transformations(units)["continual_backprop"].init(params)
 
 
-def test_one_device_is_asked_nothing():
+def test_one_device_needs_no_sharding_constraint():
     traced = str(jax.make_jaxpr(sharding_lib.sharded_alike)(jnp.ones(2), jnp.ones(2)))
     assert ("shard_alike" in traced) == (jax.device_count() > 1 and sharding_lib.shard_alike is not None)

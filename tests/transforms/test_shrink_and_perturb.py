@@ -16,7 +16,7 @@ def step(tx, state=None, params=PARAMS):
     return optax.apply_updates(params, updates), state
 
 
-def test_with_neither_it_is_the_inner_optimizer():
+def test_without_shrinking_and_noise_it_is_the_inner_optimizer():
     tx = shrink_and_perturb(optax.sgd(0.1, momentum=0.9), shrink=0.0, perturb=0.0)
     updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
     inner = optax.sgd(0.1, momentum=0.9)

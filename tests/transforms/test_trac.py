@@ -84,7 +84,7 @@ def test_agrees_with_numpy(problem):
     assert not any(of_program[at_zero[0] :]) and scales[-1] > 0.5
 
 
-def test_a_scale_that_would_be_negative_is_zero_and_comes_back():
+def test_a_negative_scale_is_set_to_zero_and_can_grow_again():
     tx = cbp_jax.trac(optax.sgd(1.0), betas=(0.5,), s_init=1.0)
     params = jnp.array([1.0])
     state = tx.init(params)
@@ -109,7 +109,7 @@ def test_the_scale_grows_from_almost_nothing(problem):
         assert 0 < scales[0] < 1e-6 and scales[STEPS // 2] > 500 * scales[0]
 
 
-def test_erfi_is_scipys():
+def test_erfi_equals_that_of_scipy():
     x = np.concatenate([np.linspace(-9, 9, 501), [1e-6, -1e-3, 0]]).astype(np.float32)
     np.testing.assert_allclose(erfi(jnp.asarray(x)), scipy.special.erfi(np.float64(x)), rtol=1e-5)
     assert np.isfinite(erfi(jnp.array([50.0, -jnp.inf]))).all()

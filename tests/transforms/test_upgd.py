@@ -15,7 +15,7 @@ from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 
 # Close to other cases, and seconds long to compile; see conftest.py.
 SLOW_CASES = {
-    "test_zero_gradients_and_tiny_ones": ("None-global",),
+    "test_zero_and_tiny_gradients": ("None-global",),
 }
 
 SIZES, STEPS, ALPHA, DECAY = (5, 4, 3), 60, 0.05, 0.1
@@ -211,7 +211,7 @@ def test_global_spans_all_parameters():
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
-def test_no_positive_utility_turns_no_order_around(scope):
+def test_without_positive_utilities_the_order_is_kept(scope):
     """Dividing by a negative maximum would protect the most harmful weight best."""
     params = jnp.array([1.0, 2.0, 4.0, 8.0])
     found = gates(jnp.ones(4), params, scope=scope)  # utilities -1, -2, -4, -8
@@ -220,7 +220,7 @@ def test_no_positive_utility_turns_no_order_around(scope):
 
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("units", [None, UNITS])
-def test_zero_gradients_and_tiny_ones(scope, units):
+def test_zero_and_tiny_gradients(scope, units):
     tx = scale_by_upgd(sigma=0.1, scope=scope, units=units)
     state = tx.init(PARAMS)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), state, PARAMS)
@@ -240,7 +240,7 @@ def test_a_maximum_of_zero_opens_the_gates_of_harmful_weights():
     np.testing.assert_allclose(gates(grads, params), [0.5, 1.0, 1.0], rtol=1e-6)
 
 
-def test_local_normalises_what_leads_to_one_unit():
+def test_local_scope_normalizes_over_the_incoming_weights_of_each_unit():
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.float32)
     grads = jnp.asarray(rng.normal(size=kernel.shape), jnp.float32)
@@ -264,7 +264,7 @@ def test_unprotected_without_noise_is_decayed_sgd():
 
 
 @pytest.mark.parametrize("protect", [True, False])
-def test_noise_is_behind_the_gate(protect):
+def test_noise_is_gated(protect):
     """Noise of useful weights is smaller, and it is normal with the given deviation times the gate."""
     params = jnp.concatenate([jnp.full(20_000, 2.0), jnp.full(20_000, -2.0)])
     grads = jnp.full(40_000, -1.0)  # utilities 2 and -2
@@ -323,7 +323,7 @@ def test_a_units_utility_is_minus_the_gradient_of_its_gate():
     np.testing.assert_allclose(state.utility["dense"], -dense, rtol=1e-4, atol=1e-4)
 
 
-def test_units_gate_their_incoming_weights_alone():
+def test_units_gate_only_their_incoming_weights():
     tx = scale_by_upgd(sigma=0.3, units=UNITS)
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
@@ -413,7 +413,7 @@ def test_a_curvature_that_only_broadcasts_to_the_gradients_is_refused(of):
 
 
 @pytest.mark.parametrize("order", [1, jnp.float32(1)])
-def test_to_first_order_curvature_does_not_count_even_where_it_is_infinite(order):
+def test_first_order_upgd_ignores_curvature_even_if_it_is_infinite(order):
     tx, first = (scale_by_upgd(sigma=0.0, order=order) for order in (order, 1))
     infinite = jax.tree.map(lambda w: jnp.full(w.shape, jnp.inf), PARAMS)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_diag=infinite)

@@ -126,7 +126,7 @@ def test_explicit_scales():
     np.testing.assert_array_equal(tree["b1"], 0)
 
 
-def test_holds_what_continual_backprop_makes():
+def test_clips_the_weights_that_continual_backprop_draws():
     """Fresh weights of He et al. range to 2.4 / sqrt(fan-in); around it, the clipping has the last word."""
     apply_fn = lambda params, x: jax.nn.relu(x @ params["w1"]) @ params["w2"]
     params = {"w1": jnp.zeros((4, 8)), "w2": jnp.zeros((8, 2))}
@@ -165,7 +165,7 @@ def test_bad_settings():
         tx.update(params, tx.init(params))
 
 
-def test_a_bound_of_zero_and_not_a_number():
+def test_a_bound_of_zero_and_a_weight_that_is_nan():
     tx = cbp_jax.clip_weights(optax.sgd(1.0), 0.0)
     params = {"kernel": jnp.asarray([[1.0, -3.0]])}
     step = jax.jit(functools.partial(tx.update, state=tx.init(params), params=params))
