@@ -351,7 +351,7 @@ class Language(nn.Module):
         return table.attend(x) if self.tied else nn.Dense(20, name="head")(x)
 
 
-def test_embeddings_are_incoming_unless_they_make_the_output():
+def test_embeddings_are_incoming_unless_they_compute_the_output():
     net, tokens = Language(False), jnp.zeros((2, 5), int)
     params = jax.jit(net.init)(jax.random.key(0), tokens)
     units = cbp_jax.discover_units(net.apply, params, tokens)
@@ -447,7 +447,7 @@ def test_a_residual_network_trains_under_cbp_with_its_statistics():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, stats, state.utility)))
 
 
-def test_pooling_over_tokens_of_several_origins():
+def test_pooling_over_different_kinds_of_tokens():
     """A sum over a class token and patches is no sum over units, though they stand side by side."""
     params = {
         "token": jnp.ones((1, 1, 4)),

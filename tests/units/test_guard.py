@@ -52,7 +52,7 @@ def test_sums_that_pass_for_normalizations_are_refuted(check, monkeypatch):
     assert [group.name for group in units] == ["good"]
 
 
-def test_large_networks_are_checked_if_asked_for(monkeypatch):
+def test_large_networks_are_checked_on_request(monkeypatch):
     calls = []
     monkeypatch.setattr(guard, "refuted", lambda *args: calls.append(1) or set())
     params = {"a": jax.ShapeDtypeStruct((1000, 2000), jnp.float32), "b": jax.ShapeDtypeStruct((2000, 2), jnp.float32)}
@@ -67,7 +67,7 @@ def test_large_networks_are_checked_if_asked_for(monkeypatch):
     assert len(calls) == 1
 
 
-def test_shapes_keys_and_integers_do(monkeypatch):
+def test_discovery_accepts_shapes_keys_and_integers(monkeypatch):
     params = {"table": jax.ShapeDtypeStruct((7, 4), jnp.float32), "out": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
 
     def apply_fn(p, tokens, key, mask):

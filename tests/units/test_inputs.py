@@ -44,7 +44,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_trees_of_data_are_data(name):
+def test_trees_of_inputs_are_data(name):
     apply_fn, batch = INPUTS[name]
     units = cbp_jax.discover_units(apply_fn, PARAMS, batch)
     assert {group.name: group.size for group in units} == {"a": 6, "c": 6}
@@ -54,7 +54,7 @@ def test_trees_of_data_are_data(name):
     assert {group: array.shape for group, array in features.items()} == {"a": (5, 6), "c": (5, 6)}
 
 
-def test_statistics_beside_data_are_known_by_their_use():
+def test_statistics_among_data_are_recognized_by_their_use():
     def apply_fn(params, given):
         h = jnp.tanh(given["x"] @ params["a"] + given["context"])
         return (h - given["mean"]) / jnp.sqrt(given["var"] + 1e-5) @ params["out"]
@@ -103,7 +103,7 @@ def test_units_are_followed_through_stacks(name):
     resets.check_resets(units, PARAMS, lambda params: cbp_jax.with_features(apply_fn, units)(params, TOKENS))
 
 
-def test_several_outputs_in_a_stack_are_outputs():
+def test_stacked_outputs_are_outputs():
     apply_fn = lambda p, x: jnp.stack([jnp.tanh(x @ p["a"]) @ p["out"], jnp.tanh(x @ p["a"]) @ p["other"]])
     left = {item.name: item.reason for item in cbp_jax.discover_units(apply_fn, PARAMS, X).left_out}
     assert left["out"] == left["other"] == "it is part of the network's output"

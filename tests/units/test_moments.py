@@ -142,7 +142,7 @@ DECEPTIVE = {
 
 
 @pytest.mark.parametrize("name", DECEPTIVE)
-def test_other_sums_leave_their_units_out(name):
+def test_units_in_other_sums_are_left_out(name):
     apart = {"mean of others": [3, 4, 5], "length of others": [0, 1, 2]}.get(name)
     if apart:  # units that are in no sum stay
         (group,) = find(DECEPTIVE[name])
@@ -178,7 +178,7 @@ CARRIES = {
 
 @pytest.mark.parametrize("name", CARRIES)
 @pytest.mark.parametrize("shape", [(3,), (1, 3)])
-def test_a_recurrent_carry_is_no_running_statistic(name, shape):
+def test_a_recurrent_carry_is_not_a_running_statistic(name, shape):
     if name == "reduced" and len(shape) == 1:
         return
     params = dict(zip(["wi", "wh", "wo", "wp"], draw(0, (3, 5), (5, 5), (5, 4), (4, 2)), strict=True))
@@ -195,7 +195,7 @@ def test_a_recurrent_carry_is_no_running_statistic(name, shape):
     assert not any(group.statistics for group in units)
 
 
-def test_statistics_of_any_name_are_known_by_their_use():
+def test_statistics_with_any_name_are_recognized_by_their_use():
     params = dict(zip(["a", "b"], draw(0, (3, 5), (5, 2)), strict=True))
     state = {"first": jnp.zeros(5), "second": jnp.ones(5)}
 
@@ -251,7 +251,7 @@ def test_an_average_that_is_read_again_is_a_carry(name):
         cbp_jax.discover_units(apply_fn, params, {"s": jnp.ones(5)}, X)
 
 
-def test_replacing_a_normalized_unit_changes_others_by_its_statistics_alone():
+def test_replacing_a_normalized_unit_changes_others_only_through_its_statistics():
     """What the mark says: with the statistics held, the gradient of fresh incoming weights is 0."""
     frozen = []
 

@@ -136,7 +136,7 @@ def test_statistics_that_are_missing_are_named():
         cbp_jax.reset_batch_stats(stats, closed, {})
 
 
-def test_groups_that_were_not_for_replacement_keep_their_statistics():
+def test_groups_without_replacements_keep_their_statistics():
     params, stats, x, apply_fn = setup(Net("batch"))
     units = cbp_jax.discover_units(apply_fn, params, stats, x)
     mask = jnp.arange(4) == 2
@@ -161,7 +161,7 @@ SCALES = {
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_a_scale_is_reset_to_where_it_changes_nothing(name):
+def test_a_scale_is_reset_to_the_value_that_changes_nothing(name):
     scale, constant = SCALES[name]
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "s": jnp.full(4, 3.0)}
 
@@ -204,7 +204,7 @@ def test_nnx_norms_in_both_modes():
 
 
 @pytest.mark.slow
-def test_batch_normalisation_absorbs_what_a_unit_gave_on_average():
+def test_batch_normalization_absorbs_the_mean_contribution_of_a_unit():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):

@@ -218,7 +218,7 @@ def test_single_constructs(name):
     assert units or name in ("gate_of_sum", "mixer")  # which leave nothing
 
 
-def test_what_is_honest_is_found():
+def test_units_of_ordinary_constructs_are_found():
     for construct in HONEST:
         units = check([construct.__name__], 2, False)
         assert len(units.left_out) == 1, (construct.__name__, units)

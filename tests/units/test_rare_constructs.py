@@ -87,7 +87,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("network", FOUND, ids=lambda network: network.__name__)
-def test_what_is_found_and_why_the_rest_is_not(network):
+def test_what_is_found_and_why_the_rest_is_left_out(network):
     x, sizes, reasons = FOUND[network]
     units = cbp_jax.discover_units(network, PARAMS, x)
     assert {group.name: group.size for group in units} == sizes

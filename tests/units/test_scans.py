@@ -16,7 +16,7 @@ import cbp_jax
 SLOW_CASES = {
     "test_the_state_of_a_cell_is_a_group": ("optimized lstm-False", "minimal-False", "simple-False", "gru-False"),
     "test_each_layer_has_its_units": ("linen, rematerialized", "nnx"),
-    "test_gradients_with_features_are_those_without": ("linen, rematerialized",),
+    "test_gradients_with_and_without_features_are_equal": ("linen, rematerialized",),
 }
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
@@ -113,7 +113,7 @@ def test_each_layer_has_its_units(name):
 @pytest.mark.parametrize(
     "name", ["lax", "linen, rematerialized", *[pytest.param(n, marks=pytest.mark.slow) for n in ("linen", "nnx")]]
 )
-def test_gradients_with_features_are_those_without(name, exact):
+def test_gradients_with_and_without_features_are_equal(name, exact):
     apply_fn, params = STACKS[name]()
     units = cbp_jax.discover_units(apply_fn, params, X)
     apply = cbp_jax.with_features(apply_fn, units)
@@ -125,7 +125,7 @@ def test_gradients_with_features_are_those_without(name, exact):
     assert [jax.tree.map(jnp.shape, features[group.name]) for group in units[1:]] == [(4, 5)] * 3
 
 
-def test_features_are_those_of_the_layer():
+def test_features_are_those_of_their_layer():
     apply_fn, p = of_lax()
     units = cbp_jax.discover_units(apply_fn, p, X)
     _, features = jax.jit(cbp_jax.with_features(apply_fn, units))(p, X)
@@ -300,7 +300,7 @@ def test_recurrences_by_hand(name, start, scanned):
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_sums_that_a_scan_gives_back_leave_their_units_out(check):
+def test_units_in_sums_that_a_scan_returns_are_left_out(check):
     params = draw(a=(3, 4), head=(4, 2))
 
     def apply_fn(p, x):
@@ -314,7 +314,7 @@ def test_sums_that_a_scan_gives_back_leave_their_units_out(check):
         cbp_jax.discover_units(apply_fn, params, SEQUENCE, check=check)
 
 
-def test_a_body_that_is_met_with_numbers_and_then_with_units():
+def test_a_function_called_with_constants_and_then_with_units():
     params = draw(a=(3, 4), head=(4, 2))
     double = jax.jit(lambda a, b: (a * 1.0) * b)
 

@@ -213,7 +213,7 @@ def test_more_than_ten_layers_in_forward_order():
     assert [paths(g.outgoing) for g in units] == [[f"params/Dense_{i + 1}/kernel"] for i in range(12)]
 
 
-def test_kernels_stored_the_other_way_round():
+def test_kernels_stored_transposed():
     """The layout of PyTorch: [out, in].  The unit's incoming weights are a row."""
     params = {"a": draw(0, (5, 3), (5,)), "b": draw(1, (2, 5), (2,))}
     apply_fn = lambda p, x: jnp.einsum("bi,oi->bo", jnp.tanh(x @ p["a"][0].T + p["a"][1]), p["b"][0]) + p["b"][1]
@@ -334,7 +334,7 @@ def test_network_without_hidden_units_is_refused_by_name():
         cbp_jax.discover_units(lambda p, x: x @ p["only"][0] + p["only"][1], params, jnp.ones((4, 3)))
 
 
-def test_kernel_that_both_makes_and_reads_its_units_is_refused():
+def test_a_kernel_that_both_computes_and_reads_its_units_is_refused():
     params = {"tied": draw(0, (3, 5))}
     with pytest.raises(ValueError, match="tied"):
         cbp_jax.discover_units(lambda p, x: jnp.tanh(x @ p["tied"][0]) @ p["tied"][0].T, params, jnp.ones((4, 3)))
