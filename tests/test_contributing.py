@@ -53,7 +53,7 @@ def test_command(recipe, package):
         assert any("my_package" in method for method in results.method.values)
 
 
-def test_row(package):
+def test_the_row_of_the_recipe(package):
     """The algorithm passes what the common table asks of every transformation."""
     from my_package.sign_momentum import sign_momentum
 

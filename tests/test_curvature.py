@@ -118,7 +118,7 @@ def test_hutchinson_draws_signs_anew_for_every_key_and_leaf():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_agrees_with_the_recursion_written_out_in_numpy(loss):
+def test_agrees_with_the_recursion_in_numpy(loss):
     x, targets = problem(loss)
     params = mlp_params((4, 6, 5, 3))
     value, grads, diagonal = scaled(mlp, params, x, targets, loss)
@@ -262,7 +262,7 @@ def test_a_convolution_squares_the_coefficients_of_its_linear_maps(options):
 
 
 @pytest.mark.slow
-def test_every_tool_of_the_packages_networks_is_followed():
+def test_every_operation_of_the_packages_networks_is_followed():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 2)), jnp.float32)
     labels = jnp.array([0, 2])
     net = ConvNet(num_outputs=3, channels=(3,), kernel_sizes=(3,), hidden=(5,), activation="gelu", dropout_rate=0.3)
@@ -363,7 +363,7 @@ def test_axes_before_the_last_are_all_averaged_over():
     close(probabilities, flat)
 
 
-def test_half_precision_keeps_its_type():
+def test_half_precision_is_kept():
     x, labels = problem("softmax_cross_entropy")
     net = MLP((6,), 3, "gelu")
     params = net.init(jax.random.key(0), x)
@@ -454,7 +454,7 @@ weird_sum.defjvp(lambda values, tangents: (weird_sum(*values), 2 * tangents[0].s
         (lambda p, x: (x @ p["w"]).sum(-1), r"one array .* got arrays of shapes \[\(2,\)\]"),
     ],
 )
-def test_what_is_not_followed_is_named(apply, words):
+def test_unsupported_operations_are_named(apply, words):
     with pytest.raises(ValueError, match=words):
         hesscale(apply, {"w": jnp.eye(3)}, jnp.ones((2, 3)), jnp.zeros(2, int))
 

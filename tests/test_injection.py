@@ -42,7 +42,7 @@ def loss(params, frozen, x, y):
     return jnp.mean((injection.with_injection(apply_fn)(params, frozen, x) - y) ** 2)
 
 
-def test_outputs_do_not_change_and_gradients_are_numpys():
+def test_outputs_do_not_change_and_gradients_equal_those_of_numpy():
     params, fresh, later, x, y = jax.tree.map(jnp.float32, (PARAMS, FRESH, LATER, X, Y))
     new, frozen = injection.inject(params, fresh, HEAD)
     np.testing.assert_array_equal(new["encoder"], params["encoder"])
@@ -65,7 +65,7 @@ def test_outputs_do_not_change_and_gradients_are_numpys():
     assert more["out"].shape == (4, 5, 2)
 
 
-def test_a_head_of_one_linear_layer_learns_as_if_nothing_had_been_injected():
+def test_a_head_of_one_linear_layer_learns_as_without_injection():
     params, fresh, x, y = jax.tree.map(jnp.float32, (PARAMS, FRESH, X, Y))
     new, frozen = injection.inject(params, fresh, ["out"])
     plain = jax.grad(lambda params: jnp.mean((apply_fn(params, x) - y) ** 2))(params)
@@ -74,7 +74,7 @@ def test_a_head_of_one_linear_layer_learns_as_if_nothing_had_been_injected():
     )
 
 
-def test_the_optimizer_goes_on_with_the_new_head():
+def test_the_optimizer_continues_with_the_new_head():
     params, fresh = jax.tree.map(jnp.float32, (PARAMS, FRESH))
     tx = cbp_jax.adam(0.1)
     _, state = jax.jit(tx.update)(params, tx.init(params), params)

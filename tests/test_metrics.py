@@ -75,7 +75,7 @@ def test_a_threshold_reached_exactly_is_reached(rank):
     np.testing.assert_array_equal(ranks, k)
 
 
-def test_ranks_of_a_zero_matrix_are_zero_and_of_a_broken_one_nan():
+def test_ranks_of_a_zero_matrix_are_zero_and_of_one_with_nan_are_nan():
     for name, rank in jax_ranks(jnp.zeros((12, 90))).items():
         assert float(rank) == 0, name
     for name, rank in jax_ranks(jnp.ones((12, 90)).at[3, 4].set(jnp.nan)).items():
@@ -106,7 +106,7 @@ def test_bad_thresholds_are_refused(rank, threshold):
 
 @pytest.mark.parametrize("rank", RANKS.values())
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4)])
-def test_ranks_want_a_matrix(rank, shape):
+def test_ranks_need_a_matrix(rank, shape):
     with pytest.raises(ValueError, match="x must be a matrix"):
         rank(jnp.ones(shape))
 
@@ -122,14 +122,14 @@ def test_dead_is_not_dormant():
     assert float(metrics.dormant_fraction(h, 0.1)) == 0.5
 
 
-def test_a_tanh_unit_never_dies_but_sleeps():
+def test_a_tanh_unit_is_never_dead_but_can_be_dormant():
     x = jnp.linspace(-1, 1, 11)[:, None]
     h = jnp.tanh(x * jnp.array([1e-4, 1.0, 2.0]) + jnp.array([1e-6, 0.0, 0.0]))
     assert float(metrics.dead_fraction(h)) == 0
     assert float(metrics.dormant_fraction(h, 0.025)) == pytest.approx(1 / 3)
 
 
-def test_dormant_scores_are_normalised_by_their_own_layer_and_include_the_threshold():
+def test_dormant_scores_are_normalized_by_their_own_layer_and_include_the_threshold():
     # Scores 0.5 and 1.5; a layer a thousand times smaller has the same.
     h = jnp.array([[1.0, -3.0], [-1.0, 3.0]])
     for scale in (1.0, 1e-3):
@@ -209,7 +209,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert float(half) == float(single) > 0
 
 
-def test_ranks_are_the_three_ranks():
+def test_ranks_computed_together_equal_the_single_ones():
     x = jax.random.normal(jax.random.key(0), (30, 12)) * jnp.arange(12.0)
     together = jax.jit(metrics.ranks)(x, 0.9)
     alone = (metrics.effective_rank(x), metrics.approximate_rank(x, 0.9), metrics.stable_rank(x, 0.9))
@@ -222,7 +222,7 @@ def low_rank(rng, shape, rank):
     return (rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, shape[-1]))).astype(np.float32).reshape(shape)
 
 
-def test_weight_rank_is_numpys_over_the_largest_possible():
+def test_weight_rank_is_numpys_divided_by_the_largest_possible():
     rng = np.random.default_rng(3)
     kernels = {
         "conv": low_rank(rng, (3, 2, 4, 7), 5),  # a matrix [24, 7]
@@ -259,13 +259,13 @@ def test_effective_rank_and_sparsity_of_weights_are_of_all_kernels_together():
 
 
 @pytest.mark.parametrize("measure", [metrics.weight_rank, metrics.weight_effective_rank, metrics.weight_sparsity])
-def test_measures_of_weights_refuse_what_has_no_kernel(measure):
+def test_measures_of_weights_refuse_params_without_kernels(measure):
     for params in ({"bias": jnp.ones(3)}, {"count": jnp.ones((2, 2), jnp.int32)}, {}):
         with pytest.raises(ValueError, match="params must hold at least one kernel; got PyTreeDef"):
             measure(params)
 
 
-def test_gradient_dormant_units_are_small_beside_their_layer():
+def test_gradient_dormant_units_have_small_gradients_relative_to_their_layer():
     rng = np.random.default_rng(0)
     grads = {
         "conv": {"kernel": rng.normal(size=(3, 3, 2, 6)) * np.geomspace(1e-4, 1, 6), "bias": np.zeros(6)},

@@ -39,7 +39,7 @@ def numpy_ranks(matrix, threshold):
     return np.exp(-(share * np.log(share)).sum()), reach(values**2), reach(values)
 
 
-def test_the_tangent_kernel_and_its_ranks_are_numpys():
+def test_the_tangent_kernel_and_its_ranks_equal_those_of_numpy():
     jacobian = numpy_jacobian(PARAMS, X)
     params, x = jax.tree.map(jnp.float32, (PARAMS, X))
     measure = lambda params, x: (
@@ -67,7 +67,7 @@ def softmax(z):
     return e / e.sum(-1, keepdims=True)
 
 
-def test_churn_is_numpys():
+def test_churn_equals_that_of_numpy():
     before, after = numpy_apply(PARAMS, X), numpy_apply(AFTER, X)
     p, q = softmax(before), softmax(after)
     expected = {
@@ -85,7 +85,7 @@ def test_churn_is_numpys():
         metrics.churn(apply_fn, params, new, x, "l1")
 
 
-def test_weight_change_is_numpys():
+def test_weight_change_equals_that_of_numpy():
     flat = lambda params: np.concatenate([w.ravel() for w in params.values()])
     expected = np.linalg.norm(flat(AFTER) - flat(PARAMS)) / np.linalg.norm(flat(PARAMS))
     params, after = jax.tree.map(jnp.float32, (PARAMS, AFTER))

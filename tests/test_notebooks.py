@@ -430,7 +430,7 @@ def test_runs_at_a_tiny_size(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_committed_as_it_ran(path):
+def test_is_committed_after_a_complete_run(path):
     """The file shows a run of all cells in their order, without errors, and is small."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

@@ -108,14 +108,14 @@ else:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_importing_the_package_leaves_the_extras_alone():
+def test_importing_the_package_does_not_import_the_extras():
     script = f"import sys, cbp_jax; print([name for name in {EXTRAS!r} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True, text=True)
     assert printed.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("name", cbp_jax.__all__)
-def test_public_names_are_there_and_documented(name):
+def test_public_names_exist_and_are_documented(name):
     value = getattr(cbp_jax, name)
     doc = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
     assert doc and doc.strip()

@@ -127,13 +127,13 @@ def installed(built, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_core_alone_makes_an_update(installed, tmp_path):
+def test_the_core_dependencies_suffice_for_an_update(installed, tmp_path):
     code, printed = run(installed, "-c", PROGRAM, cwd=tmp_path, env=CLEAN)
     assert code == 0 and printed.endswith("updated\n"), printed
 
 
 @pytest.mark.slow
-def test_the_extras_go_together(built, installed):
+def test_the_extras_are_compatible(built, installed):
     """What the extras ask for exists and agrees with the core. It is not installed.
 
     `text` and `prepare` are left out, because pip would download PyTorch and TensorFlow to look into them.
