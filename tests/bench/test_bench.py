@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """All tests of a process have the same devices, whichever comes first; times are not measured."""
+    """Give all tests of a process the same devices, whichever runs first; times are not measured."""
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
     monkeypatch.setattr(running, "relative_cost", cost)
 
@@ -49,7 +49,7 @@ def test_an_expensive_method_has_a_high_cost(monkeypatch):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, compiled_once):
-    """The results of two methods on a problem of suite smoke, by the command."""
+    """Run the command with two methods on a problem of the suite smoke, and return the results."""
     out = tmp_path_factory.mktemp("bench") / "published"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_use_all_cores", lambda: None)
@@ -76,7 +76,7 @@ def test_a_suite_runs_from_end_to_end(published, capsys):
     page = (published / "table.md").read_text()
     assert "best of 2 configurations over 1 tuning seed, run with 2 others" in page
     assert (published / "table.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    # The same table by one command from the files alone.
+    # The same table can be made from the files only.
     (published / "table.md").unlink()
     assert cli.main(["bench", "--suite", "smoke", "--out", str(published), "--report", "--formats", "svg"]) == 0
     assert (published / "table.md").read_text() == page and (published / "table.svg").exists()
@@ -121,7 +121,7 @@ def test_a_stopped_run_resumes_to_the_same_results(published, tmp_path):
     whole, again = (load_results(folder / pairs[0].problem.name / "l2") for folder in (published, tmp_path))
     assert again.drop_vars(COST).identical(whole.drop_vars(COST))
     assert bench.total(SMOKE, pairs) == 0
-    bench.run(SMOKE, pairs, stop)  # nothing is left to do
+    bench.run(SMOKE, pairs, stop)  # nothing is left to run
 
 
 def test_every_learner_runs_on_a_problem_of_the_small_suite():
