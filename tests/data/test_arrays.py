@@ -28,7 +28,7 @@ def test_other_names_and_no_names_of_classes(tmp_path, inputs, labels):
     path = write(
         tmp_path / "a.npz", **{inputs: np.stack([IMAGES, IMAGES, IMAGES], -1), labels: LABELS.astype(np.int64)}
     )
-    dataset = load(path)  # a path that is no string
+    dataset = load(path)  # a path that is not a string
     assert (dataset.image_shape, dataset.num_classes) == ((4, 5, 3), 5)
 
 

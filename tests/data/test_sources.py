@@ -12,13 +12,13 @@ from cbp_jax.data import DatasetUnavailable, load, names, prepare, sources
 
 @pytest.fixture
 def mnist(tmp_path, write_idx, tiny_splits):
-    """Directory in which a tiny "mnist" is prepared."""
+    """Prepare a tiny "mnist" and return its directory."""
     prepare("mnist", write_idx(tmp_path / "source", tiny_splits), tmp_path / "data")
     return tmp_path / "data"
 
 
 def write_tiny(name, data_dir, examples):
-    """A dataset in the official builder's own form, with these training examples."""
+    """Write a dataset in the official builder's format, with these training examples."""
     import tensorflow_datasets as tfds
 
     official = tfds.builder_cls(name.split("/")[0])
@@ -141,14 +141,14 @@ def test_the_error_for_an_absent_dataset_names_it_its_directory_and_the_remedies
         "'digits'",
     ):
         assert part in message
-    # The command is one that Python understands.
+    # The command is valid Python.
     command = message.split('python -c "')[1].split('"\n')[0]
     compile(command, "command", "exec")
     assert list(tmp_path.iterdir()) == []
 
     with pytest.raises(DatasetUnavailable) as error:
         load("cifar100", data_dir=tmp_path)
-    assert "data prepare" not in str(error.value)  # which does not know its files
+    assert "data prepare" not in str(error.value)  # the command cannot prepare this dataset
     with pytest.raises(DatasetUnavailable, match="six binary batch files, without TensorFlow"):
         load("cifar10", data_dir=tmp_path)
 

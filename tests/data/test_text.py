@@ -71,7 +71,7 @@ def test_bad_files(name, content, message, tmp_path):
 
 
 def write_tiny(name, data_dir, splits):
-    """A dataset in the official builder's own form, with these splits of examples."""
+    """Write a dataset in the official builder's format, with these splits of examples."""
     import tensorflow_datasets as tfds
 
     official, _, config = name.partition("/")
@@ -176,7 +176,7 @@ def test_prose_by_library_and_by_kind(tmp_path, monkeypatch):
         "Give this other thing back to whoever has asked for it.": "method",
         "Compute what there is to be computed, and then the rest.": "function",
     }
-    by_library = dict(zip(*docstrings.docstrings("library"), strict=True))  # of two equal ones the first
+    by_library = dict(zip(*docstrings.docstrings("library"), strict=True))  # the first of two equal ones
     assert list(by_library.values()).count("two") == 1
     docstrings._of_library.cache_clear()
     with pytest.raises(ValueError, match="by must be 'library' or 'kind', got 'author'"):
