@@ -27,7 +27,7 @@ LANES = ("sequential", "per_task", "added", "o_lora:orthogonality=5.0", "replay"
 
 @pytest.fixture(scope="module")
 def keywords(tmp_path_factory):
-    """A run on tasks that are learned in a moment, and that contradict each other but for their heads."""
+    """Run on tasks that are learned quickly and contradict each other, unless each has its own head."""
     folder, calls = tmp_path_factory.mktemp("lora"), []
     settings = Settings(tasks=write_tasks(folder), methods=LANES, **OF_KEYWORDS)
     return settings, run(settings, folder / "run", lambda *args: calls.append(args)), folder / "run", calls
@@ -60,12 +60,12 @@ def test_separate_adapters_forget_nothing_and_a_shared_one_forgets(keywords):
     accuracy = {method: of_method(results, "accuracy", method) for method in results.method.values.tolist()}
     alone = accuracy["per_task"]
     for task in range(3):
-        assert (alone[:, task:, task] == alone[:, task : task + 1, task]).all()  # to the last text
+        assert (alone[:, task:, task] == alone[:, task : task + 1, task]).all()  # exactly, for every text
     assert np.diagonal(alone, axis1=1, axis2=2).mean() > 0.8
     forgetting = {method: float(scores(values)["forgetting"].mean()) for method, values in accuracy.items()}
     assert forgetting["per_task"] == 0 and forgetting["sequential"] > 0.1
     assert forgetting["replay"] < 0.5 * forgetting["sequential"]
-    # The first task is learned alike by all: the same draws, from the same start.
+    # All methods learn the first task the same way: the same draws, from the same initial values.
     first = np.stack([values[:, 0, 0] for values in accuracy.values()])
     np.testing.assert_allclose(first, np.broadcast_to(first[:1], first.shape), atol=0.05)
 
@@ -74,14 +74,14 @@ def test_the_penalty_of_o_lora_keeps_tasks_apart(keywords):
     _, results, _, _ = keywords
     overlap = lambda method: np.nanmean(of_method(results, "overlap", method))
     assert overlap("o_lora(orthogonality=5)") < 0.5 * overlap("added")
-    assert overlap("sequential") > 2 * overlap("added")  # one adapter keeps reading what it read
+    assert overlap("sequential") > 2 * overlap("added")  # a single adapter keeps its input directions
     rank = of_method(results, "rank", "per_task")
     assert ((rank > 1) & (rank <= 2 + 1e-4)).all()
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Trials of one step, of which the networks are looked at."""
+    """Make trials of one step, whose networks are inspected."""
     settings = Settings(
         tasks=write_tasks(tmp_path_factory.mktemp("tiny")),
         methods=("sequential",),
@@ -120,12 +120,12 @@ def test_batches_come_from_the_expected_tasks(tiny, method, position, expected):
         task_of = [next(n for n, task in enumerate(prepared.tasks) if label in task.classes) for label in step]
         assert {task: task_of.count(task) for task in set(task_of)} == expected
     asked = batch.classes[np.arange(2)[:, None], np.arange(16), batch.labels]
-    assert asked.all() and (batch.classes.sum(-1) <= 3).all()  # with a head of its own each text has its task's classes
+    assert asked.all() and (batch.classes.sum(-1) <= 3).all()  # with separate heads, each text has its task's classes
 
 
 @pytest.mark.slow
 def test_a_new_adapter_is_added_to_earlier_ones(tiny, monkeypatch):
-    """Of "added" the next adapter is trained beside the sum of those before; of "new" beside none."""
+    """With "added", a new adapter is trained on the sum of earlier ones; with "per_task", on the base network."""
     _, _, trials = tiny
     seen = {}
     for name in ("added", "per_task"):
@@ -189,7 +189,7 @@ def test_the_change_by_an_adapter_is_the_product_of_its_matrices(before):
         np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-5)
         left = np.linalg.svd(matrix)[0][:, :2]
         np.testing.assert_allclose(np.square(left.T @ basis).sum(), 2, atol=1e-4)
-    # As it is for kernels that changed so.
+    # The same as for kernels with this change.
     zeros = {path: np.zeros_like(matrix) for path, matrix in dense.items()}
     same = change_of_kernels(dense, zeros, {path: m.shape for path, m in dense.items()}, 2, 0.1)
     assert same.sparsity == pytest.approx(change.sparsity, abs=1 / 71)

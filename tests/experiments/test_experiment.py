@@ -1,4 +1,4 @@
-"""An experiment of one's own: one object in one short file, run from Python and by its import path."""
+"""A user's experiment: one object in one short file, run from Python and by its import path."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 from cbp_jax import cli, experiments, load_results
 
-# The recipe's, in a module of another name.
+# The experiment of the recipe, in a module of another name.
 TEXT = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 (OWN,) = re.findall(r"<!-- file: my_package/drifting.py -->\n```python\n(.*?)```", TEXT, re.DOTALL)
 
@@ -60,7 +60,7 @@ def test_every_experiment_is_found_by_its_name_and_its_path():
     for name, experiment in experiments.EXPERIMENTS.items():
         assert getattr(experiments, name) is experiment and experiment.NAME == experiment.name == name
         assert sys.modules[f"cbp_jax.experiments.{name}"] is experiment
-        ours = name.startswith("question_") or name == "streaming_control"  # of no paper
+        ours = name.startswith("question_") or name == "streaming_control"  # from no paper
         presets = {"smoke", "laptop"} if ours else {"smoke", "laptop", "paper"}
         assert presets <= set(experiment.PRESETS) and experiment.about.endswith(".")
         for preset in experiment.presets:

@@ -16,14 +16,14 @@ def results_of(experiment="toy", settings=SETTINGS, measures=report.results.MEAS
 
 
 def as_by_another_version(**changes):
-    """The JSON of settings of a version whose fields are others."""
+    """Return the JSON of settings of a version with other fields."""
     kept = json.loads(report.results.settings_json(SETTINGS)) | changes
     return {name: value for name, value in kept.items() if value is not ...}
 
 
 @pytest.fixture
 def finished(tmp_path):
-    """Writes a run of four finished tasks, and gives its folder's content."""
+    """Return a function that writes a run of four finished tasks and returns the contents of its folder."""
 
     def write(results):
         for task in (0, 1):

@@ -22,7 +22,7 @@ def test_settings_of_functions_and_values_that_are_not_numbers():
     texts = expand(["optax:sgd", "cbp"], {"utility": grid["utility"]})
     assert texts == ("optax:sgd", "cbp:utility=weight", "cbp:utility=contribution")
     assert parse_method(expand(["optax:adam(learning_rate=0.1)"], {"b1": ("0.5",)})[0]).hyperparameters["b1"] == 0.5
-    assert optax.adam  # the paths above are of this
+    assert optax.adam  # the paths above refer to this module
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_kinds_of_tickets_share_the_dense_network_and_one_shot_also_the_first_ti
 
 @functools.cache
 def rounds_of_a_lane(count=3):
-    """The states of one seed before each round, and its plan and examples."""
+    """Return the states of one seed before each round, its plan and its examples."""
     plans = []
 
     def run_lanes(start, go_on, data, *args, **kwargs):
@@ -132,7 +132,7 @@ def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
     signs = at(states[-1].starts, "signs")
     for path in kernels:
         np.testing.assert_allclose(signs[path], np.sign(first[path]) * np.std(first[path]), rtol=1e-5)
-    # What late rewinding goes back to is the dense network's after so many iterations.
+    # Late rewinding returns to the weights of the dense network after so many iterations.
     shorter = plan._replace(iterations=plan.rewind_step, evaluate_every=plan.rewind_step, kinds=("ticket",))
     keys = ticket_rounds.stream_keys(states[0].key)
     order = ticket_rounds.passes(jax.random.fold_in(keys.problem, 0), len(data.train[1]), 40 * plan.batch_size)
@@ -147,7 +147,7 @@ def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
 
 @pytest.mark.slow
 def test_a_round_equals_training_by_hand():
-    """The ticket's second round, step by step in other words."""
+    """The ticket's second round equals an independent implementation, step by step."""
     states, _, data = rounds_of_a_lane()
     keys = ticket_rounds.stream_keys(states[1].key)
     order = ticket_rounds.passes(jax.random.fold_in(keys.problem, 0), len(data.train[1]), 40 * 60)
@@ -180,7 +180,7 @@ def test_a_round_equals_training_by_hand():
         size = np.where(mask[path], np.abs(params[path]), np.inf).ravel()
         expected = np.array(mask[path]).ravel()
         expected[np.argsort(size, kind="stable")[: round(rate * alive)]] = False
-        # Sums round otherwise here, which may let one weight take another's place.
+        # Sums are rounded differently here, so one weight may be pruned in place of another.
         assert (expected != np.ravel(new[path])).sum() <= 2
         assert expected.sum() == new[path].sum()
 
@@ -204,7 +204,7 @@ def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
         run(dataclasses.replace(SMOKE, fraction=0.3), tmp_path)
     done = []
     again = run(SMOKE, tmp_path, lambda *args: done.append(args))
-    assert sum(call[1] for call in done) == total(SMOKE) and len(done) == 3  # found, the second round again, the third
+    assert sum(call[1] for call in done) == total(SMOKE) and len(done) == 3  # one was found, two ran
     assert again.drop_attrs().identical(whole.drop_attrs())
     run(SMOKE, tmp_path, lambda *args: done.append(args))
     assert done[-1] == (", ".join(KINDS), total(SMOKE), {})
@@ -261,7 +261,7 @@ def test_a_run_from_the_command_line(monkeypatch, capsys, tmp_path):
     assert cli.main([*words, str(tmp_path), "--learner", learner]) == 0
     printed = capsys.readouterr().out
     assert "convolutional_tickets: mean over seeds" in printed and "density.png" in printed
-    # Of two convolutions of 4 channels, 256 to 10 to 10 units: 10%, 20% and 10% are gone.
+    # Two convolutions with 4 channels, then 256 to 10 to 10 units: 10%, 20% and 10% are pruned.
     kernels = {36: 0.1, 144: 0.1, 64 * 10: 0.2, 10 * 10: 0.1}
     living = sum(n - round(rate * n) for n, rate in kernels.items())
     density = cbp_jax.load_results(tmp_path).density.values[0, 0]

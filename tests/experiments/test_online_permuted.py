@@ -30,7 +30,7 @@ RATES = [0.2, np.nan, 0.15]
 
 
 class Calls(list):
-    """A progress callback that remembers, and stops the run as Ctrl-C does when it has been called so often."""
+    """A progress callback that records its calls, and stops the run like Ctrl-C after a number of calls."""
 
     def __init__(self, stop_after=None):
         self.stop_after = stop_after
@@ -70,7 +70,7 @@ def test_results_belong_to_the_right_method_and_seed(finished):
         assert (results[name] >= 0).all() and (results[name] <= 1).all()
     replaced = results.replaced_units.values.sum((1, 2))
     assert replaced[1] == 0 and replaced[0] > replaced[2] > 0
-    # Before the first task methods differ in nothing but their labels, and seeds in everything.
+    # Before the first task, methods differ only in their labels, and seeds in everything.
     for name in ("weight_magnitude", "effective_rank", "stable_rank", "dead_units"):
         first = results[name].values[:, :, 0]
         np.testing.assert_allclose(first, np.broadcast_to(first[0], first.shape), rtol=1e-6, err_msg=name)
@@ -82,7 +82,7 @@ def test_progress_is_reported_after_each_task_of_the_methods_that_run_together(f
     results, _, calls = finished
     cbp = ", ".join(results.method.values[[0, 2]])
     assert [call[:2] for call in calls] == 3 * [(cbp, 4)] + 3 * [("bp(step_size=0.02)", 2)]
-    assert sum(call[1] for call in calls) == results.accuracy.size  # so that a bar comes to its end
+    assert sum(call[1] for call in calls) == results.accuracy.size  # so that the progress bar reaches its end
     for task, (_, _, means) in enumerate(calls[:3]):
         assert set(means) == set(results.data_vars)
         assert means["loss"] == pytest.approx(float(results.loss.values[[0, 2], :, task].mean()), rel=1e-5)
@@ -90,9 +90,9 @@ def test_progress_is_reported_after_each_task_of_the_methods_that_run_together(f
 
 def test_an_interrupted_run_keeps_the_tasks_that_it_finished(finished, tmp_path, monkeypatch):
     whole, _, _ = finished
-    monkeypatch.setattr(stream, "SAVE_EVERY", 1e9)  # not on the way, but as it stops
+    monkeypatch.setattr(stream, "SAVE_EVERY", 1e9)  # results are saved when the run stops, not earlier
     with pytest.raises(KeyboardInterrupt):
-        run(SETTINGS, tmp_path / "run", Calls(stop_after=4))  # the three of cbp, and the first of bp
+        run(SETTINGS, tmp_path / "run", Calls(stop_after=4))  # the three tasks of cbp, and the first of bp
     results = load_results(tmp_path / "run")
     for name, values in results.data_vars.items():
         done = np.ones(values.shape, bool)
@@ -135,7 +135,7 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert (paper.tasks, paper.examples_per_task, paper.batch_size, paper.seeds) == (800, 60_000, 1, 30)
     plain, options = numbers(paper, "bp")
     assert plain == [{"step_size": step} for step in (0.01, 0.003, 0.001, 0.003)]
-    assert options == [{}, {}, {}, {"hidden": ()}]  # and the linear baseline
+    assert options == [{}, {}, {}, {"hidden": ()}]  # the last is the linear baseline
     assert numbers(paper, "online_norm")[0] == [{"step_size": 0.003}]
     assert numbers(paper, "dropout")[1] == [{"dropout_rate": rate} for rate in (0.01, 0.1, 0.3)]
     assert numbers(paper, "l2")[0] == [{"step_size": 0.003, "l2": l2} for l2 in (1e-3, 1e-4, 1e-5)]
@@ -187,7 +187,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
         compared
     ) and laptop.seeds >= 5
     assert {method.learner for method in check(smoke)} == {"bp", "cbp"}
-    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
+    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # takes seconds
     assert preset("paper", "fashion_mnist") == dataclasses.replace(preset("paper"), dataset="fashion_mnist")
 
 

@@ -1,4 +1,4 @@
-"""Learners of one's own: a class and a row, or a function by its path."""
+"""A user's learners: a class and a row, or a function by its path."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ three = 3
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A folder that one works in, with a package of one's own."""
+    """Make the user's working folder, which contains a package."""
     package = tmp_path / "my_package"
     package.mkdir()
     for name, text in (("__init__", ""), ("row", ROW), ("functions", FUNCTIONS), ("broken", "import no_such_thing")):
@@ -104,7 +104,7 @@ def test_a_new_learner_is_one_class_and_one_row_or_only_a_path(own, monkeypatch,
     shape = "--preset smoke --seeds 1 --tasks 1 --examples-per-task 40 --hidden 5 --measured-examples 10 --quiet"
     run = ["run", "online_permuted", *shape.split(), "--out", str(own / "run"), "--methods", *words]
     assert cli.main(run) == 0
-    assert imported == [False]  # what may start JAX comes after cores are counted
+    assert imported == [False]  # cores are counted before anything can start JAX
     assert f"{path}(learning_rate=0.2)" in capsys.readouterr().out  # the table
     results = load_results(own / "run")
     assert results.method.values.tolist() == ["sign(step_size=0.01)", path, f"{path}(learning_rate=0.2)"]
@@ -114,7 +114,7 @@ def test_a_new_learner_is_one_class_and_one_row_or_only_a_path(own, monkeypatch,
     loss = results.loss.values.ravel()
     assert np.isfinite(loss).all() and len(set(loss)) == 3
 
-    # Their looks are kept with the results: pictures need neither the file nor the row.
+    # Titles and styles are stored with the results, so pictures need neither the file nor the row.
     monkeypatch.delitem(LEARNERS, Sign.name)
     figure = plot_tasks(results)
     names = ["Signs (step size 0.01)", "Plain", "Plain (learning rate 0.2)"]
@@ -137,14 +137,14 @@ def test_methods_given_from_python_are_functions_classes_or_strings(own, monkeyp
     path = "my_package.functions:plain"
     labels = ["bp(step_size=0.1)", path, f"{path}(learning_rate=0.2)", "bp(step_size=0.2)"]
     assert results.method.values.tolist() == labels and np.isfinite(results.loss).all()
-    # Each kind is one program of two methods and two seeds; and the function is what backpropagation is.
+    # Each kind is one program for two methods and two seeds; the function equals backpropagation.
     assert seen == [(f"{labels[0]}, {labels[3]}", 4)] * 2 + [(f"{labels[1]}, {labels[2]}", 4)] * 2
     np.testing.assert_array_equal(results.loss.values[[0, 3]], results.loss.values[[1, 2]])
-    # The texts that are kept are those that make the same methods again.
+    # The stored strings define the same methods again.
     texts = json.loads(load_results(own / "run").attrs["settings"])["methods"]
     assert texts == ["bp:step_size=0.1", f"{path}()", f"{path}(learning_rate=0.2)", "bp:step_size=0.2"]
     assert read_methods(texts) == read_methods(given)
-    # A finished run computes nothing more.
+    # A finished run is not computed again.
     seen.clear()
     assert run(lambda labels, lanes, measures: seen.append(measures)).identical(results) and not any(seen)
 
@@ -199,7 +199,7 @@ def test_settings_of_a_path():
     assert method.scheduled == "learning_rate" and parse_method("bp").scheduled == "step_size"
     assert method.options == {"nesterov": True, "accumulator_dtype": None, "activation": "tanh"}
     assert parse_method(method.text) == method == parse_method(method.text.replace("'tanh'", "tanh"))
-    whole = parse_method("optax:adam(learning_rate=1, b1=0)")  # a whole number is traced in a float's place
+    whole = parse_method("optax:adam(learning_rate=1, b1=0)")  # an integer is traced in place of a float
     assert whole.options["learning_rate"] == 1 and whole.hyperparameters["b1"] == 0.0
     assert parse_method("cbp_jax.experiments.learners:Backprop(step_size=0.1)") == parse_method("bp:step_size=0.1")
 
@@ -287,7 +287,7 @@ def test_invalid_methods_are_refused():
 
 
 def test_a_function_among_the_settings_is_written_as_its_path():
-    """So that another process, in which the function has another address, goes on with the run."""
+    """Another process, in which the function has another address, can then resume the run."""
     method = ContinualBackprop(utility=get_utility("weight"))
     assert method.text == "cbp:utility=cbp_jax.replacement.utility:weight" and method.label == "cbp(utility=weight)"
     assert parse_method(method.text).text == method.text

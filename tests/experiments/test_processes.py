@@ -25,14 +25,14 @@ SETTINGS = stream.StreamSettings(
     measured_examples=6,
 )
 TASKS = 4
-MEASURES = {"loss": "of which it is made does not matter", "replaced_units": "tells what is done"}
+MEASURES = {"loss": "any number", "replaced_units": "encodes the finished tasks"}
 
 
 class Train:
-    """Stands in for training: what is measured tells lane and task, and all that the state has seen.
+    """Replaces training: measures encode the lane, the task, and everything that the state has seen.
 
     Args:
-      stop_after: raises a KeyboardInterrupt after so many tasks.
+      stop_after: number of tasks after which it raises a KeyboardInterrupt.
     """
 
     def __init__(self, stop_after=None):
@@ -59,7 +59,7 @@ def job(train, settings=SETTINGS):
 
 
 def run(out, share=None, stop_after=None, settings=SETTINGS):
-    """What was asked of the training, and whether the results were joined."""
+    """Run and return the calls of training, and whether the results were joined."""
     train = Train(stop_after)
     if share is None:
         job(train, settings)(out)
@@ -76,7 +76,7 @@ def stopped(out, share, stop_after):
 
 @pytest.fixture
 def no_networks(monkeypatch):
-    """None are made, and every task is saved."""
+    """Build no networks, and save every task."""
     monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
     monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
     monkeypatch.setattr(stream.memory, "check_states", lambda *args: 1000)
@@ -84,7 +84,7 @@ def no_networks(monkeypatch):
 
 @pytest.fixture
 def whole(no_networks, tmp_path_factory):
-    """A run of one process."""
+    """Make a run of one process."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     job(Train())(out)
     return load_results(out)
@@ -97,7 +97,7 @@ def assert_is_whole(out, whole):
 
 
 def finished(out):
-    """How many tasks each lane has on disk, [method, seed]."""
+    """Return how many tasks each lane has on disk, [method, seed]."""
     return np.isfinite(load_results(out).loss.values).sum(-1)
 
 
@@ -109,21 +109,21 @@ def test_processes_share_the_lanes_and_joined_results_equal_those_of_one_process
         lanes += [lane for cohort, done in asked for lane in cohort]
         assert joined == (index == count - 1) and all(done == 0 for _, done in asked)
         assert (finished(tmp_path) == TASKS).sum() == len(lanes)
-        assert [found.folder for found in report.list_runs(tmp_path)] == [tmp_path]  # parts are no runs
+        assert [found.folder for found in report.list_runs(tmp_path)] == [tmp_path]  # parts are not listed as runs
     assert sorted(lanes) == sorted((label, seed) for label in whole.method.values for seed in (0, 1))
     assert_is_whole(tmp_path, whole)
 
 
 def test_lanes_are_dealt_evenly_over_the_programs(no_networks):
     counts = [len(lanes) for lanes in job(Train()).lanes(Share(0, 4))]
-    assert counts == [1, 1]  # of bp's four lanes and adam's two
+    assert counts == [1, 1]  # of the four lanes of bp and the two of adam
     assert [sum(map(len, job(Train()).lanes(Share(index, 4)))) for index in range(4)] == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_after_a_process_is_lost_any_number_can_resume_and_no_finished_task_is_lost(whole, tmp_path, then):
     run(tmp_path, Share(0, 2))
-    stopped(tmp_path, Share(1, 2), 3)  # in its first program, of which it has two lanes
+    stopped(tmp_path, Share(1, 2), 3)  # in the first program, of which this process has two lanes
     before = finished(tmp_path)
     assert before.tolist() == [[4, 3], [4, 0], [4, 3]]
     assert report.list_runs(tmp_path)[0].state == "unfinished: 18 of 24 tasks"
@@ -255,7 +255,7 @@ def test_a_process_that_does_not_start_is_reported(capsys):
         cli_processes.meet(given._replace(coordinator="no.such.machine.invalid:1"))
 
 
-# Real processes and real networks.
+# Tests with real processes and real networks.
 
 REAL = stream.StreamSettings(
     methods=("bp:step_size=0.1", "cbp:step_size=0.1,replacement_rate=0.2,maturity_threshold=3", "bp:step_size=0.05"),
@@ -272,7 +272,7 @@ def real_job(**changes):
 
 
 def as_process(out, words, kill_after=None, **changes):
-    """What `cbp-jax run` does, for this problem; in a process of its own."""
+    """Do what `cbp-jax run` does for this problem, in a separate process."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
     stream.CHECKPOINT_EVERY, stream.SAVE_EVERY = 0.0, 0.0
@@ -291,7 +291,7 @@ def as_process(out, words, kill_after=None, **changes):
 
 
 def start(out, environment, count, kill=None, devices=1, **changes):
-    """Starts processes on the loopback interface, of which one may kill itself, and waits for their ends."""
+    """Start processes on the loopback interface, one of which may kill itself, and wait until all have ended."""
     address, processes = f"127.0.0.1:{free_port()}", []
     environment = {
         **os.environ,

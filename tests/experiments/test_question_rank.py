@@ -53,7 +53,7 @@ def test_a_run_of_streams_from_end_to_end(smoke):
         values = results[name].values
         assert np.isfinite(values[..., 2:]).all(), name
         assert np.isnan(values[..., :2]).all() == (name in OF_EARLIER), name
-    # By chance, of 64 or 10 inputs, 5 or 5 of which are read.
+    # The overlap by chance: 5 directions among 64 inputs, or 5 among 10.
     assert (results.overlap.values[..., 2:] > 0.05).all() and (results.overlap.values[..., 2:] < 1).all()
     then = (results.learned_accuracy[..., 1].values + results.learned_accuracy[..., 2].values) / 2
     np.testing.assert_allclose(results.forgetting[..., 3], then - results.earlier_accuracy[..., 3], atol=1e-6)

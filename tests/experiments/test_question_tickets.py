@@ -14,7 +14,7 @@ from cbp_jax.units import leaves_by_path
 from cbp_jax.units.groups import Consumer, ParamSlice, UnitGroup
 
 preset, run = question_tickets.preset, question_tickets.run
-# One program of each kind: those of several methods are tested with other streams.
+# One program of each kind: programs with several methods are tested with other streams.
 SMOKE = dataclasses.replace(preset("smoke"), methods=preset("smoke").methods[1:], hidden=(12,), tasks=3)
 
 

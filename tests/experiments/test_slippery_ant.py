@@ -1,4 +1,4 @@
-"""The experiments with the ant: settings, presets, a run, and its resumption. The notebook's test runs one in CI."""
+"""The experiments with the ant: settings, presets, runs, and resumption. In CI the notebook's test runs one."""
 
 import dataclasses
 import json
@@ -132,9 +132,9 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow  # as what follows: PPO and the ant's physics in one program compile for long
+@pytest.mark.slow  # like those below: PPO and the ant's physics in one program take long to compile
 def test_a_run_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(agents, "save_episode", lambda *_: None)  # compiles for as long again; see below
+    monkeypatch.setattr(agents, "save_episode", lambda *_: None)  # doubles the compilation time; tested below
     seen = []
     results = slippery_ant.run(TINY, tmp_path, lambda methods, lanes, measures: seen.append((lanes, set(measures))))
     assert seen == [(2, set(ants.MEASURES))] * 3 and slippery_ant.total(TINY) == 6
@@ -194,5 +194,5 @@ def test_with_a_common_clock_an_interval_has_one_friction_and_methods_are_reset(
     )
     results = slippery_ant.run(settings, tmp_path)
     np.testing.assert_allclose(results.friction, [[[0.1, 1.0, 0.1]]], rtol=1e-6)
-    assert len(np.unique(results.weight_magnitude)) == 3, "what does not learn is another network after each change"
+    assert len(np.unique(results.weight_magnitude)) == 3, "every change of friction resets the network"
     assert (results.episode_length > 0).all()

@@ -36,7 +36,7 @@ def run(out, progress=None, settings=SETTINGS, **changes):
 
 
 def run_killed(out):
-    """Runs in a process that kills itself in the second method's third task; the state is of the second."""
+    """Run in a process that kills itself in the second method's third task; the saved state is of the second."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
     stream.SAVE_EVERY, stream.CHECKPOINT_EVERY = 1e9, 0.0
@@ -51,7 +51,7 @@ def run_killed(out):
 
 
 class Calls(list):
-    """A progress callback that remembers, and stops the run as Ctrl-C does when it has been called so often."""
+    """A progress callback that records its calls, and stops the run like Ctrl-C after a number of calls."""
 
     def __init__(self, stop_after=None):
         self.stop_after = stop_after
@@ -67,13 +67,13 @@ class Calls(list):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run without an interruption."""
+    """Run without an interruption."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     return run(out), out
 
 
 def assert_is_whole(results, out, whole):
-    """To the last bit, in memory and on disk, and nothing else is left."""
+    """Assert equality to the last bit, in memory and on disk, and that no other files are left."""
     expected, _ = whole
     assert set(report.stream_measures(updates=True)) == set(expected.data_vars)
     assert all(np.isfinite(values).all() for values in expected.data_vars.values())
@@ -82,13 +82,13 @@ def assert_is_whole(results, out, whole):
 
 
 def only_after(task):
-    """Saves of the state after that task of a group and no other."""
+    """Save the state only after that task of a group."""
     save = training.Checkpoint.save
     return lambda self, tasks, state, **when: save(self, tasks, state, **when) if tasks == task else None
 
 
 def finished_tasks(out):
-    """Tasks of each method with results on disk; all measures and seeds of them."""
+    """Return the number of tasks of each method with results on disk, for all measures and seeds."""
     results = load_results(out)
     done = np.stack([np.isfinite(values.values) for values in results.data_vars.values()])
     assert (done.all((0, 2)) == done.any((0, 2))).all()
@@ -96,7 +96,7 @@ def finished_tasks(out):
 
 
 def told_at_once(calls):
-    """Lanes that were told without means, as they were found to be done."""
+    """Return the lanes that were reported without means, because they were already finished."""
     return [lanes for _, lanes, means in calls if not means]
 
 
@@ -112,18 +112,18 @@ def test_a_repeatedly_interrupted_run_ends_like_an_uninterrupted_one(whole, tmp_
     monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 1e9)
     assert told_at_once(interrupted(after=2)) == []
     assert finished_tasks(tmp_path) == [2, 0, 2] and not state.exists()
-    # Without a state all over again, and then with one that is two tasks behind the results.
+    # The run first starts without a state, and then with one that is two tasks behind the results.
     monkeypatch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(training.Checkpoint, "save", only_after(1))
         assert told_at_once(interrupted(after=3)) == []
     assert finished_tasks(tmp_path) == [3, 0, 3] and state.exists()
-    # One task of four lanes is done; then three that make the group complete, and two of the second method.
+    # One task of four lanes is finished; then three that complete the group, and two of the second method.
     assert told_at_once(interrupted(after=1 + 3 + 2)) == [4]
     assert finished_tasks(tmp_path) == [4, 2, 4] and state.exists()
     calls = Calls()
     assert_is_whole(run(tmp_path, calls), tmp_path, whole)
-    # A group that is complete, and the task of the second method whose state is kept: one before it was stopped.
+    # One group is complete; the saved state of the second method is one task older than the interruption.
     assert told_at_once(calls) == [16, 2] and calls.done() == stream.total(SETTINGS) == whole[0].loss.size
 
 
@@ -134,7 +134,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, compiled_once, tmp_p
     environment = {**os.environ, **compiled_once, "PYTHONPATH": path}
     process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120)
     assert process.returncode == -signal.SIGKILL
-    # Results were not written on the way; those that the state needs came to disk with it.
+    # Results are not written after each task, but those that the state needs are saved with it.
     assert finished_tasks(tmp_path) == [4, 2, 4] and (tmp_path / folder.STATE_FILE).exists()
     calls = Calls()
     assert_is_whole(run(tmp_path, calls), tmp_path, whole)
@@ -143,9 +143,9 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, compiled_once, tmp_p
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Stands in for training: remembers what it was asked for, and makes a loss that tells lane and task.
+    """Replaces training: records its arguments, and yields losses that encode lane and task.
 
-    Lanes have a state, the number of tasks that they have done, which is saved and restored as that of networks.
+    The state of a lane is the number of its finished tasks. It is saved and restored like a network's state.
     """
     asked = []
 
@@ -174,7 +174,7 @@ BP, ADAM = "bp(step_size=1); bp(step_size=3)", "adam(step_size=2)"
 
 
 def stop(out, after):
-    """Runs to the task after so many, and leaves the state of all that came before."""
+    """Interrupt a run after so many tasks, and leave its saved state."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stream, "CHECKPOINT_EVERY", 0.0)
         run(out, Calls(after), FAKE)
@@ -197,7 +197,7 @@ BACKPROP = dataclasses.replace(SETTINGS, methods=("bp:step_size=0.1", "bp:step_s
 
 
 class Listener(Calls):
-    """Remembers besides what a method did alone, and what diverged."""
+    """Also records single methods' reports, and diverged lanes."""
 
     def __init__(self):
         super().__init__()
@@ -217,7 +217,7 @@ def test_a_diverging_lane_is_reported_immediately_and_changes_no_other(tmp_path,
     heard = Listener()
     results = run(tmp_path / "sick", heard, sick)
     bad = "bp(step_size=1e+38)"
-    assert heard.lost == [(bad, 0, 0)]  # once; the units of the other seed are all dead, and its loss is finite
+    assert heard.lost == [(bad, 0, 0)]  # reported once; all units of the other seed are dead, but its loss is finite
     assert np.isfinite(results.loss.loc[{"method": bad}]).any("task").values.tolist() == [False, True]
     expected = run(tmp_path / "healthy", None, healthy)
     for name, values in expected.data_vars.items():
@@ -225,7 +225,7 @@ def test_a_diverging_lane_is_reported_immediately_and_changes_no_other(tmp_path,
     of_first = [loss for method, _, loss in heard.tasks if method == "bp(step_size=0.1)"]
     np.testing.assert_allclose(of_first, expected.loss[0].mean("seed"), rtol=1e-6)
     assert heard.tasks[0][:2] == ("bp(step_size=0.1)", 0) and len(heard.tasks) == 6
-    if mode == "map":  # nor is it there at all
+    if mode == "map":  # with map, not even leaving the method out changes a bit
         alone = run(tmp_path / "alone", None, dataclasses.replace(healthy, methods=("bp:step_size=0.1",)))
         for name, values in alone.data_vars.items():
             np.testing.assert_array_equal(results[name][0], values[0], err_msg=name)
@@ -285,7 +285,7 @@ def test_the_plan_lists_programs_lanes_and_memory(monkeypatch):
     assert "4 lanes in 2 batches; at least " in lines[1] and "2 lanes; at least " in lines[2]
     with pytest.raises(ValueError, match="lanes_at_once must be at least 1, got 0"):
         stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=0)
-    # On an accelerator the number is found.
+    # On an accelerator, the number of lanes is computed.
     monkeypatch.setattr(stream.memory.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(stream.memory, "_of_device", lambda: 1000.0)
     devices = len(jax.local_devices())
@@ -294,7 +294,7 @@ def test_the_plan_lists_programs_lanes_and_memory(monkeypatch):
 
 
 def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_path):
-    # Of a diverged lane the losses are not numbers, and yet it is done.
+    # The losses of a diverged lane are NaN, but it counts as finished.
     settings = dataclasses.replace(FAKE, methods=(*FAKE.methods, "upgd:step_size=7"))
     with pytest.warns(
         RuntimeWarning, match=r"upgd\(step_size=7\) diverged with seed [01] in task 1: its loss is not finite"
@@ -383,7 +383,7 @@ def test_a_state_without_results_or_of_other_methods_is_not_used(asked, tmp_path
     stop(tmp_path, after=2)
     if without == "results":
         (tmp_path / "results.nc").unlink()
-    else:  # as a run leaves it that is killed before it deletes the state of the last group
+    else:  # the file that remains if a run is killed before it deletes the state of the last group
         state = training.Checkpoint(tmp_path / folder.STATE_FILE, ADAM, every=0.0)
         state.save(2, lambda: {"done": np.full(2, 2, np.int32)})
     asked.clear()

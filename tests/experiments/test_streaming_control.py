@@ -1,4 +1,4 @@
-"""The experiment on a changing cart-pole: settings, learners, and runs that are resumed."""
+"""The experiment on a changing cart-pole: settings, learners, and resumed runs."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def test_the_agent_is_that_of_the_paper():
 
 
 def changed(text):
-    """What two updates with a gradient of 1 everywhere make of weights of 1."""
+    """Return weights of 1 after two updates with gradients of 1."""
     (method,) = learners.read_methods([text], known=LEARNERS)
     params = {"w": jnp.ones(2)}
     method = method.on({"discount": 0.5}, (), [method])
@@ -62,7 +62,7 @@ def changed(text):
 
 
 def test_learners_follow_traces_with_the_agents_discount():
-    # traces are 1 and then 1 + 0.5 * 0.6
+    # the traces are 1, then 1 + 0.5 * 0.6
     np.testing.assert_allclose(changed("bp:step_size=0.1,trace_decay=0.6"), 1 + 0.1 * (0.5 + 2 * 1.3), rtol=1e-5)
     bounded = 0.5 / (3 * 2) + 2 * 1.3 / (3 * 2 * 2 * 1.3)
     np.testing.assert_allclose(changed("obgd:kappa=3,trace_decay=0.6"), 1 + bounded, rtol=1e-5)

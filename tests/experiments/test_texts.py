@@ -34,7 +34,7 @@ def test_an_encoder_from_scratch_and_tasks(prepared):
     assert prepared.class_masks().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
     for task in prepared.tasks:
         assert [len(train) for train in task.train.values()] == [30, 30] and len(task.test) == 10
-        assert (task.train[0].tokens != task.train[1].tokens).any()  # each seed has training texts of its own
+        assert (task.train[0].tokens != task.train[1].tokens).any()  # each seed has other training texts
     init = jax.jit(prepared.init)
     one, other = init(0, 0), init(0, 1)
     assert one["head"]["kernel"].shape == (8, 5) and not one["head"]["kernel"].any()
@@ -86,7 +86,7 @@ def test_the_default_encoder(monkeypatch, tmp_path):
     monkeypatch.setattr(nets, "installed_encoder", lambda: None)
     assert texts._folder_of("auto") is None
     monkeypatch.setattr(nets, "installed_encoder", lambda: tmp_path)
-    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)  # without tokenizers
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)  # as if tokenizers was not installed
     assert texts._folder_of("auto") is None
     monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: sys)
     assert texts._folder_of("auto") == tmp_path and texts._folder_of("none") is None
@@ -139,7 +139,7 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_fitting_equals_a_plain_loop_of_updates(prepared):
-    """Of a linear model on counts of words, with a penalty, against NumPy."""
+    """A linear model on word counts, with a penalty, is compared with NumPy."""
     task = prepared.tasks[0]
     batch = batches([(task, 6, 100)], 0, 5, {"animals": np.array([1, 1, 0, 0, 0], bool)}, 0)
     counts = np.stack([np.stack([np.bincount(row, minlength=40) for row in rows]) for rows in batch.tokens])

@@ -30,14 +30,14 @@ BEST = {
 
 
 def accuracy(numbers, seeds, task):
-    """Best at a step size of 0.03 and the largest l2; a step size of 0.3 diverges with one of the tuning seeds."""
+    """Return a performance that is best at step size 0.03 and the largest l2; 0.3 diverges with one tuning seed."""
     value = np.exp(-(np.log(numbers["step_size"] / 0.03) ** 2)) / 2 + 0.1 * numbers.get("l2", 0) + seeds / 1e6
     loss = np.where((numbers["step_size"] > 0.25) & (seeds == 1001), np.nan, value + task)
     return value + task / 100, loss
 
 
 def make(group):
-    """In place of training a formula of settings, seeds and tasks, which goes on where a checkpoint stopped."""
+    """Replace training by a formula of settings, seeds and tasks, which resumes where a checkpoint stopped."""
 
     def train(seeds, numbers, checkpoint):
         state, done = {"tasks": np.zeros(len(seeds))}, checkpoint.tasks
@@ -95,7 +95,7 @@ def test_all_tried_settings_are_recorded_and_diverged_ones_are_worst(finished):
     assert np.isfinite(tried[2, :2]).all() and np.isfinite(tried[2, 2]).tolist() == [True, False]
     assert np.isnan(tried[3, 1:]).all()
     both = [load_results(out / name) for name in (tuning.TUNING, tuning.REPORTED)]
-    assert [part.sizes["method"] for part in both] == [9, 3]  # what lanes share is run once
+    assert [part.sizes["method"] for part in both] == [9, 3]  # configurations that lanes share run once
     assert {part.attrs["experiment"] for part in both} == {"online_permuted"}
     two = {"plain": [parse_method(f"bp:step_size={step}") for step in (0.3, 0.01)]}
     (better,) = choose(results.copy(deep=True), two, both[0]).values()

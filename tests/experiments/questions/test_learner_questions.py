@@ -1,4 +1,4 @@
-"""Questions 1 to 3: learners on Online Permuted images, each with an equal search."""
+"""Questions 1 to 3: learners on Online Permuted images, compared after equal searches."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def test_all_lanes_have_an_equal_search_and_seeds_of_their_own(experiment):
     laptop = experiment.preset("laptop")
     assert EXPERIMENTS[experiment.name] is experiment and laptop.seeds >= 10 and laptop.dataset == "digits"
     assert experiment.check(laptop) == list(laptop.methods)
-    # An hour of a core at 8 to 18 microseconds an update, by far most of it of continual backpropagation.
+    # An hour on one core, at 8 to 18 microseconds per update; most of it is continual backpropagation.
     slow = sum(name != "bp" for name in laptop.methods) if experiment is not question_penalty else 0
     runs = 12 * laptop.tuning_seeds + laptop.seeds
     updates = laptop.tasks * laptop.examples_per_task
