@@ -33,7 +33,7 @@ def test_an_adapter_is_the_same_after_saving_and_loading(tmp_path):
 
 
 def test_the_format_is_that_of_peft(tmp_path):
-    """A [rank, in] and B [out, rank]; the change of a layer of PyTorch's is alpha / rank B A."""
+    """A is [rank, in] and B is [out, rank]; the change of a PyTorch layer is alpha / rank B A."""
     adapter = make()
     lora.save(adapter, tmp_path)
     tensors, change = safetensors.read(tmp_path / "adapter_model.safetensors"), lora.delta(adapter)["params"]
@@ -90,7 +90,7 @@ def test_a_round_trip_through_peft(tmp_path):
     state = base.state_dict()
     for path, leaf in units.leaves_by_path(params).items():
         shape = tuple(state[names[path]].shape)
-        # PyTorch's [out, in], with heads and their dimensions as one axis.
+        # PyTorch's kernels are [out, in], with heads and their dimensions as one axis.
         matrix = np.asarray(leaf).reshape(shape[::-1]).T if path.endswith("kernel") else np.reshape(leaf, shape)
         state[names[path]] = torch.tensor(np.ascontiguousarray(matrix))
     base.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Rank-one components of adapters are units, on which every algorithm that replaces or protects units acts."""
+"""Rank-one components of adapters are units: algorithms that replace or protect units apply to them."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def replaced_by(name):
         "redo": cbp_jax.redo(optax.sgd(0.0), UNITS, threshold=0.5, every=1),
     }[name]
     weak = jax.tree.map(lambda leaf: leaf, ADAPTER)
-    # The second component reads next to nothing.
+    # The second component has almost no activation.
     weak.factors["w1"] = {
         "lora_A": ADAPTER.factors["w1"]["lora_A"].at[:, 1].mul(1e-3),
         "lora_B": ADAPTER.factors["w1"]["lora_B"],
