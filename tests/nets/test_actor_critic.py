@@ -1,4 +1,4 @@
-"""The network of an agent, and its units."""
+"""The agent's network and its units."""
 
 import chex
 import jax

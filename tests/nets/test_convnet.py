@@ -76,7 +76,7 @@ def test_replaced_units_are_initialized_like_the_others():
     for name in ("Conv_0", "Dense_0"):
         kernel = np.asarray(layers[name]["kernel"])
         assert not np.isclose(kernel, params["params"][name]["kernel"]).all()
-        drawn = kernel[kernel != 0]  # where both layers replace, weights between new units are of the later one
+        drawn = kernel[kernel != 0]  # weights between new units are drawn for the later layer
         assert 0.9 < np.abs(drawn).max() * np.prod(kernel.shape[:-1]) ** 0.5 <= 1
         assert not layers[name]["bias"].any()
 
@@ -87,7 +87,7 @@ def test_convolutions_may_have_another_activation():
     layers = params["params"]
     linear = {**layers, "Conv_0": {"kernel": -layers["Conv_0"]["kernel"], "bias": layers["Conv_0"]["bias"] - 100}}
     linear["Conv_1"] = {"kernel": -layers["Conv_1"]["kernel"], "bias": layers["Conv_1"]["bias"]}
-    assert np.ptp(net.apply({"params": linear}, X), axis=0).all()  # a negative channel still says something
+    assert np.ptp(net.apply({"params": linear}, X), axis=0).all()  # a negative channel still carries information
     assert not np.ptp(same.apply({"params": linear}, X), axis=0).any()
 
 
@@ -105,7 +105,7 @@ def test_the_network_conv_2_of_the_lottery_tickets():
     params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     kernels = [layer["kernel"].shape for layer in params.values()]
     assert kernels == [(3, 3, 3, 64), (3, 3, 64, 64), (16 * 16 * 64, 256), (256, 256), (256, 10)]
-    # 4.3M weights, as the paper says, of which 38k are convolutions'.
+    # 4.3M weights, as in the paper; 38k of them are in convolutions.
     assert round(sum(np.prod(shape) for shape in kernels) / 1e6, 1) == 4.3
 
 

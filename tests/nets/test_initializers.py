@@ -49,7 +49,7 @@ def test_sparse_leaves_few_weights_of_each_unit(shape, zeros):
     inputs = len(weights)
     np.testing.assert_array_equal(alive.sum(0), inputs - zeros)
     check_uniform(weights[alive], inputs**-0.5)
-    share = alive.mean(1)  # no place is preferred
+    share = alive.mean(1)  # all positions are equally likely
     np.testing.assert_allclose(share, 1 - zeros / inputs, atol=0.1)
     assert len(np.unique(alive, axis=1).T) > 3 or inputs == 4
 

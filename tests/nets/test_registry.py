@@ -21,7 +21,7 @@ IMAGE = (16, 16, 1)
 
 
 class Own(nn.Module):
-    """A module of a user's, which looks at images and differs in training."""
+    """A user's module, which takes images and behaves differently in training."""
 
     num_outputs: int
     width: int = 3
@@ -36,12 +36,12 @@ class Own(nn.Module):
 
 
 def of_function(num_outputs, width=2):
-    """A function of a user's, whose module is a perceptron."""
+    """A user's function that makes a perceptron."""
     return nets.MLP((width,), num_outputs)
 
 
 class Fixed(nn.Module):
-    """A module of a user's that is for seven classes."""
+    """A user's module for seven classes."""
 
     @nn.compact
     def __call__(self, x):
@@ -116,7 +116,7 @@ def test_images_are_not_flattened_if_the_network_takes_them(name, images):
 def test_which_settings_a_network_takes():
     own, vit = nets.read("my_nets:Own"), nets.read("vit")
     assert own.takes("hidden", (3,)) and own.takes("width") and not own.takes("widths")
-    assert vit.takes("hidden") and not vit.takes("hidden", (3,))  # it is one number
+    assert vit.takes("hidden") and not vit.takes("hidden", (3,))  # hidden is a single number
     assert not vit.takes("parent") and nets.read(lambda **anything: None).takes("widths")
 
 
