@@ -20,7 +20,7 @@ def test_statistics_cover_all_counted_numbers(sizes):
 
 
 def test_a_prior_counts_like_earlier_numbers():
-    prior = np.array([1.0, -1.0, 1.0, -1.0])  # of mean 0 and variance 1
+    prior = np.array([1.0, -1.0, 1.0, -1.0])  # mean 0, variance 1
     seen = np.array([3.0, 7.0])
     found = counted(unseen((), prior=4.0), jnp.asarray(seen))
     both = np.concatenate([prior, seen])
