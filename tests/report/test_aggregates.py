@@ -22,7 +22,7 @@ def test_one_run_that_diverged_does_not_count():
 
 
 def exact_interval(problems):
-    """Of all bootstrap samples there are, each as likely as any other."""
+    """Compute the interval from all possible bootstrap samples, which are equally likely."""
     samples = [itertools.product(values, repeat=len(values)) for values in problems]
     found = [stats.trim_mean(np.concatenate(sample), 0.25) for sample in itertools.product(*samples)]
     return np.percentile(found, [2.5, 97.5])
@@ -33,7 +33,7 @@ def test_the_stratified_bootstrap_draws_the_runs_of_each_problem_by_itself():
     found = stratified_bootstrap(problems, resamples=20_000)
     np.testing.assert_allclose(found, exact_interval(problems), atol=0.35)
     together = stratified_bootstrap([np.concatenate(problems)], resamples=20_000)
-    assert together[1] - together[0] > 2 * (found[1] - found[0])  # where problems mix, intervals are far wider
+    assert together[1] - together[0] > 2 * (found[1] - found[0])  # mixing problems widens intervals
     assert np.isnan(stratified_bootstrap([np.array([1.0]), np.array([2.0])])).all()
     with pytest.raises(ValueError, match="sizes must be at least one, each at least 1, got"):
         stratified_bootstrap([np.array([1.0]), np.array([])])

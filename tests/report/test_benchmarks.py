@@ -7,11 +7,11 @@ from cbp_jax.report.benchmarks import COST, overall, standing
 
 SEEDS, TASKS = 8, 10
 RNG = np.random.default_rng(0)
-HARD = RNG.normal(0, 0.2, SEEDS)  # what makes one seed harder than another
+HARD = RNG.normal(0, 0.2, SEEDS)  # differences between seeds
 
 
 def results_of(values, measure="accuracy", costs=None, **others):
-    """Results of the performance [seeds] of each method in all tasks."""
+    """Make results with a performance [seeds] of each method, the same in all tasks."""
     methods = list(values)
     measures = stream_measures(accuracy=measure == "accuracy")
     results = new_results(
@@ -75,7 +75,7 @@ def test_the_overall_score_is_over_the_runs_of_all_problems():
     both = np.concatenate([standings["digits"].scores[1], standings["targets"].scores[1]])
     assert rows["good"].score[0] == stats.trim_mean(both, 0.25)
     assert rows["good"].score[1] <= rows["good"].score[0] <= rows["good"].score[2]
-    # "bad" and "worse" have one problem each, and no rank among those that have both.
+    # "bad" and "worse" have one problem each, so they have no rank among the methods with both.
     assert {name: row.complete for name, row in rows.items()} == {name: name not in ("bad", "worse") for name in rows}
     assert [rows[name].rank[0] for name in ("good", "half", "bp")] == [1, 2, 3] and np.isnan(rows["bad"].rank[0])
     assert [row.method for row in overall(standings, ["targets"]) if row.complete] == ["good", "half", "bp", "worse"]

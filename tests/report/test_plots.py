@@ -26,7 +26,7 @@ SEVEN = ["bp", "adam", "l2", "l1", "shrink_and_perturb", "dropout", "cbp"]
 
 
 def results_of(methods, *, learners=None, hyperparameters=None, seeds=2, tasks=6, run=None):
-    """The accuracy of method m, seed s, task t is 50 + 5m + s + t percent; ``run`` of the tasks were run."""
+    """Make results with accuracy 50 + 5m + s + t percent for method m, seed s, task t, in the first `run` tasks."""
     results = new_results(
         methods,
         learners or methods,
@@ -190,7 +190,7 @@ def test_many_methods_are_cut_to_the_best_variant_of_each_learner():
         "Continual backprop (rate 1)",
         "Backprop (step size 0)",
     ]
-    results.accuracy.values[5, :, 5:] = np.nan  # the best, but not as far
+    results.accuracy.values[5, :, 5:] = np.nan  # the best, but with fewer finished tasks
     assert best_variants(results)[0] == "bp(step_size=4)"
     with pytest.raises(ValueError, match="methods: got 'adam'"):
         plot_tasks(results, methods=["adam"])
@@ -248,7 +248,7 @@ def test_plot_run_writes_beside_the_results_or_where_it_is_told(tmp_path):
 
 
 def regression(methods=("bp", "cbp"), learners=None, hyperparameters=None):
-    """Losses that rise with the number of the method; plasticity, and nothing else of updates."""
+    """Make results with losses that grow with the method's number, and plasticity as the only measure of updates."""
     results = new_results(
         methods,
         learners or methods,

@@ -69,7 +69,7 @@ def test_runs_below_a_folder_are_listed_with_state_and_headline(tmp_path):
     run_of(tmp_path / "d", 2)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.nc").write_bytes(b"half")
-    (tmp_path / "c" / files.LOCK_FILE).touch()  # as a kill leaves it
+    (tmp_path / "c" / files.LOCK_FILE).touch()  # the lock file of a killed run
     with files.locked(tmp_path / "d"):
         runs = list_runs(tmp_path)
     states = {run.folder.name: run.state for run in runs}

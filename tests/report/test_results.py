@@ -101,7 +101,7 @@ def test_new_results_refuses_bad_arguments(changes, message):
 def test_record_task_writes_its_block_and_nothing_else():
     results = small()
     block = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    # Rows and columns in another order than the results', so that labels and not positions must decide.
+    # Rows and columns have another order than in the results, so labels must decide, not positions.
     record_task(results, 2, {"accuracy": block}, methods=["cbp(rate=0.0001)", "bp"], seeds=jnp.array([5, 3]))
     expected = np.full((3, 2, 4), np.nan)
     expected[2, :, 2] = 2.0, 1.0
@@ -140,7 +140,7 @@ def test_results_come_back_from_their_file(tmp_path, of):
     assert path == tmp_path / "deep" / "run" / FILE_NAME
     loaded = load_results(path if of == "file" else path.parent)
     xr.testing.assert_identical(loaded, results)
-    path.unlink()  # the loaded results are in memory, and free to be written on
+    path.unlink()  # loaded results are in memory and can be changed
     record_task(loaded, 1, {"accuracy": np.full((3, 2), 0.2)})
     assert int(loaded.accuracy.notnull().sum()) == 12
 
@@ -152,7 +152,7 @@ def test_an_interrupted_save_leaves_the_last_results(tmp_path, monkeypatch):
     before = results.copy(deep=True)
     record_task(results, 1, {"accuracy": np.ones((3, 2))})
 
-    def killed(descriptor):  # when all but the end of the file is written
+    def killed(descriptor):  # when all of the file but its end has been written
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", killed)
@@ -260,6 +260,6 @@ def test_incompatible_results_are_not_joined():
 
 
 def test_settings_that_are_functions_are_stored_by_import_path():
-    """So that another process, in which they have another address, goes on with the run."""
+    """Another process, in which they have another address, can then resume the run."""
     kept = settings_json({"utilities": ("weight", load_results)})
     assert json.loads(kept) == {"utilities": ["weight", "cbp_jax.report.results:load_results"]}

@@ -17,7 +17,7 @@ from cbp_jax.report.statistics import mean_and_error, performance
 
 
 def results_of(accuracy, tasks=None, **measures):
-    """Results of methods a, b, ... from accuracies [methods, seeds, tasks]."""
+    """Make results of methods a, b, ... from accuracies [methods, seeds, tasks]."""
     accuracy = np.asarray(accuracy)
     labels = list("abcdef"[: len(accuracy)])
     tasks = tasks or accuracy.shape[2]
