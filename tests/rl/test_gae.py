@@ -9,7 +9,7 @@ from cbp_jax.rl import gae
 
 
 def loop(rewards, values, next_values, terminations, truncations, discount, gae_lambda):
-    """Advantages by their definition: sums of later errors, each episode by itself."""
+    """Compute advantages by their definition: discounted sums of later errors within each episode."""
     steps, envs = rewards.shape
     result = np.zeros((steps, envs))
     for env in range(envs):

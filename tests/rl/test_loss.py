@@ -1,4 +1,4 @@
-"""The loss of PPO, against NumPy."""
+"""The loss of PPO against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def test_the_loss_is_that_of_ppo():
     ratio = np.exp(log_prob - old)
     surrogate = np.where(
         advantages > 0, np.minimum(ratio, 1.2) * advantages, np.maximum(ratio, 0.8) * advantages
-    )  # the clip in its other form
+    )  # clipping in its other form
     batch = Steps(jnp.zeros((32, 1)), *map(jnp.asarray, (actions, old, value, advantages, targets)))
     settings = Settings(value_coefficient=0.5, entropy_coefficient=0.01)
     loss, terms = ppo_loss(settings, *map(jnp.asarray, (mean, log_std, value)), batch)
@@ -37,9 +37,9 @@ def test_the_loss_is_that_of_ppo():
 
 
 def test_the_policy_follows_the_sign_of_the_advantage_until_it_is_clipped():
-    # One action each, above the mean; without a clip descending the loss takes the mean to it where A > 0, else away.
+    # Each action is above the mean. Without clipping, descent moves the mean toward it if A > 0, otherwise away.
     advantages = jnp.array([1.0, -1.0, 1.0, -1.0])
-    ahead = jnp.log(jnp.array([1.0, 1.0, 1.5, 0.5]))  # of these ratios the last two are past the clip
+    ahead = jnp.log(jnp.array([1.0, 1.0, 1.5, 0.5]))  # the last two of these ratios are beyond the clipping range
     actions, zeros = jnp.full((4, 1), 0.5), jnp.zeros(4)
 
     def loss(mean):
@@ -72,7 +72,7 @@ def test_value_clipping_takes_the_larger_of_two_errors():
     own, near = (value - targets) ** 2, (nearest - targets) ** 2
     np.testing.assert_allclose(found, np.maximum(own, near).mean(), rtol=1e-5)
     assert found > value_loss(jnp.asarray(value), Settings(clip=0.3)) + 0.01
-    # Where the clipped value is the worse of two, moving does not help.
+    # If the clipped value has the larger error, the gradient is 0.
     np.testing.assert_allclose(gradient, np.where(near > own, 0, 2 * (value - targets) / 200), atol=1e-7)
 
 
