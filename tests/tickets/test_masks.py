@@ -50,7 +50,7 @@ def test_arrays_that_are_not_selected_are_not_pruned(select):
     for _ in range(3):
         mask = prune(PARAMS, mask, 0.5)
     assert mask["embedding"].all() and mask["dense"]["bias"].all() and mask["norm"]["scale"].all()
-    # 10, 5, 3, 1 and 15, 7, 3, 1: halves that die are rounded to even.
+    # 10, 5, 3, 1 and 15, 7, 3, 1 are left: half of a weight is rounded to even.
     assert density(mask) == np.float32(2 / 25)
     assert (apply_mask(PARAMS, mask)["embedding"] == PARAMS["embedding"]).all()
     other = random_mask_like(mask, 0)

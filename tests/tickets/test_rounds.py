@@ -56,7 +56,7 @@ find = functools.partial(iterative_magnitude_pruning, TRAIN, PARAMS)
 
 
 def numpy_tickets(rounds, fraction, rates, rewind_step):
-    """The same in float64, spelled out."""
+    """Compute the same in float64, step by step."""
     theta = {name: np.asarray(leaf, np.float64) for name, leaf in PARAMS.items()}
     mask = {name: np.ones(leaf.shape, bool) for name, leaf in theta.items()}
     for number in range(rounds):
