@@ -13,7 +13,7 @@ from cbp_jax.training import Checkpoint, TrainState, checkpoint
 
 
 def state_of(scale=1.0, width=3):
-    """Two lanes of what runs keep: named tuples in chains, empty states, keys, counts, and several types."""
+    """Make the state of two lanes: named tuples in chains, empty states, keys, counts, and several dtypes."""
     params = {"params": {"Dense_0": {"kernel": scale * np.arange(2 * width, dtype=np.float32).reshape(2, width)}}}
     moments = optax.ScaleByAdamState(np.array([3, 4], np.int32), params, params)
     noise = {"key": np.array([[1, 2], [3, 2**32 - 1]], np.uint32), "mask": np.array([True, False])}
@@ -28,7 +28,7 @@ def never():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time stands still, but for what is added to `clock.now`."""
+    """Stop the clock; tests advance it by adding to `clock.now`."""
     time = types.SimpleNamespace(now=100.0, monotonic=lambda: time.now)
     monkeypatch.setattr(checkpoint, "time", time)
     return time
@@ -49,7 +49,7 @@ def test_without_a_saved_state_a_run_starts_from_its_initial_state(tmp_path):
     none = Checkpoint(tmp_path / "state", "bp")
     like = state_of()
     assert none.tasks == 0 and none.restore(like) is like
-    none.delete()  # nothing, and no error
+    none.delete()  # there is no file, and no error
 
 
 def test_a_state_of_another_name_is_not_restored_and_the_next_save_replaces_it(tmp_path):
@@ -92,7 +92,7 @@ def test_a_state_is_saved_when_it_is_due(tmp_path, clock):
     saving.save(3, never)
     clock.now += 1.0
     saving.save(4, lambda: state_of(scale=2.0))
-    # Results are brought to disk before the state is, so that they are never behind it.
+    # Results are saved before the state, so that they are never behind it.
     assert calls == [False, True]
     found = Checkpoint(path, "bp")
     assert found.tasks == 4
@@ -115,7 +115,7 @@ def test_saves_take_at_most_a_twentieth_of_the_time(tmp_path, clock):
     every_task = Checkpoint(tmp_path / "state", "bp", every=0.0)
     for task in (1, 2):
         every_task.save(task, slow)
-    assert Checkpoint(tmp_path / "state", "bp").tasks == 2  # who asks for every task gets every task
+    assert Checkpoint(tmp_path / "state", "bp").tasks == 2  # with every=0, every task is saved
 
 
 @pytest.mark.parametrize("broken", ["before", "state", "write"])

@@ -29,7 +29,7 @@ def wrap(name, units):
     inner = optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9))
     return {
         "sgd": inner,
-        "adam": cbp_jax.adam(0.1),  # a count for each weight
+        "adam": cbp_jax.adam(0.1),  # has a count for each weight
         "cbp": cbp_jax.continual_backprop(inner, units, maturity_threshold=0),
         "shrink_and_perturb": cbp_jax.shrink_and_perturb(inner, 0.1, 0.1),
         "multi_steps": optax.MultiSteps(inner, 3).gradient_transformation(),
@@ -110,7 +110,7 @@ def test_a_run_equals_a_plain_loop():
     for index in range(2):
         state, measures = task(problem.data, state)
         batches, evaluation, test = jax.tree.map(np.asarray, show(problem.data, problem_key, index))
-        hidden = forward(params, evaluation)[0].mean(0)  # before the task; not negative
+        hidden = forward(params, evaluation)[0].mean(0)  # before the task; activations are not negative
         for tree in (params, trace):
             tree["Dense_1"] = jax.tree.map(np.zeros_like, tree["Dense_1"])
         losses = []
@@ -119,7 +119,7 @@ def test_a_run_equals_a_plain_loop():
             losses.append(loss)
             trace = jax.tree.map(lambda t, g: 0.5 * t + g, trace, grads)
             params = jax.tree.map(lambda p, t: p - 0.3 * t, params, trace)
-        assert losses[0] == pytest.approx(np.log(2))  # of a head of zeros
+        assert losses[0] == pytest.approx(np.log(2))  # with a head of zeros
         outputs = forward(params, test[0])[1]
         expected = {
             "loss": np.mean(losses),
@@ -135,7 +135,7 @@ def test_a_run_equals_a_plain_loop():
 
 
 class Flat:
-    """A network of images that sees them as vectors."""
+    """A network that flattens images."""
 
     def __init__(self, net):
         self.net = net

@@ -14,7 +14,7 @@ HEAD = ("Dense_1", "Dense_2")
 
 @pytest.fixture(scope="module")
 def stream():
-    """A learner's state before task 1, and after it was begun, with predictions and an update of gradients of 1."""
+    """Return a learner's state before and after the start of task 1, predictions, and an update with gradients of 1."""
     method = parse_method("injection:step_size=0.01,inject_at=1")
     learner = make_learner([method], (6, 5), "relu", (PIXELS,), CLASSES)
     numbers = {name: jnp.float32(value) for name, value in method.hyperparameters.items()}
@@ -46,7 +46,7 @@ def test_before_the_task_nothing_is_injected(stream):
         h = np.maximum(h, 0) if number < 2 else h
     np.testing.assert_allclose(outputs[0][0], h, rtol=1e-5, atol=1e-5)
     assert outputs[0][1]["params/Dense_1"].shape == (5, 5)
-    assert list(weights_of(params)) == ["params"]  # frozen heads are no weights to be measured
+    assert list(weights_of(params)) == ["params"]  # frozen heads are not measured as weights
 
 
 def test_at_the_task_outputs_are_unchanged_and_a_fresh_head_learns(stream):
@@ -63,7 +63,7 @@ def test_at_the_task_outputs_are_unchanged_and_a_fresh_head_learns(stream):
             np.testing.assert_array_equal(frozen[0], before["params"][layer]["kernel"])
             np.testing.assert_array_equal(frozen[1], params["params"][layer]["kernel"])
         mu = np.asarray(opt_state[0].mu["params"][layer]["kernel"])
-        assert mu.any() == (layer not in HEAD)  # what Adam knew of the old head is not of the new one
+        assert mu.any() == (layer not in HEAD)  # Adam's moments of the old head do not apply to the new one
         assert not np.array_equal(params["params"][layer]["kernel"], after["params"][layer]["kernel"])
     jax.tree.map(np.testing.assert_array_equal, params["injection"], after["injection"])
 
