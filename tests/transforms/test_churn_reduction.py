@@ -23,7 +23,7 @@ def softmax(z):
 
 
 def numpy_gradients(change):
-    """Of the churn from BEFORE to NOW on X, by NOW, by hand."""
+    """Compute gradients of the churn from BEFORE to NOW on X with respect to NOW, by hand."""
     old = np.tanh(X @ BEFORE["w1"]) @ BEFORE["w2"]
     h = np.tanh(X @ NOW["w1"])
     new = h @ NOW["w2"]
@@ -47,7 +47,7 @@ def test_agrees_with_numpy(change):
 
 
 def test_churn_is_reduced():
-    """Steps of the same size for one task move the outputs for other examples less."""
+    """For steps of the same size on one task, outputs for other examples change less."""
     now, x = jax.tree.map(jnp.float32, (NOW, X))
     task, others = (x[:2], jnp.float32([[1.0, -1.0], [-1.0, 1.0]])), x[2:]
 

@@ -12,7 +12,7 @@ import cbp_jax
 
 
 def isometric(w, iterations):
-    """A kernel [inputs, outputs] whose singular values went through the polynomial of Newton and Schulz."""
+    """Return a kernel [inputs, outputs] after Newton-Schulz iterations of its singular values."""
     left, values, right = np.linalg.svd(w, full_matrices=False)
     values = values / np.linalg.norm(w)
     for _ in range(iterations):
@@ -37,7 +37,7 @@ def test_follows_the_numpy_reference(reset):
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (2, 3, 4, 6)])
 def test_all_singular_values_become_one_number(shape):
-    """The polar factor, at each place of a convolution."""
+    """The result is the polar factor, at each spatial position of a convolution."""
     w = np.random.default_rng(0).normal(size=shape)
     tx = cbp_jax.fire(optax.sgd(0.0), every=1, iterations=40)
     params = {"kernel": jnp.asarray(w, jnp.float32)}

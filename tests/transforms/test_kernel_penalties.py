@@ -1,4 +1,4 @@
-"""Penalties on kernels against float64 NumPy, in which their gradients are differences of the penalties."""
+"""Penalties on kernels against float64 NumPy, which computes gradients by finite differences."""
 
 import functools
 
@@ -19,7 +19,7 @@ def gram(matrix):
     return matrix @ matrix.T
 
 
-# Of a kernel [..., outputs] and the initial one.
+# Functions of a kernel [..., outputs] and the initial kernel.
 PENALTIES = {
     "spectral": (
         cbp_jax.spectral_penalty(power=2.0),
@@ -52,7 +52,7 @@ def differences(penalty, w, epsilon=1e-6):
 
 
 def spectral_step(w, inputs):
-    """The gradient by one power iteration, [inputs, outputs], which starts from a singular vector over the inputs."""
+    """Compute the gradient [inputs, outputs] by one power iteration from a singular vector over the inputs."""
     outputs = w.T @ inputs / np.linalg.norm(w.T @ inputs)
     inputs = w @ outputs / np.linalg.norm(w @ outputs)
     sigma = inputs @ w @ outputs
@@ -111,13 +111,13 @@ def test_follows_the_numpy_reference(name):
 @pytest.mark.parametrize("name", PENALTIES)
 @pytest.mark.parametrize("shape", [(2, 2, 2, 3), pytest.param((2, 7), marks=pytest.mark.slow)])
 def test_gradients_of_kernels_of_any_shape(name, shape):
-    """More inputs than outputs, and more outputs than inputs."""
+    """Kernels have more inputs than outputs, or more outputs than inputs."""
     penalty, value = PENALTIES[name]
     rng = np.random.default_rng(2)
     w0, w = rng.normal(size=(2, *shape))
     if name == "spectral":
-        w0 = w  # so that the first iterations are spent on it
-        w *= 1 + 2 * (np.arange(shape[-1]) == 1)  # whose largest singular value is far from the second
+        w0 = w  # so that the power iteration converges first
+        w *= 1 + 2 * (np.arange(shape[-1]) == 1)  # the largest singular value is well separated
     kept, gradient, after = jax.jit(lambda w0, w: (kept := penalty.init(w0), *penalty.gradient(w, kept)))(
         np.float32(w0), np.float32(w)
     )

@@ -1,4 +1,4 @@
-"""perturbed_gradient_descent against float64 NumPy, which is handed the noise, and the noise itself."""
+"""perturbed_gradient_descent against float64 NumPy with the same noise, and tests of the noise."""
 
 import jax
 import jax.numpy as jnp

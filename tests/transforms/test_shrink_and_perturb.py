@@ -48,7 +48,7 @@ def test_perturbs_every_weight_with_noise_of_the_given_size():
 
 
 def test_shrinking_and_noise_balance():
-    """Without gradients the weights settle at a variance of p**2 / (1 - (1 - s)**2)."""
+    """Without gradients, the variance of the weights converges to p**2 / (1 - (1 - s)**2)."""
     tx = shrink_and_perturb(optax.set_to_zero(), shrink=0.1, perturb=0.5)
 
     def body(carry, _):
