@@ -1,4 +1,4 @@
-"""Ensembles by `vmap`: units are numbered by member and column."""
+"""Ensembles made by `vmap`: units are numbered by member and column."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -11,7 +11,7 @@ from flax import nnx
 
 import cbp_jax
 
-pytestmark = pytest.mark.slow  # each network compiles for long
+pytestmark = pytest.mark.slow  # each network takes long to compile
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
 

@@ -1,4 +1,4 @@
-"""NNX modules, Equinox models and Flax's TrainState as their users have them; parameters that are scalars."""
+"""NNX modules, Equinox models and Flax's TrainState in their usual forms; scalar parameters."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -107,7 +107,7 @@ def test_train_state_passes_features_on():
     updates, _ = tx.update(grads, tx.init(params), params, features=features)
     want = optax.apply_updates(params, jax.tree.map(lambda u: 0.5 * u, updates))
     jax.tree.map(np.testing.assert_allclose, new.params, want)
-    # A transformation that takes no features is none the wiser.
+    # A transformation that takes no features is called without them.
     plain = cbp_jax.TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
     assert plain.apply_gradients(grads=grads, features=features).step == 1
     flax = train_state.TrainState.create(apply_fn=net.apply, params=params, tx=tx)

@@ -1,4 +1,4 @@
-"""The check by evaluation: whatever rule is wrong, no wrong group leaves `discover_units`."""
+"""The check by evaluation: even if a rule is wrong, `discover_units` returns no wrong group."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def network(construct):
     return lambda p, x: construct(jnp.tanh(jnp.tanh(x @ p["good"]) @ p["bad"])) @ p["last"]
 
 
-# Constructs that mix or move units, which a wrong rule takes for elementwise.
+# Constructs that mix or move units; a wrong rule takes them for elementwise maps.
 WRONG_RULES = {
     "cumsum": lambda h: jnp.cumsum(h, -1),
     "rev": lambda h: h[:, ::-1],
@@ -44,7 +44,7 @@ def test_wrong_rules_are_refuted(name, monkeypatch):
 
 @pytest.mark.parametrize("check", [None, True])
 def test_sums_that_pass_for_normalizations_are_refuted(check, monkeypatch):
-    """Held statistics hide what goes through them; what goes past them shows."""
+    """Frozen statistics hide dependencies through them, but other dependencies are detected."""
     monkeypatch.setattr(moments, "normalizes", lambda *args: True)
 
     apply_fn = network(lambda h: h + jnp.roll(h, 1, -1) / h.sum(-1, keepdims=True))
@@ -80,7 +80,7 @@ def test_discovery_accepts_shapes_keys_and_integers(monkeypatch):
 
 
 def test_discovery_inside_of_jit():
-    """Constants of the network that are traced cannot be run: then it is only walked through."""
+    """A network with traced constants cannot be run, so it is only traced."""
 
     @jax.jit
     def run(factor):

@@ -1,4 +1,4 @@
-"""Inputs of any form are data, but for running statistics; and arrays that are stacked and taken apart."""
+"""Inputs of any form are data, except running statistics; units are followed through stacked and split arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +68,12 @@ def test_statistics_among_data_are_recognized_by_their_use():
 
 
 def rotated(h):
-    """Pairs of features turned against each other, interleaved as in rotary embeddings."""
+    """Rotate pairs of features, interleaved as in rotary embeddings."""
     pairs = h.reshape(*h.shape[:-1], 3, 2)
     return jnp.stack([pairs[..., 0] - pairs[..., 1], pairs[..., 0] + pairs[..., 1]], -1).reshape(h.shape)
 
 
-STACKS = {  # the network, and the size of the group that `a` makes
+STACKS = {  # the network, and the size of the group that `a` writes
     "branches": (lambda p, x: jnp.stack([jnp.tanh(x @ p["a"]), jnp.sin(x @ p["b"])]).mean(0) @ p["out"], 6),
     "a new last axis": (lambda p, x: jnp.stack([jnp.tanh(x @ p["a"]), x @ p["b"]], -1).max(-1) @ p["out"], 6),
     "positions": (lambda p, x: sum(jnp.unstack(jnp.tanh(x @ p["a"]), axis=1)) @ p["out"], 6),

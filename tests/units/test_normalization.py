@@ -1,4 +1,4 @@
-"""Units keep their identity through normalization; its scales, offsets and running statistics are theirs."""
+"""Units keep their identity through normalization; its scales, offsets and running statistics belong to them."""
 
 import functools
 
@@ -29,7 +29,7 @@ class Net(nn.Module):
     scale: bool = True
     bias: bool = True
 
-    def normalise(self, train):
+    def normalize(self, train):
         options = {"use_scale": self.scale} if self.norm == "rms" else {"use_scale": self.scale, "use_bias": self.bias}
         if self.norm == "batch":
             options["use_running_average"] = not train
@@ -37,13 +37,13 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.tanh(self.normalise(train)(nn.Conv(6, (3, 3), use_bias=False)(x)))
-        x = nn.tanh(self.normalise(train)(nn.Conv(4, (2, 2), strides=2)(x)))
+        x = nn.tanh(self.normalize(train)(nn.Conv(6, (3, 3), use_bias=False)(x)))
+        x = nn.tanh(self.normalize(train)(nn.Conv(4, (2, 2), strides=2)(x)))
         return nn.Dense(3)(x.mean((1, 2)))
 
 
 def setup(net, train=False):
-    """Params and statistics drawn at random, an input, and apply_fn(params, stats, x)."""
+    """Return random params and statistics, an input, and apply_fn(params, stats, x)."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6, 6, 2)), jnp.float32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), x)
     rng = np.random.default_rng(0)
@@ -216,7 +216,7 @@ def test_batch_normalization_absorbs_the_mean_contribution_of_a_unit():
     variables = jax.jit(Model().init)(jax.random.key(0), x)
     params = variables["params"]
     params["Dense_0"]["kernel"] = params["Dense_0"]["kernel"].at[:, 2].set(0.0)
-    params["Dense_0"]["bias"] = params["Dense_0"]["bias"].at[2].set(0.7)  # a unit that says 0.7, always
+    params["Dense_0"]["bias"] = params["Dense_0"]["bias"].at[2].set(0.7)  # a unit whose activation is always 0.7
     apply_fn = lambda params, x: Model().apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
     units = cbp_jax.discover_units(apply_fn, params, x)
     assert [[consumer.absorbed for consumer in group.outgoing] for group in units] == [[True], [False]]

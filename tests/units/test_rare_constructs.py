@@ -1,4 +1,4 @@
-"""Experts, graphs, devices, shared heads, shortcuts, computed kernels: what is found, and why the rest is not."""
+"""Experts, graphs, devices, shared heads, shortcuts, computed kernels: found groups, and reasons for the others."""
 
 import flax.linen as nn
 import jax
@@ -111,7 +111,7 @@ def test_computed_kernels_are_left_out(name):
 
 
 class Decoder(nn.Module):
-    """Embeddings that are tied, a recurrent cell, and layers stacked for `scan`."""
+    """Apply tied embeddings, a recurrent cell, and layers stacked for `scan`."""
 
     @nn.compact
     def __call__(self, tokens):

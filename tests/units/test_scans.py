@@ -1,4 +1,4 @@
-"""Layers stacked by `scan`, and recurrent cells: each layer's units, whose activations the scan gives back."""
+"""Layers stacked by `scan`, and recurrent cells: units of each layer, with activations returned by the scan."""
 
 import re
 
@@ -12,7 +12,7 @@ from flax import nnx
 
 import cbp_jax
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_the_state_of_a_cell_is_a_group": ("optimized lstm-False", "minimal-False", "simple-False", "gru-False"),
     "test_each_layer_has_its_units": ("linen, rematerialized", "nnx"),
@@ -135,7 +135,7 @@ def test_features_are_those_of_their_layer():
         x = x + reads[-1][1] @ down
     for group, (_, want) in zip(units[1:], reads, strict=True):
         np.testing.assert_allclose(features[group.name], want, rtol=1e-5, atol=1e-6)
-    stream = features[units[0].name]  # what the three layers read, and then the head
+    stream = features[units[0].name]  # the inputs of the three layers, then of the head
     assert len(stream) == 4
     for got, want in zip(stream, [*(x for x, _ in reads), x], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -150,7 +150,7 @@ def test_normalized_layers():
 
 @pytest.mark.slow
 def test_scans_in_scans_and_backward():
-    """Blocks of layers, each run over time from the end, with a kernel that all share."""
+    """Blocks of layers run backward over time, with a kernel that all of them share."""
     params = draw(stem=(3, 4), inside=(2, 4, 4), shared=(4, 4), head=(4, 2))
 
     def apply_fn(p, x):
@@ -169,7 +169,7 @@ def test_scans_in_scans_and_backward():
 
 
 def test_a_stack_that_is_built_twice_has_units_of_its_own():
-    """Both scans run one function, whose trace JAX keeps."""
+    """Both scans run the same function, whose trace JAX caches."""
     params = draw(stem=(6, 4), a=(2, 4, 4), b=(2, 4, 4), head=(4, 2))
     block = lambda x, kernel: (jnp.tanh(x @ kernel), None)
 
@@ -290,7 +290,7 @@ def test_recurrences_by_hand(name, start, scanned):
 
     try:
         units = cbp_jax.discover_units(apply_fn, params, SEQUENCE, X[:, :4])
-    except ValueError as error:  # unrolled, what is applied to the state is applied to data first
+    except ValueError as error:  # without a scan, the same kernel is first applied to data
         assert not scanned and start == "given"
         assert re.search("not always on units|as a bias along", str(error))
         return
