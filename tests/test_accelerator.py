@@ -1,4 +1,4 @@
-"""What an accelerator computes, against the same on its host: `pytest -m gpu`. On a CPU they pass too."""
+"""Computations on an accelerator compared with the same on its host: `pytest -m gpu`. They pass on a CPU, too."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def full_precision():
 
 
 def on(device, function, *args):
-    """The results on a device, of arguments that are put there."""
+    """Compute results on a device, with the arguments placed there."""
     with jax.default_device(device):
         return jax.device_get(jax.jit(function)(*jax.device_put(args, device)))
 

@@ -36,12 +36,12 @@ USE_ALL_CORES = cli._use_all_cores
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """All tests of a process have the same devices, whichever comes first."""
+    """Give all tests of a process the same devices, whichever runs first."""
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
 
 
 def replace_job(monkeypatch, experiment, run):
-    """Lets the command check settings, and do something else in place of training."""
+    """Let the command check settings, and replace training by another function."""
 
     def job(settings):
         experiment.check(settings)
@@ -52,7 +52,7 @@ def replace_job(monkeypatch, experiment, run):
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """Stands in for the experiment: remembers its settings and makes results."""
+    """Replace the experiment by a function that records its settings and makes results."""
     calls = []
 
     def run(settings, out, progress=None):
@@ -79,7 +79,7 @@ def fake_run(monkeypatch):
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """Stand in for the experiments whose results have no accuracy, and whose tables and pictures are others."""
+    """Replace the experiments without accuracy, which have other tables and pictures."""
 
     def regression(settings, out, progress=None):
         labels = [learners.parse_method(text).label for text in settings.methods]
@@ -110,7 +110,7 @@ def fake_runs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """A dataset `mnist` of ten images, prepared through the command line from IDX files."""
+    """Prepare a dataset `mnist` of ten images from IDX files, with the command line."""
     source, target = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("tensorflow_datasets")
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 10), ("t10k", 4)):
@@ -125,7 +125,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-    """The folder of a run by the command itself, in a process of its own, and what it printed."""
+    """Run the command in a separate process; return the folder of the run and the output."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     command = [sys.executable, "-m", "cbp_jax", "run", "online_permuted", *TINY]
     process = subprocess.run(
@@ -140,7 +140,7 @@ def finished(data_dir, tmp_path_factory):
 
 
 def refused(capsys, *words):
-    """The one line that a mistake gets."""
+    """Return the single line of the error message."""
     assert cli.main(list(words)) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("cbp-jax: error: ")
@@ -192,7 +192,7 @@ def test_plot_joins_runs_of_other_seeds(finished, tmp_path, capsys):
 
 
 def test_data_prepare_says_what_it_made(data_dir, capsys):
-    # Prepared already: left as it is.
+    # It is already prepared, so it is left unchanged.
     source = data_dir / "absent"
     message = refused_in_one_line(
         capsys, "data", "prepare", "mnist", "--from", str(source), "--data-dir", str(data_dir)
@@ -542,7 +542,7 @@ def test_the_command_leaves_sigterm_as_it_was(capsys):
 
 def test_the_command_can_be_called_after_jax_has_started(fake_run, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_use_all_cores", USE_ALL_CORES)
-    jax.devices()  # starts JAX, if no test has
+    jax.devices()  # starts JAX, if no test has done so
     assert cli.main(["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path)]) == 0
 
 

@@ -76,7 +76,7 @@ def test_a_second_run_compiles_nothing(tmp_path):
         "HOME": str(tmp_path),
     }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # however long it takes on a busy machine
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # cache every program, also on a fast machine
 
     def run(*more):
         command = [sys.executable, "-m", "cbp_jax", *words, *more]

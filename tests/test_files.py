@@ -30,7 +30,7 @@ def test_a_folder_locked_by_another_process_is_refused_until_that_process_is_kil
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_accepted(tmp_path, monkeypatch):
-    """Between opening the file and locking it, another run ends and removes it, and a third begins."""
+    """Between opening and locking the file, another run ends and removes it, and a third run begins."""
     lock, rivals = files.fcntl.flock, []
 
     def late(descriptor, how):

@@ -20,7 +20,7 @@ def numpy_apply(params, x):
 
 
 def numpy_jacobian(params, x):
-    """Rows (example, output) of all gradients, in float64, layer by layer."""
+    """Compute the rows (example, output) of all gradients, in float64, layer by layer."""
     before = x @ params["w1"] + params["b"]
     h, rows = np.maximum(before, 0), []
     for i in range(len(x)):
@@ -59,7 +59,7 @@ def test_the_rank_of_the_tangent_kernel_falls_with_dead_units():
     dead = {"params": {**params["params"], "Dense_0": {**layer, "bias": layer["bias"] - 100}}}
     ranks = jax.jit(lambda params, x: metrics.ntk_ranks(net.apply, params, x, 0.999))
     alive, collapsed = (ranks(each, jnp.float32(X)) for each in (params, dead))
-    assert alive.stable > 6 and collapsed.stable == 2  # of the two biases of the outputs alone
+    assert alive.stable > 6 and collapsed.stable == 2  # only gradients of the two output biases are left
 
 
 def softmax(z):

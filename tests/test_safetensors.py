@@ -29,7 +29,7 @@ def test_tensors_are_the_same_after_writing_and_reading(tmp_path):
 
 
 def test_the_format_of_a_file(tmp_path):
-    """As its specification has it: a length, a header, bytes in order without gaps, all at multiples of their size."""
+    """As specified: a length, a header, and data in order, without gaps, aligned to multiples of their size."""
     path = tmp_path / "model.safetensors"
     safetensors.write(path, TENSORS, {"format": "pt"})
     content = path.read_bytes()

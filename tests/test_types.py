@@ -30,7 +30,7 @@ def test_the_package_and_a_users_program_have_consistent_types():
 
 @pytest.mark.slow
 def test_wrong_types_are_found(tmp_path):
-    """Else the test above could pass because everything is `Any`."""
+    """Otherwise the test above could pass because everything is `Any`."""
     program = tmp_path / "wrong.py"
     program.write_text(
         USE.read_text()
