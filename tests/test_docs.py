@@ -57,7 +57,7 @@ def test_links(path):
 
 def test_links_are_seen():
     assert len(LINK.findall(prose(ROOT / "README.md"))) > 20
-    assert "source-and-differences-to-the-public-code" in anchors(ROOT / "docs/algorithms/upgd.md")
+    assert "source-and-differences-from-the-public-code" in anchors(ROOT / "docs/algorithms/upgd.md")
 
 
 def test_every_page_is_in_the_navigation():
