@@ -15,7 +15,7 @@ LABEL_NAMES = None  # those of the official builder
 
 
 def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Decodes and checks the four files.
+    """Decode and check the four files.
 
     Args:
       contents: for each of `FILES`, its path and its content.
@@ -44,7 +44,7 @@ def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarr
 
 
 def _decode(path: Path, content: bytes, ndim: int) -> np.ndarray:
-    """Reads an IDX file of bytes: 0, 0, 8 (their type), number of axes, its big-endian lengths, the data."""
+    """Read an IDX file of bytes: 0, 0, 8 (their type), number of axes, its big-endian lengths, the data."""
     magic, start = bytes((0, 0, 8, ndim)), 4 + 4 * ndim
     if content[:4] != magic or len(content) < start:
         raise ValueError(
