@@ -71,12 +71,12 @@ class CartPole:
         self.physics = physics
 
     def reset(self, key: chex.PRNGKey) -> State:
-        """The initial state, drawn with a key."""
+        """Return the initial state, drawn with a key."""
         at, zero = jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05), jnp.zeros([])
         return State(at, at, zero, zero, info={"physics": jax.tree.map(jnp.float32, self.physics)})
 
     def step(self, state: State, action: chex.Array) -> State:
-        """The state after an action, int [], 0 or 1."""
+        """Return the state after an action, int [], 0 or 1."""
         physics = state.info["physics"]
         _, speed, angle, turning = state.pipeline_state
         force = jnp.where(action == 1, physics.force, -physics.force)
@@ -140,7 +140,7 @@ class ChangingCartPole(Around):
         self._key, self._impl = as_key_data(key)
 
     def physics_of(self, period: chex.Numeric) -> Physics:
-        """The physics of a period, counted from 0; float32 [] each."""
+        """Return the physics of a period, counted from 0; float32 [] each."""
         key = jax.random.fold_in(jax.random.wrap_key_data(self._key, impl=self._impl), period)
         low, high = jnp.log(jnp.asarray(self.ranges, jnp.float32)).T
         gravity, length, force = jnp.exp(jax.random.uniform(key, (3,), minval=low, maxval=high))
@@ -148,13 +148,13 @@ class ChangingCartPole(Around):
         return Physics(gravity, length, jnp.where(swapped, -force, force))
 
     def reset(self, key: chex.PRNGKey) -> State:
-        """The initial state in the first period. The key determines where episodes start."""
+        """Return the initial state in the first period. The key determines where episodes start."""
         state = self.env.reset(key)
         info = {"physics": self.physics_of(0), "period": jnp.int32(0), "period_steps": jnp.int32(0)}
         return strong(state.replace(info=state.info | info))
 
     def step(self, state: State, action: chex.Array) -> State:
-        """The state after an action, int [], 0 or 1."""
+        """Return the state after an action, int [], 0 or 1."""
         old = state.info
         state = self.env.step(state, action)
         steps = old["period_steps"] + 1
