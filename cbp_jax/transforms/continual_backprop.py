@@ -50,7 +50,7 @@ def continual_backprop(
     max_replacements: int | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Continually replaces a small fraction of mature units of low utility.
+    r"""Continually replace a small fraction of mature units of low utility.
 
     After each update of the inner optimizer, for every group of units from front to back (Algorithm 1):
 
@@ -156,7 +156,7 @@ def _policy(
     compensate_bias: bool,
     max_replacements: int | None,
 ) -> replacement.Policy:
-    """The policy of Algorithm 1. Its arguments are those of `continual_backprop`."""
+    """Return the policy of Algorithm 1. Its arguments are those of `continual_backprop`."""
     utility_fn = replacement.get_utility(utility)
 
     def init(group: units_lib.UnitGroup, params: optax.Params) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _policy(
 def _choose(
     utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int, bounded: bool
 ) -> tuple[chex.Array, chex.Array]:
-    """Spends the budget on the eligible units of smallest utility.
+    """Spend the budget on the eligible units of smallest utility.
 
     Args:
       utility: float32 [units].

@@ -35,7 +35,7 @@ def redo(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Periodically recycles dormant units.
+    r"""Periodically recycle dormant units.
 
     After the inner optimizer's update number `every`, 2 `every`, ..., units are recycled whose activations on this
     update's batch are small relative to the group's. For unit i of a group of H units,
@@ -108,7 +108,8 @@ def redo(
 
 
 def activation_score(view: replacement.GroupView) -> chex.Array:
-    """Mean absolute activation of each unit divided by the group's, float32 [units]; NaN if one is not finite."""
+    """Return the mean absolute activation of each unit divided by the group's, float32 [units]; NaN if one is not
+    finite."""
     scores = []
     for h in view.features:
         size = jnp.mean(jnp.abs(h.astype(jnp.float32)), axis=tuple(range(h.ndim - 1)))
