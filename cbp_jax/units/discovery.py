@@ -114,7 +114,7 @@ from cbp_jax.units import build, collection, guard, modules, tracing, walk
 def discover_units(
     apply_fn: Callable[..., Any], params: Any, *example_inputs: Any, check: bool | None = None
 ) -> collection.Units:
-    """Finds the groups of units that can be replaced in a network.
+    """Find the groups of units that can be replaced in a network.
 
     The function is traced. A unit is a feature that a kernel computes along its free axis. Its *incoming* weights are
     that column of the kernel. Its *outgoing* weights are the rows of the kernels that contract the array it ends up in,
