@@ -143,7 +143,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, compiled_once, tmp_p
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Replaces training: records its arguments, and yields losses that encode lane and task.
+    """Replace training: record its arguments, and yield losses that encode lane and task.
 
     The state of a lane is the number of its finished tasks. It is saved and restored like a network's state.
     """

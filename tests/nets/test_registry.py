@@ -36,7 +36,7 @@ class Own(nn.Module):
 
 
 def of_function(num_outputs, width=2):
-    """A user's function that makes a perceptron."""
+    """Return a user's function that makes a perceptron."""
     return nets.MLP((width,), num_outputs)
 
 

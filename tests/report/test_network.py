@@ -9,7 +9,8 @@ from cbp_jax.report import plot_units
 
 @pytest.fixture(scope="module")
 def units():
-    """A network of two blocks around a residual stream, which four kernels write. Names do not reveal the order."""
+    """Return a network of two blocks around a residual stream, which four kernels write. Names do not reveal the
+    order."""
     params = {
         "z_stem": jnp.ones((3, 4)), "y_in": jnp.ones((4, 5)), "x_out": jnp.ones((5, 4)), "b_in": jnp.ones((4, 6)),
         "a_out": jnp.ones((6, 4)), "c_last": jnp.ones((4, 7)), "head": jnp.ones((7, 2)),

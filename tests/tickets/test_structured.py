@@ -78,7 +78,7 @@ def test_a_residual_network_with_running_statistics():
 
 
 def attention(params, x):
-    """Attention by hand; the number of heads is that of its parameters."""
+    """Compute attention by hand; the number of heads is that of its parameters."""
     query, key, value = (jnp.einsum("btd,dhk->bthk", x, params[name]) for name in "qkv")
     weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", query, key))
     return jnp.einsum("bhts,bshk,hkd->btd", weights, value, params["o"])

@@ -201,7 +201,7 @@ MASK = {name: jnp.asarray(np.random.default_rng(7).random(w.shape) < 0.7) | (w.n
 
 
 def masked_sgd(mask, *, learning_rate, momentum, weight_decay):
-    """Training under a mask has no hyperparameters of its own."""
+    """Wrap SGD in a mask. Training under a mask has no hyperparameters of its own."""
     return masked(optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum)), mask)
 
 

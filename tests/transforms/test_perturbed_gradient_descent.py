@@ -17,7 +17,7 @@ PARAMS = {"w": jnp.asarray(RNG.normal(size=5), jnp.float32), "b": jnp.zeros([])}
 
 
 def loss(params, x, y):
-    """Logistic regression."""
+    """Compute the loss of logistic regression."""
     z = x @ params["w"] + params["b"]
     return jnp.mean(jnp.logaddexp(0, z) - y * z)
 

@@ -295,7 +295,7 @@ def test_learning_rate_schedule():
 
 
 def conv_network(params, x, gates=None):
-    """A network of convolution, pooling, flattening and two dense heads on one torso; gates multiply units."""
+    """Return a network of convolution, pooling, flattening and two dense heads on one torso; gates multiply units."""
     conv, dense = (jnp.ones(4), jnp.ones(6)) if gates is None else gates
     h = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     h = jax.lax.reduce_window(jax.nn.relu(h), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") * conv
