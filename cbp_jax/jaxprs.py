@@ -106,7 +106,7 @@ def evaluate(
             results, inner = evaluate(_body(eqn), values, keep, bind)
             kept.update(inner)
         elif eqn.primitive.name in _REMAT and _is_opened(eqn):
-            results, inner = _rematerialised(eqn, keep, bind)(*settled(values))
+            results, inner = _rematerialized(eqn, keep, bind)(*settled(values))
             kept.update(zip(_variables(_body(eqn), keep), inner, strict=True))
         elif eqn.primitive.name == "scan" and _is_opened(eqn):
             results, inner = _scanned(eqn, settled(values), keep, bind)
@@ -175,7 +175,7 @@ def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     return kept[::-1]
 
 
-def _rematerialised(
+def _rematerialized(
     eqn: core.JaxprEqn, keep: Collection[core.Var], bind: Bind
 ) -> Callable[..., tuple[list[Any], list[Any]]]:
     """Return the body of a checkpointed call, checkpointed, returning its outputs and the values to keep."""

@@ -68,7 +68,7 @@ def _images_of_class(key: jax.Array, count: int, size: int, channels: int) -> ja
 
 def _gratings(key: jax.Array, count: int, channels: int) -> dict[str, jax.Array]:
     """Draw random gratings: arrays [count, ...]; lengths relative to the image's."""
-    uniform_key, colour_key = jax.random.split(key)
+    uniform_key, color_key = jax.random.split(key)
     # All in one draw, since every draw takes time to compile.
     row, column, angle, frequency, phase, radius = jax.random.uniform(uniform_key, (6, count))
     return {
@@ -78,7 +78,7 @@ def _gratings(key: jax.Array, count: int, channels: int) -> dict[str, jax.Array]
         "frequency": 1.5 + 3.5 * frequency,
         "phase": 2 * np.pi * phase,
         "radius": 0.1 + 0.15 * radius,
-        "colour": jax.random.normal(colour_key, (count, channels)),
+        "color": jax.random.normal(color_key, (count, channels)),
     }
 
 
@@ -94,7 +94,7 @@ def _image(key: jax.Array, of_class: dict[str, jax.Array], size: int, channels: 
         "column": of_class["column"] + 0.08 * changes[1, -1] + 0.04 * column,
         "angle": of_class["angle"] + 0.2 * angle,
         "phase": of_class["phase"] + 0.6 * phase,
-        "colour": of_class["colour"] * shown[:, None],
+        "color": of_class["color"] * shown[:, None],
     }
     others = _gratings(other_key, _DISTRACTORS, channels)
     every = jax.tree.map(lambda *parts: jnp.concatenate(parts), seen, others)
@@ -105,6 +105,6 @@ def _image(key: jax.Array, of_class: dict[str, jax.Array], size: int, channels: 
     along = x * jnp.cos(every["angle"]) + y * jnp.sin(every["angle"])
     window = jnp.exp(-(x**2 + y**2) / (2 * every["radius"] ** 2))
     waves = window * jnp.cos(2 * np.pi * every["frequency"] * along + every["phase"])
-    pixels = jnp.einsum("hwg,gc->hwc", waves, every["colour"])
+    pixels = jnp.einsum("hwg,gc->hwc", waves, every["color"])
     pixels += 0.2 * jax.random.normal(noise_key, pixels.shape)
     return jnp.round(jnp.clip(128 + 50 * pixels, 0, 255)).astype(jnp.uint8)

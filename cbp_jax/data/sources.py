@@ -85,7 +85,7 @@ def load(name: str | os.PathLike, split: str = "train", *, data_dir: str | os.Pa
     if name == "digits":
         return _load_digits(split)
     builder = find_builder(name, data_dir)
-    _require_labelled_images(builder, name)
+    _require_labeled_images(builder, name)
     require_readable(builder, name)
     cache = Path(builder.data_dir) / f"cbp_jax.{urllib.parse.quote(split, safe='')}.npz"
     stored = _read_cache(cache)
@@ -157,7 +157,7 @@ def _ways_out(builder: Any, name: str, reason: str, embedded: str) -> str:
     return f"dataset {name!r} {where}. Either\n{listed}"
 
 
-def _require_labelled_images(builder: Any, name: str) -> None:
+def _require_labeled_images(builder: Any, name: str) -> None:
     tfds = require("tensorflow_datasets", f"dataset {name!r}")
     features = dict(builder.info.features or {})
     image, label = features.get("image"), features.get("label")

@@ -47,13 +47,13 @@ Utility = Callable[[GroupView], chex.Array]
 
 def contribution(view: GroupView) -> chex.Array:
     """Return `mean|h| sum|w|`: how strongly a unit acts on its consumers (Dohare et al. 2024, equation 1)."""
-    return view.weighted_activity(centred=False)
+    return view.weighted_activity(centered=False)
 
 
 def zero_contribution(view: GroupView) -> chex.Array:
     """Return `mean|h - m| sum|w|`: contribution without the part that a bias could replace (m the running mean of
     h)."""
-    return view.weighted_activity(centred=True)
+    return view.weighted_activity(centered=True)
 
 
 def adaptation(view: GroupView) -> chex.Array:

@@ -103,13 +103,13 @@ class GroupView:
         """Return the sum of each unit's absolute incoming weights, biases left out, [units]."""
         return sum(self.magnitude(part).sum(0) for part in self.group.incoming)
 
-    def weighted_activity(self, centred: bool) -> chex.Array:
+    def weighted_activity(self, centered: bool) -> chex.Array:
         """Return the mean absolute activation times outgoing magnitude at each position, summed over positions,
         [units]."""
         total: chex.Numeric = 0.0
         for consumer in self.group.outgoing:
-            centre = self.mean_activation[consumer.operand] if centred else None
-            activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, centre)
+            center = self.mean_activation[consumer.operand] if centered else None
+            activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, center)
             total += jnp.sum(activity * self.magnitude(consumer.kernel), 0)
         return total
 
@@ -161,10 +161,10 @@ def batch_mean(values: chex.Array, positions: int) -> chex.Array:
     return jnp.mean(values, 0, dtype=jnp.float32)
 
 
-def mean_abs(values: chex.Array, positions: int, centre: chex.Array | None = None) -> chex.Array:
+def mean_abs(values: chex.Array, positions: int, center: chex.Array | None = None) -> chex.Array:
     """Return means of absolute values, taken element by element, [positions, units]."""
     values = values.reshape(-1, positions, values.shape[-1])
-    return jnp.mean(jnp.abs(values if centre is None else values - centre), 0, dtype=jnp.float32)
+    return jnp.mean(jnp.abs(values if center is None else values - center), 0, dtype=jnp.float32)
 
 
 def group_activations(group: units_lib.UnitGroup, features: units_lib.Features | None) -> tuple[chex.Array, ...]:

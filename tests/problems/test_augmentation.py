@@ -40,7 +40,7 @@ def test_without_flips_and_crops_images_are_unchanged(image):
     np.testing.assert_array_equal(many(image, flip=False, padding=0, max_rotation=0.0)[7], image)
 
 
-def test_rotations_are_counterclockwise_about_the_centre_up_to_the_largest():
+def test_rotations_are_counterclockwise_about_the_center_up_to_the_largest():
     image = np.random.default_rng(1).normal(size=(16, 16)).astype(np.float32)
     turned = many(image[..., None], flip=False, padding=0, max_rotation=30.0)[:, :, :, 0]
     angles = np.linspace(-30, 30, 601)

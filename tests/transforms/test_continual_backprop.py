@@ -261,12 +261,12 @@ def test_utilities_are_the_equations(sizes, utility):
     _, (_, state) = hold(tx, params, {"layer_1": jnp.asarray(h)}, 2)
     v = np.abs(params["layer_1"]["kernel"]).sum(0)
     w = np.abs(params["layer_2"]["kernel"]).sum(1)
-    centred = np.abs(h - h.mean(0)).mean(0) * w  # the same batch twice: the corrected mean is its mean
+    centered = np.abs(h - h.mean(0)).mean(0) * w  # the same batch twice: the corrected mean is its mean
     y = {
         "contribution": np.abs(h).mean(0) * w,
-        "zero_contribution": centred,
+        "zero_contribution": centered,
         "adaptation": 1 / v,
-        "adaptable_contribution": centred / v,
+        "adaptable_contribution": centered / v,
         "weight": w,
     }[utility]
     np.testing.assert_allclose(state.utility["layer_1"], np.stack([0.1 * y, 0.19 * y]), rtol=1e-5)
