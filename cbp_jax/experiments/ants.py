@@ -41,7 +41,7 @@ class Settings(agents.Settings):
 
 
 def comparison(step_size: float, *, others: bool = False) -> tuple[str, ...]:
-    """The paper's learners: standard PPO, PPO with tuned Adam (equal betas), L2, CBP; and others."""
+    """Return the paper's learners: standard PPO, PPO with tuned Adam (equal betas), L2, CBP; and others."""
     tuned = f"step_size={step_size},b1=0.99,b2=0.99"
     papers = (
         f"adam:step_size={step_size}",
@@ -115,7 +115,7 @@ def _stationary_paper() -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does."""
+    """Check settings, as `stream.check` does."""
     methods = agents.check(settings)
     stream.check_counts(settings, "change_every")
     episode = settings.num_envs * settings.episode_length
@@ -141,7 +141,7 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Slippery:
-    """The environment of a run. The key determines its frictions."""
+    """Return the environment of a run. The key determines its frictions."""
     return envs.Slippery(
         settings.env,
         friction=settings.friction,

@@ -96,7 +96,7 @@ class Settings:
 
 
 def _examples_of(dataset: str) -> dict[str, Any]:
-    """The settings that determine how examples are split."""
+    """Return the settings that determine how examples are split."""
     if dataset == "digits":
         return {"dataset": dataset}
     found = {"dataset": dataset, "validation_examples": 5000}
@@ -155,7 +155,7 @@ def _conv_paper(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[str]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the kinds of networks.
@@ -201,7 +201,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def _learning(settings: Settings) -> learners.Method:
-    """The learner, checked together with the network."""
+    """Return the learner, checked together with the network."""
     stream.check_hidden(settings.hidden)
     nets.get_activation(settings.activation)
     (method,) = learners.read_methods([settings.learner], activation=settings.activation)
@@ -217,7 +217,7 @@ def _learning(settings: Settings) -> learners.Method:
 
 
 def total(settings: Settings) -> int:
-    """Total number of trainings, for a progress bar.
+    """Return the total number of trainings, for a progress bar.
 
     Example:
       >>> total(Settings(methods=("ticket", "random"), seeds=5, rounds=3))
@@ -227,7 +227,7 @@ def total(settings: Settings) -> int:
 
 
 def job(experiment: str, settings: Settings) -> stream.Job:
-    """Prepares an experiment.
+    """Prepare an experiment.
 
     A round of all seeds and networks is one program. Results and the state are written after each round: a killed run
     keeps its finished rounds, and resumes from there, with the same results.
@@ -280,7 +280,7 @@ def job(experiment: str, settings: Settings) -> stream.Job:
 
 
 def _examples(settings: Settings) -> tuple[ticket_rounds.Data, data.Dataset, bool]:
-    """The examples on the device, the dataset, and whether images are flattened."""
+    """Return the examples on the device, the dataset, and whether images are flattened."""
     load = functools.partial(data.load, settings.dataset, data_dir=settings.data_dir)
     images = stream.check_classes(load())
     test = None if settings.test_split is None else load(settings.test_split)
@@ -377,7 +377,7 @@ def _run(
     out: Path,
     progress: stream.Progress | None,
 ) -> None:
-    """Runs the remaining rounds."""
+    """Run the remaining rounds."""
     from cbp_jax import report
 
     checkpoint = training.Checkpoint(
@@ -414,14 +414,14 @@ def _run(
 
 
 def summary(results: Any) -> str:
-    """The table of a run; see `report.summarize_tickets`."""
+    """Return the table of a run; see `report.summarize_tickets`."""
     from cbp_jax import report
 
     return report.summarize_tickets(results)
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run; see `report.plot_tickets`."""
+    """Draw the pictures of a run; see `report.plot_tickets`."""
     from cbp_jax import report
 
     return report.plot_tickets(results, out, formats=formats)
