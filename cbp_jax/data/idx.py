@@ -54,6 +54,6 @@ def _decode(path: Path, content: bytes, ndim: int) -> np.ndarray:
     shape = tuple(int(length) for length in np.frombuffer(content[4:start], ">u4"))
     if len(content) != start + math.prod(shape):
         raise ValueError(
-            f"{path} must be {start} bytes of header and then data of shape {shape}; it has {len(content)} bytes in all"
+            f"{path} must be {start} bytes of header, then data of shape {shape}; it has {len(content)} bytes in total"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

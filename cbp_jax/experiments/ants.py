@@ -1,7 +1,7 @@
 """Slippery and stationary ant (Dohare et al., Nature 2024): PPO learns to walk on changing or constant ground.
 
 The preset "paper" has one environment and rollouts of 2,048 steps, like the published program. Friction changes at the
-end of the first episode after 2,000,000 steps. Frictions are log-uniform like the published ones, but drawn anew: the
+end of the first episode after 2,000,000 steps. Frictions are log-uniform like the published ones, but other draws: the
 program reads 50 frictions for each of its 100 seeds from a file. To use those of one seed, pass `--frictions`. Several
 environments can share a rollout, as in the other presets. With `common_clock` their frictions change at the same step.
 

@@ -274,7 +274,7 @@ def _part(out: Path, share: Share) -> Path:
 
 
 def _not_those(saved: training.Saved) -> ValueError:
-    return training.unusable(saved.path, f"the results beside it are not those of its {saved.tasks} tasks")
+    return training.unusable(saved.path, f"the results next to it are not those of its {saved.tasks} tasks")
 
 
 def check(out: Path, experiment: str, settings: Any, share: Share | None = None) -> None:
@@ -369,4 +369,4 @@ def _ways_out(out: Path) -> str:
 
     kept = [out / name for name in (report.results.FILE_NAME, STATE_FILE, report.results.PARTS)]
     kept = [path for path in kept if path.exists()]
-    return f"Choose another folder (--out), or move {' and '.join(map(str, kept))} away to start anew here"
+    return f"Choose another folder (--out), or move {' and '.join(map(str, kept))} away to start again here"

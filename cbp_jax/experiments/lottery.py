@@ -206,7 +206,7 @@ def _learning(settings: Settings) -> learners.Method:
     nets.get_activation(settings.activation)
     (method,) = learners.read_methods([settings.learner], activation=settings.activation)
     if method.curvature or method.reset or method.reference or method.inject_at is not None:
-        what = "curvature" if method.curvature else "tasks before which it could start anew"
+        what = "curvature" if method.curvature else "tasks before which it could be reset"
         what = "reference batches" if method.reference else what
         raise ValueError(f"learner {settings.learner!r}: lottery tickets have no {what}")
     network = nets.read(settings.network)

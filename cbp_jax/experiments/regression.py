@@ -30,7 +30,7 @@ class Settings(stream.StreamSettings):
     flipping_bits: int = 15
     """Input bits that are fixed during a task, one of which flips before the next."""
     redraw: bool = False
-    """Whether all these bits are drawn anew before the next task, instead of flipping one."""
+    """Whether all these bits are redrawn before the next task, instead of flipping one."""
     examples_per_task: int = 10_000
     """Examples of a task."""
     target_units: int = 100

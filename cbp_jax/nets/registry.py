@@ -199,7 +199,7 @@ class Network:
         try:
             found = inspect.signature(self.factory).parameters
         except (TypeError, ValueError) as error:
-            raise ValueError(f"network {self.name!r}: its arguments cannot be told ({error})") from error
+            raise ValueError(f"network {self.name!r}: its arguments cannot be determined ({error})") from error
         return {name: each for name, each in found.items() if name not in ("parent", "name")}
 
     @property

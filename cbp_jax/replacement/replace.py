@@ -90,7 +90,7 @@ def replace_units(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace the units that a policy chooses, after each update of an inner optimizer.
 
-    For each group of units, from front to back, the policy chooses units. Their incoming weights are drawn anew, scales
+    For each group of units, from front to back, the policy chooses units. Their incoming weights are resampled, scales
     of normalization become 1, and biases and outgoing weights become 0. (Running statistics are not parameters;
     `reset_batch_stats` resets them.) A replacement is an update like any other, `fresh - param`, so the transformation
     composes with all others. If two adjacent groups replace units in one update, the weight between two new units is
@@ -107,7 +107,7 @@ def replace_units(
       initializer: `jax.nn.initializers` function for the incoming weights. New entries have the distribution that it
         gives to the full kernel. The default is He et al.'s uniform one, adapted to each kernel's layout, and for
         embeddings a normal distribution of variance 1 / units.
-      reinitialization: what replaced units start from: "resample" (drawn anew), "rewind", "resample_both",
+      reinitialization: what replaced units start from: "resample" (drawn at random), "rewind", "resample_both",
         "orthogonal", "split", "regrow" (see :mod:`cbp_jax.replacement.reinitialization`), or a function of a `NewUnits`
         that returns a `Fresh`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.

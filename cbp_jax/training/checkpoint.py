@@ -115,7 +115,7 @@ class Checkpoint:
             if found.name != name:
                 found = None
             elif found.needs != needs(found.tasks):
-                raise unusable(self.path, f"the results beside it are not those of its {found.tasks} tasks")
+                raise unusable(self.path, f"the results next to it are not those of its {found.tasks} tasks")
         if found is not None:
             self.tasks, self._state = found.tasks, found.state
 

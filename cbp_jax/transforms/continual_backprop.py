@@ -58,7 +58,7 @@ def continual_backprop(
     2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
        times their number;
     3. the integer part of the budget is the number of units to replace, those of smallest `u / (1 - d**age)`: their
-       incoming weights are drawn anew, scales of normalization become 1, and biases, outgoing weights, utility, age and
+       incoming weights are resampled, scales of normalization become 1, and biases, outgoing weights, utility, age and
        mean activation become 0. The fractional part of the budget is kept. (Running statistics are not parameters;
        `reset_batch_stats` resets them.)
 

@@ -31,7 +31,7 @@ def periodic_reset(
     layers: Collection[str] | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Periodically draw parameters anew, and reset the optimizer's state for them.
+    r"""Periodically resample parameters, and reset the optimizer's state for them.
 
     With :math:`w'` the weights after the inner optimizer's update number n,
 

@@ -42,7 +42,7 @@ def redo(
 
     .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|} \le \tau,
 
-    Their incoming weights are drawn anew, scales of normalization become 1, and biases and outgoing weights become 0.
+    Their incoming weights are resampled, scales of normalization become 1, and biases and outgoing weights become 0.
     (Running statistics are not parameters; call `reset_batch_stats` with the state's `replaced`.) The mean runs over
     examples and positions. If consumers read different arrays, the score is the mean of the scores on each. A group
     that is silent on the whole batch is recycled as a whole, as :func:`metrics.dormant_fraction` counts it. A group

@@ -49,7 +49,7 @@ def self_normalized_resets(
 
     .. math:: P(A_i \ge a_i) \le \eta.
 
-    Its incoming weights are then drawn anew, scales of normalization become 1, and biases and outgoing weights become
+    Its incoming weights are then resampled, scales of normalization become 1, and biases and outgoing weights become
     0, as in :func:`continual_backprop`, which also explains the position in a chain.
 
     The paper leaves open how the distribution is estimated. As in the authors' program, a histogram of silences is kept

@@ -120,7 +120,7 @@ def kernel_scale(params: optax.Params) -> dict[str, float | None]:
         beside = [path] if jnp.ndim(leaf) >= 2 else kernels.get(_layer(path), [])
         if len(beside) > 1:
             raise ValueError(
-                f"clip_weights cannot tell the scale of {path!r}, which stands beside the kernels {beside}; pass "
+                f"clip_weights cannot tell the scale of {path!r}, which is next to the kernels {beside}; pass "
                 "scale, a function of (path, param) or a tree of numbers"
             )
         scales[path] = 1 / math.sqrt(max(1, math.prod(jnp.shape(leaves[beside[0]])[:-1]))) if beside else None

@@ -23,7 +23,7 @@ class ParamSlice:
     convolution has one for each position and channel, so that its index has as many positions.
 
     Attributes:
-      path: where the array stands in the params: the keys joined by "/", as `"params/Dense_0/kernel"`.
+      path: the path of the array in the params: the keys joined by "/", as `"params/Dense_0/kernel"`.
       axes: the axes of the array that enumerate rows.
       index: int array [positions, units], the rows of each unit.
       rows: the total number of rows along the axes. Some may belong to other groups, or to no unit.

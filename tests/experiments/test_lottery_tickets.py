@@ -324,7 +324,7 @@ def test_global_pruning_compares_layers_with_the_same_fraction():
         ({"hidden": (0,)}, r"hidden must be .* got \(0,\)"),
         ({"activation": "rleu"}, "activation must be .* got 'rleu'"),
         ({"learner": "adamm"}, "the learner must be one of .* got 'adamm'"),
-        ({"learner": "bp:reset=head"}, "lottery tickets have no tasks before which it could start anew"),
+        ({"learner": "bp:reset=head"}, "lottery tickets have no tasks before which it could be reset"),
         ({"learner": "injection"}, "lottery tickets have no tasks before which"),
         ({"learner": "c_chain"}, "lottery tickets have no reference batches"),
         ({"learner": "upgd:order=2"}, "lottery tickets have no curvature"),

@@ -374,7 +374,7 @@ def test_a_state_whose_results_are_gone_is_refused(asked, tmp_path):
     results = load_results(tmp_path)
     results.loss.loc[{"task": 0}] = np.nan
     report.save_results(results, tmp_path)
-    with pytest.raises(ValueError, match="the results beside it are not those of its 2 tasks"):
+    with pytest.raises(ValueError, match="the results next to it are not those of its 2 tasks"):
         run(tmp_path, None, FAKE)
 
 

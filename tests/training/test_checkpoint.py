@@ -177,7 +177,7 @@ def test_a_state_is_refused_without_the_results_that_it_needs(tmp_path):
     Checkpoint(path, "bp", every=0.0, needs=lambda tasks: b"results of %d" % tasks).save(7, state_of)
     assert Checkpoint(path, "bp", needs=lambda tasks: b"results of 7").tasks == 7
     assert Checkpoint(path, "cbp", needs=lambda tasks: b"others").tasks == 0  # of other methods
-    with pytest.raises(ValueError, match=f"{path}: the results beside it are not those of its 7 tasks"):
+    with pytest.raises(ValueError, match=f"{path}: the results next to it are not those of its 7 tasks"):
         Checkpoint(path, "bp", needs=lambda tasks: b"others")
 
 

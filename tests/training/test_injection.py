@@ -70,9 +70,9 @@ def test_at_the_task_outputs_are_unchanged_and_a_fresh_head_learns(stream):
 
 def test_networks_that_cannot_take_an_injection_are_refused():
     make = lambda text, **given: make_learner([parse_method(text)], (5,), "relu", (PIXELS,), CLASSES, **given)
-    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that starts anew"):
+    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that is reset"):
         make("injection", reset_head=True)
-    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that starts anew"):
+    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that is reset"):
         make("injection:reset=head")
     with pytest.raises(ValueError, match="the head has 3 layers, and the network has 1 hidden layers"):
         make("injection:head_layers=3")

@@ -144,7 +144,7 @@ def test_clips_the_weights_that_continual_backprop_draws():
 @pytest.mark.parametrize(
     ("scale", "words"),
     [
-        (None, r"cannot tell the scale of 'b1', which stands beside the kernels \['w1', 'w2'\]"),
+        (None, r"cannot tell the scale of 'b1', which is next to the kernels \['w1', 'w2'\]"),
         ({"w1": 1.0, "w2": 1.0}, r"scale must be a tree like the params; it has nothing for \['b1'\]"),
         ({"w1": jnp.ones(4), "b1": 1.0, "w2": 1.0}, r"scale of 'w1' must be a number or broadcast to \(4, 3\)"),
         ({"w1": 1.0, "b1": jnp.ones((2, 3)), "w2": 1.0}, r"scale of 'b1' must be a number or broadcast to \(3,\)"),

@@ -232,7 +232,7 @@ def _parameters(factory: Callable[..., Any], path: str) -> Mapping[str, inspect.
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its arguments cannot be told ({error}); wrap it in a function") from error
+        raise ValueError(f"{path}: its arguments cannot be determined ({error}); wrap it in a function") from error
     for name, each in parameters.items():
         if each.kind is each.POSITIONAL_ONLY and each.default is each.empty:
             raise ValueError(f"{path}: its argument {name} cannot be given by name; wrap it in a function")

@@ -120,7 +120,7 @@ def make_learner(
     if first.inject_at is None:
         return learner
     if batch_stats or reset_head or first.reset:
-        what = "running statistics" if batch_stats else "a head that starts anew before each task"
+        what = "running statistics" if batch_stats else "a head that is reset before each task"
         raise ValueError(f"method {first.text!r}: nothing can be injected into a network with {what}")
     return with_injection(learner, last_layers(units, first.head_layers), first.inject_at)
 

@@ -217,7 +217,7 @@ class Method:
         for name, setting in settings_of(self).items():
             setting.check(name, getattr(self, name))
         if self.reset_every and not self.reset:
-            raise ValueError("reset_every says when, and reset must say what is drawn anew: 'head' or 'network'")
+            raise ValueError("reset_every says when, and reset must say what is reinitialized: 'head' or 'network'")
         if self.given is None:
             fields = self.__dataclass_fields__
             changed = (name for name in settings_of(self) if getattr(self, name) != fields[name].default)
