@@ -6,7 +6,7 @@
 #     WHEELS=folder bash benchmarks/accelerator.sh      # installs these wheels first, from no other place
 #     TINY=1 JAX_PLATFORMS=cpu bash benchmarks/accelerator.sh      # a rehearsal at tiny sizes
 #
-# PYTHON names the interpreter. A part that fails, or takes longer than it may, says so, and the others still run.
+# PYTHON names the interpreter. If a part fails or exceeds its time limit, the file says so, and the others still run.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -33,7 +33,7 @@ part() {
   local status=$?
   if ((status)); then
     failed=1
-    echo "ended with status $status$( ((status == 124)) && echo ", as it took longer than $limit s")"
+    echo "ended with status $status$( ((status == 124)) && echo ", because it took longer than $limit s")"
   fi
   echo "took $((SECONDS - start)) s"
 }
@@ -59,7 +59,7 @@ run() {
     part 90 "$python" benchmarks/learner_steps.py --widths 100 --batches 1 --seeds 1 30 128 --rounds 3 --work 1e8
     part 100 "$python" benchmarks/learner_steps.py --widths 1000 2000 --batches 1 32 --seeds 1 30 --rounds 3 --work 3e9 \
       --learners sgd cbp upgd
-    # c. Flat over 1,000 tasks; and a tenth of a task of the paper's Permuted MNIST with thirty seeds.
+    # c. Times should be constant over 1,000 tasks. A tenth of a task of the paper's Permuted MNIST with thirty seeds.
     part 60 "$python" benchmarks/tasks_and_lanes.py --tasks 1000 --lanes 30 --examples 20
     part 60 "$python" benchmarks/tasks_and_lanes.py --tasks 10 --lanes 1 8 128 --examples 200
     part 90 "$python" benchmarks/tasks_and_lanes.py --width 2000 --lanes 30 --examples 6000 --tasks 2
@@ -67,7 +67,7 @@ run() {
     part 160 "$python" benchmarks/ppo_overhead.py --seeds 1 64 --optimizers optax.adam cbp --updates 1 --rounds 2
   fi
   echo
-  echo "took $SECONDS s in all"
+  echo "took $SECONDS s in total"
   return $failed
 }
 

@@ -1,4 +1,4 @@
-"""One step of continual backpropagation against the same step of its inner optimizer.
+"""One step of continual backpropagation compared with the same step of its inner optimizer.
 
     python benchmarks/cbp_overhead.py
     python benchmarks/cbp_overhead.py --widths 1000 --batches 1 16 --optimizers sgd --seeds 1
@@ -40,12 +40,12 @@ OPTIMIZERS = {"sgd": lambda: optax.sgd(0.003), "adam": lambda: cbp_jax.adam(1e-4
 
 
 def nothing(view):
-    """A utility that reads no weights: all units are equally useful."""
+    """Return the same utility for all units, without reading weights."""
     return jnp.zeros(view.group.size)
 
 
 def runner(width, batch, optimizer, seeds, steps, lanes, utility=None, **settings):
-    """A compiled function of no arguments that trains `seeds` networks for `steps` steps.
+    """Compile a function without arguments that trains `seeds` networks for `steps` steps.
 
     Without a utility, only the inner optimizer trains them; `settings` are arguments of `continual_backprop`.
     """
@@ -96,7 +96,7 @@ def runner(width, batch, optimizer, seeds, steps, lanes, utility=None, **setting
 
 
 def main():
-    """Prints a table of ratios."""
+    """Print a table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[100, 1000, 2000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])

@@ -1,4 +1,4 @@
-"""Steps of convolutional networks in a loop on a CPU: XLA's convolutions against matrix products.
+"""Steps of convolutional networks in a loop on a CPU: XLA's convolutions compared with matrix products.
 
     python benchmarks/convolutions.py                      # ResNet-18 with an eighth of its widths; ConvNet
     python benchmarks/convolutions.py --networks resnet --scale 1 --variants products cbp --rounds 1
@@ -30,14 +30,14 @@ CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def network(name, scale):
-    """A network and the number of images in its batches."""
+    """Return a network and its batch size."""
     if name == "resnet":
         return nets.ResNet(100, widths=tuple(width // scale for width in WIDTHS)), 90
     return nets.ConvNet(2), 100
 
 
 def runner(name, scale, variant, steps):
-    """A function of no arguments that trains for `steps` more steps."""
+    """Return a function without arguments that trains for `steps` more steps."""
     net, batch = network(name, scale)
     x = jax.random.normal(jax.random.key(0), (batch, 32, 32, 3))
     y = jnp.arange(batch) % 2
@@ -90,18 +90,18 @@ def runner(name, scale, variant, steps):
 
 
 def main():
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["resnet", "convnet"], choices=["resnet", "convnet"])
-    parser.add_argument("--scale", type=int, default=8, help="the residual network's widths are ResNet-18's over this")
+    parser.add_argument("--scale", type=int, default=8, help="divides the widths of ResNet-18")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a timed call; more than 1, or there is no loop")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a timed call; the loop needs more than 1")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="`process` on a CPU that others use too")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="use `process` on a CPU with other work")
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind} ({device.platform}), python {platform.python_version()}")
-    print(f"{'network':>8} {'variant':>13} {'s a step':>9} {'of ' + args.variants[0]:>16}")
+    print(f"{'network':>8} {'variant':>13} {'s/step':>9} {'of ' + args.variants[0]:>16}")
     for name in args.networks:
         functions = {variant: runner(name, args.scale, variant, args.steps) for variant in args.variants}
         seconds = interleaved(functions, args.rounds, CLOCKS[args.clock])

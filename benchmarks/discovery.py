@@ -1,6 +1,6 @@
-"""How long it takes to find units: python benchmarks/discovery.py [--only NAME].
+"""Time that it takes to find units: python benchmarks/discovery.py [--only NAME].
 
-Prints, for networks given by shapes alone (no arrays are made), the seconds to trace them and to find their units, and
+For networks given only by shapes (without arrays), prints the seconds to trace them and to find their units, and
 the number of groups. The second of two calls is timed.
 """
 
@@ -16,7 +16,7 @@ from cbp_jax import nets
 
 
 def perceptron(depth, width):
-    """A deep perceptron."""
+    """Return a deep perceptron."""
     params = {f"layer{n:02d}": jax.ShapeDtypeStruct((width, width), jnp.float32) for n in range(depth)}
 
     def apply_fn(params, x):
@@ -28,19 +28,19 @@ def perceptron(depth, width):
 
 
 def encoder(depth, width, heads):
-    """A vision transformer."""
+    """Return a vision transformer."""
     net, x = nets.ViT(10, depth=depth, width=width, heads=heads, hidden=4 * width), jnp.zeros((1, 32, 32, 3))
     return net.apply, jax.eval_shape(net.init, jax.random.key(0), x), x
 
 
 def resnet(blocks):
-    """A residual network with its full width."""
+    """Return a residual network with its full width."""
     net, x = nets.ResNet(10, blocks=blocks), jnp.zeros((1, 32, 32, 3))
     return net.apply, jax.eval_shape(net.init, jax.random.key(0), x), x
 
 
 def decoder(depth, width, heads, hidden, vocabulary, length=16):
-    """A decoder like Llama: RMS norm, rotary positions, gated perceptrons."""
+    """Return a decoder like Llama: RMS norm, rotary positions, gated perceptrons."""
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
     layer = {
         **{name: shape(width, width) for name in ("query", "key", "value", "out")},
@@ -93,9 +93,9 @@ NETWORKS = {
 
 
 def main():
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=NETWORKS, help="one network")
+    parser.add_argument("--only", choices=NETWORKS, help="measure only this network")
     arguments = parser.parse_args()
     print(f"{'network':32s} {'trace':>8s} {'find':>8s} {'groups':>7s} {'left out':>9s}")
     for name, make in NETWORKS.items():

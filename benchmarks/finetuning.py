@@ -8,7 +8,7 @@ of eight of them, as in the experiments. `dot` computes the layers' matrix produ
 step: forward, and for the gradients of inputs and of weights. `full` trains all weights, `lora` adapters of all layers
 that are applied in factors (`cbp_jax.lora.factored`), and `merged` adapters that are added to the kernels first. Calls
 are interleaved; seconds are medians. With `--processor` they are the processor time of all cores together, for a
-machine that others use, too. The speed is the number of operations in the products of a full step, divided by the
+machine with other work. The speed is the number of operations in the products of a full step, divided by the
 seconds.
 """
 
@@ -29,7 +29,7 @@ VARIANTS = ("dot", "full", "lora", "merged")
 
 
 def products(batch, length, depth, width, hidden):
-    """Sizes (rows, in, out) of the layers' products; the number of operations in a step, including attention."""
+    """Return the sizes (rows, in, out) of the layers' products, and the operations in a step, including attention."""
     rows = batch * length
     sizes = depth * ([(rows, width, width)] * 4 + [(rows, width, hidden), (rows, hidden, width)])
     tokens = depth * 2 * 2 * batch * length**2 * width
@@ -37,7 +37,7 @@ def products(batch, length, depth, width, hidden):
 
 
 def runner(variant, args):
-    """A function of no arguments that takes `args.steps` more steps."""
+    """Return a function without arguments that takes `args.steps` more steps."""
     sizes, _ = products(args.batch, args.length, args.depth, args.width, args.hidden)
     if variant == "dot":
         arrays = {size: (jnp.ones(size[:2]), jnp.ones(size[1:])) for size in set(sizes)}
@@ -77,9 +77,8 @@ def runner(variant, args):
     carry = [jax.tree.map(jnp.copy, (trained, tx.init(trained)))]
 
     def advance():
-        carry[0] = run(
-            carry[0], frozen
-        )  # what is not trained is an argument: constants would be laid out anew each time
+        # Frozen arrays are arguments, because constants would be copied in each call.
+        carry[0] = run(carry[0], frozen)
         return carry[0]
 
     return advance
@@ -99,7 +98,7 @@ def main():
     seconds = interleaved({variant: runner(variant, args) for variant in args.variants}, args.rounds, clock)
     _, operations = products(args.batch, args.length, args.depth, args.width, args.hidden)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {platform.machine()}; {vars(args)}")
-    print("variant   seconds a step   GFLOP/s of a full step   over full")
+    print("variant   seconds/step     GFLOP/s of a full step   over full")
     for variant in args.variants:
         each = statistics.median(seconds[variant]) / args.steps
         relative = f"{ratio(seconds, variant, 'full'):9.2f}" if "full" in seconds else ""

@@ -1,4 +1,4 @@
-"""HesScale against the gradient alone: how much a curvature for every weight costs.
+"""HesScale compared with the gradient: the cost of a curvature for every weight.
 
     python benchmarks/hesscale.py
 
@@ -29,7 +29,7 @@ CASES = {
 
 
 def runners(net, shape, batch, steps):
-    """Compiled functions of no arguments: the gradient, with HesScale, with Hutchinson's estimate."""
+    """Compile functions without arguments: the gradient, with HesScale, with Hutchinson's estimate."""
     x = jax.random.normal(jax.random.key(0), (8, batch, *shape))
     y = jax.random.randint(jax.random.key(1), (8, batch), 0, 10)
     params = net.init(jax.random.key(2), x[0])
@@ -58,10 +58,10 @@ def runners(net, shape, batch, steps):
 
 
 def main():
-    """Prints a table of ratios."""
+    """Print a table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.2, help="roughly, of one timed call of the gradient")
+    parser.add_argument("--seconds", type=float, default=0.2, help="approximate time of a timed gradient call")
     args = parser.parse_args()
     device = jax.devices()[0]
     print(

@@ -1,9 +1,9 @@
-"""How a run on a CPU suffers from other processes: two host devices of one process against two processes.
+"""Slowdown of a run on a CPU by other processes: two host devices of one process compared with two processes.
 
 A run spreads its lanes over the cores as host devices of one process, which wait for each other at the end of every
 task. This script times the same work, one lane per core, with and without busy loops in other processes: as one
-process, and as one process per lane. The fair share is what the scheduler leaves: the number of cores divided by the
-number of busy threads.
+process, and as one process per lane. The fair share is the time if the scheduler divides the cores evenly among all
+busy threads.
 
     python benchmarks/host_devices.py > benchmarks/results/host_devices_cpu.txt
 """
@@ -29,7 +29,7 @@ print(json.dumps((ends[-1] - ends[0]) / int(sys.argv[2])))
 
 
 def seconds_per_task(processes: int, devices: int, tasks: int, busy: int) -> float:
-    """Seconds per task of the slowest process, without compilation."""
+    """Return the seconds per task of the slowest process, without compilation."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     try:
         runs = [
@@ -43,7 +43,7 @@ def seconds_per_task(processes: int, devices: int, tasks: int, busy: int) -> flo
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
@@ -52,7 +52,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores; {args.tasks} tasks of Online Permuted digits, {cores} lanes, medians of {args.repeats} runs")
     print(
-        f"{'busy loops':>10}  {'one process, s a task':>22}  {'a process a lane':>17}  {'ratio':>5}  {'fair share':>10}"
+        f"{'busy loops':>10}  {'one process, s/task':>22}  {'process per lane':>17}  {'ratio':>5}  {'fair share':>10}"
     )
     quiet = None
     for busy in args.busy:

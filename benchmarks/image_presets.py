@@ -23,7 +23,7 @@ from cbp_jax.experiments import EXPERIMENTS
 
 
 def runner(name, method, tasks, contracted):
-    """A function of no arguments that runs the first tasks of a preset's method."""
+    """Return a function without arguments that runs the first tasks of a preset's method."""
     experiment = EXPERIMENTS[name]
     settings = dataclasses.replace(experiment.preset("laptop"), methods=(method,), tasks=tasks, seeds=1)
 
@@ -41,11 +41,11 @@ def runner(name, method, tasks, contracted):
 
 
 def main():
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["continual_imagenet", "class_incremental"]
     parser.add_argument("--experiments", nargs="+", default=names, choices=names)
-    parser.add_argument("--tasks", type=int, default=40, help="a few are mostly set-up: images and compilation")
+    parser.add_argument("--tasks", type=int, default=40, help="with few, images and compilation dominate")
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     device = jax.devices()[0]

@@ -1,15 +1,15 @@
-"""A learner's step against width, batch and number of seeds, beside what memory and arithmetic allow at best.
+"""Time of a learner's step by width, batch size and number of seeds, compared with bounds of memory and arithmetic.
 
     python benchmarks/learner_steps.py
     python benchmarks/learner_steps.py --widths 100 2000 --batches 1 --seeds 1 30 --learners sgd cbp    # on a GPU
 
 All learners train the 784-w-w-w-10 ReLU network inside a `lax.scan`; calls are interleaved, and a time is the median
-over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`, on a CPU in turn.
+over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`, but one after another on a CPU.
 
-Two bounds stand beside them, of the machine as it is measured at the start: `bytes`, to read and write each weight of
-all seeds once, at the speed at which a large array is copied (where the weights fit into a cache, less is possible);
-`flops`, the six operations that a weight takes with an example, at the speed of a large product of float32 matrices.
-`1 seed` is the time of a step of all seeds over that of one seed.
+Two lower bounds use the speed of the machine, measured at the start. `bytes` is the time to read and write each weight
+of all seeds once, at the speed of copying a large array; with weights that fit into a cache, steps can be faster.
+`flops` is the time of six operations for each weight and example, at the speed of a large float32 matrix product.
+`1 seed` is the time of a step of all seeds divided by that of one seed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def weights_of(width):
 
 
 def runner(learner, width, batch, seeds, steps):
-    """A compiled function of no arguments that trains `seeds` networks for `steps` steps."""
+    """Compile a function without arguments that trains `seeds` networks for `steps` steps."""
     net = Net(width)
     x = jax.random.uniform(jax.random.key(0), (64, batch, 784))
     y = jax.random.randint(jax.random.key(1), (64, batch), 0, 10)
@@ -93,7 +93,7 @@ def best_seconds(function, *args, rounds=5):
 
 
 def machine(size):
-    """Bytes a second of a copy, and float32 operations a second of a product of matrices [size, size]."""
+    """Measure bytes per second of a copy, and float32 operations per second of a product of matrices [size, size]."""
     x = jnp.ones((16 * size, size))
     read_and_write = 2 * x.nbytes / best_seconds(jax.jit(lambda x: x + 1), x)
     square = jnp.ones((size, size))
@@ -102,7 +102,7 @@ def machine(size):
 
 
 def main():
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[100, 500, 1000, 2000, 4000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
@@ -117,7 +117,7 @@ def main():
         f"jax {jax.__version__}, {device.device_kind} ({device.platform}), {platform.processor() or platform.machine()}"
     )
     bandwidth, flops = machine(args.size)
-    print(f"measured: {bandwidth / 1e9:,.0f} GB/s of a copy, {flops / 1e9:,.0f} GFLOP/s of float32 products")
+    print(f"measured: {bandwidth / 1e9:,.0f} GB/s for a copy, {flops / 1e9:,.0f} GFLOP/s for float32 products")
     names = args.learners
     print(
         f"{'width':>5} {'batch':>5} {'seeds':>5} {'bytes':>9} {'flops':>9} "

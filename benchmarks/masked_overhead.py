@@ -4,7 +4,7 @@
     python benchmarks/masked_overhead.py --hidden 1000 1000 --batches 60 --density 0.05
 
 Both run inside a `lax.scan` on LeNet-300-100, and their calls are interleaved; the ratio is the median over the rounds.
-Pruning a fifth of the network is timed, too.
+The script also times pruning a fifth of the network.
 """
 
 import argparse
@@ -29,7 +29,7 @@ OPTIMIZERS = {
 
 
 def runner(net, params, mask, tx, batch, steps):
-    """A compiled function of no arguments that trains for some steps."""
+    """Compile a function without arguments that trains for some steps."""
     x = jax.random.uniform(jax.random.key(0), (64, batch, 784))
     y = jax.random.randint(jax.random.key(1), (64, batch), 0, 10)
     if mask is not None:
@@ -58,7 +58,7 @@ def runner(net, params, mask, tx, batch, steps):
 
 
 def main():
-    """Prints a table of ratios."""
+    """Print a table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hidden", type=int, nargs="+", default=[300, 100])
     parser.add_argument("--batches", type=int, nargs="+", default=[60])

@@ -1,4 +1,4 @@
-"""PPO on the ant, end to end, with and without continual backpropagation; and several seeds with vmap.
+"""PPO on the ant, end to end, with and without continual backpropagation, and with several seeds under vmap.
 
     python benchmarks/ppo_overhead.py
     python benchmarks/ppo_overhead.py --seeds 1 16 64 --rounds 5      # on an accelerator
@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def runner(optimizer, seeds, updates):
-    """A function of no arguments that trains `seeds` agents for `updates` more rollouts."""
+    """Return a function without arguments that trains `seeds` agents for `updates` more rollouts."""
     env = envs.SlipperyAnt(friction=1.0, clip_actions=True)
     network = nets.ActorCritic(env.action_size, initial_log_std=-0.7)
     init, update = ppo.make(env, network, OPTIMIZERS[optimizer])
@@ -52,12 +52,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
-    parser.add_argument("--updates", type=int, default=2, help="rollouts, with their updates, of one call")
+    parser.add_argument("--updates", type=int, default=2, help="rollouts with their updates in one call")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind} ({device.platform}), python {platform.python_version()}")
-    print(f"{'seeds':>5} {'optimizer':>12} {'s an update':>12} {'env steps/s':>12} {'over first':>11}")
+    print(f"{'seeds':>5} {'optimizer':>12} {'s/update':>12} {'env steps/s':>12} {'over first':>11}")
     for seeds in args.seeds:
         functions = {name: runner(name, seeds, args.updates) for name in args.optimizers}
         seconds = interleaved(functions, args.rounds)

@@ -1,4 +1,4 @@
-"""A step of a residual network with continual backpropagation against the step without.
+"""A step of a residual network with continual backpropagation compared with a step without it.
 
     taskset -c 1 python benchmarks/resnet_overhead.py --clock process
     taskset -c 1 python benchmarks/resnet_overhead.py --clock process --scales 1 --rounds 3     # ResNet-18 itself
@@ -11,7 +11,7 @@ with momentum 0.9 and weight decay 5e-4; CBP has the settings of that experiment
 replaced channels. Calls of the variants are interleaved, and the ratio is the median over the rounds. `untouched` is
 CBP with a utility that reads no weights and no activations; `eager` replaces a channel of every group in every step,
 which with the paper's settings happens once in hundreds to thousands of steps. `--part update` times only what follows
-the gradient: computing the update and applying it.
+the gradient, computing the update and applying it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def nothing(view):
-    """A utility that reads no weights: all units are equally useful."""
+    """Return the same utility for all units, without reading weights."""
     return jnp.zeros(view.group.size)
 
 
@@ -46,7 +46,7 @@ VARIANTS = {
 
 
 def random_like(shapes, key):
-    """Arrays of the given shapes without zeros."""
+    """Draw arrays of the given shapes, without zeros."""
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
     return structure.unflatten(
@@ -55,7 +55,7 @@ def random_like(shapes, key):
 
 
 def runner(scale, batch, variant, steps, part):
-    """A function of no arguments that trains for `steps` more steps."""
+    """Return a function without arguments that trains for `steps` more steps."""
     net = nets.ResNet(100, widths=tuple(width // scale for width in WIDTHS))
     x = jax.random.normal(jax.random.key(0), (batch, 32, 32, 3))
     y = jax.random.randint(jax.random.key(1), (batch,), 0, 100)
@@ -85,7 +85,7 @@ def runner(scale, batch, variant, steps, part):
 
     if part == "step":
         inputs = x
-    else:  # stand-ins for what the network would compute
+    else:  # random arrays in place of the network's values
         inputs = random_like(jax.eval_shape(gradient, params, batch_stats, x), rbg)
 
     def go_on(carry, inputs):
@@ -114,21 +114,21 @@ def runner(scale, batch, variant, steps, part):
 
 
 def main():
-    """Prints a table of ratios."""
+    """Print a table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scales", type=int, nargs="+", default=[8], help="widths are those of ResNet-18 over this")
+    parser.add_argument("--scales", type=int, nargs="+", default=[8], help="divisors of ResNet-18's widths")
     parser.add_argument("--batch", type=int, default=90)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--part", default="step", choices=["step", "update"])
     parser.add_argument("--steps", type=int, default=1, help="steps of a timed call")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="`process` on a CPU that others use too")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="use `process` on a CPU with other work")
     args = parser.parse_args()
     if args.part == "update" and args.steps > 1:
-        parser.error("--part update has the same inputs in each step, which a loop need not read more than once")
+        parser.error("--part update needs --steps 1, since a loop could read the same inputs only once")
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind} ({device.platform}), python {platform.python_version()}")
-    print(f"{'widths':>17} {'batch':>5} {'variant':>10} {'ms a ' + args.part:>12} {'over ' + args.variants[0]:>11}")
+    print(f"{'widths':>17} {'batch':>5} {'variant':>10} {'ms/' + args.part:>12} {'over ' + args.variants[0]:>11}")
     for scale in args.scales:
         functions = {name: runner(scale, args.batch, name, args.steps, args.part) for name in args.variants}
         seconds = interleaved(functions, args.rounds, CLOCKS[args.clock])

@@ -5,9 +5,9 @@
 
 Each round trains the network from its initial weights, prunes a fraction of the units of each hidden layer, those with
 the lowest utility (`--utility`), and removes them from the network. A row is a round: the units and weights that are
-left, the test accuracy of the smaller network when it is trained itself, the largest difference between outputs of the
-trained masked network and of the smaller network with its weights, and the time of a training step of the masked
-network and of the smaller one, divided by the dense network's.
+left, the test accuracy of the smaller network after its own training, the largest difference between outputs of the
+trained masked network and of the smaller network with its weights, and the times of a training step of the masked
+network and of the smaller one, divided by that of the dense network.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from cbp_jax import data, nets, tickets
 
 
 def examples(args):
-    """Images in [0, 1] and labels for training and for testing."""
+    """Return images in [0, 1] and labels for training and for testing."""
     train = data.load(args.dataset, data_dir=args.data_dir)
     flat = lambda each: (
         jnp.asarray(each.images.reshape(len(each), -1) / each.max_value, jnp.float32),
@@ -39,7 +39,7 @@ def examples(args):
 
 
 def main():
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--data-dir", default=None)

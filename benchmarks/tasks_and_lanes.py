@@ -1,11 +1,11 @@
-"""What a run costs against the number of its tasks, and of its lanes: seconds and memory.
+"""Cost of a run by the numbers of its tasks and of its lanes: seconds and memory.
 
     python benchmarks/tasks_and_lanes.py
     python benchmarks/tasks_and_lanes.py --width 2000 --lanes 30 --examples 6000 --tasks 2    # a tenth of the paper's
 
-A run of Online Permuted images of 28 x 28 random bytes goes on for `--tasks` tasks, once for each number of lanes.
-`s a task` is the median over the last half of the tasks between two lines, of all lanes together. Memory is what is in
-use on the devices after the task, where they tell it, and else of the process.
+A run on Online Permuted images of 28 x 28 random bytes has `--tasks` tasks, and is repeated for each number of lanes.
+`s/task` is the time of all lanes together, the median over the last half of the tasks between two lines. Memory is that
+in use on the devices after the task if they report it, otherwise that of the process.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from cbp_jax.experiments import learners
 
 
 def memory():
-    """Bytes in use of all devices, or of the process where devices do not tell."""
+    """Return the bytes in use on all devices, or by the process if devices do not report them."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return sum(each["bytes_in_use"] for each in stats)
@@ -41,24 +41,22 @@ def images(count):
 
 
 def main():
-    """Prints a table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="cbp")
     parser.add_argument("--width", type=int, default=100)
-    parser.add_argument("--examples", type=int, default=200, help="of a task")
+    parser.add_argument("--examples", type=int, default=200, help="examples of a task")
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 8, 32])
-    parser.add_argument("--lines", type=int, nargs="+", default=None, help="tasks after which a line is printed")
+    parser.add_argument("--lines", type=int, nargs="+", default=None, help="finished tasks at which to print")
     args = parser.parse_args()
     device = jax.devices()[0]
     print(
         f"jax {jax.__version__}, {jax.local_device_count()} x {device.device_kind} ({device.platform}), "
         f"{platform.processor() or platform.machine()}"
     )
-    print(f"{args.method}, width {args.width}, {args.examples} examples a task, batch 1")
-    print(
-        f"{'lanes':>5} {'tasks':>6} {'s a task':>10} {'s a task, lane':>15} {'memory, MB':>11} {'compiled in, s':>15}"
-    )
+    print(f"{args.method}, width {args.width}, {args.examples} examples per task, batch 1")
+    print(f"{'lanes':>5} {'tasks':>6} {'s/task':>10} {'s/task and lane':>15} {'memory, MB':>11} {'compilation, s':>15}")
     problem = problems.online_permuted(images(max(args.examples, 1000)), examples_per_task=args.examples)
     method = learners.parse_method(args.method)
     lines = set(args.lines or [task for task in (10, 100, 1000, 10_000) if task < args.tasks] + [args.tasks])

@@ -7,12 +7,12 @@ import jax
 
 
 def interleaved(functions, rounds, clock=time.perf_counter):
-    """Seconds of calls of each compiled function, in turn, `rounds` times, after one call of each as a warm-up.
+    """Time calls of each compiled function in turn, `rounds` times, after one warm-up call of each.
 
     Args:
-      functions: dict from name to a function of no arguments that returns arrays.
+      functions: dict from name to a function without arguments that returns arrays.
       rounds: number of timed calls of each.
-      clock: the clock to read. `time.process_time` counts only this process's work, for a CPU that others use, too.
+      clock: the clock to read. `time.process_time` counts only this process, which helps on a CPU with other work.
 
     Returns:
       dict from name to the list of seconds.
@@ -29,5 +29,5 @@ def interleaved(functions, rounds, clock=time.perf_counter):
 
 
 def ratio(seconds, name, base):
-    """Median over rounds of one variant's time divided by another's in the same round."""
+    """Return the median over rounds of one variant's time divided by another's in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))

@@ -1,4 +1,4 @@
-"""One step of UPGD compared with the same step of plain SGD, and how much of it the random numbers take.
+"""One step of UPGD compared with the same step of plain SGD, and the share of the random numbers in it.
 
     python benchmarks/upgd_overhead.py
     python benchmarks/upgd_overhead.py --widths 1000 --batches 1 --rounds 15
@@ -52,7 +52,7 @@ def jax_noise(impl):
 
 
 def parts_of_upgd(draw=None, gate=True):
-    """Global first-order UPGD, written out, with or without its parts."""
+    """Return global first-order UPGD with or without some of its parts."""
 
     def init_fn(params):
         return jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params)
@@ -86,7 +86,7 @@ VARIANTS = {
 
 
 def runner(width, batch, tx, steps):
-    """A compiled function of no arguments that trains a network for `steps` steps."""
+    """Compile a function without arguments that trains a network for `steps` steps."""
     net = Net(width)
     x = jax.random.uniform(jax.random.key(0), (64, batch, 784))
     y = jax.random.randint(jax.random.key(1), (64, batch), 0, 10)
@@ -114,7 +114,7 @@ def runner(width, batch, tx, steps):
 
 
 def main():
-    """Prints a table of ratios."""
+    """Print a table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[100, 300, 1000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])

@@ -113,7 +113,7 @@ __all__ = [
 
 
 def load_results(path: Any) -> Any:
-    """Reads the results of a run; see :func:`cbp_jax.report.load_results`."""
+    """Read the results of a run; see :func:`cbp_jax.report.load_results`."""
     from cbp_jax import report  # needs the report extra
 
     return report.load_results(path)

@@ -20,7 +20,7 @@ class Found(NamedTuple):
 
 
 def read(text: str, kind: str) -> Found | None:
-    """Imports the object that a text names.
+    """Import the object that a text names.
 
     Its module is imported. Modules in the current directory are found too.
 
@@ -46,7 +46,7 @@ def read(text: str, kind: str) -> Found | None:
 
 
 def path_of(function: Any) -> str:
-    """The path of a function, a class, or an object's class: a text that is the same in every process.
+    """Return the path of a function, a class, or an object's class: a text that is the same in every process.
 
     Example:
       >>> import math
@@ -77,7 +77,7 @@ def _imported(module: str, attribute: str, kind: str) -> Any:
 
 
 def read_settings(text: str) -> dict[str, Any]:
-    """Parses settings as written between parentheses.
+    """Parse settings as written between parentheses.
 
     Args:
       text: such as `"width=64, norm=layer, bias=false"`. Values are numbers, text (quoted or a bare word), true, false,

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None:
-    """Runs the command.
+    """Run the command.
 
     Args:
       argv: its words.

@@ -13,7 +13,7 @@ _LEAST_SECONDS = 0.1
 
 
 def user_cache() -> Path:
-    """The user's cache folder, by the convention of the platform."""
+    """Return the user's cache folder, by the convention of the platform."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     if sys.platform == "win32":
@@ -22,7 +22,7 @@ def user_cache() -> Path:
 
 
 def keep_compiled() -> Path | None:
-    """Turns on JAX's persistent compilation cache, in the user's cache folder.
+    """Turn on JAX's persistent compilation cache, in the user's cache folder.
 
     As always in JAX, `JAX_COMPILATION_CACHE_DIR` names another folder, and `JAX_ENABLE_COMPILATION_CACHE=false` turns
     the cache off. A program's own configuration is not changed.
@@ -52,7 +52,7 @@ def keep_compiled() -> Path | None:
 
 
 def _machine() -> str:
-    """An identifier of the machine's type: machines that share a home may not run each other's programs."""
+    """Return an identifier of the machine's type: machines that share a home may not run each other's programs."""
     about = [platform.system(), platform.machine(), platform.processor()]
     try:
         cpu = Path("/proc/cpuinfo").read_text().splitlines()

@@ -25,12 +25,12 @@ class JsonLines:
         self._path = Path(folder) / JSON_LINES
 
     def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
-        """Writes a task, counted from 0. Non-finite values become null."""
+        """Write a task, counted from 0. Non-finite values become null."""
         numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}
         self._write({"method": method, "task": task, **numbers})
 
     def diverged(self, method: str, seed: int, task: int) -> None:
-        """Writes that a lane diverged."""
+        """Write that a lane diverged."""
         self._write({"method": method, "task": task, "seed": seed, "diverged": True})
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -59,14 +59,14 @@ class Tensorboard:
         self._writers: dict[str, Any] = {}
 
     def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
-        """Writes a task, which counts from 0."""
+        """Write a task, which counts from 0."""
         writer = self._writers.get(method) or self._writers.setdefault(method, self._make(method))
         for name, value in means.items():
             writer.add_scalar(name, value, task)
         writer.flush()
 
     def diverged(self, method: str, seed: int, task: int) -> None:
-        """Does nothing, since divergence is not a scalar."""
+        """Do nothing, since divergence is not a scalar."""
 
 
 LOGS: dict[str, Callable[[Path], Any]] = {"jsonl": JsonLines, "tensorboard": Tensorboard}

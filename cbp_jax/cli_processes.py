@@ -38,7 +38,7 @@ class Given(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `cbp-jax run` that are about processes."""
+    """Add the options of `cbp-jax run` that are about processes."""
     group = parser.add_argument_group(
         "several processes", "share the lanes of a run; they need a folder (--out) that all of them see"
     )
@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read(given: argparse.Namespace) -> Given:
-    """Reads these options.
+    """Read these options.
 
     Raises:
       ValueError: some of them are missing, or wrong.
@@ -87,7 +87,7 @@ def read(given: argparse.Namespace) -> Given:
 
 
 def meet(given: Given, timeout: int = TIMEOUT) -> Share:
-    """Waits until all processes are there, by `jax.distributed`.
+    """Wait until all processes are there, by `jax.distributed`.
 
     Args:
       given: of the command line.

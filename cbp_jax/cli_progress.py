@@ -26,7 +26,7 @@ class Bar:
         self._bar.close()
 
     def __call__(self, methods: str, lanes: int, measures: dict[str, float]) -> None:
-        """Counts a finished task of each of `lanes` lanes. Tasks that were already done have no measurements."""
+        """Count a finished task of each of `lanes` lanes. Tasks that were already done have no measurements."""
         shown = methods if len(methods) <= 30 else methods[:27] + "..."
         self._bar.set_description_str(shown, refresh=False)
         if "accuracy" in measures:
@@ -36,7 +36,7 @@ class Bar:
         self._bar.update(lanes)
 
     def diverged(self, method: str, seed: int, task: int) -> None:
-        """Reports a lane whose loss is no longer finite, above the bar. `task` counts from 0."""
+        """Report a lane whose loss is no longer finite, above the bar. `task` counts from 0."""
         from cbp_jax.experiments.progress import diverged_text
 
         self._bar.write(f"warning: {diverged_text(method, seed, task)}", file=sys.stderr)

@@ -18,7 +18,7 @@ _FEW_CHANNELS = 33
 
 
 def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Computes the convolutions of a network as matrix products on a CPU. On other devices the network is unchanged.
+    """Compute the convolutions of a network as matrix products on a CPU. On other devices the network is unchanged.
 
     Inside a loop, such as training steps under `jax.lax.scan`, XLA runs convolutions on a CPU as naive loops on one
     thread, while matrix products stay fast. With products, steps of a residual network are about ten times faster
@@ -60,7 +60,7 @@ def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates an equation. Convolutions become products where possible, and pooling gets the faster derivative."""
+    """Evaluate an equation. Convolutions become products where possible, and pooling gets the faster derivative."""
     params = eqn.params
     if (
         eqn.primitive.name == "conv_general_dilated"
@@ -75,7 +75,7 @@ def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _contract(image: chex.Array, kernel: chex.Array, params: dict[str, Any]) -> chex.Array:
-    """Computes a convolution, given by the parameters of its equation, as products."""
+    """Compute a convolution, given by the parameters of its equation, as products."""
     dims, groups = params["dimension_numbers"], params["feature_group_count"]
     image = image.transpose(dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1])  # batch, places, channels
     kernel = kernel.transpose(*dims.rhs_spec[2:], dims.rhs_spec[1], dims.rhs_spec[0])  # places, channels in, out
@@ -87,7 +87,7 @@ def _contract(image: chex.Array, kernel: chex.Array, params: dict[str, Any]) -> 
     sizes = [(size - span) // step + 1 for size, span, step in zip(image.shape[1:-1], reach, strides, strict=True)]
 
     def shifted(place: Sequence[int]) -> chex.Array:
-        """The pixels that the kernel's entries at one spatial position are multiplied with, for every output
+        """Return the pixels that the kernel's entries at one spatial position are multiplied with, for every output
         position."""
         starts = [index * step for index, step in zip(place, dilation, strict=True)]
         ends = [start + (size - 1) * step + 1 for start, size, step in zip(starts, sizes, strides, strict=True)]
@@ -95,7 +95,7 @@ def _contract(image: chex.Array, kernel: chex.Array, params: dict[str, Any]) -> 
         return jax.lax.slice(image, (0, *starts, 0), limits, (1, *strides, 1))
 
     def product(x: chex.Array, w: chex.Array) -> chex.Array:
-        """Product of channels [..., in] with entries [in, out], group by group if there are groups."""
+        """Return the product of channels [..., in] with entries [in, out], group by group if there are groups."""
         options = {"precision": params["precision"], "preferred_element_type": params["preferred_element_type"]}
         if groups == 1:
             return jnp.matmul(x, w, **options)

@@ -60,7 +60,7 @@ _SELECTIONS = jaxprs.POOLING | frozenset(
 
 
 def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk_size: int = 256) -> Any:
-    """The exact diagonal of a loss's Hessian, for small networks.
+    """Compute the exact diagonal of a loss's Hessian, for small networks.
 
     Takes the second derivative of the loss along every entry, forward over forward: about three evaluations of the
     loss for every entry of the params, `chunk_size` of them at once. Time is quadratic in the size of the network;
@@ -109,7 +109,7 @@ def hessian_diagonal(loss_fn: Callable[[Any], chex.Array], params: Any, *, chunk
 
 
 def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNGKey, samples: int = 1) -> Any:
-    r"""Hutchinson's unbiased estimate of the diagonal of a loss's Hessian.
+    r"""Compute Hutchinson's unbiased estimate of the diagonal of a loss's Hessian.
 
     .. math:: \mathrm{diag}(H) = E[v \circ H v], \qquad v_i = \pm 1 \text{ with equal probability}
 
@@ -163,7 +163,7 @@ def hutchinson(loss_fn: Callable[[Any], chex.Array], params: Any, key: chex.PRNG
 def hesscale(
     apply_fn: Callable[..., Any], params: Any, x: Any, targets: chex.Array, loss: str = "softmax_cross_entropy"
 ) -> tuple[chex.Array, Any, Any]:
-    """HesScale's approximation of the diagonal of a loss's Hessian, with the loss and its gradient.
+    """Compute HesScale's approximation of the diagonal of a loss's Hessian, with the loss and its gradient.
 
     The network is traced, and one backward pass through its operations propagates gradient and curvature together; see
     the module's docstring for the recursion. Supported are products and convolutions with parameters, biases,
@@ -241,7 +241,7 @@ class _Node:
     curve: chex.Array | None = None  # second derivative of the loss
 
     def add(self, grad: chex.Array, curve: chex.Array) -> None:
-        """Adds what one consumer passes back, summed over axes along which the value was broadcast."""
+        """Add what one consumer passes back, summed over axes along which the value was broadcast."""
         grad, curve = self._fit(grad), self._fit(curve)
         self.grad = grad if self.grad is None else self.grad + grad
         self.curve = curve if self.curve is None else self.curve + curve
@@ -264,7 +264,7 @@ class _Walk:
         self.tape: list[tuple[list[_Node], list[_Node], _Pull]] = []
 
     def pull_back(self) -> None:
-        """Passes gradients and curvatures from the outputs to whatever they depend on."""
+        """Pass gradients and curvatures from the outputs to whatever they depend on."""
         for operands, results, pull in reversed(self.tape):
             if all(node.grad is None for node in results):
                 continue
@@ -276,7 +276,7 @@ class _Walk:
                 node.add(grad, curve)
 
     def run(self, closed: core.ClosedJaxpr, inputs: list[_Node]) -> list[_Node]:
-        """Evaluates a jaxpr."""
+        """Evaluate a jaxpr."""
         env = dict(zip(closed.jaxpr.constvars, map(_Node, closed.consts), strict=True))
         env.update(zip(closed.jaxpr.invars, inputs, strict=True))
 
@@ -288,7 +288,7 @@ class _Walk:
         return [read(atom) for atom in closed.jaxpr.outvars]
 
     def step(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
-        """Evaluates one equation."""
+        """Evaluate one equation."""
         name, data = eqn.primitive.name, any(node.data for node in nodes)
         differentiable = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)  # type: ignore[attr-defined]
         if name == "stop_gradient" or not differentiable or not any(node.active for node in nodes):
@@ -315,7 +315,7 @@ class _Walk:
         return self.elementwise(eqn, nodes)
 
     def contraction(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
-        """A product or convolution: linear in each operand, with the other operand's entries as coefficients."""
+        """Follow a product or convolution: linear in each operand, with the other operand's entries as coefficients."""
         if all(node.active and node.data for node in nodes):
             raise ValueError(_not_followed(eqn.primitive.name, "it is a product of two activations"))
 
@@ -338,7 +338,7 @@ class _Walk:
         return results
 
     def selection(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
-        """A map whose coefficients are 0 and 1."""
+        """Follow a map whose coefficients are 0 and 1."""
         operands, apply = _of_active(eqn, nodes)
         values, transpose = jax.vjp(apply, *(node.value for node in operands))
 
@@ -353,7 +353,7 @@ class _Walk:
         return results
 
     def elementwise(self, eqn: core.JaxprEqn, nodes: list[_Node]) -> list[_Node]:
-        """An elementwise function of a root that all operands share, or of each operand separately."""
+        """Follow an elementwise function of a root that all operands share, or of each operand separately."""
         operands, apply = _of_active(eqn, nodes)
         values = tuple(node.value for node in operands)
         (value,) = apply(*values)
@@ -381,19 +381,19 @@ class _Walk:
 
 
 def _second_order(f: Callable[..., chex.Array], values: tuple, slopes: tuple, bends: tuple) -> tuple[Any, Any]:
-    """First and second derivative of f along a curve through `values` with these derivatives."""
+    """Return the first and second derivative of f along a curve through `values` with these derivatives."""
     first = lambda values, slopes: jax.jvp(f, values, slopes)[1]
     return jax.jvp(first, (values, slopes), (slopes, bends))
 
 
 def _common_root(nodes: list[_Node]) -> _Node | None:
-    """The one value that all active operands are elementwise functions of."""
+    """Return the one value that all active operands are elementwise functions of."""
     roots = [node.root or node for node in nodes if node.active]
     return roots[0] if all(root is roots[0] for root in roots) else None
 
 
 def _of_active(eqn: core.JaxprEqn, nodes: list[_Node]) -> tuple[list[_Node], Callable[..., list[chex.Array]]]:
-    """The operands of an equation that depend on parameters, and the equation as a function of their values."""
+    """Return the operands of an equation that depend on parameters, and the equation as a function of their values."""
 
     def apply(*values):
         rest = iter(values)

@@ -22,7 +22,7 @@ _ALIKE = frozenset({"convert_element_type", "copy", "copy_p", "stop_gradient", "
 
 
 def apply_in_factors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a network apply kernels `W + c A B` factor by factor.
+    """Make a network apply kernels `W + c A B` factor by factor.
 
     The product of A and B is as large as the kernel, and so is its gradient, even if A and B are small: a step that
     trains only A and B costs as much as one that trains W. Applied in factors, it costs a third less. And the columns
@@ -59,12 +59,12 @@ def apply_in_factors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def multiplies_parameters(closed: core.ClosedJaxpr, count: int) -> bool:
-    """Whether the first `count` inputs of a jaxpr are multiplied with each other, like factors."""
+    """Return whether the first `count` inputs of a jaxpr are multiplied with each other, like factors."""
     return _multiplies(closed.jaxpr, closed.jaxpr.invars[:count])
 
 
 def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], count: int) -> list[Any]:
-    """Evaluates a jaxpr, whose first `count` inputs are parameters, with kernels applied in factors."""
+    """Evaluate a jaxpr, whose first `count` inputs are parameters, with kernels applied in factors."""
     wrapped = [_Parameter(arg, constant=number >= count) for number, arg in enumerate(args)]
     constants = [_Parameter(value, constant=True) for value in closed.consts]
     outputs, _ = jaxprs.evaluate(core.ClosedJaxpr(closed.jaxpr, constants), wrapped, bind=_bind)
@@ -131,7 +131,7 @@ class _Sum(jaxprs.Lazy):
 
 
 def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates an equation whose operands may be parameters or sums."""
+    """Evaluate an equation whose operands may be parameters or sums."""
     name = eqn.primitive.name
     sums = [place for place, value in enumerate(values) if isinstance(value, _Sum)]
     made = None
@@ -147,7 +147,7 @@ def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _viewed(eqn: core.JaxprEqn) -> int | None:
-    """The position of the operand that an equation makes a view or a multiple of."""
+    """Return the position of the operand that an equation makes a view or a multiple of."""
     name, shapes = eqn.primitive.name, [jnp.shape(getattr(atom, "val", atom.aval)) for atom in eqn.invars]
     if len(shapes) == 1:
         return 0 if name in _VIEWS or name == "neg" else None
@@ -161,7 +161,7 @@ def _is_own(value: Any) -> bool:
 
 
 def _product(eqn: core.JaxprEqn, left: Any, right: Any) -> _Sum | None:
-    """Two parameters, multiplied along one axis."""
+    """Multiply two parameters along one axis."""
     (left_axes, right_axes), batch = eqn.params["dimension_numbers"]
     if len(left_axes) != 1 or batch != ((), ()) or min(left.ndim, right.ndim) < 2:
         return None
@@ -173,7 +173,7 @@ def _product(eqn: core.JaxprEqn, left: Any, right: Any) -> _Sum | None:
 
 
 def _of_sums(eqn: core.JaxprEqn, values: Sequence[Any], sums: Sequence[int]) -> _Sum | None:
-    """The output of an equation other than a product on sums, if it is a sum too."""
+    """Return the output of an equation other than a product on sums, if it is a sum too."""
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     first = values[sums[0]]
     if name in ("add", "add_any", "sub"):
@@ -211,7 +211,7 @@ def _moved(term: _Term, to: Callable[[int], int]) -> _Term:
 
 
 def _contraction(eqn: core.JaxprEqn, values: Sequence[Any], kernel: int) -> Any:
-    """Applies a kernel, and its low-rank changes, each in two steps."""
+    """Apply a kernel, and its low-rank changes, each in two steps."""
     value, (operand,) = values[kernel], jaxprs.settled([values[1 - kernel]])
     if value.base is None or _is_own(values[1 - kernel]):  # computed from parameters only: these are activations
         return None
@@ -227,7 +227,7 @@ def _contraction(eqn: core.JaxprEqn, values: Sequence[Any], kernel: int) -> Any:
 
 
 def _contracted(eqn: core.JaxprEqn, term: _Term, operand: Any, kernel: int) -> Any:
-    """A low-rank matrix times activations, summed over all axes of one of its factors."""
+    """Multiply a low-rank matrix with activations, and sum over all axes of one of its factors."""
     contracted, batch = eqn.params["dimension_numbers"]
     if batch != ((), ()):
         return None
@@ -255,7 +255,7 @@ def _contracted(eqn: core.JaxprEqn, term: _Term, operand: Any, kernel: int) -> A
 
 
 def _convolved(eqn: core.JaxprEqn, term: _Term, image: Any, kernel: int) -> Any:
-    """A convolution to as many channels as the rank, and a product of these with the other factor."""
+    """Convolve to as many channels as the rank, and multiply these with the other factor."""
     params = eqn.params
     spec = params["dimension_numbers"]
     out_axis, *inside = spec.rhs_spec

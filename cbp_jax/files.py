@@ -17,13 +17,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def partial(path: Path) -> Path:
-    """The temporary path of a file, before it is moved to its place. It is always the same, so that the next save
-    overwrites the leftover of a killed process."""
+    """Return the temporary path of a file, before it is moved to its place. It is always the same, so that the next
+    save overwrites the leftover of a killed process."""
     return path.with_name(f".{path.name}.part")
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
-    """Writes a file atomically.
+    """Write a file atomically.
 
     It is written to a temporary file next to it and then moved: readers find either the old content or the new.
 
@@ -62,7 +62,7 @@ def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Locks a folder against other processes that lock it the same way. The folder is created if needed.
+    """Lock a folder against other processes that lock it the same way. The folder is created if needed.
 
     The operating system holds the lock, so a killed process leaves none behind. File systems without locks, and
     Windows, do not lock.
@@ -121,7 +121,7 @@ def _locked_file(folder: Path, shared: bool) -> Iterator[None]:
 
 
 def _is_the_last(descriptor: int) -> bool:
-    """Whether nobody else shares a lock."""
+    """Return whether nobody else shares a lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -19,7 +19,7 @@ FrozenHeads = dict[str, jax.Array]
 def inject(
     params: Any, fresh: Any, layers: Collection[str], frozen: FrozenHeads | None = None
 ) -> tuple[Any, FrozenHeads]:
-    r"""Freezes a network's head and adds a fresh one.
+    r"""Freeze a network's head and add a fresh one.
 
     With an encoder :math:`\phi` and a head :math:`h_\theta`, the network becomes
 
@@ -79,7 +79,7 @@ def inject(
 
 
 def with_injection(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A network with frozen heads besides its own.
+    """Return a network with frozen heads besides its own.
 
     The encoder is computed once for all heads. Its gradient flows through all of them; the frozen heads get none.
 
@@ -108,7 +108,7 @@ def with_injection(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def heads_of(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The outputs of a network with its own head and with each frozen head.
+    """Return the outputs of a network with its own head and with each frozen head.
 
     Args:
       apply_fn: as in :func:`with_injection`.

@@ -32,7 +32,7 @@ ELEMENTWISE = SMOOTH | frozenset(
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, Any]:
-    """Traces a function and inlines the calls that hold contractions or pooling.
+    """Trace a function and inline the calls that hold contractions or pooling.
 
     Args:
       function: of pytrees of arrays.
@@ -50,7 +50,7 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[core.ClosedJaxpr, A
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation unchanged."""
+    """Evaluate one equation unchanged."""
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)
     with eqn.ctx.manager:
@@ -65,19 +65,19 @@ class Lazy:
     """A placeholder for an array that a `bind` may return and take. Loops and checkpointed calls get the array."""
 
     def array(self) -> Any:
-        """The array."""
+        """Return the array."""
         raise NotImplementedError
 
 
 def settled(values: Sequence[Any]) -> list[Any]:
-    """The values as arrays."""
+    """Return the values as arrays."""
     return [value.array() if isinstance(value, Lazy) else value for value in values]
 
 
 def evaluate(
     closed: core.ClosedJaxpr, args: Sequence[Any], keep: Collection[core.Var] = (), bind: Bind = bind
 ) -> tuple[list[Any], dict[core.Var, Any]]:
-    """Evaluates a jaxpr, inlining calls that hold contractions or pooling.
+    """Evaluate a jaxpr, inlining calls that hold contractions or pooling.
 
     All other equations are evaluated unchanged, `custom_jvp` included, so that derivatives are unchanged. Checkpointed
     calls are still rematerialized, except for the values to keep. Scans stay scans; values to keep are stacked over
@@ -106,7 +106,7 @@ def evaluate(
             results, inner = evaluate(_body(eqn), values, keep, bind)
             kept.update(inner)
         elif eqn.primitive.name in _REMAT and _is_opened(eqn):
-            results, inner = _rematerialised(eqn, keep, bind)(*settled(values))
+            results, inner = _rematerialized(eqn, keep, bind)(*settled(values))
             kept.update(zip(_variables(_body(eqn), keep), inner, strict=True))
         elif eqn.primitive.name == "scan" and _is_opened(eqn):
             results, inner = _scanned(eqn, settled(values), keep, bind)
@@ -128,25 +128,26 @@ class Scan(NamedTuple):
 
 
 def scan_of(eqn: core.JaxprEqn, values: Sequence[Any]) -> Scan:
-    """Sorts values of a scan's operands into constants, carries and scanned inputs."""
+    """Sort values of a scan's operands into constants, carries and scanned inputs."""
     consts, carry = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
     return Scan(eqn.params["jaxpr"], list(values[:consts]), list(values[consts:carry]), list(values[carry:]))
 
 
 def is_remat(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation is a checkpointed call."""
+    """Return whether an equation is a checkpointed call."""
     return eqn.primitive.name in _REMAT
 
 
 def call_body(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """The jaxpr that a call-like equation runs once on exactly its operands, or None for any other."""
+    """Return the jaxpr that a call-like equation runs once on exactly its operands, or None for any other."""
     if eqn.primitive.name in _INLINED | _REMAT | _CUSTOM:
         return _body(eqn)
     return None
 
 
 def count_equations(jaxpr: core.Jaxpr) -> int:
-    """The number of equations, including those in the bodies of calls, and those in scans as often as they run."""
+    """Return the number of equations, including those in the bodies of calls, and those in scans as often as they
+    run."""
     inner = (
         eqn.params.get("length", 1) * count_equations(body)
         for eqn in jaxpr.eqns
@@ -156,7 +157,7 @@ def count_equations(jaxpr: core.Jaxpr) -> int:
 
 
 def holds(jaxpr: core.Jaxpr, names: Collection[str]) -> bool:
-    """Whether a primitive of one of these names occurs in a jaxpr, or in the body of a call or a loop in it."""
+    """Return whether a primitive of one of these names occurs in a jaxpr, or in the body of a call or a loop in it."""
     return any(
         eqn.primitive.name in names or any(holds(body, names) for body in core.jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns
@@ -164,7 +165,7 @@ def holds(jaxpr: core.Jaxpr, names: Collection[str]) -> bool:
 
 
 def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
-    """The equations that the outputs depend on, in order."""
+    """Return the equations that the outputs depend on, in order."""
     live = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
@@ -174,10 +175,10 @@ def live_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
     return kept[::-1]
 
 
-def _rematerialised(
+def _rematerialized(
     eqn: core.JaxprEqn, keep: Collection[core.Var], bind: Bind
 ) -> Callable[..., tuple[list[Any], list[Any]]]:
-    """The body of a checkpointed call, checkpointed, returning its outputs and the values to keep."""
+    """Return the body of a checkpointed call, checkpointed, returning its outputs and the values to keep."""
     body = _body(eqn)
 
     def run(*args):
@@ -190,7 +191,7 @@ def _rematerialised(
 def _scanned(
     eqn: core.JaxprEqn, values: Sequence[Any], keep: Collection[core.Var], bind: Bind
 ) -> tuple[list[Any], dict[core.Var, Any]]:
-    """The outputs of a scan, and the values to keep of all its passes."""
+    """Return the outputs of a scan, and the values to keep of all its passes."""
     scan = scan_of(eqn, values)
     variables = _variables(scan.body, keep)
 
@@ -205,7 +206,7 @@ def _scanned(
 
 
 def _variables(closed: core.ClosedJaxpr, among: Collection[core.Var]) -> list[core.Var]:
-    """Those variables that occur in a jaxpr or in the bodies of its calls."""
+    """Return those variables that occur in a jaxpr or in the bodies of its calls."""
     if not among:
         return []
     found = {*closed.jaxpr.invars, *closed.jaxpr.constvars}
@@ -223,7 +224,7 @@ def _body(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
 
 
 def _is_opened(eqn: core.JaxprEqn) -> bool:
-    """Whether the body of a call contains contractions or pooling."""
+    """Return whether the body of a call contains contractions or pooling."""
     return any(holds(body, CONTRACTIONS | POOLING) for body in core.jaxprs_in_params(eqn.params))
 
 

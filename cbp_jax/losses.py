@@ -20,7 +20,7 @@ class Loss(NamedTuple):
 
 
 def accuracy(logits: chex.Array, labels: chex.Array) -> chex.Array:
-    """Fraction of examples whose label has the largest logit, float32 [].
+    """Return the fraction of examples whose label has the largest logit, float32 [].
 
     Args:
       logits: [batch, classes].

@@ -52,7 +52,7 @@ _TIE_TOLERANCE = 1e-6
 
 
 def dead_fraction(features: Any) -> jax.Array:
-    """Fraction of units that are exactly zero on the whole batch.
+    """Return the fraction of units that are exactly zero on the whole batch.
 
     Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024.
 
@@ -74,7 +74,7 @@ def dead_fraction(features: Any) -> jax.Array:
 
 
 def dormant_fraction(features: Any, threshold: float | jax.Array = 0.025) -> jax.Array:
-    r"""Fraction of units whose activation is small compared with their layer's.
+    r"""Return the fraction of units whose activation is small compared with their layer's.
 
     The score of unit i of a layer with H units is its mean absolute activation divided by the layer's average,
 
@@ -104,7 +104,7 @@ def dormant_fraction(features: Any, threshold: float | jax.Array = 0.025) -> jax
 
 
 def gradient_dormant_units(grads: Any, threshold: float | jax.Array = 0.01) -> jax.Array:
-    r"""Fraction of units whose incoming weights have small gradients, compared with their layer's.
+    r"""Return the fraction of units whose incoming weights have small gradients, compared with their layer's.
 
     The score of unit i of a layer with H units is
 
@@ -139,7 +139,7 @@ def gradient_dormant_units(grads: Any, threshold: float | jax.Array = 0.01) -> j
 
 
 def linearized_fraction(features: Any) -> jax.Array:
-    r"""Fraction of units that are active, and therefore linear, on the whole batch.
+    r"""Return the fraction of units that are active, and therefore linear, on the whole batch.
 
     .. math:: \frac{1}{H} \sum_i \big[\, h_i(x) > 0 \text{ for all } x \,\big]
 
@@ -166,7 +166,7 @@ def linearized_fraction(features: Any) -> jax.Array:
 
 
 def effective_rank(x: jax.Array) -> jax.Array:
-    r"""Exponential of the entropy of the normalized singular values.
+    r"""Return the exponential of the entropy of the normalized singular values.
 
     .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i / \sum_j \sigma_j
 
@@ -191,7 +191,8 @@ def effective_rank(x: jax.Array) -> jax.Array:
 
 
 def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
-    r"""Smallest k such that the k largest *squared* singular values reach the threshold's fraction of their sum.
+    r"""Return the smallest k such that the k largest *squared* singular values reach the threshold's fraction of their
+    sum.
 
     .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i^2 \ge \tau \sum_j \sigma_j^2 \Big\}
 
@@ -218,7 +219,7 @@ def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.A
 
 
 def stable_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
-    r"""Smallest k such that the k largest singular values reach the threshold's fraction of their sum.
+    r"""Return the smallest k such that the k largest singular values reach the threshold's fraction of their sum.
 
     .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i \ge \tau \sum_j \sigma_j \Big\}
 
@@ -243,7 +244,7 @@ class Ranks(NamedTuple):
 
 
 def ranks(x: jax.Array, threshold: float | jax.Array = 0.99) -> Ranks:
-    """The effective, approximate and stable rank of a matrix, from one singular value decomposition.
+    """Return the effective, approximate and stable rank of a matrix, from one singular value decomposition.
 
     Args:
       x: matrix [examples, units]; it is not centered.
@@ -270,7 +271,7 @@ def ranks(x: jax.Array, threshold: float | jax.Array = 0.99) -> Ranks:
 def ntk_ranks(
     apply_fn: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array, threshold: float | jax.Array = 0.99
 ) -> Ranks:
-    r"""The ranks of the empirical neural tangent kernel's Gram matrix on a batch.
+    r"""Return the ranks of the empirical neural tangent kernel's Gram matrix on a batch.
 
     A network whose Gram matrix, :func:`tangent_kernel`, has low rank can change its outputs on the batch in few
     directions, however many weights it has. Its rank falls with plasticity: Lyle et al., "Disentangling the causes of
@@ -299,7 +300,7 @@ def ntk_ranks(
 
 
 def weight_magnitude(params: Any) -> jax.Array:
-    """Mean absolute value of all entries of all parameters.
+    """Return the mean absolute value of all entries of all parameters.
 
     Every entry counts the same, so large layers have more weight. Biases are included.
 
@@ -324,7 +325,7 @@ def weight_magnitude(params: Any) -> jax.Array:
 
 
 def weight_rank(params: Any) -> jax.Array:
-    """Rank of the kernels, relative to full rank.
+    """Return the rank of the kernels, relative to full rank.
 
     The sum of the ranks of all kernels divided by the sum of their smaller sides, as in Elsayed & Mahmood, ICLR 2024. A
     kernel of more than two axes is treated as a matrix of its last axis, the outputs, by all others. Singular values
@@ -349,7 +350,7 @@ def weight_rank(params: Any) -> jax.Array:
 
 
 def weight_effective_rank(params: Any) -> jax.Array:
-    """Effective rank of the kernels, relative to full rank.
+    """Return the effective rank of the kernels, relative to full rank.
 
     The sum of the effective ranks of all kernels divided by the sum of their smaller sides. Trained kernels usually
     have full rank. Unlike :func:`weight_rank`, this measure then still distinguishes directions of small weight.
@@ -369,7 +370,7 @@ def weight_effective_rank(params: Any) -> jax.Array:
 
 
 def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Array:
-    """Fraction of the kernels' weights that are far smaller than the kernel's root mean square.
+    """Return the fraction of the kernels' weights that are far smaller than the kernel's root mean square.
 
     Together these weights hold at most threshold**2 of the kernel's squared norm, so they can be pruned. The scale of a
     kernel does not matter: a penalty that shrinks all weights alike does not increase this measure.
@@ -392,7 +393,7 @@ def weight_sparsity(params: Any, threshold: float | jax.Array = 0.01) -> jax.Arr
 
 
 def _kernels(params: Any) -> list[jax.Array]:
-    """Leaves of at least two axes as float32 matrices of their last axis by all others."""
+    """Return leaves of at least two axes as float32 matrices of their last axis by all others."""
     leaves = [w for w in map(_as_array, jax.tree.leaves(params)) if jnp.issubdtype(w.dtype, jnp.floating)]
     kernels = [w.astype(jnp.float32).reshape(-1, w.shape[-1]) for w in leaves if w.ndim > 1 and w.size]
     if not kernels:
@@ -401,7 +402,7 @@ def _kernels(params: Any) -> list[jax.Array]:
 
 
 def plasticity(loss_before: jax.typing.ArrayLike, loss_after: jax.typing.ArrayLike, epsilon: float = 1e-8) -> jax.Array:
-    r"""The fraction of the loss on a sample that one update on that sample removes.
+    r"""Return the fraction of the loss on a sample that one update on that sample removes.
 
     .. math:: \max\Big(1 - \frac{L(W', Z)}{\max(L(W, Z), \epsilon)},\ 0\Big) \in [0, 1]
 
@@ -442,7 +443,8 @@ def _groups(features: Any) -> list[jax.Array]:
 
 
 def _small_beside_their_layer(layers: list[jax.Array], threshold: float | jax.Array) -> jax.Array:
-    """Fraction of the units of arrays [..., units] whose mean absolute value is small relative to the array's."""
+    """Return the fraction of the units of arrays [..., units] whose mean absolute value is small relative to the
+    array's."""
     if isinstance(threshold, int | float | np.number) and not threshold >= 0:
         raise ValueError(f"threshold must not be negative; got {threshold}")
 
@@ -455,7 +457,7 @@ def _as_array(leaf: Any) -> jax.Array:
 
 
 def _singular_values(x: jax.Array) -> jax.Array:
-    """Singular values in descending order, scaled so that the largest is 1 (all 0 for a zero matrix)."""
+    """Return the singular values in descending order, scaled so that the largest is 1 (all 0 for a zero matrix)."""
     x = jnp.asarray(x, jnp.float32)
     if x.ndim != 2 or x.size == 0:
         raise ValueError(f"x must be a matrix [examples, units] that is not empty; got shape {x.shape}")
@@ -472,7 +474,7 @@ def _entropy_rank(values: jax.Array) -> jax.Array:
 
 
 def _least_sufficient(values: jax.Array, threshold: float | jax.Array) -> jax.Array:
-    """Smallest k such that values[:k] sum to the threshold's fraction of all; values are descending and not
+    """Return the smallest k such that values[:k] sum to the threshold's fraction of all; values are descending and not
     negative."""
     if isinstance(threshold, int | float | np.number) and not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1]; got {threshold}")

@@ -13,7 +13,7 @@ Change = Literal["absolute", "squared", "kl", "argmax"]
 
 
 def tangent_kernel(apply_fn: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array) -> jax.Array:
-    r"""The Gram matrix of the empirical neural tangent kernel on a batch.
+    r"""Return the Gram matrix of the empirical neural tangent kernel on a batch.
 
     .. math:: K_{(i, a), (j, b)} = \Big\langle \frac{\partial f_a(x_i)}{\partial \theta},
         \frac{\partial f_b(x_j)}{\partial \theta} \Big\rangle
@@ -70,7 +70,8 @@ def churn(
     x: jax.Array,
     change: Change = "absolute",
 ) -> jax.Array:
-    r"""How much the outputs on a reference batch differ between two parameter sets, such as before and after an update.
+    r"""Return how much the outputs on a reference batch differ between two parameter sets, such as before and after an
+    update.
 
     With outputs :math:`f = f_\theta(x_i)` before and :math:`f' = f_{\theta'}(x_i)` after, the mean over examples i of
 
@@ -115,7 +116,7 @@ def churn(
 
 
 def weight_change(params_before: Any, params_after: Any) -> jax.Array:
-    r"""How far an update moves the weights, relative to their size.
+    r"""Return how far an update moves the weights, relative to their size.
 
     .. math:: \frac{\lVert \theta' - \theta \rVert_2}{\lVert \theta \rVert_2}
 

@@ -24,7 +24,7 @@ _MOST_BLOCKS = 25
 
 
 def is_followed(eqn: core.JaxprEqn) -> bool:
-    """Whether `pool` can evaluate an equation.
+    """Return whether `pool` can evaluate an equation.
 
     It can if this is pooling of floats without dilation: maxima and minima, unless very many windows overlap, and sums
     over windows that do not overlap. For sums over overlapping windows, XLA's derivative is about as fast.
@@ -39,7 +39,7 @@ def is_followed(eqn: core.JaxprEqn) -> bool:
 
 
 def pool(eqn: core.JaxprEqn, image: chex.Array) -> chex.Array:
-    """Evaluates an equation that `is_followed`.
+    """Evaluate an equation that `is_followed`.
 
     Values and gradients are bit for bit those of XLA. A maximum's gradient goes to the first maximal element of its
     window, in row-major order, and is lost if that is padding, in a window of -inf. There are two differences. In a
@@ -102,7 +102,8 @@ class _Windows:
         return tuple(range(1, 2 * len(self.shape), 2))
 
     def numbers(self) -> tuple[np.ndarray, int]:
-        """The numbers of a window's positions [reach, stride, reach, stride, ...], and a number that no position has.
+        """Return the numbers of a window's positions [reach, stride, reach, stride, ...], and a number that no position
+        has.
 
         Positions of its blocks outside the window have that number.
         """
@@ -114,7 +115,7 @@ class _Windows:
         return numbers.reshape(_pairs(self.reach, self.strides)), none
 
     def blocks(self, image: chex.Array, padding: float) -> chex.Array:
-        """Pads the image and cuts it into the blocks that windows cover."""
+        """Pad the image and cut it into the blocks that windows cover."""
         blocks = [count + reach - 1 for count, reach in zip(self.counts, self.reach, strict=True)]
         lengths = [number * stride for number, stride in zip(blocks, self.strides, strict=True)]
         after = [n - size - low for n, size, low in zip(lengths, self.shape, self.before, strict=True)]
@@ -122,12 +123,12 @@ class _Windows:
         return jax.lax.pad(image, jnp.asarray(padding, image.dtype), pads).reshape(_pairs(blocks, self.strides))
 
     def offsets(self) -> Iterator[tuple[list[int], tuple[slice, ...]]]:
-        """The blocks of a window, by their offset from its first block, with their index in `numbers`."""
+        """Return the blocks of a window, by their offset from its first block, with their index in `numbers`."""
         for offset in itertools.product(*map(range, self.reach)):
             yield list(offset), tuple(part for start in offset for part in (slice(start, start + 1), slice(None)))
 
     def first(self, out: chex.Array, blocks: chex.Array) -> chex.Array:
-        """For each window, the number of the first position whose entry is the window's value."""
+        """Return for each window the number of the first position whose entry is the window's value."""
         numbers, none = self.numbers()
         out, found = jax.lax.expand_dims(out, self.inner), []
         for offset, place in self.offsets():
@@ -138,7 +139,7 @@ class _Windows:
         return jnp.stack(found).min(0)
 
     def sum(self, blocks: chex.Array, chosen: chex.Array | None = None) -> chex.Array:
-        """The sum over each window, or its entry at the position with the chosen number.
+        """Return the sum over each window, or its entry at the position with the chosen number.
 
         It is written so that its transpose is fast, in which pads become slices and slices become pads: the outputs'
         gradient is padded once, and the gradient of the blocks is a sum of slices of it, in XLA's order, window by
@@ -170,5 +171,5 @@ class _Windows:
 
 
 def _pairs(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """Interleaves two sequences."""
+    """Interleave two sequences."""
     return [number for pair in zip(first, second, strict=True) for number in pair]

@@ -24,7 +24,7 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads all tensors of a file.
+    """Read all tensors of a file.
 
     Args:
       path: of the file.
@@ -73,7 +73,7 @@ def _tensor(name: str, body: np.ndarray, dtype: str, shape: list[int], data_offs
 def write(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors to a file atomically.
+    """Write tensors to a file atomically.
 
     Args:
       path: of the file.

@@ -30,7 +30,7 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, features: Any = None, **kwargs: Any) -> "TrainState":
-        """Updates the parameters.
+        """Update the parameters.
 
         Args:
           grads: gradients, a tree like the parameters.

@@ -25,15 +25,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("cbp_jax")
 
 
-# Tests spend their time on compiling. With CBP_JAX_TESTS_AS_USERS_RUN=1 programs are compiled as users' are.
+# Tests spend most of their time compiling. With CBP_JAX_TESTS_AS_USERS_RUN=1, programs are compiled as for users.
 _AS_USERS = os.environ.get("CBP_JAX_TESTS_AS_USERS_RUN") == "1"
-# XLA's older emitters compile three times as fast.
+# XLA's older emitters compile three times as fast as its default ones.
 _QUICK = {} if _AS_USERS else {"xla_cpu_use_fusion_emitters": False}
-_options: dict[str, bool] = dict(_QUICK)  # of XLA, for what is compiled now; examples of docstrings too
+_options: dict[str, bool] = dict(_QUICK)  # XLA's options for the next compilation, also of docstrings' examples
 
 
 def _with_options(*args, get=compiler.get_compile_options, env_options_overrides=None, **kwargs):
-    # JAX has no public way to say them for all programs of a test.
+    # JAX has no public setting for the XLA options of all programs.
     return get(*args, env_options_overrides={**_options, **(env_options_overrides or {})}, **kwargs)
 
 
@@ -42,7 +42,7 @@ compiler.get_compile_options = _with_options
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks as slow what modules list of their parametrized tests: `SLOW_CASES = {"test_name": ("case", ...)}`."""
+    """Mark the parametrized cases as slow that a module lists: `SLOW_CASES = {"test_name": ("case", ...)}`."""
     left = {}
     for item in items:
         name, _, case = item.name.removesuffix("]").partition("[")
@@ -52,21 +52,21 @@ def pytest_collection_modifyitems(items):
             unseen.discard(case)
             if case in cases:
                 item.add_marker(pytest.mark.slow)
-    if any(left.values()) and len(items) > 100:  # else some cases may have been chosen on the command line
-        raise pytest.UsageError(f"SLOW_CASES names cases that there are not: {left}")
+    if any(left.values()) and len(items) > 100:  # with fewer items, the command line may have selected cases
+        raise pytest.UsageError(f"SLOW_CASES names cases that do not exist: {left}")
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
-    """The command line keeps no compiled programs in the user's folder for caches."""
+def no_compilation_cache(monkeypatch):
+    """Keep the command line from writing compiled programs to the user's cache folder."""
     monkeypatch.setattr(cli_compiled, "keep_compiled", lambda: None)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """A third of the time of compiling; what is computed stays the same within rounding.
+    """Compile three times as fast; results stay the same within rounding.
 
-    A module whose tests are about what the optimized program computes says `OPTIMIZED = True`.
+    A module whose tests compare or measure fully optimized programs sets `OPTIMIZED = True`.
     """
     quick = not (_AS_USERS or getattr(request.module, "OPTIMIZED", False))
     jax.config.update("jax_disable_most_optimizations", quick)
@@ -79,7 +79,7 @@ def quick_compilation(request):
 
 @pytest.fixture
 def exact():
-    """For a test that compares programs to the last bit: what compiles quickly rounds as it sees fit, CPU by CPU."""
+    """Compile as users do, for a test that compares bits: quickly compiled programs round differently on each CPU."""
     before, quick = dict(_options), jax.config.read("jax_disable_most_optimizations")
     _options.clear()
     jax.config.update("jax_disable_most_optimizations", False)
@@ -90,9 +90,9 @@ def exact():
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """For a module whose tests run the same programs anew: they are compiled once and then read from a folder.
+    """Cache compiled programs in a folder, for a module whose tests run the same programs several times.
 
-    Gives the variables of the environment that say so to other processes.
+    Yields the environment variables that make other processes use the same cache.
     """
     values = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),

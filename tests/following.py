@@ -1,4 +1,4 @@
-"""Runs a transformation that resets units beside a float64 NumPy reference of which units it should reset."""
+"""Runs a transformation that resets units, together with a float64 NumPy reference that says which units to reset."""
 
 import functools
 
@@ -14,7 +14,7 @@ import cbp_jax
 
 
 class Net(nn.Module):
-    """A feed-forward network of the layers of `reference`."""
+    """A feed-forward network with the layers of `reference`."""
 
     layers: tuple
 
@@ -33,12 +33,12 @@ class Net(nn.Module):
 
 
 def pairs(tree):
-    """Kernels and biases of the layers, in order."""
+    """Return kernels and biases of the layers, in order."""
     return [(layer["kernel"], layer["bias"]) for _, layer in sorted(tree["params"].items())]
 
 
 class Resetting:
-    """Training with resets in float64; fresh weights are read from what the tested run arrived at.
+    """Training with resets in float64; fresh weights are copied from the tested run.
 
     `select(count, k, h, kernel_gradient)` says which units of hidden layer k are reset in update number `count`, with
     their activations [..., units] on the batch and the gradient of the kernel that writes them.
@@ -50,7 +50,7 @@ class Resetting:
         optimizer.init(self.params)
 
     def rows(self, k, mask):
-        """Which entries of kernel k + 1 the units of layer k feed; units vary fastest along its input axes."""
+        """Return the entries of kernel k + 1 that read units of layer k; units vary fastest along its input axes."""
         kernel = self.params[k + 1][0]
         inputs = np.tile(mask, kernel.shape[-2] // mask.size)
         return np.broadcast_to(inputs[:, None], kernel.shape)
@@ -69,24 +69,24 @@ class Resetting:
             self.optimizer.reset(k, 0, (..., mask))
             self.optimizer.reset(k, 1, mask)
             self.optimizer.reset(k + 1, 0, self.rows(k, mask))
-        for k, mask in enumerate(masks):  # after all outgoing weights: from one new unit to another they are fresh
+        for k, mask in enumerate(masks):  # after the outgoing weights: weights between two new units are fresh
             self.params[k][0][..., mask] = arrived[k][0][..., mask]
         return masks
 
 
 def follow(layers, input_shape, make, optimizer, select, *, steps, batch, seed):
-    """Trains by a transformation and by the reference, and asserts that they agree in every update.
+    """Train with a transformation and with the reference, and assert that they agree in every update.
 
     Args:
       layers: of `reference`.
       input_shape: of one example.
-      make: of the units of the network, the transformation.
-      optimizer: that of the reference.
+      make: a function from the units of the network to the transformation.
+      optimizer: the reference's optimizer.
       select: see `Resetting`.
       steps, batch, seed: of the data, which are random.
 
     Returns:
-      how many units were reset in all.
+      the total number of reset units.
     """
     model, rng = Net(layers), np.random.default_rng(seed)
     xs = rng.normal(size=(steps, batch, *input_shape)).astype(np.float32)
@@ -129,12 +129,12 @@ def follow(layers, input_shape, make, optimizer, select, *, steps, batch, seed):
 
 
 def follow_edits(tx, optimizer, edit, *, steps=40, seed=0):
-    """Trains a small network by a transformation and in float64, where the weights are edited after each update.
+    """Train a small network with a transformation, and in float64 with an edit of the weights after each update.
 
     Args:
       tx: the transformation.
-      optimizer: of the reference.
-      edit: of the number of the update, the weights [[kernel, bias], ...], which it changes, and their gradients.
+      optimizer: the reference's optimizer.
+      edit: a function of the number of the update, the weights [[kernel, bias], ...], which it changes, and gradients.
       steps, seed: of the data, which are random.
     """
     layers, rng = (reference.Dense(6, "tanh"), reference.Dense(3)), np.random.default_rng(seed)

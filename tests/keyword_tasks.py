@@ -1,4 +1,4 @@
-"""Tiny text tasks in files, in which a few words tell classes apart: small encoders learn them in a moment."""
+"""Tiny text tasks in files, in which a few words distinguish the classes, so that small encoders learn quickly."""
 
 import json
 import random
@@ -12,7 +12,7 @@ TASKS = {
 
 
 def write_tasks(folder, names=tuple(TASKS), texts=140, train=100):
-    """Files of tasks; returns their paths. The words' classes differ from task to task, so that tasks collide."""
+    """Write files of tasks and return their paths. The classes of the words differ by task, so tasks interfere."""
     draw, paths = random.Random(0), []
     for name in names:
         rows = []

@@ -1,9 +1,9 @@
-"""Algorithm 1 of Dohare et al. (Nature, 2024) in float64 NumPy, written apart from the package.
+"""Algorithm 1 of Dohare et al. (Nature, 2024) in float64 NumPy, written independently of the package.
 
-Nothing here imports jax: networks, gradients, optimizers, utilities, selection and surgery are all spelled out.
+This file does not use jax: networks, gradients, optimizers, utilities, selection and resets are written out.
 The one thing that cannot be recomputed is the random draw, so `ContinualBackprop.step` is handed the parameters
 that the tested implementation arrived at and reads from them the incoming columns of those units that *its own*
-selection replaces. What else is known of these columns, as that they are orthogonal to others, is asserted.
+selection replaces. Known properties of these columns, such as orthogonality, are asserted.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def _pad(x, kernel, padding):
 
 
 def _conv(x, kernel):
-    """Cross-correlation of [batch, height, width, in] with [kh, kw, in, out], stride 1, no padding."""
+    """Compute the cross-correlation of [batch, height, width, in] with [kh, kw, in, out], stride 1, no padding."""
     windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
     return np.einsum("bhwikl,klio->bhwo", windows, kernel)
 
@@ -82,7 +82,7 @@ def _max_pool_backward(dh, argmax, shape, size):
 
 
 def forward(layers, params, x):
-    """Returns the output and, for every layer, what its backward pass needs; `h` is what the next layer sees."""
+    """Return the output and, for every layer, what its backward pass needs; `h` is the next layer's input."""
     tape, h = [], np.asarray(x, np.float64)
     for layer, (kernel, bias) in zip(layers, params, strict=True):
         if isinstance(layer, Conv):
@@ -122,7 +122,7 @@ def backward(layers, params, tape, doutput):
 
 
 def cross_entropy_gradient(logits, labels):
-    """Gradient of the batch mean of the softmax cross-entropy with respect to the logits."""
+    """Return the gradient of the batch mean of the softmax cross-entropy with respect to the logits."""
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     p[np.arange(len(labels)), labels] -= 1.0
@@ -147,7 +147,7 @@ class SGD:
 
 
 class PerWeightAdam:
-    """Adam in which every weight has a step count of its own, so that a reset restarts its bias correction."""
+    """Adam with a step count for every weight, so that a reset restarts its bias correction."""
 
     def __init__(self, learning_rate, b1=0.9, b2=0.999, eps=1e-8):
         self.learning_rate, self.b1, self.b2, self.eps = learning_rate, b1, b2, eps
@@ -180,7 +180,7 @@ class PerWeightAdam:
 class ContinualBackprop:
     """The hidden layers of a feed-forward network under Algorithm 1.
 
-    Group k is the units of layer k: its incoming weights are the last axis of kernel k, its outgoing weights the
+    Group k contains the units of layer k. Its incoming weights are the last axis of kernel k, its outgoing weights the
     input axis of kernel k + 1, several rows a unit where positions are flattened between the two.
     """
 
@@ -196,24 +196,24 @@ class ContinualBackprop:
         self.utility = [np.zeros(n) for n in sizes]
         self.mean = [0.0] * len(sizes)  # becomes [positions, units]
         self.budget = [0.0] * len(sizes)
-        self.budget_margin = np.inf  # least distance to a whole number at which a count was decided
-        self.utility_margin = np.inf  # least relative distance between the last unit replaced and the first one kept
-        self.chosen, self.ranking = [None] * len(sizes), [None] * len(sizes)  # of the last step
+        self.budget_margin = np.inf  # smallest distance of a budget from a whole number
+        self.utility_margin = np.inf  # smallest relative distance between the last replaced unit and the first kept one
+        self.chosen, self.ranking = [None] * len(sizes), [None] * len(sizes)  # in the last step
 
     def outgoing_shape(self, k):
-        """Kernel k + 1 as [leading, positions, units, outputs], a reshape and hence a view."""
+        """Return kernel k + 1 as [leading, positions, units, outputs], a view."""
         kernel, units = self.params[k + 1][0], self.layers[k].features
         if kernel.ndim == 4:
             return (kernel.shape[0] * kernel.shape[1], 1, units, kernel.shape[3])
         return (1, kernel.shape[0] // units, units, kernel.shape[1])
 
     def activations(self, k, tape):
-        """h as [samples, positions, units]: positions only where each has outgoing weights of its own."""
+        """Return h as [samples, positions, units]; positions with shared outgoing weights are samples."""
         h, units = tape[k]["h"], self.layers[k].features
         return h.reshape(-1, self.outgoing_shape(k)[1], units)
 
     def step(self, x, labels, arrived):
-        """One step.  `arrived` are the tested implementation's parameters after it, [(kernel, bias), ...].
+        """Take one step. `arrived` are the tested implementation's parameters after it, [(kernel, bias), ...].
 
         Returns the list of boolean masks of replaced units.
         """
@@ -228,16 +228,16 @@ class ContinualBackprop:
         after = [[leaf.copy() for leaf in pair] for pair in self.params]
         for k in groups:
             self._start_outgoing(k, arrived, after)
-        for k in groups:  # a weight from one new unit to another ends as the latter's
+        for k in groups:  # a weight from one new unit to another is drawn for the latter
             self._start_incoming(k, arrived, after, grads)
         return masks
 
     def _gradient_utility(self, k, entry, before, grads):
-        """Utilities of the gradient; that for a gate on a unit is of the activation, not of the weights."""
+        """Compute the utilities that use gradients; a gate's gradient comes from the activation, not the weights."""
         slope = (entry["h"] * entry["dh"]).reshape(-1, self.layers[k].features).sum(0)
         w = before[k + 1].reshape(self.outgoing_shape(k))
         g = grads[k + 1][0].reshape(w.shape)
-        curvature = (w**2 * g**2).sum((0, 1, 3))  # the tests hand in squared gradients as the Hessian's diagonal
+        curvature = (w**2 * g**2).sum((0, 1, 3))  # in tests, the Hessian's diagonal is g**2
         incoming = np.abs(grads[k][0]).mean(tuple(range(grads[k][0].ndim - 1)))
         return {
             "taylor": np.abs(slope),
@@ -250,7 +250,7 @@ class ContinualBackprop:
         }
 
     def _donors(self, k):
-        """Which unit is split for each that is replaced."""
+        """Return the unit that is split for each replaced unit."""
         ranking, chosen = self.ranking[k].copy(), self.chosen[k]
         ranking[chosen] = -np.inf
         order = np.argsort(-ranking, kind="stable")[: len(chosen)]
@@ -260,7 +260,7 @@ class ContinualBackprop:
         return [unit for unit in order if np.isfinite(ranking[unit])]
 
     def _start_outgoing(self, k, arrived, after):
-        """Bias and outgoing weights of units that start anew; they are 0 already."""
+        """Set bias and outgoing weights of new units, which are 0 already."""
         chosen, kind, bias = self.chosen[k], self.reinitialization, self.params[k][1]
         shape = self.outgoing_shape(k)
         outgoing, old = self.params[k + 1][0].reshape(shape), after[k + 1][0].reshape(shape)
@@ -275,7 +275,7 @@ class ContinualBackprop:
                 bias[unit] = after[k][1][donor]
 
     def _start_incoming(self, k, arrived, after, grads):
-        """Incoming weights of units that start anew, as they were drawn, if they are what they should be."""
+        """Copy the drawn incoming weights of new units, after checking their properties."""
         chosen, kind, kernel = self.chosen[k], self.reinitialization, self.params[k][0]
         columns = lambda array: np.asarray(array, np.float64).reshape(-1, kernel.shape[-1])
         fresh, old, gradient = columns(arrived[k][0]), columns(after[k][0]), columns(grads[k][0])
@@ -299,7 +299,7 @@ class ContinualBackprop:
                 assert 0 < length <= size * np.sqrt(len(fresh))
                 if kernel.shape[-1] < len(fresh):
                     assert np.linalg.norm(fresh[:, unit] @ old[:, living]) < 1e-2 * spread[0] * length
-                else:  # nothing is orthogonal to all; what was drawn, from what became of it
+                else:  # no direction is orthogonal to all; the draw is recovered from the result
                     drawn = old[:, living] @ (old[:, living].T @ fresh[:, unit])
                     drawn += 1e-4 * np.square(spread).sum() / len(fresh) * fresh[:, unit]
                     assert np.abs(drawn * length / np.linalg.norm(drawn)).max() <= size * (1 + 1e-3)
@@ -319,7 +319,7 @@ class ContinualBackprop:
         incoming = np.abs(kernel).sum(tuple(range(kernel.ndim - 1)))
         contribution = (np.abs(h).mean(0) * magnitude).sum(0)
         zero_contribution = (np.abs(h - self.mean[k] / correction).mean(0) * magnitude).sum(0)
-        with np.errstate(divide="ignore", invalid="ignore"):  # all of a unit's inputs may be new at once
+        with np.errstate(divide="ignore", invalid="ignore"):  # all inputs of a unit may be new in the same step
             y = {
                 "contribution": contribution,
                 "zero_contribution": zero_contribution,

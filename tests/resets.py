@@ -1,4 +1,4 @@
-"""Resets units as the transformations do, and asks what that did to the network."""
+"""Resets units as the transformations do, and checks the effect on the network."""
 
 import collections
 import functools
@@ -15,12 +15,12 @@ _NORMAL = jax.nn.initializers.normal(1.0)
 
 
 def paths(parts):
-    """Where the slices (or the kernels of the consumers) stand in the params."""
+    """Return the paths of the slices (or of the consumers' kernels) in the params."""
     return [getattr(part, "kernel", part).path for part in parts]
 
 
 def rows_of(part, units, shape):
-    """Bool array of `shape`: the entries of a parameter that a slice gives to units."""
+    """Return a bool array of `shape`: the entries of a parameter that belong to units by a slice."""
     rows = np.zeros(part.rows, bool)
     rows[part.index[:, units]] = True
     other = [axis for axis in range(len(shape)) if axis not in part.axes]
@@ -29,7 +29,7 @@ def rows_of(part, units, shape):
 
 
 def entries(parts, units, params):
-    """By path, the entries of parameters that slices give to units."""
+    """Return the entries of parameters that belong to units by slices, by path."""
     leaves, found = units_lib.leaves_by_path(params), {}
     for part in parts:
         mask = rows_of(part, units, leaves[part.path].shape)
@@ -38,14 +38,14 @@ def entries(parts, units, params):
 
 
 def make_reset(groups, initializer=_NORMAL):
-    """A jitted function that resets units as `continual_backprop` does, with an inner optimizer that does nothing.
+    """Make a jitted function that resets units as `continual_backprop` does, without an inner update.
 
     Args:
       groups: all groups.
-      initializer: of fresh weights; None for the default.
+      initializer: draws fresh weights; None for the default.
 
     Returns:
-      a function of the params, units by name of group, a seed of the fresh weights, features, and whether these
+      a function of the params, units by name of group, a seed for fresh weights, features, and whether they
       compensate the biases, where all kernels that read a group have one.
     """
 
@@ -74,12 +74,12 @@ def make_reset(groups, initializer=_NORMAL):
 
 
 def can_compensate(group):
-    """Whether all kernels that read a group have a bias or need none."""
+    """Return whether all kernels that read a group have a bias or need none."""
     return all(consumer.bias or consumer.absorbed for consumer in group.outgoing)
 
 
 def without(params, masks):
-    """Params with entries set to 0: masks by path."""
+    """Return params with the masked entries set to 0; masks are by path."""
 
     def zero(path, leaf):
         name = units_lib.join_path(path)
@@ -89,17 +89,17 @@ def without(params, masks):
 
 
 def check_resets(groups, params, apply, rtol=1e-4):
-    """Resets units of every group and asserts what must hold.
+    """Reset units of every group and assert what must hold.
 
     Args:
       groups: units of a network.
       params: its parameters.
       apply: params -> (array, features), whatever the network computes on a batch, with the statistics that mix units
         frozen; features may be None.
-      rtol: of outputs, relative to their largest.
+      rtol: tolerance of outputs, relative to their largest.
 
     Returns:
-      by group, how far the output moved at a reset, without and with compensation: mean squares.
+      by group, the mean square change of the output at a reset, without and with compensation.
     """
 
     @jax.jit
@@ -133,13 +133,13 @@ def check_resets(groups, params, apply, rtol=1e-4):
                 others = (np.asarray(after[path]) == 0) & (np.asarray(before[path]) != 0) & ~mask
                 others &= ~outgoing.get(path, np.zeros_like(mask))
                 assert not others.any(), f"{label}: a neighbor is silenced"
-            # Drawn again, nothing changes; what changed at first is what the outgoing weights carried.
+            # A second reset changes no output; the first changed it only by the removed outgoing weights.
             again = reset(params, {group.name: [unit]}, seed=1, features=features, compensate=False)
             np.testing.assert_array_equal(got, gradient(again)[1][0])
             removed = without(params, {path: m & ~incoming.get(path, False) for path, m in outgoing.items()})
             expected, unit_removed = gradient(removed)[1]
             np.testing.assert_allclose(got, expected, atol=rtol * np.abs(out).max())
-            if features is not None:  # all other units compute what they would without the one removed
+            if features is not None:  # all other units have the activations of a network without the removed unit
                 jax.tree.map(
                     lambda a, b: np.testing.assert_allclose(a, b, atol=rtol * max(np.abs(b).max(), 1e-3)),
                     without_unit(now_features, group.name, unit),
@@ -154,7 +154,7 @@ def check_resets(groups, params, apply, rtol=1e-4):
 
 
 def without_unit(features, name, unit):
-    """Features as float32 in NumPy, but for those of one unit of a group."""
+    """Return features as float32 NumPy arrays, without those of one unit of a group."""
     drop = lambda array: np.delete(np.asarray(array, np.float32), unit, -1)
     return {
         group: jax.tree.map(drop if group == name else lambda array: np.asarray(array, np.float32), arrays)
@@ -163,14 +163,14 @@ def without_unit(features, name, unit):
 
 
 def check_compensation(group, unit, params, compensated, features, vectors, rtol):
-    """Asserts that biases took over the unit's mean contribution, and that what dense kernels compute moves less.
+    """Assert that biases took over the unit's mean contribution, so that outputs of dense kernels change less.
 
     Args:
-      group, unit: the unit that was replaced.
-      params, compensated: before and after, the latter with compensation.
-      features: before.
-      vectors: by path, the entries of biases that are the unit's own.
-      rtol: of the biases.
+      group, unit: the replaced unit.
+      params, compensated: parameters before, and after a replacement with compensation.
+      features: features before the replacement.
+      vectors: the entries of the unit's own biases, by path.
+      rtol: tolerance of the biases.
     """
     arrays = features[group.name] if isinstance(features[group.name], tuple) else (features[group.name],)
     old, new = (jax.tree.map(np.float64, units_lib.leaves_by_path(tree)) for tree in (params, compensated))
@@ -180,7 +180,7 @@ def check_compensation(group, unit, params, compensated, features, vectors, rtol
             continue
         kernel, weights = consumer.kernel, old[consumer.kernel.path]
         others = [axis for axis in range(weights.ndim) if axis not in kernel.axes]
-        if not set(consumer.bias_axes) <= set(others):  # in a grouped convolution each row leads to another output
+        if not set(consumer.bias_axes) <= set(others):  # in a grouped convolution, every row has another output
             grouped.add(consumer.bias)
             continue
         rows = weights.transpose(*others, *kernel.axes).reshape(*(weights.shape[axis] for axis in others), -1)
@@ -201,18 +201,18 @@ def check_compensation(group, unit, params, compensated, features, vectors, rtol
 
 
 def train(units, params, apply, targets, steps=100, **settings):
-    """Trains a network by the mean square of its error, with continual backpropagation.
+    """Train a network on the mean squared error, with continual backpropagation.
 
     Args:
       units: its groups.
       params: its parameters.
       apply: params -> (array, features), on a batch.
       targets: what the array should be.
-      steps: how many updates.
-      **settings: of `continual_backprop`.
+      steps: the number of updates.
+      ***settings: settings of `continual_backprop`.
 
     Returns:
-      the losses, [steps], and by group how many units were replaced in all.
+      the losses, [steps], and the total number of replaced units, by group.
     """
     settings = {"replacement_rate": 0.02, "maturity_threshold": 10, **settings}
     tx = cbp_jax.continual_backprop(cbp_jax.adam(1e-2), units, **settings)

@@ -1,8 +1,8 @@
-"""Whether two runs found the same."""
+"""Compares the results of two runs."""
 
 
 def same(one, other):
-    """Whether results differ in nothing but the time that they took, and by what command."""
+    """Return whether results are equal, except for run times and command lines."""
     origins = ("seconds", "resumed", "command")
     one, other = (part.assign_attrs({name: "" for name in origins}) for part in (one, other))
     return one.identical(other)

@@ -1,4 +1,4 @@
-"""What an accelerator computes, against the same on its host: `pytest -m gpu`. On a CPU they pass too."""
+"""Computations on an accelerator compared with the same on its host: `pytest -m gpu`. They pass on a CPU, too."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def full_precision():
 
 
 def on(device, function, *args):
-    """The results on a device, of arguments that are put there."""
+    """Compute results on a device, with the arguments placed there."""
     with jax.default_device(device):
         return jax.device_get(jax.jit(function)(*jax.device_put(args, device)))
 
@@ -62,13 +62,13 @@ def test_a_learner_learns_as_on_the_host(text):
     assert there[-5:].mean() < there[:5].mean()
 
 
-def test_noise_is_that_of_the_host():
+def test_noise_equals_that_of_the_host():
     draw = lambda key: noise.normal(key, 3, jnp.zeros((100, 100)))
     there, here = everywhere(draw, jnp.array([1, 2], jnp.uint32))
     np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-6)
 
 
-def test_lanes_run_together_and_give_what_they_give_alone():
+def test_lanes_run_together_equal_their_solo_runs():
     digits = problems.online_permuted(data.load("digits"), examples_per_task=50, batch_size=5)
     method = learners.parse_method("cbp:step_size=0.01,replacement_rate=0.01,maturity_threshold=5")
     learner = learners.make_learner([method], (16,), "relu", digits.input_shape, digits.num_classes)
@@ -84,7 +84,7 @@ def test_lanes_run_together_and_give_what_they_give_alone():
     assert len({float(loss) for loss in together[:, 0]}) == 4
 
 
-def test_a_network_of_convolutions_has_its_units_replaced():
+def test_units_of_a_convolutional_network_are_replaced():
     network = nets.ConvNet(num_outputs=3, channels=(4, 8), kernel_sizes=(3, 3), hidden=(8,))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 16, 3)), jnp.float32)
     params = network.init(jax.random.key(0), x)

@@ -36,12 +36,12 @@ USE_ALL_CORES = cli._use_all_cores
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """All tests of a process have the same devices, whichever comes first."""
+    """Give all tests of a process the same devices, whichever runs first."""
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
 
 
 def replace_job(monkeypatch, experiment, run):
-    """Lets the command check settings, and do something else in place of training."""
+    """Let the command check settings, and replace training by another function."""
 
     def job(settings):
         experiment.check(settings)
@@ -52,7 +52,7 @@ def replace_job(monkeypatch, experiment, run):
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """Stands in for the experiment: remembers its settings and makes results."""
+    """Replace the experiment by a function that records its settings and makes results."""
     calls = []
 
     def run(settings, out, progress=None):
@@ -79,7 +79,7 @@ def fake_run(monkeypatch):
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """Stand in for the experiments whose results have no accuracy, and whose tables and pictures are others."""
+    """Replace the experiments without accuracy, which have other tables and pictures."""
 
     def regression(settings, out, progress=None):
         labels = [learners.parse_method(text).label for text in settings.methods]
@@ -110,7 +110,7 @@ def fake_runs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """A dataset `mnist` of ten images, prepared through the command line from IDX files."""
+    """Prepare a dataset `mnist` of ten images from IDX files, with the command line."""
     source, target = tmp_path_factory.mktemp("idx"), tmp_path_factory.mktemp("tensorflow_datasets")
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 10), ("t10k", 4)):
@@ -125,7 +125,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-    """The folder of a run by the command itself, in a process of its own, and what it printed."""
+    """Run the command in a separate process; return the folder of the run and the output."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     command = [sys.executable, "-m", "cbp_jax", "run", "online_permuted", *TINY]
     process = subprocess.run(
@@ -140,7 +140,7 @@ def finished(data_dir, tmp_path_factory):
 
 
 def refused(capsys, *words):
-    """The one line that a mistake gets."""
+    """Return the single line of the error message."""
     assert cli.main(list(words)) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("cbp-jax: error: ")
@@ -168,7 +168,7 @@ def test_a_run_ends_with_the_paths_of_its_picture_and_results(finished):
     assert "100%" in process.stderr and "4/4" in process.stderr  # the bar
 
 
-def test_plot_draws_a_run_again_where_and_how_it_is_asked_to(finished, tmp_path, capsys):
+def test_plot_draws_a_run_again_in_the_given_folder_and_form(finished, tmp_path, capsys):
     out, _ = finished
     assert cli.main(["plot", str(out), "--out", str(tmp_path / "pictures"), "--formats", "svg"]) == 0
     *table, picture = capsys.readouterr().out.splitlines()
@@ -192,7 +192,7 @@ def test_plot_joins_runs_of_other_seeds(finished, tmp_path, capsys):
 
 
 def test_data_prepare_says_what_it_made(data_dir, capsys):
-    # Prepared already: left as it is.
+    # It is already prepared, so it is left unchanged.
     source = data_dir / "absent"
     message = refused_in_one_line(
         capsys, "data", "prepare", "mnist", "--from", str(source), "--data-dir", str(data_dir)
@@ -264,7 +264,7 @@ def test_help_shows_the_presets_values(capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["train"], ["data"], ["data", "prepare", "mnist"], ["plot"], ["list", "all"]])
-def test_words_that_are_no_command_are_refused(words, capsys):
+def test_unknown_commands_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
     assert stopped.value.code == 2 and "usage: cbp-jax" in capsys.readouterr().err
@@ -304,7 +304,7 @@ def test_tables_and_pictures_are_those_of_the_experiment(
     assert [path.name for path in (tmp_path / "again").iterdir()] == [f"{picture}.svg"]
 
 
-def test_results_of_an_experiment_that_is_not_known_here_are_shown_as_those_of_streams(tmp_path, capsys):
+def test_results_of_an_unknown_experiment_are_shown_like_those_of_streams(tmp_path, capsys):
     results = report.new_results(["bp"], ["bp"], [{}], seeds=1, tasks=1, settings={}, experiment="slippery_ant")
     report.record_task(results, 0, {"accuracy": [[0.5]]})
     report.save_results(results, tmp_path)
@@ -388,7 +388,7 @@ def test_the_presets_sizes_follow_the_dataset(fake_run, tmp_path):
     ]
 
 
-def test_a_run_without_a_folder_gets_one_of_its_settings(fake_run, tmp_path, monkeypatch):
+def test_the_default_folder_of_a_run_depends_on_its_settings(fake_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["run", "online_permuted", "--preset", "smoke", "--quiet"]
     for more in ([], ["--seeds", "4"], []):
@@ -399,7 +399,7 @@ def test_a_run_without_a_folder_gets_one_of_its_settings(fake_run, tmp_path, mon
     assert first.name.startswith("online_permuted-smoke-")
 
 
-def test_a_folder_with_the_same_run_is_taken_again(fake_run, tmp_path):
+def test_a_folder_with_the_same_run_is_used_again(fake_run, tmp_path):
     words = ["run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path), "--quiet"]
     assert cli.main(words) == 0
     assert cli.main(words) == 0
@@ -426,7 +426,7 @@ def test_a_folder_with_another_experiment_is_refused(fake_run, tmp_path, capsys)
     assert not fake_run and load_results(tmp_path).identical(other)
 
 
-def test_a_folder_of_other_things_is_refused(fake_run, tmp_path, capsys):
+def test_a_folder_with_other_files_is_refused(fake_run, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     message = refused_in_one_line(capsys, "run", "online_permuted", "--preset", "smoke", "--out", str(tmp_path))
     assert "not empty" in message and str(tmp_path) in message
@@ -451,7 +451,7 @@ def test_a_folder_of_other_things_is_refused(fake_run, tmp_path, capsys):
         (["online_permuted", "--activation", "step"], "got 'step'"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_before_anything_is_run(words, message, fake_run, tmp_path, capsys):
+def test_a_mistake_is_reported_in_one_line_before_anything_is_run(words, message, fake_run, tmp_path, capsys):
     assert message in refused_in_one_line(capsys, "run", *words, "--out", str(tmp_path / "run"))
     assert not fake_run and not (tmp_path / "run").exists()
 
@@ -466,7 +466,7 @@ def test_unknown_options_are_refused(words, fake_run, tmp_path, capsys):
     assert not fake_run and not (tmp_path / "run").exists()
 
 
-def test_data_that_is_not_there_is_told_with_the_ways_to_get_it(tmp_path, capsys):
+def test_missing_data_is_reported_with_the_ways_to_get_it(tmp_path, capsys):
     words = ["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]
     words += ["--data-dir", str(tmp_path / "data")]
     assert cli.main([*words, "--dataset", "mnist"]) == 2
@@ -478,7 +478,7 @@ def test_data_that_is_not_there_is_told_with_the_ways_to_get_it(tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_plot_of_no_run_is_refused(tmp_path, capsys):
+def test_plot_refuses_a_folder_without_a_run(tmp_path, capsys):
     assert "has no results.nc" in refused_in_one_line(capsys, "plot", str(tmp_path))
     assert "does not exist" in refused_in_one_line(capsys, "plot", str(tmp_path / "absent"))
 
@@ -540,9 +540,9 @@ def test_the_command_leaves_sigterm_as_it_was(capsys):
     assert cli.main(["list"]) == 0 and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_command_can_be_called_where_jax_runs(fake_run, tmp_path, monkeypatch):
+def test_the_command_can_be_called_after_jax_has_started(fake_run, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_use_all_cores", USE_ALL_CORES)
-    jax.devices()  # starts JAX, if no test has
+    jax.devices()  # starts JAX, if no test has done so
     assert cli.main(["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path)]) == 0
 
 
@@ -580,7 +580,7 @@ def test_help_says_what_every_setting_is(capsys):
     ],
     ids=" ".join,
 )
-def test_what_depends_on_the_data_is_refused_before_a_bar_is_shown_or_anything_written(
+def test_mistakes_that_depend_on_the_data_are_reported_before_a_bar_is_shown_or_anything_written(
     words, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -594,7 +594,7 @@ def test_what_depends_on_the_data_is_refused_before_a_bar_is_shown_or_anything_w
     assert message in refused_in_one_line(capsys, *run) and not pathlib.Path("run").exists()
 
 
-def test_settings_are_printed_a_line_each_as_they_would_be_given(fake_run, tmp_path, capsys):
+def test_settings_are_printed_one_per_line_as_they_would_be_given(fake_run, tmp_path, capsys):
     words = ["run", "online_permuted", "--preset", "smoke", "--hidden", "8", "9", "--quiet", "--out", str(tmp_path)]
     assert cli.main([*words, "--methods", "bp", "cbp:replacement_rate=1e-5"]) == 0
     first, *lines = capsys.readouterr().err.splitlines()
@@ -616,7 +616,7 @@ SMALL = ("run", "online_permuted", "--preset", "smoke", "--seeds", "2", "--hidde
 SMALL += ("--examples-per-task", "20", "--measured-examples", "10")
 
 
-def test_a_log_has_a_line_for_each_task_and_method_and_a_lane_that_diverges_is_told(tmp_path, capsys):
+def test_a_log_has_a_line_for_each_task_and_method_and_reports_diverged_lanes(tmp_path, capsys):
     words = [*SMALL, "--methods", "bp", "bp:step_size=1e30", "--out", str(tmp_path), "--log", "jsonl", "tensorboard"]
     assert cli.main(words) == 0
     results = load_results(tmp_path)

@@ -26,7 +26,7 @@ def home(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
-def test_the_users_folder_is_told_once(home):
+def test_the_cache_folder_is_printed_once(home):
     made = keep_compiled()
     assert made.is_dir() and made.parent == home / "cache" / "cbp_jax" / "compiled"
     assert jax.config.jax_compilation_cache_dir == str(made)
@@ -35,7 +35,7 @@ def test_the_users_folder_is_told_once(home):
 
 
 @pytest.mark.parametrize("how", ["environment", "configured", "off", "a file in the way"])
-def test_what_the_user_has_said_stays(home, how, monkeypatch):
+def test_the_users_own_setting_is_kept(home, how, monkeypatch):
     if how == "environment":
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "own"))
     if how == "configured":
@@ -76,7 +76,7 @@ def test_a_second_run_compiles_nothing(tmp_path):
         "HOME": str(tmp_path),
     }
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # however long it takes on a busy machine
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # cache every program, also on a fast machine
 
     def run(*more):
         command = [sys.executable, "-m", "cbp_jax", *words, *more]

@@ -1,4 +1,4 @@
-"""Convolutions as products: the same numbers and gradients as XLA's convolutions."""
+"""Convolutions as matrix products: the same outputs and gradients as XLA's convolutions."""
 
 import flax.linen as nn
 import jax
@@ -62,7 +62,7 @@ def test_accelerators_keep_their_convolutions(monkeypatch):
 
 
 class Wrapped(nn.Module):
-    """Convolutions in calls, under `remat` and in a scan."""
+    """A network with convolutions in calls, under `remat` and in a scan."""
 
     @nn.compact
     def __call__(self, x):

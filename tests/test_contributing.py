@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed word for word in a package of one's own."""
+"""The recipes of CONTRIBUTING.md, followed literally in a user's package."""
 
 import importlib.util
 import pathlib
@@ -23,7 +23,7 @@ SMALL = "--seeds 1 --tasks 1 --examples-per-task 40 --measured-examples 10 --qui
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The files of the recipes, in the folder that one works in."""
+    """Write the files of the recipes into the working folder."""
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -53,13 +53,13 @@ def test_command(recipe, package):
         assert any("my_package" in method for method in results.method.values)
 
 
-def test_row(package):
-    """The algorithm passes what the common table asks of every transformation."""
+def test_the_row_of_the_recipe(package):
+    """The algorithm passes the tests of the common table."""
     from my_package.sign_momentum import sign_momentum
 
     spec = importlib.util.spec_from_file_location("test_common", ROOT / "tests" / "transforms" / "test_common.py")
     common = importlib.util.module_from_spec(spec)
-    sys.modules["test_common"] = common  # dataclasses look themselves up
+    sys.modules["test_common"] = common  # dataclasses look up their module by name
     spec.loader.exec_module(common)
     (text,) = re.findall(r"<!-- row -->\n```python\n(.*?)```", TEXT, re.DOTALL)
     row = eval(text, {"Row": common.Row, "sign_momentum": sign_momentum})

@@ -11,7 +11,7 @@ from scipy import stats
 from cbp_jax.curvature import hesscale, hessian_diagonal, hutchinson
 from cbp_jax.nets import MLP, ConvNet, get_activation
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_hutchinson_converges_to_the_exact_diagonal": ("softmax_cross_entropy",),
     "test_a_convolution_squares_the_coefficients_of_its_linear_maps": ("grouped", "transposed"),
@@ -48,7 +48,7 @@ def mlp(params, x, activation=jnp.tanh):
 
 
 def scaled(apply, params, x, targets, loss="softmax_cross_entropy"):
-    """HesScale, compiled: much faster than operation by operation."""
+    """Run HesScale compiled, which is much faster than operation by operation."""
     return jax.jit(lambda p: hesscale(apply, p, x, targets, loss))(params)
 
 
@@ -57,7 +57,7 @@ def exact(apply, params, x, targets, loss="softmax_cross_entropy"):
 
 
 def close(actual, expected, rtol=1e-5):
-    """Equal up to rtol of the largest entry of each array."""
+    """Assert equality up to rtol of the largest entry of each array."""
     actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
     for a, b in zip(actual, expected, strict=True):
         b = np.asarray(b)
@@ -65,7 +65,7 @@ def close(actual, expected, rtol=1e-5):
 
 
 def output_derivatives(y, targets, loss):
-    """The loss' gradient and diagonal Hessian with respect to the outputs, in float64."""
+    """Return gradient and diagonal Hessian of the loss with respect to the outputs, in float64."""
     y = np.asarray(y, np.float64)
     if loss == "squared_error":
         return 2 * (y - np.asarray(targets, np.float64)) / len(y), np.full_like(y, 2 / len(y))
@@ -93,7 +93,7 @@ def test_hutchinson_converges_to_the_exact_diagonal(loss):
     loss_fn = lambda p: LOSSES[loss](mlp(p, x), targets)
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     expected = flat(exact(mlp, params, x, targets, loss))
-    # 40 averages of 50 samples each, from which their own error is known.
+    # The spread of 40 averages of 50 samples each gives their standard error.
     estimate = jax.jit(jax.vmap(lambda key: hutchinson(loss_fn, params, key, samples=50)))
     means = jax.vmap(lambda tree: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)]))(
         estimate(jax.random.split(jax.random.key(0), 40))
@@ -106,7 +106,7 @@ def test_hutchinson_converges_to_the_exact_diagonal(loss):
 
 
 def test_hutchinson_draws_signs_anew_for_every_key_and_leaf():
-    # H of a product of two leaves has no diagonal: what is left is v_a v_b b, of either sign.
+    # The Hessian of a product of two leaves has no diagonal: the estimate is v_a v_b b, with a random sign.
     loss = lambda p: jnp.sum(p["a"] * p["b"])
     params = {"a": jnp.ones(64), "b": jnp.ones(64)}
     first, second = (hutchinson(loss, params, jax.random.key(seed)) for seed in (0, 1))
@@ -118,7 +118,7 @@ def test_hutchinson_draws_signs_anew_for_every_key_and_leaf():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_agrees_with_the_recursion_written_out_in_numpy(loss):
+def test_agrees_with_the_recursion_in_numpy(loss):
     x, targets = problem(loss)
     params = mlp_params((4, 6, 5, 3))
     value, grads, diagonal = scaled(mlp, params, x, targets, loss)
@@ -133,7 +133,7 @@ def test_agrees_with_the_recursion_written_out_in_numpy(loss):
     expected = []
     for (w, _), h in reversed(list(zip(weights, hidden, strict=True))):
         expected.insert(0, {"w": (h**2).T @ d2, "b": d2.sum(0)})
-        first, second = 1 - h**2, -2 * h * (1 - h**2)  # of tanh, from its value
+        first, second = 1 - h**2, -2 * h * (1 - h**2)  # derivatives of tanh, from its value
         g_h, d2_h = g @ w.T, d2 @ (w**2).T
         g, d2 = first * g_h, first**2 * d2_h + second * g_h
     close(diagonal, expected)
@@ -165,7 +165,7 @@ def meandering(x):
     ["relu", "elu", "gelu", "silu", "softplus", meandering],
 )
 def test_any_elementwise_activation_is_followed_exactly(activation):
-    # Exact with one hidden layer and squared errors, so that f' and f'' of the whole function are right.
+    # HesScale is exact with one hidden layer and squared errors, so this tests f' and f'' of the whole function.
     x, targets = problem("squared_error")
     params = mlp_params((4, 6, 3), seed=1)
     apply = lambda p, x: mlp(p, x, get_activation(activation))
@@ -175,7 +175,7 @@ def test_any_elementwise_activation_is_followed_exactly(activation):
 
 
 def numpy_conv_net(params, x, targets, loss):
-    """Convolution, tanh, 2x2 max pooling, flatten, dense: curvatures, one example after the other, in loops."""
+    """Compute curvatures of convolution, tanh, 2x2 max pooling, flatten, dense in loops, example by example."""
     k, b, w, c = (np.asarray(params[name], np.float64) for name in ("k", "b", "w", "c"))
     size, _, _, channels = k.shape
     d2_k, d2_b, d2_w, d2_c = np.zeros_like(k), np.zeros_like(b), np.zeros_like(w), np.zeros_like(c)
@@ -249,7 +249,7 @@ def test_a_convolution_squares_the_coefficients_of_its_linear_maps(options):
     apply = lambda p, x: jax.vmap(lambda image: conv(image * p["scale"], p["kernel"]))(x)
     targets = jnp.zeros_like(apply(params, x))
     diagonal = scaled(apply, params, x, targets, "squared_error")[2]
-    # The same, from the matrices of the maps: each output's second derivative is 2 / batch.
+    # The same from the matrices of the linear maps: each output's second derivative is 2 / batch.
     expected = {name: np.zeros(shape) for name, shape in shapes.items()}
     for image in x:
         to_image, to_kernel = jax.jacobian(conv, (0, 1))(image * params["scale"], params["kernel"])
@@ -262,7 +262,7 @@ def test_a_convolution_squares_the_coefficients_of_its_linear_maps(options):
 
 
 @pytest.mark.slow
-def test_every_tool_of_the_packages_networks_is_followed():
+def test_every_operation_of_the_packages_networks_is_followed():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 2)), jnp.float32)
     labels = jnp.array([0, 2])
     net = ConvNet(num_outputs=3, channels=(3,), kernel_sizes=(3,), hidden=(5,), activation="gelu", dropout_rate=0.3)
@@ -277,7 +277,7 @@ def test_every_tool_of_the_packages_networks_is_followed():
 
 
 def test_branches_are_added_and_cross_terms_dropped():
-    # Two branches read h; each passes back its own part, and what they have in common is dropped.
+    # Two branches read h; each passes back its own part, and cross terms are dropped.
     x, targets = problem("squared_error", inputs=3, outputs=2)
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in {"a": (3, 4), "b": (8, 2)}.items()}
@@ -323,7 +323,7 @@ def test_pooling_by_means_sums_and_the_maximum_of_a_whole_map():
         (lambda h: nn.avg_pool(h, (4, 4)).reshape(3, 2), lambda h: np.full(h.shape, 1 / 16)),
         (lambda h: h.mean((1, 2)), lambda h: np.full(h.shape, 1 / 16)),
         (lambda h: h.max((1, 2)), lambda h: h == h.max((1, 2), keepdims=True)),
-        # All entries of a map tie at 0 for the second channel, and share: 1/16 each.
+        # All 16 entries of the second channel's map tie at 0 and share the derivative, 1/16 each.
         (lambda h: (h * jnp.array([1.0, 0.0])).max((1, 2)), lambda h: (h == h.max((1, 2), keepdims=True)) * [1, 0]),
     ):
         apply = lambda p, x, pool=pool: pool(x * p["scale"])
@@ -344,7 +344,7 @@ def test_ties_of_a_maximum_have_squared_shares():
 def test_parameters_that_are_shared_scaled_unused_or_stopped():
     x, targets = problem("squared_error", inputs=3, outputs=3)
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32), "unused": jnp.ones(2)}
-    # Twice the same kernel, once transposed and scaled: the two uses add.
+    # The kernel is used twice, once transposed and scaled: the two uses add up.
     apply = lambda p, x: x @ p["w"] + 3 * (x @ p["w"].T) + x @ jax.lax.stop_gradient(p["w"])
     _, grads, diagonal = scaled(apply, params, x, targets, "squared_error")
     use = 2 * np.square(x).mean(0)[:, None] * np.ones((1, 3))
@@ -363,7 +363,7 @@ def test_axes_before_the_last_are_all_averaged_over():
     close(probabilities, flat)
 
 
-def test_half_precision_keeps_its_type():
+def test_half_precision_is_kept():
     x, labels = problem("softmax_cross_entropy")
     net = MLP((6,), 3, "gelu")
     params = net.init(jax.random.key(0), x)
@@ -376,7 +376,7 @@ def test_half_precision_keeps_its_type():
     close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), results), expected, 0.1)
 
 
-# How good it is, and how it is called
+# Quality of the approximation, and ways to call it
 
 
 @pytest.mark.slow
@@ -454,7 +454,7 @@ weird_sum.defjvp(lambda values, tangents: (weird_sum(*values), 2 * tangents[0].s
         (lambda p, x: (x @ p["w"]).sum(-1), r"one array .* got arrays of shapes \[\(2,\)\]"),
     ],
 )
-def test_what_is_not_followed_is_named(apply, words):
+def test_unsupported_operations_are_named(apply, words):
     with pytest.raises(ValueError, match=words):
         hesscale(apply, {"w": jnp.eye(3)}, jnp.ones((2, 3)), jnp.zeros(2, int))
 

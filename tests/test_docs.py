@@ -1,4 +1,4 @@
-"""The documentation: its links lead somewhere, its code runs and prints what it says, its equations are understood."""
+"""The documentation: links have targets, code runs and prints the shown output, and equations can be converted."""
 
 import ast
 import html.parser
@@ -17,7 +17,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-# Pages that take seconds to compile.
+# Pages whose code takes seconds to compile.
 SLOW = {"docs/algorithms/lottery_tickets.md", "docs/algorithms/upgd.md", "docs/units.md"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -31,12 +31,12 @@ def name_of(path):
 
 
 def prose(path):
-    """A page without its code."""
+    """Return a page without its code."""
     return re.sub(r"`[^`\n]+`", "", FENCE.sub("", path.read_text()))
 
 
 def anchors(path):
-    """The anchors of a page's headings, as GitHub and the site make them."""
+    """Return the anchors of a page's headings, as on GitHub and on the site."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text()), re.MULTILINE)
     plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
@@ -57,7 +57,7 @@ def test_links(path):
 
 def test_links_are_seen():
     assert len(LINK.findall(prose(ROOT / "README.md"))) > 20
-    assert "source-and-differences-to-the-public-code" in anchors(ROOT / "docs/algorithms/upgd.md")
+    assert "source-and-differences-from-the-public-code" in anchors(ROOT / "docs/algorithms/upgd.md")
 
 
 def test_every_page_is_in_the_navigation():
@@ -93,7 +93,7 @@ def check_lottery_tickets(namespace):
 
 
 def check_consolidation(namespace):
-    # The bound of 1 on the mean of squared gradients of 1: a pull toward where the weights are already.
+    # The weights are at their mean, so nothing pulls on them, and the update is that of SGD.
     assert jnp.allclose(namespace["updates"], -0.01)
 
 
@@ -120,12 +120,12 @@ CHECKS = {
     ],
 )
 def test_code(path, tmp_path, monkeypatch, capsys):
-    """The blocks of a page run one after the other, and print what stands below them."""
+    """The blocks of a page run one after the other, and print the text shown below them."""
     monkeypatch.chdir(tmp_path)
     text, namespace = path.read_text(), {}
     for match in BLOCK.finditer(text):
         code, printed = match.groups()
-        lines = "\n" * text[: match.start(1)].count("\n")  # so that errors name the page's lines
+        lines = "\n" * text[: match.start(1)].count("\n")  # so that errors show line numbers of the page
         exec(compile(lines + code, str(path), "exec"), namespace)
         found = capsys.readouterr().out
         assert printed is None or found == printed
@@ -157,7 +157,7 @@ def test_equations_of_the_pages(tex):
         shown = re.findall(r"^\$\$\n(.*?)\n\$\$$", text, re.MULTILINE | re.DOTALL)
         inline = re.findall(r"(?<![\w$`])\$([^$\n`]+)\$", re.sub(r"^\$\$\n.*?\n\$\$$", "", text, flags=re.M | re.S))
         for equation in [*shown, *inline]:
-            tex.to_mathml(equation)  # raises where it is not understood
+            tex.to_mathml(equation)  # raises for unknown commands
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_an_equation_that_is_not_understood(tex, equation):
 
 
 def test_figures_need_no_jax():
-    """The pages of the papers are made where jax may not be installed."""
+    """The pages of the papers are built where jax may not be installed."""
     path = ROOT / "cbp_jax" / "experiments" / "figures.py"
     imported = [
         node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
@@ -193,7 +193,7 @@ def test_figures_need_no_jax():
 def test_every_paper_has_its_page():
     from cbp_jax.experiments import figures
 
-    texts = {path: path.read_text() for path in DOCS}  # that of the open questions is docs/findings.md
+    texts = {path: path.read_text() for path in DOCS}  # the page of the open questions is docs/findings.md
     for paper in {figure.paper for figure in figures.FIGURES}:
         pages = [path for path, text in texts.items() if f"<!-- figures: {paper} -->" in text]
         assert len(pages) == 1, paper
@@ -202,14 +202,14 @@ def test_every_paper_has_its_page():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs [docs]")
 def test_site_builds_offline(tmp_path):
-    """Warnings are errors, and no page fetches anything from elsewhere."""
+    """Warnings are errors, and no page loads anything from another site."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     check_site(tmp_path)
 
 
 def check_site(folder):
-    """Every link of every page leads to a file, and to an anchor in it; nothing comes from elsewhere."""
+    """Assert that every link leads to an existing file and anchor, and that nothing is loaded from another site."""
     pages = {path: Page(path) for path in sorted(folder.rglob("*.html"))}
     assert len(pages) > 40
     fetched = [(path, url) for path, page in pages.items() for url in page.sources if re.match(r"(https?:)?//", url)]
@@ -231,7 +231,7 @@ def check_site(folder):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page links to, what it loads, and its anchors."""
+    """Collects the links of a page, the files that it loads, and its anchors."""
 
     def __init__(self, path):
         super().__init__()

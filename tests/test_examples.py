@@ -1,4 +1,4 @@
-"""Complete programs of users, framework by framework: they run, learn, and replace units."""
+"""Complete example programs, one for each framework: they run, learn, and replace units."""
 
 import pathlib
 import runpy
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_example": ("equinox_model", "haiku_transform"),
 }
@@ -24,6 +24,6 @@ def test_example(path):
     state = getattr(state, "opt_state", state)
     assert [group.size for group in units] == [32, 32]
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
-    # At a rate of 1 in 100, for 80 steps after the first are mature.
+    # At a rate of 1/100, for 80 steps after the first units are mature.
     for age in jax.tree.leaves(state.age):
         assert 3 <= np.sum(np.asarray(age) < 100) <= 26

@@ -1,4 +1,4 @@
-"""Kernels with low-rank changes, applied in factors: the same numbers, and products of the factors' sizes only."""
+"""Kernels with low-rank changes, applied in factors: the same outputs, and no product of a kernel's full size."""
 
 import flax.linen as nn
 import jax
@@ -35,7 +35,7 @@ def convolve(x, kernel, **options):
     return jax.lax.conv_general_dilated(x, kernel, (2, 1), "SAME", dimension_numbers=DIMS, **options)
 
 
-# Each with the shape of the whole kernel, which no product makes in factors.
+# Each with the shape of the full kernel, which no product may have when factors are applied separately.
 FOLLOWED = {
     "dense": lambda p: X @ (p["W"] + 0.5 * p["A"] @ p["B"]),
     "subtracted": lambda p: X @ (p["W"] - p["A"] @ p["B"] / 3),

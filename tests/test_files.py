@@ -14,7 +14,7 @@ with runpy.run_path(sys.argv[1])["locked"](pathlib.Path(sys.argv[2])):
 """
 
 
-def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp_path):
+def test_a_folder_locked_by_another_process_is_refused_until_that_process_is_killed(tmp_path):
     command = [sys.executable, "-c", HOLD, files.__file__, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -29,8 +29,8 @@ def test_a_folder_that_another_process_holds_is_refused_until_that_is_killed(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_was_waited_for_is_not_one_on_a_removed_file(tmp_path, monkeypatch):
-    """Between opening the file and locking it, another run ends and removes it, and a third begins."""
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_not_accepted(tmp_path, monkeypatch):
+    """Between opening and locking the file, another run ends and removes it, and a third run begins."""
     lock, rivals = files.fcntl.flock, []
 
     def late(descriptor, how):
@@ -46,7 +46,7 @@ def test_a_lock_that_was_waited_for_is_not_one_on_a_removed_file(tmp_path, monke
     rivals[0].__exit__(None, None, None)
 
 
-def test_where_the_file_system_knows_no_locks_there_is_none(tmp_path, monkeypatch):
+def test_file_systems_without_locks_are_accepted(tmp_path, monkeypatch):
     def unknown(descriptor, how):
         raise OSError(files.errno.ENOLCK, "no locks available")
 
@@ -56,7 +56,7 @@ def test_where_the_file_system_knows_no_locks_there_is_none(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with (
         pytest.raises(NotADirectoryError, match=r"thesis\.tex must be a folder"),
@@ -65,7 +65,7 @@ def test_a_file_is_no_folder(tmp_path):
         raise AssertionError("it holds a file")
 
 
-def test_errors_that_are_not_of_space_stay_what_they_are(tmp_path):
+def test_errors_other_than_a_full_disk_are_unchanged(tmp_path):
     (tmp_path / "name").mkdir()
     with pytest.raises(IsADirectoryError):
         files.write_whole(tmp_path / "name", b"content")

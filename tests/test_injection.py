@@ -20,14 +20,14 @@ def apply_fn(params, x):
 
 
 def numpy_outputs(encoder, heads):
-    """Sum of signed heads on one encoder, and what their gradients need."""
+    """Return the sum of signed heads on one encoder, and the activations that gradients need."""
     z = np.tanh(X @ encoder)
     parts = [(sign, head, np.tanh(z @ head["hidden"])) for sign, head in heads]
     return z, parts, sum(sign * h @ head["out"] for sign, head, h in parts)
 
 
 def numpy_gradients(encoder, heads):
-    """Of the mean squared error, by the encoder and by the first head, by hand."""
+    """Compute gradients of the mean squared error for the encoder and the first head, by hand."""
     z, parts, outputs = numpy_outputs(encoder, heads)
     error = 2 * (outputs - Y) / Y.size
     back, first = 0.0, None
@@ -42,7 +42,7 @@ def loss(params, frozen, x, y):
     return jnp.mean((injection.with_injection(apply_fn)(params, frozen, x) - y) ** 2)
 
 
-def test_outputs_do_not_change_and_gradients_are_numpys():
+def test_outputs_do_not_change_and_gradients_equal_those_of_numpy():
     params, fresh, later, x, y = jax.tree.map(jnp.float32, (PARAMS, FRESH, LATER, X, Y))
     new, frozen = injection.inject(params, fresh, HEAD)
     np.testing.assert_array_equal(new["encoder"], params["encoder"])
@@ -65,7 +65,7 @@ def test_outputs_do_not_change_and_gradients_are_numpys():
     assert more["out"].shape == (4, 5, 2)
 
 
-def test_a_head_of_one_linear_layer_learns_as_if_nothing_had_been_injected():
+def test_a_head_of_one_linear_layer_learns_as_without_injection():
     params, fresh, x, y = jax.tree.map(jnp.float32, (PARAMS, FRESH, X, Y))
     new, frozen = injection.inject(params, fresh, ["out"])
     plain = jax.grad(lambda params: jnp.mean((apply_fn(params, x) - y) ** 2))(params)
@@ -74,7 +74,7 @@ def test_a_head_of_one_linear_layer_learns_as_if_nothing_had_been_injected():
     )
 
 
-def test_the_optimizer_goes_on_with_the_new_head():
+def test_the_optimizer_continues_with_the_new_head():
     params, fresh = jax.tree.map(jnp.float32, (PARAMS, FRESH))
     tx = cbp_jax.adam(0.1)
     _, state = jax.jit(tx.update)(params, tx.init(params), params)
@@ -90,7 +90,7 @@ def test_the_encoder_is_computed_once():
     new, frozen = injection.inject(params, fresh, HEAD)
     jaxpr = jax.make_jaxpr(jax.grad(loss))(new, frozen, jnp.float32(X), jnp.float32(Y))
     shapes = [eqn.outvars[0].aval.shape for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "tanh"]
-    assert sorted(map(np.prod, shapes)) == [7 * 6, 3 * 7 * 5]  # the encoder's, and those of three heads
+    assert sorted(map(np.prod, shapes)) == [7 * 6, 3 * 7 * 5]  # products of the encoder and of three heads
 
 
 def test_bad_arguments_are_refused():

@@ -13,7 +13,7 @@ OUTPUTS = jnp.array([[0.3, -1.2, 0.7], [2.0, 0.1, -0.4]])
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_losss_derivatives_are_those_of_its_mean_over_examples(name):
+def test_derivatives_of_a_loss_are_those_of_its_mean_over_examples(name):
     loss, targets = LOSSES[name], TARGETS[name]
     mean = lambda flat: jnp.mean(loss.of_examples(flat.reshape(OUTPUTS.shape), targets))
     found = jax.jit(loss.derivatives)(OUTPUTS, targets)
@@ -22,6 +22,6 @@ def test_a_losss_derivatives_are_those_of_its_mean_over_examples(name):
         np.testing.assert_allclose(jnp.ravel(one), jnp.ravel(other), rtol=1e-6, atol=1e-7)
 
 
-def test_accuracy_is_measured_of_classes_alone():
+def test_accuracy_is_measured_only_for_classes():
     assert float(LOSSES["softmax_cross_entropy"].metrics["accuracy"](OUTPUTS, jnp.array([2, 1]))) == 0.5
     assert not LOSSES["squared_error"].metrics

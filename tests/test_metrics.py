@@ -13,7 +13,7 @@ RANKS = {
 
 
 def numpy_ranks(x, threshold=0.99):
-    """The three definitions, written out in float64."""
+    """Compute the three ranks by their definitions, in float64."""
     s = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
     p = s / s.sum()
     p = p[p > 0]
@@ -25,7 +25,7 @@ def numpy_ranks(x, threshold=0.99):
 
 
 def relu_features(rng, examples=300, units=40):
-    """Activations as networks have them: a large mean direction and a long tail."""
+    """Make activations like those of networks: a large mean direction and a long tail of singular values."""
     h = rng.random((examples, 100)) * (rng.random((examples, 100)) < 0.2)
     for _ in range(2):
         h = np.maximum(h @ rng.uniform(-1, 1, (h.shape[1], units)) * np.sqrt(6 / h.shape[1]), 0)
@@ -44,7 +44,7 @@ MATRICES = {
 }
 
 
-@jax.jit  # the matrices of one shape share one compilation
+@jax.jit  # matrices of one shape share a compilation
 def jax_ranks(x):
     return {name: rank(x) for name, rank in RANKS.items()}
 
@@ -59,7 +59,7 @@ def test_ranks_agree_with_float64_numpy(name):
 
 def test_stable_rank_sums_singular_values_and_approximate_rank_their_squares():
     x = jnp.diag(jnp.array([1.0, 6.0, 3.0]))
-    # Of the values 6, 3, 1 of sum 10; of their squares 36, 9, 1 of sum 46.
+    # The values 6, 3, 1 have the sum 10, and their squares 36, 9, 1 the sum 46.
     assert float(metrics.stable_rank(x, threshold=0.61)) == 2
     assert float(metrics.approximate_rank(x, threshold=0.61)) == 1
     assert float(metrics.stable_rank(x, threshold=0.95)) == 3
@@ -68,14 +68,14 @@ def test_stable_rank_sums_singular_values_and_approximate_rank_their_squares():
 
 @pytest.mark.parametrize("rank", [metrics.stable_rank, metrics.approximate_rank])
 def test_a_threshold_reached_exactly_is_reached(rank):
-    # k of 100 equal singular values are k/100 of the sum, whatever the last bit of the sum says.
+    # k of 100 equal singular values make up k/100 of the sum, whatever the rounding of the sum.
     basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(150, 100)))
     k = np.arange(1, 101)
     ranks = jax.vmap(rank, in_axes=(None, 0))(jnp.asarray(basis, jnp.float32), jnp.asarray(k / 100, jnp.float32))
     np.testing.assert_array_equal(ranks, k)
 
 
-def test_ranks_of_a_zero_matrix_are_zero_and_of_a_broken_one_nan():
+def test_ranks_of_a_zero_matrix_are_zero_and_of_one_with_nan_are_nan():
     for name, rank in jax_ranks(jnp.zeros((12, 90))).items():
         assert float(rank) == 0, name
     for name, rank in jax_ranks(jnp.ones((12, 90)).at[3, 4].set(jnp.nan)).items():
@@ -106,7 +106,7 @@ def test_bad_thresholds_are_refused(rank, threshold):
 
 @pytest.mark.parametrize("rank", RANKS.values())
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (0, 4)])
-def test_ranks_want_a_matrix(rank, shape):
+def test_ranks_need_a_matrix(rank, shape):
     with pytest.raises(ValueError, match="x must be a matrix"):
         rank(jnp.ones(shape))
 
@@ -122,21 +122,21 @@ def test_dead_is_not_dormant():
     assert float(metrics.dormant_fraction(h, 0.1)) == 0.5
 
 
-def test_a_tanh_unit_never_dies_but_sleeps():
+def test_a_tanh_unit_is_never_dead_but_can_be_dormant():
     x = jnp.linspace(-1, 1, 11)[:, None]
     h = jnp.tanh(x * jnp.array([1e-4, 1.0, 2.0]) + jnp.array([1e-6, 0.0, 0.0]))
     assert float(metrics.dead_fraction(h)) == 0
     assert float(metrics.dormant_fraction(h, 0.025)) == pytest.approx(1 / 3)
 
 
-def test_dormant_scores_are_normalised_by_their_own_layer_and_include_the_threshold():
-    # Scores 0.5 and 1.5; a layer a thousand times smaller has the same.
+def test_dormant_scores_are_normalized_by_their_own_layer_and_include_the_threshold():
+    # The scores are 0.5 and 1.5; a layer with activations a thousand times smaller has the same scores.
     h = jnp.array([[1.0, -3.0], [-1.0, 3.0]])
     for scale in (1.0, 1e-3):
         assert float(metrics.dormant_fraction(h * scale, 0.5)) == 0.5
         assert float(metrics.dormant_fraction(h * scale, 0.49)) == 0
     groups = {"a": h, "b": 1e-3 * h}
-    assert float(metrics.dormant_fraction(groups, 0.49)) == 0  # normalized together, all of b would be dormant
+    assert float(metrics.dormant_fraction(groups, 0.49)) == 0  # if normalized together, all units of b would be dormant
     assert float(metrics.dormant_fraction({"a": h, "b": jnp.zeros((2, 6))}, 0.49)) == pytest.approx(6 / 8)
 
 
@@ -146,7 +146,7 @@ def test_the_absolute_value_is_taken_before_the_mean():
 
 
 def test_fractions_run_over_positions_and_over_all_units_of_a_pytree():
-    conv = jnp.zeros((2, 3, 3, 4)).at[1, 2, 0, 1].set(1.0)  # one unit alive at one position of one example
+    conv = jnp.zeros((2, 3, 3, 4)).at[1, 2, 0, 1].set(1.0)  # one unit is active at one position of one example
     dense = jnp.ones((2, 12))
     assert float(metrics.dead_fraction(conv)) == 0.75
     assert float(metrics.dead_fraction({"conv": conv, "dense": dense})) == pytest.approx(3 / 16)
@@ -183,7 +183,7 @@ def test_plasticity_is_clipped_per_sample():
     before, after = jnp.array([1.0, 1.0, 0.0, 1e-12, 2.0]), jnp.array([0.25, 3.0, 0.0, 1.0, 0.0])
     assert metrics.plasticity(before, after).tolist() == [0.75, 0.0, 1.0, 0.0, 1.0]
     assert float(metrics.plasticity(0.1, 0.1, epsilon=0.2)) == pytest.approx(0.5)  # the denominator is max(0.1, 0.2)
-    # A half-precision loss has no 1e-8, so the division must not happen there.
+    # 1e-8 is 0 in half precision, so the division must be computed in float32.
     assert float(metrics.plasticity(jnp.float16(0), jnp.float16(0))) == 1.0
     with pytest.raises(ValueError, match="same shape"):
         metrics.plasticity(jnp.ones(3), jnp.ones((3, 1)))
@@ -209,7 +209,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         assert float(half) == float(single) > 0
 
 
-def test_ranks_are_the_three_ranks():
+def test_ranks_computed_together_equal_the_single_ones():
     x = jax.random.normal(jax.random.key(0), (30, 12)) * jnp.arange(12.0)
     together = jax.jit(metrics.ranks)(x, 0.9)
     alone = (metrics.effective_rank(x), metrics.approximate_rank(x, 0.9), metrics.stable_rank(x, 0.9))
@@ -222,7 +222,7 @@ def low_rank(rng, shape, rank):
     return (rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, shape[-1]))).astype(np.float32).reshape(shape)
 
 
-def test_weight_rank_is_numpys_over_the_largest_possible():
+def test_weight_rank_is_numpys_divided_by_the_largest_possible():
     rng = np.random.default_rng(3)
     kernels = {
         "conv": low_rank(rng, (3, 2, 4, 7), 5),  # a matrix [24, 7]
@@ -259,13 +259,13 @@ def test_effective_rank_and_sparsity_of_weights_are_of_all_kernels_together():
 
 
 @pytest.mark.parametrize("measure", [metrics.weight_rank, metrics.weight_effective_rank, metrics.weight_sparsity])
-def test_measures_of_weights_refuse_what_has_no_kernel(measure):
+def test_measures_of_weights_refuse_params_without_kernels(measure):
     for params in ({"bias": jnp.ones(3)}, {"count": jnp.ones((2, 2), jnp.int32)}, {}):
         with pytest.raises(ValueError, match="params must hold at least one kernel; got PyTreeDef"):
             measure(params)
 
 
-def test_gradient_dormant_units_are_small_beside_their_layer():
+def test_gradient_dormant_units_have_small_gradients_relative_to_their_layer():
     rng = np.random.default_rng(0)
     grads = {
         "conv": {"kernel": rng.normal(size=(3, 3, 2, 6)) * np.geomspace(1e-4, 1, 6), "bias": np.zeros(6)},

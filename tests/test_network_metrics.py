@@ -20,7 +20,7 @@ def numpy_apply(params, x):
 
 
 def numpy_jacobian(params, x):
-    """Rows (example, output) of all gradients, in float64, layer by layer."""
+    """Compute the rows (example, output) of all gradients, in float64, layer by layer."""
     before = x @ params["w1"] + params["b"]
     h, rows = np.maximum(before, 0), []
     for i in range(len(x)):
@@ -39,7 +39,7 @@ def numpy_ranks(matrix, threshold):
     return np.exp(-(share * np.log(share)).sum()), reach(values**2), reach(values)
 
 
-def test_the_tangent_kernel_and_its_ranks_are_numpys():
+def test_the_tangent_kernel_and_its_ranks_equal_those_of_numpy():
     jacobian = numpy_jacobian(PARAMS, X)
     params, x = jax.tree.map(jnp.float32, (PARAMS, X))
     measure = lambda params, x: (
@@ -59,7 +59,7 @@ def test_the_rank_of_the_tangent_kernel_falls_with_dead_units():
     dead = {"params": {**params["params"], "Dense_0": {**layer, "bias": layer["bias"] - 100}}}
     ranks = jax.jit(lambda params, x: metrics.ntk_ranks(net.apply, params, x, 0.999))
     alive, collapsed = (ranks(each, jnp.float32(X)) for each in (params, dead))
-    assert alive.stable > 6 and collapsed.stable == 2  # of the two biases of the outputs alone
+    assert alive.stable > 6 and collapsed.stable == 2  # only gradients of the two output biases are left
 
 
 def softmax(z):
@@ -67,7 +67,7 @@ def softmax(z):
     return e / e.sum(-1, keepdims=True)
 
 
-def test_churn_is_numpys():
+def test_churn_equals_that_of_numpy():
     before, after = numpy_apply(PARAMS, X), numpy_apply(AFTER, X)
     p, q = softmax(before), softmax(after)
     expected = {
@@ -85,7 +85,7 @@ def test_churn_is_numpys():
         metrics.churn(apply_fn, params, new, x, "l1")
 
 
-def test_weight_change_is_numpys():
+def test_weight_change_equals_that_of_numpy():
     flat = lambda params: np.concatenate([w.ravel() for w in params.values()])
     expected = np.linalg.norm(flat(AFTER) - flat(PARAMS)) / np.linalg.norm(flat(PARAMS))
     params, after = jax.tree.map(jnp.float32, (PARAMS, AFTER))

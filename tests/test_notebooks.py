@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, at a tiny size, in a kernel of this very Python."""
+"""Every notebook runs from top to bottom, at a tiny size, in a kernel of the running Python."""
 
 import json
 import pathlib
@@ -17,11 +17,11 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipy
 
 
 class Case(NamedTuple):
-    """How a notebook is tested."""
+    """The test of a notebook."""
 
-    sizes: dict[str, Any]  # take the place of those in the cell tagged "parameters"
-    read_back: dict[str, str]  # expressions that are evaluated after the last cell
-    check: Callable[[dict[str, Any], pathlib.Path], None]  # of their values, and of the folder it ran in
+    sizes: dict[str, Any]  # replace those in the cell tagged "parameters"
+    read_back: dict[str, str]  # expressions to evaluate after the last cell
+    check: Callable[[dict[str, Any], pathlib.Path], None]  # gets their values, and the folder in which the notebook ran
     slow: bool = False
 
 
@@ -29,7 +29,7 @@ def check_continual_backprop(found, folder):
     assert found["groups"] == ["params/Dense_0", "params/Dense_1", "params/Dense_2"]
     assert found["steps"] == 3 * 300
 
-    # About 8 units x 0.002 x 900 steps; never one that is not mature; all of them new in the step they are replaced.
+    # About 8 units x 0.002 x 900 steps. Only mature units are replaced, and all of a unit is reset in the same step.
     assert 5 <= found["replaced"] <= 14
     assert found["safe"] > 20
     assert found["newborn"] == 0
@@ -37,7 +37,7 @@ def check_continual_backprop(found, folder):
     assert outgoing_before > 0 and outgoing_after == 0
     assert incoming_before != incoming_after
 
-    # Only the first two placements leave nothing of the old unit: neither outgoing weights nor moments.
+    # Only with the first two placements nothing of the old unit remains, neither outgoing weights nor moments.
     assert [any(values) for values in found["left"].values()] == [False, False, True, True]
     assert found["same"]
 
@@ -51,12 +51,12 @@ def check_continual_backprop(found, folder):
 
 def check_upgd(found, folder):
     assert found["last_loss"] < found["first_loss"]
-    # Where the utility is largest, phi(1) is held back; and the quotients of the updates are what the equation says.
+    # The gate of the largest utility is 1 - phi(1), and quotients of updates agree with the equation.
     np.testing.assert_allclose(found["lowest"], 1 / (1 + np.e), rtol=1e-4)
     np.testing.assert_allclose(found["gate_errors"], 0, atol=1e-4)
     weights, of_units = found["quality"]["weights"], found["quality"]["units"]
     assert weights["second_order"] > 0.8 > weights["magnitude"]
-    assert of_units["second_order"] > 0.3  # of 14 units
+    assert of_units["second_order"] > 0.3  # for 14 units
     before, after = found["reborn"]
     assert before > 0 == after
     assert found["labels"] == ["cbp_upgd(replacement_rate=0.02)"] and found["dims"]["task"] == 3
@@ -71,7 +71,7 @@ def check_slippery_ant(found, folder):
     assert found["steps"] >= 1 and (folder / "ant.html").stat().st_size > 10_000
     assert found["dims"] == {"method": 2, "seed": 1, "task": 2}
     assert found["replaced"][0] == 0 < found["replaced"][1]
-    assert found["frictions"] > 1, "the ground has changed"
+    assert found["frictions"] > 1, "the friction has changed"
     assert len(list((folder / "runs/04_slippery_ant").glob("episode-*.html"))) == 2
 
 
@@ -79,30 +79,30 @@ def check_any_network(found, folder):
     assert found["resnet"] == 12 and found["vit"] == ["residual", "head", "dense", "head", "dense"]
     assert found["drawn"] == 21  # kernels of ResNet-18
     assert found["streams"] == ["stem", "stage2_block1_conv2"]
-    # What belongs to the replaced channel: drawn anew, or at its start, or 0; and nothing feels it.
+    # Parameters of the replaced channel are resampled, at their initial values, or 0; outputs do not depend on it.
     before, after = (dict.fromkeys(found["roles"], 0.0) for _ in range(2))
     for role, (old, new) in zip(found["roles"], found["entries"], strict=True):
         before[role], after[role] = max(before[role], old), max(after[role], new)
     assert after["reads it"] == 0 < before["reads it"] and after["offset"] == pytest.approx(0, abs=1e-7)
     assert after["scale"] == pytest.approx(1) and after["statistics"] == 1 and before["statistics"] != 1
     assert after["writes it"] not in (0, before["writes it"])
-    whole, forgotten = found["proof"]  # with all readers reset, and with one that was not
+    whole, forgotten = found["proof"]  # with all consumers reset, and with one that was not
     assert whole == [0, 0] and min(forgotten) > 0
     assert found["dims"] == {"method": 2, "seed": 1, "task": 2}
     assert (folder / "runs/03_any_network/results.nc").is_file()
 
 
 def check_lottery_tickets(found, folder):
-    # Exactly half of the living weights die in each round, and a quarter of the output layer's.
+    # Each round prunes exactly half of the living weights, and a quarter of those of the output layer.
     left = [64 * 12, 12 * 8, 8 * 10]
     for alive in found["alive"]:
         left = [count - round(share * count) for count, share in zip(left, (0.5, 0.5, 0.25), strict=True)]
         assert alive == left
     assert found["nested"] and found["rewound"]
     assert found["still_dead"] == 0 < found["moved"]
-    assert max(found["learned"]) > 40  # of ten classes
+    assert max(found["learned"]) > 40  # percent, for ten classes
 
-    # As many weights in each layer, of the ticket's mask or not, with their first values or not.
+    # All controls have as many weights in each layer; some have the ticket's mask, some its initial weights.
     assert found["controls"] == {
         "ticket": [left, True, True],
         "signs alone": [left, True, False],
@@ -117,7 +117,7 @@ def check_lottery_tickets(found, folder):
         used = sum((paths > 0).sum() for paths in through)
         assert share == pytest.approx(100 * used / (a.sum() + b.sum() + c.sum()))
 
-    # Half of the units are cut out: nothing but rounding differs from the masked network.
+    # Half of the units are removed: outputs differ from the masked network's only by rounding.
     assert found["sizes"] == [6, 4] and found["parameters"] == 65 * 6 + 7 * 4 + 5 * 10
     assert found["difference"] < 1e-5 and found["changed"] > 1e-2
     assert found["steps"] == ["dense", "masked", "small"]
@@ -129,9 +129,9 @@ def check_lottery_tickets(found, folder):
 def check_questions(found, folder):
     assert set(found["found"]) == {"contribution", "random", "blend"}
     assert all(-1 <= value <= 1 for value in found["found"].values()) and abs(found["found"]["random"]) < 0.6
-    # What is averaged is the function of the notebook's, at each of so many measurements.
+    # The user's utility from the notebook is averaged, in every measurement.
     assert found["measured"] == [1, 2, 2] and found["labels"][-1] == "cbp(replacement_rate=0.01, utility=blend)"
-    assert found["differ"]  # what is replaced is not the same
+    assert found["differ"]  # different units are replaced
     assert found["low"] <= found["less"] <= found["high"]
     assert (folder / "runs/06_questions/stream/results.nc").is_file()
 
@@ -142,7 +142,7 @@ def check_adapters(found, folder):
     np.testing.assert_allclose(*found["norms"], rtol=1e-4)
     assert found["norms"][0] > 1
 
-    # Where each task has its own adapter, what was learned stays, and what was not is as it was.
+    # If each task has its own adapter, accuracy on a task changes only when the task is learned.
     before = found["before"]
     for name, matrix in found["matrices"].items():
         assert matrix[0] == before
@@ -163,7 +163,7 @@ def check_adapters(found, folder):
     assert all(0 < few < many for few, many in zip(pulled, found["changed"]["0.0"], strict=True))
     for strength, tuned in found["tuned"].items():
         curves = found["by_density"][strength]
-        assert [curve[0] for curve in curves] == tuned  # all changes are the tuned network
+        assert [curve[0] for curve in curves] == tuned  # with all changes, it is the tuned network
         assert all(curve[-1] < curve[0] for curve in curves)
     assert found["untouched"] and all(len(values) == 3 for values in found["alone"].values())
     assert np.shape(found["overlap"]) == (2 * 3, 2) and np.min(found["overlap"]) > 0
@@ -186,7 +186,7 @@ CASES = {
             "groups": "[group.name for group in units]",
             "steps": "len(age)",
             "replaced": "int(replaced.sum())",
-            # Of every unit in the step in which it was replaced: all of it must be 0.
+            # In the step in which a unit is replaced, all of these must be 0.
             "newborn": "float(max(abs(history[name][replaced]).max() for name in ('age', 'utility', 'outgoing')))",
             "safe": "int(min(age[t - 1, u] + 1 for t, u in zip(step_at, unit_at)))",
             "reborn": "[float(history[name][t, unit]) for name in ('outgoing', 'incoming') for t in (step - 1, step)]",
@@ -279,7 +279,7 @@ CASES = {
             "frictions": "len(np.unique(results.friction))",
         },
         check=check_slippery_ant,
-        slow=True,  # five programs with Brax's physics in them, each of which compiles for long
+        slow=True,  # five programs with Brax's physics, each of which takes long to compile
     ),
     "05_lottery_tickets": Case(
         sizes={
@@ -383,7 +383,7 @@ CASES = {
 
 
 class ThisPython(AsyncKernelManager):
-    """A kernel of the running interpreter, whatever kernels the user has installed."""
+    """Install a kernel for the running interpreter, whatever kernels the user has."""
 
     @property
     def kernel_spec(self):
@@ -406,15 +406,15 @@ def parameters_cell(notebook):
     ],
 )
 def test_runs_at_a_tiny_size(path, tmp_path, monkeypatch):
-    assert path.stem in CASES, "a notebook without a test: add its tiny size, and a check of what it finds"
+    assert path.stem in CASES, "a notebook without a test: add its tiny size and a check of its values"
     case = CASES[path.stem]
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # at this size, compiling takes most of the time
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # at this size, most of the time is compilation
     notebook = nbformat.read(path, as_version=4)
     number = parameters_cell(notebook)
     defaults = {}
     exec(notebook.cells[number].source, defaults)
-    assert case.sizes.keys() <= defaults.keys()  # a renamed parameter would silently keep its normal size
+    assert case.sizes.keys() <= defaults.keys()  # otherwise a renamed parameter would silently keep its normal value
     sizes = "\n".join(f"{name} = {value!r}" for name, value in case.sizes.items())
     notebook.cells.insert(number + 1, nbformat.v4.new_code_cell(sizes))
     values = ", ".join(f"{name!r}: {expression}" for name, expression in case.read_back.items())
@@ -424,14 +424,14 @@ def test_runs_at_a_tiny_size(path, tmp_path, monkeypatch):
         timeout=300,
         kernel_manager_class=ThisPython,
         resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()  # raises at the first error
+    ).execute()  # stops at the first error
     printed = "".join(output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout")
     case.check(json.loads(printed), tmp_path)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_committed_as_it_ran(path):
-    """The file shows a run of all cells in their order, without errors, and is small."""
+def test_is_committed_after_a_complete_run(path):
+    """The file contains a run of all cells in order, without errors, and it is small."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

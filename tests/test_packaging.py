@@ -1,4 +1,4 @@
-"""The wheel and the sdist, built and installed as users do it."""
+"""The wheel and the sdist, built and installed as by users."""
 
 import email
 import os
@@ -18,7 +18,7 @@ import cbp_jax
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# One update of continual backpropagation and one of UPGD, with the core's dependencies only.
+# One update of continual backpropagation and one of UPGD, with only the core dependencies.
 PROGRAM = """
 import importlib.metadata, sys
 import jax, jax.numpy as jnp, optax
@@ -40,7 +40,7 @@ print("updated")
 """
 
 
-# An environment of its own sees nothing of this one.
+# Commands in the new environment do not see this one.
 CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
 
 
@@ -51,7 +51,7 @@ def run(*command, **kwargs):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A wheel and an sdist of what git knows of this checkout."""
+    """Build a wheel and an sdist of the files of this checkout that git tracks."""
     pytest.importorskip("build", reason="distributions are built where the release extra is installed")
     pytest.importorskip("hatchling", reason="distributions are built where the release extra is installed")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
@@ -62,7 +62,7 @@ def built(tmp_path_factory):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    # The build backend is the installed one, so that nothing is downloaded; the wheel is made from the sdist.
+    # The installed build backend is used, so nothing is downloaded. The wheel is built from the sdist.
     code, printed = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source)
     assert code == 0, printed
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
@@ -116,7 +116,7 @@ def test_metadata_names_version_and_extras(built):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The Python of a new environment with the wheel and the core's dependencies."""
+    """Return the Python of a new environment with the wheel and the core dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -127,16 +127,16 @@ def installed(built, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_core_alone_makes_an_update(installed, tmp_path):
+def test_the_core_dependencies_suffice_for_an_update(installed, tmp_path):
     code, printed = run(installed, "-c", PROGRAM, cwd=tmp_path, env=CLEAN)
     assert code == 0 and printed.endswith("updated\n"), printed
 
 
 @pytest.mark.slow
-def test_the_extras_go_together(built, installed):
-    """What the extras ask for exists and agrees with the core. It is not installed.
+def test_the_extras_are_compatible(built, installed):
+    """The requirements of the extras exist and are compatible with the core. They are not installed.
 
-    `text`, `prepare` and `pytorch` are left out, because pip would download PyTorch and TensorFlow to look into them.
+    `text`, `prepare` and `pytorch` are left out, because pip would download PyTorch and TensorFlow for their metadata.
     """
     extras = sorted(set(PROJECT["project"]["optional-dependencies"]) - {"text", "prepare", "pytorch"})
     wanted = f"{built[0]}[{','.join(extras)}]"

@@ -1,4 +1,4 @@
-"""Pooling with another derivative: the numbers and gradients of XLA's pooling."""
+"""Pooling with another derivative: the same outputs and gradients as XLA's pooling."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ OPERATIONS = {"max": (jax.lax.max, -jnp.inf), "min": (jax.lax.min, jnp.inf), "ad
 
 
 def ties(*shape, dtype=jnp.float32):
-    """Few different values, so that most windows have several maxima."""
+    """Draw from few values, so that most windows have several maxima."""
     return jnp.asarray(RNG.integers(-1, 2, shape), dtype)
 
 
@@ -26,7 +26,7 @@ def pooling(window, strides, padding="VALID", operation="max", **options):
 
 
 def both(function):
-    """An array and what is passed back to it from given gradients of the output."""
+    """Make a function of inputs and output gradients that returns outputs and input gradients."""
 
     def run(x, grads):
         out, transpose = jax.vjp(function, x)
@@ -36,7 +36,7 @@ def both(function):
 
 
 def gradient(function, x):
-    """The equations of a gradient."""
+    """Return the jaxpr equations of a gradient."""
     return str(jax.make_jaxpr(jax.grad(lambda x: jnp.square(function(x)).sum()))(x))
 
 
@@ -69,7 +69,7 @@ def test_values_and_gradients_are_those_of_xla(name):
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype == dtype
         np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
-    # Forward mode is the transpose.
+    # Forward mode is the transpose of reverse mode.
     tangent = jnp.asarray(RNG.normal(size=shape), x.dtype)
     _, moved = jax.jit(lambda x, t: jax.jvp(other, (x,), (t,)))(x, tangent)
     close = {"rtol": 1e-2 if dtype == jnp.bfloat16 else 1e-4, "atol": 0.3 if dtype == jnp.bfloat16 else 1e-4}
@@ -120,7 +120,7 @@ def test_the_gradient_goes_to_the_first_maximum(data):
     grads, expected, out = RNG.normal(size=(rows, columns)).astype(np.float32), np.zeros_like(padded), []
     for row, column in np.ndindex(rows, columns):
         places = [(row * strides[0] + i, column * strides[1] + j) for i, j in np.ndindex(size)]
-        best = max(places, key=lambda place: padded[place])  # the first of several
+        best = max(places, key=lambda place: padded[place])  # the first maximum
         expected[best] += grads[row, column]
         out.append(padded[best])
     run = both(cbp_jax.contract_convolutions(pooling(size, strides, ((low, high), (0, 0)))))

@@ -1,4 +1,4 @@
-"""The README's example runs, and prints what the README says."""
+"""The README's example runs and prints the shown output."""
 
 import pathlib
 import re

@@ -17,7 +17,7 @@ TENSORS = {
 }
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_tensors_are_the_same_after_writing_and_reading(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.write(path, TENSORS, {"format": "pt"})
     found = safetensors.read(path)
@@ -28,8 +28,8 @@ def test_what_is_written_is_read(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_form_of_a_file(tmp_path):
-    """As its specification has it: a length, a header, bytes in order without gaps, all at multiples of their size."""
+def test_the_format_of_a_file(tmp_path):
+    """As specified: a length, a header, and data in order, without gaps, aligned to multiples of their size."""
     path = tmp_path / "model.safetensors"
     safetensors.write(path, TENSORS, {"format": "pt"})
     content = path.read_bytes()
@@ -45,7 +45,7 @@ def test_the_form_of_a_file(tmp_path):
     assert all(header[name]["data_offsets"][0] % TENSORS[name].dtype.itemsize == 0 for name in header)
 
 
-def test_what_the_package_writes_and_reads(tmp_path):
+def test_files_are_compatible_with_the_safetensors_package(tmp_path):
     package = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
     known = {name: tensor for name, tensor in TENSORS.items() if name != "half"}
     package.save_file(known, tmp_path / "theirs.safetensors")
@@ -82,7 +82,7 @@ def test_damaged_files(content, message, tmp_path):
         safetensors.read(tmp_path / "model.safetensors")
 
 
-def test_types_that_it_has_not(tmp_path):
+def test_unsupported_types(tmp_path):
     with pytest.raises(ValueError, match=r"tensor 'c' must be of a type of .* got complex64"):
         safetensors.write(tmp_path / "model.safetensors", {"c": np.ones(2, np.complex64)})
     with pytest.raises(FileNotFoundError):

@@ -18,7 +18,7 @@ def check(*files):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (pathlib.Path(cbp_jax.__file__).parent / "py.typed").read_text() == ""
 
 
@@ -29,8 +29,8 @@ def test_the_package_and_a_users_program_have_consistent_types():
 
 
 @pytest.mark.slow
-def test_wrong_uses_are_found(tmp_path):
-    """Else the test above could pass because everything is `Any`."""
+def test_wrong_types_are_found(tmp_path):
+    """Otherwise the test above could pass because everything is `Any`."""
     program = tmp_path / "wrong.py"
     program.write_text(
         USE.read_text()

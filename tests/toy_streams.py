@@ -1,4 +1,4 @@
-"""A stream of tasks that is trained on in no time."""
+"""A tiny stream of tasks for quick training."""
 
 import numpy as np
 

@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
 
 def read_method(text: str) -> Method:
-    """Parses a method, like `learners.parse_method`.
+    """Parse a method, like `learners.parse_method`.
 
     A function's settings without a default may be omitted if its `space` has them.
 
@@ -53,7 +53,7 @@ def read_method(text: str) -> Method:
 def entries(
     suite: Suite, methods: Sequence[Method], out: Path, problems: Sequence[str] | None = None
 ) -> tuple[list[Entry], list[str]]:
-    """The pairs of problem and method to run, and what is left out.
+    """Return the pairs of problem and method to run, and what is left out.
 
     Args:
       suite: the problems.
@@ -92,7 +92,7 @@ def entries(
 
 
 def run(suite: Suite, pairs: Iterable[Entry], progress: Progress | None = None) -> list[str]:
-    """Runs all pairs that are not finished. Interrupted runs resume, with the same results.
+    """Run all pairs that are not finished. Interrupted runs resume, with the same results.
 
     Args:
       suite: the problems.
@@ -112,7 +112,7 @@ def run(suite: Suite, pairs: Iterable[Entry], progress: Progress | None = None) 
 
 
 def total(suite: Suite, pairs: Iterable[Entry]) -> int:
-    """The total that `run` counts to: the cost of everything unfinished."""
+    """Return the total that `run` counts to: the cost of everything unfinished."""
     return sum(
         suite.plan(problem, method).total() * _weight(problem) for problem, method, out in pairs if not finished(out)
     )
@@ -144,7 +144,7 @@ def _run(suite: Suite, entry: Entry, progress: Progress | None) -> None:
 
 
 def relative_cost(problem: Problem, method: Method, tasks: int) -> float:
-    """The time of a method's task relative to plain backpropagation, for one lane on one device.
+    """Return the time of a method's task relative to plain backpropagation, for one lane on one device.
 
     Both are measured one after the other. Each time is that of the fastest task, without the first, which compiles.
 
@@ -169,7 +169,7 @@ def _seconds(problem: Problem, method: Method, tasks: int) -> float:
 
 
 def finished(out: Path) -> bool:
-    """Whether the results in a folder are complete."""
+    """Return whether the results in a folder are complete."""
     try:
         results = report.load_results(out)
     except FileNotFoundError:
@@ -178,12 +178,12 @@ def finished(out: Path) -> bool:
 
 
 def is_complete(results: Any) -> bool:
-    """Whether the search has ended and every reported task has run."""
+    """Return whether the search has ended and every reported task has run."""
     return bool(np.isfinite(results.replaced_units).all()) and all(results.chosen.values.tolist())
 
 
 def folder_name(method: Method) -> str:
-    """The name of a method's folder.
+    """Return the name of a method's folder.
 
     Example:
       >>> folder_name(parse_method("cbp:utility=weight"))
@@ -193,7 +193,7 @@ def folder_name(method: Method) -> str:
 
 
 def name_of(suite: Suite, problem: Problem) -> str:
-    """The name of a problem in results."""
+    """Return the name of a problem in results."""
     return f"{suite.name}/{problem.name}"
 
 
@@ -203,5 +203,5 @@ def _without_default(function: Any) -> set[str]:
 
 
 def _weight(problem: Problem) -> int:
-    """Milliseconds of a task of plain backpropagation."""
+    """Return the milliseconds of a task of plain backpropagation."""
     return max(1, round(1000 * problem.cost))

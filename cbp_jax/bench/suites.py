@@ -59,7 +59,7 @@ class Problem:
         return report.stream_measures(accuracy=accuracy, test=of_pools, dormant=of_pools)
 
     def changed(self, **changes: Any) -> Any:
-        """Its settings with some values replaced, if it has these settings."""
+        """Return the problem's settings with some values replaced, if it has these settings."""
         known = {field.name for field in dataclasses.fields(self.settings)}
         return dataclasses.replace(self.settings, **{name: changes[name] for name in known & changes.keys()})
 
@@ -85,7 +85,7 @@ class Suite:
     timed_tasks: int = 4
 
     def problem(self, name: str) -> Problem:
-        """A problem by its name. Raises a ValueError if there is none."""
+        """Return a problem by its name. Raises a ValueError if there is none."""
         by_name = {problem.name: problem for problem in self.problems}
         if name not in by_name:
             raise ValueError(f"problems must be some of {list(by_name)}, got {name!r}")
@@ -97,12 +97,12 @@ class Suite:
         return [problem.name for problem in self.problems if problem.counted]
 
     def tuning(self, problem: Problem) -> Any:
-        """Settings of the search on a problem, without `methods`."""
+        """Return settings of the search on a problem, without `methods`."""
         # Measures of units and weights do not affect the choice, and take time.
         return problem.changed(seeds=self.tuning_seeds, first_seed=FIRST_TUNING_SEED, measured_examples=1)
 
     def plan(self, problem: Problem, method: Method) -> Plan:
-        """How a method is tuned and evaluated on a problem.
+        """Return how a method is tuned and evaluated on a problem.
 
         Settings given with the method are not searched. A method without a space runs as it is. A space that has only
         lists of values is searched exhaustively.
@@ -126,11 +126,11 @@ class Suite:
         return Plan(problem.experiment, (lane,), self.tuning(problem), problem.settings, problem.measures, count)
 
     def kept(self, problem: Problem, method: Method) -> dict[str, Any]:
-        """What results record about how they were made; see `budget` for what all methods share."""
+        """Return what results record about how they were made; see `budget` for what all methods share."""
         return {**self.budget(problem), "method": method.text, "space": told(method.searched)}
 
     def budget(self, problem: Problem) -> dict[str, Any]:
-        """What is the same for all methods of a problem: the number of configurations, and the settings of both
+        """Return what is the same for all methods of a problem: the number of configurations, and the settings of both
         runs."""
         plain = lambda settings: {
             key: value for key, value in dataclasses.asdict(settings).items() if key not in ("methods", "data_dir")

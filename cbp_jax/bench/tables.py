@@ -15,7 +15,7 @@ TABLE, PICTURE = "table.md", "table"
 
 
 def collect(suite: Suite, folders: Sequence[Path]) -> tuple[dict[str, Any], list[str]]:
-    """Loads the finished results of all folders, by problem.
+    """Load the finished results of all folders, by problem.
 
     Args:
       suite: the problems.
@@ -51,7 +51,7 @@ def collect(suite: Suite, folders: Sequence[Path]) -> tuple[dict[str, Any], list
 
 
 def write(suite: Suite, problems: dict[str, Any], out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Writes the table of a benchmark as Markdown, and its picture; returns their paths."""
+    """Write the table of a benchmark as Markdown, and its picture, and return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     counted = _counted(suite, problems)
     path = out / TABLE
@@ -60,12 +60,12 @@ def write(suite: Suite, problems: dict[str, Any], out: Path, formats: Sequence[s
 
 
 def rows(suite: Suite, problems: dict[str, Any], methods: Sequence[str]) -> str:
-    """The rows of some methods in the table of all problems, as Markdown."""
+    """Return the rows of some methods in the table of all problems, as Markdown."""
     return report.benchmark_rows(problems, methods, _counted(suite, problems))
 
 
 def title(suite: Suite, problems: dict[str, Any]) -> str:
-    """The heading of the table, with the budget."""
+    """Return the heading of the table, with the budget."""
     seeds = sorted({results.sizes["seed"] for results in problems.values()})
     return (
         f"Suite {suite.name}: the best of {suite.configurations} configurations over {suite.tuning_seeds} tuning "
@@ -74,12 +74,12 @@ def title(suite: Suite, problems: dict[str, Any]) -> str:
 
 
 def _counted(suite: Suite, problems: dict[str, Any]) -> list[str]:
-    """The counted problems among those with results; all of these if none is counted."""
+    """Return the counted problems among those with results; all of these if none is counted."""
     return [name for name in suite.counted if name in problems] or list(problems)
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """The results of all methods, with their colors and labels."""
+    """Return the results of all methods, with their colors and labels."""
     found = {name: look for part in parts for name, look in looks.looks_of(part).items()}
     joined = report.join_results(parts)
     known = looks_by_learner(list(found))
@@ -87,7 +87,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 def _check(suite: Suite, problem: Problem, results: Any, path: Path) -> None:
-    """Raises a ValueError if results were not made with the suite's settings."""
+    """Raise a ValueError if results were not made with the suite's settings."""
     try:
         kept = json.loads(results.attrs["settings"])
         expected = json.loads(report.results.settings_json(suite.budget(problem)))

@@ -19,7 +19,7 @@ _DAMAGES = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 def load_arrays(path: Path, split: str) -> Dataset:
-    """Reads one split of a file of arrays; ``load`` says what the file holds.
+    """Read one split of a file of arrays; ``load`` says what the file holds.
 
     Args:
       path: a file that ends in .npz or .npy.

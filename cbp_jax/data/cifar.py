@@ -14,7 +14,7 @@ _RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the image's red, green and b
 
 
 def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Decodes and checks the six files.
+    """Decode and check the six files.
 
     Args:
       contents: for each of `FILES`, its path and its content.
@@ -33,7 +33,7 @@ def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarr
 
 
 def _decode(path: Path, content: bytes) -> np.ndarray:
-    """The records of a file, uint8 [n, 3073]."""
+    """Return the records of a file, uint8 [n, 3073]."""
     if not content or len(content) % _RECORD:
         raise ValueError(
             f"{path} must be records of {_RECORD} bytes, each a label and an image of 32 x 32 pixels and 3 colors; "

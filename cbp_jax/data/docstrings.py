@@ -30,7 +30,7 @@ _HIDDEN = "library"
 
 
 def docstrings(by: str) -> tuple[list[str], list[str]]:
-    """The prose of docstrings of installed libraries.
+    """Return the prose of docstrings of installed libraries.
 
     Modules are parsed, not run. Clues to the label are hidden: names of libraries become "library", and everything
     after the prose, such as a list of arguments, is removed. Short texts and duplicates are left out. The texts depend
@@ -62,7 +62,7 @@ def docstrings(by: str) -> tuple[list[str], list[str]]:
 
 @functools.cache
 def _of_library(library: str) -> tuple[tuple[str, str], ...]:
-    """Texts and kinds."""
+    """Return texts and kinds."""
     spec = importlib.util.find_spec(library)
     folders = spec.submodule_search_locations if spec is not None else None
     if not folders:

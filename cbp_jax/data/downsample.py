@@ -8,7 +8,7 @@ from cbp_jax.data.dataset import Dataset
 
 
 def downsample(dataset: Dataset, factor: int) -> Dataset:
-    """Makes images smaller: each pixel is the mean of a square of original pixels.
+    """Make images smaller: each pixel is the mean of a square of original pixels.
 
     Args:
       dataset: images.

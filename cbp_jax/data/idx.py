@@ -15,7 +15,7 @@ LABEL_NAMES = None  # those of the official builder
 
 
 def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Decodes and checks the four files.
+    """Decode and check the four files.
 
     Args:
       contents: for each of `FILES`, its path and its content.
@@ -44,7 +44,7 @@ def read(contents: Mapping[str, tuple[Path, bytes]]) -> dict[str, tuple[np.ndarr
 
 
 def _decode(path: Path, content: bytes, ndim: int) -> np.ndarray:
-    """Reads an IDX file of bytes: 0, 0, 8 (their type), number of axes, its big-endian lengths, the data."""
+    """Read an IDX file of bytes: 0, 0, 8 (their type), number of axes, its big-endian lengths, the data."""
     magic, start = bytes((0, 0, 8, ndim)), 4 + 4 * ndim
     if content[:4] != magic or len(content) < start:
         raise ValueError(
@@ -54,6 +54,6 @@ def _decode(path: Path, content: bytes, ndim: int) -> np.ndarray:
     shape = tuple(int(length) for length in np.frombuffer(content[4:start], ">u4"))
     if len(content) != start + math.prod(shape):
         raise ValueError(
-            f"{path} must be {start} bytes of header and then data of shape {shape}; it has {len(content)} bytes in all"
+            f"{path} must be {start} bytes of header, then data of shape {shape}; it has {len(content)} bytes in total"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

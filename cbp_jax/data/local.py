@@ -16,7 +16,7 @@ _FORMATS = {"mnist": idx, "fashion_mnist": idx, "kmnist": idx, "cifar10": cifar}
 
 
 def prepare(name: str, source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
-    """Creates a tensorflow-datasets dataset from local copies of its official files.
+    """Create a tensorflow-datasets dataset from local copies of its official files.
 
     The official builder writes it; only its reading of the files is replaced. So the result is the same as from its own
     download, and any program that uses tensorflow-datasets can read it.
@@ -79,7 +79,7 @@ def prepare(name: str, source: str | os.PathLike, data_dir: str | os.PathLike | 
 
 
 def _read_files(name: str, source: Path, files: tuple[str, ...]) -> dict[str, tuple[Path, bytes]]:
-    """The path and the unpacked content of each file."""
+    """Return the path and the unpacked content of each file."""
     found = {file: _find(source, file) for file in files}
     missing = [file for file, path in found.items() if path is None]
     if missing:

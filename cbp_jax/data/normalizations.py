@@ -4,7 +4,7 @@ from cbp_jax.data.dataset import Dataset
 
 
 def normalization(dataset: Dataset) -> tuple[float, float] | None:
-    """The normalization of a dataset's inputs in the experiments of Elsayed & Mahmood (2024).
+    """Return the normalization of a dataset's inputs in the experiments of Elsayed & Mahmood (2024).
 
     Their public code uses the same numbers for all images, not the statistics of each dataset:
 

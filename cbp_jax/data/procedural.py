@@ -16,7 +16,7 @@ _FOUR_IN_FIVE = 0.8416  # quantile: four in five normal numbers are smaller
 def procedural(
     num_classes: int = 1000, per_class: int = 700, *, size: int = 32, channels: int = 3, key: int | jax.Array = 0
 ) -> Dataset:
-    """Draws a dataset in which a class is an arrangement of six colored gratings.
+    """Draw a dataset in which a class is an arrangement of six colored gratings.
 
     Each grating has a position, an orientation, a wavelength, a phase, a color and a size, drawn for the class. In each
     image all of them are shifted together, each one is moved, rotated and attenuated a little, one in five is missing,
@@ -59,7 +59,7 @@ def procedural(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _images_of_class(key: jax.Array, count: int, size: int, channels: int) -> jax.Array:
-    """uint8 [count, size, size, channels]."""
+    """Draw the images of a class, uint8 [count, size, size, channels]."""
     class_key, image_key = jax.random.split(key)
     of_class = _gratings(class_key, _PATCHES, channels)
     draw = lambda number: _image(jax.random.fold_in(image_key, number), of_class, size, channels)
@@ -67,8 +67,8 @@ def _images_of_class(key: jax.Array, count: int, size: int, channels: int) -> ja
 
 
 def _gratings(key: jax.Array, count: int, channels: int) -> dict[str, jax.Array]:
-    """Random gratings: arrays [count, ...]; lengths relative to the image's."""
-    uniform_key, colour_key = jax.random.split(key)
+    """Draw random gratings: arrays [count, ...]; lengths relative to the image's."""
+    uniform_key, color_key = jax.random.split(key)
     # All in one draw, since every draw takes time to compile.
     row, column, angle, frequency, phase, radius = jax.random.uniform(uniform_key, (6, count))
     return {
@@ -78,12 +78,12 @@ def _gratings(key: jax.Array, count: int, channels: int) -> dict[str, jax.Array]
         "frequency": 1.5 + 3.5 * frequency,
         "phase": 2 * np.pi * phase,
         "radius": 0.1 + 0.15 * radius,
-        "colour": jax.random.normal(colour_key, (count, channels)),
+        "color": jax.random.normal(color_key, (count, channels)),
     }
 
 
 def _image(key: jax.Array, of_class: dict[str, jax.Array], size: int, channels: int) -> jax.Array:
-    """uint8 [size, size, channels]: one image, with the gratings of a class and others."""
+    """Draw one image with the gratings of a class and others, uint8 [size, size, channels]."""
     change_key, other_key, noise_key = jax.random.split(key, 3)
     changes = jax.random.normal(change_key, (6, _PATCHES + 1))  # the last column applies to all gratings together
     row, column, angle, phase, strength, presence = changes[:, :-1]
@@ -94,7 +94,7 @@ def _image(key: jax.Array, of_class: dict[str, jax.Array], size: int, channels: 
         "column": of_class["column"] + 0.08 * changes[1, -1] + 0.04 * column,
         "angle": of_class["angle"] + 0.2 * angle,
         "phase": of_class["phase"] + 0.6 * phase,
-        "colour": of_class["colour"] * shown[:, None],
+        "color": of_class["color"] * shown[:, None],
     }
     others = _gratings(other_key, _DISTRACTORS, channels)
     every = jax.tree.map(lambda *parts: jnp.concatenate(parts), seen, others)
@@ -105,6 +105,6 @@ def _image(key: jax.Array, of_class: dict[str, jax.Array], size: int, channels: 
     along = x * jnp.cos(every["angle"]) + y * jnp.sin(every["angle"])
     window = jnp.exp(-(x**2 + y**2) / (2 * every["radius"] ** 2))
     waves = window * jnp.cos(2 * np.pi * every["frequency"] * along + every["phase"])
-    pixels = jnp.einsum("hwg,gc->hwc", waves, every["colour"])
+    pixels = jnp.einsum("hwg,gc->hwc", waves, every["color"])
     pixels += 0.2 * jax.random.normal(noise_key, pixels.shape)
     return jnp.round(jnp.clip(128 + 50 * pixels, 0, 255)).astype(jnp.uint8)

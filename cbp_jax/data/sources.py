@@ -36,7 +36,7 @@ _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 def names() -> tuple[str, ...]:
-    """Names with which ``load`` is tested. It accepts any image classification dataset of tensorflow-datasets.
+    """Return names with which ``load`` is tested. It accepts any image classification dataset of tensorflow-datasets.
 
     >>> names()
     ('digits', 'mnist', 'fashion_mnist', 'kmnist', 'cifar10', 'cifar100', 'emnist/balanced')
@@ -45,7 +45,7 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str | os.PathLike, split: str = "train", *, data_dir: str | os.PathLike | None = None) -> Dataset:
-    """Loads one split of a dataset into memory; never downloads.
+    """Load one split of a dataset into memory; never downloads.
 
     Args:
       name: "digits" (scikit-learn's 1,797 images of 8 x 8 pixels, which need no files and have the split
@@ -85,7 +85,7 @@ def load(name: str | os.PathLike, split: str = "train", *, data_dir: str | os.Pa
     if name == "digits":
         return _load_digits(split)
     builder = find_builder(name, data_dir)
-    _require_labelled_images(builder, name)
+    _require_labeled_images(builder, name)
     require_readable(builder, name)
     cache = Path(builder.data_dir) / f"cbp_jax.{urllib.parse.quote(split, safe='')}.npz"
     stored = _read_cache(cache)
@@ -96,7 +96,7 @@ def load(name: str | os.PathLike, split: str = "train", *, data_dir: str | os.Pa
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Imports a module of the extra ``data``, or says how to install it."""
+    """Import a module of the extra ``data``, or say how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -106,7 +106,7 @@ def require(module: str, purpose: str) -> ModuleType:
 
 
 def find_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
-    """The tensorflow-datasets builder of that name, prepared or not."""
+    """Return the tensorflow-datasets builder of that name, prepared or not."""
     tfds = require("tensorflow_datasets", f"dataset {name!r}")
     known = (
         f"known are {', '.join(names())}, and the image classification datasets of tensorflow-datasets; "
@@ -128,7 +128,7 @@ def find_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
 
 
 def require_readable(builder: Any, name: str, embedded: str = "'digits', which comes with scikit-learn") -> None:
-    """Raises DatasetUnavailable unless the dataset is prepared in a format with random access."""
+    """Raise DatasetUnavailable unless the dataset is prepared in a format with random access."""
     if not os.path.isdir(builder.data_dir) or not builder.is_prepared():
         raise DatasetUnavailable(_ways_out(builder, name, "is not prepared", embedded))
     tfds = require("tensorflow_datasets", f"dataset {name!r}")
@@ -157,7 +157,7 @@ def _ways_out(builder: Any, name: str, reason: str, embedded: str) -> str:
     return f"dataset {name!r} {where}. Either\n{listed}"
 
 
-def _require_labelled_images(builder: Any, name: str) -> None:
+def _require_labeled_images(builder: Any, name: str) -> None:
     tfds = require("tensorflow_datasets", f"dataset {name!r}")
     features = dict(builder.info.features or {})
     image, label = features.get("image"), features.get("label")
@@ -169,7 +169,7 @@ def _require_labelled_images(builder: Any, name: str) -> None:
 
 
 def _read_split(builder: Any, name: str, split: str) -> dict[str, np.ndarray]:
-    """Decodes a split into arrays images, labels and num_classes."""
+    """Decode a split into arrays images, labels and num_classes."""
     require("PIL.Image", "decoding images")
     try:
         source = builder.as_data_source(split)
@@ -197,7 +197,7 @@ def _read_cache(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _write_cache(path: Path, stored: dict[str, np.ndarray]) -> None:
-    """Writes the file atomically. If the directory is not writable, the data is decoded again next time."""
+    """Write the file atomically. If the directory is not writable, the data is decoded again next time."""
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:

@@ -50,7 +50,7 @@ class Texts:
         return len(self.texts)
 
     def tokenize(self, tokenizer: Tokenizer, length: int) -> TokenDataset:
-        """The texts as tokens.
+        """Return the texts as tokens.
 
         Args:
           tokenizer: a `WordTokenizer`, a `FileTokenizer`, or another object with the same methods.
@@ -72,7 +72,7 @@ class Texts:
 
 
 def load_text(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None) -> Texts:
-    """Loads labeled texts, all splits; never downloads.
+    """Load labeled texts, all splits; never downloads.
 
     Args:
       name: "docstrings/library" or "docstrings/kind", which need no files: docstrings of installed libraries, labeled
@@ -110,7 +110,7 @@ def load_text(name: str | os.PathLike, *, data_dir: str | os.PathLike | None = N
 
 
 def _share(text: str) -> float:
-    """A pseudo-random number in [0, 1) for splitting texts, the same on every machine."""
+    """Return a pseudo-random number in [0, 1) for splitting texts, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
 

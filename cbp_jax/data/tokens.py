@@ -94,7 +94,7 @@ class TokenDataset:
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     def take(self, split: str, count: int | None = None, seed: int = 0) -> "TokenDataset":
-        """Examples of a split, shuffled.
+        """Return examples of a split, shuffled.
 
         Args:
           split: a name of `splits`.
@@ -123,7 +123,7 @@ class Tokenizer(Protocol):
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, length: int
     ) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """The tokens of each text, or pair of texts, cut to a maximum length, and their types."""
+        """Return the tokens of each text, or pair of texts, cut to a maximum length, and their types."""
         ...
 
 
@@ -152,7 +152,7 @@ class WordTokenizer:
 
     @classmethod
     def of(cls, texts: Iterable[str], vocabulary: int) -> "WordTokenizer":
-        """The tokenizer of the most frequent words of texts; ties are in alphabetical order."""
+        """Return the tokenizer of the most frequent words of texts; ties are in alphabetical order."""
         if vocabulary < 5:
             raise ValueError(f"vocabulary must be at least 5, got {vocabulary}")
         counts = collections.Counter(word for text in texts for word in _split(text))
@@ -223,7 +223,7 @@ class FileTokenizer:
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, length: int
     ) -> list[tuple[Sequence[int], Sequence[int]]]:
-        """The tokens of each text, or pair of texts, cut to a maximum length, and their types."""
+        """Return the tokens of each text, or pair of texts, cut to a maximum length, and their types."""
         self._tokenizer.enable_truncation(length)
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         return [(found.ids, found.type_ids) for found in self._tokenizer.encode_batch(inputs)]

@@ -71,12 +71,12 @@ class CartPole:
         self.physics = physics
 
     def reset(self, key: chex.PRNGKey) -> State:
-        """The initial state, drawn with a key."""
+        """Return the initial state, drawn with a key."""
         at, zero = jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05), jnp.zeros([])
         return State(at, at, zero, zero, info={"physics": jax.tree.map(jnp.float32, self.physics)})
 
     def step(self, state: State, action: chex.Array) -> State:
-        """The state after an action, int [], 0 or 1."""
+        """Return the state after an action, int [], 0 or 1."""
         physics = state.info["physics"]
         _, speed, angle, turning = state.pipeline_state
         force = jnp.where(action == 1, physics.force, -physics.force)

@@ -75,7 +75,7 @@ class Episodes(Around):
         self.random_reset = random_reset
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The initial state of the first episode, drawn with a key.
+        """Return the initial state of the first episode, drawn with a key.
 
         Raises:
           ValueError: the key is not of JAX's default generator, since the state holds raw key data.
@@ -100,8 +100,8 @@ class Episodes(Around):
         return strong(state.replace(info=state.info | info))
 
     def step(self, state: Any, action: chex.Array, cut: chex.Numeric = False) -> Any:
-        """The state after an action [actions]. If `cut`, bool [], is true, the episode ends with it, as at the time
-        limit."""
+        """Return the state after an action [actions]. If `cut`, bool [], is true, the episode ends with it, as at the
+        time limit."""
         begun = state.done > 0  # the previous step was the last of an episode
         so_far = lambda name: jnp.where(begun, 0.0, state.info[name])
         # Environments that never terminate, such as halfcheetah, return `done` as they got it. And all of Brax's
@@ -140,7 +140,7 @@ class Episodes(Around):
 
 
 def strong(tree: Any) -> Any:
-    """Removes weak types, which would cause retracing when a loop starts from its own result.
+    """Remove weak types, which would cause retracing when a loop starts from its own result.
 
     Example:
       >>> strong(jnp.asarray(1.0)).weak_type
@@ -150,7 +150,7 @@ def strong(tree: Any) -> Any:
 
 
 def check_range(name: str, value: tuple[float, float]) -> None:
-    """Raises a `ValueError` unless the value is two positive numbers, the second not less than the first."""
+    """Raise a `ValueError` unless the value is two positive numbers, the second not less than the first."""
     low, high = value
     if not 0 < low <= high < math.inf:
         raise ValueError(f"{name} must be two positive numbers in ascending order, got {value}")

@@ -68,7 +68,7 @@ class Normalized(Around):
         self.unbiased = unbiased
 
     def view(self, obs: chex.Array, statistics: Statistics) -> chex.Array:
-        """Normalizes observations [..., observations] by statistics as in `info["seen"]`."""
+        """Normalize observations [..., observations] by statistics as in `info["seen"]`."""
         if not self.observations:
             return obs
         return self._scaled(obs - statistics.mean, statistics)
@@ -78,14 +78,14 @@ class Normalized(Around):
         return jnp.clip(apart / jnp.sqrt(variance + _EPSILON), -self.bound, self.bound)
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The first state, of a key."""
+        """Return the first state for a key."""
         state = self.env.reset(key)
         prior = 0.0 if self.unbiased else _PRIOR
         seen = counted(unseen(state.obs.shape, prior), state.obs[None])
         return self._shown(state, state.info["final_obs"], seen, unseen((), prior), jnp.zeros([]))
 
     def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action [actions]."""
+        """Return the state after an action [actions]."""
         info = state.info
         after = self.env.step(state.replace(obs=info["raw_obs"]), action)
         led_to = counted(info["seen"], after.info["final_obs"][None])

@@ -18,7 +18,7 @@ def episode(
     *,
     friction: chex.Numeric | None = None,
 ) -> tuple[Any, float]:
-    """Runs one episode.
+    """Run one episode.
 
     Args:
       env: a single environment.
@@ -55,7 +55,7 @@ def episode(
 
 
 def save_html(env: Walker, poses: Any, path: str | Path) -> Path:
-    """Writes a page that shows an episode in a browser, with Brax's viewer, which the page loads from the internet.
+    """Write a page that shows an episode in a browser, with Brax's viewer, which the page loads from the internet.
 
     Args:
       env: the environment.

@@ -92,7 +92,7 @@ class Slippery(Walker):
         self._key, self._impl = as_key_data(key)
 
     def friction_of(self, period: chex.Numeric) -> chex.Array:
-        """The friction coefficient of a period, counted from 0: float32 []."""
+        """Return the friction coefficient of a period, counted from 0: float32 []."""
         if self.friction is not None:
             return jnp.asarray(self.friction, jnp.float32)
         if self.frictions:
@@ -102,19 +102,19 @@ class Slippery(Walker):
         return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
 
     def episodes(self, friction: chex.Numeric | None = None) -> Episodes:
-        """The environment with a constant friction coefficient, by default that of its first period."""
+        """Return the environment with a constant friction coefficient, by default that of its first period."""
         friction = self.friction_of(0) if friction is None else friction
         return Episodes(with_friction(self.env, friction), **self._settings)
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The initial state in the first period. The key determines the pose of the body."""
+        """Return the initial state in the first period. The key determines the pose of the body."""
         friction = self.friction_of(0)
         state = self.episodes(friction).reset(key)
         counts = {"period": jnp.int32(0), "period_steps": jnp.int32(0)}
         return strong(state.replace(info=state.info | counts | {"friction": friction}))
 
     def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action [actions]."""
+        """Return the state after an action [actions]."""
         episodes, action = self.episodes(state.info["friction"]), self.clipped(action)
         if self.friction is not None:
             return episodes.step(state, action)
@@ -169,7 +169,7 @@ class SlipperyAnt(Slippery):
 
 
 def with_friction(env: Any, friction: chex.Numeric) -> Any:
-    """A copy of a Brax environment in which every contact has this coefficient of sliding friction.
+    """Return a copy of a Brax environment in which every contact has this coefficient of sliding friction.
 
     It is set on all bodies, since a contact uses the larger of two coefficients. The coefficient may be traced, so
     changes need no recompilation.
@@ -199,7 +199,7 @@ def with_friction(env: Any, friction: chex.Numeric) -> Any:
 
 
 def set_friction(state: Any, friction: chex.Numeric) -> Any:
-    """The state of a :class:`Slippery` environment with another friction, which lasts until the period ends.
+    """Return the state of a :class:`Slippery` environment with another friction, which lasts until the period ends.
 
     If friction is constant, it lasts forever.
 

@@ -58,24 +58,24 @@ class Walker(Around):
         Episodes(self.env, **episodes)  # checks them
 
     def episodes(self) -> Episodes:
-        """The environment without clipping."""
+        """Return the environment without clipping."""
         return Episodes(self.env, **self._settings)
 
     def clipped(self, action: chex.Array) -> chex.Array:
-        """The action that reaches the body."""
+        """Return the action that reaches the body."""
         return jnp.clip(action, -1, 1) if self.clip_actions else action
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The initial state. The key determines the pose of the body."""
+        """Return the initial state. The key determines the pose of the body."""
         return self.episodes().reset(key)
 
     def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action [actions]."""
+        """Return the state after an action [actions]."""
         return self.episodes().step(state, self.clipped(action))
 
 
 def make_brax_env(name: str, backend: str) -> Any:
-    """A Brax environment by name.
+    """Return a Brax environment by name.
 
     Raises:
       ValueError: there is no such environment, or it does not support the backend.
@@ -94,7 +94,7 @@ def make_brax_env(name: str, backend: str) -> Any:
 
 
 def brax(module: str) -> ModuleType:
-    """Imports a module of Brax, or says how to install it."""
+    """Import a module of Brax, or say how to install it."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # MuJoCo prints which of its optional parts are missing
             return importlib.import_module(f"brax.{module}")

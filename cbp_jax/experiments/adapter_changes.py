@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
 
 def change_of_adapter(after: Adapter, before: Adapter | None, density: float) -> Change:
-    """The change made by an adapter, or from one of its states to another.
+    """Return the change made by an adapter, or from one of its states to another.
 
     Args:
       after: the adapter, arrays on the host.
@@ -55,7 +55,7 @@ def change_of_kernels(
     rank: int,
     density: float,
 ) -> Change:
-    """The change between two states of kernels.
+    """Return the change between two states of kernels.
 
     Args:
       after, before: kernels by path.
@@ -72,13 +72,13 @@ def change_of_kernels(
 
 
 def matrix_shape(adapter: Adapter, path: str) -> tuple[int, int]:
-    """The shape of a kernel as a matrix [in, out]."""
+    """Return the shape of a kernel as a matrix [in, out]."""
     _, inside, outside = sizes_of(adapter, path)
     return int(np.prod(inside)), int(np.prod(outside))
 
 
 def overlap_of_subspaces(change: Change, other: Change) -> float:
-    """The mean squared cosine between the input directions of two changes, averaged over kernels: in [0, 1]."""
+    """Return the mean squared cosine between the input directions of two changes, averaged over kernels: in [0, 1]."""
     found = []
     for path, basis in change.reads.items():
         there = other.reads[path]
@@ -87,7 +87,8 @@ def overlap_of_subspaces(change: Change, other: Change) -> float:
 
 
 def collisions(change: Change, other: Change) -> float:
-    """Number of weights that two tasks change, divided by the number expected by chance for tickets of their sizes."""
+    """Return the number of weights that two tasks change, divided by the number expected by chance for tickets of their
+    sizes."""
     (both,) = compare_tickets(change.ticket, other.ticket, by=lambda path: "").values()
     return both.shared / both.by_size if both.by_size else float("nan")
 

@@ -70,7 +70,7 @@ METHODS: dict[str, AdapterMethod] = {
 
 
 def read_methods(texts: Sequence[str]) -> dict[str, AdapterMethod]:
-    """Parses methods: names in `METHODS`, optionally with settings, as in "o_lora:head=shared,form=squared".
+    """Parse methods: names in `METHODS`, optionally with settings, as in "o_lora:head=shared,form=squared".
 
     Args:
       texts: the methods.

@@ -13,7 +13,7 @@ from cbp_jax.report.tables import text_table
 
 
 def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Average accuracy, forgetting and forward transfer.
+    """Return average accuracy, forgetting and forward transfer.
 
     Args:
       accuracy: [..., tasks, tasks], accuracy after the task of the second to last axis on the task of the last axis;
@@ -48,7 +48,7 @@ def _accuracy(results: Any, method: str) -> np.ndarray:
 
 
 def _alone(results: Any, method: str) -> np.ndarray | None:
-    """Accuracies [order, seed, task] of adapters trained on each task alone, with the same kind of head."""
+    """Return accuracies [order, seed, task] of adapters trained on each task alone, with the same kind of head."""
     methods = results.method.values.tolist()
     heads = {label: one.head for label, one in zip(methods, read_methods(methods).values(), strict=True)}
     for label in methods:
@@ -58,7 +58,7 @@ def _alone(results: Any, method: str) -> np.ndarray | None:
 
 
 def summary(results: Any) -> str:
-    """The results of `continual_lora` as a text table.
+    """Return the results of `continual_lora` as a text table.
 
     Args:
       results: results of a run, finished or not.
@@ -88,7 +88,7 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Plots the accuracy on every task after every other: a matrix for each method, averaged over orders and seeds.
+    """Plot the accuracy on every task after every other: a matrix for each method, averaged over orders and seeds.
 
     Args:
       results: results of a run of `continual_lora`, finished or not.

@@ -85,7 +85,7 @@ class Trials:
         return self.lanes.share(jax.tree.map(jnp.asarray, tree))
 
     def _by_place(self, values: np.ndarray) -> np.ndarray:
-        """Of lanes, [orders, seeds, ...]."""
+        """Reshape values of lanes to [orders, seeds, ...]."""
         return values.reshape(len(self.orders), self.settings.seeds, *values.shape[1:])
 
     def _pairs(self, measure, found, changes) -> np.ndarray:
@@ -121,7 +121,7 @@ class Trials:
         return self._compiled(empty)(self._share(0), adapter)
 
     def _write(self, position, memory, adapter):
-        """Writes the input directions of an adapter into its columns of the memory."""
+        """Write the input directions of an adapter into its columns of the memory."""
         factors = {}
         for path, pair in memory.factors.items():
             a = adapter.factors[path]["lora_A"]
@@ -165,7 +165,7 @@ class Trials:
     # Inputs of lanes.
 
     def _asked(self, method: AdapterMethod, order: int, task: int, position: int) -> np.ndarray:
-        """The classes among which a text of a task is classified."""
+        """Return the classes among which a text of a task is classified."""
         if method.head == "own":
             return self.masks[task]
         return self.masks.any(0) if method.joint else self.masks[self.orders[order][: position + 1]].any(0)
@@ -196,7 +196,7 @@ class Trials:
         )
 
     def _changes(self, method: AdapterMethod, before: Any, after: Any) -> list[adapter_changes.Change]:
-        """The change by a task for each lane, computed on the host one seed at a time to save memory."""
+        """Return the change by a task for each lane, computed on the host one seed at a time to save memory."""
         after = self.lanes.gather(after)
         before = None if before is None else self.lanes.gather(before)
         of_lane = lambda tree, lane: None if tree is None else jax.tree.map(lambda leaf: leaf[lane], tree)

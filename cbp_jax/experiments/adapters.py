@@ -73,7 +73,7 @@ class Settings(texts.TextSettings):
 
 
 def check(settings: Settings) -> list[str]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       labels of the methods.
@@ -101,7 +101,8 @@ def check(settings: Settings) -> list[str]:
 
 
 def orders_of(tasks: int, orders: int) -> np.ndarray:
-    """Different orders of tasks, int [orders, tasks]. The first is the given one. Fewer orders are the first of more.
+    """Return different orders of tasks, int [orders, tasks]. The first is the given one. Fewer orders are the first of
+    more.
 
     >>> orders_of(3, 2).tolist(), len(orders_of(2, 9))
     ([[0, 1, 2], [2, 0, 1]], 2)
@@ -115,13 +116,13 @@ def orders_of(tasks: int, orders: int) -> np.ndarray:
 
 
 def total(settings: Settings) -> int:
-    """Total number of tasks to learn."""
+    """Return the total number of tasks to learn."""
     count = len(settings.tasks)
     return len(settings.methods) * min(settings.orders, math.factorial(count)) * settings.seeds * count
 
 
 def job(settings: Settings) -> Job:
-    """Prepares the experiment.
+    """Prepare the experiment.
 
     Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task.
 

@@ -92,17 +92,17 @@ class Settings:
 
 
 def total(settings: Settings) -> int:
-    """Total number of intervals of all lanes, for a progress bar."""
+    """Return the total number of intervals of all lanes, for a progress bar."""
     return len(settings.methods) * settings.seeds * num_intervals(settings)
 
 
 def num_intervals(settings: Settings) -> int:
-    """Number of intervals of a run."""
+    """Return the number of intervals of a run."""
     return math.ceil(settings.steps / settings.interval)
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings that all experiments with agents share, like `stream.check`."""
+    """Check settings that all experiments with agents share, like `stream.check`."""
     methods = learners.read_methods(settings.methods, activation=settings.activation)
     check_counts(settings, "seeds", "steps", "interval", "episode_length")
     check_first_seed(settings)
@@ -137,7 +137,7 @@ def check_method(text: str, method: learners.Method) -> None:
 
 
 def check_episodes(settings: Settings, parts: int = 1) -> None:
-    """Raises a ValueError unless an interval, divided into this many parts, has a part as long as an episode."""
+    """Raise a ValueError unless an interval, divided into this many parts, has a part as long as an episode."""
     needed = parts * settings.num_envs * settings.episode_length
     if settings.interval < needed:
         raise ValueError(
@@ -165,7 +165,7 @@ class Parts(NamedTuple):
 def job(
     experiment: str, parts: Parts, settings: Settings, *, annealed: bool = False, lanes_at_once: int | None = None
 ) -> Prepared:
-    """Prepares the training of agents with all methods and seeds.
+    """Prepare the training of agents with all methods and seeds.
 
     All methods with the same seed start from the same weights in the same environments. Results are written as
     intervals end, and the state every half minute: a killed run resumes from there, with the same results. When a
@@ -222,7 +222,7 @@ def _train(
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
 ) -> Iterator[dict[str, Any]]:
-    """Measures [lanes] of each interval, for methods that differ only in numbers."""
+    """Return an iterator over the measures [lanes] of each interval, for methods that differ only in numbers."""
     network = parts.make_network(settings, parts.make_env(settings, 0).action_size, group[0].network)
     rules = ppo_settings(settings)
     rollouts = settings.interval // rules.steps
@@ -285,7 +285,7 @@ def _train(
 
 
 def save_episode(parts: Parts, settings: Settings, method: learners.Method, state: ppo.State, path: Path) -> Path:
-    """Writes a web page that shows an agent: an episode with its mean actions, at the last friction of its training.
+    """Write a web page that shows an agent: an episode with its mean actions, at the last friction of its training.
 
     Args:
       parts: what distinguishes the experiment.
@@ -312,7 +312,7 @@ def _file_name(label: str) -> str:
 
 
 def make_network(settings: Settings, action_size: int, options: Mapping[str, Any] = {}) -> nets.ActorCritic:
-    """The network of a run, with the attributes set by a method."""
+    """Return the network of a run, with the attributes set by a method."""
     return nets.ActorCritic(
         action_size,
         options.get("hidden", settings.hidden),
@@ -323,6 +323,6 @@ def make_network(settings: Settings, action_size: int, options: Mapping[str, Any
 
 
 def ppo_settings(settings: Settings) -> ppo.Settings:
-    """The settings of PPO among the settings."""
+    """Return the settings of PPO among the settings."""
     names = [field.name for field in dataclasses.fields(ppo.Settings) if hasattr(settings, field.name)]
     return ppo.Settings(**{name: getattr(settings, name) for name in names})

@@ -1,7 +1,7 @@
 """Slippery and stationary ant (Dohare et al., Nature 2024): PPO learns to walk on changing or constant ground.
 
 The preset "paper" has one environment and rollouts of 2,048 steps, like the published program. Friction changes at the
-end of the first episode after 2,000,000 steps. Frictions are log-uniform like the published ones, but drawn anew: the
+end of the first episode after 2,000,000 steps. Frictions are log-uniform like the published ones, but other draws: the
 program reads 50 frictions for each of its 100 seeds from a file. To use those of one seed, pass `--frictions`. Several
 environments can share a rollout, as in the other presets. With `common_clock` their frictions change at the same step.
 
@@ -42,7 +42,7 @@ class Settings(agents.Settings):
 
 
 def comparison(step_size: float, *, others: bool = False) -> tuple[str, ...]:
-    """The paper's learners: standard PPO, PPO with tuned Adam (equal betas), L2, CBP; and others."""
+    """Return the paper's learners: standard PPO, PPO with tuned Adam (equal betas), L2, CBP; and others."""
     tuned = f"step_size={step_size},b1=0.99,b2=0.99"
     papers = (
         f"adam:step_size={step_size}",
@@ -116,7 +116,7 @@ def _stationary_paper() -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does."""
+    """Check settings, as `stream.check` does."""
     methods = agents.check(settings)
     check_counts(settings, "change_every")
     episode = settings.num_envs * settings.episode_length
@@ -142,7 +142,7 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Slippery:
-    """The environment of a run. The key determines its frictions."""
+    """Return the environment of a run. The key determines its frictions."""
     return envs.Slippery(
         settings.env,
         friction=settings.friction,

@@ -100,7 +100,7 @@ LAPTOP = Settings(seeds=3, steps=409_600, interval=20_480)
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does."""
+    """Check settings, as `stream.check` does."""
     if settings.env not in ENVIRONMENTS:
         raise ValueError(f"env must be one of {ENVIRONMENTS}, got {settings.env!r}")
     methods = agents.check(settings)
@@ -114,7 +114,7 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Walker | envs.Normalized:
-    """The environment of a run, which is not random."""
+    """Return the environment of a run, which is not random."""
     walker = envs.Walker(
         settings.env,
         backend=settings.backend,
@@ -126,7 +126,7 @@ def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.Walker | e
 
 
 def make_network(settings: Settings, action_size: int, options: Mapping[str, Any] = {}) -> nets.ActorCritic:
-    """The network of a run, with the attributes set by a method."""
+    """Return the network of a run, with the attributes set by a method."""
     return agents.make_network(settings, action_size, options).clone(
         kernel_init=_ORTHOGONAL,
         policy_scale=settings.policy_scale / _GAIN,
@@ -138,7 +138,7 @@ PARTS = agents.Parts(check, make_env, make_network, agents.MEASURES)
 
 
 def job(settings: Settings, *, lanes_at_once: int | None = None) -> Job:
-    """Prepares the training of agents; see `agents.job`."""
+    """Prepare the training of agents; see `agents.job`."""
     return agents.job("policy_collapse", PARTS, settings, annealed=settings.anneal, lanes_at_once=lanes_at_once)
 
 

@@ -73,7 +73,7 @@ class Settings(texts.TextSettings):
 
 
 def check(settings: Settings) -> list[str]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the methods: the probe, and one for each strength.
@@ -107,12 +107,12 @@ def _label(strength: float) -> str:
 
 
 def total(settings: Settings) -> int:
-    """Total number of trainings, including the probe's head."""
+    """Return the total number of trainings, including the probe's head."""
     return (1 + len(settings.strengths)) * settings.seeds * len(settings.tasks)
 
 
 def job(settings: Settings) -> Job:
-    """Prepares the experiment.
+    """Prepare the experiment.
 
     Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task, because its
     tickets are not saved.
@@ -188,7 +188,7 @@ def _empty_results(settings: Settings, methods: list[str], encoder: str) -> Any:
 
 
 def _record(results: Any, method: str, task: int, measured: dict[str, np.ndarray]) -> None:
-    """Writes measurements, [seeds, ...]; overlaps [seeds, earlier tasks] are written for both tasks."""
+    """Write measurements, [seeds, ...]; overlaps [seeds, earlier tasks] are written for both tasks."""
     for name, values in measured.items():
         if TICKET_MEASURES.get(name, ("",))[0] != "other":
             results[name].loc[{"method": method, "task": task}] = values

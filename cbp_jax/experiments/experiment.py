@@ -66,7 +66,7 @@ class Experiment:
         return self.presets
 
     def preset(self, name: str, dataset: str | None = None) -> Any:
-        """The settings of a preset.
+        """Return the settings of a preset.
 
         Args:
           name: one of `presets`: "smoke" (seconds), "laptop" (minutes on 2 cores), "paper", or another.
@@ -101,7 +101,7 @@ class Experiment:
         lanes_at_once: int | None = None,
         processes: int = 1,
     ) -> Job:
-        """Checks all settings, loads the data and creates the networks. Nothing is computed or written.
+        """Check all settings, load the data and create the networks. Nothing is computed or written.
 
         Args:
           settings: what to run.
@@ -143,7 +143,7 @@ class Experiment:
         )
 
     def run(self, settings: Any, out: Path, progress: Progress | None = None) -> Any:
-        """Runs the experiment.
+        """Run the experiment.
 
         All methods with the same seed see the same tasks and start from the same weights. Results and the state are
         written as tasks end: a killed run keeps its results, and resumes from there when it is started again.

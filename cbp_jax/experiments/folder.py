@@ -47,13 +47,13 @@ class Kept:
             }
 
     def positions(self, lanes: Sequence[Lane]) -> tuple[np.ndarray, np.ndarray]:
-        """Where lanes are in the results; see `report.results.positions_of`."""
+        """Return where lanes are in the results; see `report.results.positions_of`."""
         from cbp_jax import report
 
         return report.results.positions_of(self.results, lanes)
 
     def save(self) -> None:
-        """Writes the results, of several processes those of this one's lanes."""
+        """Write the results, of several processes those of this one's lanes."""
         from cbp_jax import report
 
         if self.share is None:
@@ -71,7 +71,7 @@ class Kept:
         report.save_results(part, _part(self.out, self.share))
 
     def clean(self) -> None:
-        """Writes the results in one file, and removes those of the processes that had parts in them."""
+        """Write the results in one file, and remove those of the processes that had parts in them."""
         from cbp_jax import report
 
         if self.share is None:
@@ -80,7 +80,7 @@ class Kept:
                 file.unlink()
 
     def states(self, name: str, lanes: Sequence[Lane]) -> list[training.Saved]:
-        """The saved states of lanes of one program, whichever process wrote them.
+        """Return the saved states of lanes of one program, whichever process wrote them.
 
         Args:
           name: of the program, see `training.Checkpoint`.
@@ -103,14 +103,14 @@ class Kept:
         return found
 
     def checked(self, saved: training.Saved, lane: Lane) -> training.Saved:
-        """The state; raises a ValueError where the results are not those that a lane of it needs."""
+        """Return the state; raise a ValueError if the results are not those that a lane of it needs."""
         place = _DIGEST * saved.lanes.index(lane)
         if saved.needs[place : place + _DIGEST] != self.digests([lane], saved.tasks):
             raise _not_those(saved)
         return saved
 
     def digests(self, lanes: Sequence[Lane], tasks: int) -> bytes:
-        """Checksums, one after the other, of what was measured of the first tasks in lanes."""
+        """Return checksums, one after the other, of what was measured of the first tasks in lanes."""
         found = [hashlib.sha256() for _ in lanes]
         rows, columns = self.positions(lanes)
         for name, values in self.results.data_vars.items():
@@ -121,7 +121,7 @@ class Kept:
         return b"".join(of_lane.digest() for of_lane in found)
 
     def state_path(self, name: str, lanes: Sequence[Lane], every: Sequence[Lane]) -> Path:
-        """The file for the state of lanes of a program, of which `every` are all."""
+        """Return the file for the state of lanes of a program, of which `every` are all."""
         # A file is simply removed in the end where no other can have an older state of these lanes.
         if self.share is None and tuple(lanes) == tuple(every) and not any(_processes(self.out).glob(_STATES)):
             return self.out / STATE_FILE
@@ -131,7 +131,7 @@ class Kept:
         return path
 
     def close(self, checkpoint: training.Checkpoint) -> None:
-        """Ends with a state: its lanes are done."""
+        """End with a state: its lanes are done."""
         if checkpoint.path.parent == self.out:
             checkpoint.delete()
         else:  # other files may have older states of them
@@ -140,7 +140,7 @@ class Kept:
 
 @contextlib.contextmanager
 def kept(results: Any, out: Path, share: Share | None = None, lanes: Sequence[Lane] = ()) -> Iterator[Kept]:
-    """Locks a folder for a run until its end, and loads the results of an earlier run.
+    """Lock a folder for a run until its end, and load the results of an earlier run.
 
     Args:
       results: empty results of the run; see `report.new_results`.
@@ -173,14 +173,14 @@ def kept(results: Any, out: Path, share: Share | None = None, lanes: Sequence[La
 
 @contextlib.contextmanager
 def opened(results: Any, out: Path) -> Iterator[Any]:
-    """Like `kept`, for one process; yields the results."""
+    """Lock a folder like `kept`, for one process, and yield the results."""
     with kept(results, out) as found:
         yield found.results
 
 
 @contextlib.contextmanager
 def claimed(out: Path, share: Share) -> Iterator[None]:
-    """Locks the folder of a run for one of several processes.
+    """Lock the folder of a run for one of several processes.
 
     Args:
       out: the folder; created if needed.
@@ -214,7 +214,7 @@ def claimed(out: Path, share: Share) -> Iterator[None]:
 
 
 def join(out: Path) -> tuple[Any, bool]:
-    """Joins the results of the processes of a run, if all lanes are finished and no process is running.
+    """Join the results of the processes of a run, if all lanes are finished and no process is running.
 
     Args:
       out: folder of the run.
@@ -239,7 +239,7 @@ def join(out: Path) -> tuple[Any, bool]:
 
 
 def remove_parts(out: Path) -> None:
-    """Removes the files of single processes from a run whose results have been joined."""
+    """Remove the files of single processes from a run whose results have been joined."""
     from cbp_jax import report
 
     _remove_states(out)
@@ -274,11 +274,11 @@ def _part(out: Path, share: Share) -> Path:
 
 
 def _not_those(saved: training.Saved) -> ValueError:
-    return training.unusable(saved.path, f"the results beside it are not those of its {saved.tasks} tasks")
+    return training.unusable(saved.path, f"the results next to it are not those of its {saved.tasks} tasks")
 
 
 def check(out: Path, experiment: str, settings: Any, share: Share | None = None) -> None:
-    """Raises if a folder holds anything but an earlier run of the same settings, or is in use.
+    """Raise if a folder holds anything but an earlier run of the same settings, or is in use.
 
     Args:
       out: the folder.
@@ -305,7 +305,7 @@ def check(out: Path, experiment: str, settings: Any, share: Share | None = None)
 
 
 def digest(results: Any, methods: Sequence[str], tasks: int) -> bytes:
-    """A checksum of the results of some methods on the first tasks."""
+    """Return a checksum of the results of some methods on the first tasks."""
     found = hashlib.sha256()
     for name, values in results.data_vars.items():
         kept = values.loc[{"method": list(methods)}].isel(task=slice(tasks)).values
@@ -344,7 +344,7 @@ def _refuse_other(found: Any, out: Path, experiment: str, settings: str) -> None
 
 
 def _differing_shapes(found: Any, results: Any) -> list[str]:
-    """Differences between runs of the same settings by two versions of the library."""
+    """Return differences between runs of the same settings by two versions of the library."""
     differing = []
     old, new = list(found.data_vars), list(results.data_vars)
     if set(old) != set(new):
@@ -369,4 +369,4 @@ def _ways_out(out: Path) -> str:
 
     kept = [out / name for name in (report.storage.FILE_NAME, STATE_FILE, report.storage.PARTS)]
     kept = [path for path in kept if path.exists()]
-    return f"Choose another folder (--out), or move {' and '.join(map(str, kept))} away to start anew here"
+    return f"Choose another folder (--out), or move {' and '.join(map(str, kept))} away to start again here"

@@ -108,7 +108,7 @@ def _paper(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does, all but those that depend on the images."""
+    """Check settings, as `stream.check` does, all but those that depend on the images."""
     if settings.procedural_classes < 1:
         raise ValueError(f"procedural_classes must be at least 1, got {settings.procedural_classes}")
     methods = pools.check(settings)
@@ -133,13 +133,13 @@ def _problem(settings: Settings) -> problems.Problem:
 
 
 def _network_options(settings: Settings) -> dict[str, Any]:
-    """The output layer and the optimizer's state for it are reset to zero before each task."""
+    """Return network options: the output layer, and the optimizer's state for it, are reset to 0 before each task."""
     convolutions = ("channels", "kernel_sizes", "padding") if nets.read(settings.network).name == "convnet" else ()
     return {"reset_head": True, **{name: getattr(settings, name) for name in convolutions}}
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run; see `report.plot_run`. With at least four bins of 50 tasks, bins have 50 tasks."""
+    """Draw the pictures of a run; see `report.plot_run`. With at least four bins of 50 tasks, bins have 50 tasks."""
     from cbp_jax import report
 
     return report.plot_run(results, out, bin_size=BIN if results.sizes["task"] >= 4 * BIN else None, formats=formats)

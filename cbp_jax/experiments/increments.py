@@ -69,7 +69,7 @@ def _methods(replacement_rate: str, maturity_threshold: int, noise: str) -> tupl
 
 
 def _examples(train: int, validation: int, test: int, measured: int) -> dict[str, int]:
-    """Numbers of examples for each class in a preset, and of measured examples."""
+    """Return numbers of examples for each class in a preset, and of measured examples."""
     each = {"train_per_class": train, "validation_per_class": validation, "test_per_class": test}
     return {**each, "measured_examples": measured}
 
@@ -118,8 +118,8 @@ def _paper(dataset: str | None) -> Settings:
 
 
 def _perceptron(dataset: str | None) -> Settings:
-    """A small setup in which plasticity is lost: no batch normalization, with the paper's step size, momentum and
-    L2."""
+    """Return a small setup in which plasticity is lost: no batch normalization, with the paper's step size, momentum
+    and L2."""
     base = "step_size=0.1,momentum=0.9"
     return Settings(
         dataset=dataset or PROCEDURAL,
@@ -146,7 +146,7 @@ def _perceptron(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does, all but those that depend on the images."""
+    """Check settings, as `stream.check` does, all but those that depend on the images."""
     if settings.classes_per_increment < 1:
         raise ValueError(f"classes_per_increment must be at least 1, got {settings.classes_per_increment}")
     if settings.test_split is not None and settings.dataset == PROCEDURAL:
@@ -205,7 +205,7 @@ def _measures(settings: Settings) -> dict[str, str]:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run; see `report.plot_run`.
+    """Draw the pictures of a run; see `report.plot_run`.
 
     If a method was trained from scratch in each increment, differences to its accuracy are drawn too.
     """

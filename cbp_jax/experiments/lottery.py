@@ -100,7 +100,7 @@ class Settings:
 
 
 def _examples_of(dataset: str) -> dict[str, Any]:
-    """The settings that determine how examples are split."""
+    """Return the settings that determine how examples are split."""
     if dataset == "digits":
         return {"dataset": dataset}
     found = {"dataset": dataset, "validation_examples": 5000}
@@ -159,7 +159,7 @@ def _conv_paper(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[str]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the kinds of networks.
@@ -205,12 +205,12 @@ def check(settings: Settings) -> list[str]:
 
 
 def _learning(settings: Settings) -> learners.Method:
-    """The learner, checked together with the network."""
+    """Return the learner, checked together with the network."""
     check_hidden(settings.hidden)
     nets.get_activation(settings.activation)
     (method,) = learners.read_methods([settings.learner], activation=settings.activation)
     if method.curvature or method.reset or method.reference or method.inject_at is not None:
-        what = "curvature" if method.curvature else "tasks before which it could start anew"
+        what = "curvature" if method.curvature else "tasks before which it could be reset"
         what = "reference batches" if method.reference else what
         raise ValueError(f"learner {settings.learner!r}: lottery tickets have no {what}")
     network = nets.read(settings.network)
@@ -221,7 +221,7 @@ def _learning(settings: Settings) -> learners.Method:
 
 
 def total(settings: Settings) -> int:
-    """Total number of trainings, for a progress bar.
+    """Return the total number of trainings, for a progress bar.
 
     Example:
       >>> total(Settings(methods=("ticket", "random"), seeds=5, rounds=3))
@@ -231,7 +231,7 @@ def total(settings: Settings) -> int:
 
 
 def job(experiment: str, settings: Settings) -> Job:
-    """Prepares an experiment.
+    """Prepare an experiment.
 
     A round of all seeds and networks is one program. Results and the state are written after each round: a killed run
     keeps its finished rounds, and resumes from there, with the same results.
@@ -284,7 +284,7 @@ def job(experiment: str, settings: Settings) -> Job:
 
 
 def _examples(settings: Settings) -> tuple[ticket_rounds.Data, data.Dataset, bool]:
-    """The examples on the device, the dataset, and whether images are flattened."""
+    """Return the examples on the device, the dataset, and whether images are flattened."""
     load = functools.partial(data.load, settings.dataset, data_dir=settings.data_dir)
     images = check_classes(load())
     test = None if settings.test_split is None else load(settings.test_split)
@@ -381,7 +381,7 @@ def _run(
     out: Path,
     progress: Progress | None,
 ) -> None:
-    """Runs the remaining rounds."""
+    """Run the remaining rounds."""
     from cbp_jax import report
 
     checkpoint = training.Checkpoint(
@@ -418,14 +418,14 @@ def _run(
 
 
 def summary(results: Any) -> str:
-    """The table of a run; see `report.summarize_tickets`."""
+    """Return the table of a run; see `report.summarize_tickets`."""
     from cbp_jax import report
 
     return report.summarize_tickets(results)
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run; see `report.plot_tickets`."""
+    """Draw the pictures of a run; see `report.plot_tickets`."""
     from cbp_jax import report
 
     return report.plot_tickets(results, out, formats=formats)

@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 def check_results(methods: int, seeds: int, tasks: int, measures: int) -> None:
-    """Raises if results do not fit into this machine's memory.
+    """Raise if results do not fit into this machine's memory.
 
     Args:
       methods: how many there are, as of what follows.
@@ -41,7 +41,7 @@ def check_results(methods: int, seeds: int, tasks: int, measures: int) -> None:
 
 
 def check_examples(measured: int, shape: Sequence[int]) -> None:
-    """Raises if the examples for measurements do not fit into this machine's memory.
+    """Raise if the examples for measurements do not fit into this machine's memory.
 
     Args:
       measured: how many examples.
@@ -59,7 +59,7 @@ def check_examples(measured: int, shape: Sequence[int]) -> None:
 
 
 def check_layers(sizes: Sequence[int]) -> None:
-    """Raises if the weights do not fit into this machine's memory, before units are discovered.
+    """Raise if the weights do not fit into this machine's memory, before units are discovered.
 
     Args:
       sizes: of inputs, hidden layers and outputs.
@@ -76,7 +76,7 @@ def check_layers(sizes: Sequence[int]) -> None:
 
 
 def check_images(count: int, size: int) -> None:
-    """Raises if generated images do not fit into this machine's memory.
+    """Raise if generated images do not fit into this machine's memory.
 
     Args:
       count: how many.
@@ -94,7 +94,7 @@ def check_images(count: int, size: int) -> None:
 
 
 def check_states(learner: Learner, methods: Sequence[Method], seeds: int, processes: int = 1) -> int:
-    """Raises if the states of lanes (networks and optimizer states) do not fit into memory.
+    """Raise if the states of lanes (networks and optimizer states) do not fit into memory.
 
     Args:
       learner: of the methods.
@@ -127,7 +127,7 @@ def check_states(learner: Learner, methods: Sequence[Method], seeds: int, proces
 
 
 def lanes_that_fit(lane: int, count: int, shared: int = 0) -> int | None:
-    """Estimates how many lanes fit into the devices' memory.
+    """Estimate how many lanes fit into the devices' memory.
 
     Each lane is counted twice, since gradients and updates are as large as networks, and a tenth of the memory is
     reserved for measurements.
@@ -148,7 +148,7 @@ def lanes_that_fit(lane: int, count: int, shared: int = 0) -> int | None:
 
 
 def _of_host() -> float:
-    """Bytes of memory."""
+    """Return the bytes of memory."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # unknown on this platform
@@ -156,7 +156,7 @@ def _of_host() -> float:
 
 
 def _of_device() -> float:
-    """Bytes of memory of the smallest device that JAX uses."""
+    """Return the bytes of memory of the smallest device that JAX uses."""
     if jax.default_backend() == "cpu":
         return _of_host()
     return min((device.memory_stats() or {}).get("bytes_limit", math.inf) for device in jax.local_devices())

@@ -45,7 +45,7 @@ class Labels(ImageStreamSettings):
 
 
 def _problem(make: Callable[..., problems.Problem], settings: ImageStreamSettings, *, normalize: bool) -> Any:
-    """A stream of permutation tasks, with the images or features of the settings."""
+    """Return a stream of permutation tasks, with the images or features of the settings."""
     images = check_classes(data.load(settings.dataset, data_dir=settings.data_dir))
     return make(
         images,
@@ -57,14 +57,14 @@ def _problem(make: Callable[..., problems.Problem], settings: ImageStreamSetting
 
 
 def _as_pytorch(settings: ImageStreamSettings) -> dict[str, Any]:
-    """Weights and biases of the paper's network are initialized as in PyTorch; other networks use their own
-    initializers."""
+    """Return network options: the paper's network is initialized as in PyTorch; others use their own initializers."""
     papers = nets.read(settings.network).name == "mlp"
     return {"kernel_init": nets.fan_in_uniform(), "bias_init": "fan_in"} if papers else {}
 
 
 def kaiming(settings: Any) -> dict[str, Any]:
-    """As in the paper, hidden layers are initialized with the gain of their activation, the output layer with gain 1.
+    """Return network options: as in the paper, hidden layers have the gain of their activation, the output layer gain
+    1.
 
     Activations without a known gain get that of ReLU. Networks other than the perceptron use their own initializers.
     """
@@ -145,7 +145,7 @@ def _online_paper(dataset: str | None) -> Online:
 
 
 def _online_figure(methods: tuple[str, ...], examples_per_task: int = 60_000) -> Callable[[str | None], Any]:
-    """Plain backpropagation on all 48 million examples of the paper's program."""
+    """Return a preset of plain backpropagation on all 48 million examples of the paper's program."""
     return lambda dataset: dataclasses.replace(
         _online_paper(dataset),
         methods=methods,
@@ -207,7 +207,7 @@ LABELS_METHODS = (
 
 
 def _inputs_paper(dataset: str | None, methods: Callable[[str], tuple[str, ...]] = paper_grid) -> Inputs:
-    """The paper's sizes; the search, or other methods."""
+    """Return the paper's sizes; the search, or other methods."""
     return Inputs(
         dataset=dataset or "mnist",
         methods=methods("input_permuted_mnist"),
@@ -219,7 +219,7 @@ def _inputs_paper(dataset: str | None, methods: Callable[[str], tuple[str, ...]]
 
 
 def _labels_paper(dataset: str | None, methods: Callable[[str], tuple[str, ...]] = paper_grid) -> Labels:
-    """The paper's sizes; the search of the dataset's problem, or other methods."""
+    """Return the paper's sizes; the search of the dataset's problem, or other methods."""
     dataset = dataset or "emnist/balanced"
     problem = _labels_problem(dataset)
     convolutional = problem == "label_permuted_cifar10"
@@ -235,7 +235,7 @@ def _labels_paper(dataset: str | None, methods: Callable[[str], tuple[str, ...]]
 
 
 def _labels_problem(dataset: str) -> str:
-    """The paper's problem for a dataset, or EMNIST's if the dataset is not in the paper."""
+    """Return the paper's problem for a dataset, or EMNIST's if the dataset is not in the paper."""
     if dataset.split("/")[0].startswith("cifar"):
         return "label_permuted_cifar10"
     name = Path(dataset).stem.lower()
@@ -259,7 +259,7 @@ def _of_pytorch(
     make: Callable[..., problems.Problem],
     **what: str,
 ) -> Experiment:
-    """An experiment of Elsayed & Mahmood.
+    """Return an experiment of Elsayed & Mahmood.
 
     In addition to the usual presets, "best" runs each learner with its published best settings, and "restarts" compares
     Adam with and without a fresh network for every task.

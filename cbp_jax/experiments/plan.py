@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     processes: int = 1
 
     def text(self, devices: Sequence[object] | None = None) -> str:
-        """The plan in lines.
+        """Return the plan in lines.
 
         Args:
           devices: devices for the lanes, by default all of this process.

@@ -37,7 +37,7 @@ class PoolSettings(stream.StreamSettings):
 
 
 def check(settings: PoolSettings) -> list[learners.Method]:
-    """Checks settings, like `stream.check`, except those that depend on the images."""
+    """Check settings, like `stream.check`, except those that depend on the images."""
     check_counts(settings, "procedural_size", "downsample", "train_per_class", "test_per_class", "epochs")
     if not settings.dormant_threshold >= 0:
         raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
@@ -45,7 +45,7 @@ def check(settings: PoolSettings) -> list[learners.Method]:
 
 
 def load(settings: PoolSettings, split: str = "train", *, classes: int, per_class: int) -> data.Dataset:
-    """Loads or generates the images of the tasks.
+    """Load or generate the images of the tasks.
 
     Args:
       settings: which images.

@@ -179,7 +179,7 @@ PROBLEMS = {
 
 
 def paper_grid(problem: str) -> tuple[str, ...]:
-    """The methods of the paper's search: for each learner all combinations of values, and the published best.
+    """Return the methods of the paper's search: for each learner all combinations of values, and the published best.
 
     The public programs list fewer values than were searched: many best settings are not among the combinations, and are
     added here. For SGD's decay, Adam, and consolidation they list no values; here a few around the best ones are used.
@@ -211,7 +211,7 @@ def paper_grid(problem: str) -> tuple[str, ...]:
 
 
 def best_methods(problem: str) -> tuple[str, ...]:
-    """The paper's learners, each with its published best setting.
+    """Return the paper's learners, each with its published best setting.
 
     Args:
       problem: one of `PROBLEMS`.
@@ -230,7 +230,8 @@ def best_methods(problem: str) -> tuple[str, ...]:
 
 
 def adam_with_restarts(problem: str) -> tuple[str, ...]:
-    """Adam with and without a fresh network for every task, as in the paper's Figure 1, at each step size tried there.
+    """Return Adam with and without a fresh network for every task, as in the paper's Figure 1, at each step size tried
+    there.
 
     The public program reinitializes the weights but keeps Adam's moments; here they are reset too.
 

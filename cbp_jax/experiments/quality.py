@@ -85,7 +85,7 @@ class Settings:
 
 
 def check(settings: Settings) -> list[str]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the activations, one network each.
@@ -117,7 +117,7 @@ def check(settings: Settings) -> list[str]:
 
 
 def total(settings: Settings) -> int:
-    """Total number of measurements, for each activation and seed.
+    """Return the total number of measurements, for each activation and seed.
 
     Example:
       >>> total(Settings(seeds=20, steps=2000, measure_every=20, activations=("tanh", "relu")))
@@ -127,7 +127,7 @@ def total(settings: Settings) -> int:
 
 
 def job(settings: Settings) -> Job:
-    """Prepares the experiment.
+    """Prepare the experiment.
 
     Results are written after each measurement, so a killed run keeps them. A resumed run keeps finished activations and
     restarts the others from their first step, with the same results.
@@ -266,7 +266,7 @@ def _measurements(settings: Settings, activation: str) -> Iterable[tuple[np.ndar
 def correlations(
     apply_fn: Callable[..., chex.Array], units: Units, params: Any, x: chex.Array, y: chex.Array, key: chex.PRNGKey
 ) -> chex.Array:
-    """Rank correlations of approximate utilities with the true ones.
+    """Return the rank correlations of approximate utilities with the true ones.
 
     Args:
       apply_fn: `apply_fn(params, x) -> outputs` [batch, outputs].
@@ -291,14 +291,15 @@ def correlations(
 
 
 def _scopes(utilities: list[list[chex.Array]]) -> chex.Array:
-    """Correlations [scopes, utilities] of all utilities with the first. Each utility is a list of values by layer."""
+    """Return correlations [scopes, utilities] of all utilities with the first. Each utility is a list of values by
+    layer."""
     layers = [jnp.stack(values) for values in zip(*utilities, strict=True)]
     per_layer = jnp.stack([rank_correlations(layer) for layer in layers])
     return jnp.stack([rank_correlations(jnp.concatenate(layers, 1)), per_layer.mean(0)])
 
 
 def rank_correlations(values: chex.Array) -> chex.Array:
-    """Spearman's rank correlations of each row with the first.
+    """Return Spearman's rank correlations of each row with the first.
 
     Args:
       values: matrix [1 + n, entries]. Equal entries of a row share the mean of their ranks.
@@ -321,7 +322,7 @@ def rank_correlations(values: chex.Array) -> chex.Array:
 
 
 def pearson_correlations(values: chex.Array) -> chex.Array:
-    """Pearson's correlations of each row with the first.
+    """Return Pearson's correlations of each row with the first.
 
     Args:
       values: matrix [1 + n, entries].
@@ -340,14 +341,14 @@ def pearson_correlations(values: chex.Array) -> chex.Array:
 
 
 def _with_the_first(rows: chex.Array) -> chex.Array:
-    """Cosines of the angles of all other rows with the first; 0 where one is 0."""
+    """Return cosines of the angles of all other rows with the first; 0 where one is 0."""
     norms = jnp.sqrt(jnp.sum(rows**2, 1))
     scale = norms[0] * norms[1:]
     return jnp.where(scale > 0, jnp.sum(rows[1:] * rows[0], 1) / jnp.where(scale > 0, scale, 1), 0.0)
 
 
 def by_layer(tree: Any) -> list[chex.Array]:
-    """The entries of params by layer, with kernel and bias pooled."""
+    """Return the entries of params by layer, with kernel and bias pooled."""
     layers: dict[str, list[chex.Array]] = {}
     for path, leaf in leaves_by_path(tree).items():
         layers.setdefault(path.rpartition("/")[0], []).append(jnp.ravel(leaf))
@@ -355,7 +356,7 @@ def by_layer(tree: Any) -> list[chex.Array]:
 
 
 def true_weight_utility(loss_fn: Callable[[Any], chex.Array], params: Any) -> Any:
-    """How much the loss rises if an entry of the params is set to 0, for every entry: a pytree like params."""
+    """Return how much the loss rises if an entry of the params is set to 0, for every entry: a pytree like params."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     chunk = min(_CHUNK, flat.size + 1)
     rows = jnp.arange(-(-(flat.size + 1) // chunk) * chunk)
@@ -368,7 +369,7 @@ def true_weight_utility(loss_fn: Callable[[Any], chex.Array], params: Any) -> An
 
 
 def weight_utilities(params: Any, grads: Any, approximate: Any, exact: Any, key: chex.PRNGKey) -> list[Any]:
-    """Approximate utilities of the weights, pytrees like params in the order of `UTILITIES`."""
+    """Return approximate utilities of the weights, pytrees like params in the order of `UTILITIES`."""
     first = jax.tree.map(lambda w, g: -g * w, params, grads)
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
@@ -379,7 +380,7 @@ def weight_utilities(params: Any, grads: Any, approximate: Any, exact: Any, key:
 
 
 def true_feature_utility(loss_fn: Callable[[Any], chex.Array], params: Any, units: Units) -> list[chex.Array]:
-    """How much the loss rises if a unit's outgoing weights are set to 0: an array [units] for each group."""
+    """Return how much the loss rises if a unit's outgoing weights are set to 0: an array [units] for each group."""
     utilities = []
     for group in units:
         # The last row removes nothing, for the same reason as in `true_weight_utility`.
@@ -392,7 +393,7 @@ def true_feature_utility(loss_fn: Callable[[Any], chex.Array], params: Any, unit
 def feature_utilities(
     loss_fn: Callable[[Any], chex.Array], params: Any, units: Units, grads: Any, approximate: Any, key: chex.PRNGKey
 ) -> list[list[chex.Array]]:
-    """Approximate utilities of the features, in the order of `UTILITIES`: an array [units] for each group.
+    """Return approximate utilities of the features, in the order of `UTILITIES`: an array [units] for each group.
 
     For a gate on a feature's activation, the gradient is the sum of w g over the outgoing weights, and HesScale's
     curvature is the sum of w^2 h.
@@ -425,7 +426,7 @@ def feature_utilities(
 
 
 def _scale_outgoing(params: Any, group: Any, units: chex.Array, factor: chex.Array | float) -> Any:
-    """The params with the outgoing weights of masked units scaled."""
+    """Return the params with the outgoing weights of masked units scaled."""
     leaves = leaves_by_path(params)
     for consumer in group.outgoing:
         leaf = leaves[consumer.kernel.path]
@@ -444,7 +445,7 @@ _LABELS = {
 
 
 def summary(results: Any) -> str:
-    """The results of a run as a text table.
+    """Return the results of a run as a text table.
 
     Args:
       results: results of a run, finished or not.
@@ -474,7 +475,7 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Plots the global correlations over time: a column for each activation, weights above features.
+    """Plot the global correlations over time: a column for each activation, weights above features.
 
     There is one line for each utility: the mean over seeds, with a band of one standard error to either side.
 

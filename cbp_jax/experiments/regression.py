@@ -30,7 +30,7 @@ class Settings(stream.StreamSettings):
     flipping_bits: int = 15
     """Input bits that are fixed during a task, one of which flips before the next."""
     redraw: bool = False
-    """Whether all these bits are drawn anew before the next task, instead of flipping one."""
+    """Whether all these bits are redrawn before the next task, instead of flipping one."""
     examples_per_task: int = 10_000
     """Examples of a task."""
     target_units: int = 100
@@ -58,7 +58,8 @@ def _laptop() -> Settings:
 
 
 def _paper(*, redraw: bool = False, tasks: int = 300) -> Settings:
-    """The learners of the paper's program at its step sizes; for ReLU also with its weight decays and noise levels."""
+    """Return the learners of the paper's program at its step sizes; for ReLU also with its weight decays and noise
+    levels."""
     steps = ("0.01", "0.003", "0.001")
     networks = (*(f"activation={activation}" for activation in ACTIVATIONS), "hidden=none")
     decays = ("1e-5", "1e-4", "1e-3", "1e-2")
@@ -92,13 +93,14 @@ def _problem(settings: Settings) -> problems.Problem:
 
 
 def _network(settings: Settings) -> dict[str, Any]:
-    """Hidden layers are initialized with the gain of their activation, and the output layer with gain 1."""
+    """Return network options: hidden layers are initialized with the gain of their activation, the output layer with
+    1."""
     del settings
     return {"init_of_activation": nets.kaiming_uniform, "output_init": nets.kaiming_uniform("identity")}
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run, with about 20 bins of tasks, because the difficulty of tasks varies strongly.
+    """Draw the pictures of a run, with about 20 bins of tasks, because the difficulty of tasks varies strongly.
 
     Args:
       results: results of a run, finished or not.

@@ -21,11 +21,11 @@ class Share(NamedTuple):
     count: int
 
     def lanes(self, number: int, first: int = 0) -> list[int]:
-        """The lanes of this process among `number` lanes, of which `first` were dealt before."""
+        """Return the lanes of this process among `number` lanes, of which `first` were dealt before."""
         return [lane for lane in range(number) if (first + lane) % self.count == self.index]
 
     def check(self, lanes: int) -> None:
-        """Raises a ValueError where there is no such process, or where some of them would have no lane."""
+        """Raise a ValueError if there is no such process, or if some of them would have no lane."""
         if self.count < 1 or not 0 <= self.index < self.count:
             raise ValueError(
                 f"process_id must be from 0 to {self.count - 1}, one less than processes, got {self.index}"

@@ -120,17 +120,17 @@ LAPTOP = Settings(
 
 
 def num_intervals(settings: Settings) -> int:
-    """Number of intervals of a run."""
+    """Return the number of intervals of a run."""
     return math.ceil(settings.steps / settings.interval)
 
 
 def total(settings: Settings) -> int:
-    """Total number of intervals of all lanes, for a progress bar."""
+    """Return the total number of intervals of all lanes, for a progress bar."""
     return len(settings.methods) * settings.seeds * num_intervals(settings)
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does."""
+    """Check settings, as `stream.check` does."""
     check_counts(settings, "seeds", "steps", "interval", "episode_length", "exploration_steps")
     check_first_seed(settings)
     check_hidden(settings.hidden)
@@ -159,12 +159,12 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def exploration(settings: Settings) -> streaming.Exploration:
-    """The schedule of random actions."""
+    """Return the schedule of random actions."""
     return streaming.Exploration(settings.exploration_start, settings.exploration_end, steps=settings.exploration_steps)
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.ChangingCartPole | envs.Normalized:
-    """The environment of a run. The key determines its physics."""
+    """Return the environment of a run. The key determines its physics."""
     ranges = {name: getattr(settings, name) for name in ("gravity_range", "length_range", "force_range")}
     env = envs.ChangingCartPole(
         change_every=settings.change_every,
@@ -179,7 +179,7 @@ def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.ChangingCa
 
 
 def make_network(settings: Settings, method: learners.Method | None = None) -> nets.MLP:
-    """The network of a run, with the attributes set by a method."""
+    """Return the network of a run, with the attributes set by a method."""
     own = {} if method is None else method.network
     return nets.MLP(
         own.get("hidden", settings.hidden),
@@ -191,7 +191,7 @@ def make_network(settings: Settings, method: learners.Method | None = None) -> n
 
 
 def job(settings: Settings) -> Job:
-    """Prepares the training of agents with all methods and seeds; see `Experiment.prepare`.
+    """Prepare the training of agents with all methods and seeds; see `Experiment.prepare`.
 
     All methods with the same seed start from the same weights, and have the same physics. In results, tasks are
     intervals of steps; the coordinate `step` counts steps up to their ends.
@@ -221,7 +221,7 @@ def _train(
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
 ) -> Iterator[dict[str, Any]]:
-    """Measures [lanes] of each interval, for methods that differ only in numbers."""
+    """Return an iterator over the measures [lanes] of each interval, for methods that differ only in numbers."""
     network = make_network(settings, group[0])
     attributes = {"kernel_init": network.kernel_init, "discount": settings.discount}
 

@@ -32,7 +32,7 @@ class Traces(Method):
         return dataclasses.replace(super().on(network, units, methods), discount=network["discount"])
 
     def behind_traces(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        """An optimizer of TD(lambda)'s direction."""
+        """Return an optimizer of TD(lambda)'s direction."""
         return optax.chain(cbp_jax.eligibility_traces(self.discount, self.trace_decay), tx)
 
 
@@ -49,7 +49,7 @@ class Bounded(Traces):
     kappa: float = ranged(2.0)
 
     def obgd(self) -> optax.GradientTransformation:
-        """The optimizer."""
+        """Return the optimizer."""
         return cbp_jax.obgd(self.step_size, discount=self.discount, trace_decay=self.trace_decay, kappa=self.kappa)
 
 

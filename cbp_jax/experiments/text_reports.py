@@ -17,7 +17,7 @@ KEPT = 0.99
 
 
 def short(name: str) -> str:
-    """The name of a task in pictures and tables.
+    """Return the name of a task in pictures and tables.
 
     >>> short("texts/films.jsonl.gz"), short("docstrings/kind"), short("glue/sst2")
     ('films', 'docstrings/kind', 'glue/sst2')
@@ -29,7 +29,7 @@ def short(name: str) -> str:
 
 
 def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
-    """The mean of finite values and half the width of its 95% interval (Student's t).
+    """Return the mean of finite values and half the width of its 95% interval (Student's t).
 
     >>> interval(np.array([0.5, 0.7]), 100), interval(np.array([0.5]), 100), interval(np.array([np.nan]))
     ('60.0 ± 127.1', '50.0', '-')
@@ -47,12 +47,12 @@ def interval(values: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
 
 
 def at(results: Any, name: str, method: str, *dims: str) -> np.ndarray:
-    """The values of one method, with these dimensions in order."""
+    """Return the values of one method, with these dimensions in order."""
     return results[name].loc[{"method": method}].transpose(*dims).values.astype(np.float64)
 
 
 def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
-    """The smallest density, or number of dimensions, that keeps what fine-tuning adds to a linear probe.
+    """Return the smallest density, or number of dimensions, that keeps what fine-tuning adds to a linear probe.
 
     Args:
       results: of `dominant_tickets`.
@@ -76,14 +76,14 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
 
 
 def _plain(results: Any) -> str:
-    """The method with the weakest pull."""
+    """Return the method with the weakest pull."""
     methods = [method for method in results.method.values.tolist() if method != PROBE]
     strengths = [float(results.strength.loc[{"method": method}]) for method in methods]
     return methods[int(np.argmin(strengths))]
 
 
 def summary_of_tickets(results: Any) -> str:
-    """The results of `dominant_tickets` as text tables.
+    """Return the results of `dominant_tickets` as text tables.
 
     Args:
       results: results of a run, finished or not.
@@ -135,7 +135,7 @@ def summary_of_tickets(results: Any) -> str:
 
 
 def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """The head and the rows of the table of tickets that were trained alone."""
+    """Return the head and the rows of the table of tickets that were trained alone."""
     rows = [("method", "task", "density (%)", "of all", "trained alone")]
     for method in methods:
         kept, alone = (
@@ -150,7 +150,7 @@ def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str
 
 
 def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Plots accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
+    """Plot accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
 
     Args:
       results: results of a run of `dominant_tickets`, finished or not.

@@ -97,8 +97,8 @@ class Prepared(NamedTuple):
         return np.stack([(numbers >= task.classes.start) & (numbers < task.classes.stop) for task in self.tasks])
 
     def init(self, params: Any, seed: chex.Array) -> dict[str, Any]:
-        """The parameters of the network for a seed: "encoder" from `params` or newly initialized, and a "head" of
-        zeros."""
+        """Return the parameters of the network for a seed: "encoder" from `params` or newly initialized, and a "head"
+        of zeros."""
         if self.params is None:
             tokens = jnp.zeros((1, 2), jnp.int32)
             params = self.encoder.init(key_of(seed, _INIT), tokens)["params"]
@@ -122,7 +122,7 @@ class Batch(NamedTuple):
 
 
 def check(settings: TextSettings) -> None:
-    """Checks settings before anything is loaded.
+    """Check settings before anything is loaded.
 
     Raises:
       ValueError: a setting is out of range or unknown.
@@ -143,7 +143,7 @@ def check(settings: TextSettings) -> None:
 
 
 def check_numbers(settings: Any, **numbers: float | Sequence[float]) -> None:
-    """Raises a ValueError if one of these settings is not a finite number of at least 0."""
+    """Raise a ValueError if one of these settings is not a finite number of at least 0."""
     for name, values in numbers.items():
         for value in values if isinstance(values, tuple) else (values,):
             if not 0 <= value < math.inf:
@@ -151,7 +151,7 @@ def check_numbers(settings: Any, **numbers: float | Sequence[float]) -> None:
 
 
 def prepare(settings: TextSettings) -> Prepared:
-    """Loads the encoder and the tasks.
+    """Load the encoder and the tasks.
 
     Raises:
       ValueError: a dataset has no training or no test texts, or one class, or the encoder cannot be read.
@@ -213,14 +213,14 @@ def _folder_of(encoder: str) -> Path | None:
 
 
 def key_of(seed: chex.Array, purpose: int) -> chex.PRNGKey:
-    """The key of a random stream of a seed."""
+    """Return the key of a random stream of a seed."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 def batches(
     parts: Sequence[tuple[Task, int, int]], seed: int, steps: int, classes: Mapping[str, np.ndarray], salt: int
 ) -> Batch:
-    """Batches of a seed for a whole task, on the host. Each part is shuffled again in every epoch.
+    """Return batches of a seed for a whole task, on the host. Each part is shuffled again in every epoch.
 
     Args:
       parts: tuples of a task, its number of texts in each batch, and the number of its training texts to use.
@@ -246,13 +246,13 @@ def batches(
 
 
 def loss_of(logits: chex.Array, batch: Batch) -> chex.Array:
-    """The mean cross-entropy over the classes that are options."""
+    """Return the mean cross-entropy over the classes that are options."""
     logits = jnp.where(batch.classes, logits, _NEVER)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
 
 def schedule(settings: TextSettings, learning_rate: float) -> optax.Schedule:
-    """The learning rate over the updates of a task."""
+    """Return the learning rate over the updates of a task."""
     rise = max(round(settings.warmup * settings.steps), 1)
 
     def at(count):
@@ -271,7 +271,7 @@ def fit(
     seed: chex.Array,
     penalty: Callable[[Any], chex.Array] = lambda trained: 0.0,
 ) -> tuple[Any, chex.Array]:
-    """Trains on batches, one update each.
+    """Train on batches, one update each.
 
     Args:
       apply: `apply(trained, frozen, batch, dropout key) -> logits`.
@@ -305,7 +305,7 @@ def fit(
 
 
 def correct(net: nets.TextClassifier, params: Any, batch: Batch) -> chex.Array:
-    """Accuracy among the classes that are options, one batch at a time, [batches, ...]."""
+    """Return the accuracy among the classes that are options, one batch at a time, [batches, ...]."""
 
     def one(batch):
         logits = net.apply({"params": params}, batch.tokens, batch.mask, batch.types)
@@ -318,7 +318,7 @@ def correct(net: nets.TextClassifier, params: Any, batch: Batch) -> chex.Array:
 
 
 def evaluation_batches(task: Task, classes: np.ndarray, size: int, count: int) -> Batch:
-    """The test texts of a task in `count` batches, padded with texts of label -1, which do not count."""
+    """Return the test texts of a task in `count` batches, padded with texts of label -1, which do not count."""
     texts, total = task.test, size * count
 
     def filled(array, value=0):

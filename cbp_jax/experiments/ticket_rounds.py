@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
 
 def start(plan: Plan, seed: chex.Array) -> State:
-    """The state of a lane before its first round. All networks are dense then."""
+    """Return the state of a lane before its first round. All networks are dense then."""
     key = jax.random.key_data(jax.random.key(seed))
     params = plan.learner.init(stream_keys(key).params)
     mask = plan.full_mask(params)
@@ -89,7 +89,7 @@ def start(plan: Plan, seed: chex.Array) -> State:
 
 
 def go_on(plan: Plan, data: Data, state: State) -> tuple[State, dict[str, chex.Array]]:
-    """Trains all kinds, prunes, and rewinds.
+    """Train all kinds, prune, and rewind.
 
     Batches come in the same order in all rounds and kinds of a seed. Validation loss and test accuracy are measured at
     the start and after every `evaluate_every` iterations.
@@ -138,7 +138,7 @@ def _train(
     mask: tickets.Mask,
     first: chex.Numeric,
 ) -> tuple[optax.Params, optax.Params, dict[str, chex.Array], chex.Array]:
-    """Trains one network from an iteration on. Returns weights at the end and at the rewind step, curves, and loss."""
+    """Train one network from an iteration on. Returns weights at the end and at the rewind step, curves, and loss."""
     learner, every = plan.learner, plan.evaluate_every
     tx = tickets.masked(learner.optimizer(plan.numbers, keys.optimizer), mask)
     params = tickets.apply_mask(weights, mask)
@@ -172,7 +172,7 @@ def _train(
 
 
 def _evaluate(plan: Plan, params: optax.Params, examples: tuple[chex.Array, chex.Array]) -> dict[str, chex.Array]:
-    """Mean loss and accuracy, a thousand examples at a time."""
+    """Return the mean loss and accuracy, a thousand examples at a time."""
     count = len(examples[1])
     chunk = min(count, _CHUNK)
 
@@ -190,7 +190,7 @@ def _evaluate(plan: Plan, params: optax.Params, examples: tuple[chex.Array, chex
 
 
 def _prune_and_rewind(plan: Plan, state: State, trained: optax.Params, kept: optax.Params) -> State:
-    """The masks and weights of the next round."""
+    """Return the masks and weights of the next round."""
     at = lambda tree, kind: jax.tree.map(lambda leaf: leaf[plan.kinds.index(kind)], tree)
     keys, is_first = stream_keys(state.key), state.round == 0
     pruned = {kind: plan.prune(at(trained, kind), at(state.masks, kind)) for kind in plan.kinds if KINDS[kind].alone}
@@ -223,7 +223,7 @@ def _prune_and_rewind(plan: Plan, state: State, trained: optax.Params, kept: opt
 
 
 def _first(plan: Plan, kind: str, params: optax.Params, mask: tickets.Mask, key: chex.Array) -> optax.Params:
-    """The weights of a kind in the first round."""
+    """Return the weights of a kind in the first round."""
     if kind == "reinitialized":
         return _fresh(plan, key, 0)
     return tickets.constant_magnitudes(params, mask) if kind == "signs" else params

@@ -35,7 +35,8 @@ class Trials:
         self._correct = jax.jit(functools.partial(texts.correct, self.net))
 
     def run(self, strength: float | None) -> Iterator[dict[str, np.ndarray]]:
-        """Measurements of each task, [seeds, ...]; without a strength, for a linear probe of the frozen encoder."""
+        """Return measurements of each task, [seeds, ...]; without a strength, for a linear probe of the frozen
+        encoder."""
         found: list[list[Ticket]] = []
         for number, task in enumerate(self.prepared.tasks):
             train = self.lanes.scatter(self._train_batches(number))
@@ -93,7 +94,7 @@ class Trials:
         return texts.correct(self.net, trained, test)
 
     def _probed(self, test, seed, initial, train):
-        """Trains a head on the frozen encoder, whose features are computed once."""
+        """Train a head on the frozen encoder, whose features are computed once."""
         features = jax.lax.map(
             lambda batch: self.net.apply({"params": initial}, batch.tokens, batch.mask, batch.types, method="features"),
             train,
@@ -104,7 +105,7 @@ class Trials:
         return texts.correct(self.net, {**initial, "head": trained}, test), loss
 
     def _of_tickets(self, start: Any, tuned: Any, test: texts.Batch) -> tuple[dict[str, np.ndarray], Ticket]:
-        """The measurements of one seed, and the ticket to compare."""
+        """Return the measurements of one seed, and the ticket to compare."""
         settings, (before, after) = self.settings, (start["encoder"], tuned["encoder"])
         accuracy = lambda encoder: float(self._correct({"encoder": encoder, "head": tuned["head"]}, test))
         of = lambda ticket: accuracy(transplant(before, after, ticket))
@@ -118,7 +119,7 @@ class Trials:
         }, dominant_ticket(before, after, keep=settings.compared)
 
     def _of_retrained(self, tuned: Any, train: Any, test: texts.Batch) -> np.ndarray:
-        """Accuracies [seeds, densities] of tickets trained alone."""
+        """Return accuracies [seeds, densities] of tickets trained alone."""
         found = np.full((self.settings.seeds, len(self.settings.densities)), np.nan)
         for column, density in enumerate(self.settings.densities):
             if density not in self.settings.retrained:

@@ -90,7 +90,7 @@ class Plan:
     search_seed: int = 0
 
     def tried(self) -> dict[str, list[Method]]:
-        """By lane, the methods to try: its configurations. All lanes with more than one have the same number.
+        """Return the methods to try by lane: its configurations. All lanes with more than one have the same number.
 
         Raises:
           ValueError: there is no lane, two have the same name, their numbers of configurations differ, or a setting is
@@ -115,7 +115,7 @@ class Plan:
         return configurations(lane.space, self.count, self.search_seed)
 
     def check(self) -> list[str]:
-        """Checks everything that can be checked before computing anything.
+        """Check everything that can be checked before computing anything.
 
         Returns:
           the lanes' names.
@@ -136,7 +136,7 @@ class Plan:
         return list(tried)
 
     def total(self) -> int:
-        """Total number of tasks of all lanes in both runs, for a progress bar."""
+        """Return the total number of tasks of all lanes in both runs, for a progress bar."""
         tried = self.tried()
         reported = _with_methods(self.reporting, [methods[0] for methods in tried.values()])
         return self.experiment.total(self._searching(tried)) + self.experiment.total(reported)
@@ -145,7 +145,7 @@ class Plan:
         return _with_methods(self.tuning, [method for methods in tried.values() for method in methods])
 
     def prepare(self, name: str, settings: Any) -> Job:
-        """Checks everything and creates the networks of the search.
+        """Check everything and create the networks of the search.
 
         Args:
           name: name of the comparison, in results.
@@ -214,7 +214,7 @@ class Plan:
         )
 
     def _take(self, results: Any, chosen: Mapping[str, Method], reported: Any) -> None:
-        """Copies the measurements with the chosen settings, in place."""
+        """Copy the measurements with the chosen settings, in place."""
         labels = _labels(chosen.values())
         for measure in self.measures:
             rows = [reported[measure].loc[{"method": labels[method]}].values for method in chosen.values()]
@@ -222,7 +222,7 @@ class Plan:
 
 
 def choose(results: Any, tried: Mapping[str, list[Method]], tuned: Any) -> dict[str, Method]:
-    """Chooses the best configuration of each lane, the first in case of ties, and records performances in results.
+    """Choose the best configuration of each lane, the first in case of ties, and record performances in results.
 
     Performance is the measure named by `report.statistics.performance`, averaged over all tasks and tuning seeds. A
     configuration that diverged or did not finish with some seed, so that a performance or a loss is not finite, is
@@ -257,7 +257,7 @@ def choose(results: Any, tried: Mapping[str, list[Method]], tuned: Any) -> dict[
 
 
 def with_choice(results: Any, chosen: Mapping[str, Method]) -> Any:
-    """The results, with the chosen methods' texts and numbers as coordinates along `method`."""
+    """Return the results, with the chosen methods' texts and numbers as coordinates along `method`."""
     taken = {*results.variables, *results.dims}
     numbers = [method.hyperparameters for method in chosen.values()]
     names = [name for name in dict.fromkeys(name for each in numbers for name in each) if name not in taken]
@@ -266,7 +266,7 @@ def with_choice(results: Any, chosen: Mapping[str, Method]) -> Any:
 
 
 def tuned_experiment(plan: Callable[[Any], Plan], *, name: str, **what: Any) -> Experiment:
-    """Makes an experiment that is a comparison with an equal tuning budget.
+    """Make an experiment that is a comparison with an equal tuning budget.
 
     Args:
       plan: maps settings to the comparison.
@@ -283,17 +283,17 @@ def tuned_experiment(plan: Callable[[Any], Plan], *, name: str, **what: Any) -> 
 
 
 def _tasks(settings: Any) -> int:
-    """The number of tasks of each seed; for agents, of intervals."""
+    """Return the number of tasks of each seed; for agents, of intervals."""
     return agents.num_intervals(settings) if isinstance(settings, agents.Settings) else settings.tasks
 
 
 def _with_methods(settings: Any, methods: Any) -> Any:
-    """The settings with these methods, each once."""
+    """Return the settings with these methods, each once."""
     return dataclasses.replace(settings, methods=tuple(_labels(methods)))
 
 
 def _labels(methods: Any) -> dict[Method, str]:
-    """By method, its names in results: several lanes may choose the same method."""
+    """Return the names of methods in results, by method: several lanes may choose the same method."""
     found: dict[Method, str] = {}
     for method in methods:
         found.setdefault(method, method.label)

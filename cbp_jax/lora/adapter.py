@@ -58,7 +58,7 @@ def init(
     init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming",
     axes: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None,
 ) -> Adapter:
-    r"""Makes an adapter that changes nothing yet.
+    r"""Make an adapter that changes nothing yet.
 
     .. math:: W' = W + \frac{\alpha}{r} A B, \qquad
         A \in \mathbb{R}^{in \times r}, \; B = 0 \in \mathbb{R}^{r \times out}
@@ -125,7 +125,7 @@ def init(
 
 
 def apply(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """The params with one adapter, or the sum of several, for training: only adapters get derivatives.
+    """Return the params with one adapter, or the sum of several, for training: only adapters get derivatives.
 
     Args:
       params: as passed to `init`. They get no derivatives.
@@ -147,17 +147,18 @@ def apply(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.P
 
 
 def merge(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """The params with the adapter's changes added, as ordinary parameters. Arguments are those of `apply`."""
+    """Return the params with the adapter's changes added, as ordinary parameters. Arguments are those of `apply`."""
     return _changed(params, adapter, 1)
 
 
 def unmerge(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """The inverse of `merge`: subtracts the adapter's changes, up to rounding."""
+    """Invert `merge`: subtract the adapter's changes, up to rounding."""
     return _changed(params, adapter, -1)
 
 
 def delta(adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """The change of all params by one or several adapters: a tree like the params, 0 for kernels that are not adapted.
+    """Return the change of all params by one or several adapters: a tree like the params, 0 for kernels that are not
+    adapted.
 
     Example:
       >>> adapter = init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, jax.random.key(0), rank=1)
@@ -169,13 +170,13 @@ def delta(adapter: Adapter | Sequence[Adapter]) -> optax.Params:
 
 
 def changes(adapter: Adapter) -> dict[str, jax.Array]:
-    """The changes of the adapted kernels by path, each in the shape of its kernel."""
+    """Return the changes of the adapted kernels by path, each in the shape of its kernel."""
     shapes = {path: shape for path, shape, _ in adapter.like[1]}
     return {path: _change(adapter, path, axes, shapes[path]) for path, axes in adapter.axes}
 
 
 def adapters_of(adapter: Adapter | Sequence[Adapter]) -> Sequence[Adapter]:
-    """One adapter or several, as a list."""
+    """Return one adapter or several, as a list."""
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     if not adapters or not all(isinstance(one, Adapter) for one in adapters):
         raise ValueError(f"adapter must be an Adapter, or several of them, got {adapter!r}")
@@ -183,13 +184,13 @@ def adapters_of(adapter: Adapter | Sequence[Adapter]) -> Sequence[Adapter]:
 
 
 def sizes_of(adapter: Adapter, path: str) -> list[tuple[int, ...]]:
-    """The sizes of a kernel's stacking axes, input axes and output axes."""
+    """Return the sizes of a kernel's stacking axes, input axes and output axes."""
     shapes = {path: shape for path, shape, _ in adapter.like[1]}
     return _sizes(dict(adapter.axes)[path], shapes[path])
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a pattern matches a kernel's path, its layer's path, or the end of either.
+    """Return whether a pattern matches a kernel's path, its layer's path, or the end of either.
 
     >>> matches("params/layer_0/query/kernel", "query"), matches("params/layer_0/query/kernel", "layer_?")
     (True, False)
@@ -219,7 +220,7 @@ def _changed(params: optax.Params, adapter: Adapter | Sequence[Adapter], sign: i
 
 
 def _change(adapter: Adapter, path: str, axes: Axes, shape: tuple[int, ...], sign: int = 1) -> jax.Array:
-    """The change of one kernel, in the form that `factored` recognizes."""
+    """Return the change of one kernel, in the form that `factored` recognizes."""
     a, b = adapter.factors[path]["lora_A"], adapter.factors[path]["lora_B"]
     stacked = _stacked(axes, len(shape))
     batch = tuple(range(len(stacked)))
@@ -237,12 +238,12 @@ def _stacked(axes: Axes, ndim: int) -> tuple[int, ...]:
 
 
 def _sizes(axes: Axes, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The sizes of a kernel's stacking axes, input axes and output axes."""
+    """Return the sizes of a kernel's stacking axes, input axes and output axes."""
     return [tuple(shape[axis] for axis in side) for side in (_stacked(axes, len(shape)), *axes)]
 
 
 def kernel_axes(path: str, ndim: int, given: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None) -> Axes:
-    """The input and output axes of a kernel, as given by the argument `axes` of :func:`init`, or by default."""
+    """Return the input and output axes of a kernel, as given by the argument `axes` of :func:`init`, or by default."""
     for pattern, (inputs, outputs) in (given or {}).items():
         if not matches(path, pattern):
             continue

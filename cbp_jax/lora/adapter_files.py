@@ -22,7 +22,7 @@ _PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "rank_pattern"
 
 
 def save(adapter: Adapter, directory: str | os.PathLike, *, names: Names | None = None) -> Path:
-    """Writes an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
+    """Write an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
     Factors are transposed to PyTorch's order. Attention kernels with an axis for heads become matrices.
 
@@ -65,7 +65,7 @@ def save(adapter: Adapter, directory: str | os.PathLike, *, names: Names | None 
 
 
 def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | None = None, **settings: Any) -> Adapter:
-    """Reads an adapter written by `save` or by PEFT.
+    """Read an adapter written by `save` or by PEFT.
 
     Args:
       directory: the folder.
@@ -110,7 +110,7 @@ def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | N
 
 
 def _modules(adapter: Adapter, names: Names | None, some: bool = False) -> dict[str, str]:
-    """The module's name by the path of a kernel. If `some`, kernels without a name are omitted."""
+    """Return the module's name by the path of a kernel. If `some`, kernels without a name are omitted."""
     found = {}
     for path in adapter.factors:
         name: str | None
@@ -133,7 +133,8 @@ def _is_convolution(path: str, sizes: list[tuple[int, ...]]) -> bool:
 
 
 def _to_torch(adapter: Adapter, path: str) -> dict[str, np.ndarray]:
-    """The factors of a kernel by PEFT's names: A [rank, in], B [out, rank]; for convolutions with spatial axes last."""
+    """Return the factors of a kernel by PEFT's names: A [rank, in], B [out, rank]; for convolutions with spatial axes
+    last."""
     sizes = sizes_of(adapter, path)
     if sizes[0]:
         raise ValueError(f"adapter: kernel {path!r} is one of several that are stacked, which PEFT has not")

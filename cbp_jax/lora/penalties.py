@@ -11,7 +11,7 @@ from cbp_jax.lora.adapter import Adapter, adapters_of, changes, sizes_of
 
 
 def l1(adapter: Adapter, of: Literal["delta", "factors"] = "delta") -> jax.Array:
-    r"""The L1 norm of an adapter, for a loss :math:`L_{task} + \lambda \lVert \Delta W \rVert_1`.
+    r"""Return the L1 norm of an adapter, for a loss :math:`L_{task} + \lambda \lVert \Delta W \rVert_1`.
 
     Args:
       adapter: the adapter.
@@ -41,7 +41,7 @@ def l1(adapter: Adapter, of: Literal["delta", "factors"] = "delta") -> jax.Array
 def orthogonality(
     adapter: Adapter, previous: Adapter | Sequence[Adapter], *, form: Literal["absolute", "squared"] = "absolute"
 ) -> jax.Array:
-    r"""O-LoRA's penalty on a new adapter whose input subspace overlaps those of earlier adapters.
+    r"""Return O-LoRA's penalty on a new adapter whose input subspace overlaps those of earlier adapters.
 
     .. math:: \sum_{i < t} \sum_{j,k} |A_i^\top A_t|_{jk} \quad\text{or}\quad
         \sum_{i < t} \lVert A_i^\top A_t \rVert_F^2
@@ -81,7 +81,7 @@ def orthogonality(
 
 
 def subspace_overlap(adapter: Adapter, previous: Adapter) -> jax.Array:
-    r"""Overlap of the input subspaces of two adapters, in [0, 1], averaged over the kernels that they share.
+    r"""Return the overlap of the input subspaces of two adapters, in [0, 1], averaged over the kernels that they share.
 
     .. math:: \frac{\lVert Q_1^\top Q_2 \rVert_F^2}{\min(r_1, r_2)}
 
@@ -115,7 +115,7 @@ def subspace_overlap(adapter: Adapter, previous: Adapter) -> jax.Array:
 
 
 def _magnitude(array: jax.Array) -> jax.Array:
-    """Absolute values with derivative 0 at 0. JAX's derivative is 1 there, which would move fresh adapters."""
+    """Return absolute values with derivative 0 at 0. JAX's derivative is 1 there, which would move fresh adapters."""
     return array * jax.lax.stop_gradient(jnp.sign(array))
 
 
@@ -124,7 +124,8 @@ def _inner(old: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def _shared(adapter: Adapter, previous: Adapter | Sequence[Adapter]) -> list[tuple[jax.Array, jax.Array]]:
-    """Factors A of the earlier and the new adapter, matrices [..., in, rank], for all kernels that they share."""
+    """Return the factors A of the earlier and the new adapter, matrices [..., in, rank], for all kernels that they
+    share."""
     own = adapter.factors
     pairs = [(old, path) for old in adapters_of(previous) for path in own if path in old.factors]
     if not pairs:

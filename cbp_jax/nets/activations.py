@@ -10,7 +10,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def crelu(x: jax.Array) -> jax.Array:
-    """Concatenated ReLU: the positive parts of all units, then the negative parts.
+    """Apply concatenated ReLU: return the positive parts of all units, then the negative parts.
 
     The next layer has twice as many inputs. A unit has two positions, one of which is active, so it cannot die.
 
@@ -33,7 +33,7 @@ def crelu(x: jax.Array) -> jax.Array:
 
 
 def fourier(x: jax.Array) -> jax.Array:
-    r"""Deep Fourier features: the sines of all units, then the cosines.
+    r"""Compute deep Fourier features: return the sines of all units, then the cosines.
 
     .. math:: [\sin(z_1), \dots, \sin(z_n), \cos(z_1), \dots, \cos(z_n)]
 
@@ -78,8 +78,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(activation: str | Activation) -> Activation:
-    """Looks up an activation by name. All are elementwise except "crelu" and "fourier". A function is returned as it
-    is.
+    """Look up an activation by name. All are elementwise except "crelu" and "fourier". A function is returned as it is.
 
     Args:
       activation: "relu", "crelu", "fourier", "leaky_relu", "elu", "selu", "gelu", "silu" or its synonym "swish",

@@ -72,7 +72,7 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Maps observations [..., inputs] to means [..., actions], log-stds [actions] and values [...].
+        """Map observations [..., inputs] to means [..., actions], log-stds [actions] and values [...].
 
         With `state_std` log-stds are [..., actions].
         """

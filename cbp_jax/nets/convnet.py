@@ -85,7 +85,7 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs].
+        """Map images [batch, height, width, channels] to outputs [batch, num_outputs].
 
         `train=True` turns dropout on.
         """

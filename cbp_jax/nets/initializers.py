@@ -24,7 +24,7 @@ GAINS = {
 
 
 def kaiming_uniform(activation: str) -> nn.initializers.Initializer:
-    """Kaiming's initializer with the gain of an activation.
+    """Return Kaiming's initializer with the gain of an activation.
 
     Weights are uniform in ±gain sqrt(3 / fan_in). For "relu" it equals `jax.nn.initializers.he_uniform()`.
 
@@ -54,7 +54,7 @@ def kaiming_uniform(activation: str) -> nn.initializers.Initializer:
 
 
 def fan_in_uniform() -> nn.initializers.Initializer:
-    """Weights uniform in ±1 / sqrt(fan_in), PyTorch's default.
+    """Draw weights uniformly in ±1 / sqrt(fan_in), PyTorch's default.
 
     Elsayed & Mahmood (ICLR 2024) used it together with `bias_init="fan_in"`, which draws biases from the same range.
 
@@ -72,7 +72,7 @@ def fan_in_uniform() -> nn.initializers.Initializer:
 def sparse(
     fraction: float = 0.9, kernel_init: nn.initializers.Initializer | None = None
 ) -> nn.initializers.Initializer:
-    """Sparse weights: each unit has only a few weights that are not 0, at random positions.
+    """Return an initializer of sparse weights: each unit has only a few weights that are not 0, at random positions.
 
     Of the n incoming weights of a unit, `ceil(fraction * n)` are 0, but never all of them. With few inputs, such as the
     four of a cart-pole, the paper's program may leave none; here one is left.
@@ -115,7 +115,7 @@ def sparse(
 
 
 def bias_initializer(bias_init: BiasInit, fan_in: int) -> nn.initializers.Initializer:
-    """The initializer of a layer's biases. For "fan_in" it depends on the number of inputs."""
+    """Return the initializer of a layer's biases. For "fan_in" it depends on the number of inputs."""
     if bias_init != "fan_in":
         return bias_init
     bound = 1 / math.sqrt(fan_in)
@@ -123,6 +123,6 @@ def bias_initializer(bias_init: BiasInit, fan_in: int) -> nn.initializers.Initia
 
 
 def check_bias_init(bias_init: BiasInit) -> None:
-    """Raises a `ValueError` unless it is a function or "fan_in"."""
+    """Raise a `ValueError` unless it is a function or "fan_in"."""
     if not callable(bias_init) and bias_init != "fan_in":
         raise ValueError(f"bias_init must be a function or 'fan_in', got {bias_init!r}")

@@ -31,5 +31,5 @@ class LeNet(ConvNet):
 
 
 def lenet(num_outputs: int, **settings: Any) -> LeNet:
-    """Makes a `LeNet` from its number of outputs and attributes that differ from its defaults."""
+    """Make a `LeNet` from its number of outputs and attributes that differ from its defaults."""
     return LeNet(num_outputs, **settings)

@@ -64,7 +64,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps features [..., inputs] to outputs [..., num_outputs]; `train=True` turns dropout on."""
+        """Map features [..., inputs] to outputs [..., num_outputs]; `train=True` turns dropout on."""
         if self.flatten:
             x = x.reshape(x.shape[0], -1)
         for size in self.hidden:
@@ -88,6 +88,6 @@ NORMALIZATIONS: dict[str, Callable[..., nn.Module]] = {
 
 
 def check_dropout_rate(rate: float) -> None:
-    """Raises a `ValueError` unless the rate is in [0, 1)."""
+    """Raise a `ValueError` unless the rate is in [0, 1)."""
     if not 0 <= rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")

@@ -88,7 +88,7 @@ class OnlineNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., units] to an array of the same shape and dtype."""
+        """Map [..., units] to an array of the same shape and dtype."""
         shape = x.shape[-1:]
         mean, error_y, error_1 = (
             self.variable(COLLECTION, name, jnp.zeros, shape).value for name in ("mean", "error_y", "error_1")
@@ -104,7 +104,7 @@ class OnlineNorm(nn.Module):
 
 
 def keep_online_stats(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Applies a transformation to a network's weights, and updates the statistics of `OnlineNorm`.
+    """Apply a transformation to a network's weights, and update the statistics of `OnlineNorm`.
 
     Transformations outside of it, such as clipping by the global norm, would treat changes of statistics as gradients.
     Only `continual_backprop` belongs outside: replaced units then get the initial mean and variance.

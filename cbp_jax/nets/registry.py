@@ -32,7 +32,7 @@ _NAMED = re.compile(r"(\w+)(?::(?P<plain>.*)|\((?P<call>.*)\))?", re.DOTALL)
 
 
 def make(name: str, input_shape: tuple[int, ...], num_outputs: int, **options: Any) -> nn.Module:
-    """Makes a network.
+    """Make a network.
 
     For every network, `net.init(key, x)` creates its variables, and `net.apply(variables, x)` maps inputs [batch,
     *input_shape] to outputs [batch, num_outputs]. Networks that behave differently in training take `train=True`, with
@@ -68,7 +68,7 @@ def make(name: str, input_shape: tuple[int, ...], num_outputs: int, **options: A
 
 
 def read(name: str | Callable[..., nn.Module]) -> "Network":
-    """Reads the name of a network, or its path, and the settings that follow it.
+    """Read the name of a network, or its path, and the settings that follow it.
 
     Args:
       name: as in `make`; or a Flax module's class, or a function that creates it.
@@ -130,7 +130,7 @@ class Network:
         return f"{lines[0]} ({', '.join(name for name in self._parameters if name != 'num_outputs')})"
 
     def takes(self, name: str, value: Any = None) -> bool:
-        """Whether the network has a setting.
+        """Return whether the network has a setting.
 
         Args:
           name: name of the setting.
@@ -143,18 +143,18 @@ class Network:
         return not (number and isinstance(value, tuple))
 
     def own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the settings that the network has and that were not given with its name."""
+        """Return those of the settings that the network has and that were not given with its name."""
         return {
             name: value for name, value in settings.items() if name not in self.settings and self.takes(name, value)
         }
 
     def make(self, input_shape: tuple[int, ...], num_outputs: int, **options: Any) -> nn.Module:
-        """Makes the network; see `nets.make`."""
+        """Make the network; see `nets.make`."""
         flatten = {"flatten": True} if len(input_shape) > 1 and "flatten" in self._parameters else {}
         return self._make(input_shape, num_outputs, {**flatten, **options})
 
     def takes_images(self, image_shape: tuple[int, ...], num_outputs: int, **options: Any) -> bool:
-        """Whether the network accepts images directly, instead of flattened.
+        """Return whether the network accepts images directly, instead of flattened.
 
         Raises:
           ValueError: it accepts neither images nor flattened images.
@@ -199,7 +199,7 @@ class Network:
         try:
             found = inspect.signature(self.factory).parameters
         except (TypeError, ValueError) as error:
-            raise ValueError(f"network {self.name!r}: its arguments cannot be told ({error})") from error
+            raise ValueError(f"network {self.name!r}: its arguments cannot be determined ({error})") from error
         return {name: each for name, each in found.items() if name not in ("parent", "name")}
 
     @property

@@ -52,7 +52,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs]."""
+        """Map images [batch, height, width, channels] to outputs [batch, num_outputs]."""
 
         def convolve(x, width, size, stride, name):
             conv = nn.Conv(

@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Maps tokens [batch, tokens, width] to the same shape.
+        """Map tokens [batch, tokens, width] to the same shape.
 
         `mask` [batch, 1, tokens, tokens] is true where a token (third axis) may attend to another (last axis).
         """
@@ -79,7 +79,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images [batch, height, width, channels] to outputs [batch, num_outputs]. `train` has no effect."""
+        """Map images [batch, height, width, channels] to outputs [batch, num_outputs]. `train` has no effect."""
         del train
         if x.ndim != 4 or x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise ValueError(f"x must be images whose sides are multiples of patch={self.patch}, got shape {x.shape}")

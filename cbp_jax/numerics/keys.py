@@ -16,7 +16,7 @@ from cbp_jax.numerics.noise import element_numbers
 
 
 def as_key_data(key: jax.typing.ArrayLike) -> tuple[jax.Array, str]:
-    """Splits a key of any form into raw data and the generator that the data belongs to.
+    """Split a key of any form into raw data and the generator that the data belongs to.
 
     Args:
       key: a seed (Python or NumPy int, or integer scalar array), a typed key (``jax.random.key``), a raw key
@@ -61,7 +61,7 @@ def as_key_data(key: jax.typing.ArrayLike) -> tuple[jax.Array, str]:
 
 
 def init_key(key: jax.typing.ArrayLike, params: optax.Params) -> jax.Array:
-    """The key with which a state starts: the factory's key with a checksum of the parameters' bits folded in.
+    """Return the key with which a state starts: the factory's key with a checksum of the parameters' bits folded in.
 
     So under ``jax.vmap(tx.init)`` over differently initialized networks every seed gets its own noise, even though the
     factory captured a single key. Networks with bitwise equal parameters still share their noise. To give them
@@ -86,7 +86,7 @@ def init_key(key: jax.typing.ArrayLike, params: optax.Params) -> jax.Array:
 
 
 def _checksum(params: optax.Params) -> jax.Array:
-    """A uint32 that depends on every bit of the parameters and on their order.
+    """Return a uint32 that depends on every bit of the parameters and on their order.
 
     Integer sums modulo 2**32 are the same in any order, so jit, vmap and devices agree on it.
     """

@@ -31,7 +31,7 @@ _CUBIC = (0.347150173 * 2.0**-16, 1.15377268e-4 * 2.0**-48)
 
 
 def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric = 1.0) -> Any:
-    """Draws independent normal numbers of mean 0 in the shapes of a tree.
+    """Draw independent normal numbers of mean 0 in the shapes of a tree.
 
     Args:
       key: raw key data, uint32 [n], as from `keys.init_key`.
@@ -66,7 +66,7 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
 
 
 def element_numbers(shape: tuple[int, ...]) -> chex.Array:
-    """uint32 array of the given shape: each element's index in the flat array."""
+    """Return a uint32 array of the given shape: each element's index in the flat array."""
     number = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = _U32(np.prod(shape[axis + 1 :], dtype=np.int64) % 2**32)
@@ -75,7 +75,7 @@ def element_numbers(shape: tuple[int, ...]) -> chex.Array:
 
 
 def _hash(x: chex.Array, y: chex.Array, z: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
-    """pcg3d: a permutation of the triples of 32-bit words in which every word depends on all."""
+    """Apply pcg3d: a permutation of the triples of 32-bit words in which every word depends on all."""
     x, y, z = (word * _U32(1664525) + _U32(1013904223) for word in (x, y, z))
     x = x + y * z
     y = y + z * x
@@ -88,7 +88,7 @@ def _hash(x: chex.Array, y: chex.Array, z: chex.Array) -> tuple[chex.Array, chex
 
 
 def _words(number: chex.Array, factor: chex.Array, offset: chex.Array, mask: chex.Array) -> chex.Array:
-    """A random word for each number; different ones for different numbers."""
+    """Return a random word for each number; different ones for different numbers."""
     word = number * (factor | _U32(1)) + offset
     word = (word ^ (word >> _U32(16)) ^ mask) * _U32(0x7FEB352D)
     word = (word ^ (word >> _U32(15))) * _U32(0x846CA68B)
@@ -96,7 +96,7 @@ def _words(number: chex.Array, factor: chex.Array, offset: chex.Array, mask: che
 
 
 def _nearly_normal(word: chex.Array, scale: chex.Array) -> chex.Array:
-    """scale times a nearly normal number of a random word."""
+    """Return scale times a nearly normal number of a random word."""
     other = word * _U32(0x9E3779B9)
     halves = (other >> _U32(16)) + (other & _U32(0xFFFF))
     n = (jax.lax.population_count(word) << _U32(16)) + halves  # of mean 16 * 2**16 + 65535

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def is_due(count: chex.Array, every: chex.Numeric) -> chex.Array:
-    """Whether an update's number is `every`, 2 `every`, ...
+    """Return whether an update's number is `every`, 2 `every`, ...
 
     Args:
       count: int32 [], the number of the update, from 1.
@@ -29,7 +29,7 @@ def is_due(count: chex.Array, every: chex.Numeric) -> chex.Array:
 
 
 def when_due(due: chex.Array, change: Callable[[T], T], values: T) -> T:
-    """Applies a function to values when it is due, and otherwise returns them unchanged.
+    """Apply a function to values when it is due, and otherwise return them unchanged.
 
     Under `vmap` the function runs only in updates in which it is due for some row. A plain `cond` would run it in all
     updates.
@@ -56,7 +56,8 @@ def when_due(due: chex.Array, change: Callable[[T], T], values: T) -> T:
 
 @jax.custom_batching.custom_vmap
 def anywhere(due: chex.Array) -> chex.Array:
-    """Whether an update is due; under `vmap`, whether it is due in any row, so that a `cond` on it stays a `cond`."""
+    """Return whether an update is due; under `vmap`, whether it is due in any row, so that a `cond` on it stays a
+    `cond`."""
     return due
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def rounded(product: chex.Array) -> chex.Array:
-    """A product that no compiler fuses with the sum it is used in, so that vmapped rows equal solo runs.
+    """Return a product that no compiler fuses with the sum it is used in, so that vmapped rows equal solo runs.
 
     A fused multiply-add rounds once, a product and a sum round twice. In `a * b + c * d` a compiler may fuse either
     product, or none, differently in each program. After clipping to the finite numbers, the term is no longer a

@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
 
 
 def unseen(shape: tuple[int, ...], prior: float = 0.0) -> Statistics:
-    """Statistics before anything is seen.
+    """Return statistics before anything is seen.
 
     Args:
       shape: of the arrays.
@@ -40,7 +40,7 @@ def unseen(shape: tuple[int, ...], prior: float = 0.0) -> Statistics:
 
 
 def counted(statistics: Statistics, seen: chex.Array) -> Statistics:
-    """Adds arrays to the statistics, by Chan's parallel algorithm.
+    """Add arrays to the statistics, by Chan's parallel algorithm.
 
     Args:
       statistics: the statistics so far.

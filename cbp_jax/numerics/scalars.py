@@ -14,7 +14,7 @@ def check_scalar(
     at_most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises if a setting is not a scalar or, if its value is known while tracing, out of range.
+    """Raise if a setting is not a scalar or, if its value is known while tracing, out of range.
 
     Args:
       name: the argument's name, for the message.
@@ -52,7 +52,7 @@ def check_scalar(
 
 
 def check_like(name: str, tree: Any, updates: Any) -> None:
-    """Raises if an extra argument of an update does not have the gradients' structure and shapes.
+    """Raise if an extra argument of an update does not have the gradients' structure and shapes.
 
     Args:
       name: the argument's name, for the message.
@@ -75,7 +75,7 @@ def check_like(name: str, tree: Any, updates: Any) -> None:
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Raises if a setting is not a whole number of at least 1. It may be of an integer or a float type, or a tracer.
+    """Raise if a setting is not a whole number of at least 1. It may be of an integer or a float type, or a tracer.
 
     Args:
       name: the argument's name, for the message.

@@ -12,7 +12,7 @@ except ImportError:  # jax 0.11 has none
 
 
 def sharded_alike(tree: Any, like: Any) -> Any:
-    """Asks the compiler to shard arrays as others are; their values stay.
+    """Ask the compiler to shard arrays as others are; their values stay.
 
     Where a program leaves the sharding of results to XLA, it may spread them over more devices than the parameters that
     they update. This keeps it from doing so. Nothing is asked where there is one device, outside of compiled programs,
@@ -43,7 +43,7 @@ def sharded_alike(tree: Any, like: Any) -> Any:
 
 
 def check_axes(params: Any) -> None:
-    """Refuses params that are sharded over explicit axes, along which only some operations are defined.
+    """Refuse params that are sharded over explicit axes, along which only some operations are defined.
 
     Args:
       params: pytree of arrays.

@@ -8,7 +8,7 @@ import numpy as np
 def augment(
     key: jax.Array, images: jax.Array, *, flip: bool = True, padding: int = 4, max_rotation: float = 15.0
 ) -> jax.Array:
-    """Flips, shifts and rotates images, each by its own random amounts.
+    """Flip, shift and rotate images, each by its own random amounts.
 
     In this order: a flip from left to right with probability 1/2; a random crop of the image padded by its reflection;
     a counterclockwise rotation about the center by an angle uniform in [0, max_rotation] degrees, with nearest-neighbor
@@ -54,6 +54,6 @@ def augment(
 
 
 def _reflected(number: jax.Array, length: int) -> jax.Array:
-    """Reflects row numbers beyond an edge, without repeating the edge."""
+    """Reflect row numbers beyond an edge, without repeating the edge."""
     last = np.int32(length - 1)
     return last - jnp.abs(last - jnp.abs(number))

@@ -80,7 +80,7 @@ def class_incremental(
     max_rotation: float = 15.0,
     normalize: sampling.Normalization | None = None,
 ) -> IncrementalProblem:
-    """A classification to which classes are added, in an order determined by the key.
+    """Create a classification to which classes are added, in an order determined by the key.
 
     Labels are the classes' own numbers. A network's outputs for classes that have not been added yet must be ignored.
     The defaults are those of the Nature paper for CIFAR-100.
@@ -142,7 +142,7 @@ def class_incremental(
     scale = sampling.scaling(dataset, normalize)
 
     def pixels(name, source, skip, each):
-        """Rows of pixels of each class, uint8 [classes * each, pixels]."""
+        """Return rows of pixels of each class, uint8 [classes * each, pixels]."""
         rows = [np.flatnonzero(source.labels == number)[skip : skip + each] for number in range(total)]
         few = min(range(total), key=lambda number: len(rows[number]))
         if len(rows[few]) < each:

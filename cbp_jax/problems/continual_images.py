@@ -34,7 +34,7 @@ def continual_images(
     classes_per_task: int = 2,
     normalize: sampling.Normalization | None = None,
 ) -> Problem:
-    """A stream of tasks, each of which is to distinguish a few classes.
+    """Create a stream of tasks, each of which is to distinguish a few classes.
 
     Classes are dealt like cards: they are shuffled, each task takes the next ``classes_per_task``, and when too few are
     left for a task, all are shuffled again. So a class returns only after the others were used, and in another pair. If
@@ -110,7 +110,7 @@ def continual_images(
         return ImageTask(classes.astype(jnp.int32), orders.reshape(-1, batch_size), evaluation_key)
 
     def gather(data, task, labels, number):
-        """Inputs and labels of examples, given by their indices within the classes."""
+        """Return inputs and labels of examples, given by their indices within the classes."""
         inputs = scale(data["images"][task.classes[labels] * (train + test) + number])
         return inputs.reshape(-1, *dataset.image_shape), labels
 

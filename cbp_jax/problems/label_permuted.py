@@ -31,7 +31,7 @@ def label_permuted(
     normalize: sampling.Normalization | None = None,
     flatten: bool = True,
 ) -> Problem:
-    """A stream of tasks that differ in the permutation of the class labels.
+    """Create a stream of tasks that differ in the permutation of the class labels.
 
     Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and its examples in their order.
     The permutation is uniform and independent of earlier ones (as is the paper's composition of uniform permutations),

@@ -31,7 +31,7 @@ def online_permuted(
     normalize: sampling.Normalization | None = None,
     flatten: bool = True,
 ) -> Problem:
-    """A stream of tasks that differ in the permutation of the input's pixels.
+    """Create a stream of tasks that differ in the permutation of the input's pixels.
 
     Task ``index`` is drawn from ``jax.random.fold_in(key, index)``: its permutation, and its examples in their order.
     By default these are all examples once. A task of more examples than the dataset has repeats them in the same order,

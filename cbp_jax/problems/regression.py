@@ -1,7 +1,7 @@
 """Slowly-Changing Regression: a fixed target network whose inputs drift.
 
 Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: of m bits, f are fixed for T examples; then
-one of them flips, or all are drawn anew. The others are random in every example. The target is more complex than the
+one of them flips, or all are redrawn. The others are random in every example. The target is more complex than the
 learner can represent, so the best approximation changes with the bits, and the learner must keep tracking it.
 """
 
@@ -38,10 +38,10 @@ def slowly_changing_regression(
     redraw: bool = False,
     batch_size: int = 1,
 ) -> Problem:
-    r"""A stream of tasks, each between two changes of the slow input bits. The defaults are those of the paper.
+    r"""Create a stream of tasks, each between two changes of the slow input bits. The defaults are those of the paper.
 
     An input consists of ``num_inputs`` bits and a constant 1. The first ``flipping_bits`` bits are fixed during a task;
-    before the next task one of them, drawn uniformly, flips, or with ``redraw`` all are drawn anew. The other bits are
+    before the next task one of them, drawn uniformly, flips, or with ``redraw`` all are redrawn. The other bits are
     random in every example. The target network has one hidden layer of linear threshold units and random weights of -1
     or 1,
 
@@ -142,7 +142,7 @@ def slowly_changing_regression(
 
 
 def _flips(key: jax.Array, count: jax.Array | int, bits: int) -> jax.Array:
-    """How often each bit flipped in the first `count` flips, int32 [bits]."""
+    """Return how often each bit flipped in the first `count` flips, int32 [bits]."""
 
     def add_block(number, flips):
         flipped = jax.random.randint(jax.random.fold_in(key, number), (_BLOCK, 1), 0, bits)

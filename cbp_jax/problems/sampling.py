@@ -16,7 +16,7 @@ Normalization = tuple[float | Sequence[float], float | Sequence[float]]
 
 
 def distinct(key: jax.Array, size: int, count: int) -> jax.Array:
-    """int32 [count], distinct random indices below size, in random order."""
+    """Draw distinct random indices below size, in random order, int32 [count]."""
     if count == size:
         return jax.random.permutation(key, size).astype(jnp.int32)
     # The positions of the largest of `size` random numbers: 1 ms for 1,000 of 60,000. Shuffling all takes 24 ms.
@@ -24,7 +24,7 @@ def distinct(key: jax.Array, size: int, count: int) -> jax.Array:
 
 
 def passes(key: jax.Array, size: int, count: int) -> jax.Array:
-    """int32 [count], random indices below size; none is repeated before all were used."""
+    """Draw random indices below size, int32 [count]; none is repeated before all were used."""
     if count <= size:
         return distinct(key, size, count)
     whole, rest = divmod(count, size)
@@ -36,7 +36,7 @@ def passes(key: jax.Array, size: int, count: int) -> jax.Array:
 
 
 def scaling(dataset: Dataset, normalize: Normalization | None) -> Callable[[jax.Array], jax.Array]:
-    """Makes the function that maps stored inputs to a network's inputs.
+    """Make the function that maps stored inputs to a network's inputs.
 
     Args:
       dataset: images, which are first scaled to [0, 1], or features.
@@ -73,7 +73,7 @@ def stream_of(
     make_task: Callable[..., Any],
     gather: Callable[..., tuple[jax.Array, jax.Array]],
 ) -> Problem:
-    """A problem whose tasks show examples of one dataset, each in its own order.
+    """Create a problem whose tasks show examples of one dataset, each in its own order.
 
     Args:
       dataset: images, or features, and labels. Images stay uint8 on the device.
@@ -115,7 +115,7 @@ def stream_of(
 
 
 def _per_pixel(value: float | Sequence[float], dataset: Dataset) -> np.ndarray:
-    """A number for all pixels, or one for each of a flat image, float64."""
+    """Return a number for all pixels, or one for each of a flat image, float64."""
     array = np.asarray(value, np.float64)
     if array.ndim == 0:
         return array
@@ -127,7 +127,7 @@ def _per_pixel(value: float | Sequence[float], dataset: Dataset) -> np.ndarray:
 
 
 def check_integer(name: str, value: Any, largest: int | None = None, smallest: int = 1) -> int:
-    """The setting as an int.
+    """Return the setting as an int.
 
     Raises:
       ValueError: it is not an integer, or out of range.

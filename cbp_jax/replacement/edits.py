@@ -22,7 +22,7 @@ Arrays = dict[str, chex.Array]
 
 
 def as_mask(chosen: chex.Array, size: int) -> chex.Array:
-    """Converts unit numbers [k] to a mask, bool [size]. Numbers out of range mark no unit."""
+    """Convert unit numbers [k] to a mask, bool [size]. Numbers out of range mark no unit."""
     if chosen.size == 1:
         return jnp.arange(size) == chosen
     return jnp.zeros(size, bool).at[chosen].set(True, mode="drop")
@@ -31,7 +31,7 @@ def as_mask(chosen: chex.Array, size: int) -> chex.Array:
 def compensate(
     after: UpdatedParams, group: units_lib.UnitGroup, chosen: chex.Array, means: tuple[chex.Array, ...]
 ) -> Arrays:
-    """Adds the mean contribution of the chosen units to the biases of their consumers.
+    """Add the mean contribution of the chosen units to the biases of their consumers.
 
     A consumer whose output is centered afterwards, as by batch normalization, needs no such bias.
 
@@ -86,7 +86,7 @@ def start_anew(
     reinitialization: Reinitialization = reinitializations.resample,
     seen: Seen | None = None,
 ) -> tuple[Arrays, Arrays]:
-    """Changes the updates so that the chosen units are reinitialized.
+    """Change the updates so that the chosen units are reinitialized.
 
     Args:
       params: parameters by path.
@@ -109,13 +109,13 @@ def start_anew(
     masks: dict[str, chex.Array] = {}
 
     def put(part, rows, values):
-        """Sets the updates of the rows of masked units to values that broadcast to the array."""
+        """Set the updates of the rows of masked units to values that broadcast to the array."""
         mask = part.mask(rows, params[part.path])
         updates[part.path] = jnp.where(mask, values, updates[part.path])
         masks[part.path] = masks.get(part.path, False) | mask
 
     def write(part, rows, units, column):
-        """Sets the rows of some units, given by mask and by number, to values [other axes..., positions * k]."""
+        """Set the rows of some units, given by mask and by number, to values [other axes..., positions * k]."""
         param, update = params[part.path], updates[part.path]
         if column.shape[-1] == 1:
             put(part, rows, jnp.expand_dims(column.squeeze(-1), part.axes) - param)
@@ -147,7 +147,7 @@ def start_anew(
 
 
 def _fresh(params, updates, groups, chosen, initializer, random_key, reinitialization, seen):
-    """The chosen units of each group, and what they start from."""
+    """Return the chosen units of each group, and what they start from."""
     parts = [part for group in groups for part in group.incoming]
     seen = seen or Seen({}, {}, [None] * len(groups))
 
@@ -183,7 +183,7 @@ def _fresh(params, updates, groups, chosen, initializer, random_key, reinitializ
 
 
 def _sample(params, groups, initializer, count, part, key, outgoing):
-    """Draws rows of a slice with the initializer, [other axes..., positions * count]."""
+    """Draw rows of a slice with the initializer, [other axes..., positions * count]."""
     shape, dtype = params[part.path].shape, params[part.path].dtype
     if initializer is None:
         initializer = (
@@ -193,7 +193,7 @@ def _sample(params, groups, initializer, count, part, key, outgoing):
 
 
 def _checked(reinitialization: Reinitialization, new: NewUnits, params: Arrays) -> Fresh:
-    """Calls the reinitialization, and casts what it returns to the parameters' types."""
+    """Call the reinitialization, and cast what it returns to the parameters' types."""
     fresh, group = reinitialization(new), new.group
     name = getattr(reinitialization, "__name__", repr(reinitialization))
     if not isinstance(fresh, Fresh):
@@ -231,7 +231,7 @@ def _default_initializer(ndim: int, part: units_lib.ParamSlice) -> resample.Init
 
 
 def _default_of_readers(ndim: int, part: units_lib.ParamSlice, groups: Sequence[units_lib.UnitGroup]):
-    """He et al.'s initializer for a kernel whose units lie along the slice's axes."""
+    """Return He et al.'s initializer for a kernel whose units lie along the slice's axes."""
     made = [other.axes for group in groups for other in group.incoming if other.path == part.path]
     rest = tuple(axis for axis in range(ndim) if axis not in part.axes)
     # The output layer has no units of its own. Its outputs are the last axis, as in all layers of Flax.
@@ -245,7 +245,7 @@ def _embedding(ndim: int, axes: tuple[int, ...]) -> resample.Initializer:
 
 
 def _scatter(part, units, param, update, column):
-    """The updates that give the rows of several units fresh weights."""
+    """Return the updates that give the rows of several units fresh weights."""
     rows = part.columns(units)
     flat = part.rows_last(update.astype(jnp.promote_types(update.dtype, param.dtype)))
     old = part.rows_of(param, units)

@@ -18,7 +18,7 @@ def reset(
     masks: Mapping[str, chex.Array],
     replaced: Mapping[str, chex.Array] | None = None,
 ) -> optax.OptState:
-    """Resets entries of an optimizer's state to what `inner.init` returns for the new parameters.
+    """Reset entries of an optimizer's state to what `inner.init` returns for the new parameters.
 
     Every copy of the parameters' tree in the state (moments, per-weight counts, accumulated gradients, anchors),
     however deeply nested in chains and wrappers, is reset. So are arrays [units] under the name of a group, which hold
@@ -53,7 +53,7 @@ def clear(
     params: optax.Params,
     living: Mapping[str, chex.Array],
 ) -> optax.OptState:
-    """Sets the entries of an optimizer's state that belong to pruned weights to 0.
+    """Set the entries of an optimizer's state that belong to pruned weights to 0.
 
     They are found in the same arrays as in `reset`.
 
@@ -83,7 +83,7 @@ def check(
     paths: Collection[str],
     sizes: Mapping[str, int] | None = None,
 ) -> None:
-    """Raises if a state holds arrays whose entries cannot be assigned to weights.
+    """Raise if a state holds arrays whose entries cannot be assigned to weights.
 
     Args:
       inner: the optimizer whose state it is.
@@ -120,7 +120,7 @@ def _last_key(key_path: tuple[Any, ...]) -> Any:
 
 
 def _paths_in_state(inner: optax.GradientTransformation, state: optax.OptState, params: optax.Params) -> optax.OptState:
-    """The state's structure with, for each leaf, the path of the parameter that it belongs to, or ""."""
+    """Return the state's structure with, for each leaf, the path of the parameter that it belongs to, or ""."""
     paths = jax.tree_util.tree_map_with_path(lambda key_path, _: groups.join_path(key_path), params)
 
     def mark(leaf: Any, path: str) -> Any:

@@ -114,7 +114,7 @@ class NewUnits:
         part: units_lib.ParamSlice,
         units: chex.Array | None = None,
     ) -> chex.Array:
-        """The rows of a slice that belong to units, [other axes..., positions * k]; 0 for none.
+        """Return the rows of a slice that belong to units, [other axes..., positions * k]; 0 for none.
 
         Args:
           arrays: by path, such as `params` or `grads`.
@@ -124,7 +124,7 @@ class NewUnits:
         return part.rows_of(arrays[part.path], self.chosen if units is None else units)
 
     def living(self, arrays: Mapping[str, chex.Array], part: units_lib.ParamSlice) -> chex.Array:
-        """The rows of a slice, float32 [entries of a unit, units]; 0 for units that are replaced."""
+        """Return the rows of a slice, float32 [entries of a unit, units]; 0 for units that are replaced."""
         vectors = _vectors(self.rows(arrays, part, jnp.arange(self.group.size)), part)
         return jnp.where(self.replaced, 0.0, vectors)
 
@@ -133,12 +133,13 @@ Reinitialization = Callable[[NewUnits], Fresh]
 
 
 def resample(new: NewUnits) -> Fresh:
-    """Incoming weights drawn by the initializer, outgoing weights 0: Algorithm 1 of Dohare et al. (Nature 2024)."""
+    """Draw incoming weights by the initializer, with outgoing weights 0: Algorithm 1 of Dohare et al. (Nature 2024)."""
     return Fresh(new.drawn)
 
 
 def rewind(new: NewUnits) -> Fresh:
-    """The unit's own incoming weights and biases at the start of training, as in the lottery ticket hypothesis."""
+    """Return the unit's own incoming weights and biases at the start of training, as in the lottery ticket
+    hypothesis."""
     start = lambda parts: tuple(new.rows(new.initial, part) for part in parts)
     return Fresh(start(new.group.incoming), biases=start(new.group.biases))
 
@@ -147,7 +148,7 @@ rewind.keeps_initial = True  # type: ignore[attr-defined]
 
 
 def resample_both(new: NewUnits) -> Fresh:
-    """Incoming and outgoing weights drawn by the initializer, as at the start of training."""
+    """Draw incoming and outgoing weights by the initializer, as at the start of training."""
     outgoing = (
         new.sample(consumer.kernel, jax.random.fold_in(new.key, number), True)
         for number, consumer in enumerate(new.group.outgoing)
@@ -156,7 +157,7 @@ def resample_both(new: NewUnits) -> Fresh:
 
 
 def orthogonal(new: NewUnits) -> Fresh:
-    r"""Drawn, made orthogonal to the incoming weights of living units, and rescaled to the length that was drawn.
+    r"""Draw weights, make them orthogonal to the incoming weights of living units, and restore the drawn length.
 
     With the vectors of living units as columns of V and a drawn vector x, the new vector points along
 
@@ -176,7 +177,7 @@ def orthogonal(new: NewUnits) -> Fresh:
 
 
 def split(new: NewUnits, noise: float = 0.1) -> Fresh:
-    """Splits a useful unit: the new unit gets its incoming weights, with noise, and half of its outgoing weights.
+    """Split a useful unit: the new unit gets its incoming weights, with noise, and half of its outgoing weights.
 
     The useful unit keeps the other half. Without noise, the network computes what it would compute with the replaced
     unit removed. The most useful living unit is split first, and each at most once in a step. If none is left, units
@@ -217,7 +218,8 @@ def split(new: NewUnits, noise: float = 0.1) -> Fresh:
 
 
 def regrow(new: NewUnits) -> Fresh:
-    """Incoming weights along the negative gradient of this step, as long as the vectors that the initializer draws.
+    """Return incoming weights along the negative gradient of this step, as long as the vectors that the initializer
+    draws.
 
     The gradient is that of the removed unit's incoming weights. If it is 0, as for a dead unit, the mean gradient of
     the living units is used. If that is 0 as well, weights are drawn.
@@ -238,7 +240,7 @@ REINITIALIZATIONS: dict[str, Reinitialization] = {
 
 
 def get_reinitialization(reinitialization: str | Reinitialization) -> Reinitialization:
-    """Looks up a reinitialization by name. A callable is returned as it is.
+    """Look up a reinitialization by name. A callable is returned as it is.
 
     Raises:
       ValueError: there is no reinitialization of that name.
@@ -260,26 +262,26 @@ def get_reinitialization(reinitialization: str | Reinitialization) -> Reinitiali
 
 
 def keeps_initial(reinitialization: Reinitialization) -> bool:
-    """Whether a reinitialization, or the function that it is a partial of, needs the initial parameters."""
+    """Return whether a reinitialization, or the function that it is a partial of, needs the initial parameters."""
     function = reinitialization.func if isinstance(reinitialization, functools.partial) else reinitialization
     return getattr(function, "keeps_initial", False)
 
 
 def _vectors(rows: chex.Array, part: units_lib.ParamSlice) -> chex.Array:
-    """Reshapes rows [other axes..., positions * k] to one vector for each unit, float32 [entries of a unit, k]."""
+    """Reshape rows [other axes..., positions * k] to one vector for each unit, float32 [entries of a unit, k]."""
     return rows.astype(jnp.float32).reshape(-1, rows.shape[-1] // part.positions)
 
 
 def _like(drawn: chex.Array, part: units_lib.ParamSlice, vectors: chex.Array) -> chex.Array:
-    """Reshapes vectors to rows, with the lengths and the type of those drawn."""
+    """Reshape vectors to rows, with the lengths and the type of those drawn."""
     length = _length(vectors)
     scale = _length(_vectors(drawn, part)) / jnp.where(length > 0, length, 1.0)
     return (vectors * scale).reshape(drawn.shape).astype(drawn.dtype)
 
 
 def _length(vectors: chex.Array) -> chex.Array:
-    """Norms of columns, [1, k]. Entries are scaled by the largest one first, so that squares of small gradients are not
-    0."""
+    """Return norms of columns, [1, k]. Entries are scaled by the largest one first, so that squares of small gradients
+    are not 0."""
     largest = jnp.max(jnp.abs(vectors), 0, keepdims=True)
     unit = vectors / jnp.where(largest > 0, largest, 1.0)
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit), 0, keepdims=True))
@@ -288,7 +290,7 @@ def _length(vectors: chex.Array) -> chex.Array:
 # One at a time under vmap, so that each result is bit for bit that of a solo run: batched products round differently.
 @jax.custom_batching.sequential_vmap
 def _without_span(vectors: chex.Array, others: chex.Array) -> chex.Array:
-    """Removes from vectors [entries, k] their components in the span of others [entries, units]."""
+    """Remove from vectors [entries, k] their components in the span of others [entries, units]."""
     vectors, others = jax.lax.optimization_barrier((vectors, others))
     entries, size = others.shape
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

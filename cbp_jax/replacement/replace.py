@@ -88,9 +88,9 @@ def replace_units(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces the units that a policy chooses, after each update of an inner optimizer.
+    r"""Replace the units that a policy chooses, after each update of an inner optimizer.
 
-    For each group of units, from front to back, the policy chooses units. Their incoming weights are drawn anew, scales
+    For each group of units, from front to back, the policy chooses units. Their incoming weights are resampled, scales
     of normalization become 1, and biases and outgoing weights become 0. (Running statistics are not parameters;
     `reset_batch_stats` resets them.) A replacement is an update like any other, `fresh - param`, so the transformation
     composes with all others. If two adjacent groups replace units in one update, the weight between two new units is
@@ -107,7 +107,7 @@ def replace_units(
       initializer: `jax.nn.initializers` function for the incoming weights. New entries have the distribution that it
         gives to the full kernel. The default is He et al.'s uniform one, adapted to each kernel's layout, and for
         embeddings a normal distribution of variance 1 / units.
-      reinitialization: what replaced units start from: "resample" (drawn anew), "rewind", "resample_both",
+      reinitialization: what replaced units start from: "resample" (drawn at random), "rewind", "resample_both",
         "orthogonal", "split", "regrow" (see :mod:`cbp_jax.replacement.reinitialization`), or a function of a `NewUnits`
         that returns a `Fresh`.
       reset_inner_state: set the inner optimizer's moments of all replaced weights to their initial values.
@@ -250,7 +250,7 @@ def replace_units(
 
 
 def replaced_units(opt_state: optax.OptState) -> chex.Array:
-    """How many units the last update replaced, float32 []. The state may be nested in other optimizer states."""
+    """Return how many units the last update replaced, float32 []. The state may be nested in other optimizer states."""
     masks = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
     return sum(
         (jnp.sum(mask, dtype=jnp.float32) for mask in jax.tree.leaves([found for _, found in masks])),
@@ -259,7 +259,8 @@ def replaced_units(opt_state: optax.OptState) -> chex.Array:
 
 
 def _initial(groups: Sequence[units_lib.UnitGroup], params: optax.Params) -> dict[str, chex.Array]:
-    """Incoming weights and biases by path, copied, so that params and state can both be donated to a jitted step."""
+    """Return incoming weights and biases by path, copied, so that params and state can both be donated to a jitted
+    step."""
     paths = {part.path for group in groups for part in (*group.incoming, *group.biases)}
     leaves = units_lib.leaves_by_path(params)
     if not leaves:
@@ -268,21 +269,22 @@ def _initial(groups: Sequence[units_lib.UnitGroup], params: optax.Params) -> dic
 
 
 def _memory_fields(policy: Policy, memories: dict[str, Memory]) -> dict[str, Any]:
-    """Converts memories by group to fields of the policy's state, each a dict by group."""
+    """Convert memories by group to fields of the policy's state, each a dict by group."""
     names = next(iter(memories.values()), {})
     fields = {name: {group: memory[name] for group, memory in memories.items()} for name in names}
     return {"memory": fields} if policy.state is ReplacementState else fields
 
 
 def _memories(policy: Policy, groups: Sequence[units_lib.UnitGroup], state: Any) -> dict[str, Memory]:
-    """The inverse of `_memory_fields`: extracts the memory of each group from a state."""
+    """Invert `_memory_fields`: extract the memory of each group from a state."""
     fields = state.memory if policy.state is ReplacementState else state._asdict()
     names = fields.keys() - {"key", "count", "replaced", "inner_state", "initial"}
     return {group.name: {name: fields[name][group.name] for name in names} for group in groups}
 
 
 def _check_choice(policy, choice, group, memory, due):
-    """A choice as unit numbers and as a mask, and the new memory; no units and the old memory if no update is due."""
+    """Return a choice as unit numbers and as a mask, and the new memory; no units and the old memory if no update is
+    due."""
     units, size = jnp.asarray(choice.units), group.size
     if units.dtype == bool and units.shape == (size,):
         mask = units if due is None else due & units
@@ -307,7 +309,7 @@ def _kind(leaf: Any) -> str:
 
 
 def _widen(updates: optax.Updates, params: optax.Params, paths: set[str]) -> optax.Updates:
-    """Casts updates of weights that may be replaced to the params' precision, in which `-param` is exact."""
+    """Cast updates of weights that may be replaced to the params' precision, in which `-param` is exact."""
     widen = lambda path, update, param: (
         update.astype(jnp.promote_types(update.dtype, param.dtype)) if units_lib.join_path(path) in paths else update
     )

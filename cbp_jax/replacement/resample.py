@@ -13,7 +13,7 @@ Initializer = Callable[[chex.PRNGKey, tuple[int, ...], jnp.dtype], chex.Array]
 
 @functools.cache
 def he_uniform(ndim: int, axes: tuple[int, ...]) -> Initializer:
-    """He et al.'s uniform initializer for a kernel whose units lie along `axes`; all other axes are inputs."""
+    """Return He et al.'s uniform initializer for a kernel whose units lie along `axes`; all other axes are inputs."""
     others = tuple(axis for axis in range(ndim) if axis not in axes)
     return jax.nn.initializers.he_uniform(in_axis=others, out_axis=axes)
 
@@ -27,7 +27,7 @@ def sample_units(
     positions: int,
     count: int,
 ) -> chex.Array:
-    """Draws the rows along `axes` of a kernel of the given shape that belong to `count` units.
+    """Draw the rows along `axes` of a kernel of the given shape that belong to `count` units.
 
     Generating random bits is expensive, so only the requested rows are drawn. An initializer that scales by the fan-in
     would use the fan-in of the few rows; the scale of the full kernel is restored. The i-th unit's weights do not
@@ -67,7 +67,7 @@ def sample_units(
 
 @functools.lru_cache(maxsize=256)
 def _row_scale(initializer: Initializer, shape: tuple[int, ...], drawn: tuple[int, ...]) -> float | None:
-    """The factor by which entries drawn in the shape `drawn` are scaled to have the full kernel's distribution.
+    """Return the factor by which entries drawn in the shape `drawn` are scaled to have the full kernel's distribution.
 
     JAX's generator gives entry i of a draw bits that depend on the key and i alone. For every initializer that treats
     entries alike, the same key therefore gives the same entries in both shapes, up to the scale. Returns None for other

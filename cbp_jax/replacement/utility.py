@@ -47,57 +47,61 @@ Utility = Callable[[GroupView], chex.Array]
 
 
 def contribution(view: GroupView) -> chex.Array:
-    """`mean|h| sum|w|`: how strongly a unit acts on its consumers (Dohare et al. 2024, equation 1)."""
-    return view.weighted_activity(centred=False)
+    """Return `mean|h| sum|w|`: how strongly a unit acts on its consumers (Dohare et al. 2024, equation 1)."""
+    return view.weighted_activity(centered=False)
 
 
 def zero_contribution(view: GroupView) -> chex.Array:
-    """`mean|h - m| sum|w|`: contribution without the part that a bias could replace (m the running mean of h)."""
-    return view.weighted_activity(centred=True)
+    """Return `mean|h - m| sum|w|`: contribution without the part that a bias could replace (m the running mean of
+    h)."""
+    return view.weighted_activity(centered=True)
 
 
 def adaptation(view: GroupView) -> chex.Array:
-    """`1 / sum|v|`: how fast a unit can change; larger for small incoming weights v."""
+    """Return `1 / sum|v|`: how fast a unit can change; larger for small incoming weights v."""
     return 1.0 / view.incoming_magnitude()
 
 
 def adaptable_contribution(view: GroupView) -> chex.Array:
-    """`mean|h - m| sum|w| / sum|v|`: mean-corrected contribution times adaptation."""
+    """Return `mean|h - m| sum|w| / sum|v|`: mean-corrected contribution times adaptation."""
     return zero_contribution(view) / view.incoming_magnitude()
 
 
 def weight(view: GroupView) -> chex.Array:
-    """`sum|w|`: magnitude of the outgoing weights."""
+    """Return `sum|w|`: magnitude of the outgoing weights."""
     return view.outgoing_magnitude()
 
 
 def random(view: GroupView) -> chex.Array:
-    """Uniform in [0, 1): a random choice of units, as a control."""
+    """Return a uniform number in [0, 1), a random choice of units, as a control."""
     return jax.random.uniform(view.key, (view.group.size,))
 
 
 def taylor(view: GroupView) -> chex.Array:
-    """`|sum w g|`: by how much the loss changes without the unit, to first order (Molchanov et al., ICLR 2017)."""
+    """Return `|sum w g|`: by how much the loss changes without the unit, to first order (Molchanov et al., ICLR
+    2017)."""
     return jnp.abs(view.gate_slope())
 
 
 def taylor_second_order(view: GroupView) -> chex.Array:
-    """`|-sum w g + sum w^2 h / 2|`: the same to second order, h the Hessian's diagonal (LeCun et al., 1990)."""
+    """Return `|-sum w g + sum w^2 h / 2|`: the same to second order, h the Hessian's diagonal (LeCun et al., 1990)."""
     return jnp.abs(upgd_second_order(view))
 
 
 def fisher(view: GroupView) -> chex.Array:
-    """`(sum w g)^2`: Fisher information of a gate on the unit (Theis et al. 2018; Molchanov et al., CVPR 2019)."""
+    """Return `(sum w g)^2`: Fisher information of a gate on the unit (Theis et al. 2018; Molchanov et al., CVPR
+    2019)."""
     return jnp.square(view.gate_slope())
 
 
 def snip(view: GroupView) -> chex.Array:
-    """`sum |w g|`: how sensitive the loss is to each connection that the unit feeds (Lee et al., ICLR 2019)."""
+    """Return `sum |w g|`: how sensitive the loss is to each connection that the unit feeds (Lee et al., ICLR 2019)."""
     return view.outgoing_sum(lambda w, g: jnp.abs(w * g), view.grads)
 
 
 def gradient(view: GroupView) -> chex.Array:
-    """`mean|g| / mean of the group's`: how fast a unit learns, g the gradient of incoming weights (ReGraMa, 2025).
+    """Return `mean|g| / mean of the group's`: how fast a unit learns, g the gradient of incoming weights (ReGraMa,
+    2025).
 
     Biases are left out. Where the whole group's gradient is 0, all are 0. A unit whose outgoing weights are 0, such as
     a new one, has no gradient: ReGraMa measures which units can learn, not whose removal hurts.
@@ -107,7 +111,7 @@ def gradient(view: GroupView) -> chex.Array:
 
 
 def upgd(view: GroupView) -> chex.Array:
-    """`-sum w g`: how much the loss rises without the unit, to first order (Elsayed & Mahmood, ICLR 2024).
+    """Return `-sum w g`: how much the loss rises without the unit, to first order (Elsayed & Mahmood, ICLR 2024).
 
     Unlike `taylor` it is signed: a harmful unit has less utility than one that does nothing.
     """
@@ -115,7 +119,7 @@ def upgd(view: GroupView) -> chex.Array:
 
 
 def upgd_second_order(view: GroupView) -> chex.Array:
-    """`-sum w g + sum w^2 h / 2`: the same to second order, h the Hessian's diagonal."""
+    """Return `-sum w g + sum w^2 h / 2`: the same to second order, h the Hessian's diagonal."""
     return -view.gate_slope() + 0.5 * view.gate_curvature()
 
 
@@ -141,7 +145,7 @@ _OF_CURVATURE = (taylor_second_order, upgd_second_order)
 
 
 def needs_curvature(utility: str | Utility) -> bool:
-    """Whether a utility of this library needs the diagonal of the Hessian, `update(..., hessian_diag=...)`.
+    """Return whether a utility of this library needs the diagonal of the Hessian, `update(..., hessian_diag=...)`.
 
     Example:
       >>> needs_curvature("taylor_second_order"), needs_curvature("taylor")
@@ -151,7 +155,7 @@ def needs_curvature(utility: str | Utility) -> bool:
 
 
 def get_utility(utility: str | Utility) -> Utility:
-    """Looks up a utility by its name or import path. A callable is returned as it is.
+    """Look up a utility by its name or import path. A callable is returned as it is.
 
     Args:
       utility: a name of `UTILITIES`; the path of a function of your own, "my_module:my_utility"; or the function.

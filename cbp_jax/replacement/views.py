@@ -35,18 +35,18 @@ class UpdatedParams(Mapping[str, chex.Array]):
         return len(self.updates)
 
     def magnitude(self, part: units_lib.ParamSlice) -> chex.Array:
-        """Sum of the absolute weights in each row of a slice, float32 [positions, units]."""
+        """Return the sum of the absolute weights in each row of a slice, float32 [positions, units]."""
         # Dropped rows get the factor 0 in the sum, so that sums over rows and over columns of a kernel read the same
         # array.
         after = jnp.abs(self.params[part.path] + self.updates[part.path]).astype(jnp.float32)
         return part.sum(after, 1.0 - self.dropped[part.path] if part.path in self.dropped else None)
 
     def with_updates(self, updates: dict[str, chex.Array]) -> "UpdatedParams":
-        """The same with other updates."""
+        """Return the same with other updates."""
         return dataclasses.replace(self, updates=updates)
 
     def without(self, group: units_lib.UnitGroup, replaced: chex.Array) -> "UpdatedParams":
-        """The same where the outgoing weights of the replaced units, bool [units], count as 0."""
+        """Return the same where the outgoing weights of the replaced units, bool [units], count as 0."""
         dropped = dict(self.dropped)
         for consumer in group.outgoing:
             path = consumer.kernel.path
@@ -92,15 +92,15 @@ class GroupView:
         return group_activations(self.group, self.captured)
 
     def magnitude(self, part: units_lib.ParamSlice) -> chex.Array:
-        """Sum of the absolute weights in each row of a slice, float32 [positions, units]."""
+        """Return the sum of the absolute weights in each row of a slice, float32 [positions, units]."""
         return self.params.magnitude(part)
 
     def outgoing_magnitude(self) -> chex.Array:
-        """Sum of each unit's absolute outgoing weights, [units]."""
+        """Return the sum of each unit's absolute outgoing weights, [units]."""
         return sum(self.magnitude(consumer.kernel).sum(0) for consumer in self.group.outgoing)
 
     def incoming_magnitude(self) -> chex.Array:
-        """Sum of each unit's absolute incoming weights, biases left out, [units]."""
+        """Return the sum of each unit's absolute incoming weights, biases left out, [units]."""
         return sum(self.magnitude(part).sum(0) for part in self.group.incoming)
 
     def incoming_gradient(self) -> chex.Array:
@@ -108,17 +108,18 @@ class GroupView:
         gradient = lambda part: jnp.abs(self.grads[part.path].astype(jnp.float32))
         return sum(part.sum(gradient(part)).sum(0) for part in self.group.incoming)
 
-    def weighted_activity(self, centred: bool) -> chex.Array:
-        """Mean absolute activation times outgoing magnitude at each position, summed over positions, [units]."""
+    def weighted_activity(self, centered: bool) -> chex.Array:
+        """Return the mean absolute activation times outgoing magnitude at each position, summed over positions,
+        [units]."""
         total: chex.Numeric = 0.0
         for consumer in self.group.outgoing:
-            centre = self.mean_activation[consumer.operand] if centred else None
-            activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, centre)
+            center = self.mean_activation[consumer.operand] if centered else None
+            activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, center)
             total += jnp.sum(activity * self.magnitude(consumer.kernel), 0)
         return total
 
     def outgoing_sum(self, function: Callable[..., chex.Array], *trees: Mapping[str, chex.Array]) -> chex.Array:
-        """Sums a function of each outgoing weight of a unit, float32 [units].
+        """Sum a function of each outgoing weight of a unit, float32 [units].
 
         The weights are those before the inner update, at which gradient and curvature were taken.
 
@@ -134,7 +135,7 @@ class GroupView:
         return total
 
     def gate_slope(self) -> chex.Array:
-        r"""Derivative of the loss with respect to a gate on each unit's activation, float32 [units].
+        r"""Return the derivative of the loss with respect to a gate on each unit's activation, float32 [units].
 
         With a gate of 1 that multiplies the activation :math:`h_i`, it is :math:`\sum h_i\, \partial L / \partial h_i`
         over batch and positions. That is :math:`\sum_j w_{ij}\, \partial L / \partial w_{ij}` over the
@@ -143,7 +144,8 @@ class GroupView:
         return self.outgoing_sum(jnp.multiply, self.grads)
 
     def gate_curvature(self) -> chex.Array:
-        r"""Second derivative of the loss with respect to a gate on each unit, :math:`\sum_j w_{ij}^2 h_{ij}`, [units].
+        r"""Return the second derivative of the loss with respect to a gate on each unit, :math:`\sum_j w_{ij}^2
+        h_{ij}`, [units].
 
         Mixed terms of two weights are dropped: :math:`h` is the Hessian's diagonal.
 
@@ -159,19 +161,19 @@ class GroupView:
 
 
 def batch_mean(values: chex.Array, positions: int) -> chex.Array:
-    """Means over batch and shared positions, float32 [positions, units]."""
+    """Return means over batch and shared positions, float32 [positions, units]."""
     values = values.reshape(-1, positions, values.shape[-1])
     return jnp.mean(values, 0, dtype=jnp.float32)
 
 
-def mean_abs(values: chex.Array, positions: int, centre: chex.Array | None = None) -> chex.Array:
-    """Means of absolute values, taken element by element, [positions, units]."""
+def mean_abs(values: chex.Array, positions: int, center: chex.Array | None = None) -> chex.Array:
+    """Return means of absolute values, taken element by element, [positions, units]."""
     values = values.reshape(-1, positions, values.shape[-1])
-    return jnp.mean(jnp.abs(values if centre is None else values - centre), 0, dtype=jnp.float32)
+    return jnp.mean(jnp.abs(values if center is None else values - center), 0, dtype=jnp.float32)
 
 
 def group_activations(group: units_lib.UnitGroup, features: units_lib.Features | None) -> tuple[chex.Array, ...]:
-    """Looks up the activations of a group.
+    """Look up the activations of a group.
 
     Args:
       group: the group.

@@ -15,7 +15,7 @@ def gae(
     discount: chex.Numeric,
     gae_lambda: chex.Numeric,
 ) -> chex.Array:
-    r"""Generalized advantage estimation over a rollout.
+    r"""Compute the generalized advantage estimate over a rollout.
 
     With :math:`\delta_t = r_t + \gamma (1 - \text{termination}_t) V(s'_t) - V(s_t)`, where :math:`s'_t` is the state
     after step t,

@@ -13,7 +13,7 @@ _LARGEST_LOG_RATIO = 20.0
 def ppo_loss(
     settings: Settings, mean: chex.Array, log_std: chex.Array, value: chex.Array, batch: Steps
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-    """The loss of a minibatch, as defined in :func:`cbp_jax.rl.ppo.make`, and its terms.
+    """Return the loss of a minibatch, as defined in :func:`cbp_jax.rl.ppo.make`, and its terms.
 
     Args:
       settings: the settings.

@@ -40,7 +40,7 @@ def make(
     *,
     reset: str = "",
 ) -> tuple[Callable[[chex.PRNGKey], State], Callable[[State], tuple[State, dict[str, chex.Array]]]]:
-    r"""An agent as two pure functions: one creates its state, the other runs a rollout with all its updates.
+    r"""Create an agent as two pure functions: one creates its state, the other runs a rollout with all its updates.
 
     The policy is Gaussian. With :math:`\rho` the ratio of an action's probability to that in the rollout and A its
     advantage, an update minimizes the mean over a minibatch of
@@ -182,7 +182,7 @@ def train(
     *,
     updates: int,
 ) -> Callable[[chex.PRNGKey], tuple[State, dict[str, chex.Array]]]:
-    """A complete run as one pure function of a key.
+    """Create a complete run as one pure function of a key.
 
     Args:
       env: as in `make`, like the next arguments.
@@ -221,7 +221,7 @@ def act(
     key: chex.PRNGKey | None = None,
     statistics: Statistics | None = None,
 ) -> chex.Array:
-    """The actions of a policy.
+    """Return the actions of a policy.
 
     Args:
       network: maps observations to (mean, log_std, value).
@@ -247,7 +247,7 @@ def act(
 def measure(
     network: nn.Module, state: State, *, normalize_observations: bool = False, dormant_threshold: float = 0.01
 ) -> dict[str, chex.Array]:
-    """Symptoms of lost plasticity in a policy, on the observations of its last rollout.
+    """Measure symptoms of lost plasticity in a policy, on the observations of its last rollout.
 
     The program of Dohare et al. defines two of them differently: it counts units that are active in at most 1% of
     steps, while `metrics.dormant_fraction` compares mean activations with the layer's; and its weight magnitude is that

@@ -29,10 +29,10 @@ class Environment(Protocol):
     action_size: int
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The initial state."""
+        """Return the initial state."""
 
     def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action [actions]; at the end of an episode, the first state of the next."""
+        """Return the state after an action [actions]; at the end of an episode, the first state of the next."""
 
 
 class Steps(NamedTuple):
@@ -55,7 +55,7 @@ def rollout(
     seen: Callable[[chex.Array], chex.Array],
     key: chex.PRNGKey,
 ) -> tuple[Any, Steps, dict[str, chex.Array]]:
-    """Runs all environments. Also returns metrics and the raw observations."""
+    """Run all environments. Also return metrics and the raw observations."""
 
     def step(env_state, key):
         obs = env_state.obs
@@ -111,13 +111,13 @@ def episode_sums(dones: chex.Array, info: dict[str, chex.Array]) -> dict[str, ch
 
 
 def log_prob(mean: chex.Array, log_std: chex.Array, actions: chex.Array) -> chex.Array:
-    """Logarithm of a Gaussian's density at actions [..., actions]."""
+    """Return the logarithm of a Gaussian's density at actions [..., actions]."""
     scaled = (actions - mean) / jnp.exp(log_std)
     return jnp.sum(-0.5 * jnp.square(scaled) - log_std - 0.5 * jnp.log(2 * jnp.pi), -1)
 
 
 def normalized(obs: chex.Array, statistics: Statistics) -> chex.Array:
-    """Normalizes observations [..., observations], as for `normalize_observations`; not before the first update of
+    """Normalize observations [..., observations], as for `normalize_observations`; not before the first update of
     statistics."""
     std = jnp.where(statistics.count > 0, jnp.sqrt(statistics.variance), 1)
     return jnp.clip((obs - statistics.mean) / jnp.maximum(std, 1e-6), -10, 10)

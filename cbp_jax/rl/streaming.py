@@ -69,7 +69,7 @@ class Exploration:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def at(self, step: chex.Numeric) -> chex.Array:
-        """The fraction after a number of steps: float32 []."""
+        """Return the fraction after a number of steps: float32 []."""
         return self.start + (self.end - self.start) * jnp.minimum(step / self.steps, 1.0)
 
 
@@ -93,7 +93,7 @@ def make_q(
     *,
     discount: chex.Numeric = 0.99,
 ) -> tuple[Init, Step]:
-    r"""Stream Q(lambda) as two pure functions: one creates its state, the other runs a step with its update.
+    r"""Create Stream Q(lambda) as two pure functions: one creates its state, the other runs a step with its update.
 
     Actions are greedy, or random with the probability of exploration. The TD error
 
@@ -168,7 +168,7 @@ def make_actor_critic(
     discount: chex.Numeric = 0.99,
     entropy_coefficient: chex.Numeric = 0.01,
 ) -> tuple[Init, Step]:
-    r"""Stream AC(lambda) as two pure functions: one creates its state, the other runs a step with its update.
+    r"""Create Stream AC(lambda) as two pure functions: one creates its state, the other runs a step with its update.
 
     With a separate Gaussian policy and value function, and :math:`\delta = r + \gamma (1 - \text{ended}) V(s') - V(s)`,
     the gradients passed to the optimizer are those of the value V(s) and of
@@ -241,7 +241,7 @@ def obgd_of_actor_and_critic(
     kappa_policy: chex.Numeric = 3.0,
     kappa_value: chex.Numeric = 2.0,
 ) -> Optimizer:
-    """Separate `obgd` optimizers for the policy and the value of `nets.ActorCritic`, as in Stream AC(lambda).
+    """Create separate `obgd` optimizers for the policy and the value of `nets.ActorCritic`, as in Stream AC(lambda).
 
     Args:
       learning_rate: of both.

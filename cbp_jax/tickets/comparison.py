@@ -26,7 +26,7 @@ class Shared(NamedTuple):
 
 
 def compare_tickets(a: Any, b: Any, *, by: Callable[[str], str] = lambda path: path) -> dict[str, Shared]:
-    """Overlap of two tickets, and the overlap expected by chance.
+    """Compute the overlap of two tickets, and the overlap expected by chance.
 
     Args:
       a: a ticket, or its mask.

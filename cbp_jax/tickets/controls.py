@@ -12,7 +12,7 @@ from cbp_jax.units.groups import join_path
 
 
 def reinitialize(init: Callable[[chex.PRNGKey], optax.Params], key: chex.PRNGKey, mask: Mask) -> optax.Params:
-    """The ticket with newly drawn weights. Tests whether its initial weights matter, or only its structure.
+    """Return the ticket with newly drawn weights. Tests whether its initial weights matter, or only its structure.
 
     Args:
       init: maps a key to the weights of a network before training.
@@ -39,7 +39,7 @@ def reinitialize(init: Callable[[chex.PRNGKey], optax.Params], key: chex.PRNGKey
 
 
 def constant_magnitudes(params: optax.Params, mask: Mask) -> optax.Params:
-    r"""The ticket with only its signs: all weights of a kernel get the same magnitude.
+    r"""Return the ticket with only its signs: all weights of a kernel get the same magnitude.
 
     A weight :math:`w` becomes :math:`\sigma \, \mathrm{sign}(w)`, with :math:`\sigma` the standard deviation of its
     kernel's weights, including pruned ones. Parameters that are not prunable stay as they are.

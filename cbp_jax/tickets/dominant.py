@@ -53,7 +53,7 @@ def dominant_ticket(
     dimensions: int | None = None,
     axis: Axis = "row",
 ) -> Ticket:
-    r"""Finds where a network has changed most. Pass exactly one of `threshold`, `keep` and `dimensions`.
+    r"""Find where a network has changed most. Pass exactly one of `threshold`, `keep` and `dimensions`.
 
     Args:
       initial: :math:`\theta_0`, any tree of arrays.
@@ -105,7 +105,7 @@ def dominant_ticket(
 
 
 def transplant(initial: optax.Params, tuned: optax.Params, mask: Any) -> optax.Params:
-    r"""The initial network with only a ticket's changes, :math:`\theta_0 + m \odot (\theta - \theta_0)`.
+    r"""Return the initial network with only a ticket's changes, :math:`\theta_0 + m \odot (\theta - \theta_0)`.
 
     Args:
       initial: :math:`\theta_0`.
@@ -125,7 +125,7 @@ def transplant(initial: optax.Params, tuned: optax.Params, mask: Any) -> optax.P
 def masked_changes(
     inner: optax.GradientTransformation, mask: Any, initial: optax.Params
 ) -> optax.GradientTransformation:
-    """Trains only a ticket: all other weights stay at their initial values, or return to them at the first step.
+    """Train only a ticket: all other weights stay at their initial values, or return to them at the first step.
 
     Args:
       inner: the optimizer. Outside of the ticket it sees gradients of 0.
@@ -168,12 +168,12 @@ def masked_changes(
 
 
 def mask_of(mask: Any) -> Any:
-    """The mask of a ticket; a mask is returned as it is."""
+    """Return the mask of a ticket; a mask is returned as it is."""
     return mask.mask if isinstance(mask, Ticket) else mask
 
 
 def _changes(initial: optax.Params, tuned: optax.Params) -> dict[str, np.ndarray]:
-    """Absolute changes by path, on the host, in float32 or wider."""
+    """Return absolute changes by path, on the host, in float32 or wider."""
     before, after = leaves_by_path(initial), leaves_by_path(tuned)
     shapes = [{path: jnp.shape(leaf) for path, leaf in leaves.items()} for leaves in (before, after)]
     if shapes[0] != shapes[1]:
@@ -188,7 +188,7 @@ def _changes(initial: optax.Params, tuned: optax.Params) -> dict[str, np.ndarray
 
 
 def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarray]:
-    """The masks of exactly the given number of largest changes over all leaves; of equal changes the first."""
+    """Return the masks of exactly the given number of largest changes over all leaves; of equal changes the first."""
     every = np.concatenate([change.ravel() for change in changes.values()])
     whole = isinstance(keep, int | np.integer) and not isinstance(keep, bool)
     if not 0 <= keep <= (every.size if whole else 1) or isinstance(keep, bool):
@@ -207,7 +207,7 @@ def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarra
 
 
 def _kth_largest(values: np.ndarray, k: int) -> Any:
-    """The k-th largest of non-negative numbers. A partition would be slow because of the many ties after
+    """Return the k-th largest of non-negative numbers. A partition would be slow because of the many ties after
     fine-tuning."""
     if values.dtype != np.float32:
         return np.partition(values, values.size - k)[values.size - k]
@@ -228,7 +228,7 @@ def _is_matrix(path: str, array: np.ndarray) -> bool:
 
 
 def _order(path: str, ndim: int) -> tuple[tuple[int, ...], int]:
-    """The axes of a leaf, row axes first, and the number of row axes. A leaf of one axis is one row."""
+    """Return the axes of a leaf, row axes first, and the number of row axes. A leaf of one axis is one row."""
     if ndim < 2:
         return tuple(range(ndim)), 0
     axes = kernel_axes(path, ndim)
@@ -236,14 +236,14 @@ def _order(path: str, ndim: int) -> tuple[tuple[int, ...], int]:
 
 
 def as_matrix(path: str, array: np.ndarray) -> np.ndarray:
-    """A leaf as a matrix of its input axes by its output axes."""
+    """Return a leaf as a matrix of its input axes by its output axes."""
     order, count = _order(path, array.ndim)
     array = array.transpose(order)
     return array.reshape(int(np.prod(array.shape[:count])), -1)
 
 
 def _lines(path: str, change: np.ndarray, count: int, axis: Axis) -> np.ndarray:
-    """The mask of the rows or columns with the largest change."""
+    """Return the mask of the rows or columns with the largest change."""
     if isinstance(count, bool) or count != int(count) or count < 0:
         raise ValueError(f"dimensions must be a number of rows or columns, got {count}")
     order, _ = _order(path, change.ndim)

@@ -13,7 +13,7 @@ from cbp_jax.units.groups import join_path, leaves_by_path
 
 
 def masked(inner: optax.GradientTransformation, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    r"""Trains the living weights of a mask with an inner optimizer, and keeps the others at 0.
+    r"""Train the living weights of a mask with an inner optimizer, and keep the others at 0.
 
     With gradient g, weights w, living where :math:`m = 1`, and u the inner optimizer's update for :math:`m \odot g` and
     :math:`m \odot w`, the update is
@@ -57,7 +57,7 @@ def masked(inner: optax.GradientTransformation, mask: Mask) -> optax.GradientTra
     living = {path: jnp.asarray(leaf) for path, leaf in leaves_by_path(mask).items()}
 
     def alive(tree: Any) -> Any:
-        """Sets dead weights in a tree to 0."""
+        """Set dead weights in a tree to 0."""
         return jax.tree_util.tree_map_with_path(lambda path, leaf: kept(living[join_path(path)], leaf), tree)
 
     def init_fn(params: optax.Params) -> optax.OptState:

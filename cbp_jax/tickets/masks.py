@@ -20,7 +20,7 @@ Select = Callable[[str, chex.Array], bool] | str | Iterable[str]
 
 
 def full_mask(params: optax.Params, select: Select | None = None) -> Mask:
-    """The mask in which all weights live.
+    """Return the mask in which all weights live.
 
     Kernels, the arrays of at least two axes, can be pruned. Kernels excluded by `select` get a scalar True as mask,
     which broadcasts. So the mask itself records what may be pruned.
@@ -63,7 +63,7 @@ def full_mask(params: optax.Params, select: Select | None = None) -> Mask:
 
 
 def apply_mask(params: optax.Params, mask: Mask) -> optax.Params:
-    """Sets dead weights of the params to 0.
+    """Set dead weights of the params to 0.
 
     Args:
       params: pytree of arrays.
@@ -85,7 +85,7 @@ def apply_mask(params: optax.Params, mask: Mask) -> optax.Params:
 
 
 def density(mask: Mask) -> chex.Array:
-    """The fraction of prunable weights that live.
+    """Return the fraction of prunable weights that live.
 
     Args:
       mask: as `full_mask` or `prune` makes it.
@@ -119,7 +119,7 @@ class Overlap(NamedTuple):
 
 
 def overlap(mask_a: Mask, mask_b: Mask) -> Overlap:
-    """Compares two masks of one network.
+    """Compare two masks of one network.
 
     Args:
       mask_a: a mask, from `full_mask` or `prune`.
@@ -153,7 +153,7 @@ def overlap(mask_a: Mask, mask_b: Mask) -> Overlap:
 
 
 def random_mask_like(mask: Mask, key: jax.typing.ArrayLike) -> Mask:
-    """A random mask with the same number of living weights in each array.
+    """Return a random mask with the same number of living weights in each array.
 
     Args:
       mask: as `full_mask` or `prune` makes it, may be traced.
@@ -182,7 +182,7 @@ def random_mask_like(mask: Mask, key: jax.typing.ArrayLike) -> Mask:
 
 
 def prunable(mask: Mask) -> dict[str, chex.Array]:
-    """The masks of prunable arrays by path: those of at least two axes.
+    """Return the masks of prunable arrays by path: those of at least two axes.
 
     Raises:
       ValueError: it is no mask, or nothing in it may be pruned.
@@ -195,17 +195,17 @@ def prunable(mask: Mask) -> dict[str, chex.Array]:
 
 
 def replace(mask: Mask, new: dict[str, chex.Array]) -> Mask:
-    """The mask with some arrays replaced, by path."""
+    """Return the mask with some arrays replaced, by path."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(join_path(path), jnp.asarray(leaf)), mask)
 
 
 def kept(living: chex.Array, leaf: chex.Array) -> chex.Array:
-    """Sets dead entries of an array to 0, keeping its dtype."""
+    """Set dead entries of an array to 0, keeping its dtype."""
     return jnp.where(living, leaf, jnp.zeros([], jnp.result_type(leaf)))
 
 
 def check_bool(mask: Mask) -> None:
-    """Raises a ValueError unless the mask is a tree of bool arrays."""
+    """Raise a ValueError unless the mask is a tree of bool arrays."""
     dtypes = {path: jnp.result_type(leaf) for path, leaf in leaves_by_path(mask).items()}
     others = {path: str(dtype) for path, dtype in dtypes.items() if dtype != jnp.bool_}
     if others or not dtypes:
@@ -213,7 +213,7 @@ def check_bool(mask: Mask) -> None:
 
 
 def check_mask(mask: Mask, params: optax.Params, *, whole: bool = True) -> None:
-    """Raises unless a mask fits the params.
+    """Raise unless a mask fits the params.
 
     Args:
       mask: the mask.
@@ -241,7 +241,8 @@ def check_mask(mask: Mask, params: optax.Params, *, whole: bool = True) -> None:
 
 
 def matching(name: str, pattern: str, paths: Collection[str]) -> list[str]:
-    """The paths that a pattern matches, directly or by an enclosing layer: "params/Dense_0" also matches its kernel.
+    """Return the paths that a pattern matches, directly or by an enclosing layer: "params/Dense_0" also matches its
+    kernel.
 
     Raises:
       ValueError: there is none.

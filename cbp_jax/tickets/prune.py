@@ -27,7 +27,7 @@ def prune(
     rates: Mapping[str, float] | None = None,
     score: Score | None = None,
 ) -> Mask:
-    r"""Removes a fraction of the living weights from a mask, those of smallest score.
+    r"""Remove a fraction of the living weights from a mask, those of smallest score.
 
     Exactly :math:`\mathrm{round}(p \, a)` of :math:`a` living weights are removed, with p the fraction, and halves
     rounded to even. Of equal scores the first are removed, by position. Dead weights stay dead and are not counted.
@@ -89,7 +89,7 @@ def prune(
 
 
 def mask_like(params: optax.Params, mask: Mask, *, score: Score | None = None) -> Mask:
-    """A mask with the same number of living weights in each array, those of largest score.
+    """Return a mask with the same number of living weights in each array, those of largest score.
 
     For weights of one dense training it is one-shot pruning to the densities of another mask. With random scores it is
     `random_mask_like`.
@@ -121,7 +121,7 @@ def mask_like(params: optax.Params, mask: Mask, *, score: Score | None = None) -
 
 
 def _factors(rates: Mapping[str, float] | None, paths: list[str]) -> dict[str, float]:
-    """The factor of each path, from the last pattern that matches it."""
+    """Return the factor of each path, from the last pattern that matches it."""
     factors = dict.fromkeys(paths, 1.0)
     for pattern, factor in (rates or {}).items():
         check_scalar(f"rates[{pattern!r}]", factor, at_least=0)
@@ -150,7 +150,7 @@ def _scores(score: Score | None, params: optax.Params, kernels: dict[str, chex.A
 
 
 def _share(fraction: chex.Numeric, factor: float, paths: list[str]) -> chex.Numeric:
-    """The fraction for kernels that are pruned together."""
+    """Return the fraction for kernels that are pruned together."""
     if isinstance(fraction, jax.core.Tracer):
         return fraction * factor
     share = float(fraction) * factor
@@ -166,7 +166,7 @@ def _is_zero(share: chex.Numeric) -> bool:
 
 
 def rounded_count(share: chex.Numeric, alive: chex.Array) -> chex.Array:
-    """`round(share * alive)`, int32 [], rounded as in Python. float32 would be inexact for large counts."""
+    """Return `round(share * alive)`, int32 [], rounded as in Python. float32 would be inexact for large counts."""
     with jax.enable_x64(True):
         product = jax.lax.convert_element_type(alive, np.float64) * jax.lax.convert_element_type(share, np.float64)
         whole = jax.lax.round(product, jax.lax.RoundingMethod.TO_NEAREST_EVEN)

@@ -16,7 +16,7 @@ import numpy as np
 def without_least(
     scores: Sequence[chex.Array], living: Sequence[chex.Array], count: chex.Array
 ) -> tuple[chex.Array, ...]:
-    """Removes the entries of smallest score from masks.
+    """Remove the entries of smallest score from masks.
 
     Args:
       scores: arrays of real numbers, of one dtype. NaN counts as infinite.
@@ -50,7 +50,7 @@ def without_least(
 def _kth_smallest(
     keys: Sequence[chex.Array], among: Sequence[chex.Array], k: chex.Array, bits: int | None = None
 ) -> chex.Array:
-    """The largest number with fewer than `k` keys below it: the k-th smallest key, and 0 for k = 0."""
+    """Return the largest number with fewer than `k` keys below it: the k-th smallest key, and 0 for k = 0."""
     dtype = keys[0].dtype
     bits = dtype.itemsize * 8 if bits is None else bits
 
@@ -67,7 +67,7 @@ def _total(masks: Sequence[chex.Array]) -> chex.Array:
 
 
 def _ordered(score: chex.Array) -> chex.Array:
-    """Unsigned integers ordered like the scores, and equal for equal scores."""
+    """Return unsigned integers ordered like the scores, and equal for equal scores."""
     if score.dtype == bool or jnp.issubdtype(score.dtype, jnp.unsignedinteger):
         return score.astype(jnp.uint32) if score.dtype.itemsize < 4 else score
     if not jnp.issubdtype(score.dtype, jnp.floating):
@@ -83,7 +83,7 @@ def _ordered(score: chex.Array) -> chex.Array:
 
 
 def _positions(arrays: Sequence[chex.Array]) -> list[chex.Array]:
-    """uint32, each entry's index among the entries of all arrays."""
+    """Return each entry's index among the entries of all arrays, uint32."""
     starts = np.cumsum([0, *(array.size for array in arrays)])[:-1]
     return [
         (jnp.arange(array.size, dtype=jnp.uint32) + np.uint32(start)).reshape(array.shape)

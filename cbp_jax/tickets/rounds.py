@@ -90,7 +90,7 @@ class Training:
                 raise ValueError(f"keep must be steps from 0 to {self.steps - 1}, got {step}")
 
     def __call__(self, params: optax.Params, mask: Mask, step: int = 0) -> Trained:
-        """Trains from the given update on, with a new optimizer state."""
+        """Train from the given update on, with a new optimizer state."""
         return self._compiled(params, mask, step)
 
     @functools.cached_property
@@ -132,7 +132,7 @@ def iterative_magnitude_pruning(
     rewind_step: int = 0,
     lanes: bool = False,
 ) -> Iterator[Round]:
-    r"""Finds lottery tickets by rounds of training, pruning, and rewinding of the remaining weights.
+    r"""Find lottery tickets by rounds of training, pruning, and rewinding of the remaining weights.
 
     With weights :math:`\theta_0`, a mask :math:`m` that is full at first, and :math:`\theta_k` the weights of the first
     round after `rewind_step` updates, each round

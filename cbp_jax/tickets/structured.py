@@ -35,7 +35,7 @@ def prune_units(
     grads: optax.Updates | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> dict[str, chex.Array]:
-    """Prunes a fraction of the remaining units, those of smallest utility.
+    """Prune a fraction of the remaining units, those of smallest utility.
 
     Exactly `round(fraction * remaining)` units are removed, halves rounded to even; of equal utilities the first. This
     is like `prune` for weights, and also works under `jit` and `vmap`.
@@ -92,8 +92,8 @@ def prune_units(
 
 
 def unit_mask(params: optax.Params, units: Sequence[units_lib.UnitGroup], keep: Keep) -> Mask:
-    """The mask of weights that corresponds to pruned units: weights that write them and weights that read them are
-    dead.
+    """Return the mask of weights that corresponds to pruned units: weights that write them and weights that read them
+    are dead.
 
     Args:
       params: pytree of arrays.
@@ -125,7 +125,7 @@ def unit_mask(params: optax.Params, units: Sequence[units_lib.UnitGroup], keep: 
 
 
 def shrink_params(params: optax.Params, units: Sequence[units_lib.UnitGroup], keep: Keep) -> optax.Params:
-    """Removes units from the parameters: the smaller network computes the same as the masked one, in less time.
+    """Remove units from the parameters: the smaller network computes the same as the masked one, in less time.
 
     A unit's rows are removed from all arrays that write it, read it, or belong to it as biases, scales and running
     statistics (if these are in `params`, as in Flax's tree of variables; see `shrink_batch_stats`). An apply function
@@ -161,7 +161,7 @@ def shrink_params(params: optax.Params, units: Sequence[units_lib.UnitGroup], ke
 
 
 def shrink_batch_stats(batch_stats: Any, units: Sequence[units_lib.UnitGroup], keep: Keep) -> Any:
-    """Removes units from running statistics that are not in the params, like `shrink_params`.
+    """Remove units from running statistics that are not in the params, like `shrink_params`.
 
     Args:
       batch_stats: tree of running statistics, as `reset_batch_stats` takes it.
@@ -179,7 +179,7 @@ def shrink_batch_stats(batch_stats: Any, units: Sequence[units_lib.UnitGroup], k
 
 
 def _utilities(groups, params, utility, features, grads, key) -> dict[str, chex.Array]:
-    """Utilities by name of group, [units]."""
+    """Return utilities by name of group, [units]."""
     if isinstance(utility, Mapping):
         missing = [group.name for group in groups if group.name not in utility]
         if missing:
@@ -211,7 +211,7 @@ def _utilities(groups, params, utility, features, grads, key) -> dict[str, chex.
 
 
 def _checked(keep: Keep | None, groups: units_lib.Units) -> dict[str, chex.Array]:
-    """The remaining units of all groups."""
+    """Return the remaining units of all groups."""
     keep = dict(keep or {})
     unknown = [name for name in keep if name not in {group.name for group in groups}]
     if unknown:
@@ -227,7 +227,7 @@ def _checked(keep: Keep | None, groups: units_lib.Units) -> dict[str, chex.Array
 
 
 def _counted(keep: Keep, groups: units_lib.Units) -> dict[str, np.ndarray]:
-    """The same on the host, so that sizes are known."""
+    """Return the same on the host, so that sizes are known."""
     there = _checked(keep, groups)
     for group in groups:
         each = there[group.name]
@@ -244,7 +244,7 @@ def _counted(keep: Keep, groups: units_lib.Units) -> dict[str, np.ndarray]:
 
 
 def _cut(tree: Any, slices: list[tuple[units_lib.UnitGroup, units_lib.ParamSlice]], keep: dict[str, np.ndarray]) -> Any:
-    """The tree without the rows of removed units, including running statistics in it."""
+    """Return the tree without the rows of removed units, including running statistics in it."""
     leaves = leaves_by_path(tree)
     names = {statistics_name(path): path for path in leaves}
     staying: dict[str, dict[int, np.ndarray]] = {}  # by path and axis

@@ -39,7 +39,7 @@ class Saved(NamedTuple):
 
 
 def read_state(path: Path) -> Saved | None:
-    """Reads the file of a `Checkpoint`; None where there is none.
+    """Read the file of a `Checkpoint`; None where there is none.
 
     Raises:
       ValueError: the file is damaged, or no state, or one that an earlier version wrote without a checksum.
@@ -59,7 +59,7 @@ def read_state(path: Path) -> Saved | None:
 
 
 def unusable(path: Path, reason: str) -> ValueError:
-    """The error that a state cannot be used, with the way out."""
+    """Return the error that a state cannot be used, with the way out."""
     return ValueError(
         f"the run cannot resume from {path}: {reason}. The results that were saved are safe. Delete the file "
         "and run again: what is not finished restarts from its first task, with the same results"
@@ -115,12 +115,12 @@ class Checkpoint:
             if found.name != name:
                 found = None
             elif found.needs != needs(found.tasks):
-                raise unusable(self.path, f"the results beside it are not those of its {found.tasks} tasks")
+                raise unusable(self.path, f"the results next to it are not those of its {found.tasks} tasks")
         if found is not None:
             self.tasks, self._state = found.tasks, found.state
 
     def restore(self, like: Any) -> Any:
-        """Returns the saved state, or `like`, a state of the same structure, if there is none.
+        """Return the saved state, or `like`, a state of the same structure, if there is none.
 
         Raises:
           ValueError: the file holds a state of another structure or of other shapes.
@@ -143,7 +143,7 @@ class Checkpoint:
         return state
 
     def save(self, tasks: int, state: Callable[[], Any], now: bool = False) -> None:
-        """Writes the state, if the time since the last save is long enough.
+        """Write the state, if the time since the last save is long enough.
 
         Args:
           tasks: number of finished tasks.
@@ -159,7 +159,7 @@ class Checkpoint:
         self.every = max(self.every, _MOST_OF_THE_TIME * (self._saved - start) if self.every else 0.0)
 
     def close(self, tasks: int) -> None:
-        """Leaves a note in place of the state: all tasks are done, and no older state of these lanes is needed."""
+        """Leave a note in place of the state: all tasks are done, and no older state of these lanes is needed."""
         self.before()
         self._write(tasks, self.needs(tasks), None)
 
@@ -171,6 +171,6 @@ class Checkpoint:
         files.write_whole(self.path, _HEAD, hashlib.sha256(body).digest(), body)
 
     def delete(self) -> None:
-        """Removes the file, and leftovers of killed saves, after the run has finished."""
+        """Remove the file, and leftovers of killed saves, after the run has finished."""
         self.path.unlink(missing_ok=True)
         files.partial(self.path).unlink(missing_ok=True)

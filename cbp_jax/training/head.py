@@ -11,7 +11,7 @@ from cbp_jax.units import LeftOutKind, Units, join_path, leaves_by_path
 
 
 def output_layers(units: Units) -> tuple[str, ...]:
-    """The layers that compute a network's output, as found by discovery.
+    """Return the layers that compute a network's output, as found by discovery.
 
     Args:
       units: of `discover_units`.
@@ -44,7 +44,7 @@ def reset_layers(
     layers: Collection[str],
     fresh: optax.Params | None = None,
 ) -> tuple[optax.Params, optax.OptState]:
-    """Sets the weights and biases of layers to 0, or to given values, and resets the optimizer's state for them.
+    """Set the weights and biases of layers to 0, or to given values, and reset the optimizer's state for them.
 
     Reset is every array in the optimizer's state that belongs to one of these parameters and has its shape, such as
     moments in any chain or wrapper. Utility and age of units do not belong to the output's weights, and are kept.
@@ -92,7 +92,7 @@ def restart(
     layers: Collection[str],
     fresh: optax.Params,
 ) -> tuple[optax.Params, optax.OptState]:
-    """Reinitializes the head or the whole network at a task change; see `reset_layers` for the arguments.
+    """Reinitialize the head or the whole network at a task change; see `reset_layers` for the arguments.
 
     Args:
       what: "network" for all parameters and the optimizer's whole state, "head" for only the layers.

@@ -22,7 +22,7 @@ from cbp_jax.training.symptoms import symptoms
 def step_size_factor(
     epoch: chex.Numeric, epochs: int, falls_at: tuple[float, ...] = (0.3, 0.6, 0.8), factor: float = 0.2
 ) -> chex.Array:
-    """The factor of the step size in an epoch of an increment.
+    """Return the factor of the step size in an epoch of an increment.
 
     Args:
       epoch: from 0, may be traced.
@@ -51,7 +51,7 @@ def run_increment(
     early_stopping: bool = True,
     schedule: Callable[[chex.Numeric, int], chex.Array] = step_size_factor,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """Measures a network on the new classes, and trains it on these and the earlier ones. Runs one lane.
+    """Measure a network on the new classes, and train it on these and the earlier ones. Runs one lane.
 
     After each epoch, accuracy is measured on the validation examples. The increment ends with the weights (and running
     statistics) of the epoch with the best accuracy, and with the optimizer's state of the last epoch. Running
@@ -114,7 +114,7 @@ def run_increment(
         return params, opt_state, totals, best, jnp.maximum(accuracy, best_accuracy)
 
     def held_out(split, params):
-        """Accuracy and loss over the classes added so far."""
+        """Return the accuracy and loss over the classes added so far."""
 
         def of_class(number, sums):
             batch = problem.held_out(data, split, task.classes[number])
@@ -148,7 +148,7 @@ def run_increments(
     lanes_at_once: int | None = None,
     **settings: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Trains all lanes on the first increments.
+    """Train all lanes on the first increments.
 
     Args:
       learner: the learner that is trained.

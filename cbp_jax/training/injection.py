@@ -14,7 +14,7 @@ from cbp_jax.units import Units, leaves_by_path
 
 
 def last_layers(units: Units, count: int) -> tuple[str, ...]:
-    """The layers of a network's head: the output layer and, before it, those that compute the last hidden units.
+    """Return the layers of a network's head: the output layer and, before it, those that compute the last hidden units.
 
     Args:
       units: of `discover_units`.
@@ -43,7 +43,7 @@ def last_layers(units: Units, count: int) -> tuple[str, ...]:
 
 
 def with_injection(learner: Learner, layers: Collection[str], at: int) -> Learner:
-    """A learner whose head is frozen before a task, when a fresh one is added. See `injection.inject`.
+    """Return a learner whose head is frozen before a task, when a fresh one is added. See `injection.inject`.
 
     The frozen heads are a collection of the network's variables, "injection", which no optimizer sees. Until that task
     they are 0, so their outputs are 0 too.
@@ -100,7 +100,7 @@ def _apart(params: optax.Params) -> tuple[optax.Params, injection.FrozenHeads]:
 
 
 def _beside_frozen(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that does not change the frozen heads. Its state is that of the optimizer of the other
+    """Return an optimizer that does not change the frozen heads. Its state is that of the optimizer of the other
     parameters."""
     tx = optax.with_extra_args_support(tx)
     # Optax passes placeholders for params to find the parts of a state that belong to them.

@@ -13,7 +13,7 @@ LaneMode = Literal["auto", "vmap", "map"]
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Keeps BLAS to one thread while lanes run; each has a core of its own.
+    """Keep BLAS to one thread while lanes run; each has a core of its own.
 
     JAX takes decompositions on a CPU from SciPy, whose OpenBLAS has a thread for every core. These wait for more to do
     in a busy loop: on a quiet machine that doubles the time of a run with small tasks, and beside other processes it
@@ -89,11 +89,11 @@ class Lanes:
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
 
     def share(self, tree: Any) -> Any:
-        """Puts arrays that all lanes read on every device, once."""
+        """Put arrays that all lanes read on every device, once."""
         return jax.device_put(tree, self._sharding())
 
     def scatter(self, tree: Any) -> tuple[Any, ...]:
-        """Spreads arrays [count, ...] over the devices: one tree for each call that it takes to run all lanes.
+        """Spread arrays [count, ...] over the devices: one tree for each call that it takes to run all lanes.
 
         Where the devices, or the lanes of a batch, do not divide the lanes, the last lane is repeated.
 
@@ -111,11 +111,11 @@ class Lanes:
         return jax.device_put(chunk, self._sharding("lane"))
 
     def gather(self, chunks: tuple[Any, ...]) -> Any:
-        """The arrays [count, ...] of all lanes, on the host."""
+        """Return the arrays [count, ...] of all lanes, on the host."""
         return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts])[: self.count], *chunks)
 
     def jit(self, function: Callable[..., Any], donate_lane: int | None = None) -> Callable[..., Any]:
-        """Compiles `function(shared, *lane_args)` to act on all lanes.
+        """Compile `function(shared, *lane_args)` to act on all lanes.
 
         Args:
           function: takes what all lanes share, then arguments of one lane; returns a pytree of one lane's results.

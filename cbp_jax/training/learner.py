@@ -54,12 +54,12 @@ class _Keys(NamedTuple):
 
 
 def stream_keys(data: chex.Array) -> _Keys:
-    """The random streams of a seed, from its raw key data."""
+    """Return the random streams of a seed, from its raw key data."""
     return _Keys(*jax.random.split(jax.random.wrap_key_data(data), len(_Keys._fields)))
 
 
 def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparameters) -> TrainState:
-    """The state of one lane before its first task.
+    """Return the state of one lane before its first task.
 
     Args:
       learner: the learner that is trained.
@@ -78,7 +78,7 @@ def init_state(learner: Learner, seed: chex.Array, hyperparameters: Hyperparamet
 def begin_task(
     learner: Learner, tx: optax.GradientTransformation, state: TrainState
 ) -> tuple[optax.Params, optax.OptState]:
-    """Parameters and optimizer state after the learner's changes at the start of a task."""
+    """Return parameters and optimizer state after the learner's changes at the start of a task."""
     if learner.begin_task is None:
         return state.params, state.opt_state
     key = jax.random.fold_in(stream_keys(state.key).params, state.task)
@@ -86,7 +86,7 @@ def begin_task(
 
 
 def weights_of(tree: optax.Params) -> optax.Params:
-    """The trained variables of a network: all but statistics."""
+    """Return the trained variables of a network: all but statistics."""
     if isinstance(tree, dict):
         return {name: leaves for name, leaves in tree.items() if name not in STATISTICS}
     return tree

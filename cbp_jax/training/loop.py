@@ -34,7 +34,7 @@ def measure(
     matrices: bool = False,
     dormant_threshold: float | None = None,
 ) -> dict[str, chex.Array]:
-    """The symptoms of lost plasticity, on examples x [examples, ...].
+    """Return the symptoms of lost plasticity, on examples x [examples, ...].
 
     Args:
       learner: whose network it is.
@@ -61,7 +61,7 @@ def run_task(
     measure_every: int | None = None,
     dormant_threshold: float | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """Measures a network on the next task, and trains it on that task. Runs one lane.
+    """Measure a network on the next task, and train it on that task. Runs one lane.
 
     Args:
       learner: the learner that is trained.
@@ -95,7 +95,8 @@ def run_task(
     reference_key = jax.random.fold_in(task_key, 2**31)
 
     def earlier(number):
-        """Inputs of earlier batches of this task, drawn with replacement; in the first step, the batch itself."""
+        """Return inputs of earlier batches of this task, drawn with replacement; in the first step, the batch
+        itself."""
         drawn = jax.random.randint(jax.random.fold_in(reference_key, number), (learner.reference,), 0, number)
         x = jax.vmap(lambda each: problem.batch(data, task, each)[0])(drawn)
         return x.reshape(-1, *x.shape[2:])
@@ -158,7 +159,7 @@ def run_tasks(
     probe_every: int = 1,
     lanes_at_once: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Trains all lanes on a stream of tasks.
+    """Train all lanes on a stream of tasks.
 
     Args:
       learner: the learner that is trained.
@@ -232,7 +233,7 @@ def run_lanes(
     probe_every: int = 1,
     lanes_at_once: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Runs tasks on all lanes.
+    """Run tasks on all lanes.
 
     Args:
       start: `start(seed, hyperparameters)` returns the state of a lane before its first task; the seed is int32 [].

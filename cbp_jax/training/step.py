@@ -34,7 +34,7 @@ def train_step(
     opt_state: optax.OptState,
     **extra: Any,
 ) -> Step:
-    """One update by the gradient of a loss, with the activations of units.
+    """Make one update by the gradient of a loss, with the activations of units.
 
     Args:
       tx: the optimizer.
@@ -59,7 +59,7 @@ def train_step(
 
 
 def as_it_is(outputs: chex.Array) -> chex.Array:
-    """The outputs themselves: the default of `head`."""
+    """Return the outputs themselves: the default of `head`."""
     return outputs
 
 
@@ -76,7 +76,7 @@ def learn(
     measured: bool = False,
     reference: chex.Array | None = None,
 ) -> tuple[optax.Params, optax.OptState, dict[str, chex.Array]]:
-    """One step of a learner on a batch.
+    """Take one step of a learner on a batch.
 
     Args:
       learner: the learner that is trained.
@@ -99,7 +99,7 @@ def learn(
     losses_of, _, measures = LOSSES[loss]
 
     def in_training(params, x):
-        """Outputs, features, and new running statistics, or None if the network has none."""
+        """Return outputs, features, and new running statistics, or None if the network has none."""
         outputs, features = learner.train(params, x, key)
         outputs, statistics = outputs if learner.batch_stats else (outputs, None)
         return head(outputs), features, statistics
@@ -134,7 +134,7 @@ def evaluate(
     batch: tuple[chex.Array, chex.Array],
     head: Callable[[chex.Array], chex.Array] = as_it_is,
 ) -> dict[str, chex.Array]:
-    """The loss of a learner on a batch, without learning, and the loss's own metrics."""
+    """Return the loss of a learner on a batch, without learning, and the loss's own metrics."""
     x, y = batch
     outputs = head(learner.predict(params, x)[0])
     losses_of, _, measures = LOSSES[loss]
@@ -144,8 +144,8 @@ def evaluate(
 def _with_statistics(
     learner: Learner, params: optax.Params, opt_state: optax.OptState, statistics: Any
 ) -> optax.Params:
-    """Parameters with new running statistics, reset for replaced units, instead of what the optimizer returned for
-    them."""
+    """Return parameters with new running statistics, reset for replaced units, instead of what the optimizer returned
+    for them."""
     found = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
     if found:
         statistics = reset_batch_stats(statistics, learner.units, found[0][1])

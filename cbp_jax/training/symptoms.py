@@ -19,7 +19,7 @@ def symptoms(
     matrices: bool = False,
     dormant_threshold: float | None = None,
 ) -> dict[str, chex.Array]:
-    """Symptoms of lost plasticity, from activations on some examples and from weights.
+    """Measure symptoms of lost plasticity, from activations on some examples and from weights.
 
     Args:
       features: of each layer, arrays [examples, ..., units].

@@ -26,7 +26,7 @@ class ScaleByAdamState(NamedTuple):
 def scale_by_adam(
     b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999, eps: chex.Numeric = 1e-8
 ) -> optax.GradientTransformation:
-    """Rescales gradients like Adam, with a step count for each weight. See :func:`adam`.
+    """Rescale gradients like Adam, with a step count for each weight. See :func:`adam`.
 
     Args:
       b1: decay rate of the mean of gradients, in [0, 1).
@@ -87,7 +87,7 @@ def adam(
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with a step count for each weight.
+    r"""Create Adam with a step count for each weight.
 
     With gradient g, and n the number of updates since the weight was made or last reset,
 
@@ -128,7 +128,7 @@ def adam(
 
 
 def _one_minus_power(base: chex.Numeric, exponent: chex.Array, dtype: jnp.dtype) -> chex.Array:
-    """`1 - base**exponent` for exponents >= 1, elementwise, to a relative error of 1e-6.
+    """Return `1 - base**exponent` for exponents >= 1, elementwise, to a relative error of 1e-6.
 
     `jnp.power` with an exponent for each weight makes a step ten times slower than `optax.adam`'s, and `1 - exp(n log
     b)` loses digits while n (1 - b) is small. Here 2**y = 2**k 2**r with k an integer and |r| <= 1/2, and 1 - 2**k is

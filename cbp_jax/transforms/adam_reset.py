@@ -29,7 +29,7 @@ def scale_by_adam_reset(
     every: chex.Numeric = 1000,
     forget: Forget = "time",
 ) -> optax.GradientTransformation:
-    """Rescales gradients like Adam, with periodic resets. See :func:`adam_reset`.
+    """Rescale gradients like Adam, with periodic resets. See :func:`adam_reset`.
 
     Args:
       b1: decay rate of the mean of gradients, in [0, 1).
@@ -85,7 +85,7 @@ def adam_reset(
     every: chex.Numeric = 1000,
     forget: Forget = "time",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam whose step count is reset periodically.
+    r"""Create Adam whose step count is reset periodically.
 
     With gradient g and n the number of updates since the last reset, this one included,
 

@@ -25,7 +25,7 @@ def add_churn_reduction(
     *,
     change: Change = "kl",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds the gradient of a penalty on churn: how much the last update changed the outputs on a reference batch.
+    r"""Add the gradient of a penalty on churn: how much the last update changed the outputs on a reference batch.
 
     C-CHAIN adds a term to the loss,
 

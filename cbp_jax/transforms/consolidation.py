@@ -67,7 +67,7 @@ def add_consolidation(
     beta_weight: chex.Numeric = 0.999,
     beta_importance: chex.Numeric = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds the gradient of a penalty on the distance to the mean of past weights, weighted by importance.
+    r"""Add the gradient of a penalty on the distance to the mean of past weights, weighted by importance.
 
     .. math::
         g \leftarrow g + \lambda\,\Omega\,(w - \bar w)
@@ -160,7 +160,7 @@ def ewc(
     beta_weight: chex.Numeric = 0.999,
     beta_importance: chex.Numeric = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming elastic weight consolidation: SGD with weights held by their empirical Fisher information.
+    r"""Create streaming elastic weight consolidation: SGD with weights held by their empirical Fisher information.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad \Omega = \overline{g^2}
@@ -207,7 +207,8 @@ def mas(
     beta_weight: chex.Numeric = 0.999,
     beta_importance: chex.Numeric = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming memory aware synapses: SGD with weights held by how strongly the network's output depends on them.
+    r"""Create streaming memory aware synapses: SGD with weights held by how strongly the network's output depends on
+    them.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad \Omega = \overline{|s|}
@@ -257,7 +258,7 @@ def synaptic_intelligence(
     beta_importance: chex.Numeric = 0.999,
     epsilon: chex.Numeric = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming synaptic intelligence: SGD with weights held by how much their changes reduced the loss.
+    r"""Create streaming synaptic intelligence: SGD with weights held by how much their changes reduced the loss.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad
@@ -317,7 +318,7 @@ def rwalk(
     beta_importance: chex.Numeric = 0.999,
     epsilon: chex.Numeric = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Streaming Riemannian walk: SGD with weights held by their Fisher information and by their path.
+    r"""Create streaming Riemannian walk: SGD with weights held by their Fisher information and by their path.
 
     .. math::
         w \leftarrow w - \eta\,(g + \lambda\,\Omega\,(w - \bar w)), \qquad
@@ -370,7 +371,7 @@ MAS = Importance(observe=lambda step: (jnp.abs(step.sensitivity),), combine=lamb
 
 
 def synaptic_intelligence_importance(epsilon: chex.Numeric = 1e-3) -> Importance:
-    """The importance of :func:`synaptic_intelligence`, for :func:`add_consolidation`.
+    """Return the importance of :func:`synaptic_intelligence`, for :func:`add_consolidation`.
 
     Args:
       epsilon: as there, > 0.
@@ -391,7 +392,7 @@ def synaptic_intelligence_importance(epsilon: chex.Numeric = 1e-3) -> Importance
 
 
 def rwalk_importance(epsilon: chex.Numeric = 1e-3) -> Importance:
-    """The importance of :func:`rwalk`, for :func:`add_consolidation`.
+    """Return the importance of :func:`rwalk`, for :func:`add_consolidation`.
 
     Args:
       epsilon: as there, > 0.
@@ -422,8 +423,8 @@ def _descend(importance, learning_rate, strength, beta_weight, beta_importance):
 
 
 def _next(rate: chex.Array, beta: chex.Numeric) -> chex.Array:
-    """The rate at an update, from the previous one. Needs no power, and has no sum of products that a compiler could
-    fuse."""
+    """Return the rate at an update, from the previous one. Needs no power, and has no sum of products that a compiler
+    could fuse."""
     return jnp.where(rate == 0, 1, rate / (rate + beta)).astype(rate.dtype)
 
 

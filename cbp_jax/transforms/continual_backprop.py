@@ -50,7 +50,7 @@ def continual_backprop(
     max_replacements: int | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Continually replaces a small fraction of mature units of low utility.
+    r"""Continually replace a small fraction of mature units of low utility.
 
     After each update of the inner optimizer, for every group of units from front to back (Algorithm 1):
 
@@ -58,7 +58,7 @@ def continual_backprop(
     2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
        times their number;
     3. the integer part of the budget is the number of units to replace, those of smallest `u / (1 - d**age)`: their
-       incoming weights are drawn anew, scales of normalization become 1, and biases, outgoing weights, utility, age and
+       incoming weights are resampled, scales of normalization become 1, and biases, outgoing weights, utility, age and
        mean activation become 0. The fractional part of the budget is kept. (Running statistics are not parameters;
        `reset_batch_stats` resets them.)
 
@@ -155,7 +155,7 @@ def _policy(
     compensate_bias: bool,
     max_replacements: int | None,
 ) -> replacement.Policy:
-    """The policy of Algorithm 1. Its arguments are those of `continual_backprop`."""
+    """Return the policy of Algorithm 1. Its arguments are those of `continual_backprop`."""
     utility_fn = replacement.get_utility(utility)
 
     def init(group: units_lib.UnitGroup, params: optax.Params) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _policy(
 def _choose(
     utility: chex.Array, eligible: chex.Array, budget: chex.Array, most: int, bounded: bool
 ) -> tuple[chex.Array, chex.Array]:
-    """Spends the budget on the eligible units of smallest utility.
+    """Spend the budget on the eligible units of smallest utility.
 
     Args:
       utility: float32 [units].

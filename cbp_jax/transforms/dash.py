@@ -28,7 +28,7 @@ def dash(
     alpha: chex.Numeric = 0.3,
     kernels: Kernels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Direction-aware shrinking: shrinks each unit's incoming weights periodically.
+    r"""Shrink each unit's incoming weights periodically, depending on their direction (direction-aware shrinking).
 
     With m the running mean of the negative gradient, :math:`m \leftarrow (1 - \alpha) m - \alpha \nabla L`, the weights
     w that lead to a unit are multiplied by their cosine similarity to it, or by a lower bound,
@@ -100,8 +100,8 @@ def dash(
 
 
 def _cosine(a: chex.Array, b: chex.Array) -> chex.Array:
-    """Cosine of the angle between two kernels, for each output, and for each input of a convolution; 0 if one of them
-    is 0."""
+    """Return the cosine of the angle between two kernels, for each output, and for each input of a convolution; 0 if
+    one of them is 0."""
     axes = tuple(range(max(1, a.ndim - 2)))
     inner = lambda a, b: jnp.sum(a * b, axes, keepdims=True)
     lengths = jnp.sqrt(inner(a, a) * inner(b, b))

@@ -29,7 +29,7 @@ def fire(
     reset_inner_state: bool = False,
     kernels: Kernels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Frobenius-isometry reinitialization: makes kernels orthogonal periodically.
+    r"""Make kernels orthogonal periodically (Frobenius-isometry reinitialization).
 
     Of all matrices with equal singular values, the polar factor is the nearest to W in the Frobenius norm, so
     plasticity is restored with the smallest change to what was learned. With d outputs and e inputs,
@@ -102,7 +102,7 @@ def fire(
 
 
 def _isometric(kernel: chex.Array, iterations: int) -> chex.Array:
-    """The kernel [positions..., inputs, outputs] with all its singular values equal."""
+    """Return the kernel [positions..., inputs, outputs] with all its singular values equal."""
     *places, inputs, outputs = kernel.shape
     number = math.prod(places)
     factors = jax.vmap(lambda w: _polar(w, iterations))(kernel.reshape(number, inputs, outputs))
@@ -110,7 +110,7 @@ def _isometric(kernel: chex.Array, iterations: int) -> chex.Array:
 
 
 def _polar(matrix: chex.Array, iterations: int) -> chex.Array:
-    """The orthogonal polar factor of a matrix; 0 for a matrix of zeros."""
+    """Return the orthogonal polar factor of a matrix; 0 for a matrix of zeros."""
     flat = matrix.shape[1] > matrix.shape[0]
     norm = jnp.sqrt(jnp.sum(jnp.square(matrix)))
     x = (matrix.T if flat else matrix) / jnp.where(norm > 0, norm, 1.0)

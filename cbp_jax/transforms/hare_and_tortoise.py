@@ -24,7 +24,7 @@ class HareAndTortoiseState(NamedTuple):
 def hare_and_tortoise(
     inner: optax.GradientTransformation, *, decay: chex.Numeric = 0.999, every: chex.Numeric = 1000
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Resets the weights to their running mean periodically.
+    r"""Reset the weights to their running mean periodically.
 
     The hare, w, is trained by an inner optimizer. The tortoise, s, starts at the same weights and follows slowly. Every
     n updates the hare is reset to the tortoise:

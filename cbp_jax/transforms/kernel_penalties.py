@@ -38,7 +38,7 @@ class AddKernelPenaltyState(NamedTuple):
 def add_kernel_penalty(
     strength: chex.Numeric, penalty: Penalty, *, kernels: Kernels | None = None
 ) -> optax.GradientTransformation:
-    r"""Adds the gradient of a penalty on kernels, :math:`g \leftarrow g + \lambda \nabla R(W)`.
+    r"""Add the gradient of a penalty on kernels, :math:`g \leftarrow g + \lambda \nabla R(W)`.
 
     A kernel of more than two axes is treated as a matrix W of its last axis, the outputs, by all others: row i holds
     the weights that compute output i. Chain it before transformations that replace units, as in
@@ -93,7 +93,7 @@ def add_kernel_penalty(
 
 
 def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
-    r"""Spectral regularization, :math:`R(W) = (\sigma_{\max}(W)^k - 1)^2`.
+    r"""Create spectral regularization, :math:`R(W) = (\sigma_{\max}(W)^k - 1)^2`.
 
     The largest singular value is estimated by one power iteration for each update, whose vector is kept in the state,
     and by twenty at the start, beginning with W's longest row. Singular vectors are constants in the gradient. The
@@ -141,7 +141,7 @@ def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
 
 
 def parseval_penalty(scale: chex.Numeric = 2.0) -> Penalty:
-    r"""Parseval regularization, :math:`R(W) = \lVert W W^\top - s I \rVert_F^2`.
+    r"""Create Parseval regularization, :math:`R(W) = \lVert W W^\top - s I \rVert_F^2`.
 
     Its gradient is :math:`4 (W W^\top - s I) W`. Rows, one for each output, are pulled to be orthogonal and of length
     :math:`\sqrt s`. If there are more outputs than inputs, that is impossible, and the penalty cannot become 0.
@@ -166,7 +166,8 @@ def parseval_penalty(scale: chex.Numeric = 2.0) -> Penalty:
 
 
 def orthogonal_penalty() -> Penalty:
-    r"""Soft orthogonality, :math:`R(W) = \lVert W W^\top - I \rVert_F^2`, or with :math:`W^\top W`, if it is smaller.
+    r"""Create soft orthogonality, :math:`R(W) = \lVert W W^\top - I \rVert_F^2`, or with :math:`W^\top W`, if it is
+    smaller.
 
     All singular values are pulled to 1. The paper uses the products of outputs for all shapes. These cannot be the
     identity if there are more outputs than inputs, so the products of inputs are used then.
@@ -194,7 +195,8 @@ def orthogonal_penalty() -> Penalty:
 
 
 def wasserstein_penalty() -> Penalty:
-    r"""Wasserstein distance to the start, :math:`R(W) = \lVert \mathrm{sort}(W) - \mathrm{sort}(W_0) \rVert^2`.
+    r"""Create the Wasserstein distance to the start, :math:`R(W) = \lVert \mathrm{sort}(W) - \mathrm{sort}(W_0)
+    \rVert^2`.
 
     The sorted weights of a kernel are pulled to its sorted initial ones: the distribution of the weights is kept, but
     no weight has to stay where it was. It is the sum of squares, not their mean, so that strengths are comparable with
@@ -227,13 +229,15 @@ def wasserstein_penalty() -> Penalty:
 
 
 def _unit(vector: chex.Array) -> chex.Array:
-    """The vector scaled to length 1; for a zero vector, one of equal entries, so that an iteration never gets stuck."""
+    """Return the vector scaled to length 1; for a zero vector, one of equal entries, so that an iteration never gets
+    stuck."""
     length = jnp.linalg.norm(vector)
     return jnp.where(length > 0, vector / jnp.where(length > 0, length, 1.0), vector.size**-0.5)
 
 
 def _gram_gradient(matrix: chex.Array, scale: chex.Numeric, kernel: chex.Array, transposed: bool = False) -> chex.Array:
-    """The gradient of `|W W^T - s I|^2` of a matrix W, or of its transpose, as an array of the kernel's shape."""
+    """Return the gradient of `|W W^T - s I|^2` of a matrix W, or of its transpose, as an array of the kernel's
+    shape."""
     gram = jnp.matmul(matrix, matrix.T, precision="highest")
     gradient = 4 * jnp.matmul(gram - scale * jnp.eye(len(matrix), dtype=gram.dtype), matrix, precision="highest")
     return _as_kernel(gradient.T if transposed else gradient, kernel)

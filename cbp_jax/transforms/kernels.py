@@ -15,7 +15,7 @@ Kernels = Callable[[str, chex.Array], bool]
 
 
 def chosen_kernels(params: optax.Params, kernels: Kernels | None = None) -> dict[str, chex.Array]:
-    """The kernels by path.
+    """Return the kernels by path.
 
     Args:
       params: pytree of arrays.
@@ -46,7 +46,7 @@ def chosen_kernels(params: optax.Params, kernels: Kernels | None = None) -> dict
 
 
 def as_matrix(kernel: chex.Array) -> chex.Array:
-    """The kernel as a matrix [outputs, inputs]: its last axis by all others.
+    """Return the kernel as a matrix [outputs, inputs]: its last axis by all others.
 
     >>> as_matrix(jnp.zeros((3, 3, 2, 5))).shape
     (5, 18)
@@ -61,7 +61,7 @@ def edit_after(
     updates: optax.Updates,
     paths: Iterable[str],
 ) -> optax.Updates:
-    """Changes updates so that, when due, a function is applied to the updated parameters.
+    """Change updates so that, when due, a function is applied to the updated parameters.
 
     Args:
       due: bool [], see `when_due`.
@@ -93,5 +93,5 @@ def edit_after(
 
 
 def wide(array: chex.Array) -> chex.Array:
-    """The array in float32 at least."""
+    """Return the array in float32 at least."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

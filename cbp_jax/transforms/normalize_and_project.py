@@ -28,7 +28,7 @@ def normalize_and_project(
     pull: chex.Numeric = 0.0,
     kernels: Kernels | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales every kernel to its initial Frobenius norm after each update of an inner optimizer.
+    r"""Rescale every kernel to its initial Frobenius norm after each update of an inner optimizer.
 
     .. math:: W \leftarrow \lVert W_0 \rVert_F \frac{W + u}{\lVert W + u \rVert_F}
 
@@ -110,7 +110,7 @@ def normalize_and_project(
 def effective_learning_rate(
     params: optax.Params, learning_rate: chex.Numeric, *, adaptive: bool = False, kernels: Kernels | None = None
 ) -> dict[str, chex.Array]:
-    r"""How far a step rotates each kernel, if the network's output does not depend on the kernel's norm.
+    r"""Return how far a step rotates each kernel, if the network's output does not depend on the kernel's norm.
 
     Gradients of such a kernel shrink as its norm grows, :math:`\nabla L(c W) = \nabla L(W) / c`, so that a step of SGD
     rotates it as much as a step with the learning rate :math:`\eta / \lVert W \rVert_F^2` rotates a kernel of norm 1.

@@ -20,7 +20,7 @@ class TracesState(NamedTuple):
 def eligibility_traces(
     discount: chex.Numeric = 0.99, trace_decay: chex.Numeric = 0.8
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Turns gradients of a value and a TD error into the direction of TD(lambda), for any optimizer.
+    r"""Turn gradients of a value and a TD error into the direction of TD(lambda), for any optimizer.
 
     With the gradient g of the value (or of the logarithm of the policy) and the TD error :math:`\delta`,
 
@@ -80,7 +80,7 @@ def obgd(
     trace_decay: chex.Numeric = 0.8,
     kappa: chex.Numeric = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Overshooting-bounded gradient descent: TD(lambda) with steps so small that none goes past its target.
+    r"""Create overshooting-bounded gradient descent: TD(lambda) with steps so small that none goes past its target.
 
     With the gradient g of the value (or of the logarithm of the policy) and the TD error :math:`\delta`,
 

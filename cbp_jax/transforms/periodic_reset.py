@@ -31,7 +31,7 @@ def periodic_reset(
     layers: Collection[str] | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Periodically draws parameters anew, and resets the optimizer's state for them.
+    r"""Periodically resample parameters, and reset the optimizer's state for them.
 
     With :math:`w'` the weights after the inner optimizer's update number n,
 
@@ -128,7 +128,7 @@ def periodic_reset(
 
 
 def _paths(params: optax.Params, layers: Collection[str] | None) -> dict[str, chex.Array]:
-    """The parameters of layers, by path."""
+    """Return the parameters of layers, by path."""
     leaves = leaves_by_path(params)
     if layers is None:
         return leaves

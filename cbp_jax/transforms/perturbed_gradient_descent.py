@@ -19,7 +19,7 @@ class AddNoiseState(NamedTuple):
 
 
 def add_noise(sigma: chex.Numeric, key: jax.typing.ArrayLike = 0) -> optax.GradientTransformation:
-    r"""Adds normal noise to the gradients, :math:`g \leftarrow g + \xi`, :math:`\xi \sim \mathcal{N}(0, \sigma^2)`.
+    r"""Add normal noise to the gradients, :math:`g \leftarrow g + \xi`, :math:`\xi \sim \mathcal{N}(0, \sigma^2)`.
 
     In `optax.add_noise`, by contrast, the variance decreases over steps, and vmapped seeds share the key.
 
@@ -67,7 +67,7 @@ def perturbed_gradient_descent(
     weight_decay: chex.Numeric = 0.0,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SGD with normal noise in the gradient.
+    r"""Create SGD with normal noise in the gradient.
 
     .. math::
         w \leftarrow (1 - \eta \lambda)\,w - \eta\,(g + \xi), \qquad \xi \sim \mathcal{N}(0, \sigma^2)

@@ -36,14 +36,14 @@ def redo(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Periodically recycles dormant units.
+    r"""Periodically recycle dormant units.
 
     After the inner optimizer's update number `every`, 2 `every`, ..., units are recycled whose activations on this
     update's batch are small relative to the group's. For unit i of a group of H units,
 
     .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|} \le \tau,
 
-    Their incoming weights are drawn anew, scales of normalization become 1, and biases and outgoing weights become 0.
+    Their incoming weights are resampled, scales of normalization become 1, and biases and outgoing weights become 0.
     (Running statistics are not parameters; call `reset_batch_stats` with the state's `replaced`.) The mean runs over
     examples and positions. If consumers read different arrays, the score is the mean of the scores on each. A group
     that is silent on the whole batch is recycled as a whole, as :func:`metrics.dormant_fraction` counts it. A group
@@ -109,7 +109,8 @@ def redo(
 
 
 def activation_score(view: replacement.GroupView) -> chex.Array:
-    """Mean absolute activation of each unit divided by the group's, float32 [units]; NaN if one is not finite."""
+    """Return the mean absolute activation of each unit divided by the group's, float32 [units]; NaN if one is not
+    finite."""
     scores = []
     for h in view.features:
         size = by_unit.mean_abs(h)

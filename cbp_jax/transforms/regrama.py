@@ -23,7 +23,7 @@ def regrama(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Periodically recycles units that hardly learn.
+    r"""Periodically recycle units that hardly learn.
 
     This is :func:`redo` with another score: how much a unit learns, not how active it is. With the gradient of the
     incoming weights :math:`W_i` of unit i in a group of H units,
@@ -82,7 +82,7 @@ def regrama(
 
 
 def gradient_score(view: replacement.GroupView) -> chex.Array:
-    """Mean absolute gradient of each unit's incoming weights divided by the group's.
+    """Return the mean absolute gradient of each unit's incoming weights divided by the group's.
 
     Args:
       view: the group, at one step.

@@ -12,7 +12,7 @@ from cbp_jax.numerics.scalars import check_scalar
 
 
 def add_l1(strength: chex.Numeric) -> optax.GradientTransformation:
-    r"""Adds the gradient of an L1 penalty, :math:`g \leftarrow g + \lambda\,\mathrm{sign}(w)`.
+    r"""Add the gradient of an L1 penalty, :math:`g \leftarrow g + \lambda\,\mathrm{sign}(w)`.
 
     Args:
       strength: :math:`\lambda`, the penalty's factor in the loss, >= 0. May be traced.
@@ -49,7 +49,7 @@ class AddL2InitState(NamedTuple):
 
 
 def add_l2_init(strength: chex.Numeric) -> optax.GradientTransformation:
-    r"""Adds the gradient of an L2 penalty toward the initial weights, :math:`g \leftarrow g + \lambda (w - w_0)`.
+    r"""Add the gradient of an L2 penalty toward the initial weights, :math:`g \leftarrow g + \lambda (w - w_0)`.
 
     :math:`w_0` are the params given to `init`. If a wrapper such as `continual_backprop` resets this state for a unit,
     the unit's part of :math:`w_0` becomes its new initial weights.
@@ -84,7 +84,7 @@ class AddL1InitState(NamedTuple):
 
 
 def add_l1_init(strength: chex.Numeric) -> optax.GradientTransformation:
-    r"""Adds the gradient of an L1 penalty toward the initial weights.
+    r"""Add the gradient of an L1 penalty toward the initial weights.
 
     .. math:: g \leftarrow g + \lambda\,\mathrm{sign}(w - w_0)
 
@@ -123,7 +123,7 @@ class ProximalL1InitState(NamedTuple):
 def proximal_l1_init(
     strength: chex.Numeric, learning_rate: optax.ScalarOrSchedule = 1.0
 ) -> optax.GradientTransformation:
-    r"""Soft-thresholds the change of weights since initialization, so that weights that hardly move return to it.
+    r"""Soft-threshold the change of weights since initialization, so that weights that hardly move return to it.
 
     With :math:`w' = w + u` the weights after the optimizer's step, the weights become
 
@@ -185,7 +185,7 @@ def proximal_l1_init(
 
 
 def _pull(name: str, state_type: Any, force: Callable[[chex.Array], chex.Array]) -> optax.GradientTransformation:
-    """Adds to the gradients a function of the weights' change since initialization."""
+    """Add to the gradients a function of the weights' change since initialization."""
 
     def init_fn(params: optax.Params) -> Any:
         return state_type(initial=_copied(params))

@@ -42,7 +42,7 @@ def self_normalized_resets(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Resets each unit whose silence has become improbable under its own past.
+    r"""Reset each unit whose silence has become improbable under its own past.
 
     A unit fires in an update if its activation is above 0 for some example and position. With :math:`a_i` the number of
     updates since unit i last fired, and :math:`A_i` the distribution of its past silences' lengths, it is reset
@@ -50,7 +50,7 @@ def self_normalized_resets(
 
     .. math:: P(A_i \ge a_i) \le \eta.
 
-    Its incoming weights are then drawn anew, scales of normalization become 1, and biases and outgoing weights become
+    Its incoming weights are then resampled, scales of normalization become 1, and biases and outgoing weights become
     0, as in :func:`continual_backprop`, which also explains the position in a chain.
 
     The paper leaves open how the distribution is estimated. As in the authors' program, a histogram of silences is kept
@@ -151,13 +151,13 @@ def self_normalized_resets(
 
 
 def _fired(activations: tuple[chex.Array, ...]) -> chex.Array:
-    """Which units are above 0 anywhere in the batch, in any of the arrays that consumers read, bool [units]."""
+    """Return which units are above 0 anywhere in the batch, in any of the arrays that consumers read, bool [units]."""
     fired = [jnp.any(h > 0, axis=all_but_units(h)) for h in activations]
     return jnp.any(jnp.stack(fired), axis=0)
 
 
 def _recompute(threshold: chex.Array, history: chex.Array, rejection: chex.Numeric) -> tuple[chex.Array, chex.Array]:
-    """Thresholds from the histogram of silences, and an empty histogram."""
+    """Return thresholds from the histogram of silences, and an empty histogram."""
     total = jnp.sum(history, 1)
     as_long = total[:, None] - jnp.cumsum(history, 1) + history  # silences of at least 1, 2, ... updates
     allowed = jnp.asarray(rejection, jnp.float32) * total

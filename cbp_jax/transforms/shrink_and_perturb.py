@@ -25,7 +25,7 @@ def shrink_and_perturb(
     perturb: chex.Numeric,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks all parameters and adds noise to them at every update of an inner optimizer.
+    r"""Shrink all parameters and add noise to them at every update of an inner optimizer.
 
     .. math::
         w \leftarrow (1 - s)\,w + u + p\,\xi, \qquad \xi \sim \mathcal{N}(0, 1)

@@ -41,7 +41,7 @@ def trac(
     s_init: chex.Numeric = 1e-8,
     eps: chex.Numeric = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the displacement of an inner optimizer from the initial weights by a learned factor.
+    r"""Scale the displacement of an inner optimizer from the initial weights by a learned factor.
 
     With gradient g at the weights w, the initial weights :math:`w_0`, and the sum :math:`\Delta` of the inner
     optimizer's updates u so far, a tuner for each discount :math:`\beta_j` computes a scale, and the scales add up:
@@ -146,7 +146,7 @@ def trac(
 
 
 def erfi(x: chex.Array) -> chex.Array:
-    r"""The imaginary error function :math:`\frac{2}{\sqrt\pi} \int_0^x e^{t^2} dt`, to a relative error of 1e-5.
+    r"""Return the imaginary error function :math:`\frac{2}{\sqrt\pi} \int_0^x e^{t^2} dt`, to a relative error of 1e-5.
 
     Rybicki's sum: :math:`\frac{4}{\pi} \sum_{n = 1, 3, 5, \dots} \frac{1}{n} e^{-n^2 d^2} \sinh(2 n d x)`.
 

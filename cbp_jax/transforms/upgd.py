@@ -41,7 +41,7 @@ def scale_by_upgd(
     incoming_axes: IncomingAxes | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gates the updates of `inner`, plus noise, by the utility of each weight. See :func:`upgd`.
+    r"""Gate the updates of `inner`, plus noise, by the utility of each weight. See :func:`upgd`.
 
     With d the updates of `inner`, and the gate :math:`1 - \phi(\bar U)` of each weight as in :func:`upgd`,
 
@@ -169,7 +169,7 @@ def upgd(
     incoming_axes: IncomingAxes | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Utility-gated perturbed gradient descent: protects useful weights and perturbs useless ones.
+    r"""Create utility-gated perturbed gradient descent, which protects useful weights and perturbs useless ones.
 
     The utility of a weight is how much the loss would increase if the weight were set to 0, in a Taylor expansion with
     gradient g and, for order 2, the diagonal h of the Hessian. It is averaged over steps,
@@ -289,7 +289,7 @@ def adaptive_upgd(
     incoming_axes: IncomingAxes | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""UPGD around Adam's moments: the gate of :func:`upgd` on Adam's direction.
+    r"""Create UPGD around Adam's moments: the gate of :func:`upgd` on Adam's direction.
 
     .. math::
         w \leftarrow (1 - \alpha \lambda) w
@@ -354,12 +354,12 @@ def _descend(
 
 
 def _first_order(g: chex.Array, w: chex.Array) -> chex.Array:
-    """How much the loss would increase if a weight were set to 0, to first order, float32."""
+    """Return how much the loss would increase if a weight were set to 0, to first order, float32."""
     return -g.astype(jnp.float32) * w.astype(jnp.float32)
 
 
 def _unit_utility(units: tuple[units_lib.UnitGroup, ...], per_weight: Any) -> dict[str, chex.Array]:
-    """Sums of utilities over the outgoing weights of each unit: [units] by name of group."""
+    """Sum utilities over the outgoing weights of each unit: [units] by name of group."""
     per_weight = units_lib.leaves_by_path(per_weight)
     return {
         group.name: sum(consumer.kernel.sum(per_weight[consumer.kernel.path]).sum(0) for consumer in group.outgoing)
@@ -370,7 +370,7 @@ def _unit_utility(units: tuple[units_lib.UnitGroup, ...], per_weight: Any) -> di
 def _normalize(
     utility: Any, scope: Scope, units: tuple[units_lib.UnitGroup, ...] | None, axes: IncomingAxes | None
 ) -> Any:
-    """Utilities divided by the maximum of all, or by the norm over the same unit's weights."""
+    """Divide utilities by the maximum of all, or by the norm over the same unit's weights."""
     tiny = np.finfo(np.float32).tiny  # if it replaces 0, all utilities are 0, or all gates are open
     if scope == "global":
         largest = [jnp.max(u) for u in jax.tree.leaves(utility) if u.size]
@@ -393,7 +393,7 @@ def _normalize(
 def _spread(
     units: tuple[units_lib.UnitGroup, ...], per_unit: dict[str, chex.Array], params: optax.Params, others: float
 ) -> optax.Params:
-    """Spreads values [units] to factors that broadcast to the params, for incoming weights and biases; `others`
+    """Spread values [units] to factors that broadcast to the params, for incoming weights and biases; `others`
     elsewhere."""
     leaves = units_lib.leaves_by_path(params)
     factors: dict[str, chex.Array] = {}

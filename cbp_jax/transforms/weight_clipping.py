@@ -22,7 +22,7 @@ def clip_weights(
     bound: chex.Numeric = 1.0,
     scale: Scale | Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Clips the weights after every update of an inner optimizer.
+    r"""Clip the weights after every update of an inner optimizer.
 
     .. math::
         w \leftarrow \mathrm{clip}(w + u, -\kappa s, \kappa s)
@@ -93,7 +93,7 @@ def clip_weights(
 
 
 def kernel_scale(params: optax.Params) -> dict[str, float | None]:
-    """The default scales, by path.
+    """Return the default scales, by path.
 
     Args:
       params: pytree of arrays.
@@ -120,7 +120,7 @@ def kernel_scale(params: optax.Params) -> dict[str, float | None]:
         beside = [path] if jnp.ndim(leaf) >= 2 else kernels.get(_layer(path), [])
         if len(beside) > 1:
             raise ValueError(
-                f"clip_weights cannot tell the scale of {path!r}, which stands beside the kernels {beside}; pass "
+                f"clip_weights cannot tell the scale of {path!r}, which is next to the kernels {beside}; pass "
                 "scale, a function of (path, param) or a tree of numbers"
             )
         scales[path] = 1 / math.sqrt(max(1, math.prod(jnp.shape(leaves[beside[0]])[:-1]))) if beside else None
@@ -133,7 +133,7 @@ def _layer(path: str) -> str:
 
 
 def _scales(scale: Scale | Any | None, params: optax.Params) -> dict[str, chex.Numeric | None]:
-    """The scale of each parameter by path, checked."""
+    """Return the scale of each parameter by path, checked."""
     leaves = units_lib.leaves_by_path(params)
     if scale is None:
         return kernel_scale(params)
@@ -162,7 +162,7 @@ def _scales(scale: Scale | Any | None, params: optax.Params) -> dict[str, chex.N
 
 
 def _clip(update: chex.Array, param: chex.Array, bound: chex.Array) -> chex.Array:
-    """An update after which the parameter, in its own precision, is within the bound."""
+    """Return an update after which the parameter, in its own precision, is within the bound."""
     # Rounded toward 0, since the bound may not be representable in the parameter's precision.
     rounded = bound.astype(param.dtype)
     bound = jnp.where(rounded > bound, jnp.nextafter(rounded, jnp.zeros_like(rounded)), rounded)

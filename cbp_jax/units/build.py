@@ -20,7 +20,7 @@ Check = Callable[[list[groups.UnitGroup], frozenset[core.Var]], set[str]]
 
 
 def build(walk: Walk, check: Check | None = None) -> collection.Units:
-    """The groups of a network. Units that own equally many rows of the same parameters belong to one group.
+    """Return the groups of a network. Units that own equally many rows of the same parameters belong to one group.
 
     Args:
       walk: a walk through it.
@@ -74,7 +74,7 @@ class _LeaveOut(Exception):
 
 
 def _check_normalization(walk: Walk) -> tuple[set[int], frozenset[core.Var]]:
-    """Leaves out units mixed by a statistic that is applied to other units: that is not a normalization.
+    """Leave out units mixed by a statistic that is applied to other units, which is not a normalization.
 
     Returns:
       the units that are normalized together, where resetting one changes the others through the statistic; and the
@@ -165,13 +165,13 @@ class _Parts:
         self.together = self._among([np.array(sorted(together), np.int64)])
 
     def _counts(self, rows: np.ndarray) -> dict[int, int]:
-        """How many of the rows belong to each group."""
+        """Return how many of the rows belong to each group."""
         found = self._group[rows]
         numbers, counts = np.unique(found[found >= 0], return_counts=True)
         return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
     def _among(self, events: list[np.ndarray]) -> set[int]:
-        """The groups that contain some of these units."""
+        """Return the groups that contain some of these units."""
         return {number for ids in events for number in self._counts(self.walk.labels.roots(ids).ravel())}
 
     def _place(self, path: str, axes: tuple[int, ...], ids: np.ndarray) -> int:
@@ -180,8 +180,8 @@ class _Parts:
         return len(self.places) - 1
 
     def _split(self) -> list[tuple[np.ndarray, Reason | None]]:
-        """The groups: units with equal signatures. A signature is the sum of a random number for each row that a unit
-        owns."""
+        """Return the groups: units with equal signatures. A signature is the sum of a random number for each row that a
+        unit owns."""
         size, random = len(self.walk.labels), np.random.default_rng(0)
         signatures = np.zeros(size, np.uint64)
         for rows in self.rows:
@@ -201,11 +201,11 @@ class _Parts:
         return [(units[members[kind]], reasons[lost[units[first[kind]]]]) for kind in np.argsort(first)]
 
     def is_table(self, place: int) -> bool:
-        """Whether rows of a parameter are looked up by index."""
+        """Return whether rows of a parameter are looked up by index."""
         return self.walk.kinds[self.places[place][0]] == "embedding"
 
     def slice(self, place: int, group: int, reset: float = 0.0, lookup: bool = False) -> groups.ParamSlice | None:
-        """The rows of a parameter that belong to units of a group, or None."""
+        """Return the rows of a parameter that belong to units of a group, or None."""
         path, axes = self.places[place]
         if group not in self.columns[place]:
             return None
@@ -218,7 +218,7 @@ class _Parts:
         return groups.ParamSlice(path, axes, order.reshape(size, -1).T, rows.size, reset, lookup)
 
     def group(self, name: str, number: int, keys: list[int]) -> groups.UnitGroup:
-        """The group of units that own rows at the places `keys`."""
+        """Return the group of units that own rows at the places `keys`."""
         # In a table that also reads units, their entries are outgoing: they become 0.
         written = [place for place in keys if not _is_tied(self.walk.uses[self.places[place][0]])]
         if not written:
@@ -261,7 +261,7 @@ class _Parts:
         )
 
     def kind(self, number: int, keys: list[int]) -> str:
-        """The kind of a group."""
+        """Return the kind of a group."""
         if number in self.products:
             return "head"
         if len(keys) > 1 and number in self.sums:
@@ -270,7 +270,7 @@ class _Parts:
 
 
 def _is_tied(uses: set[tuple]) -> bool:
-    """Whether a parameter embeds tokens and also computes the output, with one row for each token in both."""
+    """Return whether a parameter embeds tokens and also computes the output, with one row for each token in both."""
     lookups = [use[1] for use in uses if use[0] == "lookup"]
     kernels = [use[1:] for use in uses if use[0] == "kernel"]
     if len(uses) != 2 or not lookups or not kernels:
@@ -280,7 +280,7 @@ def _is_tied(uses: set[tuple]) -> bool:
 
 
 def _description(use: tuple) -> str:
-    """Describes a use of a parameter."""
+    """Describe a use of a parameter."""
     axes = lambda numbers: "axis " + " and ".join(map(str, numbers))
     if use[0] == "kernel":
         return f"as a kernel that reads along {axes(use[1])}"
@@ -288,13 +288,13 @@ def _description(use: tuple) -> str:
 
 
 def _statistic(path: str, role: str) -> float:
-    """The initial value of a running statistic."""
+    """Return the initial value of a running statistic."""
     name = path.rpartition("/")[2].lower()
     return 1.0 if role == "scale" or any(word in name for word in _VARIANCES) else 0.0
 
 
 def _layer_names(paths: list[str]) -> dict[str, str]:
-    """The path of each kernel's layer, or the kernel's own path if its layer has several kernels."""
+    """Return the path of each kernel's layer, or the kernel's own path if its layer has several kernels."""
     layers = {path: path.rpartition("/")[0] for path in paths}
     counts: dict[str, int] = {}
     for layer in layers.values():

@@ -43,13 +43,13 @@ class Units(tuple[UnitGroup, ...]):
     kernels: tuple[str, ...]
 
     def __new__(cls, groups: Iterable[UnitGroup] = (), left_out: Iterable[LeftOut] = (), kernels: Iterable[str] = ()):
-        """Makes the tuple of groups."""
+        """Make the tuple of groups."""
         self = super().__new__(cls, groups)
         self.left_out, self.kernels = tuple(left_out), tuple(kernels)
         return self
 
     def select(self, *names: str, kind: str | Iterable[str] | None = None) -> "Units":
-        """The groups to replace, chosen by name or by kind.
+        """Return the groups to replace, chosen by name or by kind.
 
         Args:
           *names: patterns of group names, as in `fnmatch`: `*` matches any characters, `?` one. A group is chosen if
@@ -87,7 +87,7 @@ class Units(tuple[UnitGroup, ...]):
         return Units(chosen, (*self.left_out, *left), self.kernels)
 
     def to_dot(self) -> str:
-        """The groups as a graph in Graphviz's DOT language: boxes are groups, ellipses are kernels between them.
+        """Return the groups as a graph in Graphviz's DOT language: boxes are groups, ellipses are kernels between them.
 
         Returns:
           text to render with `dot -Tsvg`.
@@ -115,7 +115,7 @@ class Units(tuple[UnitGroup, ...]):
         return "\n".join([*lines, "}"])
 
     def __str__(self) -> str:
-        """A table of the groups, and a list of what is left out."""
+        """Return a table of the groups, and a list of what is left out."""
         columns = {
             "group": [group.name for group in self],
             "size": [str(group.size) for group in self],
@@ -172,7 +172,7 @@ class NoUnits(ValueError):
 
 
 def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
-    """Checks that every slice of the groups exists in the params.
+    """Check that every slice of the groups exists in the params.
 
     Args:
       units: groups.

@@ -42,7 +42,7 @@ residual stream                a dimension is a unit: every block writes and rea
 low-rank changes of a kernel,  a rank-one component of the change is a unit: a column of A is incoming, a row of B
 `W + c A B` (LoRA)             outgoing. The layer's outputs are written by W and B, its inputs are read by W and A.
 tied embeddings                a table that embeds tokens and also computes the output is outgoing: in it a new unit
-                               starts with 0, and the other kernels that write the stream are drawn anew.
+                               starts with 0, and the other kernels that write the stream are resampled.
 =============================  ======================================================================================
 
 A parameter that several units share (a scalar; a norm's scale over the dimensions of all heads) belongs to no unit, and
@@ -114,7 +114,7 @@ from cbp_jax.units import build, collection, guard, modules, tracing, walk
 def discover_units(
     apply_fn: Callable[..., Any], params: Any, *example_inputs: Any, check: bool | None = None
 ) -> collection.Units:
-    """Finds the groups of units that can be replaced in a network.
+    """Find the groups of units that can be replaced in a network.
 
     The function is traced. A unit is a feature that a kernel computes along its free axis. Its *incoming* weights are
     that column of the kernel. Its *outgoing* weights are the rows of the kernels that contract the array it ends up in,

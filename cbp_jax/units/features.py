@@ -20,7 +20,7 @@ Features = dict[str, chex.Array | tuple[chex.Array, ...]]
 def with_features(
     apply_fn: Callable[..., Any], units: Iterable[groups.UnitGroup]
 ) -> Callable[..., tuple[Any, Features]]:
-    """Makes a network return the activations of its units as well.
+    """Make a network return the activations of its units as well.
 
     The activation of a unit is what its outgoing weights see: after the nonlinearity, pooling and dropout.
     Under `jit`, outputs and gradients are bit for bit those of `apply_fn`. (Without `jit`, layers that are jitted
@@ -94,7 +94,7 @@ def with_features(
 
 
 def _of_passes(operands: chex.Array, use: Contraction) -> chex.Array:
-    """Selects what a kernel read, in one pass or in all, from what the passes of scans read, [passes..., operand's
+    """Select what a kernel read, in one pass or in all, from what the passes of scans read, [passes..., operand's
     shape]."""
     return (
         operands[tuple(slice(None) if number is None else number for number in use.passes)] if use.passes else operands
@@ -102,7 +102,7 @@ def _of_passes(operands: chex.Array, use: Contraction) -> chex.Array:
 
 
 def _per_unit(operand: chex.Array, use: Contraction, kernel: groups.ParamSlice) -> chex.Array:
-    """Moves the axes that a kernel contracts to the end, as [units] or [positions, units]."""
+    """Move the axes that a kernel contracts to the end, as [units] or [positions, units]."""
     axes = tuple(axis + use.passes.count(None) for axis in use.operand_axes)
     if axes != tuple(range(operand.ndim - len(axes), operand.ndim)):
         operand = jnp.moveaxis(operand, axes, range(-len(axes), 0))
@@ -120,7 +120,7 @@ def _per_unit(operand: chex.Array, use: Contraction, kernel: groups.ParamSlice) 
 
 
 def _join(arrays: list[chex.Array], kernel: groups.ParamSlice) -> chex.Array:
-    """The activations that several applications of one kernel read."""
+    """Return the activations that several applications of one kernel read."""
     if len(arrays) == 1:
         return arrays[0]
     if len({array.shape for array in arrays}) == 1:

@@ -23,7 +23,7 @@ class ParamSlice:
     convolution has one for each position and channel, so that its index has as many positions.
 
     Attributes:
-      path: where the array stands in the params: the keys joined by "/", as `"params/Dense_0/kernel"`.
+      path: the path of the array in the params: the keys joined by "/", as `"params/Dense_0/kernel"`.
       axes: the axes of the array that enumerate rows.
       index: int array [positions, units], the rows of each unit.
       rows: the total number of rows along the axes. Some may belong to other groups, or to no unit.
@@ -40,7 +40,7 @@ class ParamSlice:
 
     @classmethod
     def whole_axis(cls, path: str, axis: int, size: int) -> "ParamSlice":
-        """The slice in which row i of `axis` (of length `size`) belongs to unit i.
+        """Return the slice in which row i of `axis` (of length `size`) belongs to unit i.
 
         >>> ParamSlice.whole_axis("params/Dense_0/kernel", axis=1, size=3).index
         array([[0, 1, 2]])
@@ -58,19 +58,19 @@ class ParamSlice:
         return self.index.size == self.rows and np.array_equal(self.index.ravel(), np.arange(self.rows))
 
     def to_rows(self, per_unit: chex.Array, fill: Any = 0) -> chex.Array:
-        """Spreads values [units] or [positions, units] over the rows; rows of no unit get `fill`."""
+        """Spread values [units] or [positions, units] over the rows; rows of no unit get `fill`."""
         per_unit = jnp.broadcast_to(per_unit, self.index.shape)
         if self.is_whole:
             return per_unit.reshape(self.rows)
         return jnp.full(self.rows, fill, per_unit.dtype).at[self.index.ravel()].set(per_unit.ravel())
 
     def from_rows(self, per_row: chex.Array) -> chex.Array:
-        """Gathers values [rows, ...] of the rows into [positions, units, ...]."""
+        """Gather values [rows, ...] of the rows into [positions, units, ...]."""
         shape = (*self.index.shape, *per_row.shape[1:])
         return per_row.reshape(shape) if self.is_whole else per_row[self.index]
 
     def along_axes(self, per_row: chex.Array, array: chex.Array) -> chex.Array:
-        """Reshapes values [rows] so that they broadcast against `array`."""
+        """Reshape values [rows] so that they broadcast against `array`."""
         shape = [1] * array.ndim
         for axis in self.axes:
             shape[axis] = array.shape[axis]
@@ -80,11 +80,11 @@ class ParamSlice:
         return per_row.reshape(shape)
 
     def mask(self, units: chex.Array, array: chex.Array) -> chex.Array:
-        """Spreads a bool [units] into a mask that broadcasts against `array`."""
+        """Spread a bool [units] into a mask that broadcasts against `array`."""
         return self.along_axes(self.to_rows(units, False), array)
 
     def sum(self, array: chex.Array, weights: chex.Array | None = None) -> chex.Array:
-        """Sums `array` over every axis but the rows' own: [positions, units].
+        """Sum `array` over every axis but the rows' own: [positions, units].
 
         Args:
           array: an array of the parameter's shape.
@@ -111,26 +111,26 @@ class ParamSlice:
         return self.from_rows(per_row.reshape(self.rows))
 
     def rows_last(self, array: chex.Array) -> chex.Array:
-        """The array with its rows as the last axis: [other axes..., rows]."""
+        """Return the array with its rows as the last axis: [other axes..., rows]."""
         moved = jnp.moveaxis(array, self.axes, range(-len(self.axes), 0))
         return moved.reshape(*moved.shape[: array.ndim - len(self.axes)], self.rows)
 
     def undo_rows_last(self, array: chex.Array, shape: tuple[int, ...]) -> chex.Array:
-        """Undoes `rows_last` of an array of the given shape."""
+        """Undo `rows_last` of an array of the given shape."""
         dims = [shape[axis] for axis in self.axes]
         return jnp.moveaxis(array.reshape(*array.shape[:-1], *dims), range(-len(dims), 0), self.axes)
 
     def columns(self, units: chex.Array) -> chex.Array:
-        """Row numbers [positions * k] of the units numbered `units` [k]; `rows` for a unit out of range."""
+        """Return row numbers [positions * k] of the units numbered `units` [k]; `rows` for a unit out of range."""
         index = np.concatenate([self.index, np.full((self.positions, 1), self.rows)], 1)
         return jnp.asarray(index)[:, jnp.minimum(units, self.index.shape[1])].ravel()
 
     def shape_of_rows(self, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-        """The shape of `rows_of` an array of the given shape, for `count` units."""
+        """Return the shape of `rows_of` an array of the given shape, for `count` units."""
         return (*(size for axis, size in enumerate(shape) if axis not in self.axes), self.positions * count)
 
     def rows_of(self, array: chex.Array, units: chex.Array) -> chex.Array:
-        """The rows of the units numbered `units` [k]: [other axes..., positions * k]; 0 for a unit out of range.
+        """Return the rows of the units numbered `units` [k]: [other axes..., positions * k]; 0 for a unit out of range.
 
         >>> ParamSlice.whole_axis("w", axis=1, size=3).rows_of(jnp.arange(6).reshape(2, 3), jnp.array([2, 3])).tolist()
         [[2, 0], [5, 0]]
@@ -216,11 +216,11 @@ class UnitGroup:
                 )
 
     def slices(self) -> tuple[ParamSlice, ...]:
-        """All slices of parameters of the group: incoming, biases, scales, outgoing."""
+        """Return all slices of parameters of the group: incoming, biases, scales, outgoing."""
         return (*self.incoming, *self.biases, *self.scales, *(consumer.kernel for consumer in self.outgoing))
 
     def operands(self) -> tuple[Consumer, ...]:
-        """The first consumer of each distinct activation that is read."""
+        """Return the first consumer of each distinct activation that is read."""
         first: dict[int, Consumer] = {}
         for consumer in self.outgoing:
             first.setdefault(consumer.operand, consumer)
@@ -228,7 +228,7 @@ class UnitGroup:
 
 
 def join_path(key_path: tuple[Any, ...]) -> str:
-    """Converts a jax key path to a string: its keys joined by "/".
+    """Convert a jax key path to a string: its keys joined by "/".
 
     The value of an NNX variable has the path of the variable, since Flax's optimizer passes sometimes variables and
     sometimes their values to its transformation.
@@ -244,7 +244,7 @@ def join_path(key_path: tuple[Any, ...]) -> str:
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their joined path, in the tree's order.
+    """Return the leaves of a tree by their joined path, in the tree's order.
 
     Raises:
       ValueError: two leaves have the same path, as in `{"a/b": x, "a": {"b": y}}`.
@@ -259,5 +259,5 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def statistics_name(path: str) -> str:
-    """The path of a running statistic without the name of Flax's collection."""
+    """Return the path of a running statistic without the name of Flax's collection."""
     return path.removeprefix(f"{STATISTICS}/")

@@ -24,7 +24,7 @@ _DRAWS = 4
 
 
 def is_cheap(closed: core.ClosedJaxpr) -> bool:
-    """Whether checking a network takes only a moment."""
+    """Return whether checking a network takes only a moment."""
     numbers = sum(math.prod(getattr(value, "shape", ())) for value in (*closed.in_avals, *closed.consts))
     return numbers <= _CHEAP_NUMBERS and jaxprs.count_equations(closed.jaxpr) <= _CHEAP_EQUATIONS
 
@@ -36,7 +36,7 @@ def refuted(
     frozen: Collection[core.Var],
     checked: Sequence[bool],
 ) -> set[str]:
-    """The names of groups whose units act on the output although their outgoing weights are 0.
+    """Return the names of groups whose units act on the output although their outgoing weights are 0.
 
     Args:
       trace: the network.
@@ -69,13 +69,14 @@ class _Check:
         )
 
     def evaluate(self, leaves: list[Any], held: list[Any] | None) -> tuple[list[Any], list[Any]]:
-        """The outputs that are checked, and the sums in the order in which they are met, taken from `held` if given."""
+        """Return the outputs that are checked, and the sums in the order in which they are met, taken from `held` if
+        given."""
         sums: list[Any] = []
         outputs = _evaluate(self.trace.jaxpr, leaves, self.frozen, sums, None if held is None else iter(held))
         return [output for output, keep in zip(outputs, self.checked, strict=True) if keep], sums
 
     def refuted(self, found: Sequence[groups.UnitGroup]) -> set[str]:
-        """The names of the groups that fail."""
+        """Return the names of the groups that fail."""
         wrong: set[str] = set()
         exact = [group for group in found if group.exact]
         for draw in range(_DRAWS):
@@ -95,7 +96,7 @@ class _Check:
     def silent(
         self, leaves: list[Any], found: Iterable[groups.UnitGroup], chosen: dict[str, np.ndarray], held: bool
     ) -> bool:
-        """Whether chosen units of groups, with outgoing weights 0, leave the output unchanged."""
+        """Return whether chosen units of groups, with outgoing weights 0, leave the output unchanged."""
         paths, states = self.trace.param_paths, self.trace.states
         invars = enumerate(self.trace.jaxpr.jaxpr.invars)
         number = {paths[var]: n for n, var in invars if var in paths and var not in states}
@@ -127,13 +128,13 @@ class _Check:
         return all(np.array_equal(a, b) for a, b in zip(outputs, others, strict=True) if not _is_key(a))
 
     def like(self, leaf: np.ndarray) -> np.ndarray:
-        """Other numbers of the same kind."""
+        """Return other numbers of the same kind."""
         if leaf.ndim < 2:
             return self.rng.uniform(0.5, 1.5, leaf.shape)
         return self.rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
 
     def draw(self) -> list[Any]:
-        """Random arguments: parameters and state of ordinary size, and data."""
+        """Draw random arguments: parameters and state of ordinary size, and data."""
         leaves = []
         for var, given in zip(self.trace.jaxpr.jaxpr.invars, self.inputs, strict=True):
             aval = var.aval
@@ -151,7 +152,7 @@ class _Check:
 
 
 def _entries(part: groups.ParamSlice, units: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """The entries of an array that belong to units: a mask that broadcasts to it. (NumPy need not compile.)"""
+    """Return the entries of an array that belong to units: a mask that broadcasts to it. (NumPy need not compile.)"""
     rows = np.zeros(part.rows, bool)
     rows[part.index[:, units]] = True
     mask = rows.reshape([array.shape[axis] for axis in part.axes]).transpose(np.argsort(part.axes))
@@ -165,7 +166,7 @@ def _evaluate(
     sums: list[Any],
     held: Iterator[Any] | None,
 ) -> list[Any]:
-    """Evaluates a jaxpr and all calls in it; notes the values of `frozen` in `sums`, and takes them from `held`."""
+    """Evaluate a jaxpr and all calls in it; note the values of `frozen` in `sums`, and take them from `held`."""
     env: dict[core.Var, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(closed.jaxpr.invars, args, strict=True))
 
@@ -195,7 +196,7 @@ def _unrolled(
     sums: list[Any],
     held: Iterator[Any] | None,
 ) -> list[Any]:
-    """The outputs of a scan, pass by pass."""
+    """Return the outputs of a scan, pass by pass."""
     scan, ys = jaxprs.scan_of(eqn, values), []
     carry = scan.carry
     for number in range(eqn.params["length"])[:: -1 if eqn.params["reverse"] else 1]:

@@ -17,13 +17,13 @@ class Pure(NamedTuple):
 
 
 def is_module(value: Any) -> bool:
-    """Whether something is an NNX module."""
+    """Return whether something is an NNX module."""
     nnx = sys.modules.get("flax.nnx")  # if that was never imported, there is none
     return nnx is not None and isinstance(value, nnx.Module)
 
 
 def pure(function: Callable[..., Any], module: Any) -> Pure:
-    """Makes a function of a module one of its parameters and of the rest of its state, which it may change."""
+    """Make a function of a module one of its parameters and of the rest of its state, which it may change."""
     from flax import nnx
 
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
@@ -38,7 +38,7 @@ def pure(function: Callable[..., Any], module: Any) -> Pure:
 
 
 def update(module: Any, rest: Any) -> None:
-    """Writes the state after a run back into the module."""
+    """Write the state after a run back into the module."""
     from flax import nnx
 
     if jax.tree.leaves(rest):

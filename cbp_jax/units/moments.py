@@ -44,15 +44,15 @@ class Form:
     multiple_of: "Form | None" = dataclasses.field(default=None, compare=False)
 
     def multiple(self) -> "Form":
-        """The form of this array times something."""
+        """Return the form of this array times something."""
         return Form(multiple_of=self)
 
     def squared(self) -> "Form":
-        """The form of the square."""
+        """Return the form of the square."""
         return dataclasses.replace(self, power=2, multiple_of=None) if self.power == 1 else Form()
 
     def normalized_by(self, other: "Form") -> bool:
-        """Whether an array of this form has the other's values, possibly centered or multiplied."""
+        """Return whether an array of this form has the other's values, possibly centered or multiplied."""
         form: Form | None = self
         while form is not None:
             if form.power == 1 and form.origin is other.origin:
@@ -94,7 +94,7 @@ class Statistic:
     sources: tuple[core.Var, ...]
 
     def same(self, other: "Statistic") -> bool:
-        """Whether two statistics are of the same array, summed over the same sets."""
+        """Return whether two statistics are of the same array, summed over the same sets."""
         return (
             self.form == other.form
             and self.sets.shape == other.sets.shape
@@ -104,12 +104,12 @@ class Statistic:
         )
 
     def is_one(self) -> bool:
-        """Whether it is the mean itself, not a multiple."""
+        """Return whether it is the mean itself, not a multiple."""
         return abs(self.scale - 1.0) < _TOLERANCE
 
 
 def of_sum(eqn: core.JaxprEqn, ids: np.ndarray, form: Form) -> Statistic:
-    """The statistic that `reduce_sum` over units computes from an array with these labels and form."""
+    """Return the statistic that `reduce_sum` over units computes from an array with these labels and form."""
     (operand,), axes = eqn.invars, tuple(eqn.params["axes"])
     kept = [axis for axis in range(ids.ndim) if axis not in axes]
     rows = ids.transpose(*kept, *axes).reshape(*(ids.shape[axis] for axis in kept), -1)
@@ -132,7 +132,8 @@ def combine(
     statistics: Sequence[Statistic | None],
     numbers: Sequence[float | None],
 ) -> Statistic | None:
-    """The statistic that an elementwise equation computes from statistics and values of no unit; None if it is not one.
+    """Return the statistic that an elementwise equation computes from statistics and values of no unit; None if it is
+    not one.
 
     Args:
       eqn: the equation.
@@ -148,7 +149,7 @@ def combine(
 
 
 def rearrange(eqn: core.JaxprEqn, statistics: Sequence[Statistic], sets: np.ndarray | None) -> Statistic | None:
-    """The statistic that an equation computes that is not elementwise.
+    """Return the statistic that an equation computes that is not elementwise.
 
     Args:
       eqn: the equation.
@@ -164,14 +165,14 @@ def rearrange(eqn: core.JaxprEqn, statistics: Sequence[Statistic], sets: np.ndar
 
 
 def _mixed(statistics: Sequence[Statistic], ndim: int) -> Statistic:
-    """A value that is no longer a known function of one set of units for each element."""
+    """Return a value that is no longer a known function of one set of units for each element."""
     members = tuple(units for item in statistics for units in item.members)
     sources = tuple(dict.fromkeys(var for item in statistics for var in item.sources))
     return Statistic(Kind.OTHER, Form(), 1.0, np.zeros((1,) * ndim, int), members, sources)
 
 
 def _combined(eqn, statistics, numbers) -> tuple[Kind, float]:
-    """The kind and the scale of an equation's output."""
+    """Return the kind and the scale of an equation's output."""
     name, other = eqn.primitive.name, (Kind.OTHER, 1.0)
     places = [n for n, item in enumerate(statistics) if item is not None]
     item, place = statistics[places[0]], places[0]
@@ -225,7 +226,7 @@ def _combined(eqn, statistics, numbers) -> tuple[Kind, float]:
 
 
 def normalizes(eqn: core.JaxprEqn, position: int, statistic: Statistic, form: Form) -> bool:
-    """Whether an equation with a statistic at `position` normalizes an array of this form by it."""
+    """Return whether an equation with a statistic at `position` normalizes an array of this form by it."""
     name, kind = eqn.primitive.name, statistic.kind
     if kind is Kind.SUM:
         sign = {"sub": 1.0 if position == 1 else 0.0, "add": -1.0, "add_any": -1.0}.get(name, 0.0)
@@ -241,7 +242,7 @@ def form_of(
     statistics: Sequence[Statistic | None],
     numbers: Sequence[float | None],
 ) -> Form:
-    """The form of what an elementwise equation computes from labeled arrays and others.
+    """Return the form of what an elementwise equation computes from labeled arrays and others.
 
     Args:
       eqn: the equation.

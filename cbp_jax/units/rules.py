@@ -19,21 +19,22 @@ _SCALING = frozenset("convert_element_type copy copy_p neg mul div reduce_precis
 
 
 def is_scalar_step(eqn: core.JaxprEqn, position: int) -> bool:
-    """Whether the other operands of an elementwise equation are scalar literals."""
+    """Return whether the other operands of an elementwise equation are scalar literals."""
     return all(
         isinstance(atom, core.Literal) and np.ndim(atom.val) == 0 for n, atom in enumerate(eqn.invars) if n != position
     )
 
 
 def is_scaling(eqn: core.JaxprEqn, position: int) -> bool:
-    """Whether an equation multiplies the operand at `position` by a scalar."""
+    """Return whether an equation multiplies the operand at `position` by a scalar."""
     if eqn.primitive.name not in _SCALING or (eqn.primitive.name == "div" and position == 1):
         return False
     return all(atom.aval.ndim == 0 for n, atom in enumerate(eqn.invars) if n != position)
 
 
 def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """Given a view of a leaf with these axes, the leaf's axes of the equation's output; None if that is not a view.
+    """Return, for a view of a leaf with these axes, the leaf's axes of the equation's output; None if that is not a
+    view.
 
     An axis that is sliced no longer corresponds to the leaf's.
     """
@@ -63,7 +64,7 @@ def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | Non
 
 
 def lookup_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """The same for a gather: an axis that is taken as a whole stays, one that is indexed is lost."""
+    """Return the same for a gather: an axis that is taken as a whole stays, one that is indexed is lost."""
     numbers = eqn.params["dimension_numbers"]
     if numbers.operand_batching_dims:
         return None
@@ -87,7 +88,7 @@ def _gather_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
 
 
 def _reshape_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """Reshapes labels, spreading them only over the axes that are split or joined."""
+    """Reshape labels, spreading them only over the axes that are split or joined."""
     if eqn.params["dimensions"] is not None:
         return None
     old, new = list(eqn.invars[0].aval.shape), list(eqn.outvars[0].aval.shape)
@@ -148,7 +149,7 @@ def _dynamic_slice_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | N
 
 
 def _pad_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """Elements padded along units belong to no unit, as in a shortcut to more channels."""
+    """Pad labels: elements padded along units belong to no unit, as in a shortcut to more channels."""
     config = [pad if size > 1 else (0, 0, 0) for pad, size in zip(eqn.params["padding_config"], ids.shape, strict=True)]
     if any(low < 0 or high < 0 or inside for low, high, inside in config):
         return None
@@ -156,14 +157,14 @@ def _pad_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
 
 
 def _parallel_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """A sum or maximum over devices, or over the axes that `vmap` turned them into."""
+    """Return the labels of a sum or maximum over devices, or over the axes that `vmap` turned them into."""
     axes = tuple(axis for axis in eqn.params["axes"] if isinstance(axis, int))
     return None if any(ids.shape[axis] > 1 for axis in axes) else ids.squeeze(axes)
 
 
 def scatter_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """The labels of an array into which updates with these labels are written; None if a window does not hold all
-    units."""
+    """Return the labels of an array into which updates with these labels are written; None if a window does not hold
+    all units."""
     numbers, (operand, _, updates) = eqn.params["dimension_numbers"], (atom.aval.shape for atom in eqn.invars)
     windows = [axis for axis in range(len(operand)) if axis not in numbers.inserted_window_dims]
     if numbers.operand_batching_dims:
@@ -183,7 +184,7 @@ def _tile_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray:
 
 
 def split_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
-    """The labels of the parts of a split."""
+    """Return the labels of the parts of a split."""
     axis = eqn.params["axis"]
     if ids.shape[axis] == 1:
         return [ids] * len(eqn.outvars)
@@ -191,7 +192,7 @@ def split_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
 
 
 def unstack_labels(eqn: core.JaxprEqn, ids: np.ndarray) -> list[np.ndarray]:
-    """The labels of the arrays that an array is unstacked into."""
+    """Return the labels of the arrays that an array is unstacked into."""
     axis = eqn.params["axis"]
     return [ids.take(number if ids.shape[axis] > 1 else 0, axis) for number in range(len(eqn.outvars))]
 
@@ -216,7 +217,7 @@ LABEL_RULES: dict[str, Callable[[core.JaxprEqn, np.ndarray], np.ndarray | None]]
 
 
 def rearranged(eqn: core.JaxprEqn, ids: np.ndarray) -> np.ndarray | None:
-    """The labels of the output of an equation that only rearranges or selects elements of one operand."""
+    """Return the labels of the output of an equation that only rearranges or selects elements of one operand."""
     name = eqn.primitive.name
     if name in REDUCTIONS and any(eqn.invars[0].aval.shape[axis] > 1 for axis in eqn.params["axes"]):
         return None
@@ -277,5 +278,5 @@ class KernelUse:
 
 
 def labelled(values: Sequence[Any]) -> list[Labels]:
-    """Those of the values that are labeled."""
+    """Return the labeled values among these."""
     return [value for value in values if isinstance(value, Labels)]

@@ -11,7 +11,7 @@ from cbp_jax.units import groups
 
 
 def reset_batch_stats(batch_stats: Any, units: Iterable[groups.UnitGroup], replaced: Mapping[str, chex.Array]) -> Any:
-    """Resets the running statistics of replaced units to their initial values: means to 0, variances to 1.
+    """Reset the running statistics of replaced units to their initial values: means to 0, variances to 1.
 
     A replacement is an update of parameters. Running statistics are not parameters, so the training loop must reset
     them itself, after `optax.apply_updates`. `discover_units` finds which leaves belong to which group, if the

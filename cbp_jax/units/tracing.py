@@ -20,14 +20,14 @@ class Trace(NamedTuple):
     out_tree: Any  # tree of the outputs' ShapeDtypeStructs
 
     def with_data(self, paths: Collection[str]) -> "Trace":
-        """The same network, with the leaves at these paths treated as data instead of state."""
+        """Return the same network, with the leaves at these paths treated as data instead of state."""
         data = {var for var in self.states if self.param_paths[var] in paths}
         named = {var: path for var, path in self.param_paths.items() if var not in data}
         return self._replace(param_paths=named, states=self.states - data)
 
 
 def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Trace:
-    """Traces `apply_fn(params, *inputs)` and inlines the calls that hold kernels."""
+    """Trace `apply_fn(params, *inputs)` and inline the calls that hold kernels."""
     leaves = groups.leaves_by_path(params)
     for path, leaf in leaves.items():
         if not isinstance(leaf, int | float | complex) and not hasattr(leaf, "dtype"):
@@ -53,8 +53,8 @@ def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Tr
 
 
 def not_followed(primitive: str, what: str) -> Reason:
-    """The reason for not following something that happens in a primitive (`what`, as "it is used in"), with advice for
-    loops."""
+    """Return the reason for not following something that happens in a primitive (`what`, as "it is used in"), with
+    advice for loops."""
     text = f"{what} `{primitive}`, which is not followed"
     if primitive in jaxprs.LOOPS:
         return Reason(LeftOutKind.LOOP, f"{text}: what a loop computes cannot be seen from outside; unroll it")

@@ -60,7 +60,7 @@ class Weight:
     steps: tuple[tuple[core.JaxprEqn, int], ...] = ()
 
     def identity(self) -> float:
-        """The value of the leaf, 0 or 1, at which the value computed from it is 1; 1 if neither does that."""
+        """Return the value of the leaf, 0 or 1, at which the value computed from it is 1; 1 if neither does that."""
         with jax.ensure_compile_time_eval():
             for value in (1.0, 0.0):
                 made = value
@@ -87,7 +87,7 @@ class Joined:
     axis: int
 
     def split(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Splits labels that broadcast to an array of this shape into those of each parameter."""
+        """Split labels that broadcast to an array of this shape into those of each parameter."""
         cuts = np.cumsum(self.sizes)
         whole = np.broadcast_to(ids, (*ids.shape[: self.axis], cuts[-1], *ids.shape[self.axis + 1 :]))
         return np.split(whole, cuts[:-1], self.axis)
@@ -171,7 +171,7 @@ class Contraction:
     absorbed: bool = False
 
     def reads(self, index: np.ndarray) -> bool:
-        """Whether it applies these rows of its kernel, which may be a slice of a stacked array."""
+        """Return whether it applies these rows of its kernel, which may be a slice of a stacked array."""
         return self.operand_rows is None or bool((self.operand_rows[index] >= 0).all())
 
 
@@ -212,7 +212,7 @@ class UnionFind:
         self.changes = 0  # how often something new was found
 
     def new(self, shape: tuple[int, ...]) -> np.ndarray:
-        """New numbers."""
+        """Return new numbers."""
         start, self._count = self._count, self._count + int(np.prod(shape))
         self.changes += 1
         if self._count > self._parent.size:
@@ -221,7 +221,7 @@ class UnionFind:
         return np.arange(start, self._count).reshape(shape)
 
     def roots(self, ids: np.ndarray) -> np.ndarray:
-        """The representative of each number; -1 for -1."""
+        """Return the representative of each number; -1 for -1."""
         found = np.where(ids >= 0, self._parent[ids], -1) if self._count else ids
         while True:
             above = np.where(found >= 0, self._parent[found], -1) if self._count else found
@@ -230,7 +230,7 @@ class UnionFind:
             found = above
 
     def union(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Merges numbers at the same position, unless one is -1."""
+        """Merge numbers at the same position, unless one is -1."""
         a, b = np.broadcast_arrays(a, b)
         keep = (a != b) & (a >= 0) & (b >= 0)
         a, b = a[keep], b[keep]

@@ -20,13 +20,13 @@ class AsMarkdown(griffe.Extension):
     """Rewrites docstrings as griffe reads them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrites the docstring of a module, class, function or attribute."""
+        """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
 
 def as_markdown(text: str) -> str:
-    """A docstring with its reStructuredText as Markdown."""
+    """Return a docstring with its reStructuredText as Markdown."""
     text = _TABLE.sub(_table, text)
     text = _HEADING.sub(r"### \1", text)
     text = _MATH.sub(_display, text)
@@ -49,7 +49,7 @@ def _fenced(match: re.Match[str]) -> str:
 
 
 def _table(match: re.Match[str]) -> str:
-    """A table of two columns; the text of the second ends with a full stop."""
+    """Return a table of two columns; the text of the second ends with a full stop."""
     width, rows = len(match[1]) + 2, []
     for line in (match[2] + "\n" + match[3]).splitlines():
         cells = [line[:width].strip(), line[width:].strip()]

@@ -44,7 +44,7 @@ _DOLLARS = re.compile(r"(<code.*?</code>)|\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTA
 
 @event_priority(100)  # before notebooks are looked for
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that lie elsewhere."""
+    """Add the pages from outside of the documentation's folder."""
     for source, target in PAGES.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -55,7 +55,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Fills in what comes from elsewhere, and follows links that lead there."""
+    """Insert content from elsewhere, and resolve links to it."""
     source = pathlib.Path(page.file.abs_src_path)
     if source.suffix != ".md":
         return markdown
@@ -71,7 +71,7 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
 
 
 def on_page_content(html_text: str, page: Page, config: Any, files: Files) -> str:
-    """Draws equations."""
+    """Draw equations."""
     if page.file.src_uri.endswith(".ipynb"):
         html_text = _MERMAID.sub("", _MATHJAX.sub("", html_text))
         return _CELL.sub(lambda match: match[1] + _DOLLARS.sub(_in_notebook(page), match[2]) + match[3], html_text)
@@ -91,7 +91,7 @@ def _mathml(tex: str, display: bool, page: Page) -> str:
 
 
 def _target(link: str, source: pathlib.Path, page: Page, config: Any, files: Files) -> str:
-    """Where a link of a page leads in the site."""
+    """Return the target of a page's link in the site."""
     path, _, anchor = link.partition("#")
     if not path or re.match(r"[a-z]+:", path):
         return link
@@ -114,7 +114,7 @@ def _target(link: str, source: pathlib.Path, page: Page, config: Any, files: Fil
 
 
 def _figures(paper: str) -> str:
-    """The list of a paper's figures, a section each."""
+    """Return the list of a paper's figures, a section each."""
     # By its path: the package itself needs jax.
     spec = importlib.util.spec_from_file_location("figures", ROOT / "cbp_jax" / "experiments" / "figures.py")
     module = importlib.util.module_from_spec(spec)

@@ -28,7 +28,7 @@ _SIZES = {"left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr"}
 
 
 def to_mathml(tex: str, *, display: bool = False) -> str:
-    """An equation as an element of HTML.
+    """Return an equation as an element of HTML.
 
     Args:
       tex: LaTeX, as between dollars.
@@ -54,7 +54,7 @@ class _Parser:
         self.place = 0
 
     def peek(self) -> str | None:
-        """The next token that is no space."""
+        """Return the next token that is not a space."""
         while self.place < len(self.tokens) and self.tokens[self.place].isspace():
             self.place += 1
         return self.tokens[self.place] if self.place < len(self.tokens) else None
@@ -67,7 +67,7 @@ class _Parser:
         return token
 
     def table(self) -> str:
-        """The whole equation: lines that are set below each other, or the only one."""
+        """Return the whole equation: lines that are set below each other, or the only one."""
         lines, end = [[]], ""
         while end is not None:
             cell, end = self.row(None, "&", "\\\\")
@@ -80,7 +80,7 @@ class _Parser:
         return f'<mtable columnalign="right left">{"".join(f"<mtr>{row}</mtr>" for row in rows)}</mtable>'
 
     def row(self, *ends: str | None) -> tuple[str, str | None]:
-        """Everything up to a token, with sub- and superscripts; and that token."""
+        """Return everything up to a token, with sub- and superscripts, and that token."""
         parts = []
         while self.peek() not in ends:
             parts.append(self.scripted())
@@ -121,7 +121,7 @@ class _Parser:
         raise ValueError(f"{token!r} is not understood in the equation {self.tex}")
 
     def argument(self) -> str:
-        """What belongs to a command or a script: of a number without braces, its first digit."""
+        """Return the argument of a command or a script: of a number without braces, its first digit."""
         token = self.peek() or ""
         if len(token) > 1 and token[0].isdigit():
             self.tokens[self.place : self.place + 1] = [token[0], token[1:]]
@@ -159,14 +159,14 @@ class _Parser:
         raise ValueError(f"\\{name} is not known in the equation {self.tex}")
 
     def delimiter(self) -> str:
-        """A bracket behind a size, or none where it is a dot."""
+        """Return the bracket after a size command, or none if it is a dot."""
         if self.peek() == ".":
             self.take()
             return ""
         return self.atom()
 
     def text(self) -> str:
-        """What stands between braces, as it is, spaces too."""
+        """Return the text between braces unchanged, including spaces."""
         if self.take() != "{" or "}" not in self.tokens[self.place :]:
             raise ValueError(f"text without braces in the equation {self.tex}")
         end = self.tokens.index("}", self.place)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """All tests of a process have the same devices, whichever comes first; times are not measured."""
+    """Give all tests of a process the same devices, whichever runs first; times are not measured."""
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
     monkeypatch.setattr(running, "relative_cost", cost)
 
@@ -40,7 +40,7 @@ def test_all_problems_of_a_suite_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_dear_method_has_a_high_cost(monkeypatch):
+def test_an_expensive_method_has_a_high_cost(monkeypatch):
     monkeypatch.undo()
     problem = dataclasses.replace(SMOKE.problems[1], settings=SMOKE.problems[1].changed(examples_per_task=20_000))
     assert bench.relative_cost(problem, parse_method("bp:step_size=0.1"), 4) == 1
@@ -49,7 +49,7 @@ def test_a_dear_method_has_a_high_cost(monkeypatch):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, compiled_once):
-    """The results of two methods on a problem of suite smoke, by the command."""
+    """Run the command with two methods on a problem of the suite smoke, and return the results."""
     out = tmp_path_factory.mktemp("bench") / "published"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_use_all_cores", lambda: None)
@@ -76,7 +76,7 @@ def test_a_suite_runs_from_end_to_end(published, capsys):
     page = (published / "table.md").read_text()
     assert "best of 2 configurations over 1 tuning seed, run with 2 others" in page
     assert (published / "table.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    # The same table by one command from the files alone.
+    # The same table can be made from the files only.
     (published / "table.md").unlink()
     assert cli.main(["bench", "--suite", "smoke", "--out", str(published), "--report", "--formats", "svg"]) == 0
     assert (published / "table.md").read_text() == page and (published / "table.svg").exists()
@@ -102,7 +102,7 @@ def test_a_transformation_of_another_package_is_a_row_by_one_command(published, 
 
 
 @pytest.mark.slow
-def test_what_was_stopped_goes_on_to_the_same_results(published, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_results(published, tmp_path):
     method = parse_method("l2")
     pairs, _ = bench.entries(SMOKE, [method], tmp_path, [PROBLEM])
     counted, total = 0, bench.total(SMOKE, pairs)
@@ -121,7 +121,7 @@ def test_what_was_stopped_goes_on_to_the_same_results(published, tmp_path):
     whole, again = (load_results(folder / pairs[0].problem.name / "l2") for folder in (published, tmp_path))
     assert again.drop_vars(COST).identical(whole.drop_vars(COST))
     assert bench.total(SMOKE, pairs) == 0
-    bench.run(SMOKE, pairs, stop)  # nothing is left to do
+    bench.run(SMOKE, pairs, stop)  # nothing is left to run
 
 
 def test_every_learner_runs_on_a_problem_of_the_small_suite():
@@ -147,7 +147,7 @@ def test_suites_are_fair(suite):
         json.dumps(json.loads(bench.running.report.results.settings_json(suite.kept(problem, parse_method("adam")))))
 
 
-def test_what_is_given_is_not_searched():
+def test_given_settings_are_not_searched():
     fixed = SMOKE.plan(SMOKE.problems[0], parse_method("bp:step_size=0.02"))
     assert [method.text for method in fixed.tried()["bp(step_size=0.02)"]] == ["bp:step_size=0.02"]
     plan = SMOKE.plan(SMOKE.problems[0], bench.read_method(f"{__name__}:own(learning_rate=0.5)"))
@@ -169,7 +169,7 @@ def refused(capsys, *words):
     return error
 
 
-def test_mistakes_are_told_before_anything_is_run(published, tmp_path, capsys):
+def test_mistakes_are_reported_before_anything_is_run(published, tmp_path, capsys):
     out = ("--out", str(tmp_path / "out"))
     assert "--method must name the methods to run" in refused(capsys, *out)
     assert "suite must be one of ['small', 'full', 'smoke'], got 'x'" in refused(
@@ -200,7 +200,7 @@ def test_a_method_that_a_problem_refuses_is_left_out_there(monkeypatch, tmp_path
         bench.entries(suite, [parse_method("c_chain")], tmp_path, ["refusing"])
 
 
-def test_a_space_of_values_alone_is_a_grid_within_the_budget(monkeypatch):
+def test_a_space_of_values_only_is_a_grid_within_the_budget(monkeypatch):
     monkeypatch.setattr(own, "space", {"learning_rate": (0.1, 0.2)})
     plan = SMOKE.plan(SMOKE.problems[0], bench.read_method(f"{__name__}:own"))
     (tried,) = plan.tried().values()
@@ -226,7 +226,7 @@ def test_results_of_another_budget_are_not_compared(published, tmp_path):
         bench.collect(SMALL, [tmp_path / "online_permuted"])
 
 
-def test_unfinished_results_are_told_and_left_out(published, tmp_path):
+def test_unfinished_results_are_reported_and_left_out(published, tmp_path):
     from cbp_jax import report
 
     shutil.copytree(published / PROBLEM, tmp_path / PROBLEM)

@@ -1,4 +1,4 @@
-"""A transformation as another package would have it: it knows nothing of cbp_jax but the name of a search space."""
+"""A transformation as another package may define it: of cbp_jax it uses only the name of a search space."""
 
 import optax
 

@@ -17,7 +17,7 @@ def idx_bytes(array):
 
 @pytest.fixture
 def write_idx():
-    """Writes the four files of splits {"train": (images [n, 28, 28], labels [n]), "test": ...}."""
+    """Return a function that writes four files for {"train": (images [n, 28, 28], labels [n]), "test": ...}."""
 
     def write(folder, splits, gz=False):
         folder.mkdir(exist_ok=True)
@@ -32,7 +32,7 @@ def write_idx():
 
 @pytest.fixture
 def tiny_splits():
-    """Random splits of 10 and 4 images; as they are stored shuffled, the first pixel of each is its index."""
+    """Make random splits of 10 and 4 images. TFDS stores them shuffled, so the first pixel of each is its index."""
     rng = np.random.default_rng(0)
 
     def split(n):
@@ -45,7 +45,7 @@ def tiny_splits():
 
 @pytest.fixture
 def real_data():
-    """Folder with mnist/ and fashion_mnist/, each with the four official IDX files."""
+    """Return the folder with mnist/ and fashion_mnist/, each with the four official IDX files."""
     folder = Path(os.environ.get("CBP_JAX_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
     if not (folder / "mnist").is_dir():
         pytest.skip(f"no MNIST files in {folder}; point CBP_JAX_TEST_DATA at a folder that has them")

@@ -28,7 +28,7 @@ def test_other_names_and_no_names_of_classes(tmp_path, inputs, labels):
     path = write(
         tmp_path / "a.npz", **{inputs: np.stack([IMAGES, IMAGES, IMAGES], -1), labels: LABELS.astype(np.int64)}
     )
-    dataset = load(path)  # a path that is no string
+    dataset = load(path)  # a path that is not a string
     assert (dataset.image_shape, dataset.num_classes) == ((4, 5, 3), 5)
 
 
@@ -40,7 +40,7 @@ def test_features(tmp_path, dtype):
     np.testing.assert_array_equal(dataset.images, features.astype(np.float32))
 
 
-def test_splits_of_their_own(tmp_path):
+def test_splits_with_their_own_arrays(tmp_path):
     path = write(tmp_path / "a.npz", x_train=IMAGES, y_train=LABELS, x_test=IMAGES[:2], y_test=LABELS[:2])
     assert [len(load(path, split)) for split in ("train", "test")] == [3, 2]
     with pytest.raises(
@@ -111,13 +111,13 @@ def test_quick_draw(real_data):
     assert (np.bincount(dataset.labels) == 100).all()
 
 
-def test_a_path_is_no_name_of_tensorflow_datasets(tmp_path):
+def test_a_path_is_not_a_name_of_tensorflow_datasets(tmp_path):
     with pytest.raises(ValueError, match=r"unknown dataset .*must end in \.npz or \.npy"):
         load(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
-def test_damaged_compressed_arrays_are_told_by_the_file_and_the_array(tmp_path, at):
+def test_errors_of_damaged_compressed_arrays_name_the_file_and_the_array(tmp_path, at):
     path = tmp_path / "a.npz"
     rng = np.random.default_rng(0)
     np.savez_compressed(path, x=rng.integers(0, 256, (50, 8, 8), dtype=np.uint8), y=np.arange(50) % 3)

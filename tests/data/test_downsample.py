@@ -30,7 +30,7 @@ def test_other_factors_are_refused(images, factor):
         downsample(images, factor)
 
 
-def test_features_have_no_squares():
+def test_features_cannot_be_downsampled():
     features = Dataset(np.zeros((2, 4), np.float32), np.zeros(2, np.int32), 1, "vectors")
     with pytest.raises(ValueError, match="dataset 'vectors' must hold images to be made smaller; it holds features"):
         downsample(features, 2)

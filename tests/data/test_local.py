@@ -7,7 +7,7 @@ from cbp_jax.data import DatasetUnavailable, load, prepare
 
 
 def by_index(dataset):
-    """Images and labels in the order of the first pixel."""
+    """Return images and labels in the order of the first pixel."""
     order = np.argsort(dataset.images[:, 0, 0, 0])
     return dataset.images[order, :, :, 0], dataset.labels[order]
 
@@ -29,7 +29,7 @@ def test_the_result_is_an_ordinary_dataset_of_tensorflow_datasets(tmp_path, writ
     import tensorflow_datasets as tfds
 
     path = prepare("fashion_mnist", write_idx(tmp_path / "source", tiny_splits), tmp_path)
-    load("fashion_mnist", data_dir=tmp_path)  # leaves its cache there
+    load("fashion_mnist", data_dir=tmp_path)  # writes its cache there
     builder = tfds.builder("fashion_mnist", data_dir=tmp_path)
     assert type(builder) is tfds.builder_cls("fashion_mnist")  # the stand-in is not registered
     assert builder.is_prepared() and builder.info.features["label"].int2str(9) == "Ankle boot"
@@ -54,7 +54,7 @@ def test_a_dataset_that_only_tensorflow_reads_is_not_readable(tmp_path, write_id
             attempt()
 
 
-def test_a_folder_that_holds_no_dataset_is_in_the_way(tmp_path, write_idx, tiny_splits):
+def test_a_folder_that_holds_no_dataset_is_refused(tmp_path, write_idx, tiny_splits):
     (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="is not a prepared dataset"):
         prepare("mnist", write_idx(tmp_path / "source", tiny_splits), tmp_path)
@@ -107,7 +107,7 @@ BATCHES = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.
 
 @pytest.fixture
 def batches(tmp_path):
-    """Folder with six batches of 2 images; in red, pixel [0, 1] of each is its number and [1, 0] its batch."""
+    """Make a folder with six batches of 2 images. An image's red pixel [0, 1] is its number, and [1, 0] its batch."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "source"
     folder.mkdir()
@@ -136,8 +136,8 @@ def test_cifar10_from_its_batches(batches, tmp_path):
     # Every pixel: red, green and blue planes, row by row.
     record = np.frombuffer((batches / "test_batch.bin").read_bytes(), np.uint8).reshape(2, 3073)[1]
     image = test.images[test.images[:, 0, 1, 0].tolist().index(1)]
-    for y, x, colour in ((0, 0, 0), (0, 31, 1), (17, 5, 2), (31, 31, 2)):
-        assert image[y, x, colour] == record[1 + 1024 * colour + 32 * y + x]
+    for y, x, color in ((0, 0, 0), (0, 31, 1), (17, 5, 2), (31, 31, 2)):
+        assert image[y, x, color] == record[1 + 1024 * color + 32 * y + x]
     builder = tfds.builder_from_directory(path)
     assert builder.info.features["label"].int2str(9) == "truck"
     assert {example["id"].decode() for example in builder.as_data_source("test")} == {"test_00000", "test_00001"}
@@ -168,7 +168,7 @@ def test_missing_batches_are_listed(batches, tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_real_files(name, real_data, tmp_path, write_idx):
-    """The first images of the official files, prepared and loaded as any user's."""
+    """Prepare and load the first images of the official files."""
 
     def head(file, header, each, n=64):
         content = gzip.decompress((real_data / name / f"{file}.gz").read_bytes())

@@ -17,14 +17,14 @@ def test_every_class_has_its_images(images):
     assert images.images.shape == (CLASSES * IMAGES, 12, 12, 2) and images.name == "procedural"
     np.testing.assert_array_equal(images.labels, np.repeat(np.arange(CLASSES), IMAGES))
     assert len(np.unique(images.images.reshape(len(images), -1), axis=0)) == len(images)
-    # Gray on average, neither flat nor saturated.
+    # Images are gray on average, and neither uniform nor saturated.
     assert abs(images.images.mean() - 128) < 5 and 15 < images.images.std() < 60
     assert np.isin(images.images, (0, 255)).mean() < 0.02
 
 
-def test_pixels_tell_classes_apart_and_mean_colours_do_not(images):
+def test_pixels_distinguish_classes_and_mean_colors_do_not(images):
     pixels = images.images.reshape(len(images), -1) / 255
-    colours = images.images.mean((1, 2)) / 255
+    colors = images.images.mean((1, 2)) / 255
     train = np.arange(len(images)) % 3 > 0
 
     def correct(x):
@@ -32,12 +32,12 @@ def test_pixels_tell_classes_apart_and_mean_colours_do_not(images):
         classifier = LogisticRegression(C=0.01, max_iter=200).fit(x[train], images.labels[train])
         return classifier.score(x[~train], images.labels[~train])
 
-    # Of chance: 0.25.
+    # Chance is 0.25.
     assert correct(pixels) > 0.6
-    assert correct(colours) < 0.4
+    assert correct(colors) < 0.4
 
 
-def test_images_are_a_function_of_the_key_and_classes_of_their_number(images):
+def test_images_depend_on_the_key_and_each_class_on_its_number(images):
     again = procedural(CLASSES - 1, IMAGES, size=12, channels=2, key=jax.random.key(0))
     np.testing.assert_array_equal(again.images, images.images[: len(again)])
     other = procedural(1, IMAGES, size=12, channels=2, key=1)

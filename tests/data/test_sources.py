@@ -12,13 +12,13 @@ from cbp_jax.data import DatasetUnavailable, load, names, prepare, sources
 
 @pytest.fixture
 def mnist(tmp_path, write_idx, tiny_splits):
-    """Directory in which a tiny "mnist" is prepared."""
+    """Prepare a tiny "mnist" and return its directory."""
     prepare("mnist", write_idx(tmp_path / "source", tiny_splits), tmp_path / "data")
     return tmp_path / "data"
 
 
 def write_tiny(name, data_dir, examples):
-    """A dataset in the official builder's own form, with these training examples."""
+    """Write a dataset in the official builder's format, with these training examples."""
     import tensorflow_datasets as tfds
 
     official = tfds.builder_cls(name.split("/")[0])
@@ -48,7 +48,7 @@ def test_digits():
         load("digits", "test")
 
 
-def test_colour_images_and_many_classes(tmp_path):
+def test_color_images_and_many_classes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     write_tiny(
         "cifar100",
@@ -100,7 +100,7 @@ def test_the_second_load_comes_from_the_cache_of_that_split_and_directory(
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"not an archive"])
-def test_a_damaged_cache_is_written_anew(mnist, damage):
+def test_a_damaged_cache_is_rewritten(mnist, damage):
     first = load("mnist", data_dir=mnist)
     (cache,) = mnist.rglob("*.npz")
     whole = cache.read_bytes()
@@ -125,7 +125,7 @@ def test_a_cache_that_cannot_be_written_leaves_nothing_behind(mnist, monkeypatch
     assert set(mnist.rglob("*")) == before
 
 
-def test_an_absent_dataset_names_itself_its_directory_and_the_ways_out(tmp_path, monkeypatch):
+def test_the_error_for_an_absent_dataset_names_it_its_directory_and_the_remedies(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(DatasetUnavailable) as error:
@@ -141,14 +141,14 @@ def test_an_absent_dataset_names_itself_its_directory_and_the_ways_out(tmp_path,
         "'digits'",
     ):
         assert part in message
-    # The command is one that Python understands.
+    # The command is valid Python.
     command = message.split('python -c "')[1].split('"\n')[0]
     compile(command, "command", "exec")
     assert list(tmp_path.iterdir()) == []
 
     with pytest.raises(DatasetUnavailable) as error:
         load("cifar100", data_dir=tmp_path)
-    assert "data prepare" not in str(error.value)  # which does not know its files
+    assert "data prepare" not in str(error.value)  # the command cannot prepare this dataset
     with pytest.raises(DatasetUnavailable, match="six binary batch files, without TensorFlow"):
         load("cifar10", data_dir=tmp_path)
 
@@ -185,7 +185,7 @@ def test_unknown_splits(split, mnist):
         load("mnist", split, data_dir=mnist)
 
 
-def test_names_are_names(tmp_path):
+def test_listed_names_are_known(tmp_path):
     assert names()[0] == "digits" and {"mnist", "fashion_mnist"} < set(names())
     for name in names()[1:]:
         with pytest.raises(DatasetUnavailable, match=name):

@@ -71,7 +71,7 @@ def test_bad_files(name, content, message, tmp_path):
 
 
 def write_tiny(name, data_dir, splits):
-    """A dataset in the official builder's own form, with these splits of examples."""
+    """Write a dataset in the official builder's format, with these splits of examples."""
     import tensorflow_datasets as tfds
 
     official, _, config = name.partition("/")
@@ -104,7 +104,7 @@ def test_a_text_of_tensorflow_datasets(tmp_path):
     assert texts.label_names == ("neg", "pos")
 
 
-def test_two_texts_and_secret_labels(tmp_path):
+def test_pairs_of_texts_and_splits_without_labels(tmp_path):
     pair = lambda n, label: {"premise": f"p{n}", "hypothesis": f"h{n}", "label": label, "idx": n}
     splits = {"train": [pair(0, 2), pair(1, 0)], "validation_matched": [pair(2, 1)], "test_matched": [pair(3, -1)]}
     write_tiny("glue/mnli", tmp_path, splits)
@@ -176,7 +176,7 @@ def test_prose_by_library_and_by_kind(tmp_path, monkeypatch):
         "Give this other thing back to whoever has asked for it.": "method",
         "Compute what there is to be computed, and then the rest.": "function",
     }
-    by_library = dict(zip(*docstrings.docstrings("library"), strict=True))  # of two equal ones the first
+    by_library = dict(zip(*docstrings.docstrings("library"), strict=True))  # the first of two equal ones
     assert list(by_library.values()).count("two") == 1
     docstrings._of_library.cache_clear()
     with pytest.raises(ValueError, match="by must be 'library' or 'kind', got 'author'"):
@@ -197,7 +197,7 @@ def test_texts_of_every_installation():
     np.testing.assert_array_equal(kinds.splits["test"], texts.splits["test"])
 
 
-def test_the_texts_of_development(real_data):
+def test_real_texts(real_data):
     folder = real_data / "text"
     if not folder.is_dir():
         pytest.skip(f"no texts in {folder}")

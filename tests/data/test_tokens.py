@@ -26,8 +26,8 @@ def test_tokens_of_texts_and_of_pairs():
 
 
 @pytest.mark.parametrize(("first", "second"), [(9, 2), (2, 9), (9, 9), (3, 4), (0, 9)])
-def test_of_a_pair_the_longer_is_cut_first(first, second):
-    """As one word is taken off the longer until both fit."""
+def test_the_longer_text_of_a_pair_is_cut_first(first, second):
+    """Words are removed from the longer text, one by one, until both fit."""
     kept, length = [first, second], 10
     while sum(kept) > length - 3:
         kept[0 if kept[0] > kept[1] else 1] -= 1
@@ -102,7 +102,7 @@ WORD_LEVEL = {
 }
 
 
-def test_a_tokenizer_of_a_file(tmp_path):
+def test_a_tokenizer_from_a_file(tmp_path):
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(WORD_LEVEL))

@@ -1,4 +1,4 @@
-"""Cart-pole against NumPy in float64, and how its physics change."""
+"""Cart-pole against NumPy in float64, and the changes of its physics."""
 
 import math
 
@@ -11,7 +11,7 @@ from cbp_jax.envs import CartPole, ChangingCartPole, Physics
 
 
 def numpy_step(state, action, gravity, half_length, force):
-    """Solves the two equations of motion as a linear system, not by the formula."""
+    """Solve the two equations of motion as a linear system, instead of by the formula."""
     _, speed, angle, turning = state
     cart, pole = 1.0, 0.1
     push = force if action == 1 else -force
@@ -48,7 +48,7 @@ def test_an_episode_ends_beyond_the_track_or_with_a_leaning_pole(where, lost):
 
 @pytest.fixture(scope="module")
 def walked():
-    """40 steps of two environments with the same physics, which change at the first end after each 12 steps."""
+    """Take 40 steps in two environments. Both change physics at the first end of an episode after each 12 steps."""
     env = ChangingCartPole(change_every=12, swap_actions=True, key=3, episode_length=5)
 
     def run(key):
@@ -68,7 +68,7 @@ def test_physics_change_where_an_episode_ends(walked):
     period = info["period"]
     assert (period[:, -1] == 2).all() and (np.diff(period, axis=1)[done[:, 1:] == 0] == 0).all()
     assert (np.diff(period, axis=1).sum(1) == 2).all()
-    np.testing.assert_array_equal(np.nonzero(np.diff(period[0]))[0] + 1, [14, 29])  # after 15 steps and 15 more
+    np.testing.assert_array_equal(np.nonzero(np.diff(period[0]))[0] + 1, [14, 29])  # after 15 and after 30 steps
     for number in range(3):
         expected = env.physics_of(number)
         for found, value in zip(info["physics"], expected, strict=True):
@@ -77,7 +77,7 @@ def test_physics_change_where_an_episode_ends(walked):
     assert (force[period != 1] > 0).all() and (force[period == 1] < 0).all()
 
 
-def test_steps_after_a_change_are_by_the_new_physics(walked):
+def test_steps_after_a_change_follow_the_new_physics(walked):
     _, (_, (obs, done, info)) = walked
     for t in range(1, 40):
         if not done[0, t - 1] and not done[0, t]:
@@ -86,7 +86,7 @@ def test_steps_after_a_change_are_by_the_new_physics(walked):
             np.testing.assert_allclose(obs[0, t], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_physics_are_log_uniform_and_of_the_key():
+def test_physics_are_log_uniform_and_depend_on_the_key():
     env = ChangingCartPole(key=0, gravity_range=(5.0, 20.0), force_range=(3.0, 3.0))
     draws = jax.jit(jax.vmap(env.physics_of))(jnp.arange(2000))
     assert 5 <= draws.gravity.min() < 5.1 and 19.5 < draws.gravity.max() <= 20

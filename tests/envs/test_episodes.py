@@ -1,4 +1,4 @@
-"""Episodes of an environment whose every step is known; no Brax."""
+"""Episodes of an environment whose steps are known exactly, without Brax."""
 
 from typing import Any
 
@@ -34,8 +34,8 @@ class Walk:
 
     def step(self, state, action):
         position = state.pipeline_state + action
-        state.metrics.update(speed=action[0])  # in place, as Brax's do
-        # Weakly typed, as some of Brax's are.
+        state.metrics.update(speed=action[0])  # in place, as in Brax
+        # Weakly typed, as some values in Brax are.
         return state.replace(
             pipeline_state=position,
             obs=position,
@@ -45,7 +45,7 @@ class Walk:
 
 
 def go(env, actions, key=0):
-    """All states [steps] that these actions lead to."""
+    """Return the states [steps] after these actions."""
 
     def step(state, action):
         state = env.step(state, jnp.full(1, action))
@@ -56,9 +56,9 @@ def go(env, actions, key=0):
     )
 
 
-def test_a_cut_and_an_end_are_told_apart_and_the_next_episode_begins():
+def test_truncation_and_termination_are_distinguished_and_the_next_episode_begins():
     states = go(Episodes(Walk(), episode_length=3), [1, 1, 1, 8, 8, 1, 1, 1])
-    # Cut after three steps; then a fall in the second step; then a cut again.
+    # A truncation after three steps, then a fall in the second step, then another truncation.
     np.testing.assert_array_equal(states.done, [0, 0, 1, 0, 1, 0, 0, 1])
     np.testing.assert_array_equal(states.info["truncation"], [0, 0, 1, 0, 0, 0, 0, 1])
     np.testing.assert_array_equal(states.info["episode_length"], [1, 2, 3, 1, 2, 1, 2, 3])
@@ -69,11 +69,11 @@ def test_a_cut_and_an_end_are_told_apart_and_the_next_episode_begins():
     obs, final = states.obs[:, 0], states.info["final_obs"][:, 0]
     np.testing.assert_array_equal(obs[~ended], final[~ended])
     assert (obs[ended] < 1).all() and (final[ended] >= 3).all() and final[4] > 10
-    assert len(set(obs[ended].tolist())) == 3, "every episode starts from a state of its own"
+    assert len(set(obs[ended].tolist())) == 3, "every episode starts from another state"
     np.testing.assert_allclose(final[5], obs[4] + 1, rtol=1e-6)
 
 
-def test_an_environment_that_says_nothing_of_ends_goes_on_after_a_cut():
+def test_an_environment_without_termination_continues_after_a_truncation():
     class Endless(Walk):
         def step(self, state, action):
             return super().step(state, action).replace(done=state.done)
@@ -83,13 +83,13 @@ def test_an_environment_that_says_nothing_of_ends_goes_on_after_a_cut():
     assert states.info["episode_return"].tolist() == [1, 2, 1, 2, 1]
 
 
-def test_a_fall_at_the_time_limit_is_a_fall():
+def test_a_fall_at_the_time_limit_is_a_termination():
     states = go(Episodes(Walk(), episode_length=2), [1, 10])
     assert states.done.tolist() == [0, 1] and states.info["truncation"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("step", [np.nan, np.inf])
-def test_what_is_not_finite_ends_an_episode_and_is_never_seen(step):
+def test_a_state_that_is_not_finite_ends_an_episode_and_is_never_observed(step):
     states = go(Episodes(Walk(), episode_length=5), [1, step, 1, 1])
     assert states.done.tolist() == [0, 1, 0, 0] and not states.info["truncation"].any()
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(states))
@@ -98,7 +98,7 @@ def test_what_is_not_finite_ends_an_episode_and_is_never_seen(step):
     assert 0 <= states.obs[1] < 1
 
 
-def test_a_terminal_time_limit_never_cuts():
+def test_a_terminal_time_limit_never_truncates():
     states = go(Episodes(Walk(), episode_length=2, time_limit_is_terminal=True), [1] * 4)
     assert states.done.tolist() == [0, 1, 0, 1] and not states.info["truncation"].any()
 
@@ -109,17 +109,17 @@ def test_without_random_resets_every_episode_starts_alike_and_environments_diffe
     assert len(set(first.tolist())) == 1 and first[0] != second[0]
 
 
-def test_a_state_that_steps_lead_to_is_of_the_types_of_the_first():
+def test_states_after_steps_have_the_types_of_the_first_state():
     for random_reset in (True, False):
         env = Episodes(Walk(), episode_length=2, random_reset=random_reset)
         first = env.reset(jax.random.key(0))
         after = env.step(first, jnp.ones(1))
         kind = lambda x: (x.shape, x.dtype, x.weak_type)
         assert jax.tree.map(kind, first) == jax.tree.map(kind, after)
-        assert (first.metrics["speed"], after.metrics["speed"]) == (0, 1), "a step leaves the state that it is given"
+        assert (first.metrics["speed"], after.metrics["speed"]) == (0, 1), "a step modified its argument"
 
 
-def test_rows_of_a_batch_are_the_solo_runs():
+def test_rows_of_a_batch_equal_the_solo_runs():
     env = Episodes(Walk(), episode_length=2)
     keys = jax.random.split(jax.random.key(0), 3)
     step = lambda key: env.step(env.step(env.reset(key), jnp.ones(1)), jnp.ones(1)).obs
@@ -137,14 +137,14 @@ def test_a_time_limit_of_no_steps_is_refused():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_cut_ends_an_episode_as_time_does_but_is_no_whole_one(terminal):
+def test_a_cut_ends_an_episode_like_the_time_limit_and_marks_it_as_interrupted(terminal):
     env = Episodes(Walk(), episode_length=3, time_limit_is_terminal=terminal)
 
     def step(state, numbers):
         action, cut = numbers
         return (env.step(state, action[None], cut=cut > 0),) * 2
 
-    # A cut in the second step, one with the time limit, one with a fall.
+    # A cut in the second step, a cut at the time limit, and a cut at a fall.
     numbers = jnp.array([[1.0, 1, 1, 1, 1, 11], [0, 1, 0, 0, 1, 1]]).T
     states = jax.jit(lambda key: jax.lax.scan(step, env.reset(key), numbers)[1])(jax.random.key(0))
     assert states.done.tolist() == [0, 1, 0, 0, 1, 1]

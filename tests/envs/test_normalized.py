@@ -22,7 +22,7 @@ class State:
 
 
 class Drift:
-    """Moves by the action, and its observations with it; it falls beyond 6. Rewards are three times the action."""
+    """Moves by the action and observes its position. It falls beyond 6. The reward is three times the action."""
 
     observation_size = 2
     action_size = 1
@@ -36,13 +36,13 @@ class Drift:
 
     def step(self, state, action):
         at = state.pipeline_state + action
-        # From the observation that it is given: what it gets must be its own, not the normalized one.
+        # Computed from the observation in the state, which must be the environment's own, not the normalized one.
         moved = jnp.array([state.obs[0] + action[0], 100 * at[0] ** 2])
         return state.replace(pipeline_state=at, obs=moved, reward=3 * action[0], done=jnp.where(at[0] > 6, 1.0, 0.0))
 
 
 def go(env, keys, actions):
-    """The first states and those after each step, [environments, 1 + steps]."""
+    """Return the first states and those after each step, [environments, 1 + steps]."""
 
     def run(key):
         first = env.reset(key)
@@ -57,7 +57,7 @@ class Running:
         self.seen = None
 
     def add(self, x):
-        """Of all numbers so far, with 1e-4 of a number of mean 0 and variance 1 before them."""
+        """Return mean and variance of all numbers so far, with a prior of mean 0 and variance 1 and weight 1e-4."""
         self.seen = [x] if self.seen is None else [*self.seen, x]
         x, count = np.array(self.seen, np.float64), len(self.seen) + 1e-4
         mean = x.sum(0) / count
@@ -75,7 +75,7 @@ def test_observations_and_rewards_are_normalized_by_all_so_far(terminal):
     for name in ("episode_return", "episode_length", "truncation", "ended"):
         np.testing.assert_array_equal(states.info[name], plain.info[name], err_msg=name)
     ended = plain.info["ended"]
-    assert ended.sum() > 0 and (plain.done > ended).any(), "both ways to end"
+    assert ended.sum() > 0 and (plain.done > ended).any(), "both terminations and truncations occur"
     for row in range(2):
         observations, sums, so_far = Running(), Running(), 0.0
         show = lambda x, mean, variance: np.clip((x - mean) / np.sqrt(variance + 1e-8), -10, 10)
@@ -92,11 +92,11 @@ def test_observations_and_rewards_are_normalized_by_all_so_far(terminal):
             so_far = 0.9 * (1 - ended[row, t]) * so_far + reward
             scaled = np.clip(reward / np.sqrt(sums.add(so_far)[1] + 1e-8), -10, 10)
             np.testing.assert_allclose(states.reward[row, t], scaled, rtol=1e-3)
-    assert abs(states.reward).max() == 10, "the first reward is large against the variance so far"
+    assert abs(states.reward).max() == 10, "the first reward is large compared with the variance so far"
 
 
-def test_as_streaming_agents_have_it():
-    """Welford's unbiased variances, 1 at first, and nothing clipped."""
+def test_normalization_of_streaming_agents():
+    """Variances are Welford's unbiased ones, 1 at first, and nothing is clipped."""
     episodes = Episodes(Drift(), episode_length=5, time_limit_is_terminal=True)
     keys = jax.random.split(jax.random.key(1), 1)
     streaming = Normalized(episodes, discount=0.9, bound=np.inf, unbiased=True)
@@ -118,7 +118,7 @@ def test_as_streaming_agents_have_it():
     assert states.reward[1] == plain.reward[1] and plain.done.sum() > 2
 
 
-def test_either_may_stay_as_it_is():
+def test_observations_or_rewards_can_be_left_unnormalized():
     episodes = Episodes(Drift(), episode_length=5)
     keys = jax.random.split(jax.random.key(0), 1)
     plain = go(episodes, keys, ACTIONS)

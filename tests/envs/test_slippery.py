@@ -1,4 +1,4 @@
-"""The ant: its physics, and when its friction changes."""
+"""The ant: its physics, and the times at which its friction changes."""
 
 import base64
 import json
@@ -14,12 +14,12 @@ from flax import struct
 
 from cbp_jax import envs
 
-OPTIMIZED = True  # of short programs that run for long
+OPTIMIZED = True  # small programs that run for a long time
 SETTINGS = {"change_every": 3, "episode_length": 2, "random_reset": False}
 
 
 def slides(env, frictions):
-    """How far an ant that was pushed sideways slides in a second, in meters, at each of the frictions."""
+    """Return how far an ant that was pushed sideways slides in a second, in meters, at each of the frictions."""
 
     @jax.jit
     @jax.vmap
@@ -37,7 +37,7 @@ def slides(env, frictions):
 
 
 def built_with(friction, monkeypatch):
-    """Brax's own ant, of a model that says so of its ground; nothing of ours."""
+    """Make Brax's own ant from a model file with this friction, without code of this package."""
     pytest.importorskip("brax")
     from brax import envs as brax_envs
     from brax.io import mjcf
@@ -63,7 +63,7 @@ def traces():
 
 @pytest.fixture(scope="module")
 def runs(ant, traces):
-    """Two seeds that take eight steps in two calls of one function; all states [seeds, steps]."""
+    """Take eight steps with two seeds, in two calls of one function, and return all states [seeds, steps]."""
 
     def go_on(state, schedule):
         traces.append(1)
@@ -100,13 +100,13 @@ def test_a_pushed_ant_slides_as_far_as_friction_lets_it(ant):
 @pytest.mark.slow
 def test_friction_changes_with_the_first_episode_that_ends_late_enough(runs):
     first, states, frictions = runs
-    # Episodes are of two steps, so that the end of the second is the first after three steps.
+    # Episodes have two steps, so the first end of an episode after three steps is that of the second one.
     np.testing.assert_array_equal(states.done[0], [0, 1, 0, 1, 0, 1, 0, 1])
     for seed in range(2):
         np.testing.assert_allclose(first.info["friction"][seed], frictions[seed, 0], rtol=1e-6)
         expected = frictions[seed, jnp.array([0, 0, 0, 1, 1, 1, 1, 2])]
         np.testing.assert_allclose(states.info["friction"][seed], expected, rtol=1e-6)
-    assert len(set(np.asarray(frictions).ravel().tolist())) == 6, "seeds and periods have frictions of their own"
+    assert len(set(np.asarray(frictions).ravel().tolist())) == 6, "every seed and period has another friction"
 
 
 @pytest.mark.slow
@@ -115,9 +115,9 @@ def test_changes_are_not_traced_again(runs, traces):
 
 
 @pytest.mark.slow
-def test_after_a_change_the_state_does_as_an_environment_built_with_that_friction(runs, monkeypatch):
+def test_after_a_change_the_ant_moves_like_one_built_with_that_friction(runs, monkeypatch):
     _, states, frictions = runs
-    # Step 4 is the first with the second friction, and the first of an episode: for both seeds the same but for it.
+    # Step 4 is the first with the second friction, and the first of an episode. The seeds differ only in friction.
     before = jax.tree.map(lambda x: x[:, 3], states.pipeline_state)
     after = jax.tree.map(lambda x: x[:, 4], states.pipeline_state)
     np.testing.assert_array_equal(before.q[0], before.q[1])
@@ -135,7 +135,7 @@ def test_friction_can_be_set_by_hand(runs):
     for friction, expected in ((0.5, [0.5, 0.5]), (jnp.array([0.1, 2.0]), [0.1, 2.0])):
         changed = envs.set_friction(at, friction)
         np.testing.assert_allclose(changed.info["friction"], expected, rtol=1e-6)
-        assert jax.tree.map(kind, changed) == jax.tree.map(kind, at), "and what was compiled for it serves"
+        assert jax.tree.map(kind, changed) == jax.tree.map(kind, at), "the compiled program is used again"
     for wrong in (-1, jnp.nan, jnp.array([1.0, jnp.inf])):
         with pytest.raises(ValueError, match=r"friction must be in \[0, inf\), got"):
             envs.set_friction(at, wrong)
@@ -143,7 +143,7 @@ def test_friction_can_be_set_by_hand(runs):
         envs.set_friction(at, jnp.ones(3))
 
 
-def test_frictions_are_log_uniform_and_of_the_key_alone():
+def test_frictions_are_log_uniform_and_depend_only_on_the_key():
     friction_of = jax.jit(jax.vmap(envs.SlipperyAnt(key=3).friction_of))
     frictions = np.log(friction_of(jnp.arange(4000)))
     low, high = np.log([0.02, 2.0])
@@ -155,7 +155,7 @@ def test_frictions_are_log_uniform_and_of_the_key_alone():
     assert envs.SlipperyAnt(friction=0.7, key=4).friction_of(5) == jnp.float32(0.7)
 
 
-def test_given_frictions_come_one_after_the_other_and_again():
+def test_given_frictions_are_used_in_turn_and_repeated():
     env = envs.SlipperyAnt(frictions=(0.1, 2.0, 0.5))
     found = jax.vmap(env.friction_of)(jnp.arange(7))
     np.testing.assert_array_equal(found, np.float32([0.1, 2.0, 0.5, 0.1, 2.0, 0.5, 0.1]))
@@ -174,7 +174,7 @@ class State:
 
 @struct.dataclass
 class Bodies:
-    """What of Brax's systems friction needs."""
+    """The part of Brax's systems that friction needs."""
 
     geom_friction: jax.Array
 
@@ -183,7 +183,7 @@ class Bodies:
 
 
 class Slider:
-    """Falls after its first observation in steps, 4 to 6; its reward is the friction that it slides on."""
+    """Falls after as many steps as its first observation says, 4 to 6. The reward is the current friction."""
 
     observation_size = action_size = 1
 
@@ -202,7 +202,7 @@ class Slider:
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("common_clock", [True, False])
-def test_a_common_clock_changes_all_grounds_after_one_step(monkeypatch, common_clock, terminal):
+def test_a_common_clock_changes_friction_in_all_environments_after_the_same_step(monkeypatch, common_clock, terminal):
     monkeypatch.setattr(envs.walker, "make_brax_env", lambda *_: Slider())
     frictions, every, steps = (0.25, 2.0, 0.5), 8, 30
     env = envs.Slippery(
@@ -227,7 +227,7 @@ def test_a_common_clock_changes_all_grounds_after_one_step(monkeypatch, common_c
     np.testing.assert_array_equal(changes, np.tile(due, (6, 1)))
     expected = np.float32(frictions)[np.arange(steps) // every % 3]
     np.testing.assert_array_equal(rewards, np.tile(expected, (6, 1)))
-    # What fell by itself with that very step was not interrupted; the others are cut, as they would be by time.
+    # Environments that fell in this very step were not interrupted; the others are truncated, as by a time limit.
     fell = info["final_obs"][..., 0] == 0
     np.testing.assert_array_equal(interrupted, due & ~fell)
     np.testing.assert_array_equal(truncation, interrupted * (not terminal))
@@ -235,7 +235,7 @@ def test_a_common_clock_changes_all_grounds_after_one_step(monkeypatch, common_c
     assert fell[:, due].any() and interrupted.any()
 
 
-def test_actions_are_clipped_where_asked():
+def test_actions_are_clipped_on_request():
     action = jnp.array([-3.0, 0.5, 2.0])
     assert envs.SlipperyAnt(clip_actions=True).clipped(action).tolist() == [-1.0, 0.5, 1.0]
     assert envs.SlipperyAnt().clipped(action).tolist() == action.tolist()
@@ -259,7 +259,7 @@ def test_actions_are_clipped_where_asked():
         ({"key": 0.5}, r"key must be an int seed or a jax key"),
     ],
 )
-def test_what_is_not_offered_is_refused(settings, message):
+def test_unsupported_settings_are_refused(settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
         envs.Slippery(**settings)
 
@@ -271,7 +271,7 @@ def test_without_brax_the_error_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-def test_mjx_slides_likewise():
+def test_the_ant_slides_as_far_with_mjx():
     env = envs.SlipperyAnt(backend="mjx").env
     slid = slides(env, [0.02, 0.3, 1.0])
     np.testing.assert_allclose(slid, [2.90, 1.53, 0.46], atol=0.1)
@@ -292,12 +292,12 @@ def test_other_walkers_walk_on_slippery_ground(name):
 
 
 @pytest.mark.slow
-def test_an_episode_becomes_a_page(tmp_path):
+def test_an_episode_is_rendered_as_a_page(tmp_path):
     env = envs.SlipperyAnt(friction=1.0, episode_length=5)
     poses, total = envs.episode(env, lambda obs: jnp.zeros(8), jax.random.key(0))
-    assert poses.q.shape == (5, env.env.sys.q_size()) and 4 < total < 7  # 1 a step for standing
+    assert poses.q.shape == (5, env.env.sys.q_size()) and 4 < total < 7  # the healthy reward is 1 per step
     page = envs.save_html(env, poses, tmp_path / "ant.html").read_text()
     (packed,) = re.findall(r'var system = "(.+)";', page)
     shown = json.loads(zlib.decompress(base64.b64decode(packed)))
     np.testing.assert_allclose([state["pos"] for state in shown["states"]["x"]], poses.x.pos, atol=1e-3)
-    assert shown["opt"]["timestep"] == pytest.approx(0.05), "the page shows it in time"
+    assert shown["opt"]["timestep"] == pytest.approx(0.05), "the page plays in real time"

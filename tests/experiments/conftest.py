@@ -8,7 +8,7 @@ from cbp_jax import report, training
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Stands in for training: remembers the learner, problem, settings of each group, and makes results of ones."""
+    """Replace training by a function that records its arguments for each group and yields results of ones."""
     groups = []
 
     def run_tasks(learner, problem, seeds, hyperparameters, tasks, *, checkpoint, measure_every, **settings):

@@ -71,12 +71,12 @@ def test_a_run_measures_every_increment(finished):
     assert {"test_accuracy", "validation_accuracy", "dormant_units", "stable_rank"} <= set(results.data_vars)
     for name, values in results.data_vars.items():
         assert np.isfinite(values).all(), name
-    # Both methods start alike, and one of them again in the second increment.
+    # Both methods start from the same network, and one of them does so again in the second increment.
     first, second = (results.test_loss.values[:, 0, task] for task in (0, 1))
     assert first[0] == pytest.approx(first[1], rel=1e-5) and abs(second[0] - second[1]) > 1e-4
 
 
-def test_its_picture_shows_the_accuracy_less_that_of_training_from_scratch(finished, tmp_path, monkeypatch):
+def test_its_picture_shows_the_accuracy_minus_that_of_training_from_scratch(finished, tmp_path, monkeypatch):
     results, _ = finished
     assert class_incremental.summary(results).startswith("class_incremental: test accuracy in percent")
     assert [path.name for path in plot(results, tmp_path)] == ["tasks.png"]

@@ -66,11 +66,11 @@ def test_a_run_measures_every_task(finished):
     for name, values in results.data_vars.items():
         assert np.isfinite(values).all(), name
     assert results.momentum.values.tolist() == [0.9]
-    in_twentieths = results.test_accuracy.values * 20  # of 2 classes with 10 test images each
+    in_twentieths = results.test_accuracy.values * 20  # 2 classes with 10 test images each
     np.testing.assert_allclose(in_twentieths, np.rint(in_twentieths), atol=1e-4)
 
 
-def test_its_table_and_pictures_judge_by_test_images(finished, tmp_path):
+def test_its_table_and_pictures_show_accuracy_on_test_images(finished, tmp_path):
     results, _ = finished
     table = continual_imagenet.summary(results)
     assert table.startswith("continual_imagenet: test accuracy in percent")

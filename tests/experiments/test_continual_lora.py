@@ -27,7 +27,7 @@ LANES = ("sequential", "per_task", "added", "o_lora:orthogonality=5.0", "replay"
 
 @pytest.fixture(scope="module")
 def keywords(tmp_path_factory):
-    """A run on tasks that are learned in a moment, and that contradict each other but for their heads."""
+    """Run on tasks that are learned quickly and contradict each other, unless each has its own head."""
     folder, calls = tmp_path_factory.mktemp("lora"), []
     settings = Settings(tasks=write_tasks(folder), methods=LANES, **OF_KEYWORDS)
     return settings, run(settings, folder / "run", lambda *args: calls.append(args)), folder / "run", calls
@@ -55,17 +55,17 @@ def of_method(results, name, method):
     return results[name].loc[{"method": method}].transpose("order", "seed", ...).values[0]
 
 
-def test_adapters_of_their_own_forget_nothing_and_one_for_all_does(keywords):
+def test_separate_adapters_forget_nothing_and_a_shared_one_forgets(keywords):
     _, results, _, _ = keywords
     accuracy = {method: of_method(results, "accuracy", method) for method in results.method.values.tolist()}
     alone = accuracy["per_task"]
     for task in range(3):
-        assert (alone[:, task:, task] == alone[:, task : task + 1, task]).all()  # to the last text
+        assert (alone[:, task:, task] == alone[:, task : task + 1, task]).all()  # exactly, for every text
     assert np.diagonal(alone, axis1=1, axis2=2).mean() > 0.8
     forgetting = {method: float(scores(values)["forgetting"].mean()) for method, values in accuracy.items()}
     assert forgetting["per_task"] == 0 and forgetting["sequential"] > 0.1
     assert forgetting["replay"] < 0.5 * forgetting["sequential"]
-    # The first task is learned alike by all: the same draws, from the same start.
+    # All methods learn the first task the same way: the same draws, from the same initial values.
     first = np.stack([values[:, 0, 0] for values in accuracy.values()])
     np.testing.assert_allclose(first, np.broadcast_to(first[:1], first.shape), atol=0.05)
 
@@ -74,14 +74,14 @@ def test_the_penalty_of_o_lora_keeps_tasks_apart(keywords):
     _, results, _, _ = keywords
     overlap = lambda method: np.nanmean(of_method(results, "overlap", method))
     assert overlap("o_lora(orthogonality=5)") < 0.5 * overlap("added")
-    assert overlap("sequential") > 2 * overlap("added")  # one adapter keeps reading what it read
+    assert overlap("sequential") > 2 * overlap("added")  # a single adapter keeps its input directions
     rank = of_method(results, "rank", "per_task")
     assert ((rank > 1) & (rank <= 2 + 1e-4)).all()
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Trials of one step, of which the networks are looked at."""
+    """Make trials of one step, whose networks are inspected."""
     settings = Settings(
         tasks=write_tasks(tmp_path_factory.mktemp("tiny")),
         methods=("sequential",),
@@ -91,7 +91,7 @@ def tiny(tmp_path_factory):
     return settings, prepared, Trials(settings, prepared, orders_of(3, 2))
 
 
-def test_which_classes_are_asked_for(tiny):
+def test_which_classes_a_loss_covers(tiny):
     _, _, trials = tiny
     orders = trials.orders
     own, shared, joint = AdapterMethod(), AdapterMethod(head="shared"), AdapterMethod(head="shared", joint=True)
@@ -112,7 +112,7 @@ def test_which_classes_are_asked_for(tiny):
         (AdapterMethod(replay=0.9), 2, {2: 2, 0: 7, 1: 7}),
     ],
 )
-def test_of_which_tasks_batches_are(tiny, method, position, expected):
+def test_batches_come_from_the_expected_tasks(tiny, method, position, expected):
     _, prepared, trials = tiny
     batch = trials._train(method, 0, position)
     assert batch.tokens.shape == (2, 16, 12)
@@ -120,12 +120,12 @@ def test_of_which_tasks_batches_are(tiny, method, position, expected):
         task_of = [next(n for n, task in enumerate(prepared.tasks) if label in task.classes) for label in step]
         assert {task: task_of.count(task) for task in set(task_of)} == expected
     asked = batch.classes[np.arange(2)[:, None], np.arange(16), batch.labels]
-    assert asked.all() and (batch.classes.sum(-1) <= 3).all()  # with a head of its own each text has its task's classes
+    assert asked.all() and (batch.classes.sum(-1) <= 3).all()  # with separate heads, each text has its task's classes
 
 
 @pytest.mark.slow
-def test_earlier_adapters_are_kept_in_use(tiny, monkeypatch):
-    """Of "added" the next adapter is trained beside the sum of those before; of "new" beside none."""
+def test_a_new_adapter_is_added_to_earlier_ones(tiny, monkeypatch):
+    """With "added", a new adapter is trained on the sum of earlier ones; with "per_task", on the base network."""
     _, _, trials = tiny
     seen = {}
     for name in ("added", "per_task"):
@@ -144,7 +144,7 @@ def test_earlier_adapters_are_kept_in_use(tiny, monkeypatch):
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(take(base)), jax.tree.leaves(take(later)), strict=True))
 
 
-def test_the_memory_of_o_lora_is_the_adapters_side_by_side(tiny):
+def test_the_memory_of_o_lora_is_the_concatenated_adapters(tiny):
     _, _, trials = tiny
     encoder = {"layer0_mlp1": {"kernel": jnp.zeros((8, 6))}}
     one, two = (trials._adapter(encoder, seed) for seed in range(2))
@@ -171,7 +171,7 @@ def numpy_rank(matrix):
 
 
 @pytest.mark.parametrize("before", [None, 5])
-def test_the_change_by_an_adapter_is_that_of_its_matrices(before):
+def test_the_change_by_an_adapter_is_the_product_of_its_matrices(before):
     after = random_adapter(0)
     earlier = None if before is None else random_adapter(before)
     change = change_of_adapter(after, earlier, 0.1)
@@ -189,7 +189,7 @@ def test_the_change_by_an_adapter_is_that_of_its_matrices(before):
         np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-5)
         left = np.linalg.svd(matrix)[0][:, :2]
         np.testing.assert_allclose(np.square(left.T @ basis).sum(), 2, atol=1e-4)
-    # As it is for kernels that changed so.
+    # The same as for kernels with this change.
     zeros = {path: np.zeros_like(matrix) for path, matrix in dense.items()}
     same = change_of_kernels(dense, zeros, {path: m.shape for path, m in dense.items()}, 2, 0.1)
     assert same.sparsity == pytest.approx(change.sparsity, abs=1 / 71)
@@ -261,7 +261,7 @@ def test_table_and_picture(keywords, tmp_path):
     assert path.name == "continual_lora.png" and path.stat().st_size > 1000
 
 
-def test_an_interrupted_run_goes_on_with_the_methods_that_are_not_done(keywords, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_path, monkeypatch):
     settings, whole, _, _ = keywords
     labels, asked = dict(zip(read_methods(LANES).values(), whole.method.values.tolist(), strict=True)), []
 

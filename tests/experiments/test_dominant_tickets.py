@@ -24,7 +24,7 @@ OF_KEYWORDS = {
 
 @pytest.fixture(scope="module")
 def keywords(tmp_path_factory):
-    """A run on tasks that are learned in a moment: settings, results, where they are, and what was told of progress."""
+    """Run on tasks that are learned quickly. Return settings, results, their folder, and the reported progress."""
     folder, calls = tmp_path_factory.mktemp("tickets"), []
     settings = Settings(tasks=write_tasks(folder, ("animals", "letters")), **OF_KEYWORDS)
     return settings, run(settings, folder / "run", lambda *args: calls.append(args)), folder / "run", calls
@@ -45,33 +45,33 @@ def test_results_and_progress(keywords):
     assert json.loads(results.attrs["settings"])["compared"] == 0.1
 
 
-def test_what_is_kept_lies_between_nothing_and_everything(keywords):
+def test_keeping_all_changes_gives_the_tuned_network_and_keeping_none_does_worse(keywords):
     _, results, _, _ = keywords
     assert np.isfinite(results.accuracy).all() and results.accuracy.loc[{"method": "l1=0"}].min() > 0.9
     for method in ("l1=0", "l1=0.5"):
         of = lambda name, method=method: results[name].loc[{"method": method}]
-        # All changes are the tuned network, and so are all dimensions.
+        # With all changes, or all dimensions, it is the tuned network.
         np.testing.assert_array_equal(of("ticket_accuracy").sel(density=1.0), of("accuracy"))
         np.testing.assert_allclose(of("dimension_accuracy").sel(dimensions=10_000), of("accuracy"), atol=0.1)
         assert of("dimension_density").sel(dimensions=1).max() < of("dimension_density").sel(dimensions=10_000).min()
-        # All weights trained from the start with no pull are the fine-tuned network again.
+        # Training all weights from the start without a penalty gives the fine-tuned network again.
         assert np.isfinite(of("retrained_accuracy").sel(density=1.0)).all()
         assert np.isnan(of("retrained_accuracy").sel(density=0.2)).all()
     plain = {"method": "l1=0"}
     np.testing.assert_allclose(
         results.retrained_accuracy.loc[plain].sel(density=1.0), results.accuracy.loc[plain], atol=1e-6
     )
-    # Next to no changes, and a head that was tuned for others, do far worse.
+    # With almost no changes, and a head that was tuned for others, accuracy is far lower.
     assert results.ticket_accuracy.loc[plain].sel(density=1e-6).mean() < results.accuracy.loc[plain].mean() - 0.05
 
 
-def test_the_pull_lets_weights_stay(keywords):
+def test_the_l1_pull_changes_fewer_weights(keywords):
     _, results, _, _ = keywords
     changed = {method: float(results.changed.loc[{"method": method}].mean()) for method in ("l1=0", "l1=0.5")}
     assert changed["l1=0.5"] < changed["l1=0"] < 1
 
 
-def test_overlaps_are_of_both_tasks(keywords):
+def test_overlaps_compare_the_two_tasks(keywords):
     _, results, _, _ = keywords
     shared = results.shared.loc[{"method": "l1=0"}].transpose("task", "other", "seed").values
     assert np.isnan(shared[[0, 1], [0, 1]]).all()
@@ -85,8 +85,8 @@ def test_overlaps_are_of_both_tasks(keywords):
 
 
 @pytest.mark.slow
-def test_measures_are_those_of_their_seed(keywords, monkeypatch):
-    """Of one seed of the second task, from the networks themselves."""
+def test_measures_belong_to_their_seed(keywords, monkeypatch):
+    """The measures of one seed and the second task are computed again from the networks."""
     settings, results, _, _ = keywords
     prepared = texts.prepare(settings)
     trials = Trials(dataclasses.replace(settings, retrained=()), prepared)
@@ -94,7 +94,7 @@ def test_measures_are_those_of_their_seed(keywords, monkeypatch):
     whole = trials._of_tickets
     monkeypatch.setattr(trials, "_of_tickets", lambda *args: captured.append(args) or whole(*args))
     list(trials.run(0.0))
-    start, tuned, _ = captured[3]  # two seeds of the first task, two of the second
+    start, tuned, _ = captured[3]  # two seeds of the first task come first, then two of the second
     where = {"method": "l1=0", "seed": 1, "task": 1}
     ticket = dominant_ticket(start["encoder"], tuned["encoder"], threshold=0.0)
     assert float(results.changed.loc[where]) == pytest.approx(ticket.density)
@@ -106,7 +106,7 @@ def test_measures_are_those_of_their_seed(keywords, monkeypatch):
     assert float(results.ticket_accuracy.loc[where].sel(density=0.2)) == pytest.approx(accuracy)
 
 
-def test_the_least_that_is_kept():
+def test_the_least_density_that_suffices():
     dims, seeds = ("method", "seed", "task"), 2
     accuracy = np.array([[[0.5, 0.5, 0.5]] * seeds, [[0.9, 0.4, 0.9]] * seeds])
     kept = np.full((2, seeds, 3, 3), np.nan)
@@ -117,7 +117,7 @@ def test_the_least_that_is_kept():
         {"accuracy": (dims, accuracy), "ticket_accuracy": ((*dims, "density"), kept)},
         coords={"method": ["probe", "l1=0"], "strength": ("method", [np.nan, 0.0]), "density": [0.1, 0.5, 0.01]},
     )
-    # Of the first task all densities down to 0.1; the second has learned nothing; of the third 0.5 alone will do.
+    # Task 1: all densities down to 0.1 suffice. Task 2: nothing was learned. Task 3: only 0.5 suffices.
     found = text_reports.least(results, "l1=0", "ticket_accuracy", "density")
     np.testing.assert_array_equal(found, [0.1, np.nan, 0.5])
 
@@ -133,7 +133,7 @@ def test_table_and_pictures(keywords, tmp_path):
     assert sum("animals, letters" in line for line in lines) == 2
     start = next(number for number, line in enumerate(lines) if "trained alone" in line)
     rows = {tuple(line.split()[:3]): line for line in lines[start + 2 : start + 6]}
-    assert len(rows) == 4  # of two strengths and two tasks, all weights
+    assert len(rows) == 4  # two strengths and two tasks, all weights
     for name in ("ticket_accuracy", "retrained_accuracy"):
         found = results[name].loc[{"method": "l1=0.5", "task": 1}].sel(density=1.0)
         assert text_reports.interval(100 * found.values) in rows["l1=0.5", "letters", "100"]
@@ -146,7 +146,7 @@ def test_table_and_pictures(keywords, tmp_path):
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
-def test_an_interrupted_run_goes_on_with_the_methods_that_are_not_done(keywords, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_path, monkeypatch):
     settings, whole, _, _ = keywords
     asked, rows = [], {}
     for number, method in enumerate(whole.method.values.tolist()):

@@ -1,4 +1,4 @@
-"""An experiment of one's own: one object in one short file, run from Python and by its import path."""
+"""A user's experiment: one object in one short file, run from Python and by its import path."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 
 from cbp_jax import cli, experiments, load_results
 
-# The recipe's, in a module of another name.
+# The experiment of the recipe, in a module of another name.
 TEXT = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 (OWN,) = re.findall(r"<!-- file: my_package/drifting.py -->\n```python\n(.*?)```", TEXT, re.DOTALL)
 
@@ -51,16 +51,16 @@ def test_an_experiment_of_at_most_sixty_lines_runs_from_python_and_by_its_path(f
         ("drifting_digits:moving", "has no 'moving'"),
     ],
 )
-def test_what_is_no_experiment_is_refused(folder, capsys, path, message):
+def test_objects_that_are_not_experiments_are_refused(folder, capsys, path, message):
     assert cli.main(["run", path, "--preset", "smoke"]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_every_experiment_is_found_by_its_name_in_each_way():
+def test_every_experiment_is_found_by_its_name_and_its_path():
     for name, experiment in experiments.EXPERIMENTS.items():
         assert getattr(experiments, name) is experiment and experiment.NAME == experiment.name == name
         assert sys.modules[f"cbp_jax.experiments.{name}"] is experiment
-        ours = name.startswith("question_") or name in ("streaming_control", "continual_minatar")  # of no paper
+        ours = name.startswith("question_") or name in ("streaming_control", "continual_minatar")  # from no paper
         presets = {"smoke", "laptop"} if ours else {"smoke", "laptop", "paper"}
         assert presets <= set(experiment.PRESETS) and experiment.about.endswith(".")
         for preset in experiment.presets:
@@ -78,7 +78,7 @@ TOO_MUCH = [
 
 
 @pytest.mark.parametrize(("change", "message"), TOO_MUCH)
-def test_what_memory_cannot_hold_is_refused(change, message):
+def test_runs_that_do_not_fit_in_memory_are_refused(change, message):
     online = experiments.online_permuted
     with pytest.raises(ValueError, match=message):
         online.prepare(dataclasses.replace(online.preset("smoke"), **{"hidden": (100, 100), **change}))
@@ -88,7 +88,7 @@ def test_what_memory_cannot_hold_is_refused(change, message):
     ("name", "change"),
     [("slowly_changing_regression", {"examples_per_task": 10**12}), ("continual_imagenet", {"epochs": 10**12})],
 )
-def test_more_updates_than_are_counted_are_refused(name, change):
+def test_more_updates_than_an_int32_can_count_are_refused(name, change):
     experiment = experiments.EXPERIMENTS[name]
     with pytest.raises(ValueError, match=r"a task must have at most 2147483647 updates, and has [0-9]{10,}"):
         experiment.prepare(dataclasses.replace(experiment.preset("smoke"), **change))
@@ -102,14 +102,14 @@ def test_more_updates_than_are_counted_are_refused(name, change):
         ("continual_imagenet", {"train_per_class": 10**12}),
     ],
 )
-def test_images_that_memory_cannot_hold_are_refused(name, change):
+def test_images_that_do_not_fit_in_memory_are_refused(name, change):
     experiment = experiments.EXPERIMENTS[name]
     with pytest.raises(ValueError, match=r"[0-9]+ procedural images of [0-9x]+ take .* GiB of memory"):
         experiment.prepare(dataclasses.replace(experiment.preset("smoke"), **change))
 
 
 @pytest.mark.parametrize("name", ["slippery_ant", "utility_quality", "slowly_changing_regression"])
-def test_others_refuse_it_too(name):
+def test_other_experiments_refuse_runs_that_do_not_fit_in_memory(name):
     experiment = experiments.EXPERIMENTS[name]
     with pytest.raises(ValueError, match=r"seeds=99999999999 with 1 methods? make results of"):
         settings = experiment.preset("smoke")

@@ -16,14 +16,14 @@ def results_of(experiment="toy", settings=SETTINGS, measures=report.measures.MEA
 
 
 def as_by_another_version(**changes):
-    """The JSON of settings of a version whose fields are others."""
+    """Return the JSON of settings of a version with other fields."""
     kept = json.loads(report.results.settings_json(SETTINGS)) | changes
     return {name: value for name, value in kept.items() if value is not ...}
 
 
 @pytest.fixture
 def finished(tmp_path):
-    """Writes a run of four finished tasks, and gives its folder's content."""
+    """Return a function that writes a run of four finished tasks and returns the contents of its folder."""
 
     def write(results):
         for task in (0, 1):
@@ -76,7 +76,7 @@ def test_the_command_refuses_it_before_it_starts(finished, tmp_path, old, messag
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_run_of_the_same_settings_is_gone_on_with(finished, tmp_path):
+def test_a_run_with_the_same_settings_is_resumed(finished, tmp_path):
     finished(results_of())
     folder.check(tmp_path, "toy", SETTINGS)
     with folder.opened(results_of(), tmp_path) as results:
@@ -86,7 +86,7 @@ def test_a_run_of_the_same_settings_is_gone_on_with(finished, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"years of work"], ids=["empty", "text"])
-def test_results_that_cannot_be_read_are_left_with_the_way_out(tmp_path, content):
+def test_unreadable_results_are_kept_and_the_error_says_what_to_do(tmp_path, content):
     (tmp_path / "results.nc").write_bytes(content)
     for tried in (lambda: folder.check(tmp_path, "toy", SETTINGS), folder.opened(results_of(), tmp_path).__enter__):
         with pytest.raises(
@@ -107,7 +107,7 @@ def test_foreign_results_are_refused(tmp_path, settings):
         folder.check(tmp_path, "toy", SETTINGS)
 
 
-def test_what_a_kill_before_the_first_results_leaves_is_no_obstacle(tmp_path):
+def test_files_of_a_run_killed_before_its_first_results_do_not_block_the_folder(tmp_path):
     (tmp_path / files.LOCK_FILE).touch()
     files.partial(tmp_path / "results.nc").write_bytes(b"half of a file")
     folder.check(tmp_path, "toy", SETTINGS)

@@ -14,7 +14,7 @@ def test_every_combination_of_the_settings_that_a_method_has():
     assert {numbers["maturity_threshold"] for numbers in of_cbp} == {9} and methods[-1].hidden == (3,)
 
 
-def test_settings_of_functions_and_what_is_no_number():
+def test_settings_of_functions_and_values_that_are_not_numbers():
     grid = read_grid(["momentum=0.5,0.9", "nesterov=true,false", "hidden=4x3,none"])
     texts = expand(["optax:sgd(learning_rate=0.1)", "optax:lion(learning_rate=0.1)"], grid)
     assert texts[0] == "optax:sgd(learning_rate=0.1, momentum=0.5, nesterov=true, hidden=4x3)" and len(texts) == 10
@@ -22,7 +22,7 @@ def test_settings_of_functions_and_what_is_no_number():
     texts = expand(["optax:sgd", "cbp"], {"utility": grid["utility"]})
     assert texts == ("optax:sgd", "cbp:utility=weight", "cbp:utility=contribution")
     assert parse_method(expand(["optax:adam(learning_rate=0.1)"], {"b1": ("0.5",)})[0]).hyperparameters["b1"] == 0.5
-    assert optax.adam  # the paths above are of this
+    assert optax.adam  # the paths above refer to this module
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,12 @@ def test_settings_of_functions_and_what_is_no_number():
         (["step_size=0.1,0.1"], "each value of a setting once, got 'step_size=0.1,0.1'"),
     ],
 )
-def test_a_grid_of_another_form_is_refused(texts, message):
+def test_malformed_grids_are_refused(texts, message):
     with pytest.raises(ValueError, match=message):
         read_grid(texts)
 
 
-def test_what_no_method_has_or_a_method_has_already_is_refused():
+def test_settings_that_no_method_has_or_that_are_already_given_are_refused():
     with pytest.raises(ValueError, match=r"no method has replacement_rat; bp cbp have .*replacement_rate"):
         expand(["bp", "cbp"], {"replacement_rat": ("1",)})
     with pytest.raises(ValueError, match=r"grid must leave step_size out, or method 'bp:step_size=0\.1' must"):

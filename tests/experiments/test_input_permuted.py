@@ -21,7 +21,7 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert len(check(paper)) == len(paper.methods) and paper.methods == paper_grid("input_permuted_mnist")
 
 
-def test_adam_with_restarts_stands_beside_adam_as_it_is():
+def test_adam_with_restarts_is_compared_with_plain_adam():
     methods = check(preset("restarts"))
     assert preset("restarts") == dataclasses.replace(preset("paper"), methods=preset("restarts").methods)
     resets = {name: [m.hyperparameters["step_size"] for m in methods if m.reset == name] for name in ("", "network")}
@@ -46,7 +46,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
         assert {"bp", "upgd"} <= {method.learner for method in check(settings)}
     assert preset("laptop").examples_per_task <= len(data.load("digits"))
     smoke = preset("smoke", dataset)
-    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
+    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # takes seconds
     with pytest.raises(
         ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best', 'restarts'\], got 'large'"
     ):
@@ -54,7 +54,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
     assert EXPERIMENTS["input_permuted"] is input_permuted
 
 
-def test_networks_start_as_the_papers_and_inputs_are_normalised(trained, tmp_path):
+def test_networks_are_initialized_as_in_the_paper_and_inputs_are_normalized(trained, tmp_path):
     settings = dataclasses.replace(TINY, methods=("bp",), hidden=(300, 150), measured_examples=5000)
     run(settings, tmp_path)
     (group,) = trained
@@ -62,11 +62,11 @@ def test_networks_start_as_the_papers_and_inputs_are_normalised(trained, tmp_pat
     assert [layer["kernel"].shape for layer in layers.values()] == [(64, 300), (300, 150), (150, 10)]
     for layer in layers.values():
         bound = layer["kernel"].shape[0] ** -0.5
-        for values in layer.values():  # uniform in ±1/sqrt(fan in), biases too
+        for values in layer.values():  # uniform in ±1/sqrt(fan-in), biases too
             assert 0.75 * bound < np.abs(values).max() <= bound
     images = data.load("digits")
     problem = group.problem
-    assert group.measured_examples == len(images) == 1797  # no more than there are
+    assert group.measured_examples == len(images) == 1797  # not more than the dataset has
     show = lambda data, key: problem.evaluation(data, problem.make_task(data, key, 1), 1797)
     x, y = jax.jit(show)(problem.data, jax.random.key(0))
     mean, std = data.normalization(images)
@@ -74,7 +74,7 @@ def test_networks_start_as_the_papers_and_inputs_are_normalised(trained, tmp_pat
         np.sort(x.ravel()), np.sort((images.images / images.max_value - mean) / std, axis=None), atol=1e-4
     )
     assert np.bincount(y).tolist() == np.bincount(images.labels).tolist()
-    # Pixels are permuted and labels are not: the means of pixels are those of the images in another order.
+    # Pixels are permuted and labels are not: the means of the pixels are those of the images in another order.
     plain = ((images.images.reshape(1797, 64) / images.max_value - mean) / std).mean(0)
     np.testing.assert_allclose(np.sort(x.mean(0)), np.sort(plain), atol=1e-4)
     assert not np.allclose(x.mean(0), plain, atol=0.1) and problem.steps_per_task == 12

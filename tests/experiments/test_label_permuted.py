@@ -15,7 +15,7 @@ TINY = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """An array file of images in color, and one of features."""
+    """Write an array file with color images, and one with features."""
     rng = np.random.default_rng(0)
     folder, labels = tmp_path_factory.mktemp("arrays"), np.arange(30) % 3
     images = rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
@@ -59,7 +59,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
         assert settings.dataset == (dataset or "digits") and settings.measure_every and settings.network == "mlp"
         assert {"bp", "upgd"} <= {method.learner for method in check(settings)}
     smoke = preset("smoke", dataset)
-    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
+    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # takes seconds
     with pytest.raises(
         ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'best', 'restarts'\], got 'large'"
     ):
@@ -72,7 +72,7 @@ def shapes(learner):
     return {name: layer["kernel"].shape for name, layer in layers.items()}
 
 
-def test_networks_are_of_dense_layers_or_behind_convolutions(trained, files, tmp_path):
+def test_networks_have_dense_layers_only_or_after_convolutions(trained, files, tmp_path):
     run(dataclasses.replace(TINY, hidden=(300, 150)), tmp_path / "digits")
     run(dataclasses.replace(TINY, dataset=files["features"]), tmp_path / "features")
     run(dataclasses.replace(TINY, dataset=files["images"], network="lenet", hidden=(120, 84)), tmp_path / "images")
@@ -86,7 +86,7 @@ def test_networks_are_of_dense_layers_or_behind_convolutions(trained, files, tmp
         "Dense_1": (120, 84),
         "Dense_2": (84, 3),
     }
-    for group in trained:  # weights and biases uniform in ±1/sqrt(fan in)
+    for group in trained:  # weights and biases are uniform in ±1/sqrt(fan-in)
         for layer in jax.jit(group.learner.init)(jax.random.key(0))["params"].values():
             bound = np.prod(layer["kernel"].shape[:-1]) ** -0.5
             for values in layer.values():
@@ -107,10 +107,10 @@ def test_the_papers_lenet_has_no_activation_after_its_convolutions(trained, file
         assert [least["Conv_0"] >= 0, least["Conv_1"] >= 0] == [activated] * 2
 
 
-def test_labels_are_permuted_and_images_normalised_alone(trained, tmp_path):
+def test_labels_are_permuted_and_images_only_normalized(trained, tmp_path):
     run(dataclasses.replace(TINY, measured_examples=5000), tmp_path)
     (group,) = trained
-    assert group.measured_examples == 1797  # no more than there are
+    assert group.measured_examples == 1797  # not more than the dataset has
     images, problem = data.load("digits"), group.problem
     show = lambda data, key: problem.evaluation(data, problem.make_task(data, key, 1), 1797)
     x, y = jax.jit(show)(problem.data, jax.random.key(0))

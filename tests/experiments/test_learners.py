@@ -13,10 +13,10 @@ from cbp_jax.report import looks, plot_tasks
 from cbp_jax.training import init_state
 from cbp_jax.training.learner import weights_of
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not": ("cbp",),
-    "test_a_learner_learns_and_heeds_its_numbers": (
+    "test_a_learner_learns_and_each_of_its_numbers_matters": (
         "cbp_upgd",
         "redo_adam",
         "shrink_and_perturb_adam",
@@ -28,7 +28,7 @@ SLOW_CASES = {
 
 CLASSES, PIXELS, HIDDEN, TASKS = 4, 6, (7,), 3
 
-# Settings with which each number matters within a few steps, and by what it is then multiplied.
+# Settings with which each number matters within a few steps, and the factor by which the test then multiplies it.
 STRONG = {
     "step_size": 0.1,
     "l2": 0.01,
@@ -74,7 +74,7 @@ FACTOR = {
 
 @pytest.fixture(scope="module")
 def examples():
-    """A few noisy examples, [steps, 1, ...], the same in every task and each time in another order."""
+    """Make a few noisy examples, [steps, 1, ...]. Every task shows the same ones in another order."""
     rng = np.random.default_rng(0)
     y = np.tile(np.arange(CLASSES), 10)
     x = np.eye(CLASSES, PIXELS)[y] + rng.normal(0, 0.2, (y.size, PIXELS))
@@ -83,7 +83,7 @@ def examples():
 
 
 def train(learner, params, examples, numbers):
-    """Trains as the loop does, and as one program: losses [tasks, lanes], weights [lanes, ...], replaced [lanes]."""
+    """Train as the loop does, in one program. Return losses [tasks, lanes], weights [lanes, ...], replaced [lanes]."""
 
     @jax.jit
     @jax.vmap
@@ -112,11 +112,11 @@ def train(learner, params, examples, numbers):
 
 @pytest.fixture(scope="module")
 def start():
-    """The weights from which every method of a seed starts."""
+    """Return the weights from which every method of a seed starts."""
     return nets.MLP(HIDDEN, CLASSES).init(jax.random.key(0), jnp.zeros((1, PIXELS)))
 
 
-# Close to others, and each of them takes a second to compile.
+# Similar to others, and each of them takes a second to compile.
 SLOW = {
     "snr_adam",
     "regrama",
@@ -132,7 +132,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LEARNERS])
-def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
+def test_a_learner_learns_and_each_of_its_numbers_matters(examples, start, name):
     strong = {**STRONG, "step_size": 0.01} if "adam" in name else STRONG
     base = {key: strong.get(key, default) for key, default in LEARNERS[name]().hyperparameters.items()}
     lanes = [base] + [{**base, key: value * FACTOR.get(key, 3)} for key, value in base.items()]
@@ -144,7 +144,7 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
     numbers = {key: np.array([lane[key] for lane in lanes], np.float32) for key in base}
     loss, after, replaced = train(learner, params, examples, numbers)
     assert loss.shape == (TASKS, len(lanes)) and np.isfinite(loss).all()
-    assert loss[-1, 0] < 0.8 * loss[0, 0], loss  # of the base: other numbers may well be worse
+    assert loss[-1, 0] < 0.8 * loss[0, 0], loss  # for the base settings only: other numbers may be worse
     weights = np.mean(
         [np.abs(layer["kernel"]).mean((1, 2)) for layer in after["params"].values() if "kernel" in layer], 0
     )
@@ -154,7 +154,7 @@ def test_a_learner_learns_and_heeds_its_numbers(examples, start, name):
 
 
 def direction(name, at):
-    """Initial weights, others, and these after an update of the learner's optimizer with gradients of 0."""
+    """Return initial weights, other weights, and the latter after an update of the learner with gradients of 0."""
     method = parse_method(f"{name}:{at}")
     learner = make_learner([method], HIDDEN, "relu", (PIXELS,), CLASSES)
 
@@ -184,7 +184,7 @@ def direction(name, at):
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_what_pulls_on_the_weights_is_scaled_by_the_step_size(method, expected):
+def test_penalties_on_weights_are_scaled_by_the_step_size(method, expected):
     first, before, after = direction(*method)
     jax.tree.map(
         lambda w0, w, new: np.testing.assert_allclose(new, expected(w0, w), rtol=1e-5, atol=1e-6), first, before, after
@@ -197,11 +197,11 @@ def test_the_decay_of_shrink_and_perturb_with_adam_goes_through_its_moments():
     jax.tree.map(np.testing.assert_array_equal, before, same)
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5), after, decayed)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after, before)
-    assert max(jax.tree.leaves(moved)) > 0.01  # where decay is no part of the loss, at most 0.05 of a weight is lost
+    assert max(jax.tree.leaves(moved)) > 0.01  # decoupled decay would change a weight by at most 0.05 of its value
 
 
 @pytest.mark.parametrize("reset", ["", ",reset=head"])
-def test_the_decay_of_adam_apart_from_its_moments_is_scaled_by_the_step_size(reset):
+def test_decoupled_weight_decay_of_adam_is_scaled_by_the_step_size(reset):
     _, before, after = direction("adam", f"step_size=0.5,weight_decay=0.1{reset}")
     expected = jax.tree.map(lambda w: w - 0.5 * 0.1 * w, before)
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5), after, expected)
@@ -241,16 +241,16 @@ def test_momentum_sums_gradients_and_decay_goes_through_it(name, at, decay):
     jax.tree.map(lambda w, new: np.testing.assert_allclose(new, expected(w), rtol=1e-5, atol=1e-6), before, after)
 
 
-def test_momentum_is_of_methods_that_give_it():
+def test_only_methods_that_set_momentum_have_it():
     given = parse_method("cbp:momentum=0.9")
     assert given.label == "cbp(momentum=0.9)" and given.options["momentum"] == 0.9
     assert "momentum" not in parse_method("cbp").options
     learner = make_learner([parse_method("bp")], (3,), "relu", (PIXELS,), CLASSES)
     state = jax.eval_shape(lambda: init_state(learner, 0, {"step_size": 0.1}))
-    assert not jax.tree.leaves(state.opt_state)  # no trace that takes memory and time
+    assert not jax.tree.leaves(state.opt_state)  # no momentum trace, which would take memory and time
 
 
-def test_a_head_that_is_reset_is_the_output_layer():
+def test_resetting_the_head_resets_the_output_layer():
     plain, reset = (
         make_learner([parse_method("bp")], (3, 4), "relu", (PIXELS,), CLASSES, reset_head=given)
         for given in (False, True)
@@ -263,7 +263,7 @@ def test_a_head_that_is_reset_is_the_output_layer():
 
 
 def updated(text, gradient):
-    """What an update of a method with one number as the gradient makes of a weight of 2."""
+    """Return a weight of 2 after an update of a method, with one number as the gradient."""
     method = parse_method(text)
     numbers = {name: jnp.float32(value) for name, value in method.hyperparameters.items()}
     learner = make_learner([method], HIDDEN, "relu", (PIXELS,), CLASSES)
@@ -283,7 +283,7 @@ def updated(text, gradient):
 @pytest.mark.parametrize("name", ["adam", "cbp_adam", "redo_adam", "adaptive_upgd"])
 def test_adams_eps_can_be_set(name):
     text = f"{name}:step_size=0.1" + (",sigma=0" if name == "adaptive_upgd" else "")
-    # Of a gradient of eps the first step is half of what it is of a large one; UPGD's gate is the same for both.
+    # With a gradient of eps the first step is half of that with a large one; UPGD's gate is the same for both.
     change = 2 - updated(f"{text},eps=0.01", 0.01)
     np.testing.assert_allclose(change, (2 - updated(text, 0.01)) / 2, rtol=1e-3)
     assert (change > 0.01).all()
@@ -294,7 +294,7 @@ def test_adams_eps_can_be_set(name):
 )
 def test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not(name, direction):
     text = f"{name}:step_size=0.1,sigma=0,weight_decay=0.3"
-    # All utilities are equal: -1 over the largest's absolute value, 1.
+    # All utilities are equal: -1 divided by the absolute value of the largest, 1.
     gate = 1 / (1 + np.exp(-1.0))
     for factor in (1, 2):
         expected = (1 - 0.1 * 0.3) * 2 - factor * 0.1 * direction * gate
@@ -304,7 +304,7 @@ def test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not(name, dir
 
 @pytest.mark.parametrize("reset", ["head", "network"])
 @pytest.mark.parametrize("name", ["adam", "adam_reset", "shrink_and_perturb_adam"])
-def test_adam_starts_anew_with_what_is_reset(name, reset):
+def test_adams_state_is_reset_with_the_weights(name, reset):
     text = f"{name}:step_size=0.01,reset={reset}" + (",noise=0,l2=0" if name.startswith("shrink") else "")
     learner = make_learner([parse_method(text)], (3,), "tanh", (PIXELS,), CLASSES)
     numbers = {name: jnp.float32(value) for name, value in parse_method(text).hyperparameters.items()}
@@ -323,14 +323,14 @@ def test_adam_starts_anew_with_what_is_reset(name, reset):
     for layer in ("Dense_0", "Dense_1"):
         anew = reset == "network" or layer == "Dense_1"
         assert (after["params"][layer]["kernel"] != params["params"][layer]["kernel"]).all() == anew
-        # The first step of Adam's is of the step size; with its moments or its count of before it is not.
+        # Adam's first step has the size of the step size, unless earlier moments or counts are kept.
         if anew:
             np.testing.assert_allclose(first["params"][layer]["kernel"], 0.01, rtol=1e-4)
         else:
             assert (abs(first["params"][layer]["kernel"] - 0.01) > 1e-3).all()
 
 
-def test_dropout_is_in_training_alone_and_differs_by_key():
+def test_dropout_applies_only_in_training_and_differs_by_key():
     method = parse_method("dropout:dropout_rate=0.5")
     learner = make_learner([method], (40,), "relu", (PIXELS,), CLASSES)
     params, x = jax.jit(learner.init)(jax.random.key(0)), jnp.ones((1, PIXELS))
@@ -346,7 +346,7 @@ def test_dropout_is_in_training_alone_and_differs_by_key():
     assert not np.array_equal(dropped[0], dropped[2])
 
 
-def test_the_network_is_the_papers():
+def test_the_network_is_that_of_the_paper():
     learner = make_learner([parse_method("bp")], (200, 100), "relu", (50,), 10)
     layers = jax.jit(learner.init)(jax.random.key(0))["params"]
     assert [layers[f"Dense_{i}"]["kernel"].shape for i in range(3)] == [(50, 200), (200, 100), (100, 10)]
@@ -456,7 +456,7 @@ def test_the_largest_rate_of_a_grid_bounds_the_replacements_of_a_step(monkeypatc
     methods = [parse_method(f"cbp:replacement_rate={rate}") for rate in rates]
     learner = make_learner(methods, (4, 10, 6), "relu", (PIXELS,), CLASSES)  # the widest layer has 10 units
     learner.optimizer(methods[0].hyperparameters, jax.random.key(0))
-    assert seen["max_replacements"] == most  # floor(rate * 10) at a time, and one for the fractions that add up
+    assert seen["max_replacements"] == most  # floor(rate * 10) at a time, and one more for accumulated fractions
     given = parse_method("cbp:max_replacements=4")
     make_learner([given], (10,), "relu", (PIXELS,), CLASSES).optimizer(given.hyperparameters, jax.random.key(0))
     assert seen["max_replacements"] == 4
@@ -484,7 +484,7 @@ def test_a_method_chooses_attributes_of_its_network(text, given, own):
     assert made == [{**expected, **given, **own}] and not learner.curvature
 
 
-def test_what_replaced_units_start_from_is_what_the_network_does(monkeypatch):
+def test_replaced_units_are_initialized_like_the_network(monkeypatch):
     seen = []
     for name in ("continual_backprop", "redo"):
         monkeypatch.setattr(f"cbp_jax.{name}", lambda *args, **kwargs: seen.append(kwargs["initializer"]))
@@ -500,7 +500,7 @@ def test_what_replaced_units_start_from_is_what_the_network_does(monkeypatch):
     assert seen == [init, init, of_activation["tanh"]]
 
 
-def test_results_that_were_saved_without_looks_are_drawn_as_ever():
+def test_results_saved_without_looks_are_drawn_as_before():
     path = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "online_permuted_mnist_laptop.nc"
     assert looks.ATTRIBUTE not in load_results(path).attrs
     figure = plot_tasks(with_looks(load_results(path)))
@@ -522,13 +522,13 @@ def test_the_command_draws_old_results_with_names_and_colors(monkeypatch, tmp_pa
     assert looks.looks_of(seen[0])["upgd"] == LEARNERS["upgd"].look
 
 
-def test_names_titles_and_styles_of_learners_are_their_own():
+def test_names_titles_and_styles_of_learners_are_unique():
     found = [learner.look for learner in LEARNERS.values()]
     styles = [look.style for look in found if look.style is not None]
     assert len({look.title for look in found}) == len(found) and len(set(styles)) == len(styles)
     assert [name for name, learner in LEARNERS.items() if learner.name != name or not learner.about] == []
 
 
-def test_utilities_of_second_order_get_curvature():
+def test_second_order_utilities_get_curvature():
     asks = {text: parse_method(text).curvature for text in ("cbp:utility=taylor_second_order", "cbp:utility=taylor")}
     assert list(asks.values()) == [True, False]

@@ -42,7 +42,7 @@ def test_a_run_from_end_to_end(smoke):
     assert sorted(path.name for path in out.iterdir()) == ["results.nc"]
 
 
-def test_what_is_measured_is_what_the_curves_say(smoke):
+def test_measures_agree_with_the_curves(smoke):
     results, _, _ = smoke
     accuracy, losses = results.test_accuracy_at.values, results.validation_loss_at.values
     late = results.method.values.tolist().index("late_rewinding")
@@ -57,7 +57,7 @@ def test_what_is_measured_is_what_the_curves_say(smoke):
     np.testing.assert_array_equal(results.test_accuracy, accuracy[..., -1])
 
 
-def test_all_are_the_dense_network_at_first_and_one_shot_is_the_ticket_once(smoke):
+def test_kinds_of_tickets_share_the_dense_network_and_one_shot_also_the_first_ticket(smoke):
     results, _, _ = smoke
     at = lambda kind: results.validation_loss_at.loc[{"method": kind}].values
     for kind in ("late_rewinding", "one_shot", "random"):
@@ -72,7 +72,7 @@ def test_all_are_the_dense_network_at_first_and_one_shot_is_the_ticket_once(smok
 
 @functools.cache
 def rounds_of_a_lane(count=3):
-    """The states of one seed before each round, and its plan and examples."""
+    """Return the states of one seed before each round, its plan and its examples."""
     plans = []
 
     def run_lanes(start, go_on, data, *args, **kwargs):
@@ -132,7 +132,7 @@ def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
     signs = at(states[-1].starts, "signs")
     for path in kernels:
         np.testing.assert_allclose(signs[path], np.sign(first[path]) * np.std(first[path]), rtol=1e-5)
-    # What late rewinding goes back to is the dense network's after so many iterations.
+    # Late rewinding returns to the weights of the dense network after so many iterations.
     shorter = plan._replace(iterations=plan.rewind_step, evaluate_every=plan.rewind_step, kinds=("ticket",))
     keys = ticket_rounds.stream_keys(states[0].key)
     order = ticket_rounds.passes(jax.random.fold_in(keys.problem, 0), len(data.train[1]), 40 * plan.batch_size)
@@ -146,8 +146,8 @@ def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
 
 
 @pytest.mark.slow
-def test_a_round_is_training_by_hand():
-    """The ticket's second round, step by step in other words."""
+def test_a_round_equals_training_by_hand():
+    """The ticket's second round equals an independent implementation, step by step."""
     states, _, data = rounds_of_a_lane()
     keys = ticket_rounds.stream_keys(states[1].key)
     order = ticket_rounds.passes(jax.random.fold_in(keys.problem, 0), len(data.train[1]), 40 * 60)
@@ -180,13 +180,13 @@ def test_a_round_is_training_by_hand():
         size = np.where(mask[path], np.abs(params[path]), np.inf).ravel()
         expected = np.array(mask[path]).ravel()
         expected[np.argsort(size, kind="stable")[: round(rate * alive)]] = False
-        # Sums round otherwise here, which may let one weight take another's place.
+        # Sums are rounded differently here, so one weight may be pruned in place of another.
         assert (expected != np.ravel(new[path])).sum() <= 2
         assert expected.sum() == new[path].sum()
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
+def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     whole, _, _ = smoke
     calls = []
 
@@ -204,21 +204,21 @@ def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
         run(dataclasses.replace(SMOKE, fraction=0.3), tmp_path)
     done = []
     again = run(SMOKE, tmp_path, lambda *args: done.append(args))
-    assert sum(call[1] for call in done) == total(SMOKE) and len(done) == 3  # found, the second round again, the third
+    assert sum(call[1] for call in done) == total(SMOKE) and len(done) == 3  # one was found, two ran
     assert again.drop_attrs().identical(whole.drop_attrs())
     run(SMOKE, tmp_path, lambda *args: done.append(args))
     assert done[-1] == (", ".join(KINDS), total(SMOKE), {})
 
 
 @pytest.mark.slow
-def test_seeds_from_another_on_are_those_of_a_longer_run(smoke, tmp_path):
+def test_a_run_with_a_later_first_seed_equals_part_of_a_longer_run(smoke, tmp_path):
     later = run(dataclasses.replace(SMOKE, first_seed=1, seeds=1), tmp_path)
     assert later.seed.values.tolist() == [1]
     np.testing.assert_array_equal(later.validation_loss_at, smoke[0].validation_loss_at.loc[{"seed": [1]}])
 
 
 @pytest.mark.slow
-def test_networks_together_are_what_they_are_in_turn(smoke, tmp_path):
+def test_networks_trained_together_equal_those_trained_in_turn(smoke, tmp_path):
     results, _, _ = smoke
     together = run(dataclasses.replace(SMOKE, lanes="vmap"), tmp_path)
     for name in ("density", "validation_loss_at"):
@@ -254,14 +254,14 @@ def test_tables_and_pictures(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_by_the_command_line(monkeypatch, capsys, tmp_path):
+def test_a_run_from_the_command_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
     words = "run convolutional_tickets --preset smoke --methods ticket --seeds 1 --rounds 1 --quiet --out".split()
     learner = "cbp_adam:replacement_rate=0.01,maturity_threshold=5"
     assert cli.main([*words, str(tmp_path), "--learner", learner]) == 0
     printed = capsys.readouterr().out
     assert "convolutional_tickets: mean over seeds" in printed and "density.png" in printed
-    # Of two convolutions of 4 channels, 256 to 10 to 10 units: 10%, 20% and 10% are gone.
+    # Two convolutions with 4 channels, then 256 to 10 to 10 units: 10%, 20% and 10% are pruned.
     kernels = {36: 0.1, 144: 0.1, 64 * 10: 0.2, 10 * 10: 0.1}
     living = sum(n - round(rate * n) for n, rate in kernels.items())
     density = cbp_jax.load_results(tmp_path).density.values[0, 0]
@@ -289,7 +289,7 @@ def test_settings_of_the_paper():
 
 
 @pytest.mark.slow
-def test_global_pruning_compares_layers_of_one_fraction():
+def test_global_pruning_compares_layers_with_the_same_fraction():
     _, plan, _ = rounds_of_a_lane()
     params = plan.learner.init(jax.random.key(0))
     params["params"]["Dense_0"]["kernel"] *= 10
@@ -324,7 +324,7 @@ def test_global_pruning_compares_layers_of_one_fraction():
         ({"hidden": (0,)}, r"hidden must be .* got \(0,\)"),
         ({"activation": "rleu"}, "activation must be .* got 'rleu'"),
         ({"learner": "adamm"}, "the learner must be one of .* got 'adamm'"),
-        ({"learner": "bp:reset=head"}, "lottery tickets have no tasks before which it could start anew"),
+        ({"learner": "bp:reset=head"}, "lottery tickets have no tasks before which it could be reset"),
         ({"learner": "injection"}, "lottery tickets have no tasks before which"),
         ({"learner": "c_chain"}, "lottery tickets have no reference batches"),
         ({"learner": "upgd:order=2"}, "lottery tickets have no curvature"),

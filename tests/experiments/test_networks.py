@@ -1,4 +1,4 @@
-"""The networks that experiments on images take."""
+"""The networks that experiments on images accept."""
 
 import dataclasses
 import sys
@@ -30,7 +30,7 @@ IMAGE = (16, 16, 1)
 
 
 class Own(nn.Module):
-    """A module of a user's, with sizes that the experiment sets and one of its own."""
+    """A user's module, with sizes that the experiment sets and one setting of its own."""
 
     num_outputs: int
     hidden: tuple[int, ...]
@@ -59,7 +59,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def increments(monkeypatch, trained):
-    """Stands in for the training of increments too."""
+    """Replace the training of increments, too."""
 
     def run_increments(learner, problem, seeds, hyperparameters, tasks, *, epochs, early_stopping, **settings):
         rows = training.run_tasks(learner, problem, seeds, hyperparameters, tasks, measure_every=None, **settings)
@@ -97,7 +97,7 @@ def test_every_experiment_on_images_takes_every_network(increments, images, tmp_
         params = jax.eval_shape(group.learner.init, jax.random.key(0))
         layers = params["params"]
         if network in ("mlp", "own", "lenet"):
-            assert layers["Dense_1"]["kernel"].shape == (5, 4)  # of the settings
+            assert layers["Dense_1"]["kernel"].shape == (5, 4)  # from the settings
         if network == "own":
             assert layers["Conv_0"]["kernel"].shape == (3, 3, 1, 2)
         if method != METHODS[0]:

@@ -8,7 +8,7 @@ from cbp_jax.experiments.learners import make_learner, parse_method
 
 
 def made_equal(kernel, steps=5):
-    """The singular values made about equal by Muon's five steps, in float64."""
+    """Return the weights whose singular values Muon's five steps make nearly equal, in float64."""
     x = np.float64(kernel).reshape(-1, kernel.shape[-1])
     x = x / np.linalg.norm(x)
     for _ in range(steps):
@@ -17,7 +17,7 @@ def made_equal(kernel, steps=5):
     return x.reshape(kernel.shape)
 
 
-NESTEROV = 0.9 * 0.1 / (1 - 0.9**2) + 1  # the first step of optax's Adam for Muon, over the step size
+NESTEROV = 0.9 * 0.1 / (1 - 0.9**2) + 1  # the first step of optax's Adam within Muon, divided by the step size
 
 
 def first_update(text, network, input_shape):
@@ -64,10 +64,10 @@ def test_adam_takes_muons_step_size_unless_it_has_its_own():
     np.testing.assert_allclose(updates["Dense_0"]["bias"], expected, rtol=1e-3)
 
 
-def test_trac_is_around_adam():
+def test_trac_wraps_adam():
     method = parse_method("trac:step_size=0.1,s_init=0.5")
     _, grads, updates = first_update("trac:step_size=0.1,s_init=0.5", "mlp", (4,))
-    # In the first step each of the six tuners has sigma of about 1e-8 over eps, of 1e-8: erfi(beta) / erfi(sqrt(1/2)).
+    # In the first step, each of the six tuners has sigma about 1e-8 and eps 1e-8: erfi(beta) / erfi(sqrt(1/2)).
     betas = 1 - 10.0 ** -np.arange(1, 7)
     erfi = np.array(
         [2 / np.sqrt(np.pi) * np.trapezoid(np.exp(t**2), t) for t in (np.linspace(0, b, 2001) for b in betas)]

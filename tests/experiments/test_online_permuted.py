@@ -30,7 +30,7 @@ RATES = [0.2, np.nan, 0.15]
 
 
 class Calls(list):
-    """A progress callback that remembers, and stops the run as Ctrl-C does when it has been called so often."""
+    """A progress callback that records its calls, and stops the run like Ctrl-C after a number of calls."""
 
     def __init__(self, stop_after=None):
         self.stop_after = stop_after
@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
     return run(SETTINGS, out, calls), out, calls
 
 
-def test_results_have_a_place_for_everything_and_are_what_is_on_disk(finished):
+def test_results_are_complete_and_equal_those_on_disk(finished):
     results, out, _ = finished
     assert results.identical(load_results(out))
     assert dict(results.sizes) == {"method": 3, "seed": 2, "task": 3}
@@ -62,7 +62,7 @@ def test_results_have_a_place_for_everything_and_are_what_is_on_disk(finished):
     assert [path.name for path in out.iterdir()] == ["results.nc"]
 
 
-def test_results_are_of_the_right_method_and_seed(finished):
+def test_results_belong_to_the_right_method_and_seed(finished):
     results, _, _ = finished
     for name, values in results.data_vars.items():
         assert values.dims == ("method", "seed", "task") and np.isfinite(values).all(), name
@@ -70,7 +70,7 @@ def test_results_are_of_the_right_method_and_seed(finished):
         assert (results[name] >= 0).all() and (results[name] <= 1).all()
     replaced = results.replaced_units.values.sum((1, 2))
     assert replaced[1] == 0 and replaced[0] > replaced[2] > 0
-    # Before the first task methods differ in nothing but their labels, and seeds in everything.
+    # Before the first task, methods differ only in their labels, and seeds in everything.
     for name in ("weight_magnitude", "effective_rank", "stable_rank", "dead_units"):
         first = results[name].values[:, :, 0]
         np.testing.assert_allclose(first, np.broadcast_to(first[0], first.shape), rtol=1e-6, err_msg=name)
@@ -78,21 +78,21 @@ def test_results_are_of_the_right_method_and_seed(finished):
     assert len(np.unique(results.loss.values)) == results.loss.size
 
 
-def test_progress_is_told_after_each_task_of_the_methods_that_run_together(finished):
+def test_progress_is_reported_after_each_task_of_the_methods_that_run_together(finished):
     results, _, calls = finished
     cbp = ", ".join(results.method.values[[0, 2]])
     assert [call[:2] for call in calls] == 3 * [(cbp, 4)] + 3 * [("bp(step_size=0.02)", 2)]
-    assert sum(call[1] for call in calls) == results.accuracy.size  # so that a bar comes to its end
+    assert sum(call[1] for call in calls) == results.accuracy.size  # so that the progress bar reaches its end
     for task, (_, _, means) in enumerate(calls[:3]):
         assert set(means) == set(results.data_vars)
         assert means["loss"] == pytest.approx(float(results.loss.values[[0, 2], :, task].mean()), rel=1e-5)
 
 
-def test_an_interrupted_run_leaves_the_tasks_that_it_finished(finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_the_tasks_that_it_finished(finished, tmp_path, monkeypatch):
     whole, _, _ = finished
-    monkeypatch.setattr(lanes, "SAVE_EVERY", 1e9)  # not on the way, but as it stops
+    monkeypatch.setattr(lanes, "SAVE_EVERY", 1e9)  # results are saved when the run stops, not earlier
     with pytest.raises(KeyboardInterrupt):
-        run(SETTINGS, tmp_path / "run", Calls(stop_after=4))  # the three of cbp, and the first of bp
+        run(SETTINGS, tmp_path / "run", Calls(stop_after=4))  # the three tasks of cbp, and the first of bp
     results = load_results(tmp_path / "run")
     for name, values in results.data_vars.items():
         done = np.ones(values.shape, bool)
@@ -102,7 +102,7 @@ def test_an_interrupted_run_leaves_the_tasks_that_it_finished(finished, tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_the_tasks_that_it_finished(tmp_path):
+def test_a_killed_run_keeps_the_tasks_that_it_finished(tmp_path):
     settings = dataclasses.replace(SETTINGS, methods=("bp:step_size=0.02",), tasks=100_000)
     script = f"""
 import sys
@@ -135,7 +135,7 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert (paper.tasks, paper.examples_per_task, paper.batch_size, paper.seeds) == (800, 60_000, 1, 30)
     plain, options = numbers(paper, "bp")
     assert plain == [{"step_size": step} for step in (0.01, 0.003, 0.001, 0.003)]
-    assert options == [{}, {}, {}, {"hidden": ()}]  # and the linear baseline
+    assert options == [{}, {}, {}, {"hidden": ()}]  # the last is the linear baseline
     assert numbers(paper, "online_norm")[0] == [{"step_size": 0.003}]
     assert numbers(paper, "dropout")[1] == [{"dropout_rate": rate} for rate in (0.01, 0.1, 0.3)]
     assert numbers(paper, "l2")[0] == [{"step_size": 0.003, "l2": l2} for l2 in (1e-3, 1e-4, 1e-5)]
@@ -154,7 +154,7 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert len(paper.methods) == 20
 
 
-def test_the_papers_figures_of_robustness_have_its_settings():
+def test_presets_of_the_papers_robustness_figures_have_its_settings():
     for name in ("step_size", "network_size", "task_length_10k", "task_length_100k", "task_length_1m"):
         settings = preset(name)
         assert settings.tasks * settings.examples_per_task == 48_000_000 and settings.seeds == 10, name
@@ -166,7 +166,7 @@ def test_the_papers_figures_of_robustness_have_its_settings():
         assert {method.hyperparameters["step_size"] for method in check(settings)} == {0.003}
 
 
-def test_the_output_layer_starts_with_the_gain_of_none_and_hidden_ones_with_that_of_relu():
+def test_the_output_layer_has_gain_1_and_hidden_layers_that_of_relu():
     settings = dataclasses.replace(preset("smoke"), hidden=(40,))
     learner = learners.make_learner(
         check(settings)[:1], settings.hidden, "relu", (60,), 50, **online_permuted.network(settings)
@@ -187,7 +187,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
         compared
     ) and laptop.seeds >= 5
     assert {method.learner for method in check(smoke)} == {"bp", "cbp"}
-    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
+    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # takes seconds
     assert preset("paper", "fashion_mnist") == dataclasses.replace(preset("paper"), dataset="fashion_mnist")
 
 
@@ -229,7 +229,7 @@ def test_bad_settings_are_refused_before_anything_is_trained_or_written(change, 
     assert not calls and not (tmp_path / "run").exists()
 
 
-def test_seeds_from_another_on_are_those_of_a_longer_run(finished, tmp_path):
+def test_a_run_with_a_later_first_seed_equals_part_of_a_longer_run(finished, tmp_path):
     results, _, _ = finished
     later = run(dataclasses.replace(SETTINGS, first_seed=1, seeds=1), tmp_path)
     assert later.seed.values.tolist() == [1]

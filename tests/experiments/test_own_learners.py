@@ -1,4 +1,4 @@
-"""Learners of one's own: a class and a row, or a function by its path."""
+"""A user's learners: a class and a row, or a function by its path."""
 
 import dataclasses
 import functools
@@ -75,7 +75,7 @@ three = 3
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A folder that one works in, with a package of one's own."""
+    """Make the user's working folder, which contains a package."""
     package = tmp_path / "my_package"
     package.mkdir()
     for name, text in (("__init__", ""), ("row", ROW), ("functions", FUNCTIONS), ("broken", "import no_such_thing")):
@@ -92,7 +92,7 @@ def settings(*methods):
     return dataclasses.replace(online_permuted.preset("smoke"), methods=methods, **small)
 
 
-def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monkeypatch, capsys):
+def test_a_new_learner_is_one_class_and_one_row_or_only_a_path(own, monkeypatch, capsys):
     imported = []
     monkeypatch.setattr(cli, "_use_all_cores", lambda: imported.append("my_package.functions" in sys.modules))
     sys.path.append(str(own))
@@ -104,7 +104,7 @@ def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monke
     shape = "--preset smoke --seeds 1 --tasks 1 --examples-per-task 40 --hidden 5 --measured-examples 10 --quiet"
     run = ["run", "online_permuted", *shape.split(), "--out", str(own / "run"), "--methods", *words]
     assert cli.main(run) == 0
-    assert imported == [False]  # what may start JAX comes after cores are counted
+    assert imported == [False]  # cores are counted before anything can start JAX
     assert f"{path}(learning_rate=0.2)" in capsys.readouterr().out  # the table
     results = load_results(own / "run")
     assert results.method.values.tolist() == ["sign(step_size=0.01)", path, f"{path}(learning_rate=0.2)"]
@@ -114,7 +114,7 @@ def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monke
     loss = results.loss.values.ravel()
     assert np.isfinite(loss).all() and len(set(loss)) == 3
 
-    # Their looks are kept with the results: pictures need neither the file nor the row.
+    # Titles and styles are stored with the results, so pictures need neither the file nor the row.
     monkeypatch.delitem(LEARNERS, Sign.name)
     figure = plot_tasks(results)
     names = ["Signs (step size 0.01)", "Plain", "Plain (learning rate 0.2)"]
@@ -126,7 +126,7 @@ def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monke
     assert "RuntimeError: the cat is on the table" in capsys.readouterr().err
 
 
-def test_from_python_methods_are_functions_classes_and_texts(own, monkeypatch):
+def test_methods_given_from_python_are_functions_classes_or_strings(own, monkeypatch):
     sys.path.append(str(own))
     from my_package.functions import plain
 
@@ -137,14 +137,14 @@ def test_from_python_methods_are_functions_classes_and_texts(own, monkeypatch):
     path = "my_package.functions:plain"
     labels = ["bp(step_size=0.1)", path, f"{path}(learning_rate=0.2)", "bp(step_size=0.2)"]
     assert results.method.values.tolist() == labels and np.isfinite(results.loss).all()
-    # Each kind is one program of two methods and two seeds; and the function is what backpropagation is.
+    # Each kind is one program for two methods and two seeds; the function equals backpropagation.
     assert seen == [(f"{labels[0]}, {labels[3]}", 4)] * 2 + [(f"{labels[1]}, {labels[2]}", 4)] * 2
     np.testing.assert_array_equal(results.loss.values[[0, 3]], results.loss.values[[1, 2]])
-    # The texts that are kept are those that make the same methods again.
+    # The stored strings define the same methods again.
     texts = json.loads(load_results(own / "run").attrs["settings"])["methods"]
     assert texts == ["bp:step_size=0.1", f"{path}()", f"{path}(learning_rate=0.2)", "bp:step_size=0.2"]
     assert read_methods(texts) == read_methods(given)
-    # A finished run computes nothing more.
+    # A finished run is not computed again.
     seen.clear()
     assert run(lambda labels, lanes, measures: seen.append(measures)).identical(results) and not any(seen)
 
@@ -184,7 +184,7 @@ def test_from_python_methods_are_functions_classes_and_texts(own, monkeypatch):
         ("my_package.functions:plain(learning_rate=0.1", "the learner must be one of"),
     ],
 )
-def test_what_is_wrong_with_a_path_is_told(own, text, message):
+def test_errors_say_what_is_wrong_with_a_path(own, text, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_method(text)
     assert str(error.value).startswith(f"method {text!r}: ")
@@ -199,7 +199,7 @@ def test_settings_of_a_path():
     assert method.scheduled == "learning_rate" and parse_method("bp").scheduled == "step_size"
     assert method.options == {"nesterov": True, "accumulator_dtype": None, "activation": "tanh"}
     assert parse_method(method.text) == method == parse_method(method.text.replace("'tanh'", "tanh"))
-    whole = parse_method("optax:adam(learning_rate=1, b1=0)")  # a whole number is traced in a float's place
+    whole = parse_method("optax:adam(learning_rate=1, b1=0)")  # an integer is traced in place of a float
     assert whole.options["learning_rate"] == 1 and whole.hyperparameters["b1"] == 0.0
     assert parse_method("cbp_jax.experiments.learners:Backprop(step_size=0.1)") == parse_method("bp:step_size=0.1")
 
@@ -216,7 +216,7 @@ def test_numbers_are_traced_where_the_function_allows(own):
         parse_method("my_package.functions:needs_python(momentum=0.9)")
 
 
-def test_a_function_gets_units_a_key_activations_and_curvature_where_it_asks(own):
+def test_a_function_gets_units_a_key_activations_and_curvature_if_it_asks_for_them(own):
     method = parse_method("my_package.functions:scaled_by_activity(learning_rate=0.5)")
     assert method.hyperparameters == {"learning_rate": 0.5} and not method.curvature
     learner = learners.make_learner([method], (4, 3), "relu", (2,), 2)
@@ -255,7 +255,7 @@ def test_the_same_settings_in_two_spellings_are_refused(pair):
         online_permuted.check(settings("adam", *pair))
 
 
-def test_methods_that_differ_where_their_names_do_not_are_refused():
+def test_different_methods_with_the_same_name_are_refused():
     online_permuted.check(settings("bp", "bp:activation=tanh", "l2", "l2:l2=0"))
     pair = ("bp:step_size=0.12345678", "bp:step_size=0.12345679")
     with pytest.raises(ValueError, match=r"'bp:step_size=0.12345678' and .* have the same name in results"):
@@ -264,13 +264,13 @@ def test_methods_that_differ_where_their_names_do_not_are_refused():
         read_methods([lambda: optax.sgd(0.1), lambda: cbp_jax.adam(0.1)])
 
 
-def test_functions_among_the_settings_have_a_text_that_is_the_same_in_every_process():
+def test_functions_among_the_settings_have_the_same_name_in_every_process():
     method = custom(functools.partial(optax.sgd, optax.constant_schedule(0.1)))
     assert "constant_schedule" in method.text and "0x" not in method.text
     assert method.options["learning_rate"](0) == 0.1
 
 
-def test_what_is_no_method_is_refused():
+def test_invalid_methods_are_refused():
     for given in ("bp", (), []):
         with pytest.raises(ValueError, match="methods must name at least one of"):
             read_methods(given)
@@ -287,7 +287,7 @@ def test_what_is_no_method_is_refused():
 
 
 def test_a_function_among_the_settings_is_written_as_its_path():
-    """So that another process, in which the function has another address, goes on with the run."""
+    """Another process, in which the function has another address, can then resume the run."""
     method = ContinualBackprop(utility=get_utility("weight"))
     assert method.text == "cbp:utility=cbp_jax.replacement.utility:weight" and method.label == "cbp(utility=weight)"
     assert parse_method(method.text).text == method.text

@@ -1,4 +1,4 @@
-"""The experiment on policy collapse: settings, what the program's are made of, and a run."""
+"""The experiment on policy collapse: settings, parts that follow the program, and a run."""
 
 import dataclasses
 from typing import Any
@@ -51,7 +51,7 @@ def test_the_papers_settings():
         gae_lambda=0.95,
         clip=0.2,
         clip_values=True,
-        value_coefficient=0.5 / 2,  # of half the squared error
+        value_coefficient=0.5 / 2,  # our loss is half the squared error
         entropy_coefficient=0.0,
         max_grad_norm=0.5,
         normalize_advantages=True,
@@ -111,7 +111,7 @@ class State:
 
 
 class Slider:
-    """Moves by its action, which is its reward, and falls beyond 3; quick to compile, unlike bodies of Brax's."""
+    """Moves by its action, which is also the reward, and falls beyond 3. It compiles faster than Brax's bodies."""
 
     observation_size = action_size = 1
     sys = None
@@ -146,20 +146,20 @@ def test_a_run_from_end_to_end(tmp_path):
 @pytest.mark.parametrize("anneal", [True, False])
 def test_the_step_size_falls_linearly_to_zero(tmp_path, anneal):
     def constant(learning_rate=0.1):
-        """Moves every weight by the step size, whatever its gradient."""
+        """Move every weight by the step size, whatever its gradient."""
         update = lambda grads, state, params=None: (jax.tree.map(lambda g: -learning_rate + 0 * g, grads), state)
         return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
     once = {"epochs": 1, "minibatches": 1, "num_envs": 2, "rollout_length": 8, "interval": 16, "steps": 64}
     settings = dataclasses.replace(TINY, methods=(constant,), seeds=1, anneal=anneal, **once)
     results = policy_collapse.run(settings, tmp_path)
-    # The entropy of a policy of one action is its log-std and a constant, before the rollout's only update.
+    # The entropy of a policy with one action is its log-std plus a constant, before the rollout's only update.
     steps = -np.diff(results.entropy.values[0, 0])
     np.testing.assert_allclose(steps, 0.1 * np.array([1, 3 / 4, 2 / 4] if anneal else [1, 1, 1]), rtol=1e-4)
 
 
-@pytest.mark.slow  # the ant's physics compile for long
-def test_an_ant_shows_an_episode(tmp_path):
+@pytest.mark.slow  # the ant's physics take long to compile
+def test_a_run_with_the_ant_saves_an_episode(tmp_path):
     results = policy_collapse.run(dataclasses.replace(TINY, seeds=1, steps=64), tmp_path)
     assert np.isfinite(results.to_array()).all() and results.sizes["task"] == 1
     assert len(list(tmp_path.glob("episode-*.html"))) == 1
@@ -167,7 +167,7 @@ def test_an_ant_shows_an_episode(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_a_run_that_was_killed_goes_on_with_the_step_size_that_it_had(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_its_step_size(tmp_path, monkeypatch):
     whole = policy_collapse.run(TINY, tmp_path / "whole")
     monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
 

@@ -25,14 +25,14 @@ SETTINGS = stream.StreamSettings(
     measured_examples=6,
 )
 TASKS = 4
-MEASURES = {"loss": "of which it is made does not matter", "replaced_units": "tells what is done"}
+MEASURES = {"loss": "any number", "replaced_units": "encodes the finished tasks"}
 
 
 class Train:
-    """Stands in for training: what is measured tells lane and task, and all that the state has seen.
+    """Replaces training: measures encode the lane, the task, and everything that the state has seen.
 
     Args:
-      stop_after: raises a KeyboardInterrupt after so many tasks.
+      stop_after: number of tasks after which it raises a KeyboardInterrupt.
     """
 
     def __init__(self, stop_after=None):
@@ -59,7 +59,7 @@ def job(train, settings=SETTINGS):
 
 
 def run(out, share=None, stop_after=None, settings=SETTINGS):
-    """What was asked of the training, and whether the results were joined."""
+    """Run and return the calls of training, and whether the results were joined."""
     train = Train(stop_after)
     if share is None:
         job(train, settings)(out)
@@ -76,7 +76,7 @@ def stopped(out, share, stop_after):
 
 @pytest.fixture
 def no_networks(monkeypatch):
-    """None are made, and every task is saved."""
+    """Build no networks, and save every task."""
     monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
     monkeypatch.setattr(stream.learners, "make_learner", lambda *args, **network: None)
     monkeypatch.setattr(stream.memory, "check_states", lambda *args: 1000)
@@ -84,7 +84,7 @@ def no_networks(monkeypatch):
 
 @pytest.fixture
 def whole(no_networks, tmp_path_factory):
-    """A run of one process."""
+    """Make a run of one process."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     job(Train())(out)
     return load_results(out)
@@ -97,33 +97,33 @@ def assert_is_whole(out, whole):
 
 
 def finished(out):
-    """How many tasks each lane has on disk, [method, seed]."""
+    """Return how many tasks each lane has on disk, [method, seed]."""
     return np.isfinite(load_results(out).loss.values).sum(-1)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
-def test_processes_share_the_lanes_and_the_last_joins_what_one_alone_gives(whole, tmp_path, count):
+def test_processes_share_the_lanes_and_joined_results_equal_those_of_one_process(whole, tmp_path, count):
     lanes = []
     for index in range(count):
         asked, joined = run(tmp_path, Share(index, count))
         lanes += [lane for cohort, done in asked for lane in cohort]
         assert joined == (index == count - 1) and all(done == 0 for _, done in asked)
         assert (finished(tmp_path) == TASKS).sum() == len(lanes)
-        assert [found.folder for found in report.list_runs(tmp_path)] == [tmp_path]  # parts are no runs
+        assert [found.folder for found in report.list_runs(tmp_path)] == [tmp_path]  # parts are not listed as runs
     assert sorted(lanes) == sorted((label, seed) for label in whole.method.values for seed in (0, 1))
     assert_is_whole(tmp_path, whole)
 
 
 def test_lanes_are_dealt_evenly_over_the_programs(no_networks):
     counts = [len(lanes) for lanes in job(Train()).lanes(Share(0, 4))]
-    assert counts == [1, 1]  # of bp's four lanes and adam's two
+    assert counts == [1, 1]  # of the four lanes of bp and the two of adam
     assert [sum(map(len, job(Train()).lanes(Share(index, 4)))) for index in range(4)] == [2, 2, 1, 1]
 
 
 @pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow), 3])
-def test_after_a_process_was_lost_any_number_goes_on_and_nothing_finished_is_lost(whole, tmp_path, then):
+def test_after_a_process_is_lost_any_number_can_resume_and_no_finished_task_is_lost(whole, tmp_path, then):
     run(tmp_path, Share(0, 2))
-    stopped(tmp_path, Share(1, 2), 3)  # in its first program, of which it has two lanes
+    stopped(tmp_path, Share(1, 2), 3)  # in the first program, of which this process has two lanes
     before = finished(tmp_path)
     assert before.tolist() == [[4, 3], [4, 0], [4, 3]]
     assert report.list_runs(tmp_path)[0].state == "unfinished: 18 of 24 tasks"
@@ -139,7 +139,7 @@ def test_after_a_process_was_lost_any_number_goes_on_and_nothing_finished_is_los
     assert_is_whole(tmp_path, whole)
 
 
-def test_what_one_process_did_of_the_lanes_of_two_is_not_done_again(whole, tmp_path):
+def test_lanes_that_one_process_finished_for_two_are_not_run_again(whole, tmp_path):
     for index in range(2):
         stopped(tmp_path, Share(index, 2), 1)
     with pytest.raises(KeyboardInterrupt):  # in the second program
@@ -148,7 +148,7 @@ def test_what_one_process_did_of_the_lanes_of_two_is_not_done_again(whole, tmp_p
     assert_is_whole(tmp_path, whole)
 
 
-def test_a_failure_is_told_until_another_process_has_done_the_lanes(whole, tmp_path, monkeypatch):
+def test_a_failure_is_reported_until_another_process_has_finished_the_lanes(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(Train, "__call__", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path, Share(1, 2))
@@ -161,7 +161,7 @@ def test_a_failure_is_told_until_another_process_has_done_the_lanes(whole, tmp_p
     assert_is_whole(tmp_path, whole)
 
 
-def test_processes_go_on_with_the_run_of_one(whole, tmp_path):
+def test_several_processes_resume_the_run_of_one(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, None, stop_after=2)
     assert [done for index in range(3) for _, done in run(tmp_path, Share(index, 3))[0]] == [2, 2, 0, 2, 0]
@@ -170,7 +170,7 @@ def test_processes_go_on_with_the_run_of_one(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_however_often_and_by_however_many_it_is_stopped_it_ends_as_if_it_had_not_been(whole, tmp_path, seed):
+def test_a_run_stopped_repeatedly_by_any_number_of_processes_ends_like_an_uninterrupted_one(whole, tmp_path, seed):
     rng = random.Random(seed)
     for _ in range(4):
         count, before = rng.randint(1, 4), finished(tmp_path) if tmp_path.exists() and any(tmp_path.iterdir()) else 0
@@ -184,7 +184,7 @@ def test_however_often_and_by_however_many_it_is_stopped_it_ends_as_if_it_had_no
     assert_is_whole(tmp_path, whole)
 
 
-def test_what_has_no_place_is_refused_at_once(no_networks, tmp_path):
+def test_impossible_shares_are_refused_immediately(no_networks, tmp_path):
     for share, message in (
         (Share(2, 2), "process_id must be from 0 to 1, one less than processes, got 2"),
         (Share(0, 7), "processes must be at most the 6 lanes .* got 7"),
@@ -235,7 +235,7 @@ def test_processes_of_other_settings_are_refused(no_networks, tmp_path):
         ),
     ],
 )
-def test_mistakes_on_the_command_line_are_told_before_anybody_is_waited_for(words, message, tmp_path, capsys):
+def test_mistakes_on_the_command_line_are_reported_before_waiting_for_other_processes(words, message, tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["run", "online_permuted", "--preset", "smoke", "--out", str(out), *words]) == 2
     assert message in capsys.readouterr().err and not out.exists()
@@ -247,7 +247,7 @@ def free_port():
         return place.getsockname()[1]
 
 
-def test_a_partner_that_does_not_come_is_told(capsys):
+def test_a_process_that_does_not_start_is_reported(capsys):
     given = cli_processes.Given(Share(1, 2), f"127.0.0.1:{free_port()}")
     with pytest.raises(TimeoutError, match=r"not all 2 processes met at 127.0.0.1:\d+ within 1 s"):
         cli_processes.meet(given, timeout=1)
@@ -255,7 +255,7 @@ def test_a_partner_that_does_not_come_is_told(capsys):
         cli_processes.meet(given._replace(coordinator="no.such.machine.invalid:1"))
 
 
-# Real processes and real networks.
+# Tests with real processes and real networks.
 
 REAL = stream.StreamSettings(
     methods=("bp:step_size=0.1", "cbp:step_size=0.1,replacement_rate=0.2,maturity_threshold=3", "bp:step_size=0.05"),
@@ -272,7 +272,7 @@ def real_job(**changes):
 
 
 def as_process(out, words, kill_after=None, **changes):
-    """What `cbp-jax run` does, for this problem; in a process of its own."""
+    """Do what `cbp-jax run` does for this problem, in a separate process."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
     lanes.CHECKPOINT_EVERY, lanes.SAVE_EVERY = 0.0, 0.0
@@ -291,7 +291,7 @@ def as_process(out, words, kill_after=None, **changes):
 
 
 def start(out, environment, count, kill=None, devices=1, **changes):
-    """Starts processes on the loopback interface, of which one may kill itself, and waits for their ends."""
+    """Start processes on the loopback interface, one of which may kill itself, and wait until all have ended."""
     address, processes = f"127.0.0.1:{free_port()}", []
     environment = {
         **os.environ,
@@ -309,7 +309,7 @@ def start(out, environment, count, kill=None, devices=1, **changes):
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(compiled_once, tmp_path):
+def test_two_processes_give_the_same_results_as_one(compiled_once, tmp_path):
     few = {"methods": REAL.methods[:1], "tasks": 2}
     real_job(**few)(tmp_path / "one")
     start(tmp_path / "two", compiled_once, 2, **few)
@@ -324,13 +324,13 @@ def one(compiled_once, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_three_processes_give_what_one_gives(one, compiled_once, tmp_path):
+def test_three_processes_give_the_same_results_as_one(one, compiled_once, tmp_path):
     start(tmp_path, compiled_once, 3)
     assert_is_whole(tmp_path, one)
 
 
 @pytest.mark.slow
-def test_eight_devices_give_what_one_gives(one, compiled_once, tmp_path):
+def test_eight_devices_give_the_same_results_as_one(one, compiled_once, tmp_path):
     script = f"""
 import runpy
 from pathlib import Path
@@ -371,7 +371,7 @@ def words_of(slurm_process):
 
 
 @pytest.mark.slow
-def test_processes_are_found_as_slurm_starts_them():
+def test_processes_started_by_slurm_are_found():
     script = """
 import jax
 from cbp_jax import cli_processes

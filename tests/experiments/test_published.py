@@ -1,11 +1,11 @@
-"""The published searches and best settings, against the numbers of the public programs under their names there."""
+"""The published searches and best settings, against the numbers in the public programs, under their names there."""
 
 import pytest
 
 from cbp_jax.experiments.learners import read_methods
 from cbp_jax.experiments.published import PROBLEMS, best_methods, paper_grid
 
-# By program: of lr, and then as each learner of theirs has its settings.
+# For each program: its values of lr, then its learners with their settings.
 UPGD, CONSOLIDATION = ("beta_utility", "sigma", "weight_decay"), ("strength", "beta_weight", "beta_importance")
 STATISTICS = {
     "input_permuted_mnist": {
@@ -70,20 +70,20 @@ NAMES = {
 
 
 def published(texts):
-    """Methods as the programs have them: learner and numbers."""
+    """Return the methods of the programs: learner and numbers."""
     for method in read_methods(texts):
         learner = method.learner
         if learner == "upgd":
             assert (method.order, method.scope, method.featurewise) == (1, "global", False)
             learner = learner, method.protect
         step = method.step_size
-        # Their noise is a part of the gradient, ours of the update.
+        # Their noise is part of the gradient, ours is part of the update.
         values = [getattr(method, name) / (step if name == "noise" else 1) for name in NAMES[learner]]
         yield learner, tuple(round(value, 9) for value in (step, *values))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_best_are_those_of_the_programs_and_are_among_the_search(problem):
+def test_the_best_settings_are_those_of_the_programs_and_are_in_the_search(problem):
     best = list(published(best_methods(problem)))
     assert len(best) == len(STATISTICS[problem]) == 10 and dict(best) == STATISTICS[problem]
     assert set(best) <= set(published(paper_grid(problem)))

@@ -14,7 +14,7 @@ from cbp_jax.experiments.questions import adapter_learners, adapter_reports, ada
 from cbp_jax.units import leaves_by_path
 
 preset, run = question_adapters.preset, question_adapters.run
-# One program besides that of the trained network, all methods are in the slow tests.
+# One program besides that of the trained network; the slow tests cover all methods.
 SMOKE = dataclasses.replace(
     preset("smoke"), methods=("adapter:reset=network", "adapter:step_size=0.01,reset=network"), hidden=(12,)
 )
@@ -34,7 +34,7 @@ def test_a_run_from_end_to_end(smoke):
     assert dict(results.sizes) == {"method": 2, "seed": 2, "task": 4}
     for name in adapters.MEASURES:
         assert np.isfinite(results[name]).all(), name
-    # Before the first task adapters change nothing: the representation is that of the trained network.
+    # Before the first task, adapters change nothing: the representation is that of the trained network.
     for name in ("effective_rank", "dead_units"):
         first = results[name].values[..., 0]
         np.testing.assert_allclose(first[0], first[1], rtol=1e-6)
@@ -80,7 +80,7 @@ def test_measures_of_changes_against_numpy():
     np.testing.assert_allclose(found["change_rank"], np.mean(ranks), rtol=1e-4)
     assert sum(dormant) == 1
     np.testing.assert_allclose(found["dormant_components"], 1 / 6, rtol=1e-6)
-    # All weights that have changed as much are of the same rank, and have no components.
+    # The same change of all weights has the same rank, and no components.
     found = adapters.change_measures(lora.merge(base, adapter), base)
     np.testing.assert_allclose(found["change_rank"], np.mean(ranks), rtol=1e-3)
     assert np.isnan(found["dormant_components"])
@@ -92,7 +92,7 @@ def test_l1_pulls_on_the_change():
     tx = adapter_learners.add_adapter_l1(0.5)
     zeros = jax.tree.map(jnp.zeros_like, adapter)
     updates, _ = tx.update(zeros, tx.init(adapter), adapter)
-    # d/dA of 0.5 sum |A B|, where all are positive, is 0.5 times the sums of B's rows.
+    # d/dA of 0.5 sum |A B|, where all entries are positive, is 0.5 times the sums of B's rows.
     np.testing.assert_allclose(updates.factors["w"]["lora_A"], np.full((4, 2), 0.5 * 3))
     np.testing.assert_allclose(updates.factors["w"]["lora_B"], np.full((2, 3), 0.5 * 4))
 
@@ -113,7 +113,7 @@ def test_every_method_starts_from_the_trained_network_of_its_seed(smoke, tmp_pat
     assert question_adapters.plot(results, tmp_path / "pictures")[0].is_file()
 
 
-def test_a_fresh_adapter_changes_nothing_before_each_task_but_the_first():
+def test_each_task_but_the_first_starts_with_a_fresh_adapter_that_changes_nothing():
     base = {"w": jnp.ones((4, 3))}
     network = types.SimpleNamespace(
         predict=lambda params, x: (x @ params["w"], {}), _replace=lambda **fields: Network(**fields)
@@ -131,7 +131,7 @@ def test_a_fresh_adapter_changes_nothing_before_each_task_but_the_first():
 
 
 class Network(types.SimpleNamespace):
-    """A learner's fields, as `on_base` replaces them."""
+    """The fields of a learner that `on_base` replaces."""
 
     def _replace(self, **fields):
         return Network(**{**vars(self), **fields})
@@ -153,7 +153,7 @@ def test_the_trained_network_knows_its_task():
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
+def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     calls = []
 
     def stop(*args):

@@ -35,7 +35,7 @@ def smoke(tmp_path_factory, compiled_once):
 
 
 @pytest.mark.slow
-def test_the_question_is_of_streams_at_their_best_settings(tmp_path):
+def test_results_are_those_of_the_best_settings(tmp_path):
     settings = dataclasses.replace(question_rank.preset("smoke"), methods=("bp", "l2"), hidden=(10,))
     results = question_rank.run(settings, tmp_path)
     reported = cbp_jax.load_results(tmp_path / "reported")
@@ -53,7 +53,7 @@ def test_a_run_of_streams_from_end_to_end(smoke):
         values = results[name].values
         assert np.isfinite(values[..., 2:]).all(), name
         assert np.isnan(values[..., :2]).all() == (name in OF_EARLIER), name
-    # By chance, of 64 or 10 inputs, 5 or 5 of which are read.
+    # The overlap by chance: 5 directions among 64 inputs, or 5 among 10.
     assert (results.overlap.values[..., 2:] > 0.05).all() and (results.overlap.values[..., 2:] < 1).all()
     then = (results.learned_accuracy[..., 1].values + results.learned_accuracy[..., 2].values) / 2
     np.testing.assert_allclose(results.forgetting[..., 3], then - results.earlier_accuracy[..., 3], atol=1e-6)
@@ -105,7 +105,7 @@ def test_overlap_of_subspaces_by_their_angles():
     np.testing.assert_allclose(ranks.subspace_overlap(jnp.asarray(a), jnp.asarray(b)), expected, rtol=1e-5)
 
 
-def test_what_goes_with_a_task(smoke):
+def test_measures_are_aligned_by_task(smoke):
     results, _ = smoke
     methods, values = rank_reports.aligned(results)
     assert methods == results.method.values.tolist()
@@ -150,7 +150,7 @@ def test_pictures(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
+def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     calls = []
 
     def stop(*args):

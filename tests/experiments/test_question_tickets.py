@@ -14,7 +14,7 @@ from cbp_jax.units import leaves_by_path
 from cbp_jax.units.groups import Consumer, ParamSlice, UnitGroup
 
 preset, run = question_tickets.preset, question_tickets.run
-# One program of each kind: those of several methods are tested with other streams.
+# One program of each kind: programs with several methods are tested with other streams.
 SMOKE = dataclasses.replace(preset("smoke"), methods=preset("smoke").methods[1:], hidden=(12,), tasks=3)
 
 
@@ -48,7 +48,7 @@ def test_a_run_measures_before_every_second_task(smoke):
 
 
 @pytest.mark.slow
-def test_the_stream_is_that_without_measurements(smoke, tmp_path):
+def test_measuring_does_not_change_the_stream(smoke, tmp_path):
     results, _, _ = smoke
     never = run(dataclasses.replace(SMOKE, every=3), tmp_path)
     for name in ("accuracy", "loss", "effective_rank", "replaced_units"):
@@ -56,7 +56,7 @@ def test_the_stream_is_that_without_measurements(smoke, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(smoke, tmp_path):
+def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     whole, _, _ = smoke
 
     def stop(*args):
@@ -133,7 +133,7 @@ def test_young_weights_and_their_chance_by_counting():
 
 
 @pytest.mark.slow
-def test_a_ticket_is_what_pruning_by_hand_gives():
+def test_a_ticket_equals_pruning_by_hand():
     images = data.load("digits")
     problem = problems.online_permuted(images, examples_per_task=40)
     learner = learners.make_learner(learners.read_methods(["bp"]), (6,), "relu", problem.input_shape, 10)

@@ -9,7 +9,7 @@ from cbp_jax.experiments.learners.redo import ReGraMa
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_every_learner_says_where_its_settings_are_searched(name):
+def test_every_learner_has_a_search_space(name):
     learner = LEARNERS[name]
     assert isinstance(learner.space["step_size"], LogUniform)
     default = learner().hyperparameters["step_size"]
@@ -26,7 +26,7 @@ def test_a_subclass_adds_to_the_spaces_of_its_bases():
     assert Method.space == {} and list(LEARNERS["bp"].space) == ["step_size"]
 
 
-def test_what_was_given_is_not_searched():
+def test_given_settings_are_not_searched():
     assert list(parse_method("cbp").searched) == ["step_size", "replacement_rate"]
     assert list(parse_method("cbp:step_size=0.1,utility=weight").searched) == ["replacement_rate"]
 
@@ -49,7 +49,7 @@ def wrong_space(learning_rate=0.1):
 wrong_space.space = {"learning_rate": 0.1}
 
 
-def test_a_function_of_ones_own_may_have_a_space():
+def test_a_users_function_may_have_a_search_space():
     assert custom(scaled).searched == {}
     assert custom(with_space).searched == with_space.space
     assert list(parse_method(f"{__name__}:with_space(factor=2.0)").searched) == ["learning_rate"]

@@ -1,4 +1,4 @@
-"""The experiments with the ant: settings, presets, a run, and its resumption. The notebook's test runs one in CI."""
+"""The experiments with the ant: settings, presets, runs, and resumption. In CI the notebook's test runs one."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_no_interval_of_these_presets_mixes_frictions(name):
     assert settings.steps >= 5 * settings.change_every and settings.steps % settings.change_every == 0
 
 
-def test_two_learners_of_the_alternating_preset_differ_in_continual_backpropagation_alone():
+def test_two_learners_of_the_alternating_preset_differ_only_in_continual_backpropagation():
     *_, l2, cbp = slippery_ant.check(slippery_ant.preset("alternating"))
     own = ("replacement_rate", "decay_rate", "maturity_threshold")
     assert {name: value for name, value in cbp.hyperparameters.items() if name not in own} == l2.hyperparameters
@@ -132,9 +132,9 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow  # as what follows: PPO and the ant's physics in one program compile for long
+@pytest.mark.slow  # like those below: PPO and the ant's physics in one program take long to compile
 def test_a_run_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(agents, "save_episode", lambda *_: None)  # compiles for as long again; see below
+    monkeypatch.setattr(agents, "save_episode", lambda *_: None)  # doubles the compilation time; tested below
     seen = []
     results = slippery_ant.run(TINY, tmp_path, lambda methods, lanes, measures: seen.append((lanes, set(measures))))
     assert seen == [(2, set(ants.MEASURES))] * 3 and slippery_ant.total(TINY) == 6
@@ -147,7 +147,7 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = slippery_ant.run(TINY, tmp_path / "whole")
     assert len(list((tmp_path / "whole").glob("episode-*.html"))) == 1
 
@@ -172,7 +172,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
+def test_lanes_run_together_equal_lanes_run_in_turn(tmp_path):
     runs = [
         slippery_ant.run(dataclasses.replace(TINY, lanes=lanes, steps=64), tmp_path / lanes)
         for lanes in ("map", "vmap")
@@ -182,7 +182,7 @@ def test_a_row_of_lanes_together_is_what_each_is_in_turn(tmp_path):
 
 
 @pytest.mark.slow
-def test_by_a_common_clock_an_interval_has_one_friction_and_methods_start_anew(tmp_path, monkeypatch):
+def test_with_a_common_clock_an_interval_has_one_friction_and_methods_are_reset(tmp_path, monkeypatch):
     monkeypatch.setattr(agents, "save_episode", lambda *_: None)
     settings = dataclasses.replace(
         TINY,
@@ -194,5 +194,5 @@ def test_by_a_common_clock_an_interval_has_one_friction_and_methods_start_anew(t
     )
     results = slippery_ant.run(settings, tmp_path)
     np.testing.assert_allclose(results.friction, [[[0.1, 1.0, 0.1]]], rtol=1e-6)
-    assert len(np.unique(results.weight_magnitude)) == 3, "what does not learn is another network after each change"
+    assert len(np.unique(results.weight_magnitude)) == 3, "every change of friction resets the network"
     assert (results.episode_length > 0).all()

@@ -35,7 +35,7 @@ def test_the_programs_preset_redraws_the_bits():
     assert dataclasses.replace(redrawn, redraw=False, tasks=paper.tasks) == paper
     problem = slowly_changing_regression.problem(redrawn)
     bits = jax.vmap(lambda index: problem.make_task((), jax.random.key(0), index).bits)(jnp.arange(40))
-    assert (np.diff(bits, axis=0) != 0).sum(1).mean() > 5  # of 15, and not 1
+    assert (np.diff(bits, axis=0) != 0).sum(1).mean() > 5  # several of 15 bits, not only 1
 
 
 def test_the_other_presets_compare_what_they_promise():
@@ -49,7 +49,7 @@ def test_the_other_presets_compare_what_they_promise():
     assert any(method.hidden == () for method in plain)
     assert {"cbp", "upgd"} <= {method.learner for method in laptop}
     smoke = preset("smoke")
-    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # steps: seconds
+    assert smoke.seeds * smoke.tasks * smoke.examples_per_task * len(smoke.methods) < 10_000  # takes seconds
     with pytest.raises(
         ValueError, match=r"preset must be one of \['smoke', 'laptop', 'paper', 'paper_redraw'\], got 'large'"
     ):
@@ -69,7 +69,7 @@ def test_networks_have_the_activation_and_the_gain_of_their_method(trained, tmp_
         params = jax.jit(group.learner.init)(jax.random.key(0))
         hidden, output = params["params"].values()
         assert hidden["kernel"].shape == (25, 40) and output["kernel"].shape == (40, 1)
-        # Kaiming uniform with the gain of the activation; none for the output.
+        # Kaiming uniform with the gain of the activation, and gain 1 for the output layer.
         for layer, of_layer in ((hidden, gain), (output, 1.0)):
             bound = of_layer * (3 / layer["kernel"].shape[0]) ** 0.5
             assert 0.9 * bound < np.abs(layer["kernel"]).max() <= bound and not layer["bias"].any()
@@ -97,7 +97,7 @@ def test_settings_reach_the_stream(trained, tmp_path):
         assert (x[:, :4] == task.bits).all() and len(np.unique(x[:, 4:6], axis=0)) == 4 and (x[:, 6] == 1).all()
         assert problem.steps_per_task == steps
         assert batch.shape[0] == 12 // steps
-    # A threshold unit is on where more than the fraction beta of the inputs agree: of 0 all, and of 1 none.
+    # A threshold unit is on where more than the fraction beta of the inputs agree: with 0 always, with 1 never.
     most, least = tasks
     np.testing.assert_array_equal(least.thresholds - most.thresholds, 7.0)
 

@@ -36,7 +36,7 @@ def run(out, progress=None, settings=SETTINGS, **changes):
 
 
 def run_killed(out):
-    """Runs in a process that kills itself in the second method's third task; the state is of the second."""
+    """Run in a process that kills itself in the second method's third task; the saved state is of the second."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
     lanes.SAVE_EVERY, lanes.CHECKPOINT_EVERY = 1e9, 0.0
@@ -51,7 +51,7 @@ def run_killed(out):
 
 
 class Calls(list):
-    """A progress callback that remembers, and stops the run as Ctrl-C does when it has been called so often."""
+    """A progress callback that records its calls, and stops the run like Ctrl-C after a number of calls."""
 
     def __init__(self, stop_after=None):
         self.stop_after = stop_after
@@ -67,13 +67,13 @@ class Calls(list):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run without an interruption."""
+    """Run without an interruption."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     return run(out), out
 
 
 def assert_is_whole(results, out, whole):
-    """To the last bit, in memory and on disk, and nothing else is left."""
+    """Assert equality to the last bit, in memory and on disk, and that no other files are left."""
     expected, _ = whole
     assert set(report.stream_measures(updates=True)) == set(expected.data_vars)
     assert all(np.isfinite(values).all() for values in expected.data_vars.values())
@@ -82,13 +82,13 @@ def assert_is_whole(results, out, whole):
 
 
 def only_after(task):
-    """Saves of the state after that task of a group and no other."""
+    """Save the state only after that task of a group."""
     save = training.Checkpoint.save
     return lambda self, tasks, state, **when: save(self, tasks, state, **when) if tasks == task else None
 
 
 def finished_tasks(out):
-    """Tasks of each method with results on disk; all measures and seeds of them."""
+    """Return the number of tasks of each method with results on disk, for all measures and seeds."""
     results = load_results(out)
     done = np.stack([np.isfinite(values.values) for values in results.data_vars.values()])
     assert (done.all((0, 2)) == done.any((0, 2))).all()
@@ -96,12 +96,12 @@ def finished_tasks(out):
 
 
 def told_at_once(calls):
-    """Lanes that were told without means, as they were found to be done."""
+    """Return the lanes that were reported without means, because they were already finished."""
     return [lanes for _, lanes, means in calls if not means]
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+def test_a_repeatedly_interrupted_run_ends_like_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     def interrupted(after):
         calls = Calls(after)
         with pytest.raises(KeyboardInterrupt):
@@ -112,29 +112,29 @@ def test_a_run_that_was_interrupted_over_and_over_ends_as_if_it_had_not_been(who
     monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 1e9)
     assert told_at_once(interrupted(after=2)) == []
     assert finished_tasks(tmp_path) == [2, 0, 2] and not state.exists()
-    # Without a state all over again, and then with one that is two tasks behind the results.
+    # The run first starts without a state, and then with one that is two tasks behind the results.
     monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(training.Checkpoint, "save", only_after(1))
         assert told_at_once(interrupted(after=3)) == []
     assert finished_tasks(tmp_path) == [3, 0, 3] and state.exists()
-    # One task of four lanes is done; then three that make the group complete, and two of the second method.
+    # One task of four lanes is finished; then three that complete the group, and two of the second method.
     assert told_at_once(interrupted(after=1 + 3 + 2)) == [4]
     assert finished_tasks(tmp_path) == [4, 2, 4] and state.exists()
     calls = Calls()
     assert_is_whole(run(tmp_path, calls), tmp_path, whole)
-    # A group that is complete, and the task of the second method whose state is kept: one before it was stopped.
+    # One group is complete; the saved state of the second method is one task older than the interruption.
     assert told_at_once(calls) == [16, 2] and calls.done() == stream.total(SETTINGS) == whole[0].loss.size
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, tmp_path):
+def test_a_killed_run_ends_like_an_uninterrupted_one(whole, compiled_once, tmp_path):
     script = f"import runpy; runpy.run_path({__file__!r})['run_killed']({str(tmp_path)!r})"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **compiled_once, "PYTHONPATH": path}
     process = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120)
     assert process.returncode == -signal.SIGKILL
-    # Results were not written on the way; those that the state needs came to disk with it.
+    # Results are not written after each task, but those that the state needs are saved with it.
     assert finished_tasks(tmp_path) == [4, 2, 4] and (tmp_path / folder.STATE_FILE).exists()
     calls = Calls()
     assert_is_whole(run(tmp_path, calls), tmp_path, whole)
@@ -143,9 +143,9 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(whole, compiled_once, 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Stands in for training: remembers what it was asked for, and makes a loss that tells lane and task.
+    """Replace training: record its arguments, and yield losses that encode lane and task.
 
-    Lanes have a state, the number of tasks that they have done, which is saved and restored as that of networks.
+    The state of a lane is the number of its finished tasks. It is saved and restored like a network's state.
     """
     asked = []
 
@@ -174,14 +174,14 @@ BP, ADAM = "bp(step_size=1); bp(step_size=3)", "adam(step_size=2)"
 
 
 def stop(out, after):
-    """Runs to the task after so many, and leaves the state of all that came before."""
+    """Interrupt a run after so many tasks, and leave its saved state."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
         run(out, Calls(after), FAKE)
     assert (out / folder.STATE_FILE).exists()
 
 
-def test_methods_and_seeds_are_lanes_of_groups_and_results_are_in_their_places(asked, tmp_path):
+def test_methods_and_seeds_are_lanes_of_groups_and_results_belong_to_them(asked, tmp_path):
     calls = Calls()
     results = run(tmp_path, calls, FAKE)
     assert [(name, seeds, tasks) for name, _, seeds, tasks, _ in asked] == [(BP, [0, 1, 0, 1], 3), (ADAM, [0, 1], 3)]
@@ -197,7 +197,7 @@ BACKPROP = dataclasses.replace(SETTINGS, methods=("bp:step_size=0.1", "bp:step_s
 
 
 class Listener(Calls):
-    """Remembers besides what a method did alone, and what diverged."""
+    """Also records single methods' reports, and diverged lanes."""
 
     def __init__(self):
         super().__init__()
@@ -211,13 +211,13 @@ class Listener(Calls):
 
 
 @pytest.mark.parametrize("mode", ["vmap", "map"])
-def test_a_lane_that_diverges_is_told_when_it_does_and_changes_no_other(tmp_path, mode):
+def test_a_diverging_lane_is_reported_immediately_and_changes_no_other(tmp_path, mode):
     healthy = dataclasses.replace(BACKPROP, lanes=mode)
     sick = dataclasses.replace(healthy, methods=("bp:step_size=0.1", "bp:step_size=1e38"))
     heard = Listener()
     results = run(tmp_path / "sick", heard, sick)
     bad = "bp(step_size=1e+38)"
-    assert heard.lost == [(bad, 0, 0)]  # once; the units of the other seed are all dead, and its loss is finite
+    assert heard.lost == [(bad, 0, 0)]  # reported once; all units of the other seed are dead, but its loss is finite
     assert np.isfinite(results.loss.loc[{"method": bad}]).any("task").values.tolist() == [False, True]
     expected = run(tmp_path / "healthy", None, healthy)
     for name, values in expected.data_vars.items():
@@ -225,7 +225,7 @@ def test_a_lane_that_diverges_is_told_when_it_does_and_changes_no_other(tmp_path
     of_first = [loss for method, _, loss in heard.tasks if method == "bp(step_size=0.1)"]
     np.testing.assert_allclose(of_first, expected.loss[0].mean("seed"), rtol=1e-6)
     assert heard.tasks[0][:2] == ("bp(step_size=0.1)", 0) and len(heard.tasks) == 6
-    if mode == "map":  # nor is it there at all
+    if mode == "map":  # with map, not even leaving the method out changes a bit
         alone = run(tmp_path / "alone", None, dataclasses.replace(healthy, methods=("bp:step_size=0.1",)))
         for name, values in alone.data_vars.items():
             np.testing.assert_array_equal(results[name][0], values[0], err_msg=name)
@@ -233,7 +233,7 @@ def test_a_lane_that_diverges_is_told_when_it_does_and_changes_no_other(tmp_path
     assert stream.summary(results).endswith(told)
 
 
-def test_results_know_how_they_were_made_and_how_long_it_took(asked, tmp_path, monkeypatch):
+def test_results_record_how_they_were_made_and_how_long_it_took(asked, tmp_path, monkeypatch):
     first = run(tmp_path, None, FAKE)
     assert set(report.records.seconds_of(first)) == set(first.method.values.tolist())
     assert first.attrs["device"].startswith("cpu") and "resumed" not in first.attrs and "failed" not in first.attrs
@@ -243,7 +243,7 @@ def test_results_know_how_they_were_made_and_how_long_it_took(asked, tmp_path, m
     assert resumed["command"] == "cbp-jax run again 'and again'" and resumed["device"] == first.attrs["device"]
 
 
-def test_a_run_that_fails_says_so_until_it_goes_on(asked, tmp_path):
+def test_a_failed_run_says_so_until_it_is_resumed(asked, tmp_path):
     def fail(*args):
         raise RuntimeError("out of memory\nand so on")
 
@@ -254,7 +254,7 @@ def test_a_run_that_fails_says_so_until_it_goes_on(asked, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [pytest.param("vmap", marks=pytest.mark.slow), "map"])
-def test_lanes_in_batches_give_the_results_of_all_together_and_go_on_the_same(tmp_path, mode):
+def test_lanes_in_batches_give_the_same_results_and_can_be_resumed(tmp_path, mode):
     settings = dataclasses.replace(BACKPROP, lanes=mode)
     batched = lambda out, progress=None, at_once=3: stream.run(
         "toy", settings, tiny_problem(), out, progress, lanes_at_once=at_once
@@ -273,7 +273,7 @@ def test_lanes_in_batches_give_the_results_of_all_together_and_go_on_the_same(tm
             np.testing.assert_allclose(in_batches[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_the_plan_tells_programs_lanes_and_memory(monkeypatch):
+def test_the_plan_lists_programs_lanes_and_memory(monkeypatch):
     job = stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=3)
     cbp, upgd = job.plan.programs
     assert [len(cbp.methods), cbp.lanes, cbp.at_once, len(upgd.methods), upgd.lanes] == [2, 4, 3, 1, 2]
@@ -285,7 +285,7 @@ def test_the_plan_tells_programs_lanes_and_memory(monkeypatch):
     assert "4 lanes in 2 batches; at least " in lines[1] and "2 lanes; at least " in lines[2]
     with pytest.raises(ValueError, match="lanes_at_once must be at least 1, got 0"):
         stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=0)
-    # On an accelerator the number is found.
+    # On an accelerator, the number of lanes is computed.
     monkeypatch.setattr(stream.memory.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(stream.memory, "_of_device", lambda: 1000.0)
     devices = len(jax.local_devices())
@@ -294,7 +294,7 @@ def test_the_plan_tells_programs_lanes_and_memory(monkeypatch):
 
 
 def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_path):
-    # Of a diverged lane the losses are not numbers, and yet it is done.
+    # The losses of a diverged lane are NaN, but it counts as finished.
     settings = dataclasses.replace(FAKE, methods=(*FAKE.methods, "upgd:step_size=7"))
     with pytest.warns(
         RuntimeWarning, match=r"upgd\(step_size=7\) diverged with seed [01] in task 1: its loss is not finite"
@@ -311,7 +311,7 @@ def test_a_finished_run_computes_nothing_more_and_keeps_its_results(asked, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
 
 
-def test_a_run_that_was_stopped_after_its_last_task_does_what_was_left_and_leaves_no_state(asked, tmp_path):
+def test_a_run_stopped_after_its_last_task_finishes_and_leaves_no_state(asked, tmp_path):
     stop(tmp_path, after=6)
     assert finished_tasks(tmp_path) == [3, 3, 3]
     recorded = load_results(tmp_path)
@@ -350,14 +350,14 @@ def test_a_folder_in_use_is_refused_and_free_again_after_a_run_that_failed(asked
     run(tmp_path, None, FAKE)
 
 
-def test_a_disk_that_is_full_at_the_first_write_is_told(asked, tmp_path):
+def test_a_disk_that_is_full_at_the_first_write_is_reported(asked, tmp_path):
     files.partial(tmp_path / "results.nc").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"results\.nc cannot be written: no space left on device"):
         run(tmp_path, None, FAKE)
     assert kept(tmp_path) == {}
 
 
-def test_a_damaged_state_is_refused_the_results_are_kept_and_without_it_they_are_made_again(asked, tmp_path):
+def test_a_damaged_state_is_refused_and_after_deleting_it_the_run_gives_the_same_results(asked, tmp_path):
     whole = run(tmp_path / "whole", None, FAKE)
     stop(tmp_path, after=2)
     state = tmp_path / folder.STATE_FILE
@@ -374,16 +374,16 @@ def test_a_state_whose_results_are_gone_is_refused(asked, tmp_path):
     results = load_results(tmp_path)
     results.loss.loc[{"task": 0}] = np.nan
     report.save_results(results, tmp_path)
-    with pytest.raises(ValueError, match="the results beside it are not those of its 2 tasks"):
+    with pytest.raises(ValueError, match="the results next to it are not those of its 2 tasks"):
         run(tmp_path, None, FAKE)
 
 
 @pytest.mark.parametrize("without", ["results", "its name"])
-def test_a_state_without_results_or_of_other_methods_is_not_taken(asked, tmp_path, without):
+def test_a_state_without_results_or_of_other_methods_is_not_used(asked, tmp_path, without):
     stop(tmp_path, after=2)
     if without == "results":
         (tmp_path / "results.nc").unlink()
-    else:  # as a run leaves it that is killed before it deletes the state of the last group
+    else:  # the file that remains if a run is killed before it deletes the state of the last group
         state = training.Checkpoint(tmp_path / folder.STATE_FILE, ADAM, every=0.0)
         state.save(2, lambda: {"done": np.full(2, 2, np.int32)})
     asked.clear()

@@ -1,4 +1,4 @@
-"""The experiment on a changing cart-pole: settings, learners, and runs that are resumed."""
+"""The experiment on a changing cart-pole: settings, learners, and resumed runs."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_presets_are_complete():
     assert {method.learner for method in methods} == set(LEARNERS)
 
 
-def test_the_agent_is_the_papers():
+def test_the_agent_is_that_of_the_paper():
     settings = streaming_control.preset("laptop")
     env, net = streaming.make_env(settings, 3), streaming.make_network(settings)
     assert isinstance(env, envs.Normalized) and env.unbiased and env.bound == np.inf and env.discount == 0.99
@@ -49,7 +49,7 @@ def test_the_agent_is_the_papers():
 
 
 def changed(text):
-    """What two updates with a gradient of 1 everywhere make of weights of 1."""
+    """Return weights of 1 after two updates with gradients of 1."""
     (method,) = learners.read_methods([text], known=LEARNERS)
     params = {"w": jnp.ones(2)}
     method = method.on({"discount": 0.5}, (), [method])
@@ -61,8 +61,8 @@ def changed(text):
     return params["w"]
 
 
-def test_learners_go_along_traces_of_the_agents_discount():
-    # traces are 1 and then 1 + 0.5 * 0.6
+def test_learners_follow_traces_with_the_agents_discount():
+    # the traces are 1, then 1 + 0.5 * 0.6
     np.testing.assert_allclose(changed("bp:step_size=0.1,trace_decay=0.6"), 1 + 0.1 * (0.5 + 2 * 1.3), rtol=1e-5)
     bounded = 0.5 / (3 * 2) + 2 * 1.3 / (3 * 2 * 2 * 1.3)
     np.testing.assert_allclose(changed("obgd:kappa=3,trace_decay=0.6"), 1 + bounded, rtol=1e-5)
@@ -94,7 +94,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch):
     whole = streaming_control.run(TINY, tmp_path / "whole")
     assert np.isfinite(whole.to_array()).all() and whole.sizes == {"method": 3, "seed": 2, "task": 3}
     assert set(whole.data_vars) == set(streaming.MEASURES) and whole.step.values.tolist() == [200, 400, 600]

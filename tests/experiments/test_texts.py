@@ -27,14 +27,14 @@ def prepared(settings):
     return prepare(settings)
 
 
-def test_an_encoder_from_nothing_and_tasks(prepared):
+def test_an_encoder_from_scratch_and_tasks(prepared):
     assert (prepared.params, prepared.name, prepared.num_classes) == (None, "none", 5)
     assert (prepared.encoder.depth, prepared.encoder.width, prepared.encoder.hidden) == (2, 8, 16)
     assert [task.classes for task in prepared.tasks] == [range(2), range(2, 5)]
     assert prepared.class_masks().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
     for task in prepared.tasks:
         assert [len(train) for train in task.train.values()] == [30, 30] and len(task.test) == 10
-        assert (task.train[0].tokens != task.train[1].tokens).any()  # each seed has training texts of its own
+        assert (task.train[0].tokens != task.train[1].tokens).any()  # each seed has other training texts
     init = jax.jit(prepared.init)
     one, other = init(0, 0), init(0, 1)
     assert one["head"]["kernel"].shape == (8, 5) and not one["head"]["kernel"].any()
@@ -42,14 +42,14 @@ def test_an_encoder_from_nothing_and_tasks(prepared):
     assert (tables[0] != tables[1]).all()
 
 
-def test_seeds_from_another_on_have_the_texts_of_a_longer_run(settings, prepared):
+def test_runs_with_a_later_first_seed_have_the_texts_of_a_longer_run(settings, prepared):
     later = prepare(dataclasses.replace(settings, first_seed=1, seeds=1))
     for task, expected in zip(later.tasks, prepared.tasks, strict=True):
         assert list(task.train) == [1]
         np.testing.assert_array_equal(task.train[1].tokens, expected.train[1].tokens)
 
 
-def test_a_pretrained_encoder_is_what_all_seeds_begin_with(tmp_path, monkeypatch):
+def test_all_seeds_start_from_the_pretrained_encoder(tmp_path, monkeypatch):
     net = nets.Bert(vocabulary=40, width=8, depth=2, heads=2, hidden=12, positions=8)
     rng, names = np.random.default_rng(0), nets.hugging_face_names(net)
     config = {"model_type": "bert", "vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 2}
@@ -82,11 +82,11 @@ def test_a_pretrained_encoder_is_what_all_seeds_begin_with(tmp_path, monkeypatch
     assert jax.eval_shape(found.net.apply, {"params": params}, tokens).shape == (10, 2)
 
 
-def test_the_encoder_that_is_taken_by_itself(monkeypatch, tmp_path):
+def test_the_default_encoder(monkeypatch, tmp_path):
     monkeypatch.setattr(nets, "installed_encoder", lambda: None)
     assert texts._folder_of("auto") is None
     monkeypatch.setattr(nets, "installed_encoder", lambda: tmp_path)
-    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)  # without tokenizers
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)  # as if tokenizers was not installed
     assert texts._folder_of("auto") is None
     monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: sys)
     assert texts._folder_of("auto") == tmp_path and texts._folder_of("none") is None
@@ -119,7 +119,7 @@ def test_batches_of_several_tasks(prepared):
     assert {tuple(row) for row in found.tokens[:, 3:].reshape(-1, 8)} == among
 
 
-def test_the_loss_is_over_the_classes_that_are_asked_for():
+def test_the_loss_covers_only_the_given_classes():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(4, 5)), np.array([0, 1, 3, 4])
     asked = np.array([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
@@ -138,8 +138,8 @@ def test_the_learning_rate_rises_and_falls():
     np.testing.assert_allclose(values[5:], 0.1 * np.arange(15, 0, -1) / 15, rtol=1e-5)
 
 
-def test_fitting_is_a_plain_loop_of_updates(prepared):
-    """Of a linear model on counts of words, with a penalty, against NumPy."""
+def test_fitting_equals_a_plain_loop_of_updates(prepared):
+    """A linear model on word counts, with a penalty, is compared with NumPy."""
     task = prepared.tasks[0]
     batch = batches([(task, 6, 100)], 0, 5, {"animals": np.array([1, 1, 0, 0, 0], bool)}, 0)
     counts = np.stack([np.stack([np.bincount(row, minlength=40) for row in rows]) for rows in batch.tokens])
@@ -160,7 +160,7 @@ def test_fitting_is_a_plain_loop_of_updates(prepared):
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-4)
 
 
-def test_accuracy_is_of_the_texts_that_are_there(prepared):
+def test_accuracy_ignores_padding_of_the_last_batch(prepared):
     task, net = prepared.tasks[1], prepared.net
     asked = prepared.class_masks()[1]
     batch = evaluation_batches(task, asked, 4, 4)  # 10 texts in 16 places

@@ -32,14 +32,14 @@ BEST = {
 
 
 def accuracy(numbers, seeds, task):
-    """Best at a step size of 0.03 and the largest l2; a step size of 0.3 diverges with one of the tuning seeds."""
+    """Return a performance that is best at step size 0.03 and the largest l2; 0.3 diverges with one tuning seed."""
     value = np.exp(-(np.log(numbers["step_size"] / 0.03) ** 2)) / 2 + 0.1 * numbers.get("l2", 0) + seeds / 1e6
     loss = np.where((numbers["step_size"] > 0.25) & (seeds == 1001), np.nan, value + task)
     return value + task / 100, loss
 
 
 def make(group):
-    """In place of training a formula of settings, seeds and tasks, which goes on where a checkpoint stopped."""
+    """Replace training by a formula of settings, seeds and tasks, which resumes where a checkpoint stopped."""
 
     def train(seeds, numbers, checkpoint):
         state, done = {"tasks": np.zeros(len(seeds))}, checkpoint.tasks
@@ -85,7 +85,7 @@ def test_the_best_configuration_of_each_lane_is_reported_with_other_seeds(finish
     assert results.identical(load_results(out))
 
 
-def test_what_was_tried_is_kept_and_what_diverged_is_worst(finished):
+def test_all_tried_settings_are_recorded_and_diverged_ones_are_worst(finished):
     results, out, _ = finished
     tried = results.tuning_performance.transpose("method", "candidate", "tuning_seed").values
     seeds = np.array([1000, 1001])
@@ -97,7 +97,7 @@ def test_what_was_tried_is_kept_and_what_diverged_is_worst(finished):
     assert np.isfinite(tried[2, :2]).all() and np.isfinite(tried[2, 2]).tolist() == [True, False]
     assert np.isnan(tried[3, 1:]).all()
     both = [load_results(out / name) for name in (tuning.TUNING, tuning.REPORTED)]
-    assert [part.sizes["method"] for part in both] == [9, 3]  # what lanes share is run once
+    assert [part.sizes["method"] for part in both] == [9, 3]  # configurations that lanes share run once
     assert {part.attrs["experiment"] for part in both} == {"online_permuted"}
     two = {"plain": [parse_method(f"bp:step_size={step}") for step in (0.3, 0.01)]}
     (better,) = choose(results.copy(deep=True), two, both[0]).values()
@@ -105,7 +105,7 @@ def test_what_was_tried_is_kept_and_what_diverged_is_worst(finished):
 
 
 @pytest.mark.parametrize("calls", [7, 10])
-def test_a_stopped_comparison_goes_on_to_the_same_results(finished, tmp_path, calls):
+def test_a_stopped_comparison_resumes_to_the_same_results(finished, tmp_path, calls):
     whole, _, told = finished
     left = calls
 
@@ -126,7 +126,7 @@ def test_a_stopped_comparison_goes_on_to_the_same_results(finished, tmp_path, ca
         PLAN.prepare("mine", {"a": 2})(tmp_path / "run")
 
 
-def test_less_of_a_loss_is_better():
+def test_a_lower_loss_is_better():
     tried = {"one": [parse_method(f"bp:step_size={step}") for step in (0.1, 0.2, 0.3)]}
     labels = [method.label for method in tried["one"]]
     measures = report.stream_measures(accuracy=False)
@@ -158,7 +158,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
-def test_what_is_no_fair_comparison_is_refused(change, message):
+def test_unfair_comparisons_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PLAN, **change).check()
 
@@ -167,7 +167,7 @@ def factory(learning_rate, decay=0.9):
     return optax.sgd(learning_rate, decay)
 
 
-def test_a_function_of_ones_own_has_a_search_space_too():
+def test_a_users_function_has_a_search_space_too():
     lanes = (
         Lane("mine", f"{__name__}:factory(learning_rate=1.0)", {"learning_rate": LogUniform(1e-3, 1.0)}),
         Lane("others", "adam", {"step_size": LogUniform(1e-4, 0.1), "b1": (0.0, 0.9)}),
@@ -188,7 +188,7 @@ def test_an_experiment_is_made_of_a_plan():
     assert experiment.check(settings) == [lane.name for lane in LANES] and experiment.total(settings) == PLAN.total()
 
 
-def test_draws_depend_on_the_seed_and_the_settings_name_alone():
+def test_draws_depend_only_on_the_seed_and_the_name_of_the_setting():
     space = {"step_size": LogUniform(1e-4, 1.0), "l2": LogUniform(1e-6, 1e-2), "order": (1, 2)}
     drawn = configurations(space, 200, seed=3)
     steps = np.array([each["step_size"] for each in drawn])

@@ -44,7 +44,7 @@ def loss_fn(params):
 
 
 def numpy_loss(layers, gates=None):
-    """The same in float64, each hidden layer's activations times gates."""
+    """Compute the same in float64, with each hidden layer's activations multiplied by gates."""
     h = np.asarray(X, np.float64)
     for number, (w, b) in enumerate(layers):
         h = h @ w + b
@@ -61,7 +61,7 @@ def numpy_layers():
 
 
 def gated(params_and_gates, x):
-    """The network with a gate on each activation, as parameters."""
+    """Return the network with a gate on each activation; gates are parameters."""
     params, gates = params_and_gates
     layers = list(params["params"].values())
     for layer, gate in zip(layers, [*gates, None], strict=True):
@@ -83,7 +83,7 @@ def test_the_true_utility_of_weights_is_that_of_a_plain_loop():
                 expected[place] = numpy_loss(layers) - base
                 array[place] = kept
             np.testing.assert_allclose(utility["params"][name][key], expected, rtol=1e-4, atol=2e-6)
-    # What only a dead unit reads or writes is of no use at all, and not of some within rounding.
+    # A weight that only a dead unit reads or writes has utility exactly 0, not only within rounding.
     assert (utility["params"]["Dense_0"]["kernel"][:, 2] == 0).all()
     assert (utility["params"]["Dense_1"]["kernel"][2] == 0).all()
 
@@ -144,11 +144,11 @@ def test_feature_utilities_are_those_of_gates_on_the_activations():
         for utility, value in expected.items():
             ours = found[UTILITIES.index(utility)][layer]
             np.testing.assert_allclose(ours, value, rtol=1e-4, atol=1e-6, err_msg=utility)
-    # The last hidden layer is read by the outputs alone, in which the loss is quadratic.
+    # Only the outputs read the last hidden layer, and the loss is quadratic in them.
     np.testing.assert_allclose(found[UTILITIES.index("second_order")][1], true[1], rtol=1e-4, atol=2e-6)
 
 
-def test_rank_correlations_are_scipys():
+def test_rank_correlations_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     values = np.stack([rng.normal(size=60), rng.integers(0, 5, 60), rng.normal(size=60), np.repeat([0.0, 1.0], 30)])
     values[2] += values[0]
@@ -177,7 +177,7 @@ def test_a_run_from_end_to_end(smoke):
     assert np.isfinite(results.loss).all() and results.attrs["experiment"] == "utility_quality"
     assert json.loads(results.attrs["settings"])["measure_every"] == 10
     assert [call[:2] for call in calls] == [("tanh", 2)] * 4
-    assert sum(call[1] for call in calls) == total(preset("smoke"))  # so that a bar comes to its end
+    assert sum(call[1] for call in calls) == total(preset("smoke"))  # so that the progress bar reaches its end
     assert calls[-1][2]["loss"] == pytest.approx(float(results.loss.values[0, :, -1].mean()), rel=1e-5)
     mean = results.correlation.mean(("method", "seed", "task")).sel(level="weight", scope="global")
     by_name = dict(zip(UTILITIES, mean.values.tolist(), strict=True))
@@ -188,9 +188,9 @@ def test_a_run_from_end_to_end(smoke):
     assert len(np.unique(results.loss.values)) == results.loss.size
 
 
-def test_results_are_in_their_places(smoke):
+def test_results_belong_to_their_seed_utility_and_layer(smoke):
     results, _, _ = smoke
-    # The first measurement of seed 1, from what it is made of; captured where it is measured.
+    # The first measurement of seed 1 is computed again from its captured inputs.
     settings = dataclasses.replace(preset("smoke"), measure_every=1)
     capture = lambda apply_fn, units, params, x, y, key: (params, x, y)
     with pytest.MonkeyPatch.context() as patch:
@@ -221,7 +221,7 @@ def test_results_are_in_their_places(smoke):
             assert float(found.sel(scope=scope)) == pytest.approx(value, abs=0.01), (utility, scope)
 
 
-def test_the_papers_networks_have_one_hidden_layer_and_start_as_pytorchs(monkeypatch):
+def test_the_papers_networks_have_one_hidden_layer_and_are_initialized_as_in_pytorch(monkeypatch):
     monkeypatch.setattr(quality, "correlations", lambda apply_fn, units, params, x, y, key: (params, x))
     settings = dataclasses.replace(preset("paper"), seeds=20, steps=2)
     _, (params, x) = next(iter(quality._measurements(settings, "relu")))
@@ -231,7 +231,7 @@ def test_the_papers_networks_have_one_hidden_layer_and_start_as_pytorchs(monkeyp
         "Dense_1": (50, 1),
     }
     assert x.shape == (20, 1, 5)
-    for layer in layers.values():  # uniform in ±1/sqrt(fan in), biases too
+    for layer in layers.values():  # uniform in ±1/sqrt(fan-in), biases too
         bound = layer["kernel"].shape[1] ** -0.5
         for values in layer.values():
             assert 0.8 * bound < np.abs(values).max() <= bound * (1 + 1e-6)
@@ -256,7 +256,7 @@ def test_table_and_picture(smoke, tmp_path):
     assert pdf.name == "utility_quality.pdf" and pdf.read_bytes().startswith(b"%PDF")
 
 
-def test_an_interrupted_run_leaves_what_it_measured_and_goes_on_with_what_it_has_not(tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_its_measurements_and_resumes_with_the_missing_ones(tmp_path, monkeypatch):
     asked, stopped = [], [True]
 
     def measurements(settings, activation):
@@ -275,7 +275,7 @@ def test_an_interrupted_run_leaves_what_it_measured_and_goes_on_with_what_it_has
     for values, scale in ((results.loss, 1), (results.correlation, 0.1)):
         values = values.mean([dim for dim in values.dims if dim not in ("method", "task")]).values
         np.testing.assert_allclose(values, scale * np.array([[0, 1, 2, 3], [0, 1, np.nan, np.nan]]), rtol=1e-6)
-    assert "0.050 ± 0.000" in summary(results)  # of the two measurements that relu has
+    assert "0.050 ± 0.000" in summary(results)  # relu has two measurements
     with pytest.raises(ValueError, match=r"6 finished tasks of a run with other settings \(seeds is 2 there"):
         run(dataclasses.replace(settings, seeds=3), tmp_path)
     assert cbp_jax.load_results(tmp_path).identical(results)

@@ -10,7 +10,7 @@ from cbp_jax import lora
 
 
 class Network(nn.Module):
-    """Convolution, attention, dense layers."""
+    """A network of a convolution, attention and dense layers."""
 
     @nn.compact
     def __call__(self, x):
@@ -34,13 +34,13 @@ KERNELS = {
 
 
 def filled(adapter, seed=0):
-    """The adapter with factors as if it had been trained."""
+    """Return the adapter with random factors, as if it had been trained."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype), adapter)
 
 
 def numpy_change(adapter, path):
-    """alpha / rank * A B of matrices, in float64, in the kernel's shape."""
+    """Compute alpha / rank * A B as a product of matrices, in float64, in the kernel's shape."""
     a, b = (np.asarray(adapter.factors[path][name], np.float64) for name in ("lora_A", "lora_B"))
     product = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
     return adapter.alpha / a.shape[-1] * product.reshape(*a.shape[:-1], *b.shape[1:])
@@ -74,7 +74,7 @@ def test_another_choice_of_kernels_draws_the_same_factors():
 
 
 def test_the_merged_network_is_the_adapted_one():
-    """Of dense layers, attention and convolutions, against matrices in NumPy and against factors applied in turn."""
+    """Dense layers, attention and convolutions agree with NumPy's matrices and with factors applied in turn."""
     adapter = filled(lora.init(PARAMS, jax.random.key(1), rank=2, alpha=3))
     merged = lora.merge(PARAMS, adapter)
     before, after = (cbp_jax.units.leaves_by_path(tree) for tree in (PARAMS, merged))
@@ -108,14 +108,14 @@ def test_changes_of_several_adapters_add_up():
     assert not total["params"]["up"]["bias"].any()
 
 
-def test_one_of_several_is_chosen_by_a_number_that_is_traced():
+def test_a_traced_number_chooses_one_of_several_adapters():
     adapters = [filled(lora.init(PARAMS, n, rank=2), n) for n in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
     chosen = jax.jit(lambda n: lora.apply(PARAMS, jax.tree.map(lambda leaf: leaf[n], stacked)))(2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chosen, lora.apply(PARAMS, adapters[2]))
 
 
-def test_gradients_reach_the_adapter_alone():
+def test_gradients_reach_only_the_adapter():
     adapter = lora.init(PARAMS, jax.random.key(1), rank=2, target_modules=["conv", "attention/*/kernel"])
     loss = lambda params, adapter: jnp.square(NET.apply(lora.apply(params, adapter), X)).sum()
     of_params, of_adapter = jax.jit(jax.grad(loss, (0, 1)))(PARAMS, adapter)

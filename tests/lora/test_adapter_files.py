@@ -22,7 +22,7 @@ def make(**settings):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), adapter)
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_an_adapter_is_the_same_after_saving_and_loading(tmp_path):
     adapter = make()
     found = lora.load(lora.save(adapter, tmp_path / "adapter"), PARAMS)
     assert jax.tree.structure(found) == jax.tree.structure(adapter)
@@ -32,8 +32,8 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert list(found.factors) == ["params/attention/query/kernel", "params/head/kernel"]
 
 
-def test_the_form_is_that_of_peft(tmp_path):
-    """A [rank, in] and B [out, rank]; the change of a layer of PyTorch's is alpha / rank B A."""
+def test_the_format_is_that_of_peft(tmp_path):
+    """A is [rank, in] and B is [out, rank]; the change of a PyTorch layer is alpha / rank B A."""
     adapter = make()
     lora.save(adapter, tmp_path)
     tensors, change = safetensors.read(tmp_path / "adapter_model.safetensors"), lora.delta(adapter)["params"]
@@ -90,7 +90,7 @@ def test_a_round_trip_through_peft(tmp_path):
     state = base.state_dict()
     for path, leaf in units.leaves_by_path(params).items():
         shape = tuple(state[names[path]].shape)
-        # PyTorch's [out, in], with heads and their dimensions as one axis.
+        # PyTorch's kernels are [out, in], with heads and their dimensions as one axis.
         matrix = np.asarray(leaf).reshape(shape[::-1]).T if path.endswith("kernel") else np.reshape(leaf, shape)
         state[names[path]] = torch.tensor(np.ascontiguousarray(matrix))
     base.load_state_dict(state)

@@ -57,7 +57,7 @@ def test_orthogonality_of_the_program_and_of_the_paper():
     np.testing.assert_allclose(lora.orthogonality(new, [old, older], form="squared"), squared, rtol=1e-5)
 
 
-def test_orthogonality_is_of_what_is_read_and_moves_the_new_adapter_alone():
+def test_orthogonality_compares_input_directions_and_moves_only_the_new_adapter():
     new, old = make(0), make(1)
     to_new, to_old = jax.grad(lora.orthogonality, (0, 1))(new, old)
     for factors in to_new.factors.values():

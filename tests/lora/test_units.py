@@ -1,4 +1,4 @@
-"""Rank-one components of adapters are units, on which every algorithm that replaces or protects units acts."""
+"""Rank-one components of adapters are units: algorithms that replace or protect units apply to them."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def test_a_component_is_a_column_of_a_and_a_row_of_b():
     assert (incoming.path, incoming.axes, consumer.kernel.path, consumer.kernel.axes) == (A, (1,), B, (0,))
 
 
-def test_its_activation_is_what_its_column_reads():
+def test_its_activation_is_the_projection_of_the_input_on_its_column():
     outputs, features = cbp_jax.with_features(adapted, UNITS)(ADAPTER, X)
     np.testing.assert_allclose(outputs, adapted(ADAPTER, X), rtol=1e-5, atol=1e-5)
     read = np.asarray(X) @ np.asarray(ADAPTER.factors["w1"]["lora_A"])
@@ -62,7 +62,7 @@ def replaced_by(name):
         "redo": cbp_jax.redo(optax.sgd(0.0), UNITS, threshold=0.5, every=1),
     }[name]
     weak = jax.tree.map(lambda leaf: leaf, ADAPTER)
-    # The second component reads next to nothing.
+    # The second component has almost no activation.
     weak.factors["w1"] = {
         "lora_A": ADAPTER.factors["w1"]["lora_A"].at[:, 1].mul(1e-3),
         "lora_B": ADAPTER.factors["w1"]["lora_B"],
@@ -83,7 +83,7 @@ def replaced_by(name):
 
 
 @pytest.mark.parametrize("name", ["continual_backprop", "redo"])
-def test_the_least_used_component_starts_anew(name):
+def test_the_least_used_component_is_replaced(name):
     before, after, state = replaced_by(name)
     assert state.replaced[A].tolist() == [False, True, False]
     a, b = after.factors["w1"]["lora_A"], after.factors["w1"]["lora_B"]

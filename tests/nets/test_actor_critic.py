@@ -1,4 +1,4 @@
-"""The network of an agent, and its units."""
+"""The agent's network and its units."""
 
 import chex
 import jax
@@ -30,14 +30,14 @@ def test_policy_and_value_share_nothing_and_all_their_units_are_found():
     )
 
 
-def test_kernels_are_of_lecuns_variance():
+def test_kernels_have_lecuns_variance():
     params = ActorCritic(action_size=2).init(jax.random.key(0), jnp.zeros((1, 400)))["params"]
     np.testing.assert_allclose(params["actor_0"]["kernel"].std(), 1 / 20, rtol=0.02)
     np.testing.assert_allclose(params["critic_1"]["kernel"].std(), 1 / 16, rtol=0.02)
 
 
 @pytest.mark.parametrize(("scale", "layer"), [("policy_scale", "actor_mean"), ("value_scale", "critic_value")])
-def test_a_scale_is_that_of_an_output_layer_alone(scale, layer):
+def test_a_scale_applies_only_to_its_output_layer(scale, layer):
     init = lambda **scales: ActorCritic(2, **scales).init(jax.random.key(0), jnp.zeros((1, 6)))["params"]
     plain, small = init(), init(**{scale: 0.01})
     np.testing.assert_allclose(small[layer]["kernel"], plain[layer]["kernel"] / 100, rtol=1e-6)

@@ -27,7 +27,7 @@ ROBERTA = {**CONFIG, "model_type": "roberta", "pad_token_id": 1, "type_vocab_siz
 
 
 def make_tensors(config, pooler=True):
-    """Random weights by Hugging Face's names, [out, in]."""
+    """Make random weights with Hugging Face's names, [out, in]."""
     rng = np.random.default_rng(0)
     width, hidden = config["hidden_size"], config["intermediate_size"]
     shapes = {
@@ -58,7 +58,7 @@ def write(folder, config, tensors, prefix=""):
 
 
 def numpy_bert(config, tensors, tokens, mask, types):
-    """The forward pass in float64, token by token and head by head, from the papers."""
+    """Compute the forward pass of the papers in float64, token by token and head by head."""
     w = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
     width, heads = config["hidden_size"], config["num_attention_heads"]
     size, eps = width // heads, config["layer_norm_eps"]
@@ -67,15 +67,15 @@ def numpy_bert(config, tensors, tokens, mask, types):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+        centered = x - x.mean(-1, keepdims=True)
+        return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     gelu = np.vectorize(lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))))
     outputs = []
     for row, there, kinds in zip(tokens, mask, types, strict=True):
         if config["model_type"] == "bert":
             places = range(len(row))
-        else:  # numbered from the padding token's number on, over what is there
+        else:  # positions of real tokens count from the padding token's number
             pad = config["pad_token_id"]
             places = [pad + sum(there[: n + 1]) if there[n] else pad for n in range(len(row))]
         x = np.stack([
@@ -125,13 +125,13 @@ def test_the_forward_pass_of_a_checkpoint(config, prefix, pooler, tmp_path):
     assert (pooled is not None) == pooler
     if pooler:
         np.testing.assert_allclose(pooled, expected_pooled, atol=1e-4)
-    alone, _ = jax.jit(net.apply)(variables, tokens)  # what is padded is known by its token
+    alone, _ = jax.jit(net.apply)(variables, tokens)  # padding is recognized by its token
     zero, _ = numpy_bert(config, tensors, tokens, mask, np.zeros_like(types))
     np.testing.assert_allclose(alone[mask], zero[mask], atol=1e-4)
 
 
 @pytest.mark.slow
-def test_what_is_padded_changes_nothing(tmp_path):
+def test_padding_changes_nothing(tmp_path):
     for config in (CONFIG, ROBERTA):
         net, variables = load_bert(write(tmp_path / config["model_type"], config, make_tensors(config)))
         tokens = np.array([[5, 6, 7]], np.int32)
@@ -144,7 +144,7 @@ def test_what_is_padded_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(installed_encoder() is None, reason="the package of the pre-trained encoder is not installed")
-def test_the_installed_encoder_is_what_it_is_said_to_be():
+def test_the_installed_encoder_is_as_documented():
     folder = installed_encoder()
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor for name, tensor in safetensors.read(folder / "model.safetensors").items() if tensor.ndim}
@@ -224,7 +224,7 @@ TOKENS, MASK, _ = texts(CONFIG)
 
 
 def fill(net):
-    """Random variables of a network, which take no time to compile."""
+    """Make random variables of a network, without compiling its initialization."""
     rng = np.random.default_rng(2)
     like = jax.eval_shape(net.init, jax.random.key(0), TOKENS)
     return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), like)
@@ -269,7 +269,7 @@ def test_bad_pooling():
         jax.eval_shape(TextClassifier(2, SMALL.copy(pooler=False), "pooler").init, jax.random.key(0), tokens)
 
 
-def test_dropout_in_training_alone():
+def test_dropout_only_in_training():
     variables = fill(SMALL)
     train = jax.jit(lambda key: SMALL.apply(variables, TOKENS, train=True, rngs={"dropout": jax.random.key(key)})[0])
     assert (train(0) == train(0)).all() and (train(0) != train(1)).mean() > 0.9

@@ -34,7 +34,7 @@ def test_same_padding_fits_small_images():
     assert shapes(ConvNet(num_outputs=10, padding="SAME"), (8, 8, 1))["Dense_0"] == (128, 128)
 
 
-def test_computes_what_it_says():
+def test_outputs_against_numpy():
     net = ConvNet(num_outputs=2, **SMALL, activation="tanh")
     params = net.init(jax.random.key(0), X)
     layers = params["params"]
@@ -49,7 +49,7 @@ def test_computes_what_it_says():
     np.testing.assert_allclose(net.apply(params, X), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_and_biases_start_as_those_of_the_papers_program():
+def test_weights_and_biases_are_initialized_as_in_the_papers_program():
     net = ConvNet(num_outputs=50, channels=(30, 40), kernel_sizes=(3, 2), hidden=(60,))
     layers = net.init(jax.random.key(0), X)["params"]
     for name, layer in layers.items():
@@ -59,7 +59,7 @@ def test_weights_and_biases_start_as_those_of_the_papers_program():
             assert 0.8 < largest <= 1, (name, what)
 
 
-def test_replaced_units_start_as_the_others_did():
+def test_replaced_units_are_initialized_like_the_others():
     net = functools.partial(ConvNet, channels=(40,), kernel_sizes=(3,))
     method = parse_method("cbp:replacement_rate=1,maturity_threshold=0")
     learner = make_learner([method], (30,), "relu", X.shape[1:], 2, network=net)
@@ -76,7 +76,7 @@ def test_replaced_units_start_as_the_others_did():
     for name in ("Conv_0", "Dense_0"):
         kernel = np.asarray(layers[name]["kernel"])
         assert not np.isclose(kernel, params["params"][name]["kernel"]).all()
-        drawn = kernel[kernel != 0]  # where both layers replace, weights between new units are of the later one
+        drawn = kernel[kernel != 0]  # weights between new units are drawn for the later layer
         assert 0.9 < np.abs(drawn).max() * np.prod(kernel.shape[:-1]) ** 0.5 <= 1
         assert not layers[name]["bias"].any()
 
@@ -87,11 +87,11 @@ def test_convolutions_may_have_another_activation():
     layers = params["params"]
     linear = {**layers, "Conv_0": {"kernel": -layers["Conv_0"]["kernel"], "bias": layers["Conv_0"]["bias"] - 100}}
     linear["Conv_1"] = {"kernel": -layers["Conv_1"]["kernel"], "bias": layers["Conv_1"]["bias"]}
-    assert np.ptp(net.apply({"params": linear}, X), axis=0).all()  # a negative channel still says something
+    assert np.ptp(net.apply({"params": linear}, X), axis=0).all()  # a negative channel still carries information
     assert not np.ptp(same.apply({"params": linear}, X), axis=0).any()
 
 
-def test_dropout_is_off_until_asked_for():
+def test_dropout_is_off_by_default():
     net = ConvNet(num_outputs=2, **SMALL, dropout_rate=0.5)
     params = net.init(jax.random.key(0), X)
     plain = ConvNet(num_outputs=2, **SMALL).apply(params, X)
@@ -105,7 +105,7 @@ def test_the_network_conv_2_of_the_lottery_tickets():
     params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     kernels = [layer["kernel"].shape for layer in params.values()]
     assert kernels == [(3, 3, 3, 64), (3, 3, 64, 64), (16 * 16 * 64, 256), (256, 256), (256, 10)]
-    # 4.3M weights, as the paper says, of which 38k are convolutions'.
+    # 4.3M weights, as in the paper; 38k of them are in convolutions.
     assert round(sum(np.prod(shape) for shape in kernels) / 1e6, 1) == 4.3
 
 

@@ -27,7 +27,7 @@ def test_gains(activation, gain):
     check_uniform(kaiming_uniform(activation)(jax.random.key(0), (50, 400)), gain * (3 / 50) ** 0.5)
 
 
-def test_relus_is_the_usual_one():
+def test_the_gain_of_relu_is_the_usual_one():
     key, shape = jax.random.key(0), (7, 5)
     usual = jax.nn.initializers.he_uniform()(key, shape)
     np.testing.assert_allclose(kaiming_uniform("relu")(key, shape), usual, rtol=1e-6)
@@ -49,18 +49,18 @@ def test_sparse_leaves_few_weights_of_each_unit(shape, zeros):
     inputs = len(weights)
     np.testing.assert_array_equal(alive.sum(0), inputs - zeros)
     check_uniform(weights[alive], inputs**-0.5)
-    share = alive.mean(1)  # no place is preferred
+    share = alive.mean(1)  # all positions are equally likely
     np.testing.assert_allclose(share, 1 - zeros / inputs, atol=0.1)
     assert len(np.unique(alive, axis=1).T) > 3 or inputs == 4
 
 
-def test_sparse_of_another_initializer():
+def test_sparse_with_another_initializer():
     ones = sparse(0.5, jax.nn.initializers.ones)(jax.random.key(0), (10, 3), jnp.bfloat16)
     assert ones.dtype == jnp.bfloat16 and ones.sum(0).tolist() == [5, 5, 5]
     np.testing.assert_array_equal(sparse(0.0, jax.nn.initializers.ones)(jax.random.key(0), (3, 2)), np.ones((3, 2)))
 
 
-def test_sparse_refuses():
+def test_sparse_refuses_bad_arguments():
     for fraction in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"fraction must be in \[0, 1\), got {fraction}"):
             sparse(fraction)

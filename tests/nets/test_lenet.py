@@ -14,6 +14,6 @@ def test_the_network_of_label_permuted_cifar10():
             assert 0.5 / fan_in**0.5 < jnp.abs(array).max() <= 1 / fan_in**0.5
 
 
-def test_its_attributes_may_be_others():
+def test_its_attributes_can_be_changed():
     assert lenet(47, activation="tanh", hidden=(7,)) == LeNet(47, activation="tanh", hidden=(7,))
     assert lenet(47).hidden == (120, 84)

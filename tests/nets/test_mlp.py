@@ -9,7 +9,7 @@ from cbp_jax.units import discover_units, with_features
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
 
 
-def test_computes_what_it_says():
+def test_outputs_against_numpy():
     net = MLP(hidden=(5, 4), num_outputs=3, activation="tanh")
     params = net.init(jax.random.key(0), X)
     h = X

@@ -12,7 +12,7 @@ UNITS = 3
 
 
 class Reference:
-    """Algorithm of Chiley et al., one unit and one time step at a time, float64."""
+    """Run the algorithm of Chiley et al., one unit and one time step at a time, in float64."""
 
     def __init__(self, forward, backward, epsilon=1e-5):
         self.forward_decay, self.backward_decay, self.epsilon = forward, backward, epsilon
@@ -20,7 +20,7 @@ class Reference:
         self.error_y, self.error_1 = [0.0] * UNITS, [0.0] * UNITS
 
     def step(self, x, gradient):
-        """Output and input gradient of x [samples, units] and an output gradient of that shape."""
+        """Return output and input gradient for x [samples, units] and an output gradient of that shape."""
         a, b = self.forward_decay, self.backward_decay
         output, result = np.zeros(x.shape), np.zeros(x.shape)
         for unit in range(UNITS):
@@ -40,8 +40,8 @@ class Reference:
 
 
 @pytest.mark.parametrize("shape", [(1, UNITS), (2, 2, 3, UNITS)])
-def test_is_the_algorithm_step_by_step(shape):
-    steps, decays = 80, (0.9, 0.8)  # short memories, so that 80 steps see every term at work
+def test_follows_the_algorithm_step_by_step(shape):
+    steps, decays = 80, (0.9, 0.8)  # small decay rates, so that every term matters within 80 steps
     rng = np.random.default_rng(0)
     inputs = rng.normal([1.0, -2.0, 0.0], [1.0, 3.0, 0.1], (steps, *shape))
     gradients = rng.normal(0.5, 1.0, (steps, *shape))
@@ -66,7 +66,7 @@ def test_is_the_algorithm_step_by_step(shape):
             np.testing.assert_allclose(stats[name][t], getattr(reference, name), rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_outputs_and_gradients_are_normalised_in_the_long_run():
+def test_outputs_and_gradients_are_normalized_in_the_long_run():
     norm = OnlineNorm(0.99, 0.9, clamp=None, use_scale=False, use_bias=False)
     draws = jax.random.normal(jax.random.key(0), (3000, 1, UNITS)) * 3 + 2
     pushes = jax.random.normal(jax.random.key(1), (3000, 1, UNITS)) + 5 + draws  # with a mean, and along the output
@@ -109,7 +109,7 @@ def test_low_precision_keeps_its_statistics_in_float32():
 
 @pytest.fixture(scope="module")
 def training():
-    """Trains an MLP with online normalization on 20 examples of a seed, as a loop that knows of variables alone."""
+    """Train an MLP with online normalization on 20 examples of a seed, in a loop that only passes variables on."""
     net = MLP((5, 4), 2, normalization="online")
     tx = keep_online_stats(optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.01, momentum=0.9)))
     xs = np.random.default_rng(0).normal(1, 2, (20, 1, 6)).astype(np.float32)
@@ -128,12 +128,12 @@ def training():
     return run, xs
 
 
-def test_statistics_ride_in_a_loop_that_does_not_know_them(training):
+def test_statistics_are_carried_by_a_loop_that_only_passes_variables_on(training):
     run, xs = training
     seen = jax.jit(run)(0)
     layer, stats = seen["params"]["Dense_0"], seen["online_stats"]["OnlineNorm_0"]
     mean = np.zeros(5)
-    for t in range(20):  # of the first layer's outputs, decay and momentum being of weights alone
+    for t in range(20):  # statistics of the first layer's outputs; decay and momentum apply only to weights
         np.testing.assert_allclose(stats["mean"][t], mean, rtol=1e-4, atol=1e-6)
         mean = 0.999 * mean + 0.001 * (xs[t, 0] @ np.asarray(layer["kernel"][t]) + layer["bias"][t])
     assert (np.asarray(stats["error_1"][-1]) != 0).all()

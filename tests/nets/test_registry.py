@@ -21,7 +21,7 @@ IMAGE = (16, 16, 1)
 
 
 class Own(nn.Module):
-    """A module of a user's, which looks at images and differs in training."""
+    """A user's module, which takes images and behaves differently in training."""
 
     num_outputs: int
     width: int = 3
@@ -36,12 +36,12 @@ class Own(nn.Module):
 
 
 def of_function(num_outputs, width=2):
-    """A function of a user's, whose module is a perceptron."""
+    """Return a user's function that makes a perceptron."""
     return nets.MLP((width,), num_outputs)
 
 
 class Fixed(nn.Module):
-    """A module of a user's that is for seven classes."""
+    """A user's module for seven classes."""
 
     @nn.compact
     def __call__(self, x):
@@ -57,13 +57,13 @@ def importable(monkeypatch):
     monkeypatch.setitem(sys.modules, "my_nets", sys.modules[__name__])
 
 
-def test_every_network_has_a_small_one_here():
+def test_every_network_has_a_small_example_here():
     assert set(SMALL) == set(nets.NETWORKS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_by_name_with_units_that_are_replaced(name):
+def test_networks_by_name_have_units_that_can_be_replaced(name):
     net = nets.make(name, IMAGE, 10, **SMALL[name])
     key, x = jax.random.key(0), jax.ShapeDtypeStruct((2, *IMAGE), jnp.float32)
     variables = jax.eval_shape(net.init, key, x)
@@ -86,20 +86,20 @@ def test_by_name_with_units_that_are_replaced(name):
 
 
 @pytest.mark.parametrize("text", ["vit:depth=2,width=8", "vit(depth=2, width=8)"])
-def test_settings_follow_the_name_and_others_come_before_them(text):
+def test_settings_in_the_name_and_keyword_arguments_override_defaults(text):
     net = nets.make(text, IMAGE, 3, hidden=5)
     assert net == nets.ViT(num_outputs=3, depth=2, width=8, hidden=5)
     assert nets.make(text, IMAGE, 3, depth=1).depth == 1
 
 
-def test_a_perceptron_flattens_images_and_only_these():
+def test_a_perceptron_flattens_only_images():
     net, flat = (nets.make("mlp", shape, 10, hidden=(5,)) for shape in (IMAGE, (256,)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *IMAGE)), jnp.float32)
     params = flat.init(jax.random.key(0), x.reshape(2, -1))
     np.testing.assert_array_equal(net.apply(params, x), flat.apply(params, x.reshape(2, -1)))
 
 
-def test_a_module_or_a_function_of_a_users_by_its_path():
+def test_a_users_module_or_function_by_its_path():
     assert nets.make("my_nets:Own", IMAGE, 5) == Own(5)
     assert nets.make("my_nets:Own(width=2, hidden=(6, 7))", IMAGE, 5) == Own(5, 2, (6, 7))
     assert nets.make("my_nets:of_function(width=6)", (8,), 5) == nets.MLP((6,), 5)
@@ -109,14 +109,14 @@ def test_a_module_or_a_function_of_a_users_by_its_path():
 @pytest.mark.parametrize(
     ("name", "images"), [("mlp", False), ("lenet", True), ("my_nets:Own", True), ("my_nets:of_function", False)]
 )
-def test_images_are_seen_as_they_are_where_the_network_takes_them(name, images):
+def test_images_are_not_flattened_if_the_network_takes_them(name, images):
     assert nets.read(name).takes_images(IMAGE, 3) is images
 
 
-def test_what_a_setting_may_be():
+def test_which_settings_a_network_takes():
     own, vit = nets.read("my_nets:Own"), nets.read("vit")
     assert own.takes("hidden", (3,)) and own.takes("width") and not own.takes("widths")
-    assert vit.takes("hidden") and not vit.takes("hidden", (3,))  # it is one number
+    assert vit.takes("hidden") and not vit.takes("hidden", (3,))  # hidden is a single number
     assert not vit.takes("parent") and nets.read(lambda **anything: None).takes("widths")
 
 
@@ -142,11 +142,11 @@ def test_what_a_setting_may_be():
         ("my_nets:Fixed", (8,), r"must map inputs \[2, 8\] to outputs \[2, 10\], got \[2, 7\]"),
     ],
 )
-def test_what_is_no_network_is_refused(name, shape, message):
+def test_invalid_networks_are_refused(name, shape, message):
     with pytest.raises(ValueError, match=message):
         nets.make(name, shape, 10)
 
 
-def test_images_that_fit_in_neither_way_are_refused_with_the_error_of_images():
+def test_if_neither_images_nor_flattened_ones_fit_the_error_is_that_for_images():
     with pytest.raises(ValueError, match="images of 8x8 are too small"):
         nets.read("lenet").takes_images((8, 8, 1), 10)

@@ -51,7 +51,7 @@ def test_other_generators_keep_their_name():
         (jnp.zeros(4, jnp.uint32), ValueError, r"shape \(2,\)"),
     ],
 )
-def test_what_is_no_key_is_refused(key, error, words):
+def test_invalid_keys_are_refused(key, error, words):
     with pytest.raises(error, match=f"key must be .*{words}"):
         as_key_data(key)
 

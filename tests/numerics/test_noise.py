@@ -6,14 +6,14 @@ from scipy import stats
 
 from cbp_jax.numerics import noise
 
-OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
+OPTIMIZED = True  # in programs as users compile them, rows of a batch must agree bit for bit
 
 KEY = jnp.array([3, 4], jnp.uint32)
 draw = jax.jit(lambda key, step: noise.normal(key, step, jnp.zeros((1 << 20,))))
 
 
 def z_score(products):
-    """How many standard errors the mean of products of independent standard normals is from 0."""
+    """Return by how many standard errors the mean product of independent standard normals differs from 0."""
     return abs(np.mean(products)) * np.sqrt(np.size(products))
 
 
@@ -30,8 +30,8 @@ def test_the_distribution_is_normal(key, step):
     assert np.abs(x).max() < 6.47
 
 
-def test_neighbours_are_independent():
-    """In place, in time, between seeds and between leaves; also of their squares."""
+def test_neighbors_are_independent():
+    """Noise and its square are independent of those of neighboring elements, steps, seeds and leaves."""
     x = np.asarray(draw(KEY, 7))
     pairs = {f"{lag} apart": (x[:-lag], x[lag:]) for lag in (1, 2, 3, 8, 64, 1000, 1024, 65536)}
     pairs["next step"] = (x, np.asarray(draw(KEY, 8)))
@@ -45,7 +45,7 @@ def test_neighbours_are_independent():
 
 
 def test_every_weight_has_normal_noise_over_steps_and_seeds():
-    """Few weights and many draws: the streams themselves, not their elements, are what has to be random."""
+    """For a few weights and many draws, each weight's stream over steps and seeds is random."""
     steps = jnp.arange(20_000)
     over_steps = jax.jit(jax.vmap(lambda step: noise.normal(KEY, step, jnp.zeros(4))))(steps)
     key = lambda seed: jnp.stack([jnp.uint32(0), seed.astype(jnp.uint32)])
@@ -58,8 +58,8 @@ def test_every_weight_has_normal_noise_over_steps_and_seeds():
 
 
 def test_variance_and_kurtosis_are_those_of_the_normal_distribution():
-    """Of all that the sum can be, 32 bits and two halves, and not of a sample."""
-    half = np.full(2**12, 2.0**-12)  # in steps of a 4,096th
+    """Moments are computed from the exact distribution, over all values of the sum, not from a sample."""
+    half = np.full(2**12, 2.0**-12)  # with a resolution of 1/4,096
     bits = np.zeros(32 * 2**12 + 1)
     bits[:: 2**12] = stats.binom(32, 0.5).pmf(np.arange(33))
     weight = np.convolve(bits, np.convolve(half, half))
@@ -76,7 +76,7 @@ def test_variance_and_kurtosis_are_those_of_the_normal_distribution():
     np.testing.assert_allclose(noise._nearly_normal(jnp.asarray(words), jnp.float32(1)), expected, rtol=1e-6)
 
 
-def test_no_two_elements_of_a_leaf_have_one_word():
+def test_elements_of_a_leaf_have_different_random_words():
     numbers = jnp.arange(1 << 20, dtype=jnp.uint32)
     words = np.asarray(noise._words(numbers, *jnp.array([4, 5, 6], jnp.uint32)))
     assert len(np.unique(words)) == len(words)

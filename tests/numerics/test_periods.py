@@ -8,7 +8,7 @@ from cbp_jax.numerics.scalars import check_whole
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_change_is_made_where_it_is_due_and_stays_a_branch(depth):
+def test_a_change_is_made_only_when_due_and_remains_a_branch(depth):
     step = lambda count, every, x: when_due(is_due(count, every), lambda x: 10 * x, x)
     every, x, axes = jnp.asarray(2.0), jnp.asarray(1.0), (None, 0, 0)
     for _ in range(depth):
@@ -21,7 +21,7 @@ def test_a_change_is_made_where_it_is_due_and_stays_a_branch(depth):
     assert [eqn.invars[0].aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "cond"] == [()]
 
 
-def test_periods_are_whole_numbers_from_1():
+def test_periods_are_whole_numbers_of_at_least_1():
     for value in (1, 3.0, np.float32(2)):
         check_whole("every", value)
     for value in (0, 0.5, 1.5, float("nan")):

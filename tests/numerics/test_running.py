@@ -6,7 +6,7 @@ from cbp_jax.numerics.running import counted, unseen
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1, 20)])
-def test_statistics_are_those_of_all_that_was_counted(sizes):
+def test_statistics_cover_all_counted_numbers(sizes):
     seen = np.random.default_rng(0).normal([5.0, -1.0], [2.0, 0.1], (sum(sizes), 2))
     found = unseen((2,))
     for part in np.split(seen, np.cumsum(sizes)[:-1]):
@@ -19,8 +19,8 @@ def test_statistics_are_those_of_all_that_was_counted(sizes):
     assert one.unbiased_variance.tolist() == unseen((2,)).unbiased_variance.tolist() == [1.0, 1.0]
 
 
-def test_what_stands_for_numbers_before_the_first_counts_as_them():
-    prior = np.array([1.0, -1.0, 1.0, -1.0])  # of mean 0 and variance 1
+def test_a_prior_counts_like_earlier_numbers():
+    prior = np.array([1.0, -1.0, 1.0, -1.0])  # mean 0, variance 1
     seen = np.array([3.0, 7.0])
     found = counted(unseen((), prior=4.0), jnp.asarray(seen))
     both = np.concatenate([prior, seen])

@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 def images_of(classes, each, seed=0):
-    """Shuffled; all pixels of an image are 20 times its class, plus its place among those of its class."""
+    """Make shuffled images. All pixels are 20 times the class plus the image's number within its class."""
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(classes), each)).astype(np.int32)
     place = np.zeros(len(labels), int)
     for number in range(classes):
@@ -46,7 +46,7 @@ def show(problem):
 
 
 def identities(inputs):
-    """Class and place of each example."""
+    """Return class and number of each example."""
     values = np.rint(np.asarray(inputs)[..., 0, 0, 0].ravel() * 255).astype(int)
     return [(value // 20, value % 20) for value in values.tolist()]
 
@@ -98,7 +98,7 @@ def test_networks_are_measured_on_the_classes_to_come(show, problem):
     assert all(VALIDATION <= place < VALIDATION + TRAIN for _, place in examples)
 
 
-def test_training_images_alone_are_augmented():
+def test_only_training_images_are_augmented():
     images = Dataset(
         np.random.default_rng(0).integers(0, 256, (30, 6, 6, 1), dtype=np.uint8),
         np.repeat(np.arange(2, dtype=np.int32), 15),
@@ -112,7 +112,7 @@ def test_training_images_alone_are_augmented():
     batch = jax.jit(problem.batch)
     first, second = (batch(problem.data, task, epoch, order, 0)[0].reshape(4, -1) for epoch in (0, 1))
     assert sum(tuple(row) in known for row in np.asarray(first, float).round(3).tolist()) < 4
-    assert not np.array_equal(first, second)  # an image looks otherwise in another epoch
+    assert not np.array_equal(first, second)  # an image looks different in another epoch
     kept = np.asarray(problem.held_out(problem.data, "test", 1)[0].reshape(TEST, -1), float).round(3).tolist()
     assert all(tuple(row) in known for row in kept)
 

@@ -11,7 +11,7 @@ CLASSES, EACH, TRAIN, TEST, EPOCHS, BATCH = 7, 8, 5, 2, 3, 4
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Shuffled; the first pixels of an image are its class, and its place among those of its class."""
+    """Make shuffled images. The first two pixels are the class and the image's number within its class."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(CLASSES), EACH)).astype(np.int32)
     images = np.zeros((len(labels), 2, 3, 1), np.uint8)
     images[:, 0, 0, 0] = labels
@@ -27,7 +27,7 @@ def problem(dataset):
 
 @pytest.fixture(scope="module")
 def show(problem):
-    """A task as NumPy arrays: its classes, the examples of all batches, of the evaluation, of the test."""
+    """Return a task as NumPy arrays: its classes, and the examples of all batches, the evaluation and the test."""
 
     @jax.jit
     def everything(data, key, index):
@@ -39,7 +39,7 @@ def show(problem):
 
 
 def identities(inputs):
-    """Class and place of each example."""
+    """Return class and number of each example."""
     pixels = np.rint(inputs.reshape(-1, 6)[:, :2] * 255).astype(int)
     return [tuple(row) for row in pixels]
 
@@ -56,7 +56,7 @@ def test_an_epoch_shows_each_training_example_at_most_once_in_a_fresh_order(prob
     for order in orders:
         assert len(set(order)) == len(order) == 8 and set(order) <= training
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert len({frozenset(order) for order in orders}) > 1  # who is left out of the last batch changes too
+    assert len({frozenset(order) for order in orders}) > 1  # the examples left out of the last batch change, too
 
 
 def test_test_examples_are_all_those_of_the_task_that_no_batch_shows(show):
@@ -71,18 +71,18 @@ def test_test_examples_are_all_those_of_the_task_that_no_batch_shows(show):
 def test_a_class_comes_again_only_after_the_others_and_with_another(show):
     key = jax.random.key(3)
     dealt = [show(key, index)[0].tolist() for index in range(12)]
-    rounds = [dealt[start : start + 3] for start in range(0, 12, 3)]  # of 7 classes, one sits out
+    rounds = [dealt[start : start + 3] for start in range(0, 12, 3)]  # one of the 7 classes is left out
     for one in rounds:
         assert len({number for pair in one for number in pair}) == 6
     assert max(number for pair in dealt for number in pair) < CLASSES
-    assert len({frozenset(pair) for pair in dealt}) > 6  # pairs of the first round do not just come again
+    assert len({frozenset(pair) for pair in dealt}) > 6  # later rounds have other pairs than the first
     missing = [set(range(CLASSES)) - {number for pair in one for number in pair} for one in rounds]
     assert len({tuple(one) for one in missing}) > 1
     assert show(key, 7)[0].tolist() == dealt[7]
     assert [show(jax.random.key(4), index)[0].tolist() for index in range(3)] != dealt[:3]
 
 
-def test_lanes_see_what_they_see_alone(problem, show):
+def test_lanes_see_the_same_data_as_when_run_alone(problem, show):
     keys = jax.random.split(jax.random.key(0), 3)
 
     @jax.jit
@@ -97,7 +97,7 @@ def test_lanes_see_what_they_see_alone(problem, show):
         np.testing.assert_array_equal(y[row], alone_y[2])
 
 
-def test_inputs_are_normalised_and_tasks_may_have_more_classes(dataset):
+def test_inputs_are_normalized_and_tasks_may_have_more_classes(dataset):
     problem = continual_images(
         dataset, train_per_class=2, test_per_class=1, epochs=1, batch_size=6, classes_per_task=3, normalize=(0.5, 0.25)
     )

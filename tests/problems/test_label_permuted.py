@@ -13,7 +13,7 @@ EXAMPLES, CLASSES = 11, 4
 
 @pytest.fixture(scope="module")
 def dataset():
-    # No two first pixels are alike: an input tells which image it is.
+    # All first pixels differ, so an input identifies its image.
     rng = np.random.default_rng(0)
     images = rng.integers(0, 200, (EXAMPLES, 2, 3, 2)).astype(np.uint8)
     images[:, 0, 0, 0] = rng.permutation(EXAMPLES)
@@ -41,7 +41,7 @@ def whole_task(problem, key, index):
     return task, np.asarray(x).reshape(-1, *problem.input_shape), np.asarray(y).ravel()
 
 
-def test_labels_change_and_images_do_not(dataset, problem):
+def test_labels_change_but_images_do_not(dataset, problem):
     task, x, y = whole_task(problem, jax.random.key(0), 0)
     assert (problem.num_classes, problem.steps_per_task, problem.loss) == (CLASSES, 9, "softmax_cross_entropy")
     assert x.shape == (27, 12) and x.dtype == np.float32 and y.dtype == np.int32
@@ -74,13 +74,13 @@ def test_permutations_are_uniform_from_the_first_task_on(problem):
     for index in (0, 1):
         drawn = np.asarray(jax.jit(jax.vmap(labels, (0, None)))(keys, index))
         _, counts = np.unique(drawn, axis=0, return_counts=True)
-        assert len(counts) == math.factorial(CLASSES)  # each 100 times, with a standard deviation of 9.8
-        assert ((counts - 100) ** 2 / 100).sum() < 50  # chi-squared with 23 degrees of freedom: 1 in 1,000
+        assert len(counts) == math.factorial(CLASSES)  # 100 are expected, with a deviation of 9.8
+        assert ((counts - 100) ** 2 / 100).sum() < 50  # 100 each, give or take 9.8
     one_stream = np.asarray(jax.jit(jax.vmap(labels, (None, 0)))(jax.random.key(5), jnp.arange(60)))
-    assert len(np.unique(one_stream, axis=0)) > 15  # and tasks of a stream differ
+    assert len(np.unique(one_stream, axis=0)) > 15  # tasks of a stream differ
 
 
-def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(dataset):
+def test_seeds_share_the_data_and_equal_their_solo_runs(dataset):
     problem = label_permuted(dataset, examples_per_task=9, batch_size=3)
     keys = jax.random.split(jax.random.key(0), 3)
     make = jax.jit(problem.make_task)
@@ -112,7 +112,7 @@ def test_images_for_convolutions_are_the_same_images(dataset):
     np.testing.assert_array_equal(y, flat.batch(flat.data, task, 1)[1])
 
 
-def test_normalisation(dataset):
+def test_normalization(dataset):
     problem = label_permuted(dataset, examples_per_task=9, normalize=normalization(dataset), flatten=False)
     task = problem.make_task(problem.data, jax.random.key(0), 0)
     x, _ = problem.evaluation(problem.data, task, EXAMPLES)

@@ -11,7 +11,7 @@ EXAMPLES, PIXELS = 23, 12
 
 @pytest.fixture(scope="module")
 def dataset():
-    # All bytes of an image differ and no two images are alike: an input tells its image and permutation.
+    # All bytes of an image differ, and so do all images: an input identifies its image and permutation.
     rng = np.random.default_rng(0)
     images = np.stack([rng.permutation(200)[:PIXELS] for _ in range(EXAMPLES)]).astype(np.uint8)
     return Dataset(
@@ -29,7 +29,7 @@ def problem(dataset):
 
 
 def whole_task(problem, key, index):
-    """All batches of a task in order, made inside one jitted scan, as the training loop does."""
+    """Return all batches of a task in order, made inside one jitted scan, as in the training loop."""
 
     @jax.jit
     def run(data, key, index):
@@ -41,7 +41,7 @@ def whole_task(problem, key, index):
 
 
 def indices_of(dataset, inputs, permutation):
-    """Which image each permuted input is, by undoing the permutation."""
+    """Return the number of each input's image, after undoing the permutation."""
     flat = dataset.images.reshape(len(dataset), -1)
     unpermuted = np.empty_like(inputs)
     unpermuted[:, permutation] = inputs
@@ -60,14 +60,14 @@ def test_a_task_shows_each_example_once_under_one_permutation(dataset, problem):
     assert len(set(indices)) == 20
     assert indices.tolist() != sorted(indices)
     np.testing.assert_array_equal(np.ravel(y), dataset.labels[indices])
-    # The images over their largest value and nothing else, to the last bit with and without jit.
+    # Inputs are the images divided by their largest value, to the last bit, with and without jit.
     np.testing.assert_array_equal(
         np.asarray(x).reshape(20, PIXELS),
         dataset.images.reshape(EXAMPLES, PIXELS)[indices][:, task.permutation] * np.float32(1 / 200),
     )
 
 
-def test_every_task_and_every_key_is_another(problem):
+def test_every_task_and_every_key_gives_different_examples(problem):
     tasks = [problem.make_task(problem.data, jax.random.key(k), i) for k, i in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(task.permutation.tolist()) for task in tasks}) == 3
     assert len({tuple(task.order.tolist()) for task in tasks}) == 3
@@ -83,7 +83,7 @@ def test_a_task_is_a_pure_function_of_key_and_index(problem):
         np.testing.assert_array_equal(task.order, eager.order)
 
 
-def test_seeds_share_the_data_and_give_the_rows_of_the_solo_runs(problem):
+def test_seeds_share_the_data_and_equal_their_solo_runs(problem):
     keys = jax.random.split(jax.random.key(0), 3)
 
     @jax.jit
@@ -169,7 +169,7 @@ def test_bad_settings_are_refused(dataset, settings, message):
         online_permuted(dataset, **settings)
 
 
-def test_normalisation_of_each_channel(dataset, problem):
+def test_normalization_of_each_channel(dataset, problem):
     normalize = ((0.25, 0.5), (0.5, 0.125))  # exact in binary
     normalized = online_permuted(dataset, batch_size=4, normalize=normalize)
     task = problem.make_task(problem.data, jax.random.key(0), 0)

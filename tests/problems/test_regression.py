@@ -14,7 +14,7 @@ MAKE, MAKE_SMALL = jax.jit(PAPER.make_task), jax.jit(SMALL.make_task)
 
 @pytest.fixture(scope="module")
 def tasks():
-    """The first 601 tasks of a stream, which is more than two blocks of flips."""
+    """Make the first 601 tasks of a stream, more than two blocks of flips."""
     make = jax.jit(jax.vmap(lambda index: PAPER.make_task((), jax.random.key(0), index)))
     return make(jnp.arange(601))
 
@@ -30,15 +30,15 @@ def test_one_bit_flips_between_tasks(tasks):
     assert bits.shape == (601, 15) and set(np.unique(bits)) == {0, 1}
     changed = bits[1:] != bits[:-1]
     assert (changed.sum(1) == 1).all()
-    # Uniformly: 40 flips of each bit, with a standard deviation of 6.1.
+    # Flips are uniform: 40 of each bit are expected, with a standard deviation of 6.1.
     counts = changed.sum(0)
-    assert ((counts - 40) ** 2 / 40).sum() < 36.1  # chi-squared with 14 degrees of freedom: 1 in 1,000
-    # Independently of the flip before: the same bit again 1 time in 15, 40 times in 599.
+    assert ((counts - 40) ** 2 / 40).sum() < 36.1  # chi-squared with 14 degrees of freedom, exceeded 1 time in 1,000
+    # They are independent of the previous flip: the same bit flips again 1 time in 15, 40 times in 599.
     flipped = changed.argmax(1)
     assert 20 <= (flipped[1:] == flipped[:-1]).sum() <= 62
 
 
-def test_all_bits_are_redrawn_where_asked_for(tasks):
+def test_all_bits_are_redrawn_on_request(tasks):
     problem = slowly_changing_regression(redraw=True)
     make = jax.jit(jax.vmap(lambda index: problem.make_task((), jax.random.key(0), index)))
     redrawn = make(jnp.arange(601))
@@ -72,7 +72,7 @@ def test_counting_flips_in_blocks(monkeypatch):
         np.testing.assert_array_equal(flips(key, count, 5), expected)
 
 
-def test_the_target_network_is_fixed_and_of_signs(tasks):
+def test_the_target_network_is_fixed_and_its_weights_are_signs(tasks):
     for name in ("input_weights", "thresholds", "output_weights"):
         array = np.asarray(getattr(tasks, name))
         assert (array == array[:1]).all(), name
@@ -95,7 +95,7 @@ def test_examples_of_a_task():
     eager = SMALL.batch((), task, 1)
     np.testing.assert_array_equal(batches[1][0], eager[0])
     np.testing.assert_array_equal(batches[1][1], eager[1])
-    # One unit at a time: on where more of its inputs agree with it than beta * 7 = 3.5.
+    # One unit at a time: it is on where more than beta * 7 = 3.5 of its inputs agree with its weights.
     v, w = np.asarray(task.input_weights), np.asarray(task.output_weights)
     for example, target in zip(x, y[:, 0], strict=True):
         agree = [sum(v[i, unit] == (1 if example[i] else -1) for i in range(7)) for unit in range(9)]
@@ -108,7 +108,7 @@ def test_random_bits_are_uniform_and_independent():
     x, y = jax.jit(PAPER.evaluation, static_argnums=2)((), task, 3200)
     numbers = np.asarray(x)[:, 15:20] @ (2 ** np.arange(5))
     counts = np.bincount(numbers.astype(int), minlength=32)
-    assert ((counts - 100) ** 2 / 100).sum() < 61.1  # chi-squared with 31 degrees of freedom: 1 in 1,000
+    assert ((counts - 100) ** 2 / 100).sum() < 61.1  # chi-squared with 31 degrees of freedom, exceeded 1 time in 1,000
     np.testing.assert_array_equal(x[:, :15], np.broadcast_to(task.bits, (3200, 15)))
     steps = jax.jit(jax.vmap(lambda step: PAPER.batch((), task, step)[0]))(jnp.arange(3200))
     counts = np.bincount((np.asarray(steps)[:, 0, 15:20] @ (2 ** np.arange(5))).astype(int), minlength=32)
@@ -123,7 +123,7 @@ def test_tasks_draw_their_own_bits():
     assert (random_bits[0] != random_bits[1]).any()
 
 
-def test_seeds_give_the_rows_of_the_solo_runs():
+def test_seeds_equal_their_solo_runs():
     keys, indices = jax.random.split(jax.random.key(0), 3), jnp.array([0, 300, 7])
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""What replaced units start from: each reinitialization on units of a convolution and of a dense layer, at once."""
+"""Initial weights of replaced units: each reinitialization, on units of a convolution and of a dense layer at once."""
 
 import functools
 
@@ -35,7 +35,7 @@ GRADS["params"]["Dense_0"]["kernel"] = GRADS["params"]["Dense_0"]["kernel"].at[:
 
 @functools.cache
 def replaced(reinitialization, chosen=None):
-    """Parameters and the momentum's state after an update that replaces units."""
+    """Return parameters and momentum after an update that replaces units."""
     numbers = chosen or (lambda group: CHOSEN[group.name])
 
     def choose(view, memory):
@@ -54,7 +54,7 @@ def replaced(reinitialization, chosen=None):
 
 
 def removed():
-    """The parameters where nothing reads the chosen units."""
+    """Return the parameters with outgoing weights of the chosen units set to 0."""
     params = jax.tree.map(np.array, PARAMS)["params"]
     params["Dense_0"]["kernel"].reshape(-1, 4, 7)[:, CHOSEN["params/Conv_0"]] = 0
     params["Dense_1"]["kernel"][CHOSEN["params/Dense_0"]] = 0
@@ -68,7 +68,7 @@ def columns(kernel, units):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REINITIALIZATIONS)
 def test_others_are_left_alone(name):
-    """Living units keep what leads to them; nothing but `split` and `resample_both` touches what reads."""
+    """Other units keep their incoming weights; only `split` and `resample_both` change outgoing weights."""
     params, trace = replaced(name)
     before = PARAMS["params"]
     for layer, chosen in (("Conv_0", [3, 0]), ("Dense_0", [1, 2, 5])):
@@ -93,7 +93,7 @@ def test_split_keeps_the_function():
     params, _ = replaced(functools.partial(split, noise=0.0))
     want = NET.apply({"params": removed()}, X)
     np.testing.assert_allclose(NET.apply({"params": params}, X), want, rtol=1e-4, atol=1e-5)
-    # Unit 2 of the convolution is of no finite utility, so that the second has nothing to build on.
+    # Unit 2 of the convolution has no finite utility, so there is no donor for the second replaced unit.
     np.testing.assert_allclose(columns(params["Conv_0"]["kernel"], 3), columns(params["Conv_0"]["kernel"], 1))
     assert np.abs(params["Dense_0"]["kernel"].reshape(-1, 4, 7)[:, 0, [0, 3, 4, 6]]).max() == 0
     for unit, donor in ((1, 3), (2, 4), (5, 0)):
@@ -106,7 +106,7 @@ def test_split_keeps_the_function():
 
 
 @pytest.mark.slow
-def test_split_with_nothing_left_is_a_draw():
+def test_split_without_a_living_unit_draws_weights():
     everyone = lambda group: list(range(group.size))
     drawn, halves = replaced("resample", everyone)[0], replaced("split", everyone)[0]
     jax.tree.map(np.testing.assert_array_equal, drawn, halves)
@@ -121,7 +121,7 @@ def test_rewind_and_resample_both():
     both, resampled = replaced("resample_both")[0], replaced("resample")[0]
     np.testing.assert_allclose(columns(both["Dense_0"]["kernel"], 1), columns(resampled["Dense_0"]["kernel"], 1))
     fresh = both["Dense_1"]["kernel"][[1, 2, 5]]
-    assert 0 < np.abs(fresh).min() and np.abs(fresh).max() <= np.sqrt(6 / 7)  # he_uniform by the 7 units that it reads
+    assert 0 < np.abs(fresh).min() and np.abs(fresh).max() <= np.sqrt(6 / 7)  # he_uniform with a fan-in of 7
 
 
 def test_orthogonal_and_regrow():
@@ -134,7 +134,7 @@ def test_orthogonal_and_regrow():
             np.testing.assert_allclose(length(got), length(want), rtol=1e-5)
     got = straight["Dense_0"]["kernel"][:, [1, 2, 5]]
     assert np.abs(living.T @ got).max() < 1e-4
-    # A projection: what was drawn, along what is orthogonal to all.
+    # The drawn vector is projected on the orthogonal complement of the others.
     basis = np.linalg.svd(living)[0][:, 4:]
     want = basis @ (basis.T @ drawn["Dense_0"]["kernel"][:, [1, 2, 5]])
     np.testing.assert_allclose(got / length(got), want / length(want), atol=1e-4)
@@ -143,7 +143,7 @@ def test_orthogonal_and_regrow():
     np.testing.assert_allclose(got / length(got), -way / length(way), atol=1e-5)
 
 
-def test_a_function_of_ones_own():
+def test_a_users_function():
     ones = lambda new: Fresh(tuple(jnp.ones_like(rows) for rows in new.drawn))
     np.testing.assert_allclose(columns(replaced(ones)[0]["Dense_0"]["kernel"], [1, 5]), 1.0, atol=1e-6)
     with pytest.raises(
@@ -156,15 +156,15 @@ def test_a_function_of_ones_own():
         get_reinitialization("best")
 
 
-def test_split_wants_to_know_who_is_useful():
+def test_split_needs_utilities():
     policy = cbp_jax.Policy(lambda view, memory: cbp_jax.Choice(jnp.array([0])))
     tx = cbp_jax.replace_units(optax.sgd(0.1), UNITS, policy, reinitialization="split")
     with pytest.raises(ValueError, match=r"the policy must give Choice\(utility=\.\.\.\)"):
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), PARAMS)
 
 
-def test_the_start_of_training_is_kept_in_the_state():
-    """A copy, so that params and state can both be donated; only for `rewind`."""
+def test_initial_parameters_are_kept_in_the_state():
+    """It is a copy, so that params and state can both be donated. Only `rewind` needs it."""
     make = lambda name: cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, reinitialization=name)
     state = make("rewind").init(INITIAL)
     assert sorted(state.initial) == [
@@ -177,7 +177,7 @@ def test_the_start_of_training_is_kept_in_the_state():
 
 
 @pytest.mark.slow
-def test_the_start_of_training_is_known_to_what_stands_around():
+def test_wrapping_transformations_accept_the_kept_initial_parameters():
     tx = cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, reinitialization="rewind")
     mask = cbp_jax.tickets.random_mask_like(cbp_jax.tickets.full_mask(INITIAL), jax.random.key(0))
     for around in (
@@ -190,8 +190,8 @@ def test_the_start_of_training_is_known_to_what_stands_around():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REINITIALIZATIONS)
-def test_compensation_hands_over_what_was_removed(name):
-    """Whatever a unit starts from, what it gave on average goes to the bias."""
+def test_compensation_adds_the_removed_contribution_to_the_bias(name):
+    """With every reinitialization, the mean contribution of the replaced unit is added to the bias."""
     _, features = cbp_jax.with_features(NET.apply, UNITS)(PARAMS, X)
 
     def biases(compensate):

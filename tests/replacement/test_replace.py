@@ -1,4 +1,4 @@
-"""replace_units: a policy is a function alone, and its answers are checked."""
+"""replace_units: a policy is a single function, and its results are checked."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def first(view, memory):
 
 
 @pytest.mark.parametrize("choose", [first, lambda view, memory: cbp_jax.Choice(jnp.arange(view.group.size) == 0)])
-def test_by_number_and_by_mask_are_one(choose):
+def test_choices_by_count_and_by_mask_agree(choose):
     updates, state = update(cbp_jax.Policy(choose), inner=optax.sgd(0.1, momentum=0.9))
     assert {name: mask.tolist() for name, mask in state.replaced.items()} == {
         "w1": [True] + [False] * 7,
@@ -44,18 +44,18 @@ def test_by_number_and_by_mask_are_one(choose):
     wanted, _ = update(cbp_jax.Policy(first))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, wanted)
     assert not np.asarray(new["w2"])[0, 1:].any() and not np.asarray(new["w3"])[0].any()
-    assert np.asarray(new["w2"])[:, 0].all()  # incoming weights, drawn anew, those of the new unit in front too
+    assert np.asarray(new["w2"])[:, 0].all()  # incoming weights are resampled, also from new units
     assert not np.asarray(state.inner_state[0].trace["w3"])[0].any()
 
 
-def test_nobody_is_replaced():
+def test_no_unit_is_replaced():
     updates, state = update(cbp_jax.Policy(lambda view, memory: cbp_jax.Choice(jnp.array([view.group.size]))))
     jax.tree.map(np.testing.assert_array_equal, updates, jax.tree.map(lambda g: -0.1 * g, PARAMS))
     assert replaced_units(state) == 0
 
 
 def test_due_and_memory():
-    """The policy is asked in due updates only, and only then its memory moves."""
+    """The policy is called only in due updates, and only then its memory changes."""
 
     def choose(view, memory):
         return cbp_jax.Choice(jnp.array([0, 2]), {"asked": memory["asked"] + view.count})
@@ -70,8 +70,8 @@ def test_due_and_memory():
         assert state.memory["asked"] == {"w1": asked, "w2": asked}
 
 
-def test_groups_see_what_was_replaced_in_front():
-    """Algorithm 1 goes from front to back: weights from new units in front count as 0 in later utilities."""
+def test_groups_see_replacements_in_earlier_groups():
+    """Algorithm 1 goes from front to back: weights from new units of earlier groups count as 0 in later utilities."""
     seen = []
 
     def choose(view, memory):
@@ -94,7 +94,7 @@ def test_mean_activation_goes_to_the_bias():
     policy = cbp_jax.Policy(lambda view, memory: cbp_jax.Choice(jnp.array([5]), {}, means(view)))
     tx = cbp_jax.replace_units(optax.sgd(0.0), units, policy)
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params, features=FEATURES)
-    np.testing.assert_allclose(updates["b"], 9.0)  # unit 5 gave 5 and 13
+    np.testing.assert_allclose(updates["b"], 9.0)  # unit 5 contributed 5 and 13
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_params_are_needed():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-def test_a_utility_is_a_function_alone():
-    """Of a utility of one's own, the least is replaced."""
+def test_a_utility_is_a_single_function():
+    """The unit with the lowest value of the user's utility is replaced."""
     utility = lambda view: jnp.abs(jnp.arange(view.group.size) - 2.0)
     tx = cbp_jax.continual_backprop(
         optax.sgd(0.1), UNITS, utility=utility, replacement_rate=0.125, maturity_threshold=0, key=1

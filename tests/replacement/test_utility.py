@@ -1,4 +1,4 @@
-"""Utilities of the gradient: what they mean in a network, and what they do where there is no gradient."""
+"""Utilities from gradients: what they mean in a network, and their values without a gradient."""
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ OF_GRADIENTS = ("taylor", "taylor_second_order", "fisher", "snip", "gradient", "
 
 
 class Net(nn.Module):
-    """Units of a convolution have several outgoing rows each; all have gates."""
+    """A network in which units of a convolution have several outgoing rows; all units have gates."""
 
     @nn.compact
     def __call__(self, x, gates=(1.0, 1.0)):
@@ -35,7 +35,7 @@ def loss(params, gates=(1.0, 1.0)):
 
 
 def view_of(group, grads, hessian_diag=None):
-    """The view of a group whose weights an update has moved far away."""
+    """Return the view of a group after an update that changes weights strongly."""
     leaves = units_lib.leaves_by_path(PARAMS)
     after = UpdatedParams(leaves, jax.tree.map(lambda w: w + 100.0, leaves))
     diagonal = None if hessian_diag is None else units_lib.leaves_by_path(hessian_diag)
@@ -62,7 +62,7 @@ def test_the_slope_is_that_of_a_gate():
 
 
 @pytest.mark.parametrize("name", OF_GRADIENTS)
-def test_without_gradient_there_is_no_utility(name):
+def test_without_a_gradient_the_utility_is_zero(name):
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     for group in UNITS:
         np.testing.assert_array_equal(UTILITIES[name](view_of(group, zeros, zeros)), np.zeros(group.size))
@@ -74,8 +74,8 @@ def test_which_utilities_need_curvature():
         UTILITIES["taylor_second_order"](view_of(UNITS[0], PARAMS))
 
 
-def test_curvature_comes_in_by_update():
-    """As an extra argument, which is checked; and it goes on to the inner optimizer."""
+def test_curvature_is_an_argument_of_update():
+    """It is an extra argument, which is checked and passed to the inner optimizer."""
     tx = cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, utility="upgd_second_order")
     features = jax.eval_shape(cbp_jax.with_features(NET.apply, UNITS), PARAMS, X)[1]
     update = lambda diagonal: jax.eval_shape(

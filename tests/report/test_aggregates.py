@@ -8,7 +8,7 @@ from cbp_jax.report.aggregates import draws, interquartile_mean, mean_rank_inter
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 10, 11])
-def test_the_interquartile_mean_is_scipys_trimmed_mean(n):
+def test_the_interquartile_mean_equals_the_trimmed_mean_of_scipy(n):
     values = np.random.default_rng(n).normal(size=(3, n))
     np.testing.assert_allclose(interquartile_mean(values), stats.trim_mean(values, 0.25, axis=1))
     np.testing.assert_allclose(interquartile_mean(values.T, axis=0), interquartile_mean(values))
@@ -22,7 +22,7 @@ def test_one_run_that_diverged_does_not_count():
 
 
 def exact_interval(problems):
-    """Of all bootstrap samples there are, each as likely as any other."""
+    """Compute the interval from all possible bootstrap samples, which are equally likely."""
     samples = [itertools.product(values, repeat=len(values)) for values in problems]
     found = [stats.trim_mean(np.concatenate(sample), 0.25) for sample in itertools.product(*samples)]
     return np.percentile(found, [2.5, 97.5])
@@ -33,7 +33,7 @@ def test_the_stratified_bootstrap_draws_the_runs_of_each_problem_by_itself():
     found = stratified_bootstrap(problems, resamples=20_000)
     np.testing.assert_allclose(found, exact_interval(problems), atol=0.35)
     together = stratified_bootstrap([np.concatenate(problems)], resamples=20_000)
-    assert together[1] - together[0] > 2 * (found[1] - found[0])  # where problems mix, intervals are far wider
+    assert together[1] - together[0] > 2 * (found[1] - found[0])  # mixing problems widens intervals
     assert np.isnan(stratified_bootstrap([np.array([1.0]), np.array([2.0])])).all()
     with pytest.raises(ValueError, match="sizes must be at least one, each at least 1, got"):
         stratified_bootstrap([np.array([1.0]), np.array([])])
@@ -50,7 +50,7 @@ def test_the_interval_is_that_of_a_loop_over_the_same_draws():
     np.testing.assert_allclose(stratified_bootstrap(problems, resamples=50), np.percentile(found, [2.5, 97.5]))
 
 
-def test_ranks_are_scipys():
+def test_ranks_equal_those_of_scipy():
     values = np.random.default_rng(0).integers(0, 4, size=(6, 9)).astype(float)
     np.testing.assert_array_equal(ranks(values), stats.rankdata(-values, axis=0))
     np.testing.assert_array_equal(ranks(values, axis=1), stats.rankdata(-values, axis=1))

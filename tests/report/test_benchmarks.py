@@ -7,11 +7,11 @@ from cbp_jax.report.benchmarks import COST, overall, standing
 
 SEEDS, TASKS = 8, 10
 RNG = np.random.default_rng(0)
-HARD = RNG.normal(0, 0.2, SEEDS)  # what makes one seed harder than another
+HARD = RNG.normal(0, 0.2, SEEDS)  # differences between seeds
 
 
 def results_of(values, measure="accuracy", costs=None, **others):
-    """Results of the performance [seeds] of each method in all tasks."""
+    """Make results with a performance [seeds] of each method, the same in all tasks."""
     methods = list(values)
     measures = stream_measures(accuracy=measure == "accuracy")
     results = new_results(
@@ -40,7 +40,7 @@ def test_a_score_is_what_a_run_gains_over_backpropagation_with_its_seed():
     np.testing.assert_allclose(found.symptoms, np.tile([25.0, 50.0], (4, 1)))
 
 
-def test_less_of_a_loss_is_better():
+def test_a_lower_loss_is_better():
     found = standing(PROBLEMS["targets"])
     assert found.ranks.tolist() == [3, 1, 2, 4] and (found.values < 0).all()
     unit = stats.trim_mean(LOSS["bp"] - LOSS["good"], 0.25)
@@ -48,7 +48,7 @@ def test_less_of_a_loss_is_better():
     np.testing.assert_allclose(stats.trim_mean(found.scores[1], 0.25), 1, rtol=1e-6)
 
 
-def test_where_no_method_gains_the_worst_is_at_minus_one():
+def test_if_no_method_gains_the_worst_score_is_minus_one():
     found = standing(results_of({"bp": 0.5 + HARD, "worse": 0.4 + HARD, "worst": 0.3 + HARD}))
     np.testing.assert_allclose(found.scores, np.repeat([[0.0], [-0.5], [-1.0]], SEEDS, 1), atol=1e-5)
     assert (standing(results_of({"bp": HARD})).scores == 0).all()
@@ -75,7 +75,7 @@ def test_the_overall_score_is_over_the_runs_of_all_problems():
     both = np.concatenate([standings["digits"].scores[1], standings["targets"].scores[1]])
     assert rows["good"].score[0] == stats.trim_mean(both, 0.25)
     assert rows["good"].score[1] <= rows["good"].score[0] <= rows["good"].score[2]
-    # "bad" and "worse" have one problem each, and no rank among those that have both.
+    # "bad" and "worse" have one problem each, so they have no rank among the methods with both.
     assert {name: row.complete for name, row in rows.items()} == {name: name not in ("bad", "worse") for name in rows}
     assert [rows[name].rank[0] for name in ("good", "half", "bp")] == [1, 2, 3] and np.isnan(rows["bad"].rank[0])
     assert [row.method for row in overall(standings, ["targets"]) if row.complete] == ["good", "half", "bp", "worse"]
@@ -99,7 +99,7 @@ def test_the_table_has_all_problems_together_and_one_by_one():
     assert "`bad` | -1.00 [-1.00, -1.00] (1 problem) | - |" in benchmark_rows(PROBLEMS, ["bad"])
 
 
-def test_without_plain_backpropagation_there_are_ranks_alone():
+def test_without_plain_backpropagation_there_are_only_ranks():
     page = benchmark_table({"digits": results_of({"good": 0.6 + HARD, "half": 0.5 + HARD})})
     assert "There are no scores: bp, plain backpropagation, is not in the table." in page
     assert "| `good` | - | 1.0 [1.0, 1.0] | - |" in page

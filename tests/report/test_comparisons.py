@@ -24,7 +24,7 @@ SCORES = {"plain": [0.5], "good": [0.5, 0.6, 0.7, 0.8, np.nan, 0.7], "like": [0.
 
 
 def comparison(measure="accuracy", sign=1):
-    """Seeds differ far more than methods do: "good" is better by 0.05, and "like" is like "plain"."""
+    """Make results in which seeds differ more than methods: "good" is better by 0.05, "like" is as good as "plain"."""
     rng = np.random.default_rng(0)
     methods = list(TRIED)
     results = new_results(
@@ -47,7 +47,7 @@ MEASURES = {"accuracy": stream_measures(), "loss": stream_measures(accuracy=Fals
 
 
 def resampled(values, resamples=20_000):
-    """Percentiles of means of seeds that are drawn again, of other draws."""
+    """Compute percentiles of the means of resampled seeds, with other draws."""
     means = np.random.default_rng(1).choice(values, (resamples, len(values))).mean(1)
     return values.mean(), *np.percentile(means, [2.5, 97.5])
 
@@ -68,7 +68,7 @@ def test_differences_are_paired_by_seed_and_have_the_interval_of_the_bootstrap()
         paired_differences(results, "bp")
 
 
-def test_what_has_not_finished_and_a_single_seed_have_no_interval():
+def test_unfinished_methods_and_single_seeds_have_no_interval():
     results = comparison()
     results.accuracy.values[1, 3, -1] = np.nan
     found = paired_differences(results, "plain")
@@ -111,7 +111,7 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
     figure = plot_differences(results, ("plain", "good", "absent"))
     assert len(figure.axes) == 2
     names = [label.get_text().partition("\n")[0] for label in figure.axes[0].get_yticklabels()]
-    assert names[-1] == "Good"  # on top
+    assert names[-1] == "Good"  # the best is on top
     found = paired_differences(results, "plain")
     dots = {names[int(line.get_ydata()[0])]: line for line in figure.axes[0].lines if line.get_marker() == "o"}
     assert set(dots) == {"Good", "Like"}
@@ -123,9 +123,9 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
         plot_differences(results, ("absent",))
 
 
-def test_the_picture_of_a_search_draws_all_that_was_tried_and_rings_the_choice():
+def test_the_picture_of_a_search_draws_all_tried_settings_and_circles_the_choice():
     figure = plot_search(comparison())
-    assert [ax.get_title() for ax in figure.axes] == ["Good", "Like"]  # there is nothing to choose for the other
+    assert [ax.get_title() for ax in figure.axes] == ["Good", "Like"]  # the other has no settings to choose
     low, high, ring = figure.axes[0].lines
     np.testing.assert_allclose(low.get_ydata(), 100 * np.array([0.5, 0.7, np.nan]), rtol=1e-6)
     np.testing.assert_allclose(high.get_ydata(), 100 * np.array([0.6, 0.8, 0.7]), rtol=1e-6)

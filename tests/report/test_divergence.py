@@ -25,7 +25,7 @@ DEAD = "bp(step_size=9, momentum=0.9)"
 
 
 def sick_results(seeds=(0, 1, 2)):
-    """Of one method seed 1 diverges in task index 6, of another every seed at once; accuracies stay numbers."""
+    """Make results in which seed 1 of one method diverges in task 6, and all seeds of another at once."""
     labels = ["bp(step_size=1, momentum=0)", "bp(step_size=1, momentum=0.9)", SICK, DEAD]
     numbers = [{"step_size": s, "momentum": m} for s, m in ((1, 0), (1, 0.9), (2, 0.9), (9, 0.9))]
     results = new_results(labels, ["bp"] * 4, numbers, seeds=seeds, tasks=10, settings={}, experiment="toy")
@@ -53,7 +53,7 @@ def test_lanes_are_marked_once_and_kept_in_the_file(tmp_path):
     assert np.isnan(diverged_tasks(healthy, SICK)).all()
 
 
-def test_statistics_leave_them_out_and_say_how_many():
+def test_statistics_leave_out_diverged_lanes_and_say_how_many():
     results, _ = sick_results()
     seeds, tasks = finished_tasks(results, SICK)
     assert seeds.tolist() == [0, 2] and tasks == 10
@@ -67,14 +67,14 @@ def test_statistics_leave_them_out_and_say_how_many():
     assert int(found.diverged.sum()) == 4 and int(found.accuracy.notnull().sum()) == 3 + 3 + 2
 
 
-def test_pictures_mark_them(tmp_path):
+def test_pictures_mark_diverged_lanes(tmp_path):
     results, _ = sick_results()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = plot_tasks(results)
         ax = figure.axes[0]
         lines = {line.get_gid(): line for line in ax.lines if line.get_gid() != "diverged"}
-        np.testing.assert_allclose(lines[SICK].get_ydata(), 75)  # not pulled to 10
+        np.testing.assert_allclose(lines[SICK].get_ydata(), 75)  # not affected by the value 10
         assert len(lines[DEAD].get_xdata()) == 0
         crosses = [line for line in ax.lines if line.get_gid() == "diverged"]
         assert [line.get_xdata()[0] for line in crosses] == [7, 1]

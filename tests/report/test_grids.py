@@ -11,7 +11,7 @@ RATES, STEPS = (1e-4, 1e-5, 0.0), (0.01, 0.003)
 
 
 def grid_results(tasks=20, run=20):
-    """cbp of 3 replacement rates and 2 step sizes, bp of 2 step sizes, and cbp with another utility, once."""
+    """Make results of cbp with 3 rates and 2 step sizes, bp with 2 step sizes, and cbp with another utility, once."""
     cells = [("cbp", {"replacement_rate": rate, "step_size": step}) for rate, step in itertools.product(RATES, STEPS)]
     cells += [("bp", {"step_size": step}) for step in STEPS]
     labels = [f"{learner}({', '.join(f'{k}={v:g}' for k, v in numbers.items())})" for learner, numbers in cells]
@@ -52,7 +52,7 @@ def test_a_line_for_each_value_of_the_other_setting_with_intervals_over_seeds(tm
     assert [ax.get_xscale() for ax in figure.axes] == ["symlog", "log", "log"]
     assert [text.get_text() for text in by_rate.get_legend().get_texts()] == ["step size 0.003", "step size 0.01"]
     assert len(by_step.get_legend().get_texts()) == 3 and of_bp.get_legend() is None
-    drawn = by_rate.containers[1]  # of step size 0.01
+    drawn = by_rate.containers[1]  # the line of step size 0.01
     last = 100 * accuracy[[4, 2, 0], :, -2:].astype(np.float32).mean(2)
     np.testing.assert_allclose(drawn.lines[0].get_ydata(), last.mean(1), rtol=1e-6)
     segments = drawn.lines[2][0].get_segments()
@@ -61,7 +61,7 @@ def test_a_line_for_each_value_of_the_other_setting_with_intervals_over_seeds(tm
     assert [path.name for path in plot_run(results, tmp_path)] == ["tasks.png", "sensitivity.png", "grid.png"]
 
 
-def test_what_was_not_swept_or_not_run_is_told():
+def test_errors_say_what_was_not_swept_or_not_run():
     results, _ = grid_results(run=0)
     assert sensitivity(results).accuracy.isnull().all()
     with pytest.raises(ValueError, match="nothing that was swept has finished a task"):

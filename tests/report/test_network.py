@@ -1,4 +1,4 @@
-"""The picture of the groups of a network, of which the geometry is tested: what is drawn where."""
+"""The picture of a network's groups: positions of bars and arrows."""
 
 import jax.numpy as jnp
 import pytest
@@ -9,7 +9,8 @@ from cbp_jax.report import plot_units
 
 @pytest.fixture(scope="module")
 def units():
-    """Two blocks around a residual stream, which four kernels write: the names do not tell the order."""
+    """Return a network of two blocks around a residual stream, which four kernels write. Names do not reveal the
+    order."""
     params = {
         "z_stem": jnp.ones((3, 4)), "y_in": jnp.ones((4, 5)), "x_out": jnp.ones((5, 4)), "b_in": jnp.ones((4, 6)),
         "a_out": jnp.ones((6, 4)), "c_last": jnp.ones((4, 7)), "head": jnp.ones((7, 2)),
@@ -29,7 +30,7 @@ def texts(labels):
 
 
 def bars(figure):
-    """By group: lane, first row, last row."""
+    """Return lane, first row and last row, by group."""
     boxes = {patch.get_gid(): patch for patch in figure.axes[0].patches}
     return {
         name: (box.get_x() + box.get_width() / 2, box.get_y() + 0.3, box.get_y() + box.get_height() - 0.3)
@@ -38,7 +39,7 @@ def bars(figure):
 
 
 def arrows(figure):
-    """Row, start, end."""
+    """Return row, start and end of each arrow."""
     return sorted((text.xy[1], text.xyann[0], text.xy[0]) for text in figure.axes[0].texts)
 
 
@@ -47,8 +48,8 @@ def test_a_group_spans_from_its_first_kernel_to_its_last(units):
     assert texts(figure.axes[0].get_yticklabels()) == ["z_stem", "y_in", "x_out", "b_in", "a_out", "c_last", "head"]
     expected = {"z_stem": (0, 0, 5), "y_in": (1, 1, 2), "b_in": (1, 3, 4), "c_last": (1, 5, 6)}
     assert bars(figure) == {name: pytest.approx(place) for name, place in expected.items()}
-    colours = {patch.get_gid(): patch.get_facecolor() for patch in figure.axes[0].patches}
-    assert colours["y_in"] == colours["b_in"] != colours["z_stem"]
+    colors = {patch.get_gid(): patch.get_facecolor() for patch in figure.axes[0].patches}
+    assert colors["y_in"] == colors["b_in"] != colors["z_stem"]
     assert texts(figure.legends[0].get_texts()) == ["residual", "dense"]
     (beside,) = figure.axes[0].child_axes
     notes = ["z_stem: 4 residual", "y_in: 5 dense", "b_in: 6 dense", "c_last: 7 dense", "head: 2, left out"]
@@ -57,11 +58,11 @@ def test_a_group_spans_from_its_first_kernel_to_its_last(units):
 
 def test_each_kernel_is_an_arrow_from_what_it_reads_to_what_it_writes(units):
     found = arrows(plot_units(units))
-    # From the left edge into the stream, out of it and back twice, and on to the right edge.
+    # From the left edge into the stream, twice out of it and back, and then to the right edge.
     sides = [(-1, 0), (0, 1), (1, 0), (0, 1), (1, 0), (0, 1), (1, 2)]
     assert [(start, round(end)) for _, start, end in found] == sides
     assert [row for row, _, _ in found] == list(range(7))
-    # Heads stop at the near side of a bar.
+    # Arrowheads end at the near side of a bar.
     assert [end - round(end) for _, _, end in found] == pytest.approx([-0.15, -0.15, 0.15, -0.15, 0.15, -0.15, -0.15])
 
 

@@ -26,7 +26,7 @@ SEVEN = ["bp", "adam", "l2", "l1", "shrink_and_perturb", "dropout", "cbp"]
 
 
 def results_of(methods, *, learners=None, hyperparameters=None, seeds=2, tasks=6, run=None):
-    """The accuracy of method m, seed s, task t is 50 + 5m + s + t percent; ``run`` of the tasks were run."""
+    """Make results with accuracy 50 + 5m + s + t percent for method m, seed s, task t, in the first `run` tasks."""
     results = new_results(
         methods,
         learners or methods,
@@ -75,7 +75,7 @@ def test_four_panels_with_a_line_and_a_band_for_each_method():
     assert any("standard error of 2 seeds" in text.get_text() for text in figure.texts)
 
 
-def test_lines_are_told_apart_without_their_colours():
+def test_lines_are_distinguishable_without_their_colors():
     styles = [
         (line.get_linestyle(), str(line._dash_pattern), line.get_marker())
         for line in plot_tasks(results_of(SEVEN)).axes[0].lines
@@ -109,7 +109,7 @@ def test_a_learner_keeps_its_style_and_variants_and_strangers_get_their_own():
     assert len({style(line) for line in plot_tasks(results_of(many)).axes[0].lines}) == 12
 
 
-def test_learners_of_one_title_are_told_apart_by_their_names():
+def test_learners_with_the_same_title_are_distinguished_by_their_names():
     names = ["first.module:make", "second.module:make"]
     steps = [{"step_size": step} for step in (0.1, 0.2)] * 2
     labels = [f"{name}(step_size={step})" for name in names for step in (0.1, 0.2)]
@@ -164,7 +164,7 @@ def test_one_seed_and_one_task_draw_without_a_warning(tmp_path):
     assert any(text.get_text() == "One seed" for text in figure.texts)
 
 
-def test_an_axis_is_logarithmic_only_where_it_must():
+def test_an_axis_is_logarithmic_only_if_necessary():
     results = results_of(["bp", "cbp"])
     assert plot_tasks(results).axes[2].get_yscale() == "linear"
     results.weight_magnitude.values[0, :, -1] = 1e4
@@ -190,7 +190,7 @@ def test_many_methods_are_cut_to_the_best_variant_of_each_learner():
         "Continual backprop (rate 1)",
         "Backprop (step size 0)",
     ]
-    results.accuracy.values[5, :, 5:] = np.nan  # the best, but not as far
+    results.accuracy.values[5, :, 5:] = np.nan  # the best, but with fewer finished tasks
     assert best_variants(results)[0] == "bp(step_size=4)"
     with pytest.raises(ValueError, match="methods: got 'adam'"):
         plot_tasks(results, methods=["adam"])
@@ -248,7 +248,7 @@ def test_plot_run_writes_beside_the_results_or_where_it_is_told(tmp_path):
 
 
 def regression(methods=("bp", "cbp"), learners=None, hyperparameters=None):
-    """Losses that rise with the number of the method; plasticity, and nothing else of updates."""
+    """Make results with losses that grow with the method's number, and plasticity as the only measure of updates."""
     results = new_results(
         methods,
         learners or methods,
@@ -265,7 +265,7 @@ def regression(methods=("bp", "cbp"), learners=None, hyperparameters=None):
     return results
 
 
-def test_a_run_without_accuracy_is_drawn_and_judged_by_its_loss():
+def test_a_run_without_accuracy_is_drawn_and_compared_by_its_loss():
     figure = plot_tasks(regression())
     assert figure.axes[0].get_ylabel() == "Loss"
     np.testing.assert_allclose(lines(figure.axes[0])["cbp"].get_ydata(), 2.05 + np.arange(5), rtol=1e-6)

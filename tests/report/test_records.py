@@ -24,7 +24,7 @@ def test_results_carry_device_command_and_commit(monkeypatch):
     assert results.attrs["device"].startswith("cpu") and isinstance(results.attrs["commit"], str)
 
 
-def test_the_commit_is_that_of_the_package_and_not_of_what_it_lies_in(tmp_path):
+def test_the_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp_path):
     git = lambda *words: subprocess.run(
         ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words],
         check=True,
@@ -69,7 +69,7 @@ def test_runs_below_a_folder_are_listed_with_state_and_headline(tmp_path):
     run_of(tmp_path / "d", 2)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.nc").write_bytes(b"half")
-    (tmp_path / "c" / files.LOCK_FILE).touch()  # as a kill leaves it
+    (tmp_path / "c" / files.LOCK_FILE).touch()  # the lock file of a killed run
     with files.locked(tmp_path / "d"):
         runs = list_runs(tmp_path)
     states = {run.folder.name: run.state for run in runs}
@@ -86,7 +86,7 @@ def test_runs_below_a_folder_are_listed_with_state_and_headline(tmp_path):
     assert table[0].split()[:3] == ["run", "experiment", "state"] and table[2].startswith("a/whole ")
 
 
-def test_what_holds_no_runs_is_refused(tmp_path):
+def test_folders_without_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"folder must have runs in it, and .* has no results\.nc"):
         list_runs(tmp_path)
     with pytest.raises(FileNotFoundError, match="folder must be that of runs; there is none at"):

@@ -95,7 +95,7 @@ def test_measures_of_a_stream_follow_what_its_tasks_are():
         ({"tasks": 0}, "tasks must be at least 1; got 0"),
     ],
 )
-def test_new_results_say_what_is_wrong(changes, message):
+def test_new_results_refuses_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
 
@@ -103,7 +103,7 @@ def test_new_results_say_what_is_wrong(changes, message):
 def test_record_task_writes_its_block_and_nothing_else():
     results = small()
     block = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    # Rows and columns in another order than the results', so that labels and not positions must decide.
+    # Rows and columns have another order than in the results, so labels must decide, not positions.
     record_task(results, 2, {"accuracy": block}, methods=["cbp(rate=0.0001)", "bp"], seeds=jnp.array([5, 3]))
     expected = np.full((3, 2, 4), np.nan)
     expected[2, :, 2] = 2.0, 1.0
@@ -127,7 +127,7 @@ def test_record_task_writes_its_block_and_nothing_else():
         (0, {}, {"seeds": [0]}, "seed: got .0.; these results have, once each, .3, 5."),
     ],
 )
-def test_record_task_says_what_is_wrong_and_then_writes_nothing(task, values, where, message):
+def test_record_task_refuses_bad_arguments_and_then_writes_nothing(task, values, where, message):
     results = small()
     with pytest.raises(ValueError, match=message):
         record_task(results, task, {"accuracy": np.ones((3, 2)), **values}, **where)
@@ -142,19 +142,19 @@ def test_results_come_back_from_their_file(tmp_path, of):
     assert path == tmp_path / "deep" / "run" / FILE_NAME
     loaded = load_results(path if of == "file" else path.parent)
     xr.testing.assert_identical(loaded, results)
-    path.unlink()  # the loaded results are in memory, and free to be written on
+    path.unlink()  # loaded results are in memory and can be changed
     record_task(loaded, 1, {"accuracy": np.full((3, 2), 0.2)})
     assert int(loaded.accuracy.notnull().sum()) == 12
 
 
-def test_a_save_that_is_broken_off_leaves_the_last_results(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_last_results(tmp_path, monkeypatch):
     results = small()
     record_task(results, 0, {"accuracy": np.ones((3, 2))})
     save_results(results, tmp_path)
     before = results.copy(deep=True)
     record_task(results, 1, {"accuracy": np.ones((3, 2))})
 
-    def killed(descriptor):  # when all but the end of the file is written
+    def killed(descriptor):  # when all of the file but its end has been written
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", killed)
@@ -168,7 +168,7 @@ def test_a_save_that_is_broken_off_leaves_the_last_results(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_results(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_last_results(tmp_path):
     save_results(small(), tmp_path)
     partial(tmp_path / FILE_NAME).symlink_to("/dev/full")
     with pytest.raises(
@@ -189,7 +189,7 @@ def test_one_flipped_bit_of_the_data_is_found(tmp_path):
         load_results(tmp_path)
 
 
-def test_whoever_reads_while_results_are_saved_reads_the_last_ones(tmp_path):
+def test_reading_during_a_save_gives_the_last_results(tmp_path):
     path = save_results(small(), tmp_path)
     last = path.read_bytes()
     with path.open("rb") as reader:
@@ -203,7 +203,7 @@ def test_save_results_refuses_a_file_as_folder(tmp_path):
         save_results(small(), tmp_path / "file")
 
 
-def test_load_results_says_what_is_wrong(tmp_path):
+def test_load_results_says_why_a_file_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give the folder of a run"):
         load_results(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no results\.nc"):
@@ -252,7 +252,7 @@ def test_results_of_other_seeds_and_methods_are_joined():
     assert join_results([first]).identical(first)
 
 
-def test_what_cannot_be_joined_is_refused():
+def test_incompatible_results_are_not_joined():
     with pytest.raises(ValueError, match="parts must be results, got none"):
         join_results([])
     with pytest.raises(ValueError, match=r"different methods or seeds, got \('bp', 5\) twice"):
@@ -261,7 +261,7 @@ def test_what_cannot_be_joined_is_refused():
         join_results([small(), small(seeds=[7], experiment="other")])
 
 
-def test_settings_that_are_functions_are_kept_by_where_they_are():
-    """So that another process, in which they have another address, goes on with the run."""
+def test_settings_that_are_functions_are_stored_by_import_path():
+    """Another process, in which they have another address, can then resume the run."""
     kept = settings_json({"utilities": ("weight", load_results)})
     assert json.loads(kept) == {"utilities": ["weight", "cbp_jax.report.storage:load_results"]}

@@ -17,7 +17,7 @@ from cbp_jax.report.statistics import mean_and_error, performance
 
 
 def results_of(accuracy, tasks=None, **measures):
-    """Results of methods a, b, ... from accuracies [methods, seeds, tasks]."""
+    """Make results of methods a, b, ... from accuracies [methods, seeds, tasks]."""
     accuracy = np.asarray(accuracy)
     labels = list("abcdef"[: len(accuracy)])
     tasks = tasks or accuracy.shape[2]
@@ -97,13 +97,13 @@ def test_summary_gives_best_last_and_lost_with_student_intervals():
     assert len({len(line) for line in table.splitlines()[2:]}) == 1, "columns are aligned"
 
 
-def test_summary_of_one_seed_has_no_intervals_and_of_nothing_has_dashes():
+def test_a_summary_has_no_intervals_for_one_seed_and_dashes_for_missing_values():
     table = summary(results_of([[[0.5, 0.75]], [[np.nan, np.nan]]], tasks=7))
     assert row(table, "a").split() == ["a", "1", "2/7", "50.00", "75.00", "2", "75.00", "0.00", "-"]
     assert row(table, "b").split() == ["b", "0", "0/7", "-", "-", "-", "-", "-", "-"]
 
 
-def test_summary_of_losses_has_the_least_for_the_best():
+def test_the_best_loss_in_a_summary_is_the_least():
     results = new_results(
         ["a"],
         ["a"],
@@ -124,7 +124,7 @@ def test_summary_of_losses_has_the_least_for_the_best():
     assert row(table, "a").split() == expected
 
 
-def test_tasks_with_test_examples_are_judged_by_these():
+def test_tasks_with_test_examples_are_compared_on_them():
     measures = stream_measures(test=True, dormant=True)
     results = new_results(["a"], ["a"], [{}], seeds=2, tasks=10, settings={}, experiment="x", measures=measures)
     for task in range(10):

@@ -9,7 +9,7 @@ from cbp_jax.rl import gae
 
 
 def loop(rewards, values, next_values, terminations, truncations, discount, gae_lambda):
-    """Advantages by their definition: sums of later errors, each episode by itself."""
+    """Compute advantages by their definition: discounted sums of later errors within each episode."""
     steps, envs = rewards.shape
     result = np.zeros((steps, envs))
     for env in range(envs):
@@ -28,7 +28,7 @@ def loop(rewards, values, next_values, terminations, truncations, discount, gae_
     seed=st.integers(0, 2**31), discount=st.sampled_from([0.0, 0.9, 0.99, 1.0]), lam=st.sampled_from([0.0, 0.95, 1.0])
 )
 @hypothesis.settings(max_examples=30)
-def test_equals_the_sum_of_later_errors_of_the_episode(seed, discount, lam):
+def test_advantages_are_sums_of_later_errors_of_the_episode(seed, discount, lam):
     rng = np.random.default_rng(seed)
     rewards, values, next_values = rng.normal(size=(3, 8, 3)).astype(np.float32)
     ends = rng.integers(0, 6, size=(8, 3))
@@ -38,7 +38,7 @@ def test_equals_the_sum_of_later_errors_of_the_episode(seed, discount, lam):
     np.testing.assert_allclose(found, loop(*arguments, discount, lam), rtol=1e-5, atol=1e-5)
 
 
-def test_a_truncation_keeps_the_value_of_what_would_have_come_and_a_termination_does_not():
+def test_a_truncation_bootstraps_from_the_next_value_and_a_termination_does_not():
     zero, one = jnp.zeros(1), jnp.ones(1)
     settings = {"discount": 0.5, "gae_lambda": 1.0}
     assert gae(one, zero, 4 * one, zero, one, **settings).tolist() == [3.0]

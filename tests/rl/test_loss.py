@@ -1,4 +1,4 @@
-"""The loss of PPO, against NumPy."""
+"""The loss of PPO against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from cbp_jax.rl.rollout import Steps, log_prob
 from cbp_jax.rl.settings import Settings
 
 
-def test_the_loss_is_ppos():
+def test_the_loss_is_that_of_ppo():
     rng = np.random.default_rng(0)
     mean, actions = rng.normal(size=(2, 32, 2))
     value, targets, advantages, old = rng.normal(size=(4, 32))
@@ -21,7 +21,7 @@ def test_the_loss_is_ppos():
     ratio = np.exp(log_prob - old)
     surrogate = np.where(
         advantages > 0, np.minimum(ratio, 1.2) * advantages, np.maximum(ratio, 0.8) * advantages
-    )  # the clip in its other form
+    )  # clipping in its other form
     batch = Steps(jnp.zeros((32, 1)), *map(jnp.asarray, (actions, old, value, advantages, targets)))
     settings = Settings(value_coefficient=0.5, entropy_coefficient=0.01)
     loss, terms = ppo_loss(settings, *map(jnp.asarray, (mean, log_std, value)), batch)
@@ -36,10 +36,10 @@ def test_the_loss_is_ppos():
     np.testing.assert_allclose(of_each[0], loss, rtol=1e-6)
 
 
-def test_the_sign_of_an_advantage_is_the_way_the_policy_goes_until_it_is_clipped():
-    # One action each, above the mean; without a clip descending the loss takes the mean to it where A > 0, else away.
+def test_the_policy_follows_the_sign_of_the_advantage_until_it_is_clipped():
+    # Each action is above the mean. Without clipping, descent moves the mean toward it if A > 0, otherwise away.
     advantages = jnp.array([1.0, -1.0, 1.0, -1.0])
-    ahead = jnp.log(jnp.array([1.0, 1.0, 1.5, 0.5]))  # of these ratios the last two are past the clip
+    ahead = jnp.log(jnp.array([1.0, 1.0, 1.5, 0.5]))  # the last two of these ratios are beyond the clipping range
     actions, zeros = jnp.full((4, 1), 0.5), jnp.zeros(4)
 
     def loss(mean):
@@ -52,7 +52,7 @@ def test_the_sign_of_an_advantage_is_the_way_the_policy_goes_until_it_is_clipped
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_no_ratio_of_probabilities_is_past_the_largest_float(advantage):
+def test_ratios_of_probabilities_do_not_overflow(advantage):
     actions, zeros = jnp.zeros((1, 1)), jnp.zeros(1)
     batch = Steps(actions, actions, jnp.full(1, -1e6), zeros, jnp.full(1, advantage), zeros)
     loss, grad = jax.value_and_grad(lambda mean: ppo_loss(Settings(), mean, zeros, zeros, batch)[0])(actions + 1)
@@ -60,7 +60,7 @@ def test_no_ratio_of_probabilities_is_past_the_largest_float(advantage):
 
 
 @pytest.mark.slow
-def test_a_value_that_runs_ahead_of_the_rollouts_has_the_larger_error():
+def test_value_clipping_takes_the_larger_of_two_errors():
     rng = np.random.default_rng(1)
     old, value, targets = rng.normal(size=(3, 200)) * [[1.0], [1.0], [2.0]]
     zeros = jnp.zeros((200, 1))
@@ -72,11 +72,11 @@ def test_a_value_that_runs_ahead_of_the_rollouts_has_the_larger_error():
     own, near = (value - targets) ** 2, (nearest - targets) ** 2
     np.testing.assert_allclose(found, np.maximum(own, near).mean(), rtol=1e-5)
     assert found > value_loss(jnp.asarray(value), Settings(clip=0.3)) + 0.01
-    # Where the clipped value is the worse of two, moving does not help.
+    # If the clipped value has the larger error, the gradient is 0.
     np.testing.assert_allclose(gradient, np.where(near > own, 0, 2 * (value - targets) / 200), atol=1e-7)
 
 
-def test_advantages_are_normalized_in_each_minibatch_where_asked():
+def test_advantages_are_normalized_in_each_minibatch_on_request():
     rng = np.random.default_rng(2)
     advantages, ahead = rng.normal(3.0, 2.0, 10), rng.normal(0.0, 0.3, 10)
     zeros = jnp.zeros((10, 1))

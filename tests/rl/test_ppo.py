@@ -1,4 +1,4 @@
-"""PPO on environments whose answers are known, and its promises to optimizers, seeds and settings."""
+"""PPO on environments with known solutions, and its guarantees about optimizers, seeds and settings."""
 
 import functools
 import types
@@ -15,10 +15,10 @@ import cbp_jax
 from cbp_jax import nets
 from cbp_jax.rl import ppo
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_any_transformation_trains_an_agent_without_being_traced_again": ("redo", "upgd"),
-    "test_the_network_or_its_head_starts_anew_with_a_period": ("head",),
+    "test_the_network_or_its_head_is_reset_with_each_period": ("head",),
 }
 
 PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action", "cut_elsewhere")
@@ -35,12 +35,12 @@ class State:
 
 
 class Probe:
-    """Six environments, of which a number, that may be traced, chooses one; all reward 1 at most a step.
+    """Six environments, chosen by a number that may be traced. The reward of a step is at most 1.
 
-    0: one step with reward 1, then the end. 1: the same, cut. 2: two steps, of which the second has reward 1; the
-    observation tells which. 3: one step, whose reward is the observation, 1 or -1. 4: one step, whose reward is larger
-    the closer the action is to half of the observation. 5: one step, from 1 to -1 with reward 1 or from -1 to 1 with
-    none, where it is cut.
+    0: one step with reward 1, then termination. 1: the same, with truncation. 2: two steps, the second with reward 1;
+    the observation says which step it is. 3: one step; the reward is the observation, 1 or -1. 4: one step; the reward
+    is the larger, the closer the action is to half the observation. 5: one step, from 1 to -1 with reward 1 or from -1
+    to 1 with reward 0, then truncation.
     """
 
     observation_size = 1
@@ -86,7 +86,7 @@ NETWORK = nets.ActorCritic(action_size=1, hidden=(16, 16), activation="tanh", in
 
 @pytest.fixture(scope="module")
 def probed():
-    """States, and metrics [updates], of an agent for each probe: one program."""
+    """Train an agent on each probe, in one program; return states, and metrics [updates]."""
     optimizer = lambda units: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     train = lambda probe, key: ppo.train(Probe(probe), NETWORK, optimizer, SETTINGS, updates=60)(key)
     keys = jax.random.split(jax.random.key(0), len(PROBES))
@@ -106,13 +106,13 @@ def test_the_value_of_a_constant_reward(probed):
 
 
 @pytest.mark.slow
-def test_the_value_where_time_is_cut_goes_on(probed):
+def test_values_bootstrap_at_a_truncation(probed):
     # V = 1 + 0.8 V
     assert outputs(probed["constant_truncated"][0], 0.0)[1] == pytest.approx(5, abs=0.3)
 
 
-def test_the_value_where_time_is_cut_is_that_of_where_it_led(probed):
-    # V(1) = 1 + 0.8 V(-1) and V(-1) = 0.8 V(1); from the next episode's start instead they would be 3 and 2.
+def test_values_bootstrap_from_the_final_observation_of_a_truncated_episode(probed):
+    # V(1) = 1 + 0.8 V(-1) and V(-1) = 0.8 V(1). Bootstrapping from the next episode's start would give 3 and 2.
     state, _ = probed["cut_elsewhere"]
     assert outputs(state, 1.0)[1] == pytest.approx(1 / 0.36, abs=0.12)
     assert outputs(state, -1.0)[1] == pytest.approx(0.8 / 0.36, abs=0.12)
@@ -131,7 +131,7 @@ def test_the_value_depends_on_the_observation(probed):
     assert metrics["explained_variance"][-1] > 0.95 > metrics["explained_variance"][0]
 
 
-def test_the_action_follows_what_is_rewarded(probed):
+def test_actions_follow_the_reward(probed):
     state, metrics = probed["action"]
     assert outputs(state, 1.0)[0] == pytest.approx(0.5, abs=0.15)
     assert outputs(state, -1.0)[0] == pytest.approx(-0.5, abs=0.15)
@@ -151,7 +151,7 @@ def test_metrics_count_the_episodes(probed):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact")
-def test_a_row_of_seeds_and_settings_is_the_solo_run():
+def test_a_row_of_seeds_and_settings_equals_the_solo_run():
     def train(key, step_size, clip, discount):
         settings = ppo.Settings(4, 4, 1, 2, discount=discount, clip=clip)
         optimizer = lambda units: cbp_jax.continual_backprop(
@@ -217,7 +217,7 @@ def test_any_transformation_trains_an_agent_without_being_traced_again(name):
     for _ in range(2):
         state, metrics = go_on(state)
     assert len(traces) == 1
-    assert set(seen[0].values()) == {(16, 16)}, "a minibatch of 16, of 16 units"
+    assert set(seen[0].values()) == {(16, 16)}, "minibatches have 16 examples, features 16 units"
     changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), first, state.params)
     assert all(jax.tree.leaves(changed)) and all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
     replaced = float(metrics["replaced_units"].sum())
@@ -225,7 +225,7 @@ def test_any_transformation_trains_an_agent_without_being_traced_again(name):
 
 
 class Drawn(Probe):
-    """Episodes of one step, each with an observation of its own."""
+    """Episodes of one step, each with another observation."""
 
     def _first(self, key):
         key, draw = jax.random.split(key)
@@ -251,15 +251,15 @@ def test_an_epoch_learns_from_each_step_once_in_an_order_of_its_own():
     layer = state.params["params"]["actor_0"]
     expected = jnp.tanh(state.obs.reshape(32, 1) @ layer["kernel"] + layer["bias"])
     distances = np.abs(state.opt_state[1].reshape(2, 32, 1, 16) - expected).max(-1)
-    orders = distances.argmin(-1)  # [epochs, 32], which step each example was
+    orders = distances.argmin(-1)  # [epochs, 32], the step of each example
     assert distances.min(-1).max() < 1e-5, "features are those of the minibatch"
     np.testing.assert_array_equal(np.sort(orders), [np.arange(32)] * 2)
     assert (orders[0] != orders[1]).any()
     for minibatch in orders.reshape(8, 8):
-        assert len(set(minibatch // 4)) > 2 and len(set(minibatch % 4)) > 1, "of several times and environments"
+        assert len(set(minibatch // 4)) > 2 and len(set(minibatch % 4)) > 1, "a minibatch mixes times and environments"
 
 
-def test_observations_are_normalised_by_all_before():
+def test_observations_are_normalized_by_all_earlier_ones():
     settings = ppo.Settings(4, 8, 1, 1, normalize_observations=True)
     init, update = ppo.make(Probe(3), NETWORK, lambda units: optax.sgd(0.0), settings)
     update, state, seen = jax.jit(update), jax.jit(init)(jax.random.key(0)), []
@@ -284,7 +284,7 @@ def test_actions_are_the_mean_or_drawn(probed):
     np.testing.assert_allclose(drawn.std(), jnp.exp(log_std[0]), rtol=0.06)
 
 
-def test_measures_are_of_the_policy(probed):
+def test_measures_describe_the_policy(probed):
     state, _ = probed["action"]
     found = ppo.measure(NETWORK, state)
     actor = {name: leaves for name, leaves in state.params["params"].items() if name.startswith("actor")}
@@ -331,7 +331,7 @@ def test_networks_and_lengths_that_do_not_fit_are_refused():
         train(outputs(one, one, one), updates=1)
 
 
-def test_an_environment_that_does_not_start_episodes_by_itself_is_refused():
+def test_an_environment_without_automatic_resets_is_refused():
     class Bare(Probe):
         def reset(self, key):
             return super().reset(key).replace(info={"truncation": jnp.zeros([])})
@@ -342,7 +342,7 @@ def test_an_environment_that_does_not_start_episodes_by_itself_is_refused():
 
 
 class Clocked(Probe):
-    """A probe whose periods are of 20 steps, which end with those of every fifth rollout of 4 steps."""
+    """A probe with periods of 20 steps, so that every fifth rollout of 4 steps ends a period."""
 
     def reset(self, key):
         state = super().reset(key)
@@ -354,7 +354,7 @@ class Clocked(Probe):
 
 
 @pytest.mark.parametrize("reset", ["", "head", "network"])
-def test_the_network_or_its_head_starts_anew_with_a_period(reset):
+def test_the_network_or_its_head_is_reset_with_each_period(reset):
     network = nets.ActorCritic(action_size=1, hidden=(4,))
     adam = lambda units: cbp_jax.adam(0.01)
     init, update = ppo.make(Clocked(4), network, adam, ppo.Settings(2, 4, 1, 2), reset=reset)
@@ -365,11 +365,11 @@ def test_the_network_or_its_head_starts_anew_with_a_period(reset):
     anew = {"": (), "head": ("actor_mean", "actor_log_std", "critic_value"), "network": tuple(params)}[reset]
     for name, leaves in params.items():
         for weights, count in zip(jax.tree.leaves(leaves), jax.tree.leaves(counts[name]), strict=True):
-            # The first rollout of a period is the sixth; two updates each. States are those before.
+            # The sixth rollout is the first of a period. Each rollout has two updates; states are those before it.
             seen = np.asarray(count).reshape(12, -1)
             expected = (np.arange(-1, 11) % 5 + 1) * np.r_[0, [2] * 11] if name in anew else np.arange(12) * 2
             np.testing.assert_array_equal(seen, np.tile(expected[:, None], seen.shape[1]))
-            if weights.ndim == 3:  # kernels; two steps are of at most 0.02 or so
+            if weights.ndim == 3:  # kernels; two steps change a weight by about 0.02 at most
                 jumps = np.abs(np.diff(np.asarray(weights).reshape(12, -1), axis=0)).max(1)
                 assert (jumps[[5, 10]] > 0.03).all() == (name in anew) and np.delete(jumps, [5, 10]).max() < 0.03
     if reset:
@@ -378,14 +378,14 @@ def test_the_network_or_its_head_starts_anew_with_a_period(reset):
             ppo.make(Probe(0), network, adam, SETTINGS, reset=reset)[0](jax.random.key(0))
 
 
-def test_what_cannot_be_reset_is_refused():
+def test_unknown_resets_are_refused():
     with pytest.raises(ValueError, match="reset must be 'head', 'network' or '', got 'all'"):
         ppo.make(Probe(0), NETWORK, lambda units: optax.sgd(0.1), SETTINGS, reset="all")
 
 
-def test_episodes_that_were_interrupted_are_not_counted_and_friction_is_that_of_the_step():
+def test_interrupted_episodes_are_not_counted_and_friction_is_that_of_the_step():
     class Cut(Probe):
-        """Every other step interrupts; friction is the number of the step."""
+        """Every second step interrupts an episode; the friction is the number of the step."""
 
         def reset(self, key):
             state = super().reset(key)
@@ -404,7 +404,7 @@ def test_episodes_that_were_interrupted_are_not_counted_and_friction_is_that_of_
 
 
 @pytest.mark.slow
-def test_gradients_are_brought_down_to_a_norm_where_they_are_larger():
+def test_gradients_are_clipped_to_a_norm():
     norms = []
     for limit in (None, 0.01, 100.0):
 
@@ -420,8 +420,8 @@ def test_gradients_are_brought_down_to_a_norm_where_they_are_larger():
 
 
 @pytest.mark.slow
-def test_advantages_that_are_normalized_later_come_as_they_are():
-    """A step of SGD on one minibatch is the same, but for the unbiased deviation."""
+def test_normalizing_advantages_in_minibatches_replaces_that_in_the_rollout():
+    """With one minibatch, a step of SGD is the same, except for the unbiased standard deviation."""
     steps = []
     for place in ("rollout", "minibatch"):
         settings = ppo.Settings(2, 4, 1, 1, advantages_in=place, value_coefficient=0.0)

@@ -1,4 +1,4 @@
-"""Streaming agents: each step against a reference that is spelled out, and what they learn on a cart-pole."""
+"""Streaming agents: each step against an explicit reference, and learning on a cart-pole."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ class State:
 
 
 class Line:
-    """Action 1 goes a step to the right, 0 to the left, any other number by itself; falls beyond 2.5.
+    """Action 1 moves a step to the right, 0 to the left, any other number by its value. Falls beyond 2.5.
 
-    The reward is where it led.
+    The reward is the new position.
     """
 
     observation_size = 1
@@ -49,7 +49,7 @@ class Line:
 
 
 def follow(init, step, steps, seed=0):
-    """The states before and after each step, [1 + steps], and metrics."""
+    """Return the states before and after each step, [1 + steps], and metrics."""
 
     @jax.jit
     def run(key):
@@ -156,7 +156,7 @@ NET = nets.MLP((32,), 2, "leaky_relu", kernel_init=nets.sparse(), normalization=
 
 
 @pytest.mark.slow
-def test_a_row_of_seeds_is_the_solo_run_and_counts_episodes():
+def test_a_row_of_seeds_equals_the_solo_run_and_counts_episodes():
     cbp = lambda units: cbp_jax.continual_backprop(cbp_jax.obgd(), units, replacement_rate=0.01, maturity_threshold=10)
     init, step = streaming.make_q(cart_pole(), NET, cbp)
     run = lambda key: jax.lax.scan(lambda state, _: step(state), init(key), length=200)
@@ -166,7 +166,7 @@ def test_a_row_of_seeds_is_the_solo_run_and_counts_episodes():
         np.testing.assert_allclose(rows[1][name][1], found[name], rtol=1e-3, atol=1e-3, err_msg=name)
     assert state.steps == 200 and found["replaced_units"].sum() > 10
     ended = found["episodes"] > 0
-    np.testing.assert_array_equal(found["return_sum"], found["length_sum"])  # each step of a cart-pole has reward 1
+    np.testing.assert_array_equal(found["return_sum"], found["length_sum"])  # every step of a cart-pole has reward 1
     assert ended.sum() > 3 and (found["length_sum"][~ended] == 0).all()
     lengths = np.diff(np.nonzero(ended)[0], prepend=-1)
     np.testing.assert_array_equal(found["length_sum"][ended], lengths)
@@ -183,7 +183,7 @@ def test_stream_q_learns_to_balance():
 
 
 class Pushed(envs.CartPole):
-    """A cart-pole whose action is how hard it is pushed, in ±1."""
+    """A cart-pole whose action is a force in ±1."""
 
     action_size = 1
 
@@ -207,7 +207,7 @@ def test_stream_ac_learns_to_balance():
 
 @pytest.mark.slow
 def test_stream_ac_on_a_walker():
-    """A few steps of Brax, with continual backpropagation around."""
+    """Take a few steps in Brax, with continual backpropagation around the optimizer."""
     env = envs.Normalized(envs.Walker("ant", clip_actions=True, episode_length=20), bound=np.inf, unbiased=True)
     net = nets.ActorCritic(8, (16,), "leaky_relu", nets.sparse(), normalization="bare_layer", state_std=True)
     tx = lambda units: cbp_jax.continual_backprop(
@@ -224,7 +224,7 @@ def test_exploration_falls_and_stays():
     np.testing.assert_allclose(found, [0.9, 0.7, 0.5, 0.3, 0.1, 0.1, 0.1], rtol=1e-6)
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_arguments_are_refused():
     tx = lambda units: cbp_jax.obgd()
     with pytest.raises(ValueError, match=r"network must give a value for each of 2 actions"):
         streaming.make_q(cart_pole(), nets.MLP((3,), 5), tx)

@@ -15,8 +15,8 @@ draw = lambda: jax.tree.map(lambda shape: jnp.asarray(RNG.normal(size=shape), jn
 COUNT = 48 + 48 + 35 + 7
 
 
-def test_overlap_and_what_chance_makes_of_it():
-    """Against means over masks shuffled anywhere, and over masks whose rows and columns are shuffled together."""
+def test_overlap_and_its_value_by_chance():
+    """Compare with means over masks shuffled anywhere, and over masks with rows and columns shuffled as a whole."""
     a = RNG.random((30, 20)) < RNG.random((30, 1)) * 0.4
     b = RNG.random((30, 20)) < RNG.random((1, 20)) * 0.4
     found = compare_tickets({"w": a}, {"w": b})["w"]
@@ -27,7 +27,7 @@ def test_overlap_and_what_chance_makes_of_it():
     chance = np.outer(a.sum(1), a.sum(0)) / a.sum()
     drawn = [np.sum((RNG.random(a.shape) < chance) & b) for _ in range(2000)]
     np.testing.assert_allclose(found.by_marginals, np.mean(drawn), rtol=0.05)
-    # Two tickets in the same rows share much by size, and what they do by their marginals.
+    # Two tickets in the same rows share more than expected from their sizes, but no more than from their marginals.
     rows = np.zeros((30, 20), bool)
     rows[:3] = True
     same = compare_tickets({"w": rows}, {"w": rows})["w"]

@@ -31,7 +31,7 @@ def test_all_changes_above_a_threshold():
     np.testing.assert_array_equal(flat(ticket.mask), flat(CHANGE) > 1.0)
     assert isinstance(ticket, Ticket) and ticket.density == (flat(CHANGE) > 1.0).mean()
     assert jax.tree.structure(ticket.mask) == jax.tree.structure(INITIAL)
-    # Exactly at the threshold is not above it; a weight that did not move is never part of it.
+    # A change equal to the threshold is not above it; a weight that did not change is never in a ticket.
     assert dominant_ticket({"w": jnp.zeros(3)}, {"w": jnp.arange(3.0)}, threshold=1).mask["w"].tolist() == [0, 0, 1]
     assert dominant_ticket(INITIAL, INITIAL, threshold=0.0).density == 0
 
@@ -54,12 +54,12 @@ def test_counts_are_exact_under_ties(keep):
     steps = jax.tree.map(lambda w: w + np.arange(w.size).reshape(w.shape) % 3, jax.tree.map(jnp.zeros_like, INITIAL))
     changes = flat(steps)
     mask = flat(dominant_ticket(jax.tree.map(jnp.zeros_like, INITIAL), steps, keep=keep).mask)
-    order = np.argsort(-changes, kind="stable")[:count]  # the largest, of equal ones the first
+    order = np.argsort(-changes, kind="stable")[:count]  # the largest; among equal ones the first
     assert np.flatnonzero(mask).tolist() == sorted(order.tolist())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_least_that_is_kept_among_many_equal_ones(dtype):
+def test_the_fewest_changes_are_kept_exactly_among_many_equal_ones(dtype):
     values = np.abs(np.concatenate([RNG.normal(size=300), np.zeros(200), np.full(100, 0.25), [np.inf, 1e-45]]))
     values = values.astype(dtype)
     ordered = np.sort(values)[::-1]
@@ -77,7 +77,7 @@ def numpy_lines(matrix, count, side):
 
 @pytest.mark.parametrize("axis", ["row", "column", "both"])
 def test_rows_and_columns_of_largest_change(axis):
-    """Of attention a row is a dimension of the stream, a column a dimension of a head, or the other way around."""
+    """In attention, a row is a dimension of the stream and a column one of a head, or the other way around."""
     ticket = dominant_ticket(INITIAL, TUNED, dimensions=2, axis=axis)
     matrices = {
         "attention/query/kernel": (CHANGE["attention"]["query"]["kernel"], (6, 8)),
@@ -98,13 +98,13 @@ def test_rows_and_columns_of_largest_change(axis):
     assert not ticket.mask["dense"]["bias"].any() and not ticket.mask["attention"]["query"]["bias"].any()
 
 
-def test_equal_rows_are_taken_in_order():
+def test_equal_rows_are_chosen_in_order():
     zeros, ones = {"w": jnp.zeros((5, 2))}, {"w": jnp.ones((5, 2))}
     assert dominant_ticket(zeros, ones, dimensions=2).dimensions["w"].tolist() == [0, 1]
     assert dominant_ticket(zeros, ones, dimensions=9).density == 1
 
 
-def test_which_dimensions_a_ticket_has_something_in():
+def test_dimensions_in_which_a_ticket_has_weights():
     tuned = {"w": jnp.zeros((4, 3)).at[2, 1].set(1.0).at[0, 1].set(-2.0)}
     for axis, expected in (("row", [0, 2]), ("column", [1])):
         assert (
@@ -128,7 +128,7 @@ def test_transplants():
 
 
 def test_only_the_ticket_is_trained():
-    """As gradients descend on the ticket's weights alone, from the start or from a tuned network."""
+    """Gradient descent changes only the ticket's weights, from the start or from a tuned network."""
     mask = dominant_ticket(INITIAL, TUNED, keep=0.3).mask
     loss = lambda params: sum(jnp.square(leaf - 3).sum() for leaf in jax.tree.leaves(params))
     tx = masked_changes(optax.adam(0.1), mask, INITIAL)

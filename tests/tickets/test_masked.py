@@ -10,10 +10,10 @@ import cbp_jax
 from cbp_jax.replacement import Choice, Policy
 from cbp_jax.tickets import apply_mask, full_mask, masked, prune
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_dead_weights_and_moments_are_0_after_a_thousand_updates": ("momentum", "cbp"),
-    "test_living_weights_go_as_the_inner_one_makes_them_go_in_the_masked_network": ("adam",),
+    "test_living_weights_follow_the_inner_optimizer_on_the_masked_network": ("adam",),
 }
 
 OPTIMIZED = True  # bits are compared
@@ -37,11 +37,11 @@ PARAMS = make_params()
 UNITS = cbp_jax.discover_units(apply_fn, PARAMS, X)
 MASK = prune(PARAMS, full_mask(PARAMS), 0.4)
 FEATURES = cbp_jax.with_features(apply_fn, UNITS)
-# Without LLVM's fusing of products into sums, which differs between programs of the same arithmetic.
+# Without LLVM's fused multiply-add, which differs between programs with the same arithmetic.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@jax.jit  # a program of its own, so that what is compared gets the same gradients
+@jax.jit  # a separate program, so that compared runs get the same gradients
 def gradient(params):
     def loss(params):
         output, features = FEATURES(params, X)
@@ -51,7 +51,7 @@ def gradient(params):
 
 
 def train(tx, params, steps, between=lambda params: params, compiled=jax.jit):
-    """Trains; gradients are those of all weights, dead or not."""
+    """Train with gradients of all weights, dead or not."""
 
     @compiled
     def step(params, state, grads, features):
@@ -65,7 +65,7 @@ def train(tx, params, steps, between=lambda params: params, compiled=jax.jit):
 
 
 def of_weights(state):
-    """Arrays of an optimizer's state that are of a weight's name and shape, each with the mask of that weight."""
+    """Return the arrays of an optimizer's state with a weight's name and shape, each with that weight's mask."""
     masks = {tuple(jax.tree_util.keystr((key,)) for key in path): leaf
              for path, leaf in jax.tree_util.tree_leaves_with_path(MASK)}  # fmt: skip
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -78,7 +78,7 @@ def of_weights(state):
 CBP = functools.partial(
     cbp_jax.continual_backprop, units=UNITS, replacement_rate=0.02, maturity_threshold=1, max_replacements=1
 )
-INNER = {  # the transformation, and how many arrays like the params it keeps
+INNER = {  # the transformation, and the number of arrays per parameter in its state
     "sgd": (optax.sgd(0.05), 0),
     "momentum": (optax.sgd(0.02, 0.9), 1),
     "optax.adam": (optax.adam(0.01), 2),
@@ -103,7 +103,7 @@ START = apply_mask(PARAMS, MASK)
 
 
 def of_all(*quick):
-    """A test of each; those are slow that take long to compile, or are like another."""
+    """Parametrize a test; cases are slow that take long to compile or are similar to others."""
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in INNER]
     )
@@ -122,14 +122,14 @@ def test_dead_weights_and_moments_are_0_after_a_thousand_updates(name):
 
 
 @of_all("momentum", "adam", "noise into momentum", "l2 init")
-def test_living_weights_go_as_the_inner_one_makes_them_go_in_the_masked_network(name):
+def test_living_weights_follow_the_inner_optimizer_on_the_masked_network(name):
     inner = optax.with_extra_args_support(INNER[name][0])
 
     def update_fn(grads, state, params, **extra_args):
         return inner.update(apply_mask(grads, MASK), state, params, **extra_args)
 
-    # By hand: gradients of living weights alone, and dead weights put back to 0 after each step. Without jit, for
-    # compilers fuse products into sums as they see fit, program by program.
+    # By hand: gradients of living weights only, and dead weights set to 0 after each step. Without jit, because
+    # compilers fuse multiplications and additions differently in each program.
     by_hand = optax.GradientTransformationExtraArgs(inner.init, update_fn)
     expected, _ = train(by_hand, START, 6, lambda params: apply_mask(params, MASK), compiled=lambda step: step)
     params, _ = train(masked(inner, MASK), START, 6, compiled=lambda step: step)
@@ -138,7 +138,7 @@ def test_living_weights_go_as_the_inner_one_makes_them_go_in_the_masked_network(
 
 
 def test_against_numpy():
-    """Momentum with decay, on a masked linear model, in plain loops."""
+    """Momentum with decay on a masked linear model, in plain loops."""
     rng = np.random.default_rng(0)
     w, x, y = rng.normal(size=(4, 3)), rng.normal(size=(10, 4)), rng.normal(size=(10, 3))
     mask = rng.random((4, 3)) < 0.5
@@ -180,7 +180,7 @@ def test_vmap_over_masks():
     assert (together[0]["a"]["w"][0] != together[0]["a"]["w"][1]).any()
 
 
-def test_a_replaced_unit_s_fresh_weights_appear_only_where_the_mask_lives():
+def test_fresh_weights_of_a_replaced_unit_appear_only_where_the_mask_is_true():
     policy = Policy(lambda view, memory: Choice(jnp.array([2])))
     inner = cbp_jax.replace_units(optax.sgd(0.1), UNITS, policy)
     params = apply_mask(PARAMS, MASK)
@@ -205,13 +205,13 @@ def test_dead_weights_that_are_not_0_yet_become_so_in_the_first_update():
     state = tx.init(params)
     updates, _ = tx.update({"w": jnp.ones((2, 2), jnp.bfloat16)}, state, params)
     assert optax.apply_updates(params, updates)["w"].tolist() == [[2.5, 0.0], [0.0, 2.5]]
-    # Gradients may be of less precision than the weights.
+    # Gradients may have less precision than the weights.
     params = {"w": jnp.full((2, 2), 1 / 3)}
     updates, _ = tx.update({"w": jnp.ones((2, 2), jnp.bfloat16)}, tx.init(params), params)
     assert (optax.apply_updates(params, updates)["w"][~mask["w"]] == 0).all()
 
 
-def test_what_is_kept_is_0_at_the_start_too():
+def test_states_of_dead_weights_are_0_from_the_start():
     params, mask = {"w": jnp.ones((2, 2))}, {"w": jnp.array([[True, False], [True, True]])}
     state = masked(optax.chain(cbp_jax.add_l2_init(0.1), optax.adagrad(0.1)), mask).init(params)
     assert state[0].initial["w"].tolist() == [[1, 0], [1, 1]]
@@ -225,15 +225,15 @@ def test_a_full_mask_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_part_of_the_params():
-    """What `optax.masked` or `optax.partition` hide has no place in the state."""
+def test_a_mask_on_some_of_the_params():
+    """Parameters that `optax.masked` or `optax.partition` hide have no state."""
     labels = {"a": "adam", "b": "adam", "c": "sgd"}
     tx = optax.partition({"adam": masked(optax.adam(0.01), MASK), "sgd": optax.sgd(0.01)}, labels)
     params, _ = train(tx, PARAMS, 3)
     assert (params["a"]["w"][~MASK["a"]["w"]] == 0).all() and (params["c"] != 0).all()
 
 
-def test_arrays_that_are_left_out_of_pruning_train_as_a_whole():
+def test_arrays_that_are_not_pruned_train_completely():
     mask = prune(PARAMS, full_mask(PARAMS, ["a", "c"]), 0.5)
     assert mask["b"]["w"].shape == ()
     params, _ = train(masked(cbp_jax.adam(0.01), mask), apply_mask(PARAMS, mask), 5)

@@ -45,12 +45,12 @@ def test_a_full_mask_is_all_true_and_of_the_params_structure():
         "*/kernel",
     ],
 )
-def test_what_is_not_selected_is_not_pruned(select):
+def test_arrays_that_are_not_selected_are_not_pruned(select):
     mask = full_mask(PARAMS, select)
     for _ in range(3):
         mask = prune(PARAMS, mask, 0.5)
     assert mask["embedding"].all() and mask["dense"]["bias"].all() and mask["norm"]["scale"].all()
-    # 10, 5, 3, 1 and 15, 7, 3, 1: halves that die are rounded to even.
+    # 10, 5, 3, 1 and 15, 7, 3, 1 are left: half of a weight is rounded to even.
     assert density(mask) == np.float32(2 / 25)
     assert (apply_mask(PARAMS, mask)["embedding"] == PARAMS["embedding"]).all()
     other = random_mask_like(mask, 0)
@@ -64,7 +64,7 @@ def test_masks_of_an_nnx_state():
     assert int((leaves_by_path(apply_mask(state, mask))["kernel"] == 0).sum()) == 3
 
 
-def test_apply_mask_keeps_dtypes_and_what_is_not_finite_elsewhere():
+def test_apply_mask_keeps_dtypes_and_living_weights_that_are_not_finite():
     params = {"w": jnp.array([[jnp.inf, jnp.nan], [-2.0, 3.0]], jnp.bfloat16), "n": jnp.arange(3)}
     mask = {"w": jnp.array([[False, False], [True, False]]), "n": jnp.array([True, False, True])}
     found = apply_mask(params, mask)
@@ -74,7 +74,7 @@ def test_apply_mask_keeps_dtypes_and_what_is_not_finite_elsewhere():
     assert isinstance(tuples, tuple) and tuples[0].tolist() == [[1, 0]]
 
 
-def test_density_counts_kernels_alone():
+def test_density_counts_only_kernels():
     mask = random_mask(0)
     kernels = [leaf for leaf in jax.tree.leaves(mask) if leaf.ndim >= 2]
     living, total = sum(int(leaf.sum()) for leaf in kernels), sum(leaf.size for leaf in kernels)
@@ -92,7 +92,7 @@ def test_overlap_is_jaccard(seeds, shares):
     assert 0 <= found.chance <= 1
 
 
-def test_chance_is_what_random_masks_have_in_common():
+def test_overlap_by_chance_is_that_of_random_masks():
     big = {"a": jnp.ones((40, 50)), "b": jnp.ones((30, 20)), "c": jnp.ones(30)}
     mask = prune(big, full_mask(big), 0.7, rates={"b": 0.5})
     keys = jax.random.split(jax.random.key(0), 40)
@@ -130,7 +130,7 @@ def test_random_masks():
         ({"w": jnp.ones((1, 1), bool)}, r"mask of 'w' must be of its shape \(2, 2\)"),
     ],
 )
-def test_masks_of_other_things(mask, message):
+def test_masks_that_do_not_fit_the_params(mask, message):
     params = {"w": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match=message):
         apply_mask(params, mask)

@@ -16,7 +16,7 @@ KERNELS = [name for name, shape in SHAPES.items() if len(shape) >= 2]
 
 
 def numpy_prune(params, mask, fraction, scope="layer", rates=None, score=None):
-    """By a stable sort of (score, position), leaf by leaf or all kernels of one factor together."""
+    """Prune by a stable sort of (score, position), leaf by leaf or over all kernels with the same factor."""
     names = [name for name in sorted(params) if np.ndim(params[name]) >= 2]
     factor = {name: (rates or {}).get(name, 1.0) for name in names}
     pools = {}
@@ -36,7 +36,7 @@ def numpy_prune(params, mask, fraction, scope="layer", rates=None, score=None):
 
 
 def random_tree(seed, values):
-    """Weights with many ties and zeros among them."""
+    """Draw weights with many ties and zeros."""
     rng = np.random.default_rng(seed)
     return {name: rng.choice(np.asarray(values, np.float32), shape) for name, shape in SHAPES.items()}
 
@@ -79,8 +79,8 @@ def test_against_numpy(seed, values, share, fraction, scope, rated):
 @settings(max_examples=40)
 @given(data=st.data())
 def test_random_trees(data):
-    """Whatever the tree, shapes, dtypes, fraction and scores: counts, nesting, order."""
-    # Few shapes, each of which is compiled.
+    """For any tree, shapes, dtypes, fraction and scores: counts, nesting and order are right."""
+    # There are few shapes, because each one is compiled.
     shape = st.sampled_from([(), (3,), (1, 1), (4, 3), (2, 3, 2)])
     shapes = data.draw(st.lists(shape, min_size=1, max_size=3))
     assume(any(len(shape) >= 2 for shape in shapes))
@@ -117,8 +117,8 @@ def test_random_trees(data):
 
 @settings(max_examples=200)
 @given(alive=st.integers(1, 3000), fraction=st.one_of(st.floats(0, 0.999), st.integers(0, 99).map(lambda n: n / 100)))
-def test_counts_are_python_s_to_the_last_one(alive, fraction):
-    """Halves too: 0.3 * 5 is 1.5 in float64, which rounds to 2."""
+def test_counts_equal_those_of_python(alive, fraction):
+    """This includes halves: 0.3 * 5 is 1.5 in float64, which rounds to 2."""
     assert int(rounded_count(fraction, jnp.int32(alive))) == round(fraction * alive)
 
 
@@ -128,7 +128,7 @@ def test_counts_of_many_weights():
             assert int(rounded_count(fraction, jnp.int32(alive))) == round(fraction * alive)
 
 
-def test_ties_die_by_position_and_the_dead_count_nowhere():
+def test_ties_are_pruned_by_position_and_dead_weights_do_not_count():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 2))}
     mask = {"a": jnp.array([[False, True, True], [True, True, True]]), "b": jnp.ones((2, 2), bool)}
     found = prune(params, mask, 0.4)
@@ -139,15 +139,15 @@ def test_ties_die_by_position_and_the_dead_count_nowhere():
     assert found["b"].tolist() == [[False, True], [True, True]]
 
 
-def test_dead_weights_of_any_size_stay_dead_and_take_nobody_s_place():
+def test_dead_weights_of_any_size_stay_dead_and_are_not_counted():
     params = {"w": jnp.array([[0.0, 9.0, 1.0, 2.0, jnp.nan, 3.0]])}
     mask = {"w": jnp.array([[False, False, True, True, True, True]])}
     assert prune(params, mask, 0.5)["w"].tolist() == [[False, False, False, False, True, True]]
-    assert prune(params, mask, 0.75)["w"].tolist() == [[False, False, False, False, True, False]]  # nan is infinite
+    assert prune(params, mask, 0.75)["w"].tolist() == [[False, False, False, False, True, False]]  # NaN counts as inf
 
 
-def test_the_paper_s_rates():
-    """LeNet-300-100: 20% a round, 10% of the output layer; the densities of its figures."""
+def test_rates_of_the_paper():
+    """LeNet-300-100: 20% per round, 10% of the output layer, and the densities of the paper's figures."""
     rng = np.random.default_rng(0)
     params = {"params": {f"Dense_{n}": {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
               for n, shape in enumerate([(784, 300), (300, 100), (100, 10)])}}  # fmt: skip
@@ -174,7 +174,7 @@ def test_rates_are_by_pattern_of_a_layer_or_a_kernel():
         assert left(rates={pattern: 0.5}) == [6, 8]
     assert left(rates={"net": 2.0, "net/b": 0.0}) == [2, 10]  # the last that matches
     assert left(rates={"net/b": 0.0, "net": 2.0}) == [2, 2]
-    # Kernels of a factor are compared with each other.
+    # Kernels with the same factor are compared with each other.
     assert left(rates={"net/b": 0.5}, scope="global") == [6, 8]
     assert left(rates={"net/b": 0.0}, scope="global") == [6, 10]
 

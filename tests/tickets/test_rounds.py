@@ -56,7 +56,7 @@ find = functools.partial(iterative_magnitude_pruning, TRAIN, PARAMS)
 
 
 def numpy_tickets(rounds, fraction, rates, rewind_step):
-    """The same in float64, spelled out."""
+    """Compute the same in float64, step by step."""
     theta = {name: np.asarray(leaf, np.float64) for name, leaf in PARAMS.items()}
     mask = {name: np.ones(leaf.shape, bool) for name, leaf in theta.items()}
     for number in range(rounds):
@@ -114,7 +114,7 @@ def test_one_round_is_one_shot_pruning():
     jax.tree.map(np.testing.assert_array_equal, ticket.mask, expected)
 
 
-def test_it_goes_on_from_a_mask():
+def test_rounds_continue_from_a_mask():
     first, second = find(rounds=2)
     (again,) = find(rounds=1, mask=first.mask)
     jax.tree.map(np.testing.assert_array_equal, again.mask, second.mask)
@@ -122,7 +122,7 @@ def test_it_goes_on_from_a_mask():
 
 
 @pytest.mark.parametrize("rewind_step", [0, KEPT])
-def test_lanes_are_what_each_is_alone(rewind_step):
+def test_lanes_equal_their_solo_runs(rewind_step):
     keys = jax.random.split(jax.random.key(0), 3)
     params = jax.vmap(init)(keys)
     together = list(iterative_magnitude_pruning(TRAIN, params, rounds=3, rewind_step=rewind_step, lanes=True))
@@ -150,7 +150,7 @@ def test_the_whole_search_may_be_traced():
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b), masks, mask)
 
 
-def test_training_of_one_s_own():
+def test_a_users_training_function():
     calls = []
 
     def train(params, mask, step):
@@ -163,7 +163,7 @@ def test_training_of_one_s_own():
     jax.tree.map(np.testing.assert_array_equal, found[1].mask, expected)
 
 
-def test_movement_as_score():
+def test_movement_as_the_score():
     score = lambda path, w: jnp.abs(w - PARAMS[path])
     (ticket,) = find(rounds=1, fraction=0.5, score=score)
     moved = {name: np.abs(np.asarray(ticket.trained[name] - PARAMS[name])) for name in ("w1", "w2")}
@@ -204,7 +204,7 @@ def test_a_ticket_of_a_network_trained_by_continual_backpropagation():
         ({"rewind_step": -1}, "rewind_step must be at least 0, got -1"),
     ],
 )
-def test_bad_input_is_told_before_training(settings, message):
+def test_bad_input_is_reported_before_training(settings, message):
     def train(params, mask, step):
         raise AssertionError("it has trained")
 
@@ -213,7 +213,7 @@ def test_bad_input_is_told_before_training(settings, message):
         iterative_magnitude_pruning(train, PARAMS, **{"rounds": 1, **settings})
 
 
-def test_steps_that_were_not_kept_by_a_training_of_one_s_own():
+def test_steps_that_a_users_training_function_did_not_keep():
     train = lambda params, mask, step: Trained(params, {3: params})
     with pytest.raises(ValueError, match=r"rewind_step must be one of the steps that training keeps, \(3,\), got 2"):
         next(iterative_magnitude_pruning(train, PARAMS, rounds=1, rewind_step=2))

@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def network(net, *shape):
-    """Random variables, an input, and the units."""
+    """Return random variables, an input, and the units."""
     x = jnp.asarray(RNG.normal(size=(3, *shape)), jnp.float32)
     variables = jax.tree.map(
         lambda leaf: jnp.asarray(RNG.uniform(0.2, 1.0, leaf.shape) * RNG.choice([1, 1, -1], leaf.shape), jnp.float32),
@@ -26,7 +26,7 @@ def network(net, *shape):
 
 
 def some(units, counts):
-    """So many units of each group, at random."""
+    """Choose so many units of each group at random."""
     return {
         group.name: jnp.asarray(RNG.permutation(group.size) < count) for group, count in zip(units, counts, strict=True)
     }
@@ -38,14 +38,14 @@ def assert_same_outputs(net, smaller, variables, x, units, keep):
     small = shrink_params(variables, units, keep)
     found = smaller.apply(small, x)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
-    assert (np.abs(np.asarray(net.apply(variables, x)) - expected) > 1e-3).any()  # what is gone was not nothing
+    assert (np.abs(np.asarray(net.apply(variables, x)) - expected) > 1e-3).any()  # removed units mattered
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert size(small) < size(variables)
     return small
 
 
 def test_a_multilayer_perceptron():
-    net = nets.MLP((8, 6), 3, activation="sigmoid")  # which is not 0 at 0
+    net = nets.MLP((8, 6), 3, activation="sigmoid")  # its activation is not 0 at 0
     variables, x, units = network(net, 5)
     small = assert_same_outputs(
         net, nets.MLP((5, 2), 3, activation="sigmoid"), variables, x, units, some(units, (5, 2))
@@ -68,7 +68,7 @@ def test_a_residual_network_with_running_statistics():
     keep = some(units, [3 if group.size == 4 else 4 for group in units])
     small = assert_same_outputs(net, nets.ResNet(3, widths=(3, 4), blocks=(1, 1)), variables, x, units, keep)
     assert small["batch_stats"]["stem_norm"]["mean"].shape == (3,)
-    # The same where they are no part of the params.
+    # The same if statistics are not part of the params.
     apply = lambda params, stats, x: net.apply({"params": params, "batch_stats": stats}, x)
     params, stats = variables["params"], variables["batch_stats"]
     apart = cbp_jax.discover_units(apply, params, stats, x)
@@ -78,7 +78,7 @@ def test_a_residual_network_with_running_statistics():
 
 
 def attention(params, x):
-    """Bare heads, whose number the function takes from its parameters."""
+    """Compute attention by hand; the number of heads is that of its parameters."""
     query, key, value = (jnp.einsum("btd,dhk->bthk", x, params[name]) for name in "qkv")
     weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", query, key))
     return jnp.einsum("bhts,bshk,hkd->btd", weights, value, params["o"])
@@ -104,7 +104,7 @@ def test_attention_heads():
 @given(data=st.data())
 @pytest.mark.slow
 def test_random_networks(data):
-    """Layers of any sizes, concatenated inputs, any units gone."""
+    """Networks with layers of any size and concatenated inputs, from which any units are removed."""
     sizes = data.draw(st.tuples(*[st.integers(2, 4)] * 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -132,7 +132,7 @@ VARIABLES, X, UNITS = network(NET, 5)
 NAMES = [group.name for group in UNITS]
 
 
-def test_units_of_least_utility_go_exactly_so_many():
+def test_exactly_the_given_fraction_of_units_of_least_utility_is_pruned():
     utility = {NAMES[0]: jnp.array([3.0, 1, 1, 1, 9, 0, 1, 2]), NAMES[1]: jnp.array([5.0, 4, 3, 2, 1, 0])}
     keep = prune_units(VARIABLES, UNITS, 0.5, utility=utility)
     assert keep[NAMES[0]].tolist() == [True, False, False, False, True, False, True, True]
@@ -177,7 +177,7 @@ def test_under_vmap():
         jax.tree.map(lambda a, b, row=row: np.testing.assert_array_equal(a[row], b), together, alone)
 
 
-def test_training_under_a_mask_of_units_and_cutting_them_out_afterwards():
+def test_training_under_a_mask_of_units_and_removing_them_afterwards():
     keep = prune_units(VARIABLES, UNITS, 0.5)
     mask = unit_mask(VARIABLES, UNITS, keep)
     assert jax.tree.structure(mask) == jax.tree.structure(full_mask(VARIABLES))

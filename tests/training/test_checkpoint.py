@@ -13,7 +13,7 @@ from cbp_jax.training import Checkpoint, TrainState, checkpoint
 
 
 def state_of(scale=1.0, width=3):
-    """Two lanes of what runs keep: named tuples in chains, empty states, keys, counts, and several types."""
+    """Make the state of two lanes: named tuples in chains, empty states, keys, counts, and several dtypes."""
     params = {"params": {"Dense_0": {"kernel": scale * np.arange(2 * width, dtype=np.float32).reshape(2, width)}}}
     moments = optax.ScaleByAdamState(np.array([3, 4], np.int32), params, params)
     noise = {"key": np.array([[1, 2], [3, 2**32 - 1]], np.uint32), "mask": np.array([True, False])}
@@ -28,7 +28,7 @@ def never():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time stands still, but for what is added to `clock.now`."""
+    """Stop the clock; tests advance it by adding to `clock.now`."""
     time = types.SimpleNamespace(now=100.0, monotonic=lambda: time.now)
     monkeypatch.setattr(checkpoint, "time", time)
     return time
@@ -45,14 +45,14 @@ def test_a_state_comes_back_with_its_structure_types_and_bits(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def test_where_there_is_no_state_a_run_starts_as_it_is(tmp_path):
+def test_without_a_saved_state_a_run_starts_from_its_initial_state(tmp_path):
     none = Checkpoint(tmp_path / "state", "bp")
     like = state_of()
     assert none.tasks == 0 and none.restore(like) is like
-    none.delete()  # nothing, and no error
+    none.delete()  # there is no file, and no error
 
 
-def test_a_file_of_another_name_is_not_read_and_the_next_save_takes_its_place(tmp_path):
+def test_a_state_of_another_name_is_not_restored_and_the_next_save_replaces_it(tmp_path):
     Checkpoint(tmp_path / "state", "bp", every=0.0).save(7, state_of)
     other = Checkpoint(tmp_path / "state", "cbp", every=0.0)
     like = state_of(scale=3.0)
@@ -80,7 +80,7 @@ def test_a_state_of_another_run_is_refused(tmp_path, like, message):
         Checkpoint(tmp_path / "state", "bp").restore(like)
 
 
-def test_a_state_is_saved_when_it_is_time(tmp_path, clock):
+def test_a_state_is_saved_when_it_is_due(tmp_path, clock):
     path, calls = tmp_path / "state", []
     saving = Checkpoint(path, "bp", every=30.0, before=lambda: calls.append(path.exists()))
     clock.now += 29.0
@@ -92,7 +92,7 @@ def test_a_state_is_saved_when_it_is_time(tmp_path, clock):
     saving.save(3, never)
     clock.now += 1.0
     saving.save(4, lambda: state_of(scale=2.0))
-    # Results are brought to disk before the state is, so that they are never behind it.
+    # Results are saved before the state, so that they are never behind it.
     assert calls == [False, True]
     found = Checkpoint(path, "bp")
     assert found.tasks == 4
@@ -100,7 +100,7 @@ def test_a_state_is_saved_when_it_is_time(tmp_path, clock):
     np.testing.assert_array_equal(kernel, state_of(scale=2.0).params["params"]["Dense_0"]["kernel"])
 
 
-def test_saves_take_a_twentieth_of_the_time_at_most(tmp_path, clock):
+def test_saves_take_at_most_a_twentieth_of_the_time(tmp_path, clock):
     def slow():
         clock.now += 5.0
         return state_of()
@@ -115,11 +115,11 @@ def test_saves_take_a_twentieth_of_the_time_at_most(tmp_path, clock):
     every_task = Checkpoint(tmp_path / "state", "bp", every=0.0)
     for task in (1, 2):
         every_task.save(task, slow)
-    assert Checkpoint(tmp_path / "state", "bp").tasks == 2  # who asks for every task gets every task
+    assert Checkpoint(tmp_path / "state", "bp").tasks == 2  # with every=0, every task is saved
 
 
 @pytest.mark.parametrize("broken", ["before", "state", "write"])
-def test_a_save_that_is_broken_off_leaves_the_last_state(tmp_path, monkeypatch, broken):
+def test_an_interrupted_save_leaves_the_last_state(tmp_path, monkeypatch, broken):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -159,7 +159,7 @@ def flipped(content, at):
     ],
     ids=["bit", "last bits", "checksum", "head", "cut", "cut short", "empty", "text", "foreign", "no checksum"],
 )
-def test_a_damaged_or_foreign_file_is_refused_with_the_way_out_and_left_as_it_is(tmp_path, damage, reason):
+def test_a_damaged_or_foreign_file_is_kept_and_the_error_says_what_to_do(tmp_path, damage, reason):
     path = tmp_path / "state"
     Checkpoint(path, "bp", every=0.0).save(7, state_of)
     path.write_bytes(damage(path.read_bytes()))
@@ -172,16 +172,16 @@ def test_a_damaged_or_foreign_file_is_refused_with_the_way_out_and_left_as_it_is
     assert path.read_bytes() == damaged
 
 
-def test_a_state_is_of_no_use_without_what_it_needs(tmp_path):
+def test_a_state_is_refused_without_the_results_that_it_needs(tmp_path):
     path = tmp_path / "state"
     Checkpoint(path, "bp", every=0.0, needs=lambda tasks: b"results of %d" % tasks).save(7, state_of)
     assert Checkpoint(path, "bp", needs=lambda tasks: b"results of 7").tasks == 7
     assert Checkpoint(path, "cbp", needs=lambda tasks: b"others").tasks == 0  # of other methods
-    with pytest.raises(ValueError, match=f"{path}: the results beside it are not those of its 7 tasks"):
+    with pytest.raises(ValueError, match=f"{path}: the results next to it are not those of its 7 tasks"):
         Checkpoint(path, "bp", needs=lambda tasks: b"others")
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_state(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_the_last_state(tmp_path):
     path = tmp_path / "state"
     saving = Checkpoint(path, "bp", every=0.0)
     saving.save(1, state_of)
@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_state(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state"] and Checkpoint(path, "bp").tasks == 1
 
 
-def test_deleting_leaves_nothing_not_even_what_a_kill_left_of_a_save(tmp_path):
+def test_deleting_also_removes_files_of_an_interrupted_save(tmp_path):
     saving = Checkpoint(tmp_path / "state", "bp", every=0.0)
     saving.save(1, state_of)
     (tmp_path / ".state.part").write_bytes(b"half of a file")

@@ -29,7 +29,7 @@ def wrap(name, units):
     inner = optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9))
     return {
         "sgd": inner,
-        "adam": cbp_jax.adam(0.1),  # a count for each weight
+        "adam": cbp_jax.adam(0.1),  # has a count for each weight
         "cbp": cbp_jax.continual_backprop(inner, units, maturity_threshold=0),
         "shrink_and_perturb": cbp_jax.shrink_and_perturb(inner, 0.1, 0.1),
         "multi_steps": optax.MultiSteps(inner, 3).gradient_transformation(),
@@ -37,7 +37,7 @@ def wrap(name, units):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "cbp", "shrink_and_perturb", "multi_steps"])
-def test_the_head_starts_anew_and_nothing_else_changes(network, name):
+def test_only_the_head_is_reset(network, name):
     params, units, features = network
     tx = optax.with_extra_args_support(wrap(name, units))
     params = jax.tree.map(lambda leaf: leaf + 1, params)
@@ -73,7 +73,7 @@ def test_a_path_that_ends_like_another_is_not_mistaken_for_it():
         assert not tree["head"].any() and tree["torso"]["head"].all()
 
 
-def test_output_layers_are_found_or_named(network):
+def test_output_layers_are_found_or_given(network):
     params, units, _ = network
     assert output_layers(units) == (HEAD,)
     with pytest.raises(ValueError, match="no layer was found that makes the network's output; name it instead"):
@@ -82,7 +82,7 @@ def test_output_layers_are_found_or_named(network):
         reset_layers(optax.sgd(0.1), params, optax.sgd(0.1).init(params), ["params/Dense_2"])
 
 
-def test_a_run_is_what_a_plain_loop_makes_of_it():
+def test_a_run_equals_a_plain_loop():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4, dtype=np.int32), 8)
     images = (rng.integers(0, 150, (32, 2, 2, 1)) + 25 * labels[:, None, None, None]).astype(np.uint8)
@@ -110,7 +110,7 @@ def test_a_run_is_what_a_plain_loop_makes_of_it():
     for index in range(2):
         state, measures = task(problem.data, state)
         batches, evaluation, test = jax.tree.map(np.asarray, show(problem.data, problem_key, index))
-        hidden = forward(params, evaluation)[0].mean(0)  # before the task; not negative
+        hidden = forward(params, evaluation)[0].mean(0)  # before the task; activations are not negative
         for tree in (params, trace):
             tree["Dense_1"] = jax.tree.map(np.zeros_like, tree["Dense_1"])
         losses = []
@@ -119,7 +119,7 @@ def test_a_run_is_what_a_plain_loop_makes_of_it():
             losses.append(loss)
             trace = jax.tree.map(lambda t, g: 0.5 * t + g, trace, grads)
             params = jax.tree.map(lambda p, t: p - 0.3 * t, params, trace)
-        assert losses[0] == pytest.approx(np.log(2))  # of a head of zeros
+        assert losses[0] == pytest.approx(np.log(2))  # with a head of zeros
         outputs = forward(params, test[0])[1]
         expected = {
             "loss": np.mean(losses),
@@ -135,7 +135,7 @@ def test_a_run_is_what_a_plain_loop_makes_of_it():
 
 
 class Flat:
-    """A network of images that sees them as vectors."""
+    """A network that flattens images."""
 
     def __init__(self, net):
         self.net = net

@@ -60,8 +60,8 @@ def test_the_step_size_falls_as_in_the_paper():
 
 
 @pytest.mark.slow
-def test_a_run_is_what_a_plain_loop_makes_of_it(problem, carried):
-    """Two increments: outputs of unseen classes left out, statistics carried, best weights kept, momentum going on."""
+def test_a_run_equals_a_plain_loop(problem, carried):
+    """Two increments: unseen classes are left out, statistics and momentum carried over, and the best weights kept."""
     state, task_fn = carried
     net = nets.ResNet(CLASSES, (4,), (1,))
     params_key, problem_key, _, _ = jax.random.split(jax.random.key(0), 4)
@@ -73,7 +73,7 @@ def test_a_run_is_what_a_plain_loop_makes_of_it(problem, carried):
     def step(params, stats, trace, x, y, classes, step_size):
         def loss(params):
             outputs, new = net.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            logits = outputs[:, classes]  # of the classes that are there, in their order
+            logits = outputs[:, classes]  # only of the current classes, in their order
             place = jnp.argmax(classes == y[:, None], 1)
             return optax.softmax_cross_entropy_with_integer_labels(logits, place).mean(), new["batch_stats"]
 
@@ -111,10 +111,10 @@ def test_a_run_is_what_a_plain_loop_makes_of_it(problem, carried):
         assert measures["replaced_units"] == 0
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-2, atol=2e-3)
         jax.tree.map(close, state.params, {"params": params, "batch_stats": stats})
-        # The next increment starts from the same, lest rounding adds up.
+        # The next increment starts from the tested values, so that rounding errors do not add up.
         params, stats = state.params["params"], state.params["batch_stats"]
         trace = optax.tree.get(state.opt_state, "trace")["params"]
-    assert best[2] < EPOCHS - 1, "the best epoch is the last: the test could not tell early stopping from none"
+    assert best[2] < EPOCHS - 1, "the best epoch is the last, so early stopping is not tested"
 
 
 def test_networks_are_measured_before_each_increment_on_classes_to_come(problem, carried):
@@ -137,11 +137,11 @@ def test_networks_are_measured_before_each_increment_on_classes_to_come(problem,
 
 
 @pytest.mark.slow
-def test_statistics_of_replaced_channels_start_anew(problem):
+def test_statistics_of_replaced_channels_are_reset(problem):
     text = "cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=1,maturity_threshold=0"
     state, task_fn = start_and_task(problem, text, early_stopping=False)
     state, measures = task_fn(state)
-    # With a rate of 1 all channels are replaced in every update, the last one too.
+    # With a rate of 1, all channels are replaced in every update, including the last one.
     units = sum(mask.size for mask in jax.tree.leaves(state.opt_state.replaced))
     assert all(mask.all() for mask in state.opt_state.replaced.values())
     assert measures["replaced_units"] == units * EPOCHS * 3
@@ -151,7 +151,7 @@ def test_statistics_of_replaced_channels_start_anew(problem):
 
 
 @pytest.mark.parametrize("reset", ["head", "network"])
-def test_what_is_reset_is_drawn_anew_before_each_increment_but_the_first(problem, reset):
+def test_resets_draw_new_weights_before_each_increment_but_the_first(problem, reset):
     method = parse_method(f"l2:step_size=0.3,momentum=0.9,reset={reset}")
     learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES, network=tiny_resnet)
     params = jax.jit(learner.init)(jax.random.key(0))
@@ -171,7 +171,7 @@ def test_what_is_reset_is_drawn_anew_before_each_increment_but_the_first(problem
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
-def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_path):
+def test_an_interrupted_run_resumes_exactly(problem, tmp_path):
     method = parse_method("cbp:step_size=0.1,momentum=0.9,l2=5e-4,replacement_rate=0.1,maturity_threshold=2")
     learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES, network=tiny_resnet)
     numbers = {name: np.full(2, value, np.float32) for name, value in method.hyperparameters.items()}
@@ -184,25 +184,25 @@ def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(problem, tmp_pat
     whole, broken_off = list(run("whole")), run("broken off")
     for _ in range(2):
         next(broken_off)
-    broken_off.close()  # the second increment is done, and its state is not on disk
+    broken_off.close()  # the second increment is finished, but its state is not saved
     (last,) = run("broken off")
     for name, values in last.items():
         np.testing.assert_array_equal(values, whole[1][name], name)
     assert (tmp_path / "broken off").read_bytes() == (tmp_path / "whole").read_bytes()
-    # Lanes differ, and there was something to forget: units replaced in both increments, by utilities and ages.
+    # Lanes differ, and units were replaced in both increments, so that utilities and ages matter.
     assert all((row["replaced_units"] > 0).all() for row in whole) and len(set(last["loss"])) == 2
 
 
 @pytest.mark.slow
 def test_the_last_hidden_layer_is_the_last_in_forward_order():
-    """Of more than ten layers the last by name is another; and ranks are of what has no positions."""
+    """With more than ten layers, the last by name is another one. Ranks need features without positions."""
     method = parse_method("bp")
     deep = make_learner([method], (2,) * 10 + (5,), "tanh", (4,), CLASSES)
     state = init_state(deep, 0, {"step_size": 0.1})
     x = jnp.ones((3, 4))
     found = increments._measure(deep, state.params, x, 0.01)
     assert deep.units[-1].size == 5
-    np.testing.assert_allclose(found["stable_rank"], 1 / 5)  # of one example thrice the rank is 1
+    np.testing.assert_allclose(found["stable_rank"], 1 / 5)  # three copies of one example have rank 1
     images = jnp.ones((3, 6, 6, 1))
     network = "convnet:channels=(3,),kernel_sizes=(3,)"
     convolutional = make_learner([method], (), "relu", images.shape[1:], CLASSES, network=network)

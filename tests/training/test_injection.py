@@ -14,7 +14,7 @@ HEAD = ("Dense_1", "Dense_2")
 
 @pytest.fixture(scope="module")
 def stream():
-    """A learner's state before task 1, and after it was begun, with predictions and an update of gradients of 1."""
+    """Return a learner's state before and after the start of task 1, predictions, and an update with gradients of 1."""
     method = parse_method("injection:step_size=0.01,inject_at=1")
     learner = make_learner([method], (6, 5), "relu", (PIXELS,), CLASSES)
     numbers = {name: jnp.float32(value) for name, value in method.hyperparameters.items()}
@@ -36,7 +36,7 @@ def stream():
     return learner, go, x
 
 
-def test_before_the_task_it_is_the_network_alone(stream):
+def test_before_the_task_nothing_is_injected(stream):
     _, go, x = stream
     before, params, _, _, outputs = go(jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, before, params)
@@ -46,10 +46,10 @@ def test_before_the_task_it_is_the_network_alone(stream):
         h = np.maximum(h, 0) if number < 2 else h
     np.testing.assert_allclose(outputs[0][0], h, rtol=1e-5, atol=1e-5)
     assert outputs[0][1]["params/Dense_1"].shape == (5, 5)
-    assert list(weights_of(params)) == ["params"]  # frozen heads are no weights to be measured
+    assert list(weights_of(params)) == ["params"]  # frozen heads are not measured as weights
 
 
-def test_at_the_task_outputs_stay_and_a_fresh_head_learns(stream):
+def test_at_the_task_outputs_are_unchanged_and_a_fresh_head_learns(stream):
     _, go, _ = stream
     before, params, opt_state, after, outputs = go(jnp.int32(1))
     np.testing.assert_allclose(outputs[0][0], outputs[1][0], rtol=1e-4, atol=1e-4)
@@ -63,16 +63,16 @@ def test_at_the_task_outputs_stay_and_a_fresh_head_learns(stream):
             np.testing.assert_array_equal(frozen[0], before["params"][layer]["kernel"])
             np.testing.assert_array_equal(frozen[1], params["params"][layer]["kernel"])
         mu = np.asarray(opt_state[0].mu["params"][layer]["kernel"])
-        assert mu.any() == (layer not in HEAD)  # what Adam knew of the old head is not of the new one
+        assert mu.any() == (layer not in HEAD)  # Adam's moments of the old head do not apply to the new one
         assert not np.array_equal(params["params"][layer]["kernel"], after["params"][layer]["kernel"])
     jax.tree.map(np.testing.assert_array_equal, params["injection"], after["injection"])
 
 
-def test_what_cannot_be_injected_into_is_refused():
+def test_networks_that_cannot_take_an_injection_are_refused():
     make = lambda text, **given: make_learner([parse_method(text)], (5,), "relu", (PIXELS,), CLASSES, **given)
-    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that starts anew"):
+    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that is reset"):
         make("injection", reset_head=True)
-    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that starts anew"):
+    with pytest.raises(ValueError, match="nothing can be injected into a network with a head that is reset"):
         make("injection:reset=head")
     with pytest.raises(ValueError, match="the head has 3 layers, and the network has 1 hidden layers"):
         make("injection:head_layers=3")

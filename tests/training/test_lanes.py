@@ -12,7 +12,7 @@ MODES = ("vmap", "map")
 
 
 def work(shared, lane, offset):
-    """Whole numbers, so that results are the same to the last bit however they are computed; and a lane's noise."""
+    """Compute with integers, so that results are equal to the last bit in any program; add noise for each lane."""
     product = shared @ lane["weights"] + offset
     noise = jax.random.uniform(jax.random.wrap_key_data(lane["key"]))
     return {"product": product, "noise": noise}
@@ -38,7 +38,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_lane_is_what_it_is_alone(mode):
+def test_every_lane_equals_its_solo_run(mode):
     shared, lane, offset = arguments(3)
     together, _ = run(Lanes(3, mode), shared, lane, offset)
     assert together["product"].shape == (3, 3, 2) and together["noise"].shape == (3,)
@@ -59,14 +59,14 @@ def test_map_runs_a_lane_of_a_device_at_a_time_and_vmap_all_in_one_call():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_lanes_that_wait_on_the_host_give_the_same_by_one_program(mode):
+def test_lanes_that_wait_on_the_host_give_the_same_results_with_one_program(mode):
     every = arguments(7)
     together, _ = run(Lanes(7, mode, jax.devices()[:1]), *every)
     lanes = Lanes(7, mode, jax.devices()[:1], at_once=3)
     in_batches, out = run(lanes, *every)
     assert_same(together, in_batches)
     assert {len(chunk["noise"]) for chunk in out} == ({3} if mode == "vmap" else {1})
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(out))  # no device holds them
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(out))  # they are not on a device
     assert len(Lanes(8, "vmap", jax.devices()[:1], at_once=5).scatter(np.arange(8))) == 2
     traces = []
     step = lanes.jit(lambda shared, lane: traces.append(None) or shared * lane, donate_lane=0)
@@ -85,7 +85,7 @@ def test_all_calls_share_one_compilation():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_donated_argument_is_given_up_and_no_other(mode):
+def test_only_the_donated_argument_is_deleted(mode):
     lanes = Lanes(2, mode)
     step = lanes.jit(lambda shared, kept, given: given + shared * kept, donate_lane=1)
     shared, kept, given = lanes.share(jnp.float32(2)), lanes.scatter(jnp.ones(2)), lanes.scatter(jnp.zeros(2))
@@ -114,7 +114,7 @@ def test_arrays_of_another_length_are_refused(rows):
 
 
 def check_two_devices():
-    """Runs in a process of its own, because the number of devices is fixed when JAX starts."""
+    """Run in a separate process, because the number of devices is fixed when JAX starts."""
     first, second = jax.devices()
     for count in (1, 3):
         for mode in MODES:
@@ -123,13 +123,13 @@ def check_two_devices():
             two, out = run(lanes, *arguments(count))
             assert_same(one, two)
             assert two["noise"].shape == (count,)
-            # Equal shares, and a device that would have no lane is not used.
+            # Devices have equal shares, and a device without a lane is not used.
             shares = {device: 0 for device in lanes.mesh.devices}
             for chunk in out:
                 for shard in chunk["noise"].addressable_shards:
                     shares[shard.device] += shard.data.shape[0]
             assert shares == ({first: 1} if count == 1 else {first: 2, second: 2}), (mode, count, shares)
-    # The lane that fills up repeats the last one, so that it meets no numbers that the user did not give.
+    # The padding lane repeats the last one, so that it has no settings that the user did not give.
     filled = [np.asarray(chunk).tolist() for chunk in Lanes(3, "map").scatter(jnp.array([5.0, 6.0, 7.0]))]
     assert filled == [[5.0, 6.0], [7.0, 7.0]]
     assert [len(chunk) for chunk in Lanes(7, "vmap", at_once=3).scatter(jnp.arange(7.0))] == [2, 2, 2, 2]
@@ -140,7 +140,7 @@ def check_two_devices():
 
 
 @pytest.mark.slow
-def test_two_devices_share_the_lanes_and_give_the_same():
+def test_two_devices_share_the_lanes_and_give_the_same_results():
     script = f"""
 import jax, runpy
 jax.config.update("jax_platforms", "cpu")
@@ -150,8 +150,8 @@ runpy.run_path({__file__!r})["check_two_devices"]()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_lanes_have_the_cores_for_themselves():
-    """The threads of OpenBLAS wait by spinning; while lanes run there is one, and then as many as before."""
+def test_threads_of_openblas_leave_the_cores_to_the_lanes():
+    """OpenBLAS's threads spin while they wait. While lanes run there is only one, and afterwards as many as before."""
     import scipy.linalg.cython_lapack  # noqa: F401
     import threadpoolctl
 

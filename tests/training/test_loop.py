@@ -28,7 +28,7 @@ OF_UPDATES = (
     *("plasticity", "gradient_l0", "gradient_l1", "gradient_l2"),
     *("weight_rank", "weight_effective_rank", "weight_sparsity", "weight_l1", "weight_l2"),
 )
-EVERY = 5  # of the 12 updates of a task the 5th and the 10th are measured
+EVERY = 5  # of the 12 updates of a task, the 5th and the 10th are measured
 LANES = ((0, HIGH), (1, HIGH), (0, LOW))
 
 
@@ -44,7 +44,7 @@ def tiny_learner(problem, methods):
 
 
 def run_lanes(mode="auto"):
-    """{measure: [tasks, lanes]} of all lanes in one run."""
+    """Run all lanes and return {measure: [tasks, lanes]}."""
     problem = tiny_problem()
     stream = run_tasks(
         tiny_learner(problem, [HIGH, LOW]),
@@ -61,7 +61,7 @@ def run_lanes(mode="auto"):
 
 @pytest.fixture
 def quick_compilation():
-    """Halves the time of compiling; what is computed stays the same within rounding."""
+    """Compile twice as fast; results stay the same within rounding."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -79,7 +79,7 @@ def together():
 
 @pytest.fixture(scope="module")
 def alone(problem):
-    """One lane without `Lanes`: its initial state and the compiled task. The optimizer is nested in a chain."""
+    """Make one lane without `Lanes`: its initial state and the compiled task. The optimizer is nested in a chain."""
     learner = tiny_learner(problem, [HIGH, LOW])
     nested = learner._replace(optimizer=lambda h, key: optax.chain(learner.optimizer(h, key), optax.identity()))
     start = jax.jit(lambda seed, numbers: init_state(nested, seed, numbers))
@@ -91,7 +91,7 @@ def alone(problem):
 
 
 def reference(problem, seed, make_tx):
-    """The experiment in plain Python; what is measured is computed by NumPy, outside of the training step."""
+    """Run the experiment in plain Python; measures are computed by NumPy, outside of the training step."""
     params_key, problem_key, optimizer_key, _ = jax.random.split(jax.random.key(seed), 4)
     net = nets.MLP(HIDDEN, CLASSES)
     example = jnp.zeros((1, *problem.input_shape))
@@ -197,7 +197,7 @@ def symptoms(params, x):
 
 
 def directly(method):
-    """Continual backpropagation with the method's numbers as they are, no tracers and no bound on replacements."""
+    """Make continual backpropagation with the method's numbers, without tracers and without a bound on replacements."""
 
     def make_tx(units, key):
         numbers = {name: value for name, value in method.hyperparameters.items() if name != "step_size"}
@@ -208,7 +208,7 @@ def directly(method):
 
 
 def assert_is(measured, expected, more=()):
-    """Within rounding of float32; counts, and fractions of a few, to the last."""
+    """Assert equality within rounding of float32, and exactly for counts and small fractions."""
     assert set(measured) == {"accuracy", "loss", "replaced_units", *SYMPTOMS, *more}
     for name, values in measured.items():
         np.testing.assert_allclose(values, expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
@@ -220,29 +220,29 @@ def lane(together, number):
 
 @pytest.fixture(scope="module")
 def expected(problem):
-    """What a plain loop makes of the first lane."""
+    """Run a plain loop for the first lane."""
     seed, method = LANES[0]
     return reference(problem, seed, directly(method))
 
 
-def test_a_lane_is_what_a_plain_loop_makes_of_its_seed_and_numbers(together, expected):
+def test_a_lane_equals_a_plain_loop_with_its_seed_and_numbers(together, expected):
     assert_is(lane(together, 0), expected)
-    # The reference tells measuring before the update from measuring after it, and sees symptoms and replacements.
+    # The reference distinguishes measures before and after an update, and sees dead units and replacements.
     assert np.all(expected["loss"] > expected["loss_after"] + 0.02)
     assert not np.allclose(expected["accuracy"], expected["accuracy_after"], atol=0.01)
     assert np.all(expected["replaced_units"] > 10)
     for name in SYMPTOMS:
-        assert len(set(np.round(expected[name], 6))) > 1, f"{name} stays: it could not tell tasks apart"
+        assert len(set(np.round(expected[name], 6))) > 1, f"{name} is constant: it could not distinguish tasks"
 
 
 def test_a_method_does_not_depend_on_those_it_runs_with(together, problem):
-    # Alone it has a lower bound on replacements, which follows from the largest rate of a grid.
+    # Alone, it has a lower bound on replacements, which depends on the largest rate of a grid.
     seed, method = LANES[2]
     assert_is(lane(together, 2), reference(problem, seed, directly(method)))
 
 
 @pytest.mark.parametrize("number", range(len(LANES)))
-def test_a_lane_is_the_run_of_its_seed_and_numbers_alone(together, alone, number):
+def test_a_lane_equals_its_solo_run(together, alone, number):
     start, task = alone
     state = start(*LANES[number])
     for index in range(TASKS):
@@ -255,7 +255,7 @@ def test_a_lane_is_the_run_of_its_seed_and_numbers_alone(together, alone, number
 def test_lanes_differ(together):
     for other in (1, 2):
         assert not np.allclose(together["loss"][:, 0], together["loss"][:, other], rtol=1e-3)
-    # One seed: the same weights and examples before the first task. A lower rate: fewer replacements.
+    # Lanes of one seed have the same weights and examples before the first task. A lower rate replaces fewer units.
     for name in SYMPTOMS:
         assert together[name][0, 0] == together[name][0, 2]
     assert together["weight_magnitude"][0, 0] != together["weight_magnitude"][0, 1]
@@ -263,14 +263,14 @@ def test_lanes_differ(together):
     assert np.all(together["replaced_units"][:, 2] < together["replaced_units"][:, 0] / 2)
 
 
-def test_vmap_gives_what_map_gives(together, quick_compilation):
-    # Batched products of matrices sum in another order: equal within rounding, not to the last bit.
+def test_vmap_and_map_give_the_same_results(together, quick_compilation):
+    # Batched matrix products sum in another order, so results are equal within rounding, not to the last bit.
     for name, values in run_lanes("vmap").items():
         np.testing.assert_allclose(values, together[name], rtol=2e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.slow  # starts another process; test_lanes.py has two devices too
-def test_two_devices_give_what_one_gives(together, tmp_path):
+@pytest.mark.slow  # starts another process; test_lanes.py tests two devices, too
+def test_two_devices_give_the_same_results_as_one(together, tmp_path):
     script = f"""
 import jax, runpy, numpy
 jax.config.update("jax_platforms", "cpu")
@@ -286,7 +286,7 @@ numpy.savez({str(tmp_path / "two.npz")!r}, devices=len(jax.devices()), **runpy.r
         np.testing.assert_allclose(values, together[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-def test_a_run_goes_on_from_its_state(alone):
+def test_a_run_resumes_from_its_state(alone):
     start, task = alone
     whole, measured = start(0, HIGH), []
     for _ in range(TASKS):
@@ -295,7 +295,7 @@ def test_a_run_goes_on_from_its_state(alone):
 
     half, _ = task(start(0, HIGH))
     leaves, treedef = jax.tree.flatten(half)
-    kept = [np.array(leaf) for leaf in leaves]  # as a checkpoint would hold them: plain arrays
+    kept = [np.array(leaf) for leaf in leaves]  # as in a checkpoint: plain arrays
     assert all(array.dtype.kind in "fiub" for array in kept)
     rest = jax.tree.unflatten(treedef, [jnp.asarray(array) for array in kept])
     for index in range(1, TASKS):
@@ -305,7 +305,7 @@ def test_a_run_goes_on_from_its_state(alone):
 
 
 @pytest.mark.slow
-def test_running_statistics_are_carried_and_those_of_replaced_units_start_anew(quick_compilation):
+def test_running_statistics_are_carried_and_those_of_replaced_units_are_reset(quick_compilation):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 4, 4, 1), dtype=np.uint8)
     problem = label_permuted(
@@ -348,7 +348,7 @@ def test_running_statistics_are_carried_and_those_of_replaced_units_start_anew(q
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(end.params["batch_stats"]))
 
 
-def test_what_follows_the_last_task_is_done_again_where_it_was_stopped(tmp_path):
+def test_a_step_after_the_last_task_is_repeated_if_it_was_interrupted(tmp_path):
     tasks, finished = [], []
 
     def run(finish):
@@ -369,13 +369,13 @@ def test_what_follows_the_last_task_is_done_again_where_it_was_stopped(tmp_path)
     np.testing.assert_array_equal(finished, [[13, 24]])
 
 
-def test_results_come_as_numpy_rows_of_lanes(together):
+def test_results_are_numpy_arrays_with_a_row_for_each_lane(together):
     for values in together.values():
         assert isinstance(values, np.ndarray) and values.shape == (TASKS, len(LANES)) and values.dtype == np.float32
 
 
 def measured_lane(problem, learner, method, every, tasks=TASKS):
-    """{measure: [tasks]} of seed 0, with updates measured."""
+    """Return {measure: [tasks]} of seed 0, with updates measured."""
     task = jax.jit(lambda data, s: run_task(learner, problem, data, s, measured_examples=MEASURED, measure_every=every))
     numbers = jax.tree.map(jnp.float32, dict(method.hyperparameters))
     state, rows = jax.jit(lambda numbers: init_state(learner, 0, numbers))(numbers), []
@@ -385,21 +385,21 @@ def measured_lane(problem, learner, method, every, tasks=TASKS):
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def test_updates_are_measured_on_the_sample_that_they_learned_from(together, problem, expected):
+def test_updates_are_measured_on_the_examples_that_they_learn_from(together, problem, expected):
     measured = measured_lane(problem, tiny_learner(problem, [HIGH, LOW]), HIGH, EVERY)
     assert_is(measured, expected, OF_UPDATES)
-    # Measuring changes nothing of what is measured besides.
+    # Measuring updates does not change the other measures.
     for name, values in lane(together, 0).items():
         np.testing.assert_allclose(measured[name], values, rtol=1e-5, atol=1e-7, err_msg=name)
-    # The reference tells plasticity of each example from that of the mean loss, and no gradient is without zeros.
+    # The reference distinguishes the plasticity of examples from that of the mean loss; all gradients contain zeros.
     assert np.all(np.abs(expected["plasticity"] - expected["plasticity_of_the_mean"]) > 2e-4)
     assert np.all((0.2 < expected["gradient_l0"]) & (expected["gradient_l0"] < 1))
     for name in ("plasticity", "gradient_l0", "gradient_l1", "gradient_l2", "weight_l1", "weight_l2"):
-        assert len(set(np.round(expected[name], 6))) > 1, f"{name} stays: it could not tell tasks apart"
+        assert len(set(np.round(expected[name], 6))) > 1, f"{name} is constant: it could not distinguish tasks"
 
 
 @pytest.mark.slow
-def test_a_regression_with_curvature_is_what_a_plain_loop_makes_of_it():
+def test_a_regression_with_curvature_equals_a_plain_loop():
     problem = slowly_changing_regression(examples_per_task=8, batch_size=2)
     method = parse_method("upgd:step_size=0.005,sigma=0.1,beta_utility=0.9,order=2,activation=tanh")
     learner = make_learner([method], (3,), "relu", problem.input_shape, 1)
@@ -433,14 +433,14 @@ def test_a_regression_with_curvature_is_what_a_plain_loop_makes_of_it():
             assert measured[name][index] == pytest.approx(values.mean(), rel=1e-4), name
 
 
-def test_plasticity_is_measured_with_the_dropout_that_was_trained_with(problem):
+def test_plasticity_is_measured_with_the_dropout_of_training(problem):
     method = parse_method("dropout:step_size=0,dropout_rate=0.5")
     measured = measured_lane(problem, tiny_learner(problem, [method]), method, every=1, tasks=1)
-    # Without a step the losses before and after are equal, unless other units are dropped or none.
+    # With a step size of 0, the losses before and after are equal if and only if the same units are dropped.
     assert measured["plasticity"] == 0 and measured["gradient_l2"] > 0.1
 
 
-def test_statistics_are_no_weights(problem):
+def test_running_statistics_are_not_measured_as_weights(problem):
     method = parse_method("online_norm:step_size=0.01")
     learner = tiny_learner(problem, [method])
     params = jax.jit(learner.init)(jax.random.key(0))
@@ -452,8 +452,8 @@ def test_statistics_are_no_weights(problem):
     assert float(measured["weight_magnitude"]) == pytest.approx(float(metrics.weight_magnitude(weights)), rel=1e-5)
 
 
-def test_a_reference_batch_is_of_earlier_steps_of_the_task():
-    """Where a learner asks for it; here the optimizer keeps what it gets."""
+def test_a_reference_batch_comes_from_earlier_steps_of_the_task():
+    """Learners that ask for it get one; here the optimizer records it."""
 
     def make_batch(data, task, number):
         return data[number][None], jnp.zeros(1, jnp.int32)
@@ -480,6 +480,6 @@ def test_a_reference_batch_is_of_earlier_steps_of_the_task():
     state = init_state(learner, jnp.int32(0), {})
     state, _ = jax.jit(lambda state: run_task(learner, problem, problem.data, state))(state)
     kept = np.asarray(state.opt_state[1])
-    assert (kept[0] == 0).all()  # nothing is earlier than the first
+    assert (kept[0] == 0).all()  # there is no earlier step than the first
     assert all((kept[n] < n).all() and (kept[n] >= 0).all() for n in range(1, 12))
     assert len(np.unique(kept[8:])) > 5

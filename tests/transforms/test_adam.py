@@ -11,7 +11,7 @@ GRADS = jnp.asarray(np.random.default_rng(0).normal(size=(STEPS, 4, 8)) * np.log
 
 
 def train(tx, grads, params, state=None):
-    """Returns all updates [steps, ...] and the last state."""
+    """Return all updates [steps, ...] and the last state."""
 
     def step(state, grad):
         updates, state = tx.update(grad, state, params)
@@ -29,11 +29,11 @@ def train(tx, grads, params, state=None):
         (optax.linear_schedule(0.1, 0.0, STEPS), {"b1": 0.8}),
     ],
 )
-def test_equals_optax_where_nothing_is_reset(learning_rate, settings):
+def test_equals_optax_if_nothing_is_reset(learning_rate, settings):
     params = jnp.zeros(GRADS.shape[1:])
     ours, _ = train(adam(learning_rate, **settings), GRADS, params)
     theirs, _ = train(optax.adam(learning_rate, **settings), GRADS, params)
-    # optax takes powers of float32(0.999) in float32, which costs it five digits of 1 - b2**n.
+    # optax computes powers of float32(0.999) in float32, which loses five digits of 1 - b2**n.
     np.testing.assert_allclose(ours, theirs, rtol=3e-5, atol=1e-8)
 
 
@@ -47,7 +47,7 @@ def test_against_float64():
         np.testing.assert_allclose(ours[n - 1], expected, rtol=2e-5, atol=1e-7)
 
 
-def test_reset_weights_start_over_and_the_others_go_on():
+def test_reset_weights_start_over_and_the_others_continue():
     tx = adam(0.1)
     params = jnp.zeros(GRADS.shape[1:])
     _, state = train(tx, GRADS, params)
@@ -63,8 +63,8 @@ def test_reset_weights_start_over_and_the_others_go_on():
     np.testing.assert_allclose(jnp.abs(after[0][reset]), 0.1, rtol=1e-3)
 
 
-def test_a_shared_count_is_what_this_is_for():
-    """With optax's count the first step after a reset is three times too large."""
+def test_a_shared_count_makes_the_first_step_after_a_reset_too_large():
+    """With optax's count, the first step after a reset is three times too large."""
     tx, params = optax.adam(0.1), jnp.zeros(2)
     _, (state, rest) = train(tx, jnp.ones((10_000, 2)), params)
     emptied = state._replace(mu=state.mu.at[0].set(0), nu=state.nu.at[0].set(0))
@@ -74,13 +74,13 @@ def test_a_shared_count_is_what_this_is_for():
 
 @pytest.mark.parametrize("base", [0.0, 0.3, 0.9, 0.99, 0.999, 0.9999])
 def test_powers(base):
-    """For every count that can occur; also where it is so large that the power underflows."""
+    """Powers are right for every possible count, also where they underflow."""
     counts = np.unique(np.concatenate([np.arange(1, 1000), np.geomspace(1e3, 2**30, 2000)]).astype(np.int32))
     exact = -np.expm1(counts * np.log(np.maximum(base, 1e-300)))
     constant = jax.jit(lambda n: _one_minus_power(base, n, jnp.float32))(counts)
     np.testing.assert_allclose(constant, exact, rtol=1e-6)
 
-    rounded = np.float64(np.float32(base))  # a traced base has lost these digits before
+    rounded = np.float64(np.float32(base))  # a traced base has already lost these digits
     exact = -np.expm1(counts * np.log(np.maximum(rounded, 1e-300)))
     traced = jax.jit(lambda b, n: _one_minus_power(b, n, jnp.float32))(jnp.float32(base), counts)
     np.testing.assert_allclose(traced, exact, rtol=2e-6)
@@ -100,7 +100,7 @@ def test_counts_are_per_weight_and_never_overflow():
 
 
 def test_bfloat16_keeps_its_moments():
-    """A moment in bfloat16 could neither decay by a thousandth nor take up a thousandth of a squared gradient."""
+    """A moment in bfloat16 could neither decay by a thousandth nor add a thousandth of a squared gradient."""
     params = jnp.zeros(2, jnp.bfloat16)
     grads = jnp.zeros((1000, 2), jnp.bfloat16).at[0].set(1)
     updates, state = train(scale_by_adam(), grads, params)

@@ -10,7 +10,7 @@ B1, B2, EPS, RATE, EVERY, STEPS = 0.9, 0.99, 1e-3, 0.1, 4, 10
 
 
 def numpy_adam_reset(grads, forget):
-    """The updates, in float64, with the sums of the moments written out."""
+    """Compute the updates in float64, with moments written as sums."""
     m, v, n, updates = 0.0, 0.0, 0, []
     for step, g in enumerate(np.float64(grads)):
         if step % EVERY == 0:
@@ -35,8 +35,8 @@ def test_agrees_with_numpy(forget):
     np.testing.assert_allclose(ours, numpy_adam_reset(grads, forget), rtol=1e-4, atol=1e-6)
 
 
-def test_a_larger_gradient_makes_a_step_of_the_size_of_the_learning_rate():
-    """What Adam-Rel is for: the first gradient of a new task is a thousand times the old."""
+def test_a_suddenly_larger_gradient_gives_a_step_of_the_learning_rate():
+    """This is the purpose of Adam-Rel: the first gradient of a new task is a thousand times as large as before."""
     grads = np.where(np.arange(201) < 200, 1e-3, 1.0)[:, None]
     relative = run(cbp_jax.adam_reset(RATE, every=200), grads)[-1, 0]
     plain = run(optax.adam(RATE), grads)[-1, 0]

@@ -1,4 +1,4 @@
-"""What must hold after a reset in any feed-forward network, checked on random ones."""
+"""Properties of any feed-forward network after a reset, checked on random networks."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 import cbp_jax
 
-OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
+OPTIMIZED = True  # in programs as users compile them, captured activations must not change a bit
 
 
 @jax.custom_jvp
 def straight_through(x):
-    """The sign, with the slope of tanh: inlining its body would make every gradient 0."""
+    """Return the sign, with the slope of tanh. Inlining its body would make every gradient 0."""
     return jnp.sign(x)
 
 
@@ -57,7 +57,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Layers in forward order; params are {outer: {name: {"w": ..., "b": ...}}} under names of any kind."""
+    """A random network: layers in forward order; params are {outer: {name: {"w": ..., "b": ...}}} with any names."""
 
     layers: tuple[Layer, ...]
     outer: str
@@ -137,7 +137,7 @@ def networks(draw):
         )
         for i, name in enumerate(names)
     ]
-    # Two convolutions without padding need more room than a stride of 2 leaves of 6 x 7 pixels.
+    # Two convolutions without padding need more pixels than a stride of 2 leaves of 6 x 7.
     layers = [dataclasses.replace(layer, padding="SAME") if i == 1 else layer for i, layer in enumerate(layers)]
     return Network(
         tuple(layers),
@@ -148,12 +148,12 @@ def networks(draw):
 
 
 def loss(apply_fn, params, x):
-    """Weighs the outputs unevenly, so that no gradient vanishes by symmetry."""
+    """Weight the outputs unevenly, so that no gradient vanishes by symmetry."""
     out, aux = apply_fn(params, x)
     return jnp.sum(jnp.sin(out + jnp.arange(out.shape[-1])) * jnp.arange(1.0, 1 + out.shape[0])[:, None]), aux
 
 
-# Every example compiles, so that shrinking a failure would take minutes.
+# Every example is compiled, so shrinking a failure would take minutes.
 quickly = functools.partial(settings, phases=(Phase.explicit, Phase.generate))
 
 
@@ -193,7 +193,7 @@ def check_a_reset(network, seed):
     inner = optax.sgd(0.01, momentum=0.5)
     tx = cbp_jax.continual_backprop(inner, units, replacement_rate=0.5, maturity_threshold=0, key=seed)
     state = tx.init(params)
-    state = state._replace(budget=jax.tree.map(lambda b: b + 0.5, state.budget))  # so that one unit alone goes too
+    state = state._replace(budget=jax.tree.map(lambda b: b + 0.5, state.budget))  # also for a single unit
     updates, state = jax.jit(lambda g, s, p: tx.update(g, s, p, features=features))(grads, state, params)
     inner_updates, _ = jax.jit(inner.update)(grads, inner.init(params), params)
     new = optax.apply_updates(params, updates)
@@ -205,7 +205,7 @@ def check_a_reset(network, seed):
         mask = np.asarray(state.replaced[group.name])
         assert mask.sum() == int(0.5 * layer.features + 0.5)
         resampled[outer][layer.name][leaf[0]][..., mask] = True
-        # A group behind has already lost its rows from this one's new units; resampling comes after and wins.
+        # Rows that read this group's new units were set to 0 first; resampling a later group's units comes after that.
         zeroed[outer][layer.name][leaf[0]][..., mask] = False
         if layer.bias:
             zeroed[outer][layer.name][leaf[1]][mask] = True

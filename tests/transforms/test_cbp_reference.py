@@ -1,4 +1,4 @@
-"""continual_backprop against an independent float64 NumPy implementation of Algorithm 1, tests/reference.py."""
+"""continual_backprop against tests/reference.py, an independent float64 NumPy implementation of Algorithm 1."""
 
 import functools
 
@@ -13,7 +13,7 @@ from reference import Conv, Dense
 
 import cbp_jax
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_follows_the_numpy_reference": (
         "conv-sgd-contribution",
@@ -33,7 +33,7 @@ STEPS = 320
 
 
 class Net(nn.Module):
-    """The network that `layers` describe, in Flax."""
+    """Build the network of `layers` in Flax."""
 
     layers: tuple
 
@@ -82,7 +82,7 @@ SETTINGS = {
 UTILITIES = ["contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight"]
 # Every utility under both optimizers for both kinds of network, with rates below and above 1/width.
 CASES = [
-    # A convolutional network under Adam takes longest; one of its cases is enough between changes.
+    # A convolutional network with Adam takes longest; one of its cases is enough in CI.
     pytest.param(setting, utility, marks=[pytest.mark.slow] if "conv-adam" in setting and i else [])
     for i, utility in enumerate(UTILITIES)
     for setting in (
@@ -93,19 +93,19 @@ CASES = [
 ]
 
 
-# Where seed 1 leads to a tie of dead units, which leaves open who goes.
+# Cases in which seed 1 leads to a tie of dead units, so that the choice is not determined.
 SEEDS = {("conv-adam", "contribution"): 2}
 
 
 @functools.cache
 def trajectory(setting, utility, seed, reinitialization="resample"):
-    """Runs the package for STEPS steps; returns initial params, data, and the history as NumPy arrays."""
+    """Run the package for STEPS steps; return initial params, data, and the history as NumPy arrays."""
     layers, input_shape, inner, hyperparameters = SETTINGS[setting]
     model = Net(layers)
     rng = np.random.default_rng(seed)
     xs = jnp.asarray(rng.normal(size=(STEPS, 4, *input_shape)) + 0.3, jnp.float32)
     labels = jnp.asarray(rng.integers(3, size=(STEPS, 4)))
-    # Biases start positive, lest dead units tie at a utility of exactly 0.
+    # Biases start positive, so that dead units do not tie at a utility of exactly 0.
     draw = lambda leaf: jnp.asarray(rng.uniform(-1 if leaf.ndim > 1 else 0, 1, leaf.shape) * 0.5, jnp.float32)
     params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), xs[0]))
     units = cbp_jax.discover_units(model.apply, params, xs[0])
@@ -150,7 +150,7 @@ def compare(setting, utility, seed, reinitialization="resample"):
     for t in range(STEPS):
         arrived = [(kernel[t], bias[t]) for kernel, bias in pairs(after)]
         masks = expected.step(xs[t], labels[t], arrived)
-        # A decision within rounding of the other outcome would compare float32 with float64.
+        # If rounding could change a decision, the test would compare float32 with float64.
         assert expected.budget_margin > 1e-4 and expected.utility_margin > 1e-5, f"step {t}: take another seed"
         for k, (name, mask) in enumerate(zip(names[:-1], masks, strict=True)):
             group = f"params/{name}"

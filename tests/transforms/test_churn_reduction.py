@@ -23,7 +23,7 @@ def softmax(z):
 
 
 def numpy_gradients(change):
-    """Of the churn from BEFORE to NOW on X, by NOW, by hand."""
+    """Compute gradients of the churn from BEFORE to NOW on X with respect to NOW, by hand."""
     old = np.tanh(X @ BEFORE["w1"]) @ BEFORE["w2"]
     h = np.tanh(X @ NOW["w1"])
     new = h @ NOW["w2"]
@@ -46,8 +46,8 @@ def test_agrees_with_numpy(change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, grads)
 
 
-def test_it_reduces_churn():
-    """Steps of the same size for one task move the outputs for other examples less."""
+def test_churn_is_reduced():
+    """For steps of the same size on one task, outputs for other examples change less."""
     now, x = jax.tree.map(jnp.float32, (NOW, X))
     task, others = (x[:2], jnp.float32([[1.0, -1.0], [-1.0, 1.0]])), x[2:]
 
@@ -67,7 +67,7 @@ def test_it_reduces_churn():
     assert moved(10.0) < 0.7 * moved(0.0)
 
 
-def test_what_is_missing_or_wrong_is_told():
+def test_missing_or_wrong_arguments_are_reported():
     tx = cbp_jax.add_churn_reduction(apply_fn, 1.0)
     with pytest.raises(ValueError, match="got params=None"):
         tx.update(GRADS, tx.init(NOW))

@@ -1,6 +1,6 @@
 """Behaviors that every transformation of the library shares. A new algorithm is a new row of the table.
 
-All runs take the same sequence of random gradients and activations, so that no network is needed, and start from
+All runs use the same sequence of random gradients and activations, so that no network is needed, and start from
 parameters with one leaf, `tag`, that no unit owns.
 """
 
@@ -56,7 +56,7 @@ from cbp_jax.transforms import (
 )
 from cbp_jax.units import discover_units
 
-OPTIMIZED = True  # rows of a batch and captured activations must agree bit for bit in what users run
+OPTIMIZED = True  # in programs as users compile them, rows of a batch must agree bit for bit
 
 STEPS = 6
 
@@ -72,7 +72,7 @@ def make_params(seed, dtype=jnp.float32):
 
 
 def make_stream(dtype=jnp.float32):
-    """Gradients and activations, [STEPS, ...] each."""
+    """Make gradients and activations, each [STEPS, ...]."""
     rng = np.random.default_rng(100)
     grads = {name: jnp.asarray(rng.normal(size=(STEPS, *w.shape)), dtype) for name, w in make_params(0).items()}
     return grads, {"w1": jnp.asarray(np.maximum(rng.normal(size=(STEPS, 4, 8)), 0), dtype)}
@@ -80,7 +80,7 @@ def make_stream(dtype=jnp.float32):
 
 PARAMS, STREAM = make_params(0), make_stream()
 UNITS = discover_units(apply_fn, PARAMS, jnp.ones((1, 4)))
-REPLACE = {"replacement_rate": 0.2, "decay_rate": 0.9, "maturity_threshold": 1}  # of 8 units one or two a step
+REPLACE = {"replacement_rate": 0.2, "decay_rate": 0.9, "maturity_threshold": 1}  # one or two of 8 units per step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,13 +89,13 @@ class Row:
 
     name: str
     factory: Callable[..., optax.GradientTransformation]
-    args: tuple[Any, ...]  # that are no numbers
-    hyper: dict[str, float]  # that may be traced
-    other: dict[str, float]  # other values for them
+    args: tuple[Any, ...]  # arguments that are not numbers
+    hyper: dict[str, float]  # settings that may be traced
+    other: dict[str, float]  # other values of these settings
     static: dict[str, Any] = dataclasses.field(default_factory=dict)
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
     noisy: bool = False  # takes a key
-    slow: bool = False  # to compile, and close to other rows
+    slow: bool = False  # to compile, and similar to other rows
 
     def make(self, key=0, factory=None, **hyper):
         keys = {"key": key} if self.noisy else {}
@@ -116,7 +116,7 @@ def behind_sgd(tx):
 
 
 def with_curvature(tx):
-    """Gives squared gradients where the diagonal of the Hessian is wanted."""
+    """Pass squared gradients as the diagonal of the Hessian."""
 
     def update_fn(grads, state, params, **extra_args):
         return tx.update(grads, state, params, hessian_diag=jax.tree.map(jnp.square, grads), **extra_args)
@@ -125,7 +125,7 @@ def with_curvature(tx):
 
 
 def add_spectral_penalty(*, strength, power):
-    """A penalty's own number is a hyperparameter too."""
+    """Make the penalty's own number a hyperparameter, too."""
     return add_kernel_penalty(strength, spectral_penalty(power))
 
 
@@ -138,7 +138,7 @@ def add_penalty(*, strength, make):
 
 
 def firing_seldom(tx):
-    """Most units are silent on most batches."""
+    """Return features in which most units are silent on most batches."""
 
     def update_fn(grads, state, params, *, features, **extra_args):
         features = jax.tree.map(lambda h: h - 1.6, features)
@@ -148,13 +148,13 @@ def firing_seldom(tx):
 
 
 def by_sums(params, x):
-    """`apply_fn` without products of matrices, of which vmapped ones may differ in the last bit."""
+    """Apply a network without matrix products, because vmapped ones may differ in the last bit."""
     times = lambda x, w: jnp.sum(x[:, :, None] * w, 1)
     return times(jax.nn.relu(times(x, params["w1"]) + params["b1"]), params["w2"])
 
 
 def with_reference(tx):
-    """SGD behind it, and a reference batch with each update."""
+    """Chain it with SGD, and pass a reference batch with each update."""
     tx = optax.with_extra_args_support(optax.chain(tx, optax.sgd(0.1)))
     reference = np.random.default_rng(3).normal(size=(5, 4))
 
@@ -165,7 +165,7 @@ def with_reference(tx):
 
 
 def with_td_error(tx):
-    """A TD error with each update, and an end of an episode where it is negative."""
+    """Pass a TD error with each update, and the end of an episode where it is negative."""
     tx = optax.with_extra_args_support(tx)
 
     def update_fn(grads, state, params, **extra_args):
@@ -183,7 +183,7 @@ TICKET = jax.tree.map(lambda leaf: leaf > 0, PARAMS)
 
 
 def recycle_least_gradient(units, *, decay, every, key):
-    """A user's own policy: every so many updates, the unit of least mean gradient starts anew."""
+    """Make a user's policy: every so many updates, replace the unit with the smallest mean gradient."""
 
     def init(group, params):
         return {"mean": jnp.zeros(group.size)}
@@ -201,7 +201,7 @@ MASK = {name: jnp.asarray(np.random.default_rng(7).random(w.shape) < 0.7) | (w.n
 
 
 def masked_sgd(mask, *, learning_rate, momentum, weight_decay):
-    """Training under a mask has no numbers of its own."""
+    """Wrap SGD in a mask. Training under a mask has no hyperparameters of its own."""
     return masked(optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum)), mask)
 
 
@@ -539,12 +539,12 @@ def row(request):
 
 @pytest.fixture(params=[pytest.param(row, id=row.name) for row in ROWS])
 def any_row(request):
-    """Slow ones too, for a test that compiles nothing."""
+    """Parametrize a test over all rows without marking slow ones, because it compiles nothing."""
     return request.param
 
 
 def advance(tx, params, state, stream=STREAM):
-    """Runs the stream; returns the last params and state."""
+    """Run the stream and return the last params and state."""
 
     def step(carry, inputs):
         params, state = carry
@@ -559,10 +559,10 @@ def run(tx, params=PARAMS, stream=STREAM):
     return advance(tx, params, tx.init(params), stream)
 
 
-# Where LLVM optimizes, it fuses multiplications into additions as it sees fit, and two programs of the same arithmetic,
-# such as a vmapped run and a solo run, may differ in the last bit. Here they must not; and it compiles faster.
+# When LLVM optimizes, it may fuse multiplications and additions, and two programs with the same arithmetic,
+# such as a vmapped run and a solo run, may differ in the last bit. Without it they are equal, and compile faster.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-# For what is compared within rounding, XLA's older emitters compile three times as fast.
+# For comparisons within rounding, XLA's older emitters compile three times as fast.
 quick = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 )
@@ -570,15 +570,15 @@ quick = functools.partial(
 
 @functools.cache
 def solo(row):
-    """The plain run that others are compared with, as users would do it: last params and state."""
+    """Run as users do, for comparison with other runs; return the last params and state."""
     tx = row.make()
     return jax.jit(lambda params: run(tx, params))(PARAMS)
 
 
-# Compiling is what these tests spend their time on, so they share the compiled runs of a row.
+# These tests spend most of their time compiling, so they share the compiled runs of a row.
 @functools.cache
 def compiled(row):
-    """The plain run, as a function of the params."""
+    """Compile the plain run as a function of the params."""
     tx = row.make()
     return jit(lambda params: run(tx, params))
 
@@ -589,13 +589,13 @@ def traced(row, key, hyper, params):
 
 @functools.cache
 def compiled_traced(row):
-    """A run as a function of (key, hyper, params)."""
+    """Compile a run as a function of (key, hyper, params)."""
     return jit(functools.partial(traced, row))
 
 
 @functools.cache
 def compiled_vmapped(row):
-    """The same, vmapped over all three."""
+    """Compile the same, vmapped over all three arguments."""
     return jit(jax.vmap(functools.partial(traced, row)))
 
 
@@ -624,7 +624,7 @@ def all_differ(leaf):
 
 
 def test_every_hyperparameter_matters(row):
-    """Else the comparisons below would compare nothing."""
+    """Otherwise the comparisons below would compare nothing."""
     for name, value in row.other.items():
         assert differ(compiled_traced(row)(0, row.hyper | {name: value}, PARAMS), solo(row)), name
 
@@ -637,7 +637,7 @@ def test_in_a_chain(row):
 
 
 def test_masked(row):
-    """What is masked out passes unchanged, and the rest moves as if it were not there."""
+    """Masked-out updates pass unchanged, and the others are as if the rest did not exist."""
     tx = row.make()
     masked = optax.masked(tx, {name: name != "tag" for name in PARAMS})
     params, _ = quick(lambda params: run(masked, params))(PARAMS)
@@ -650,7 +650,7 @@ def test_masked(row):
 
 
 def test_multi_steps(row):
-    """Two small steps on the same gradients are one big step."""
+    """Two small steps on the same gradients equal one big step."""
     tx = optax.MultiSteps(row.make(), every_k_schedule=2)
     twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), STREAM)
     params, state = quick(lambda params: run(tx, params, twice))(PARAMS)
@@ -659,7 +659,7 @@ def test_multi_steps(row):
 
 
 def test_inject_hyperparams(row):
-    """Settings live in the state, and what is written there later counts."""
+    """Settings are in the state, and values written there later are used."""
     inject = optax.inject_hyperparams(row.factory, static_args=tuple(row.static))
     tx = row.make(factory=inject)
     step = quick(lambda params, state: advance(tx, params, state))
@@ -712,16 +712,16 @@ def test_bfloat16(row):
     tx = row.make()
     params = quick(lambda params: run(tx, params, make_stream(jnp.bfloat16)))(make_params(0, jnp.bfloat16))[0]
     assert all(leaf.dtype == jnp.bfloat16 and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    if not row.noisy:  # else the noise differs, since it depends on the parameters' bits
+    if not row.noisy:  # noise depends on the parameters' bits, so it differs
         wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         assert_close(wide, solo(row)[0], rtol=0.05, atol=0.05)
 
 
 def test_vmap_over_seeds(row):
-    """Every seed gets what it gets alone, though the transformation captured a single key; and noise of its own."""
+    """Every seed has the results of its solo run and its own noise, although the transformation has a single key."""
     tx = row.make()
     params = jax.tree.map(lambda *x: jnp.stack(x), *(make_params(seed) for seed in (0, 1, 1, 1)))
-    # The last three differ only where no gradient and no unit does, so that the rest can differ by noise alone.
+    # The last three differ only in parameters without gradients and units, so other differences are due to noise.
     params["tag"] = params["tag"].at[2:].add(jnp.ones((2, 8)).cumsum(0))
     together = jit(jax.vmap(lambda params: run(tx, params)))(params)
     for seed in range(4):
@@ -734,7 +734,7 @@ def test_vmap_over_seeds(row):
 
 
 def test_vmap_over_keys(row):
-    """Every key gives what it gives alone, and noise of its own."""
+    """Every key gives the results of its solo run, and its own noise."""
     if not row.noisy:
         pytest.skip("takes no key")
     keys = jax.random.split(jax.random.key(7), 3)
@@ -745,7 +745,7 @@ def test_vmap_over_keys(row):
 
 
 def test_vmap_over_hyperparameters(row):
-    """A grid gives what each of its points gives alone, traced (exactly) or constant (up to rounding)."""
+    """A grid equals the runs of its single points, exactly if these are traced, and up to rounding if constant."""
     keys = jax.random.split(jax.random.key(7), 3)
     grid = {name: jnp.asarray([value, row.other[name], value]) for name, value in row.hyper.items()}
     together = compiled_vmapped(row)(keys, grid, repeat(PARAMS, 3))
@@ -755,7 +755,7 @@ def test_vmap_over_hyperparameters(row):
 
 
 def test_noise_changes_from_step_to_step(row):
-    """With the same gradients and activations at every step, a noisy transformation moves differently at each."""
+    """With the same gradients and activations at every step, updates with noise differ from step to step."""
     if not row.noisy:
         pytest.skip("takes no key")
     tx = row.make()
@@ -767,14 +767,14 @@ def test_noise_changes_from_step_to_step(row):
         return updates["w1"]
 
     state = solo(row)[1]
-    counts = lambda node: hasattr(node, "key") and hasattr(node, "count")  # of a chain, the part that draws
+    counts = lambda node: hasattr(node, "key") and hasattr(node, "count")  # the part of a chain that draws noise
     set_count = lambda node, n: node._replace(count=jnp.asarray(n, jnp.int32)) if counts(node) else node
     count = lambda state, n: jax.tree.map(lambda node: set_count(node, n), state, is_leaf=counts)
     assert differ(fresh(count(state, 20)), fresh(count(state, 21)))
     assert_same(fresh(count(state, 20)), fresh(count(state, 20)))
 
 
-@pytest.mark.slow  # every operation is compiled by itself
+@pytest.mark.slow  # every operation is compiled separately
 def test_without_jit(row):
     tx = row.make()
     params, state = PARAMS, tx.init(PARAMS)
@@ -787,7 +787,7 @@ def test_without_jit(row):
 
 @pytest.mark.parametrize("keeper", ["orbax", "flax"])
 def test_checkpoint(row, keeper, tmp_path):
-    """A state that was saved and restored is the same state, so a restored run goes on where it stopped."""
+    """A saved and restored state is the same, so a restored run continues where it stopped."""
     tx = row.make()
     _, state = solo(row)
     blank = tx.init(make_params(1))

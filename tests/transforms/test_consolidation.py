@@ -1,4 +1,4 @@
-"""Streaming EWC, MAS, synaptic intelligence and RWalk against float64 NumPy, and the traps of public versions."""
+"""Streaming EWC, MAS, synaptic intelligence and RWalk against float64 NumPy, and errors of public versions."""
 
 import functools
 
@@ -27,7 +27,7 @@ LABELS = RNG.integers(3, size=(STEPS, 5))
 PARAMS = [
     [RNG.normal(size=shape).astype(np.float32) for shape in shapes] for shapes in (((4, 6), (6,)), ((6, 3), (3,)))
 ]
-# Strong enough that the pull is a good part of a step; the importances differ in size by orders of magnitude.
+# Strengths at which the pull is a large part of a step; importances differ by orders of magnitude.
 STRENGTH = {"ewc": 30.0, "mas": 5.0, "synaptic_intelligence": 2.0, "rwalk": 2.0}
 
 
@@ -40,7 +40,7 @@ class Consolidator:
         self.weights, self.gradients = [], []
 
     def mean(self, terms, beta):
-        """Of all terms so far, the last one counting 1, the one before it beta, ..., over the sum of these counts."""
+        """Average all terms so far, with weight 1 for the last one, beta for the one before it, and so on."""
         counts = beta ** np.arange(len(terms))[::-1]
         return np.tensordot(counts, np.stack(terms), 1) / counts.sum()
 
@@ -104,7 +104,7 @@ def run_package(tx):
 
 @functools.cache
 def compiled(kind):
-    """Of the settings, traced, the history of the params."""
+    """Return the history of the params for traced settings."""
     return jax.jit(lambda settings: run_package(LEARNERS[kind](**settings)))
 
 
@@ -127,7 +127,7 @@ def test_follows_the_numpy_reference(kind, beta_weight, beta_importance):
 
 
 def one_weight(tx, weights, grads, **extra_args):
-    """Updates and states of a transformation that sees these weights and gradients, whatever it answers."""
+    """Return updates and states for these weights and gradients; updates are not applied."""
     state, update, updates, states = tx.init(jnp.asarray(weights[0])), jax.jit(tx.update), [], []
     for w, g in zip(weights, grads, strict=True):
         answer, state = update(jnp.asarray(g), state, jnp.asarray(w), **extra_args)
@@ -138,7 +138,7 @@ def one_weight(tx, weights, grads, **extra_args):
 
 @pytest.mark.parametrize("kind", LEARNERS)
 def test_the_first_step_is_that_of_sgd(kind):
-    """The mean of the weights is the weights, and nothing has changed: not by w - 0, as where memory starts at 0."""
+    """At first the mean equals the weights, and the change is 0, not w - 0 as with a memory that starts at 0."""
     w, g = np.float32([5.0, -100.0]), np.float32([1.0, -2.0])
     (update,), (state,) = one_weight(LEARNERS[kind](0.5, strength=1e3), [w], [g])
     np.testing.assert_array_equal(update, -0.5 * g)
@@ -149,8 +149,8 @@ def test_the_first_step_is_that_of_sgd(kind):
         np.testing.assert_array_equal(mean, wanted)
 
 
-def test_the_gradient_of_a_change_is_the_one_that_made_it():
-    """Weights 0, 1, 1 with gradients -2, 7, 7: the change of 1 took 2 from the loss, whatever came later."""
+def test_a_change_is_weighted_by_the_gradient_that_caused_it():
+    """Weights 0, 1, 1 with gradients -2, 7, 7: the change by 1 reduced the loss by 2, whatever follows."""
     weights, grads = np.float32([[0], [1], [1]]), np.float32([[-2], [7], [7]])
     tx = cbp_jax.synaptic_intelligence(1.0, beta_importance=0.5)
     _, states = one_weight(tx, weights, grads)
@@ -160,11 +160,11 @@ def test_the_gradient_of_a_change_is_the_one_that_made_it():
     _, states = one_weight(tx, weights, grads)
     fisher, score = states[1][0].importance_means
     np.testing.assert_allclose(fisher[0], (49 + 0.5 * 4) / 1.5, rtol=1e-6)
-    np.testing.assert_allclose(score[0], 2 / (0.5 * 4 * 1 + 0.5) / 1.5, rtol=1e-6)  # not 49 in place of 4
+    np.testing.assert_allclose(score[0], 2 / (0.5 * 4 * 1 + 0.5) / 1.5, rtol=1e-6)  # with the Fisher value 4, not 49
 
 
 def test_scores_of_rwalk_are_remembered_and_never_negative():
-    """One good change, then none, then a bad one; a public version forgets its scores from step to step."""
+    """The weight has a good change, then none, then a bad one. A public version forgets scores after each step."""
     weights, grads = np.float32([[0], [1], [1], [2], [2]]), np.float32([[-2], [0], [3], [0], [0]])
     _, states = one_weight(cbp_jax.rwalk(1.0, beta_importance=0.5, epsilon=0.5), weights, grads)
     scores = [float(state[0].importance_means[1][0]) for state in states]
@@ -173,15 +173,15 @@ def test_scores_of_rwalk_are_remembered_and_never_negative():
     np.testing.assert_allclose(scores, [0, *(good * 0.5**n / counts[n + 1] for n in range(4))], rtol=1e-6)
 
 
-def test_synaptic_intelligence_may_push():
+def test_synaptic_intelligence_may_be_negative():
     """As in the paper, a weight that moved up its gradient has a negative importance."""
     weights, grads = np.float32([[0], [1]]), np.float32([[2], [0]])
     updates, _ = one_weight(cbp_jax.synaptic_intelligence(1.0, beta_weight=0.5, beta_importance=0.0), weights, grads)
-    assert updates[1][0] > 0.5  # away from the mean 2/3
+    assert updates[1][0] > 0.5  # the update moves away from the mean 2/3
 
 
 def test_signs_and_scale_of_the_pull():
-    """strength/2 sum Omega (w - mean)**2, differentiated with Omega and the mean held."""
+    """The pull is the gradient of strength/2 sum Omega (w - mean)**2, with constant Omega and mean."""
     weights, grads = np.float32([[2.0, -1.0], [4.0, -3.0]]), np.float32([[1.0, 0.5], [0.0, 2.0]])
     updates, _ = one_weight(cbp_jax.ewc(0.1, strength=3.0, beta_weight=0.5, beta_importance=0.5), weights, grads)
     fisher = (0.5 * grads[0] ** 2 + grads[1] ** 2) / 1.5
@@ -202,7 +202,7 @@ def test_without_strength_it_is_sgd(kind):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), history, sgd_history())
 
 
-def test_sensitivity_takes_the_place_of_the_gradient_in_mas_alone():
+def test_sensitivity_replaces_the_gradient_only_in_mas():
     w, g, s = np.float32([[1.0], [3.0]]), np.float32([[0.5], [0.5]]), jnp.asarray([-4.0])
     settings = {"strength": 1.0, "beta_weight": 0.5, "beta_importance": 0.9}
     updates, _ = one_weight(cbp_jax.mas(1.0, **settings), w, g, sensitivity=s)
@@ -213,7 +213,7 @@ def test_sensitivity_takes_the_place_of_the_gradient_in_mas_alone():
 
 
 def test_means_of_bfloat16_params_are_float32():
-    """In bfloat16 a thousandth of the difference would be lost, and the mean would stay where it started."""
+    """In bfloat16, a thousandth of the difference would be lost, and the mean would never change."""
     tx = cbp_jax.synaptic_intelligence(0.1)
     params = jnp.ones(3, jnp.bfloat16)
     state = tx.init(params)
@@ -225,8 +225,8 @@ def test_means_of_bfloat16_params_are_float32():
     np.testing.assert_allclose(state[0].params_mean, 1 + 0.5 / (1 + 0.999 + 0.999**2), rtol=1e-6)
 
 
-def test_a_weight_that_rests_is_not_pulled():
-    """However long the run: the mean does not drift from equal weights by rounding."""
+def test_a_constant_weight_is_not_pulled():
+    """Even in a long run, rounding does not move the mean away from constant weights."""
     tx = cbp_jax.mas(1.0, strength=1e6)
     w = jnp.float32([0.1, 3.3])
 
@@ -246,7 +246,7 @@ def test_a_schedule_of_learning_rates():
 
 @pytest.mark.parametrize("kind", ["ewc", *PATH])
 def test_replaced_units_start_over(kind):
-    """Inside continual backpropagation: no pull to the old weights, and no change from old to new ones."""
+    """Inside continual backpropagation, nothing pulls to the old weights, and a replacement is not a change."""
     apply_fn = lambda params, x: jax.nn.relu(x @ params["w1"]) @ params["w2"]
     params = {"w1": jnp.ones((4, 8)).at[:, 3].set(-1.0), "w2": jnp.ones((8, 2))}
     x = jnp.ones((5, 4))
@@ -274,7 +274,7 @@ def test_replaced_units_start_over(kind):
     np.testing.assert_array_equal(later.params_mean["w1"][:, 3], params["w1"][:, 3])
     if kind in PATH:
         for mean in (later.importance_means[1]["w1"], later.importance_means[1]["w2"].T):
-            np.testing.assert_array_equal(mean[:, 3], 0)  # of changes; of scores
+            np.testing.assert_array_equal(mean[:, 3], 0)  # memory of changes; memory of scores
 
 
 @pytest.mark.parametrize("kind", LEARNERS)
@@ -308,8 +308,8 @@ def test_params_and_a_fitting_sensitivity_are_needed():
             tx.update(params, tx.init(params), params, sensitivity=sensitivity)
 
 
-def test_an_importance_of_ones_own():
-    """L2 toward the mean of the weights: every weight is of importance 1."""
+def test_a_users_importance():
+    """With importance 1 for every weight, it is L2 toward the mean of the weights."""
     importance = consolidation.Importance(lambda step: (jnp.ones_like(step.gradient),), lambda one: one, means=1)
     tx = consolidation.add_consolidation(importance, 2.0, beta_weight=0.5)
     updates, _ = one_weight(tx, np.float32([[0.0], [3.0]]), np.float32([[0.0], [0.0]]))

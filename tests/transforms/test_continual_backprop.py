@@ -1,6 +1,6 @@
-"""One test for every trap that earlier implementations of continual backpropagation fell into, and for bad input.
+"""Tests for errors of earlier implementations of continual backpropagation, and for bad input.
 
-Most tests feed activations and gradients by hand, so that which unit ought to go is known beforehand.
+Most tests use activations and gradients made by hand, so that the unit to replace is known in advance.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import pytest
 
 import cbp_jax
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones": (
         "per-weight-adam",
@@ -41,7 +41,7 @@ def mlp(params, x, activation=jnp.tanh):
 
 
 def make_params(sizes, seed=0):
-    """Weights and biases, none of them 0, so that every zero seen later was put there."""
+    """Make weights and biases that are not 0, so that every later zero was set by a replacement."""
     rng = np.random.default_rng(seed)
     value = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.9, shape) * rng.choice([-1, 1], shape), jnp.float32)
     return {
@@ -74,9 +74,9 @@ def random_like(tree, seed):
 
 
 def hold(tx, params, features, steps, grads=None):
-    """`steps` updates with the same activations and gradients.
+    """Apply `steps` updates with the same activations and gradients.
 
-    Returns (params, state) at the end and the histories of params and state, as NumPy arrays.
+    Return (params, state) at the end, and the histories of params and state, as NumPy arrays.
     """
     grads = zeros(params) if grads is None else grads
 
@@ -95,7 +95,7 @@ def start(tx, params):
 
 
 def update(tx, grads, state, params, features):
-    """Returns the new params and the new state."""
+    """Return the new params and the new state."""
 
     def step(grads, state, params, features):
         updates, state = tx.update(grads, state, params, features=features)
@@ -105,7 +105,7 @@ def update(tx, grads, state, params, features):
 
 
 def trace(tx, params, **kwargs):
-    """Traces init and update without compiling them: enough to see an error."""
+    """Trace init and update without compiling them, which is enough to raise an error."""
     jax.eval_shape(lambda params: tx.update(zeros(params), tx.init(params), params, **kwargs), params)
 
 
@@ -114,12 +114,12 @@ def counts(state, group="layer_1"):
 
 
 def still(units, **kwargs):
-    """A transformation whose inner optimizer stands still: whatever moves, the surgery moved."""
+    """Make a transformation whose inner optimizer changes nothing, so that all changes are due to replacements."""
     return cbp_jax.continual_backprop(optax.sgd(0.0), units, **kwargs)
 
 
 def lowest(sizes, **units):
-    """Activations that make `units[layer]` the least useful of its layer under any weights of make_params."""
+    """Make activations with which `units[layer]` has its layer's lowest utility, for any weights of make_params."""
     features = {}
     for i, size in enumerate(sizes[1:-1], 1):
         h = np.full((4, size), 100.0, np.float32)
@@ -176,7 +176,7 @@ def test_immature_units_are_never_replaced():
     tx = still(units, replacement_rate=0.5, maturity_threshold=10)
     state = start(tx, params)
     age = {"layer_1": jnp.asarray([50, 10, 9, 50, 3], state.age["layer_1"].dtype)}
-    # The units of age 9 and 3 have the least utility; those of age 50, 50 and 10 + 1 are eligible: a budget of 1.5.
+    # The units of age 9 and 3 have the lowest utility. Those of age 50, 50 and 10 + 1 are eligible: the budget is 1.5.
     features = {"layer_1": jnp.asarray([[3.0, 4.0, 1e-3, 5.0, 1e-3]])}
     _, state = update(tx, zeros(params), state._replace(age=age), params, features)
     assert np.flatnonzero(state.replaced["layer_1"]).tolist() in ([0], [1], [3])
@@ -190,8 +190,8 @@ def test_ranking_corrects_each_utility_by_the_unit_s_own_age():
     tx = still(units, replacement_rate=0.34, maturity_threshold=1, decay_rate=0.99)
     state = start(tx, params)
     age = np.asarray([1000, 4, 1000])
-    level = np.asarray([1.0, 1.5, 2.0])  # of the activations, hence of the corrected utilities
-    utility = 2 * level * (1 - 0.99**age)  # the young unit's running mean is still near 0
+    level = np.asarray([1.0, 1.5, 2.0])  # mean activations, in the order of corrected utilities
+    utility = 2 * level * (1 - 0.99**age)  # the young unit's running mean is still close to 0
     state = state._replace(
         age={"layer_1": jnp.asarray(age, state.age["layer_1"].dtype)},
         utility={"layer_1": jnp.asarray(utility, jnp.float32)},
@@ -226,7 +226,7 @@ def test_non_finite_utility_never_wins_and_more_than_the_rest_leaves_no_debt(bad
     assert history.replaced["layer_1"].tolist() == [[True, False, True, False, False]] * 3
     slow = still(units, replacement_rate=1e-4, maturity_threshold=0)
     _, state = update(slow, zeros(params), state, params, features)
-    assert not state.replaced["layer_1"].any(), "what could not be replaced then is not owed now"
+    assert not state.replaced["layer_1"].any(), "replacements that were not possible are not made up for later"
 
 
 def test_non_finite_utility_does_not_take_the_place_of_the_least_finite_one():
@@ -239,12 +239,12 @@ def test_non_finite_utility_does_not_take_the_place_of_the_least_finite_one():
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 2), (4, 4, 4)])
-def test_magnitude_is_of_each_element_before_the_mean(sizes):
+def test_the_absolute_value_is_taken_of_each_element_before_the_mean(sizes):
     params, units = make(sizes)
     params["layer_2"]["kernel"] = jnp.ones(sizes[1:])
     h = np.full((4, sizes[1]), 2.0, np.float32)
     h[:, 1] = [9, -9, 9, -9]  # mean 0, mean magnitude 9
-    h[:, 2] = 1.0  # the one to go
+    h[:, 2] = 1.0  # the unit to replace
     tx = still(units, replacement_rate=1 / sizes[1], maturity_threshold=0, decay_rate=0.5)
     _, (_, state) = hold(tx, params, {"layer_1": jnp.asarray(h)}, 1)
     assert np.flatnonzero(state.replaced["layer_1"][0]).tolist() == [2]
@@ -261,12 +261,12 @@ def test_utilities_are_the_equations(sizes, utility):
     _, (_, state) = hold(tx, params, {"layer_1": jnp.asarray(h)}, 2)
     v = np.abs(params["layer_1"]["kernel"]).sum(0)
     w = np.abs(params["layer_2"]["kernel"]).sum(1)
-    centred = np.abs(h - h.mean(0)).mean(0) * w  # the same batch twice: the corrected running mean is its mean
+    centered = np.abs(h - h.mean(0)).mean(0) * w  # the same batch twice: the corrected mean is its mean
     y = {
         "contribution": np.abs(h).mean(0) * w,
-        "zero_contribution": centred,
+        "zero_contribution": centered,
         "adaptation": 1 / v,
-        "adaptable_contribution": centred / v,
+        "adaptable_contribution": centered / v,
         "weight": w,
     }[utility]
     np.testing.assert_allclose(state.utility["layer_1"], np.stack([0.1 * y, 0.19 * y]), rtol=1e-5)
@@ -302,7 +302,7 @@ def test_max_replacements_bounds_the_step():
 # -------------------------------------------------------------------------------------------------- surgery
 
 
-def test_reset_unit_gets_new_incoming_weights_zero_bias_zero_outgoing_and_a_new_life():
+def test_reset_unit_gets_new_incoming_weights_zero_bias_zero_outgoing_weights_and_a_new_state():
     sizes = (3, 5, 2)
     params, units = make(sizes)
     tx = still(units, replacement_rate=0.2, maturity_threshold=0)
@@ -350,8 +350,8 @@ def test_flatten_order_of_conv_to_dense(order):
     np.testing.assert_array_equal(new["dense"]["kernel"][kept], params["dense"]["kernel"][kept])
 
 
-def test_positions_with_outgoing_weights_of_their_own_are_weighed_one_by_one():
-    """Channel 0 is active only where nobody listens: large mean activation, large weights, no contribution."""
+def test_positions_with_outgoing_weights_of_their_own_are_weighted_separately():
+    """Channel 0 is active only at positions that nothing reads: large mean activation and weights, no contribution."""
     kernel = np.zeros((2, 2, 3), np.float32)  # [positions, channels, outputs]
     kernel[0, 0], kernel[1, 0], kernel[:, 1] = 10.0, 0.0, 1.0
     params = {
@@ -440,7 +440,7 @@ def test_stale_gradient_cannot_revive_a_zeroed_weight(inner, reset, revived):
 
 @pytest.mark.parametrize("mode", ["fan_avg", "fan_out"])
 def test_resampled_variance_is_that_of_the_full_kernel(mode):
-    """One column is drawn at a time: fans read off the drawn column would widen fan_avg and fan_out."""
+    """One column is drawn at a time; its own fans would give too large a variance for fan_avg and fan_out."""
     sizes = (20, 40, 2)
     params, units = make(sizes)
     initializer = jax.nn.initializers.variance_scaling(1.0, mode, "uniform")
@@ -452,7 +452,7 @@ def test_resampled_variance_is_that_of_the_full_kernel(mode):
     bound = np.sqrt(3 / {"fan_avg": 30, "fan_out": 40}[mode])
     assert 0.97 * bound < np.abs(drawn).max() <= bound * 1.0001
     np.testing.assert_allclose(drawn.std(), bound / np.sqrt(3), rtol=0.05)
-    assert len(np.unique(drawn)) > 0.99 * drawn.size, "every step draws anew"
+    assert len(np.unique(drawn)) > 0.99 * drawn.size, "every step draws new weights"
 
 
 def test_resampled_variance_of_a_convolution():
@@ -496,7 +496,7 @@ def test_custom_initializer_reaches_the_incoming_weights():
 
 
 @pytest.mark.slow
-def test_more_than_ten_layers_whose_names_sort_otherwise_are_wired_in_forward_order():
+def test_more_than_ten_layers_whose_names_sort_differently_are_connected_in_forward_order():
     sizes = (4,) * 14
     params, units = make(sizes)
     assert list(params) != sorted(params)
@@ -520,7 +520,7 @@ def test_more_than_ten_layers_whose_names_sort_otherwise_are_wired_in_forward_or
 
 
 def compensation(apply_fn, params, x, compensate=True):
-    """How far three steps on one input move the output; units are replaced in the last of them."""
+    """Return the change of the output in three steps on one input; the last step replaces units."""
     units = cbp_jax.discover_units(apply_fn, params, x)
     before, features = jax.jit(cbp_jax.with_features(apply_fn, units))(params, x)
     tx = still(units, replacement_rate=0.5, maturity_threshold=2, compensate_bias=compensate)
@@ -586,7 +586,7 @@ INNER_STATES = {
 }
 
 
-# Wrappers are told apart in the same places; two of them are enough between changes.
+# Wrappers differ in the same places; two of them are enough in CI.
 LIKE_OTHERS = ("rmsprop", "inject", "multi_transform", "apply_if_finite", "adamw-schedule")
 
 
@@ -638,7 +638,7 @@ def test_moments_of_replaced_units_return_to_their_initial_values_and_no_others(
     assert compared >= 2
 
 
-def test_without_reset_the_inner_state_is_left_alone():
+def test_without_reset_the_inner_state_is_unchanged():
     sizes = (3, 5, 2)
     params, units = make(sizes)
     grads = random_like(params, 0)
@@ -651,7 +651,7 @@ def test_without_reset_the_inner_state_is_left_alone():
     jax.tree.map(np.testing.assert_array_equal, state.inner_state, want)
 
 
-def test_unknown_inner_state_raises_unless_it_is_to_be_left_alone():
+def test_unknown_inner_state_raises_unless_it_is_not_to_be_reset():
     params, units = make((3, 5, 2))
     odd = optax.GradientTransformation(lambda _: {"buffer": jnp.zeros((7, 3))}, lambda g, s, p=None: (g, s))
 
@@ -664,8 +664,8 @@ def test_unknown_inner_state_raises_unless_it_is_to_be_left_alone():
     run(reset_inner_state=False)
 
 
-def test_factored_moments_are_unknown_too():
-    """Adafactor keeps row and column statistics, in which one unit's part cannot be told from another's."""
+def test_factored_moments_raise_too():
+    """Adafactor keeps row and column statistics, in which the parts of single units cannot be separated."""
     params, units = make((128, 130, 2))
     tx = cbp_jax.continual_backprop(optax.adafactor(0.1), units)
     with pytest.raises((ValueError, TypeError), match=r"v_row|v_col"):
@@ -687,7 +687,7 @@ def test_first_step_after_a_reset_is_of_ordinary_size_with_a_count_per_weight():
         return np.abs(after["layer_2"]["kernel"])[np.argmax(state.replaced["layer_1"])]
 
     np.testing.assert_allclose(first_step(cbp_jax.adam(1e-4)), 1e-4, rtol=1e-4)
-    # The shared count of Adam takes the fresh moments for old ones: (1 - b1) / sqrt(1 - b2) times too large.
+    # With Adam's shared count, new moments are not bias-corrected: the step is (1 - b1) / sqrt(1 - b2) times too large.
     np.testing.assert_allclose(first_step(optax.adam(1e-4)), 3.16e-4, rtol=0.01)
 
 
@@ -713,7 +713,7 @@ def test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones(inn
     jax.tree.map(np.testing.assert_array_equal, state.inner_state, inner_state)
 
 
-def test_traced_rate_of_zero_is_bit_identical_too():
+def test_a_traced_rate_of_zero_is_bit_identical_too():
     params, units = make((3, 6, 2))
     grads, features = random_like(params, 0), lowest((3, 6, 2))
 
@@ -804,7 +804,7 @@ def test_grid_of_hyperparameters_is_a_vmap():
         final, mask = solo(*point)
         np.testing.assert_array_equal(replaced[i], mask)
         jax.tree.map(lambda g, s, i=i: np.testing.assert_allclose(g[i], s, rtol=0, atol=1e-6), finals, final)
-    # Settings that are known when tracing choose the same units (the weights drawn for them may be others).
+    # Constant settings choose the same units (their new weights may be other draws).
     np.testing.assert_array_equal(replaced[1], jax.jit(lambda: run(*grid[1])[1])())
 
 
@@ -897,13 +897,13 @@ def test_missing_params_are_refused():
 
 
 @pytest.mark.parametrize("sizes", [(3, 6, 2), (3, 4, 2)])
-def test_units_of_another_width_are_refused(sizes):
+def test_units_with_another_width_are_refused(sizes):
     _, units = make((3, 5, 2))
     with pytest.raises(ValueError, match=r"layer_1|layer_2"):
         jax.eval_shape(still(units).init, make_params(sizes))
 
 
-def test_units_of_other_names_are_refused():
+def test_units_with_other_names_are_refused():
     params, units = make((3, 5, 2))
     renamed = {"other_1": params["layer_1"], "layer_2": params["layer_2"]}
     with pytest.raises((ValueError, KeyError), match="layer_1"):

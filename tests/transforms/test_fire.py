@@ -12,7 +12,7 @@ import cbp_jax
 
 
 def isometric(w, iterations):
-    """A kernel [inputs, outputs] whose singular values went through the polynomial of Newton and Schulz."""
+    """Return a kernel [inputs, outputs] after Newton-Schulz iterations of its singular values."""
     left, values, right = np.linalg.svd(w, full_matrices=False)
     values = values / np.linalg.norm(w)
     for _ in range(iterations):
@@ -37,7 +37,7 @@ def test_follows_the_numpy_reference(reset):
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (2, 3, 4, 6)])
 def test_all_singular_values_become_one_number(shape):
-    """The polar factor, at each place of a convolution."""
+    """The result is the polar factor, at each spatial position of a convolution."""
     w = np.random.default_rng(0).normal(size=shape)
     tx = cbp_jax.fire(optax.sgd(0.0), every=1, iterations=40)
     params = {"kernel": jnp.asarray(w, jnp.float32)}
@@ -49,7 +49,7 @@ def test_all_singular_values_become_one_number(shape):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_kernels_of_zeros_stay_and_others_can_be_left_out():
+def test_kernels_of_zeros_are_unchanged_and_kernels_can_be_left_out():
     params = {"zero": jnp.zeros((2, 3)), "head": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}
     tx = cbp_jax.fire(optax.sgd(0.0), every=1, kernels=lambda path, leaf: path == "zero")
     updates, _ = tx.update(params, tx.init(params), params)

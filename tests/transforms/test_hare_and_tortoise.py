@@ -11,7 +11,7 @@ import cbp_jax
 
 
 def test_follows_the_numpy_reference():
-    """With Adam, whose moments go on."""
+    """The inner optimizer is Adam, whose moments are kept."""
     tortoise = []
 
     class Adam(reference.PerWeightAdam):
@@ -31,7 +31,7 @@ def test_follows_the_numpy_reference():
 
 
 def test_the_tortoise_moves_in_bfloat16():
-    """The hare's steps are lost in its own precision, where the mean is kept in more."""
+    """Small changes of the mean would be lost in bfloat16, so the tortoise is kept in float32."""
     tx = cbp_jax.hare_and_tortoise(optax.sgd(1.0), decay=0.999)
     params = jnp.ones(2, jnp.bfloat16)
     _, state = tx.update(-jnp.ones(2, jnp.bfloat16), tx.init(params), params)

@@ -1,4 +1,4 @@
-"""Penalties on kernels against float64 NumPy, in which their gradients are differences of the penalties."""
+"""Penalties on kernels against float64 NumPy, which computes gradients by finite differences."""
 
 import functools
 
@@ -19,7 +19,7 @@ def gram(matrix):
     return matrix @ matrix.T
 
 
-# Of a kernel [..., outputs] and the initial one.
+# Functions of a kernel [..., outputs] and the initial kernel.
 PENALTIES = {
     "spectral": (
         cbp_jax.spectral_penalty(power=2.0),
@@ -52,7 +52,7 @@ def differences(penalty, w, epsilon=1e-6):
 
 
 def spectral_step(w, inputs):
-    """The gradient by one power iteration, [inputs, outputs], which starts from a singular vector over the inputs."""
+    """Compute the gradient [inputs, outputs] by one power iteration from a singular vector over the inputs."""
     outputs = w.T @ inputs / np.linalg.norm(w.T @ inputs)
     inputs = w @ outputs / np.linalg.norm(w @ outputs)
     sigma = inputs @ w @ outputs
@@ -111,13 +111,13 @@ def test_follows_the_numpy_reference(name):
 @pytest.mark.parametrize("name", PENALTIES)
 @pytest.mark.parametrize("shape", [(2, 2, 2, 3), pytest.param((2, 7), marks=pytest.mark.slow)])
 def test_gradients_of_kernels_of_any_shape(name, shape):
-    """More inputs than outputs, and more outputs than inputs."""
+    """Kernels have more inputs than outputs, or more outputs than inputs."""
     penalty, value = PENALTIES[name]
     rng = np.random.default_rng(2)
     w0, w = rng.normal(size=(2, *shape))
     if name == "spectral":
-        w0 = w  # so that the first iterations are spent on it
-        w *= 1 + 2 * (np.arange(shape[-1]) == 1)  # whose largest singular value is far from the second
+        w0 = w  # so that the power iteration converges first
+        w *= 1 + 2 * (np.arange(shape[-1]) == 1)  # the largest singular value is well separated
     kept, gradient, after = jax.jit(lambda w0, w: (kept := penalty.init(w0), *penalty.gradient(w, kept)))(
         np.float32(w0), np.float32(w)
     )
@@ -138,7 +138,7 @@ def test_the_spectral_norm_is_followed_even_from_a_kernel_of_zeros():
     np.testing.assert_allclose(gradient, differences(lambda w: (np.linalg.svd(w)[1][0] - 1) ** 2, w), atol=1e-3)
 
 
-def test_numbers_may_be_arrays_while_a_program_is_traced():
+def test_settings_may_be_arrays_inside_a_traced_program():
     params = {"w": jnp.ones((2, 2))}
     power, scale = jnp.float32(1.0), jnp.float32(2.0)
     for make in (lambda: cbp_jax.spectral_penalty(power), lambda: cbp_jax.parseval_penalty(scale)):
@@ -154,7 +154,7 @@ def test_only_chosen_kernels_are_penalized():
     assert grads["hidden"].all() and not grads["head"].any() and not grads["bias"].any()
 
 
-def test_what_is_wrong_is_named():
+def test_errors_name_what_is_wrong():
     parseval = cbp_jax.parseval_penalty()
     with pytest.raises(ValueError, match=r"strength must be in \[0, inf\), got -1"):
         cbp_jax.add_kernel_penalty(-1.0, parseval)

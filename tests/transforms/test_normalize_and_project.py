@@ -1,4 +1,4 @@
-"""normalize_and_project against float64 NumPy, and what norms mean for learning rates."""
+"""normalize_and_project against float64 NumPy, and the effect of norms on learning rates."""
 
 import following
 import jax
@@ -29,7 +29,7 @@ def test_follows_the_numpy_reference(every, pull):
     following.follow_edits(tx, SGD(0.3), edit)
 
 
-def test_norms_stay_in_bfloat16_and_kernels_of_zeros_are_free():
+def test_norms_are_kept_in_bfloat16_and_kernels_of_zeros_are_not_projected():
     rng = np.random.default_rng(0)
     params = {"a": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.bfloat16), "zero": jnp.zeros((2, 2))}
     grads = {"a": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.bfloat16), "zero": jnp.ones((2, 2))}
@@ -43,7 +43,7 @@ def test_norms_stay_in_bfloat16_and_kernels_of_zeros_are_free():
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_step_at_the_effective_learning_rate_turns_a_normalized_kernel_as_far(adaptive):
-    """What the network computes does not depend on the kernel's norm."""
+    """The output of the network does not depend on the kernel's norm."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 7, 4))
     loss = lambda w: jnp.sum((x @ (w / jnp.linalg.norm(w)) - y) ** 2)

@@ -13,7 +13,7 @@ SETTINGS = {"learning_rate": 0.5, "discount": 0.9, "trace_decay": 0.7, "kappa": 
 
 
 def numpy_td(grads, errors, ends, step_size, decay):
-    """TD(lambda) in float64: weights [steps, ...] from zeros, with a step size that depends on traces and error."""
+    """Run TD(lambda) in float64: weights [steps, ...] from zeros; the step size depends on traces and error."""
     weights, traces = ({name: np.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
     path, sizes = [], []
     for number, (error, end) in enumerate(zip(errors, ends, strict=True)):
@@ -28,7 +28,7 @@ def numpy_td(grads, errors, ends, step_size, decay):
 
 @pytest.fixture(scope="module")
 def stream():
-    """Gradients, small at times, TD errors on both sides of 1, and ends of episodes."""
+    """Make gradients, some of them small, TD errors on both sides of 1, and ends of episodes."""
     rng = np.random.default_rng(0)
     scale = np.where(np.arange(STEPS) % 10 < 5, 0.02, 1.0)
     grads = {name: rng.normal(size=(STEPS, *shape)) for name, shape in SHAPES.items()}
@@ -61,7 +61,7 @@ def test_obgd_agrees_with_numpy(stream):
         return min(alpha / bound, alpha)
 
     expected, sizes = numpy_td(*stream, step_size, decay)
-    assert 3 < (sizes == alpha).sum() < STEPS - 3 and (abs(stream[1]) < 1).sum() > 3  # all branches are taken
+    assert 3 < (sizes == alpha).sum() < STEPS - 3 and (abs(stream[1]) < 1).sum() > 3  # both branches are taken
     ours = jax_td(cbp_jax.obgd(**SETTINGS), stream)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected)
 
@@ -77,7 +77,7 @@ def test_traces_before_sgd_are_td_lambda(stream):
 
 @pytest.mark.parametrize("target", [0.1, 50.0])
 def test_a_step_does_not_overshoot(target):
-    """With inputs of at most 1, a linear value goes toward its target and not past it, however large the step size."""
+    """With inputs of at most 1, a linear value approaches its target and does not pass it, whatever the step size."""
     x, w = jnp.linspace(-1, 1, 50), jnp.zeros(50)
     moved = lambda tx: float(x @ tx.update(x, tx.init(w), w, td_error=target)[0])
     assert 0 < moved(cbp_jax.obgd(100.0, kappa=2.0)) < target / 2
@@ -85,7 +85,7 @@ def test_a_step_does_not_overshoot(target):
 
 
 @pytest.mark.slow
-def test_traces_of_replaced_units_start_anew():
+def test_traces_of_replaced_units_are_reset():
     net = nets.MLP((6,), 2)
     params = net.init(jax.random.key(0), jnp.zeros((1, 3)))
     units = cbp_jax.discover_units(net.apply, params, jnp.zeros((1, 3)))

@@ -1,4 +1,4 @@
-"""What optax's contrib tests ask of an optimizer and test_common.py does not.
+"""Properties that optax's contrib tests check for optimizers and test_common.py does not.
 
 Unknown extra arguments, `optax.tree.map_params`, schedules, float16 and float64, sharded parameters, convergence.
 """
@@ -34,7 +34,7 @@ APPLY = cbp_jax.with_features(apply_fn, UNITS)
 
 
 def by_units(factory, *args, **kwargs):
-    """A transformation that takes activations, which do not matter here."""
+    """Make a transformation that takes activations, which do not matter here."""
     return factory(optax.sgd(0.1, momentum=0.9), UNITS, *args, **kwargs)
 
 
@@ -59,7 +59,7 @@ optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 @optimizer
 def test_unknown_extra_arguments_are_ignored(make):
-    """A chain hands every extra argument to every part."""
+    """A chain passes every extra argument to every part."""
     tx = make()
     grads, (_, features) = jax.grad(objective)(PARAMS), APPLY(PARAMS, X)
     update = jax.jit(lambda state, **extra: tx.update(grads, state, PARAMS, features=features, **extra))
@@ -69,7 +69,7 @@ def test_unknown_extra_arguments_are_ignored(make):
 
 @optimizer
 def test_map_params(make):
-    """optax.tree.map_params finds which leaves of a state belong to parameters, from `init` without parameters."""
+    """optax.tree.map_params finds the leaves of a state that belong to parameters, with `init` on placeholders."""
     tx = make()
     state = tx.init(PARAMS)
     same = optax.tree.map_params(tx, lambda leaf: leaf, state)
@@ -130,7 +130,7 @@ def test_with_explicit_axes_updates_are_sharded_as_the_parameters(name):
     assert {path: update.sharding.spec for path, update in updates.items()} == split
 
 
-# Two devices of the host, which must be asked for before JAX starts.
+# Two devices of the host, which must be requested before JAX starts.
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np, optax, sys
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -146,7 +146,7 @@ _, features = tests.APPLY(params, tests.X)
 grads = jax.grad(tests.objective)(params)
 for name in ("scale_by_upgd", "upgd", "upgd of units", "adaptive_upgd", "continual_backprop"):
     tx = tests.OPTIMIZERS[name]()
-    # As an optax user lays out a state: what is kept for each parameter is sharded as the parameter.
+    # As an optax user shards a state: the arrays of each parameter are sharded like the parameter.
     state = tx.init(params)
     layout = optax.tree.map_params(
         tx, lambda _, sharding: sharding, state, split, transform_non_params=lambda _: whole

@@ -17,7 +17,7 @@ def fresh(key):
 
 
 def run(tx, grads):
-    """The parameters after each update."""
+    """Return the parameters after each update."""
 
     def step(carry, g):
         params, state = carry
@@ -42,7 +42,7 @@ def test_agrees_with_numpy(layers):
                 trace = g[step] + MOMENTUM * trace
                 w = w - RATE * trace
                 if reset and (step + 1) % EVERY == 0:
-                    w, trace = np.asarray(got[step]), 0.0  # which are checked below
+                    w, trace = np.asarray(got[step]), 0.0  # resets are checked below
                     draws.append(w)
                 np.testing.assert_allclose(got[step], w, rtol=1e-4, atol=1e-5)
             for draw in draws:
@@ -55,7 +55,7 @@ def test_agrees_with_numpy(layers):
 def test_learners_reset_after_so_many_updates(reset):
     method = parse_method(f"adam:step_size=0.01,reset={reset},reset_every=4")
     learner = make_learner([method], (3,), "relu", (5,), 2)
-    assert learner.begin_task is None  # nothing before tasks
+    assert learner.begin_task is None  # nothing is reset before tasks
     numbers = {name: jnp.float32(value) for name, value in method.hyperparameters.items()}
 
     @jax.jit

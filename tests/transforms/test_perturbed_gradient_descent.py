@@ -1,4 +1,4 @@
-"""perturbed_gradient_descent against float64 NumPy, which is handed the noise, and the noise itself."""
+"""perturbed_gradient_descent against float64 NumPy with the same noise, and tests of the noise."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ PARAMS = {"w": jnp.asarray(RNG.normal(size=5), jnp.float32), "b": jnp.zeros([])}
 
 
 def loss(params, x, y):
-    """Logistic regression."""
+    """Compute the loss of logistic regression."""
     z = x @ params["w"] + params["b"]
     return jnp.mean(jnp.logaddexp(0, z) - y * z)
 

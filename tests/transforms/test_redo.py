@@ -13,9 +13,9 @@ import cbp_jax
 from cbp_jax import metrics
 from cbp_jax.units import Consumer, ParamSlice, UnitGroup
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
-    "test_under_vmap_the_branch_stays_a_branch": ("1",),
+    "test_under_vmap_the_branch_remains_a_branch": ("1",),
 }
 
 STEPS = 70
@@ -28,7 +28,7 @@ CASES = {
 
 
 class Redo:
-    """Which units are dormant, in float64, and how close to the threshold a score came."""
+    """Return the dormant units, computed in float64, and the smallest distance of a score from the threshold."""
 
     def __init__(self, *, threshold, every):
         self.threshold, self.every, self.margin = threshold, every, np.inf
@@ -42,7 +42,7 @@ class Redo:
         return score <= self.threshold
 
 
-# A convolutional network takes as long again to compile.
+# A convolutional network takes twice as long to compile.
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] if case.startswith("conv") else []) for case in CASES]
 )
@@ -51,10 +51,10 @@ def test_follows_the_numpy_reference(case):
     select = Redo(**settings)
     make = lambda units: cbp_jax.redo(inner, units, key=5, **settings)
     assert following.follow(layers, input_shape, make, optimizer, select, steps=STEPS, batch=6, seed=3) >= 12
-    assert select.margin > 1e-4, "take another seed"
+    assert select.margin > 1e-4, "choose another seed"
 
 
-# A network whose parameters and activations are made up.
+# A network with arbitrary parameters and activations.
 SIZE = 8
 PARAMS = {
     name: jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
@@ -85,7 +85,7 @@ def recycled(features, threshold):
     return tx.update(PARAMS, tx.init(PARAMS), PARAMS, features={"hidden": features})[1].replaced["hidden"]
 
 
-def test_counts_as_the_metric_does():
+def test_agrees_with_the_metric():
     for threshold in (0.0, 0.1, 0.5, 2.0):
         share = recycled(FEATURES, threshold).mean()
         np.testing.assert_allclose(share, metrics.dormant_fraction(FEATURES, threshold))
@@ -93,7 +93,7 @@ def test_counts_as_the_metric_does():
 
 
 def test_a_score_of_the_threshold_is_dormant():
-    h = jnp.tile(jnp.asarray([2.0, 0.5, 0.0, -1.5, 1.0, -1.0, 1.0, 1.0]), (5, 1))  # of mean 1 in absolute value
+    h = jnp.tile(jnp.asarray([2.0, 0.5, 0.0, -1.5, 1.0, -1.0, 1.0, 1.0]), (5, 1))  # the mean absolute value is 1
     np.testing.assert_array_equal(np.flatnonzero(recycled(h, 0.5)), [1, 2])
     np.testing.assert_array_equal(np.flatnonzero(recycled(h, np.nextafter(np.float32(0.5), 0))), [2])
     np.testing.assert_array_equal(np.flatnonzero(recycled(h, 0.0)), [2])
@@ -106,7 +106,7 @@ def test_silent_and_infinite_groups():
 
 
 def test_averages_over_positions_and_over_what_consumers_read():
-    """One unit of the first kernel has two rows in the second; a third kernel reads another array of the same units."""
+    """A unit of the first kernel has two rows in the second; a third kernel reads another array of the same units."""
     params = {**PARAMS, "w2": jnp.ones((2 * SIZE, 2)), "w3": jnp.ones((SIZE, 3))}
     rows = np.arange(2 * SIZE).reshape(2, SIZE)
     outgoing = (
@@ -127,8 +127,8 @@ def test_averages_over_positions_and_over_what_consumers_read():
     np.testing.assert_array_equal(new["b1"] == 0, expected)
 
 
-def test_happens_every_so_many_updates_and_else_changes_nothing():
-    """Bit for bit, in the updates and in the inner state."""
+def test_recycles_every_so_many_updates_and_otherwise_changes_nothing():
+    """Between recyclings, updates and inner state are those of the inner optimizer, bit for bit."""
     inner = optax.adam(0.01)
     tx = cbp_jax.redo(inner, UNITS, threshold=0.5, every=3)
     state, expected = tx.init(PARAMS), inner.init(PARAMS)
@@ -148,7 +148,7 @@ def test_happens_every_so_many_updates_and_else_changes_nothing():
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_moments_of_recycled_units_alone_are_reset(reset):
+def test_only_moments_of_recycled_units_are_reset(reset):
     tx = cbp_jax.redo(optax.sgd(0.1, momentum=0.9), UNITS, threshold=0.5, every=1, reset_inner_state=reset)
     _, state = one_update(tx, FEATURES)
     trace, new = state.inner_state[0].trace, np.asarray(state.replaced["hidden"]) & reset
@@ -166,8 +166,8 @@ def test_fresh_noise_at_every_recycling_from_the_given_initializer():
     assert all(30 < np.std(fresh) < 300 for fresh in drawn)
 
 
-def test_coarse_updates_still_zero_exactly():
-    """bfloat16 gradients of float32 params: `-param` would be rounded."""
+def test_low_precision_updates_still_zero_exactly():
+    """Gradients are bfloat16 and params float32, so `-param` would be rounded."""
     grads = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
     tx = cbp_jax.redo(optax.sgd(0.1), UNITS, threshold=0.5, every=1)
     new, state = one_update(tx, FEATURES, units_grads=grads)
@@ -176,7 +176,7 @@ def test_coarse_updates_still_zero_exactly():
 
 
 def test_seeds_recycle_when_they_are_due():
-    """In one vmap over params and intervals every row is what it is alone."""
+    """In one vmap over params and intervals, every row equals its solo run."""
     params = jax.tree.map(lambda w: jnp.stack([w, w + 1, w - 1]), PARAMS)
     every = jnp.asarray([1, 2, 3])
 
@@ -201,8 +201,8 @@ def test_seeds_recycle_when_they_are_due():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_under_vmap_the_branch_stays_a_branch(depth):
-    """As a select, whole kernels would be drawn at every step."""
+def test_under_vmap_the_branch_remains_a_branch(depth):
+    """With a select, whole kernels would be drawn at every step."""
     tx = cbp_jax.redo(optax.sgd(0.1), UNITS)
     update = lambda params, state: tx.update(params, state, params, features={"hidden": FEATURES})
     init = tx.init
@@ -228,7 +228,7 @@ def test_bad_settings(settings, words):
         cbp_jax.redo(optax.sgd(0.1), UNITS, **settings)
 
 
-def test_what_is_missing_is_named():
+def test_errors_name_what_is_missing():
     with pytest.raises(TypeError, match="initializer must be a function"):
         cbp_jax.redo(optax.sgd(0.1), UNITS, initializer="he")
     tx = cbp_jax.redo(optax.sgd(0.1), UNITS)

@@ -21,7 +21,7 @@ CASES = {
 
 
 class GraMa:
-    """Which units have small gradients, and how close to the threshold a score came."""
+    """Return the units with small gradients, and the smallest distance of a score from the threshold."""
 
     def __init__(self, *, threshold, every):
         self.threshold, self.every, self.margin = threshold, every, np.inf
@@ -43,7 +43,7 @@ def test_follows_the_numpy_reference(case):
     select = GraMa(**settings)
     make = lambda units: cbp_jax.regrama(inner, units, key=5, **settings)
     assert following.follow(layers, input_shape, make, optimizer, select, steps=50, batch=6, seed=3) >= 12
-    assert select.margin > 1e-4, "take another seed"
+    assert select.margin > 1e-4, "choose another seed"
 
 
 def apply_fn(params, x):
@@ -62,7 +62,7 @@ def recycled(gradient, threshold):
     return tx.update(grads, tx.init(PARAMS), PARAMS)[1].replaced["w1"]
 
 
-def test_counts_as_the_metric_does():
+def test_agrees_with_the_metric():
     for threshold in (0.0, 0.01, 0.1, 0.5, 2.0):
         share = recycled(GRADIENT, threshold).mean()
         np.testing.assert_allclose(share, metrics.gradient_dormant_units(GRADIENT, threshold))
@@ -75,8 +75,8 @@ def test_groups_without_gradient_and_of_infinite_gradient_are_left_alone():
         assert not recycled(GRADIENT.at[0, 2].set(value), 10.0).any()
 
 
-def test_a_score_of_ones_own():
-    """Units whose outgoing weights are the smallest."""
+def test_a_users_score():
+    """The score is the magnitude of outgoing weights."""
     score = lambda view: view.outgoing_magnitude() / view.outgoing_magnitude().mean()
     params = {**PARAMS, "w2": PARAMS["w2"].at[3].set(0.01)}
     tx = cbp_jax.redo(optax.sgd(0.0), UNITS, every=1, score=score)

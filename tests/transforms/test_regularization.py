@@ -24,7 +24,7 @@ def test_l1_is_the_gradient_of_its_penalty():
     check_is_gradient_of(tx, tx.init(PARAMS), penalty, PARAMS)
 
 
-def test_l1_leaves_a_zero_alone():
+def test_l1_leaves_zeros_unchanged():
     updates, _ = add_l1(0.25).update(jnp.zeros(2), optax.EmptyState(), jnp.array([0.0, 1e-30]))
     assert updates.tolist() == [0.0, 0.25]
 
@@ -33,14 +33,14 @@ def test_l1_leaves_a_zero_alone():
     ("factory", "of_change"),
     [(add_l1_init, lambda change: 0.3 * jnp.abs(change)), (add_l2_init, lambda change: 0.15 * change**2)],
 )
-def test_a_pull_to_the_start_is_the_gradient_of_its_penalty(factory, of_change):
+def test_a_pull_toward_the_start_is_the_gradient_of_its_penalty(factory, of_change):
     tx = factory(0.3)
     state = tx.init(PARAMS)
     moved = {"w": PARAMS["w"] * 1.5, "b": PARAMS["b"] - 1}
     total = lambda w, w0: jnp.sum(of_change(w - w0))
     penalty = lambda params: sum(jax.tree.leaves(jax.tree.map(total, params, PARAMS)))
     check_is_gradient_of(tx, state, penalty, moved)
-    updates, _ = tx.update(GRADS, state, PARAMS)  # no pull at the start
+    updates, _ = tx.update(GRADS, state, PARAMS)  # there is no pull at the start
     jax.tree.map(np.testing.assert_array_equal, updates, GRADS)
 
 
@@ -55,7 +55,7 @@ def test_l2_init_remembers_where_it_began():
 
 
 def numpy_proximal(w, u, w0, threshold):
-    """argmin over v of threshold * |v - w0| + (v - w - u)^2 / 2, found on a grid about its kinks and in closed form."""
+    """Return the argmin over v of threshold * |v - w0| + (v - w - u)^2 / 2, in closed form and checked on a grid."""
     change = w + u - w0
     closed = w0 + np.sign(change) * np.maximum(np.abs(change) - threshold, 0)
     grid = np.concatenate([closed + np.linspace(-0.1, 0.1, 41)[:, None], np.broadcast_to(w0, (1, *w0.shape))])
@@ -85,7 +85,7 @@ def test_the_proximal_step_is_the_minimizer_of_its_problem(strength, learning_ra
 
 
 def test_weights_return_to_the_start_exactly_and_then_stay():
-    """By the gradient of the penalty they step around it; those that the loss pulls away keep all but the threshold."""
+    """With the penalty's gradient they oscillate around it. Other weights move by the update minus the threshold."""
     start = jnp.array([0.3, -1.7, 1e-9, 0.0, 2.0])
     loss = lambda w: jnp.sum(jnp.array([0.001, 0.002, 0.003, 0.004, 1.0]) * (w - 10))
     runs = {}
@@ -117,7 +117,7 @@ def test_state_and_params_can_be_donated(factory):
     params = jax.tree.map(jnp.copy, PARAMS)
     state = tx.init(params)
     step = jax.jit(lambda params, state: tx.update(GRADS, state, params), donate_argnums=(0, 1))
-    updates, _ = step(params, state)  # one buffer in both would be donated twice
+    updates, _ = step(params, state)  # a buffer in both would be donated twice
     jax.tree.map(np.testing.assert_array_equal, updates, GRADS)
 
 

@@ -18,11 +18,11 @@ SETTINGS = {"rejection": 0.13, "every": 30, "max_silence": 14}
 
 
 class Silences:
-    """The rule in plain Python, with lists of silences in place of histograms."""
+    """The rule in plain Python, with lists of silences instead of histograms."""
 
     def __init__(self, *, rejection, every, max_silence):
         self.rejection, self.every, self.max_silence, self.layers = rejection, every, max_silence, {}
-        self.kinds = set()  # of thresholds that were computed
+        self.kinds = set()  # kinds of computed thresholds
 
     def __call__(self, count, k, h, gradient=None):
         units = self.layers.setdefault(
@@ -73,7 +73,7 @@ UNITS = (
 
 
 def run(fires, **settings):
-    """Feeds which units fire, bool [steps, units]; returns which are reset, and the last state."""
+    """Update with the units that fire, bool [steps, units]; return the units that are reset, and the last state."""
     tx = cbp_jax.self_normalized_resets(optax.sgd(0.1), UNITS, **settings)
 
     def step(state, fires):
@@ -85,15 +85,15 @@ def run(fires, **settings):
     return np.asarray(replaced), state
 
 
-def test_rare_units_are_given_more_time_than_busy_ones():
-    """A silence that is usual for one unit resets another, which used to fire more often."""
+def test_rarely_firing_units_get_more_time_than_busy_ones():
+    """A silence that is usual for one unit resets another unit that used to fire more often."""
     steps = np.arange(1, 41)
     period = np.array([2, 2, 4, 4, 8, 8])
     fires = steps[:, None] % period == 0
-    fires[32:, ::2] = False  # every other one falls silent for good
+    fires[32:, ::2] = False  # every second unit falls silent permanently
     replaced, state = run(fires, rejection=0.1, every=32, max_silence=12)
     first = [np.flatnonzero(column)[0] + 1 if column.any() else None for column in replaced.T]
-    # Silences of 1, 3 and 7 updates are the rule, so that one more is improbable.
+    # Units usually have silences of 1, 3 and 7 updates, so that longer ones are improbable.
     assert first == [34, None, 36, None, 40, None]
     assert state.threshold["hidden"].tolist() == [2, 2, 4, 4, 8, 8]
 
@@ -105,11 +105,11 @@ def test_units_without_a_past_keep_their_threshold():
     assert state.silence["hidden"].tolist() == [3] * SIZE
 
 
-def test_resets_beyond_the_bound_wait_and_the_most_overdue_come_first():
+def test_resets_above_the_maximum_wait_and_the_most_overdue_come_first():
     fires = np.zeros((9, SIZE), bool)
     fires[1, :2], fires[:, 5] = True, True
     replaced, _ = run(fires, max_silence=4, max_resets=1)
-    # Units 2, 3 and 4 are due at update 4; 0 and 1, which fired in the second, at 6, when 4 still waits.
+    # Units 2, 3 and 4 are due at update 4; units 0 and 1, which fired in update 2, at 6, when 4 still waits.
     assert [np.flatnonzero(row).tolist() for row in replaced] == [[], [], [], [2], [3], [4], [0], [1], [2]]
 
 

@@ -1,4 +1,4 @@
-"""Networks that are sharded over devices by the user's own `NamedSharding`."""
+"""Networks that a user has sharded over devices with `NamedSharding`."""
 
 import itertools
 import os
@@ -18,9 +18,9 @@ from cbp_jax.numerics import sharding as sharding_lib
 SIZES = (8, 16, 24, 8)
 NAMES = ("first", "second", "third")
 AXES = ("data", "model")
-# Of kernel and bias of each layer.
+# Shardings of kernel and bias of each layer.
 LAYOUTS = {
-    # Columns, then rows, as of two layers of which one reads the other on the same device; XLA would refine the biases.
+    # Columns, then rows: the second layer reads the first on the same device. XLA would shard the biases further.
     "columns and rows": ((2, 4), [((None, "model"), ()), (("model", None), ()), ((), ())]),
     "all columns": ((1, 8), [((None, "model"), ("model",))] * 3),
     "rows": ((1, 8), [(("model", None), ())] * 3),
@@ -60,7 +60,7 @@ def transformations(units):
 
 
 def check(name, layout):
-    """Runs in a process of its own, because the number of devices is fixed when JAX starts."""
+    """Run in a separate process, because the number of devices is fixed when JAX starts."""
     shape, axes = LAYOUTS[layout]
     mesh = Mesh(np.asarray(jax.devices()).reshape(shape), AXES)
     sharding = lambda spec: NamedSharding(mesh, PartitionSpec(*spec))
@@ -82,7 +82,7 @@ def check(name, layout):
     gradients = jax.jit(jax.grad(loss, has_aux=True))
     step = lambda grads, state, params, features: tx.update(grads, state, params, features=features)
     update = jax.jit(step)
-    # XLA can be asked to keep updates where params are; a jax that has no way to ask is told.
+    # XLA is asked to keep updates where params are. Without this feature of jax, output shardings are given.
     sharded_update = jax.jit(step) if sharding_lib.shard_alike else jax.jit(step, out_shardings=(places, None))
     sharded, init = jax.device_put(params, places), jax.jit(tx.init)
     state, sharded_state = init(params), init(sharded)
@@ -98,7 +98,7 @@ def check(name, layout):
             strict=True,
         ):
             assert found.sharding.is_equivalent_to(place, found.ndim), (jax.tree_util.keystr(path), found.sharding)
-            # Sums over what is on several devices have another order.
+            # Sums over several devices have another order.
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
         params, sharded = apply(params, updates), apply(sharded, sharded_updates)
         replaced += float(cbp_jax.replacement.replaced_units(state))
@@ -123,7 +123,7 @@ def reorder(found, state, params):
         ),
     ],
 )
-def test_updates_of_sharded_params_are_sharded_likewise_and_equal(name, layout):
+def test_updates_of_sharded_params_have_the_same_sharding_and_values(name, layout):
     script = f"import runpy; runpy.run_path({__file__!r})['check']({name!r}, {layout!r})"
     environment = {
         **os.environ,
@@ -143,6 +143,6 @@ def test_units_are_not_replaced_over_explicit_axes():
         transformations(units)["continual_backprop"].init(params)
 
 
-def test_one_device_is_asked_nothing():
+def test_one_device_needs_no_sharding_constraint():
     traced = str(jax.make_jaxpr(sharding_lib.sharded_alike)(jnp.ones(2), jnp.ones(2)))
     assert ("shard_alike" in traced) == (jax.device_count() > 1 and sharding_lib.shard_alike is not None)

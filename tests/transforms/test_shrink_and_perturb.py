@@ -16,7 +16,7 @@ def step(tx, state=None, params=PARAMS):
     return optax.apply_updates(params, updates), state
 
 
-def test_with_neither_it_is_the_inner_optimizer():
+def test_without_shrinking_and_noise_it_is_the_inner_optimizer():
     tx = shrink_and_perturb(optax.sgd(0.1, momentum=0.9), shrink=0.0, perturb=0.0)
     updates, _ = jax.jit(tx.update)(GRADS, tx.init(PARAMS), PARAMS)
     inner = optax.sgd(0.1, momentum=0.9)
@@ -48,7 +48,7 @@ def test_perturbs_every_weight_with_noise_of_the_given_size():
 
 
 def test_shrinking_and_noise_balance():
-    """Without gradients the weights settle at a variance of p**2 / (1 - (1 - s)**2)."""
+    """Without gradients, the variance of the weights converges to p**2 / (1 - (1 - s)**2)."""
     tx = shrink_and_perturb(optax.set_to_zero(), shrink=0.1, perturb=0.5)
 
     def body(carry, _):

@@ -16,14 +16,14 @@ def losses_of(params, x, y):
 
 
 def gradients_of(params, x, y):
-    """The gradients of `losses_of` by hand."""
+    """Compute the gradients of `losses_of` by hand."""
     h = np.tanh(x @ params["w1"])
     error = 2 * (h @ params["w2"] - y) / y.size
     return {"w1": x.T @ (error @ params["w2"].T * (1 - h**2)), "w2": h.T @ error}
 
 
 def numpy_trac(params, batches, betas, s_init, eps, recomputed):
-    """TRAC around SGD in float64; the way so far kept, as the paper has it, or recomputed, as its program has it."""
+    """Run TRAC around SGD in float64; the displacement is kept, as in the paper, or recomputed, as in its program."""
     reference = {name: w.copy() for name, w in params.items()}
     way = {name: np.zeros_like(w) for name, w in params.items()}
     sums, variances, scale, scales = np.full(len(betas), 1e-8), np.zeros(len(betas)), 0.0, []
@@ -44,7 +44,7 @@ def numpy_trac(params, batches, betas, s_init, eps, recomputed):
 
 @pytest.fixture(scope="module")
 def problem():
-    """Weights, and batches of two tasks, the second of which wants the opposite of the first."""
+    """Make weights, and batches of two tasks, the second of which has opposite targets."""
     rng = np.random.default_rng(0)
     params = {"w1": rng.normal(size=(3, 5)), "w2": rng.normal(size=(5, 2))}
     x = rng.normal(size=(STEPS, 8, 3))
@@ -75,20 +75,20 @@ def test_agrees_with_numpy(problem):
     np.testing.assert_allclose(scales, expected_scales, rtol=1e-3, atol=1e-3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), ours, expected)
     (at_zero,) = np.nonzero(np.asarray(scales) == 0)
-    assert at_zero.size and at_zero[0] > STEPS // 2 and max(scales) > 3  # the new task draws the weights back
+    assert at_zero.size and at_zero[0] > STEPS // 2 and max(scales) > 3  # the new task pulls the weights back
 
-    # The public program is the same, until its scale is 0, where it stays.
+    # The public program agrees until its scale reaches 0, where it remains.
     _, of_program = numpy_trac(params, batches, np.array(betas), s_init, eps, recomputed=True)
     same = slice(0, at_zero[0] + 1)
     np.testing.assert_allclose(scales[same], of_program[same], rtol=1e-3, atol=1e-3)
     assert not any(of_program[at_zero[0] :]) and scales[-1] > 0.5
 
 
-def test_a_scale_that_would_be_negative_is_zero_and_comes_back():
+def test_a_negative_scale_is_set_to_zero_and_can_grow_again():
     tx = cbp_jax.trac(optax.sgd(1.0), betas=(0.5,), s_init=1.0)
     params = jnp.array([1.0])
     state = tx.init(params)
-    grads = [1.0, -3.0, -3.0, 2.0, 2.0, 2.0]  # the way is -1, 2, 5, 3, 1, -1 after these
+    grads = [1.0, -3.0, -3.0, 2.0, 2.0, 2.0]  # the displacement is -1, 2, 5, 3, 1, -1 after these
     weights, scales = [], []
     for g in grads:
         updates, state = tx.update(jnp.array([g]), state, params)
@@ -109,7 +109,7 @@ def test_the_scale_grows_from_almost_nothing(problem):
         assert 0 < scales[0] < 1e-6 and scales[STEPS // 2] > 500 * scales[0]
 
 
-def test_erfi_is_scipys():
+def test_erfi_equals_that_of_scipy():
     x = np.concatenate([np.linspace(-9, 9, 501), [1e-6, -1e-3, 0]]).astype(np.float32)
     np.testing.assert_allclose(erfi(jnp.asarray(x)), scipy.special.erfi(np.float64(x)), rtol=1e-5)
     assert np.isfinite(erfi(jnp.array([50.0, -jnp.inf]))).all()

@@ -1,4 +1,4 @@
-"""UPGD against NumPy in float64, and the traps of its public implementation."""
+"""UPGD against NumPy in float64, and errors of its public implementation."""
 
 import functools
 
@@ -13,9 +13,9 @@ import cbp_jax
 from cbp_jax.numerics import noise
 from cbp_jax.transforms.upgd import adaptive_upgd, scale_by_upgd, upgd
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
-    "test_zero_gradients_and_tiny_ones": ("None-global",),
+    "test_zero_and_tiny_gradients": ("None-global",),
 }
 
 SIZES, STEPS, ALPHA, DECAY = (5, 4, 3), 60, 0.05, 0.1
@@ -53,7 +53,7 @@ def exact_curvature(params, x, y):
 
 
 def train(tx, order=1):
-    """The parameters after each step, [STEPS, ...]."""
+    """Return the parameters after each step, [STEPS, ...]."""
 
     def step(carry, batch):
         params, state = carry
@@ -67,7 +67,7 @@ def train(tx, order=1):
 
 @functools.cache
 def compiled(order, scope, featurewise):
-    """A run as a function of what may be traced, so that there are few compilations."""
+    """Compile a run as a function of the settings that may be traced, so that there are few compilations."""
     static = {"order": order, "scope": scope, "units": UNITS if featurewise else None}
     return jax.jit(lambda **traced: train(upgd(ALPHA, weight_decay=DECAY, **static, **traced), order))
 
@@ -83,7 +83,7 @@ def numpy_gradient(params, x, y):
 
 
 def numpy_curvature(params, x, y, step=1e-5):
-    """Diagonal of the Hessian by central differences of the gradient."""
+    """Compute the diagonal of the Hessian by central differences of the gradient."""
     result = {name: np.zeros_like(w) for name, w in params.items()}
     for name, w in params.items():
         for index in np.ndindex(w.shape):
@@ -101,7 +101,7 @@ def sigmoid(x):
 
 
 def numpy_upgd(beta, order, scope, protect, featurewise, draws, adam=None):
-    """Algorithm 1, and its feature-wise and adaptive variants, step by step; `draws` holds the noise of each step."""
+    """Run Algorithm 1 or its feature-wise and adaptive variants step by step; `draws` holds the noise of each step."""
     params = {name: np.asarray(w, np.float64) for name, w in PARAMS.items()}
     mean = {name: 0.0 for name in params} | {"hidden": 0.0}
     mu, nu = ({name: 0.0 for name in params} for _ in range(2))
@@ -120,7 +120,7 @@ def numpy_upgd(beta, order, scope, protect, featurewise, draws, adam=None):
         if scope == "global":
             largest = max(u.max() for u in corrected.values())
             scaled = {name: u / abs(largest) for name, u in corrected.items()}
-        else:  # a column leads to one unit; a vector is one
+        else:  # a column has one output unit; a vector is one column
             scaled = {name: u / np.sqrt((u**2).sum(0)) for name, u in corrected.items()}
         gate = {name: 1 - sigmoid(u) for name, u in scaled.items()}
         owned = {name: 1.0 for name in params}
@@ -142,14 +142,14 @@ def numpy_upgd(beta, order, scope, protect, featurewise, draws, adam=None):
 
 
 def draws(sigma):
-    """The noise that a fresh state draws at each step."""
+    """Return the noise that a new state draws at each step."""
     key = upgd(ALPHA).init(PARAMS)[0].key
     tree = jax.vmap(lambda step: noise.normal(key, step, PARAMS, sigma))(jnp.arange(STEPS))
     return {name: np.asarray(leaf, np.float64) for name, leaf in tree.items()}
 
 
 VARIANTS = [
-    # NumPy's curvature by differences takes long.
+    # Curvature by finite differences takes long in NumPy.
     pytest.param(
         *(beta, order, scope, protect, featurewise, sigma),
         marks=[pytest.mark.slow] if order == 2 and beta == 0 and sigma else [],
@@ -181,19 +181,19 @@ def test_adaptive_against_numpy(beta, protect, sigma):
         np.testing.assert_allclose(ours[name], w, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-# ------------------------------------------------------------------------------------------------------- the traps
+# ------------------------------------------------------------------------------------- errors of the public code
 
 
 def gates(grads, params, **settings):
-    """The factors by which an update without noise is smaller than the gradient; grads without zeros."""
+    """Return the ratio of an update without noise to the gradient; grads must not contain zeros."""
     tx = scale_by_upgd(sigma=0.0, **settings)
     updates, _ = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params))(grads, params)
     return jax.tree.map(lambda u, g: np.asarray(u / g), updates, grads)
 
 
 def test_mean_and_maximum_are_both_corrected():
-    """The public code corrects the mean alone: its first gates, at beta 0.999, are those of utilities 1000 times
-    as large."""
+    """The public code corrects only the mean, so its first gates, at beta 0.999, are those of 1000 times larger
+    utilities."""
     grads = jax.tree.map(lambda w: -w, PARAMS)
     at_once, averaged = (gates(grads, PARAMS, beta_utility=beta) for beta in (0.0, 0.999))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), averaged, at_once)
@@ -211,8 +211,8 @@ def test_global_spans_all_parameters():
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
-def test_no_positive_utility_turns_no_order_around(scope):
-    """Dividing by a negative maximum would protect the most harmful weight best."""
+def test_without_positive_utilities_the_order_is_kept(scope):
+    """Dividing by a negative maximum would protect the most harmful weight most."""
     params = jnp.array([1.0, 2.0, 4.0, 8.0])
     found = gates(jnp.ones(4), params, scope=scope)  # utilities -1, -2, -4, -8
     assert np.isfinite(found).all() and (np.diff(found) > 0).all() and (found > 0.5).all() and (found <= 1).all()
@@ -220,7 +220,7 @@ def test_no_positive_utility_turns_no_order_around(scope):
 
 @pytest.mark.parametrize("scope", ["global", "local"])
 @pytest.mark.parametrize("units", [None, UNITS])
-def test_zero_gradients_and_tiny_ones(scope, units):
+def test_zero_and_tiny_gradients(scope, units):
     tx = scale_by_upgd(sigma=0.1, scope=scope, units=units)
     state = tx.init(PARAMS)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), state, PARAMS)
@@ -240,7 +240,7 @@ def test_a_maximum_of_zero_opens_the_gates_of_harmful_weights():
     np.testing.assert_allclose(gates(grads, params), [0.5, 1.0, 1.0], rtol=1e-6)
 
 
-def test_local_normalises_what_leads_to_one_unit():
+def test_local_scope_normalizes_over_the_incoming_weights_of_each_unit():
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.float32)
     grads = jnp.asarray(rng.normal(size=kernel.shape), jnp.float32)
@@ -264,8 +264,8 @@ def test_unprotected_without_noise_is_decayed_sgd():
 
 
 @pytest.mark.parametrize("protect", [True, False])
-def test_noise_is_behind_the_gate(protect):
-    """Noise of useful weights is smaller, and it is normal with the given deviation times the gate."""
+def test_noise_is_gated(protect):
+    """Useful weights get less noise: it is normal, with the given standard deviation times the gate."""
     params = jnp.concatenate([jnp.full(20_000, 2.0), jnp.full(20_000, -2.0)])
     grads = jnp.full(40_000, -1.0)  # utilities 2 and -2
     tx = scale_by_upgd(sigma=0.5, protect=protect)
@@ -295,7 +295,7 @@ def test_learning_rate_schedule():
 
 
 def conv_network(params, x, gates=None):
-    """Convolution, pooling, flattening, two dense heads on one torso; gates multiply what is read of the units."""
+    """Return a network of convolution, pooling, flattening and two dense heads on one torso; gates multiply units."""
     conv, dense = (jnp.ones(4), jnp.ones(6)) if gates is None else gates
     h = jax.lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     h = jax.lax.reduce_window(jax.nn.relu(h), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") * conv
@@ -305,7 +305,7 @@ def conv_network(params, x, gates=None):
 
 @pytest.mark.slow
 def test_a_units_utility_is_minus_the_gradient_of_its_gate():
-    """Whatever reads the unit: positions of a flattened convolution, several heads."""
+    """This includes units with several positions in a flattened convolution, and units that several heads read."""
     rng = np.random.default_rng(0)
     shapes = {"conv": (3, 3, 2, 4), "dense": (16, 6), "head1": (6, 3), "head2": (6, 2)}
     params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
@@ -323,11 +323,11 @@ def test_a_units_utility_is_minus_the_gradient_of_its_gate():
     np.testing.assert_allclose(state.utility["dense"], -dense, rtol=1e-4, atol=1e-4)
 
 
-def test_units_gate_their_incoming_weights_alone():
+def test_units_gate_only_their_incoming_weights():
     tx = scale_by_upgd(sigma=0.3, units=UNITS)
     grads = jax.tree.map(jnp.ones_like, PARAMS)
     updates, state = tx.update(grads, tx.init(PARAMS), PARAMS)
-    np.testing.assert_array_equal(updates["w2"], grads["w2"])  # leads to no unit: neither gate nor noise
+    np.testing.assert_array_equal(updates["w2"], grads["w2"])  # has no output unit: neither gate nor noise
     np.testing.assert_array_equal(updates["b2"], grads["b2"])
     u = state.utility["w1"]
     draw = noise.normal(state.key, 0, PARAMS, 0.3)
@@ -336,7 +336,7 @@ def test_units_gate_their_incoming_weights_alone():
     np.testing.assert_allclose(updates["b1"], (1 + draw["b1"]) * gate, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- with other things
+# ------------------------------------------------------------------------------------ with other transformations
 
 
 @pytest.mark.parametrize("featurewise", [False, True])
@@ -359,7 +359,7 @@ def test_inside_continual_backprop_replaced_weights_lose_their_utility(featurewi
     for x, y in zip(X[:12], Y[:12], strict=True):
         params, state = step(params, state, x, y)
         (replaced,), (age,), utility = state.replaced.values(), state.age.values(), state.inner_state[0].utility
-        old = age > 1  # in its first step a unit has no outgoing weights, and so no gradients
+        old = age > 1  # in its first step a unit has no outgoing weights, so no gradients
         total += int(replaced.sum())
         if featurewise:
             assert not utility["w1"][replaced].any() and utility["w1"][old].all()
@@ -413,7 +413,7 @@ def test_a_curvature_that_only_broadcasts_to_the_gradients_is_refused(of):
 
 
 @pytest.mark.parametrize("order", [1, jnp.float32(1)])
-def test_to_first_order_curvature_does_not_count_even_where_it_is_infinite(order):
+def test_first_order_upgd_ignores_curvature_even_if_it_is_infinite(order):
     tx, first = (scale_by_upgd(sigma=0.0, order=order) for order in (order, 1))
     infinite = jax.tree.map(lambda w: jnp.full(w.shape, jnp.inf), PARAMS)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_diag=infinite)

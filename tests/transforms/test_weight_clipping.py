@@ -1,4 +1,4 @@
-"""clip_weights against float64 NumPy, the exactness of its bounds, and where they come from."""
+"""clip_weights against float64 NumPy, the exactness of its bounds, and their computation."""
 
 import functools
 
@@ -63,12 +63,12 @@ def test_follows_the_numpy_reference(bound):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_bound_is_kept_to_the_last_digit_and_reached(dtype):
-    """Though `bound - param`, and its sum with the parameter, are rounded."""
+    """Bounds are exact although `bound - param`, and its sum with the parameter, are rounded."""
     rng = np.random.default_rng(1)
     draw = lambda: jnp.asarray(rng.normal(size=(64, 500)) * 10 ** rng.uniform(-3, 2, size=(64, 500)), dtype)
     params, grads = {"kernel": draw()}, {"kernel": draw()}
 
-    @jax.jit  # params and grads as arguments: among constants XLA takes (a - b) + b for a
+    @jax.jit  # params and grads are arguments, because XLA simplifies (a - b) + b of constants to a
     def step(bound, params, grads):
         tx = cbp_jax.clip_weights(optax.sgd(1.0), bound)
         updates, _ = tx.update(grads, tx.init(params), params)
@@ -82,7 +82,7 @@ def test_the_bound_is_kept_to_the_last_digit_and_reached(dtype):
         inside = np.abs(free) <= largest
         assert 0.05 < inside.mean() < 0.95
         np.testing.assert_array_equal(updates[inside], -grads["kernel"][inside])  # bit for bit the inner update
-        # A weight that comes from far outside lands within its own last digit of the bound.
+        # A weight from far outside ends within its own last digit of the bound.
         digit = jnp.finfo(dtype).eps * (np.abs(np.asarray(params["kernel"], np.float64)) + largest)
         np.testing.assert_array_less(np.abs(after - np.sign(free) * largest)[~inside], 2 * digit[~inside])
 
@@ -126,8 +126,8 @@ def test_explicit_scales():
     np.testing.assert_array_equal(tree["b1"], 0)
 
 
-def test_holds_what_continual_backprop_makes():
-    """Fresh weights of He et al. range to 2.4 / sqrt(fan-in); around it, the clipping has the last word."""
+def test_clips_the_weights_that_continual_backprop_draws():
+    """Fresh weights of He et al. range to 2.4 / sqrt(fan-in); clipping is applied after replacement."""
     apply_fn = lambda params, x: jax.nn.relu(x @ params["w1"]) @ params["w2"]
     params = {"w1": jnp.zeros((4, 8)), "w2": jnp.zeros((8, 2))}
     x = jnp.ones((5, 4))
@@ -144,7 +144,7 @@ def test_holds_what_continual_backprop_makes():
 @pytest.mark.parametrize(
     ("scale", "words"),
     [
-        (None, r"cannot tell the scale of 'b1', which stands beside the kernels \['w1', 'w2'\]"),
+        (None, r"cannot tell the scale of 'b1', which is next to the kernels \['w1', 'w2'\]"),
         ({"w1": 1.0, "w2": 1.0}, r"scale must be a tree like the params; it has nothing for \['b1'\]"),
         ({"w1": jnp.ones(4), "b1": 1.0, "w2": 1.0}, r"scale of 'w1' must be a number or broadcast to \(4, 3\)"),
         ({"w1": 1.0, "b1": jnp.ones((2, 3)), "w2": 1.0}, r"scale of 'b1' must be a number or broadcast to \(3,\)"),
@@ -165,7 +165,7 @@ def test_bad_settings():
         tx.update(params, tx.init(params))
 
 
-def test_a_bound_of_zero_and_not_a_number():
+def test_a_bound_of_zero_and_a_weight_that_is_nan():
     tx = cbp_jax.clip_weights(optax.sgd(1.0), 0.0)
     params = {"kernel": jnp.asarray([[1.0, -3.0]])}
     step = jax.jit(functools.partial(tx.update, state=tx.init(params), params=params))

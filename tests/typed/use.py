@@ -1,4 +1,4 @@
-"""A user's program: what the type checker must accept, and the types that it must find. Checked, not run."""
+"""A user's program that the type checker must accept, and the types that it must infer. It is checked, not run."""
 
 from typing import Any, assert_type
 

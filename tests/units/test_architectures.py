@@ -1,4 +1,4 @@
-"""Units of the architectures that people use: random networks of every construct, and what is found in known ones."""
+"""Units of common architectures: random networks of every construct, and the units of known networks."""
 
 import functools
 import time
@@ -17,7 +17,7 @@ import cbp_jax
 from cbp_jax import nets
 from cbp_jax.units import LeftOutKind
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_chosen_networks": (
         "joined depthwise grouped squeezed--gated-True-1",
@@ -30,9 +30,9 @@ SLOW_CASES = {
 
 
 class Net:
-    """A network as a list of constructs. Its parameters are drawn when it first runs.
+    """A network as a list of constructs. Parameters are drawn in the first run.
 
-    `frozen` holds the statistics of norms that mix units, as they were recorded, to be taken as constants.
+    `frozen` holds recorded statistics of normalizations that mix units, which are then used as constants.
     """
 
     def __init__(self, images, tokens, vectors, flatten, heads):
@@ -125,7 +125,7 @@ class Net:
         kernel = self.leaf(3, 3, x.shape[-1], x.shape[-1], scale=0.4)
         return jnp.tanh(self.conv(jnp.tanh(self.conv(x, 0, kernel=kernel)), 0, kernel=kernel))
 
-    def rematerialised(self, x):
+    def rematerialized(self, x):
         kernels = self.leaf(1, 1, x.shape[-1], 3), self.leaf(3), self.leaf(1, 1, 3, 4), self.leaf(4)
 
         @jax.checkpoint
@@ -200,7 +200,7 @@ class Net:
         return jnp.tanh(self.dense(x, 4))
 
 
-IMAGES = """plain strided dilated pooled residual projected joined depthwise grouped squeezed tied rematerialised jitted
+IMAGES = """plain strided dilated pooled residual projected joined depthwise grouped squeezed tied rematerialized jitted
 half custom batch_norm group_norm""".split()
 TOKENS = "layer_norm embedded attention fused_attention perceptron gated".split()
 VECTORS = "hidden gated layer_norm rms_norm perceptron".split()
@@ -209,15 +209,15 @@ VECTORS = "hidden gated layer_norm rms_norm perceptron".split()
 def check(net):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4, 4, 2)), jnp.float32)
     params = {}
-    jax.eval_shape(functools.partial(net, params), x)  # draws them
+    jax.eval_shape(functools.partial(net, params), x)  # draws the parameters
     params = dict(params)
     run = lambda params, x: net(dict(params), x)
     units = cbp_jax.discover_units(run, params, x)
-    # Heads are part of the output; all else is a group.
+    # Heads are part of the output; everything else is a group.
     assert len(units.left_out) == net.heads, units
     assert all(item.kind is LeftOutKind.OUTPUT for item in units.left_out), units
     incoming = [(part.path, part.axes, row) for g in units for part in g.incoming for row in part.index.ravel()]
-    assert len(set(incoming)) == len(incoming), "two units own one column"
+    assert len(set(incoming)) == len(incoming), "two units have the same column"
 
     @jax.jit
     def statistics(params):
@@ -234,7 +234,7 @@ def check(net):
             positions, size = consumer.kernel.index.shape
             assert array.shape[-1] == size and (positions == 1 or array.shape[-2] == positions)
     moved = resets.check_resets(units, params, apply, rtol=2e-2 if "half" in net.images else 1e-4)
-    # Where all that reads a group is the output, it moves less for certain.
+    # If only the output reads a group, compensation certainly reduces its change.
     outputs = {item.name for item in units.left_out}
     for group in units:
         if outputs.issuperset(resets.paths(group.outgoing)):
@@ -248,7 +248,7 @@ def check(net):
     [
         ("residual projected batch_norm strided", "", "hidden layer_norm", True, 2),
         ("joined depthwise grouped squeezed", "", "gated", True, 1),
-        ("tied rematerialised half custom jitted pooled dilated", "", "rms_norm perceptron", False, 1),
+        ("tied rematerialized half custom jitted pooled dilated", "", "rms_norm perceptron", False, 1),
         ("strided group_norm", "embedded attention perceptron fused_attention layer_norm", "", True, 1),
     ],
 )
@@ -286,7 +286,7 @@ def summary(units):
 
 
 def test_resnet_18():
-    """Per stage one group that 3 kernels write, and the inside of each of the 8 blocks."""
+    """There is one group for each stage, which 3 kernels write, and one inside each of the 8 blocks."""
     net, x = nets.ResNet(num_outputs=100), jnp.zeros((2, 32, 32, 3))
     variables = shapes_of(net, x)
     apply_fn = lambda params, stats, x: net.apply(
@@ -311,7 +311,7 @@ def test_resnet_18():
 
 
 def test_convnet_of_the_paper():
-    """Channels, of which the last are read by 4 rows each of the flattened image, and neurons."""
+    """Units are channels and neurons. A row for each position of the flattened image reads the last channels."""
     net, x = nets.ConvNet(num_outputs=2), jnp.zeros((1, 32, 32, 3))
     units = cbp_jax.discover_units(net.apply, shapes_of(net, x), x)
     names = ["Conv_0", "Conv_1", "Conv_2", "Dense_0", "Dense_1"]
@@ -324,10 +324,10 @@ def test_convnet_of_the_paper():
 
 
 def test_transformer_of_12_layers():
-    """The residual stream, and the heads and hidden units of each layer."""
+    """Groups are the residual stream, and the heads and hidden units of each layer."""
     net, x = nets.ViT(num_outputs=10, depth=12, width=16, heads=4, hidden=24), jnp.zeros((1, 8, 8, 3))
     units = cbp_jax.discover_units(net.apply, shapes_of(net, x), x)
-    # Written by the patches and twice in each layer; read four times in each layer and by the head.
+    # The patches and two kernels of each layer write the stream; four kernels of each layer and the head read it.
     expected = [("params/patches", 16, "residual", 25, 49)]
     for layer in range(12):
         expected.append((f"params/encoder/layer{layer}_attention/query", 4, "head", 3, 1))
@@ -351,7 +351,7 @@ class Language(nn.Module):
         return table.attend(x) if self.tied else nn.Dense(20, name="head")(x)
 
 
-def test_embeddings_are_incoming_unless_they_make_the_output():
+def test_embeddings_are_incoming_unless_they_compute_the_output():
     net, tokens = Language(False), jnp.zeros((2, 5), int)
     params = jax.jit(net.init)(jax.random.key(0), tokens)
     units = cbp_jax.discover_units(net.apply, params, tokens)
@@ -363,7 +363,7 @@ def test_embeddings_are_incoming_unless_they_make_the_output():
 
 
 def test_tied_embeddings_are_outgoing():
-    """A replaced dimension of the stream starts with 0 in the table that both embeds and makes the output."""
+    """A replaced dimension of the stream starts with 0 in the table that both embeds tokens and computes the output."""
     net, tokens = Language(True), jnp.arange(10).reshape(2, 5)
     units = cbp_jax.discover_units(net.apply, shapes_of(net, tokens), tokens)
     assert [group.kind for group in units] == ["residual", "head", "dense"]
@@ -439,7 +439,7 @@ def test_a_residual_network_trains_under_cbp_with_its_statistics():
         assert np.all(np.asarray(stats[layer]["var"])[~dead] != 1)
         np.testing.assert_allclose(np.asarray(new[layer]["scale"])[dead], 1, atol=1e-6)
         np.testing.assert_allclose(np.asarray(new[layer]["bias"])[dead], 0, atol=1e-6)
-    # A weight from one new unit to another is drawn anew; all others that read a new unit are 0.
+    # A weight from one new unit to another is resampled; all other weights that read a new unit are 0.
     for reader, group in (("stage1_block1_conv1", 1), ("stage2_block1_projection", 3)):
         kernel = np.asarray(new[reader]["kernel"])[:, :, dead]
         np.testing.assert_allclose(kernel[..., ~np.asarray(state.replaced[units[group].name])], 0, atol=1e-7)
@@ -447,8 +447,8 @@ def test_a_residual_network_trains_under_cbp_with_its_statistics():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, stats, state.utility)))
 
 
-def test_pooling_over_tokens_of_several_origins():
-    """A sum over a class token and patches is no sum over units, though they stand side by side."""
+def test_pooling_over_different_kinds_of_tokens():
+    """A sum over a class token and patches is not a sum over units, although they are concatenated."""
     params = {
         "token": jnp.ones((1, 1, 4)),
         "patches": jnp.ones((3, 4)),

@@ -1,4 +1,4 @@
-"""Groups as a table, chosen by name and kind, and drawn."""
+"""Tables, selections by name and kind, and drawings of groups."""
 
 import jax.numpy as jnp
 import pytest
@@ -36,7 +36,7 @@ def test_groups_are_chosen_by_name_and_kind():
     chosen = units.select("conv")
     last = {item.name: item for item in chosen.left_out}["body/first"]
     assert (last.reason, last.kind) == ("it was not selected", LeftOutKind.NOT_SELECTED)
-    kernels = ("conv", "body/first", "body/second", "head")  # in forward order, which the names are not
+    kernels = ("conv", "body/first", "body/second", "head")  # forward order, not alphabetical order
     assert chosen.kernels == units.kernels == kernels and cbp_jax.Units(tuple(units)).kernels == ()
     with pytest.raises(ValueError, match=r"nothing.*conv"):
         units.select("nothing")

@@ -1,4 +1,4 @@
-"""Ensembles by `vmap`: units are numbered by member and column."""
+"""Ensembles made by `vmap`: units are numbered by member and column."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -11,7 +11,7 @@ from flax import nnx
 
 import cbp_jax
 
-pytestmark = pytest.mark.slow  # each network compiles for long
+pytestmark = pytest.mark.slow  # each network takes long to compile
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
 
@@ -140,7 +140,7 @@ JOINS = {
 
 
 @pytest.mark.parametrize("name", JOINS)
-def test_units_that_are_taken_together_are_one(name):
+def test_units_that_are_joined_across_members_or_pairs_are_one_group(name):
     shapes = {"a": (2, 3, 5), "b": (2, 5, 4), "c": (3, 8), "out": (4, 2)}
     params = {name: jnp.float32(np.random.default_rng(1).normal(size=shape)) for name, shape in shapes.items()}
     apply_fn = lambda p, x: jnp.tanh(JOINS[name](p, x)) @ p["out"]

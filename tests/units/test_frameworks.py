@@ -1,4 +1,4 @@
-"""NNX modules, Equinox models and Flax's TrainState as their users have them; parameters that are scalars."""
+"""NNX modules, Equinox models and Flax's TrainState in their usual forms; scalar parameters."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -29,7 +29,7 @@ class Net(nnx.Module):
 X = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
 
 
-def test_an_nnx_module_is_taken_as_it_is():
+def test_an_nnx_module_is_used_directly():
     model = Net(nnx.Rngs(0))
     before = jax.tree.map(np.array, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
     units = cbp_jax.discover_units(model, X)
@@ -46,7 +46,7 @@ def test_an_nnx_module_is_taken_as_it_is():
     assert str(cbp_jax.discover_units(abstract, X)) == str(units)
 
 
-def test_features_of_an_nnx_module_leave_its_state_as_a_call_does():
+def test_features_of_an_nnx_module_update_its_state_like_a_call():
     class Small(nnx.Module):
         def __init__(self, rngs):
             self.a, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
@@ -107,7 +107,7 @@ def test_train_state_passes_features_on():
     updates, _ = tx.update(grads, tx.init(params), params, features=features)
     want = optax.apply_updates(params, jax.tree.map(lambda u: 0.5 * u, updates))
     jax.tree.map(np.testing.assert_allclose, new.params, want)
-    # A transformation that takes no features is none the wiser.
+    # A transformation that takes no features is called without them.
     plain = cbp_jax.TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
     assert plain.apply_gradients(grads=grads, features=features).step == 1
     flax = train_state.TrainState.create(apply_fn=net.apply, params=params, tx=tx)
@@ -115,7 +115,7 @@ def test_train_state_passes_features_on():
         flax.apply_gradients(grads=grads)
 
 
-def test_an_equinox_model_given_as_params_is_told_of_partition():
+def test_the_error_for_an_equinox_model_given_as_params_mentions_partition():
     model = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
     with pytest.raises(TypeError, match=r"params\['activation'\] is .*eqx\.partition"):
         cbp_jax.discover_units(lambda model, x: jax.vmap(model)(x), model, jnp.ones((4, 3)))
@@ -134,7 +134,7 @@ SCALARS = {
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("name", SCALARS)
-def test_scalar_parameters_are_of_no_unit(name, shape):
+def test_scalar_parameters_belong_to_no_unit(name, shape):
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 5)), "t": np.full(shape, 0.3), "b": rng.normal(size=(5, 2))}
     params = jax.tree.map(jnp.float32, params)

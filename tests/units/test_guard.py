@@ -1,4 +1,4 @@
-"""The check by evaluation: whatever rule is wrong, no wrong group leaves `discover_units`."""
+"""The check by evaluation: even if a rule is wrong, `discover_units` returns no wrong group."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def network(construct):
     return lambda p, x: construct(jnp.tanh(jnp.tanh(x @ p["good"]) @ p["bad"])) @ p["last"]
 
 
-# Constructs that mix or move units, which a wrong rule takes for elementwise.
+# Constructs that mix or move units; a wrong rule takes them for elementwise maps.
 WRONG_RULES = {
     "cumsum": lambda h: jnp.cumsum(h, -1),
     "rev": lambda h: h[:, ::-1],
@@ -44,7 +44,7 @@ def test_wrong_rules_are_refuted(name, monkeypatch):
 
 @pytest.mark.parametrize("check", [None, True])
 def test_sums_that_pass_for_normalizations_are_refuted(check, monkeypatch):
-    """Held statistics hide what goes through them; what goes past them shows."""
+    """Frozen statistics hide dependencies through them, but other dependencies are detected."""
     monkeypatch.setattr(moments, "normalizes", lambda *args: True)
 
     apply_fn = network(lambda h: h + jnp.roll(h, 1, -1) / h.sum(-1, keepdims=True))
@@ -52,7 +52,7 @@ def test_sums_that_pass_for_normalizations_are_refuted(check, monkeypatch):
     assert [group.name for group in units] == ["good"]
 
 
-def test_large_networks_are_checked_if_asked_for(monkeypatch):
+def test_large_networks_are_checked_on_request(monkeypatch):
     calls = []
     monkeypatch.setattr(guard, "refuted", lambda *args: calls.append(1) or set())
     params = {"a": jax.ShapeDtypeStruct((1000, 2000), jnp.float32), "b": jax.ShapeDtypeStruct((2000, 2), jnp.float32)}
@@ -67,7 +67,7 @@ def test_large_networks_are_checked_if_asked_for(monkeypatch):
     assert len(calls) == 1
 
 
-def test_shapes_keys_and_integers_do(monkeypatch):
+def test_discovery_accepts_shapes_keys_and_integers(monkeypatch):
     params = {"table": jax.ShapeDtypeStruct((7, 4), jnp.float32), "out": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
 
     def apply_fn(p, tokens, key, mask):
@@ -80,7 +80,7 @@ def test_shapes_keys_and_integers_do(monkeypatch):
 
 
 def test_discovery_inside_of_jit():
-    """Constants of the network that are traced cannot be run: then it is only walked through."""
+    """A network with traced constants cannot be run, so it is only traced."""
 
     @jax.jit
     def run(factor):

@@ -1,4 +1,4 @@
-"""Inputs of any form are data, but for running statistics; and arrays that are stacked and taken apart."""
+"""Inputs of any form are data, except running statistics; units are followed through stacked and split arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_trees_of_data_are_data(name):
+def test_trees_of_inputs_are_data(name):
     apply_fn, batch = INPUTS[name]
     units = cbp_jax.discover_units(apply_fn, PARAMS, batch)
     assert {group.name: group.size for group in units} == {"a": 6, "c": 6}
@@ -54,7 +54,7 @@ def test_trees_of_data_are_data(name):
     assert {group: array.shape for group, array in features.items()} == {"a": (5, 6), "c": (5, 6)}
 
 
-def test_statistics_beside_data_are_known_by_their_use():
+def test_statistics_among_data_are_recognized_by_their_use():
     def apply_fn(params, given):
         h = jnp.tanh(given["x"] @ params["a"] + given["context"])
         return (h - given["mean"]) / jnp.sqrt(given["var"] + 1e-5) @ params["out"]
@@ -68,12 +68,12 @@ def test_statistics_beside_data_are_known_by_their_use():
 
 
 def rotated(h):
-    """Pairs of features turned against each other, interleaved as in rotary embeddings."""
+    """Rotate pairs of features, interleaved as in rotary embeddings."""
     pairs = h.reshape(*h.shape[:-1], 3, 2)
     return jnp.stack([pairs[..., 0] - pairs[..., 1], pairs[..., 0] + pairs[..., 1]], -1).reshape(h.shape)
 
 
-STACKS = {  # the network, and the size of the group that `a` makes
+STACKS = {  # the network, and the size of the group that `a` writes
     "branches": (lambda p, x: jnp.stack([jnp.tanh(x @ p["a"]), jnp.sin(x @ p["b"])]).mean(0) @ p["out"], 6),
     "a new last axis": (lambda p, x: jnp.stack([jnp.tanh(x @ p["a"]), x @ p["b"]], -1).max(-1) @ p["out"], 6),
     "positions": (lambda p, x: sum(jnp.unstack(jnp.tanh(x @ p["a"]), axis=1)) @ p["out"], 6),
@@ -103,7 +103,7 @@ def test_units_are_followed_through_stacks(name):
     resets.check_resets(units, PARAMS, lambda params: cbp_jax.with_features(apply_fn, units)(params, TOKENS))
 
 
-def test_several_outputs_in_a_stack_are_outputs():
+def test_stacked_outputs_are_outputs():
     apply_fn = lambda p, x: jnp.stack([jnp.tanh(x @ p["a"]) @ p["out"], jnp.tanh(x @ p["a"]) @ p["other"]])
     left = {item.name: item.reason for item in cbp_jax.discover_units(apply_fn, PARAMS, X).left_out}
     assert left["out"] == left["other"] == "it is part of the network's output"

@@ -1,4 +1,4 @@
-"""Sums over units: which are normalizations, and state: what is a running statistic."""
+"""Sums over units and state: which sums are normalizations, and which states are running statistics."""
 
 import flax.linen as nn
 import jax
@@ -142,9 +142,9 @@ DECEPTIVE = {
 
 
 @pytest.mark.parametrize("name", DECEPTIVE)
-def test_other_sums_leave_their_units_out(name):
+def test_units_in_other_sums_are_left_out(name):
     apart = {"mean of others": [3, 4, 5], "length of others": [0, 1, 2]}.get(name)
-    if apart:  # units that are in no sum stay
+    if apart:  # units that are in no sum are kept
         (group,) = find(DECEPTIVE[name])
         assert group.incoming[0].index.tolist() == [apart]
     else:
@@ -178,7 +178,7 @@ CARRIES = {
 
 @pytest.mark.parametrize("name", CARRIES)
 @pytest.mark.parametrize("shape", [(3,), (1, 3)])
-def test_a_recurrent_carry_is_no_running_statistic(name, shape):
+def test_a_recurrent_carry_is_not_a_running_statistic(name, shape):
     if name == "reduced" and len(shape) == 1:
         return
     params = dict(zip(["wi", "wh", "wo", "wp"], draw(0, (3, 5), (5, 5), (5, 4), (4, 2)), strict=True))
@@ -195,7 +195,7 @@ def test_a_recurrent_carry_is_no_running_statistic(name, shape):
     assert not any(group.statistics for group in units)
 
 
-def test_statistics_of_any_name_are_known_by_their_use():
+def test_statistics_with_any_name_are_recognized_by_their_use():
     params = dict(zip(["a", "b"], draw(0, (3, 5), (5, 2)), strict=True))
     state = {"first": jnp.zeros(5), "second": jnp.ones(5)}
 
@@ -223,7 +223,7 @@ OTHER_STATE = {
 
 @pytest.mark.parametrize("name", OTHER_STATE)
 def test_other_state_is_data(name):
-    """A number for each unit that comes in beside the parameters is no statistic, unless it is used as one."""
+    """An input with a number for each unit is not a statistic, unless it is used as one."""
     params = dict(zip(["a", "b"], draw(0, (3, 5), (5, 2)), strict=True))
     apply_fn = lambda p, state, x: jnp.tanh(OTHER_STATE[name](x @ p["a"], state["s"])) @ p["b"]
     (group,) = cbp_jax.discover_units(apply_fn, params, {"s": jnp.ones(5)}, X)
@@ -239,7 +239,7 @@ READ_AGAIN = {
 
 @pytest.mark.parametrize("name", READ_AGAIN)
 def test_an_average_that_is_read_again_is_a_carry(name):
-    """It is updated from a sum over the batch and goes out by its name, but it is more than a statistic."""
+    """It is updated from a sum over the batch and returned by its name, but it has another use, too."""
     params = dict(zip(["a", "b"], draw(0, (3, 5), (5, 2)), strict=True))
 
     def apply_fn(p, state, x):
@@ -251,8 +251,8 @@ def test_an_average_that_is_read_again_is_a_carry(name):
         cbp_jax.discover_units(apply_fn, params, {"s": jnp.ones(5)}, X)
 
 
-def test_replacing_a_normalized_unit_changes_others_by_its_statistics_alone():
-    """What the mark says: with the statistics held, the gradient of fresh incoming weights is 0."""
+def test_replacing_a_normalized_unit_changes_others_only_through_its_statistics():
+    """With constant statistics, the gradient of fresh incoming weights is 0, as `UnitGroup.exact` says."""
     frozen = []
 
     def apply_fn(p, x):

@@ -1,6 +1,6 @@
-"""Random networks of all constructs, deceptive ones among them: by the rules alone, no group is wrong.
+"""Random networks of all constructs, including deceptive ones: even without the check, no group is wrong.
 
-What judges is the check by evaluation, which knows no rules; a few networks are also put through real resets.
+The tests use the check by evaluation, which is independent of the rules, and a few real resets.
 """
 
 import functools
@@ -18,7 +18,7 @@ WIDTH = 6
 
 
 class Net:
-    """A network on sequences [batch, time, data], a list of constructs; its parameters are drawn when it first runs."""
+    """A network on sequences [batch, time, data], a list of constructs. Parameters are drawn in the first run."""
 
     def __init__(self, constructs, batch, pooled):
         self.constructs, self.batch, self.pooled = constructs, batch, pooled
@@ -40,7 +40,7 @@ class Net:
         return jnp.asarray(self.params[name])
 
     def carry(self, shape):
-        """State that comes in and goes out."""
+        """Return the state, which is an input and an output."""
         name = f"s{len(self.new)}"
         self.new[name] = None
         if name not in self.state:
@@ -118,7 +118,7 @@ def cut(net, x):
     return jnp.concatenate([x[..., 3:], jnp.tanh(net.dense(x[..., :3], 3))], -1)
 
 
-# What passes for what it is not.
+# Deceptive constructs, which look like something else.
 def softmax(net, x):
     e = jnp.exp(net.dense(x, WIDTH))
     return net.dense(e / total(e), WIDTH)
@@ -149,7 +149,7 @@ def norm_of_others(net, x):
 
 
 def leaky(net, x):
-    """A carry that is none of the running statistics it looks like."""
+    """Apply a carry that looks like running statistics but is not."""
     h, (name, state) = net.dense(x, WIDTH), net.carry((len(x), 1, WIDTH))
     h = 0.5 * state + h
     net.new[name] = h[:, :1]
@@ -197,7 +197,7 @@ def check(names, batch, pooled):
     net = Net(names, batch, pooled)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, 4, 3)), jnp.float32)
     params, state = {}, {}
-    jax.eval_shape(lambda x: net(params, x, state), x)  # draws them
+    jax.eval_shape(lambda x: net(params, x, state), x)  # draws the parameters
     params, state = dict(params), dict(state)
     run = lambda params, state, x: net(dict(params), x, dict(state))
     try:
@@ -208,17 +208,17 @@ def check(names, batch, pooled):
     checked = cbp_jax.discover_units(run, params, state, x, check=True)
     assert str(checked) == str(units), "a group is wrong"
     incoming = [(part.path, part.axes, row) for g in units for part in g.incoming for row in part.index.ravel()]
-    assert len(set(incoming)) == len(incoming), "two units own one column"
+    assert len(set(incoming)) == len(incoming), "two units have the same column"
     return units
 
 
 @pytest.mark.parametrize("name", CONSTRUCTS)
 def test_single_constructs(name):
     units = check([name], 2, True)
-    assert units or name in ("gate_of_sum", "mixer")  # which leave nothing
+    assert units or name in ("gate_of_sum", "mixer")  # these leave no unit
 
 
-def test_what_is_honest_is_found():
+def test_units_of_ordinary_constructs_are_found():
     for construct in HONEST:
         units = check([construct.__name__], 2, False)
         assert len(units.left_out) == 1, (construct.__name__, units)

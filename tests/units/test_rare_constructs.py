@@ -1,4 +1,4 @@
-"""Experts, graphs, devices, shared heads, shortcuts, computed kernels: what is found, and why the rest is not."""
+"""Experts, graphs, devices, shared heads, shortcuts, computed kernels: found groups, and reasons for the others."""
 
 import flax.linen as nn
 import jax
@@ -87,7 +87,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("network", FOUND, ids=lambda network: network.__name__)
-def test_what_is_found_and_why_the_rest_is_not(network):
+def test_what_is_found_and_why_the_rest_is_left_out(network):
     x, sizes, reasons = FOUND[network]
     units = cbp_jax.discover_units(network, PARAMS, x)
     assert {group.name: group.size for group in units} == sizes
@@ -111,7 +111,7 @@ def test_computed_kernels_are_left_out(name):
 
 
 class Decoder(nn.Module):
-    """Embeddings that are tied, a recurrent cell, and layers stacked for `scan`."""
+    """Apply tied embeddings, a recurrent cell, and layers stacked for `scan`."""
 
     @nn.compact
     def __call__(self, tokens):

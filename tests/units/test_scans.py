@@ -1,4 +1,4 @@
-"""Layers stacked by `scan`, and recurrent cells: each layer's units, whose activations the scan gives back."""
+"""Layers stacked by `scan`, and recurrent cells: units of each layer, with activations returned by the scan."""
 
 import re
 
@@ -12,11 +12,11 @@ from flax import nnx
 
 import cbp_jax
 
-# Close to other cases, and seconds long to compile; see conftest.py.
+# Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_the_state_of_a_cell_is_a_group": ("optimized lstm-False", "minimal-False", "simple-False", "gru-False"),
     "test_each_layer_has_its_units": ("linen, rematerialized", "nnx"),
-    "test_gradients_with_features_are_those_without": ("linen, rematerialized",),
+    "test_gradients_with_and_without_features_are_equal": ("linen, rematerialized",),
 }
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
@@ -113,7 +113,7 @@ def test_each_layer_has_its_units(name):
 @pytest.mark.parametrize(
     "name", ["lax", "linen, rematerialized", *[pytest.param(n, marks=pytest.mark.slow) for n in ("linen", "nnx")]]
 )
-def test_gradients_with_features_are_those_without(name, exact):
+def test_gradients_with_and_without_features_are_equal(name, exact):
     apply_fn, params = STACKS[name]()
     units = cbp_jax.discover_units(apply_fn, params, X)
     apply = cbp_jax.with_features(apply_fn, units)
@@ -125,7 +125,7 @@ def test_gradients_with_features_are_those_without(name, exact):
     assert [jax.tree.map(jnp.shape, features[group.name]) for group in units[1:]] == [(4, 5)] * 3
 
 
-def test_features_are_those_of_the_layer():
+def test_features_are_those_of_their_layer():
     apply_fn, p = of_lax()
     units = cbp_jax.discover_units(apply_fn, p, X)
     _, features = jax.jit(cbp_jax.with_features(apply_fn, units))(p, X)
@@ -135,7 +135,7 @@ def test_features_are_those_of_the_layer():
         x = x + reads[-1][1] @ down
     for group, (_, want) in zip(units[1:], reads, strict=True):
         np.testing.assert_allclose(features[group.name], want, rtol=1e-5, atol=1e-6)
-    stream = features[units[0].name]  # what the three layers read, and then the head
+    stream = features[units[0].name]  # the inputs of the three layers, then of the head
     assert len(stream) == 4
     for got, want in zip(stream, [*(x for x, _ in reads), x], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -150,7 +150,7 @@ def test_normalized_layers():
 
 @pytest.mark.slow
 def test_scans_in_scans_and_backward():
-    """Blocks of layers, each run over time from the end, with a kernel that all share."""
+    """Blocks of layers run backward over time, with a kernel that all of them share."""
     params = draw(stem=(3, 4), inside=(2, 4, 4), shared=(4, 4), head=(4, 2))
 
     def apply_fn(p, x):
@@ -169,7 +169,7 @@ def test_scans_in_scans_and_backward():
 
 
 def test_a_stack_that_is_built_twice_has_units_of_its_own():
-    """Both scans run one function, whose trace JAX keeps."""
+    """Both scans run the same function, whose trace JAX caches."""
     params = draw(stem=(6, 4), a=(2, 4, 4), b=(2, 4, 4), head=(4, 2))
     block = lambda x, kernel: (jnp.tanh(x @ kernel), None)
 
@@ -290,7 +290,7 @@ def test_recurrences_by_hand(name, start, scanned):
 
     try:
         units = cbp_jax.discover_units(apply_fn, params, SEQUENCE, X[:, :4])
-    except ValueError as error:  # unrolled, what is applied to the state is applied to data first
+    except ValueError as error:  # without a scan, the same kernel is first applied to data
         assert not scanned and start == "given"
         assert re.search("not always on units|as a bias along", str(error))
         return
@@ -300,7 +300,7 @@ def test_recurrences_by_hand(name, start, scanned):
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_sums_that_a_scan_gives_back_leave_their_units_out(check):
+def test_units_in_sums_that_a_scan_returns_are_left_out(check):
     params = draw(a=(3, 4), head=(4, 2))
 
     def apply_fn(p, x):
@@ -314,7 +314,7 @@ def test_sums_that_a_scan_gives_back_leave_their_units_out(check):
         cbp_jax.discover_units(apply_fn, params, SEQUENCE, check=check)
 
 
-def test_a_body_that_is_met_with_numbers_and_then_with_units():
+def test_a_function_called_with_constants_and_then_with_units():
     params = draw(a=(3, 4), head=(4, 2))
     double = jax.jit(lambda a, b: (a * 1.0) * b)
 

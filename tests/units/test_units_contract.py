@@ -14,12 +14,12 @@ import cbp_jax
 
 
 def paths(parts):
-    """Where the slices (or the kernels of the consumers) stand in the params, as strings."""
+    """Return the paths of the slices (or of the consumers' kernels) in the params, as strings."""
     return [getattr(part, "kernel", part).path for part in parts]
 
 
 def rows_of(part, unit, shape):
-    """Bool array of `shape`: the entries of a parameter that a slice gives to one unit."""
+    """Return a bool array of `shape`: the entries of a parameter that belong to one unit by a slice."""
     rows = np.zeros(part.rows, bool)
     rows[part.index[:, unit]] = True
     other = [axis for axis in range(len(shape)) if axis not in part.axes]
@@ -28,7 +28,7 @@ def rows_of(part, unit, shape):
 
 
 def reset(units, params, features, **kwargs):
-    """Params and state after one step in which nothing but the surgery moves them."""
+    """Return params and state after a step in which only replacements change them."""
     tx = cbp_jax.continual_backprop(optax.sgd(0.0), units, maturity_threshold=0, **kwargs)
 
     @jax.jit
@@ -101,7 +101,7 @@ def test_flax_convolution_pooling_dropout_flatten():
     out, features = jax.jit(cbp_jax.with_features(apply_fn, units))(params, x, key)
     np.testing.assert_allclose(out, jax.jit(apply_fn)(params, x, key), rtol=1e-5, atol=1e-6)
     assert set(features) == {name for name, _ in sizes}
-    # What the next layer sees: after pooling, and after dropout (half of the activations are exactly 0).
+    # Features are the next layer's inputs: after pooling, and after dropout (half of the activations are exactly 0).
     assert features["params/Conv_0"].shape == (2, 4, 5, 4)
     assert features["params/Conv_1"].shape == (2, 2 * 3, 6)
     assert features["params/Dense_0"].shape == (2, 8)
@@ -213,8 +213,8 @@ def test_more_than_ten_layers_in_forward_order():
     assert [paths(g.outgoing) for g in units] == [[f"params/Dense_{i + 1}/kernel"] for i in range(12)]
 
 
-def test_kernels_stored_the_other_way_round():
-    """The layout of PyTorch: [out, in].  The unit's incoming weights are a row."""
+def test_kernels_stored_transposed():
+    """In PyTorch's layout, [out, in], a unit's incoming weights are a row."""
     params = {"a": draw(0, (5, 3), (5,)), "b": draw(1, (2, 5), (2,))}
     apply_fn = lambda p, x: jnp.einsum("bi,oi->bo", jnp.tanh(x @ p["a"][0].T + p["a"][1]), p["b"][0]) + p["b"][1]
     x = draw(2, (4, 3))[0]
@@ -325,7 +325,7 @@ def test_table_shows_name_size_incoming_and_outgoing():
         assert all(text in row for text in (size, incoming, outgoing)), row
 
 
-# ------------------------------------------------------------------- what is left out, and never wrongly in
+# --------------------------------------------------- what is left out, instead of being wrongly included
 
 
 def test_network_without_hidden_units_is_refused_by_name():
@@ -334,7 +334,7 @@ def test_network_without_hidden_units_is_refused_by_name():
         cbp_jax.discover_units(lambda p, x: x @ p["only"][0] + p["only"][1], params, jnp.ones((4, 3)))
 
 
-def test_kernel_that_both_makes_and_reads_its_units_is_refused():
+def test_a_kernel_that_both_computes_and_reads_its_units_is_refused():
     params = {"tied": draw(0, (3, 5))}
     with pytest.raises(ValueError, match="tied"):
         cbp_jax.discover_units(lambda p, x: jnp.tanh(x @ p["tied"][0]) @ p["tied"][0].T, params, jnp.ones((4, 3)))
@@ -361,7 +361,7 @@ def test_names_that_join_to_one_path_are_kept_apart_or_refused():
 
 @pytest.mark.parametrize("spatial", [False, True])
 def test_layer_of_a_single_unit_has_its_bias(spatial):
-    """The one unit of an axis of length 1 is not to be taken for something shared by all units."""
+    """The single unit of an axis of length 1 must not be mistaken for something that all units share."""
     w = draw(0, (2, 2, 3, 1) if spatial else (3, 1), (1,), (4 if spatial else 1, 2))
     params = {"narrow": {"w": w[0], "b": w[1]}, "out": {"w": w[2]}}
 
@@ -405,7 +405,7 @@ def test_constructs_not_understood_are_left_out_with_a_reason(name):
     text = str(units.left_out)
     assert "bad" in text
     assert re.search(reason, text), text
-    assert "bad" in str(units), "the printed table says what is missing from it"
+    assert "bad" in str(units), "the printed table lists what is left out"
 
 
 CONSTRUCTS = {
@@ -423,7 +423,7 @@ CONSTRUCTS = {
     "scaled": lambda h, p: h * p["vector"] + p["vector"],
     "used twice": lambda h, p: jnp.tanh(jnp.tanh(h @ p["square"]) @ p["square"]),
     "used transposed": lambda h, p: jnp.tanh(jnp.tanh(h @ p["square"]) @ p["square"].T),
-    # Statistics mix units, and are the only path that is left: they are frozen.
+    # Statistics mix units, which is the only allowed dependency, so they are frozen.
     "layer norm": lambda h, p: (h - jax.lax.stop_gradient(h.mean(-1, keepdims=True))) * p["vector"],
     "normalized by others": lambda h, p: jnp.tile(h[:, :3] / h[:, 3:].std(-1, keepdims=True), 2),
     "batch norm": lambda h, p: (h - h.mean(0)) / jnp.sqrt(h.var(0) + 1e-3),
@@ -432,7 +432,7 @@ CONSTRUCTS = {
     "while": lambda h, p: jax.lax.fori_loop(0, 2, lambda i, c: jnp.tanh(c @ p["square"]), h),
     "cond": lambda h, p: jax.lax.cond(h.sum() > 0, jnp.tanh, jnp.sin, h),
     "remat": lambda h, p: jax.checkpoint(lambda h: jnp.tanh(h @ p["square"]))(h),
-    "spoken aloud": lambda h, p: h,  # see below: this one is also returned
+    "spoken aloud": lambda h, p: h,  # this one is also returned; see below
     "over the batch": lambda h, p: h + h.sum(0),
     "vmapped": lambda h, p: jax.vmap(lambda row: jnp.tanh(row @ p["square"]))(h),
 }
@@ -440,10 +440,10 @@ CONSTRUCTS = {
 
 @pytest.mark.parametrize("name", CONSTRUCTS)
 def test_a_group_is_never_silently_wrong(name):
-    """Whatever is found must be right: resetting a unit silences its incoming weights, and nobody else's.
+    """Every found group must be right: resetting a unit silences its own incoming weights, and no others.
 
-    The construct stands behind the hidden layer `first`.  After one unit of a group is reset, the output must
-    have gradient 0 with respect to just those incoming weights that were drawn anew.  A construct may as well
+    The construct follows the hidden layer `first`. After one unit of a group is reset, the output must
+    have gradient 0 with respect to exactly those incoming weights that were resampled. A construct may also
     be left out.
     """
     w = draw(0, (3, 6), (6,), (6, 6), (6,), (6, 2))

@@ -33,7 +33,7 @@ class Replacing(Method):
     kernel_init: nn.initializers.Initializer | None = of_python()  # noqa: RUF009
 
     def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """The inner optimizer."""
+        """Return the inner optimizer."""
         raise NotImplementedError
 
     def transformation(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:

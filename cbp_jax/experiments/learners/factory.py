@@ -110,7 +110,7 @@ class Custom(Method):
 
 
 def read_path(text: str) -> Method | None:
-    """Parses a method of the form `module:function(name=value, ...)`.
+    """Parse a method of the form `module:function(name=value, ...)`.
 
     The module is imported; modules in the current directory are found. Values are numbers, text (quoted or a bare
     word), true, false, None, and tuples of these.
@@ -146,7 +146,7 @@ def custom(
     *,
     path: str | None = None,
 ) -> Method:
-    """A method whose optimizer a function makes.
+    """Return a method whose optimizer a function makes.
 
     The function is called with settings as keyword arguments, and, if its signature has them, with `units`, those of
     the network (see `discover_units`), and `key`, a different key for each seed. It returns an
@@ -217,14 +217,14 @@ def custom(
 
 
 def _bound(partial: functools.partial) -> dict[str, Any]:
-    """The settings in a partial, by name."""
+    """Return the settings in a partial, by name."""
     if not partial.args:
         return dict(partial.keywords)
     return dict(inspect.signature(partial.func).bind_partial(*partial.args, **partial.keywords).arguments)
 
 
 def _written(value: Any) -> str:
-    """A setting as text that is the same in every process."""
+    """Return a setting as text that is the same in every process."""
     return by_path.path_of(value) if callable(value) else repr(value)
 
 
@@ -232,7 +232,7 @@ def _parameters(factory: Callable[..., Any], path: str) -> Mapping[str, inspect.
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its arguments cannot be told ({error}); wrap it in a function") from error
+        raise ValueError(f"{path}: its arguments cannot be determined ({error}); wrap it in a function") from error
     for name, each in parameters.items():
         if each.kind is each.POSITIONAL_ONLY and each.default is each.empty:
             raise ValueError(f"{path}: its argument {name} cannot be given by name; wrap it in a function")
@@ -256,7 +256,7 @@ def _hashable(value: Any) -> bool:
 
 
 def _tried(method: Custom) -> Custom:
-    """Probes the method's transformation by tracing it on a small network. Nothing is computed.
+    """Probe the method's transformation by tracing it on a small network. Nothing is computed.
 
     Raises:
       ValueError: the factory fails, or does not return a transformation.
@@ -299,7 +299,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _error_of(function: Callable[..., Any], *args: Any) -> Exception | None:
-    """The error when the function is traced, or None."""
+    """Return the error when the function is traced, or None."""
     try:
         jax.eval_shape(function, *args)
     except Exception as error:
@@ -308,7 +308,7 @@ def _error_of(function: Callable[..., Any], *args: Any) -> Exception | None:
 
 
 def _update_error(method: Custom, traced: Mapping[str, float]) -> Exception | None:
-    """The error when an update of the method's transformation is traced with these numbers traced, or None."""
+    """Return the error when an update of the method's transformation is traced with these numbers traced, or None."""
     params, units = _small_network()
     features = {group.name: jax.ShapeDtypeStruct((1, group.size), jnp.float32) for group in units}
     extra = {"hessian_diag": params} if method.curvature else {}

@@ -13,7 +13,7 @@ from cbp_jax.experiments.learners.text import parse_method
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Parses the settings of a grid.
+    """Parse the settings of a grid.
 
     Args:
       texts: such as `["replacement_rate=1e-4,1e-5", "step_size=0.01,0.003"]`.
@@ -43,7 +43,7 @@ def read_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def expand(methods: Sequence[str], grid: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Expands each method to all combinations of the grid's settings that it has.
+    """Expand each method to all combinations of the grid's settings that it has.
 
     Args:
       methods: texts as for `parse_method`. A method without any of the settings is not changed.
@@ -79,7 +79,7 @@ def expand(methods: Sequence[str], grid: Mapping[str, Sequence[str]]) -> tuple[s
 
 
 def _settings(text: str) -> tuple[set[str], set[str]]:
-    """Names of settings that a method's text can have, and of those that it has."""
+    """Return names of settings that a method's text can have, and of those that it has."""
     if text.partition(":")[0] in LEARNERS:
         method = parse_method(text)
         return _of_class(type(method)), set(method.given)
@@ -101,7 +101,7 @@ def _of_class(learner: type[Method]) -> set[str]:
 
 
 def _with(text: str, settings: Mapping[str, str]) -> str:
-    """The text of a method with more settings."""
+    """Return the text of a method with more settings."""
     if not settings:
         return text
     given = [f"{name}={value}" for name, value in settings.items()]

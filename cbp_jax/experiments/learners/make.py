@@ -21,7 +21,7 @@ from cbp_jax.units import NoUnits, Units
 def make_optimizer(
     methods: Sequence[Method], units: Units, network: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
-    """The optimizer of methods that differ only in numbers.
+    """Return the optimizer of methods that differ only in numbers.
 
     Args:
       methods: of one learner and with the same options.
@@ -47,7 +47,7 @@ def make_learner(
     init_of_activation: Callable[[str], nn.initializers.Initializer] | None = None,
     **attributes: Any,
 ) -> Learner:
-    """Creates the learner of methods that differ only in numbers.
+    """Create the learner of methods that differ only in numbers.
 
     Args:
       methods: of one learner and with the same options.
@@ -120,7 +120,7 @@ def make_learner(
     if first.inject_at is None:
         return learner
     if batch_stats or reset_head or first.reset:
-        what = "running statistics" if batch_stats else "a head that starts anew before each task"
+        what = "running statistics" if batch_stats else "a head that is reset before each task"
         raise ValueError(f"method {first.text!r}: nothing can be injected into a network with {what}")
     return with_injection(learner, last_layers(units, first.head_layers), first.inject_at)
 
@@ -130,7 +130,7 @@ def _with_term(
     method: Method,
     predict: Callable[[optax.Params, chex.Array], chex.Array],
 ) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
-    """The optimizer, for a loss with the method's additional term."""
+    """Return the optimizer, for a loss with the method's additional term."""
     return lambda numbers, key: optax.chain(method.with_numbers(numbers).loss_term(predict), optimizer(numbers, key))
 
 
@@ -140,7 +140,7 @@ def _resetting(
     every: int,
     layers: Sequence[str] | None,
 ) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
-    """The optimizer, with periodic resets of layers or the whole network."""
+    """Return the optimizer, with periodic resets of layers or the whole network."""
 
     def make(numbers: Mapping[str, Any], key: chex.PRNGKey) -> optax.GradientTransformation:
         key, of_resets = jax.random.split(key)
@@ -150,6 +150,6 @@ def _resetting(
 
 
 def _shared(net: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes that a network shares with its optimizer: those given here, or its own."""
+    """Return attributes that a network shares with its optimizer: those given here, or its own."""
     own = {name: getattr(net, name, None) for name in ("kernel_init", "normalization")}
     return {**given, **{name: value for name, value in own.items() if value}}

@@ -44,7 +44,7 @@ def ranged(
     traced: bool = True,
     optional: bool = False,
 ) -> Any:
-    """A field for a finite number in a range.
+    """Return a field for a finite number in a range.
 
     Args:
       default: its default.
@@ -75,14 +75,14 @@ def ranged(
 
 
 def check_finite(name: str, value: float) -> None:
-    """Raises a ValueError if a number is not finite in float32, the precision of programs."""
+    """Raise a ValueError if a number is not finite in float32, the precision of programs."""
     with np.errstate(over="ignore"):
         if not np.isfinite(np.float32(value)):
             raise ValueError(f"{name} must be a finite number of float32, got {value:g}")
 
 
 def count(default: int | None, *, optional: bool = False) -> Any:
-    """A field for a positive integer, or also None if that is the default."""
+    """Return a field for a positive integer, or also None if that is the default."""
 
     def check(name: str, value: Any) -> None:
         if value is None and default is None:
@@ -96,7 +96,7 @@ def count(default: int | None, *, optional: bool = False) -> Any:
 
 
 def flag(default: bool) -> Any:
-    """A field for true or false."""
+    """Return a field for true or false."""
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, bool):
@@ -106,7 +106,7 @@ def flag(default: bool) -> Any:
 
 
 def choice(default: Any, *others: Any, optional: bool = False) -> Any:
-    """A field for one of some values, all strings or all integers."""
+    """Return a field for one of some values, all strings or all integers."""
     allowed = (default, *others)
 
     def check(name: str, value: Any) -> None:
@@ -118,7 +118,7 @@ def choice(default: Any, *others: Any, optional: bool = False) -> Any:
 
 
 def named(default: str | None, get: Callable[[Any], Any], *, optional: bool = False) -> Any:
-    """A field for a name that a function accepts; otherwise the function raises a ValueError."""
+    """Return a field for a name that a function accepts; otherwise the function raises a ValueError."""
 
     def check(name: str, value: Any) -> None:
         if value is not None:
@@ -128,7 +128,7 @@ def named(default: str | None, get: Callable[[Any], Any], *, optional: bool = Fa
 
 
 def sizes(default: tuple[int, ...] | None = None) -> Any:
-    """A field for the sizes of layers, written as 100x100, or none for no layers."""
+    """Return a field for the sizes of layers, written as 100x100, or none for no layers."""
 
     def check(name: str, value: Any) -> None:
         if value is None and default is None:
@@ -141,7 +141,7 @@ def sizes(default: tuple[int, ...] | None = None) -> Any:
 
 
 def of_python(default: Any = None) -> Any:
-    """A field that can be given only from Python."""
+    """Return a field that can be given only from Python."""
     return _field(default, Setting(lambda name, value: None, read=None, optional=True))
 
 
@@ -150,7 +150,7 @@ def _field(default: Any, setting: Setting) -> Any:
 
 
 def settings_of(learner: "type[Method] | Method") -> dict[str, Setting]:
-    """The settings of a learner by name: first its own, traced before others, then optional ones."""
+    """Return the settings of a learner by name: first its own, traced before others, then optional ones."""
     found = {
         field.name: field.metadata["setting"] for field in dataclasses.fields(learner) if "setting" in field.metadata
     }
@@ -158,7 +158,7 @@ def settings_of(learner: "type[Method] | Method") -> dict[str, Setting]:
 
 
 def defaults_of(learner: "type[Method]") -> dict[str, Any]:
-    """The defaults of a learner's own settings, by name."""
+    """Return the defaults of a learner's own settings, by name."""
     own = [name for name, setting in settings_of(learner).items() if not setting.optional]
     return {name: learner.__dataclass_fields__[name].default for name in own}
 
@@ -217,14 +217,14 @@ class Method:
         for name, setting in settings_of(self).items():
             setting.check(name, getattr(self, name))
         if self.reset_every and not self.reset:
-            raise ValueError("reset_every says when, and reset must say what is drawn anew: 'head' or 'network'")
+            raise ValueError("reset_every says when, and reset must say what is reinitialized: 'head' or 'network'")
         if self.given is None:
             fields = self.__dataclass_fields__
             changed = (name for name in settings_of(self) if getattr(self, name) != fields[name].default)
             object.__setattr__(self, "given", tuple(changed))
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """Creates the optimizer of the network's weights.
+        """Create the optimizer of the network's weights.
 
         Args:
           units: of the network.
@@ -282,7 +282,7 @@ class Method:
     def loss_term(
         self, predict: Callable[[optax.Params, chex.Array], chex.Array]
     ) -> optax.GradientTransformation | None:
-        """A transformation before its optimizer that depends on the network's outputs, or None.
+        """Return a transformation before its optimizer that depends on the network's outputs, or None.
 
         Args:
           predict: `(params, x) -> outputs`, in evaluation mode.
@@ -301,11 +301,11 @@ class Method:
         return {name: values for name, values in self.space.items() if name not in self.given}
 
     def with_numbers(self, numbers: Mapping[str, chex.Numeric]) -> Self:
-        """A copy with other numbers, which may be traced."""
+        """Return a copy with other numbers, which may be traced."""
         return dataclasses.replace(self, **numbers)
 
     def with_settings(self, values: Mapping[str, Any]) -> Self:
-        """A copy with other settings, which its label shows.
+        """Return a copy with other settings, which its label shows.
 
         Raises:
           ValueError: there is no such setting, or the value is not allowed.
@@ -321,7 +321,7 @@ class Method:
         return dataclasses.replace(self, **values, given=tuple(dict.fromkeys((*self.given, *values))))
 
     def on(self, network: Mapping[str, Any], units: Units, methods: "Sequence[Method]") -> Self:
-        """A copy completed for a network.
+        """Return a copy completed for a network.
 
         Args:
           network: attributes of the network, used for settings that the method leaves open.
@@ -333,7 +333,7 @@ class Method:
         return dataclasses.replace(self, **taken)
 
     def transformation(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
-        """The transformation of `build`, extended to all variables of the network, including statistics."""
+        """Return the transformation of `build`, extended to all variables of the network, including statistics."""
         return self._keeping_statistics(self.build(units, key))
 
     def _keeping_statistics(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -350,7 +350,7 @@ def _shown(value: Any) -> str:
 
 
 def _written(value: Any) -> str:
-    """The value as text."""
+    """Return the value as text."""
     if isinstance(value, tuple) and all(isinstance(each, int) for each in value):
         return "x".join(map(str, value)) or "none"
     return by_path.path_of(value) if callable(value) else str(value)

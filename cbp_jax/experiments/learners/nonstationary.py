@@ -102,7 +102,7 @@ class CChain(Moments):
     Attributes:
       strength: strength of the term; see `cbp_jax.add_churn_reduction`.
       change: how outputs are compared, "kl" for logits, or "squared".
-      reference: number of earlier batches of the task in a reference batch, drawn anew at each update.
+      reference: number of earlier batches of the task in a reference batch, drawn again at each update.
     """
 
     name = "c_chain"

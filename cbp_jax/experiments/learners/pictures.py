@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def looks_by_learner(methods: Sequence[Method | str]) -> dict[str, Look]:
-    """The looks of methods' learners, or of learners by name, for `report.new_results`.
+    """Return the looks of methods' learners, or of learners by name, for `report.new_results`.
 
     >>> looks_by_learner(["bp"])["bp"].title
     'Backprop'
@@ -30,7 +30,7 @@ def looks_by_learner(methods: Sequence[Method | str]) -> dict[str, Look]:
 
 
 def with_looks(results: xr.Dataset) -> xr.Dataset:
-    """The results with looks of their learners by name, if they do not contain looks."""
+    """Return the results with looks of their learners by name, if they do not contain looks."""
     if "learner" not in results.coords:
         return results
     found = looks_by_learner(results.learner.values.tolist()) | looks.looks_of(results)

@@ -43,11 +43,11 @@ class MomentumSGD(SGD):
     reset_every: int | None = count(None, optional=True)
 
     def sgd(self) -> optax.GradientTransformation:
-        """SGD. Without momentum there is no trace, which would cost memory and time."""
+        """Create SGD. Without momentum there is no trace, which would cost memory and time."""
         return optax.sgd(self.step_size, momentum=self.momentum or None)
 
     def decayed_sgd(self, l2: chex.Numeric) -> optax.GradientTransformation:
-        """SGD with L2 toward zero in the loss, whose gradient passes through the momentum."""
+        """Create SGD with L2 toward zero in the loss, whose gradient passes through the momentum."""
         return optax.chain(optax.add_decayed_weights(l2), self.sgd())
 
 
@@ -72,7 +72,7 @@ class Moments(Method):
     eps: float = ranged(1e-8, traced=False, optional=True)
 
     def adam(self, make: Callable[..., optax.GradientTransformation], l2: float = 0.0) -> optax.GradientTransformation:
-        """Adam created by `make`, with L2 as a part of the loss, so that it passes through the moments."""
+        """Create Adam by `make`, with L2 as a part of the loss, so that it passes through the moments."""
         if self.reset == "head":
             make = cbp_jax.adam  # with a step count for each weight, so that only the head's is reset
         tx = make(self.step_size, b1=self.b1, b2=self.b2, eps=self.eps)

@@ -34,7 +34,7 @@ class LogUniform:
         return f"{self.low:g} to {self.high:g}"
 
     def draw(self, rng: np.random.Generator, count: int) -> list[float]:
-        """Draws numbers of the range."""
+        """Draw numbers of the range."""
         drawn = np.exp(rng.uniform(np.log(self.low), np.log(self.high), count))
         return [min(max(float(f"{value:.3g}"), self.low), self.high) for value in drawn]
 
@@ -44,7 +44,7 @@ Space = Mapping[str, tuple[Any, ...] | LogUniform]
 
 
 def told(space: Space) -> str:
-    """A space in words.
+    """Return a space in words.
 
     Example:
       >>> told({"step_size": LogUniform(1e-4, 1e-1), "order": (1, 2)})
@@ -55,7 +55,7 @@ def told(space: Space) -> str:
 
 
 def check_space(space: Any, what: str) -> Space:
-    """Returns the space. Raises a ValueError that names its owner if it is not a space.
+    """Return the space. Raises a ValueError that names its owner if it is not a space.
 
     Example:
       >>> check_space({"step_size": 0.1}, "my_module:my_factory")
@@ -71,7 +71,7 @@ def check_space(space: Any, what: str) -> Space:
 
 
 def configurations(space: Space, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """The configurations of a search.
+    """Return the configurations of a search.
 
     If all settings have lists of values, these are all combinations, a grid. If one has a range, configurations are
     drawn: numbers from ranges, and values from lists with equal probability. The draws of a setting depend only on the

@@ -10,7 +10,7 @@ from cbp_jax.experiments.learners.registry import LEARNERS
 
 
 def parse_method(text: str, known: Mapping[str, type[Method]] = LEARNERS) -> Method:
-    """Parses a method: a learner's name, optionally followed by a colon and settings; or a path.
+    """Parse a method: a learner's name, optionally followed by a colon and settings; or a path.
 
     Args:
       text: such as `"cbp"` or `"cbp:replacement_rate=1e-5,utility=weight"`. Every learner also takes the network's
@@ -76,7 +76,7 @@ def read_methods(
     activation: str | None = None,
     known: Mapping[str, type[Method]] = LEARNERS,
 ) -> list[Method]:
-    """Parses the methods of a comparison.
+    """Parse the methods of a comparison.
 
     Args:
       given: texts (see `parse_method`), methods, or functions that create an optax transformation (see `custom`), such

@@ -62,7 +62,7 @@ class Gated(Method):
         key: chex.PRNGKey,
         **settings: object,
     ) -> optax.GradientTransformation:
-        """UPGD created by `make`."""
+        """Create UPGD by `make`."""
         decay = self.weight_decay / self.factor  # the transformation multiplies it by the step including the factor
         numbers = {"weight_decay": decay, "beta_utility": self.beta_utility, "sigma": self.sigma}
         return make(self.factor * self.step_size, **numbers, **settings, key=key)
@@ -94,7 +94,7 @@ class UPGD(Gated):
         return self.order == 2
 
     def options_of_upgd(self, units: Units) -> dict[str, object]:
-        """The non-numeric arguments of the transformation."""
+        """Return the non-numeric arguments of the transformation."""
         return {
             "order": self.order,
             "scope": self.scope,

@@ -1,4 +1,4 @@
-"""What learns a stream on top of a trained network: an adapter, its rank-one components as units, or all weights."""
+"""Learners of a stream on top of a trained network: an adapter, its rank-one components as units, or all weights."""
 
 import dataclasses
 

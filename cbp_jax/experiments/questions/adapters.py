@@ -1,17 +1,17 @@
 """Do adapters lose plasticity?
 
 A network is first trained on a base task, the images as they are. Then it is frozen, and a long stream of tasks is
-learned on top of it: the classes are renamed (`--stream labels`), or the pixels shuffled (`--stream pixels`). Methods
-are those of `adapter_learners.LEARNERS`: one adapter (LoRA's, of `cbp_jax.lora`) trained on and on; a fresh one for
-each task (`adapter:reset=network`), which is what the others are compared with; continual backpropagation on the
-adapter's rank-one components, which `discover_units` finds to be units; and all weights, from task to task or from the
-trained network each time (`full:reset=network`). `l1` is L1 on the change. All methods of a seed start from the same
+learned on top of it: the labels are permuted (`--stream labels`), or the pixels (`--stream pixels`). Methods are those
+of `adapter_learners.LEARNERS`: one low-rank adapter (`cbp_jax.lora`) trained on all tasks; a fresh one for each task
+(`adapter:reset=network`), with which the others are compared; continual backpropagation on the adapter's rank-one
+components, which `discover_units` finds as units; and all weights, trained on all tasks or from the trained network
+each time (`full:reset=network`). `l1` is an L1 penalty on the change. All methods of a seed start from the same
 network.
 
 `accuracy` is online: each example is classified before the network learns from it. Dead units and ranks of the
-representation are those of the network's hidden units, on examples of the next task, as the last task left them (also
-where each task starts anew). The change since the trained network is the product of an adapter's factors, or the
-difference of all weights. Measured of it after each task:
+representation are those of the network's hidden units after a task, on examples of the next one (also if each task
+starts from the trained network). The change since the trained network is the product of an adapter's factors, or the
+difference of all weights. Its measures after each task are:
 
     change_rank           the effective rank, mean over kernels
     dormant_components    of an adapter, components whose norm is at most a tenth of the mean of their kernel's
@@ -56,7 +56,7 @@ _BASE_TASKS = 2**30  # folded into a seed's key for tasks: the base task
 
 @dataclasses.dataclass(frozen=True)
 class Settings(stream.ImageStreamSettings):
-    """Adapters on a trained network, along a stream of tasks."""
+    """Settings of adapters on a trained network, along a stream of tasks."""
 
     methods: tuple[str, ...] = ("adapter:reset=network", "adapter", "adapter_cbp", "full")
     """Methods to compare, each a name, with settings if wanted: "adapter:step_size=0.003,l1=1e-4". One of them is a

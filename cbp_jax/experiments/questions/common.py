@@ -1,8 +1,8 @@
-"""Shared by the questions about learners: one stream of tasks, an equal search, tables and pictures.
+"""Shared code of the questions about learners: one stream of tasks, an equal search, tables and pictures.
 
 The stream is Online Permuted images in a size where plain backpropagation loses half of its accuracy in minutes: 8x8
-digits, 1,000 of them a task, one at a time, and three hidden layers of 50 units. In every question plain
-backpropagation and every method compared with it try 12 configurations on two seeds, and run on ten others.
+digits, 1,000 per task, one at a time, and three hidden layers of 50 units. In every question plain backpropagation and
+every other method try 12 configurations on two seeds, and run on ten others.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from cbp_jax.experiments.permuted import Online, online_permuted
 from cbp_jax.experiments.tuning import Lane, Plan, TunedSettings, tuned_experiment
 from cbp_jax.report.looks import BLACK, Look
 
-# Plain backpropagation searches its step size alone, as finely as others search theirs and one number more.
+# Plain backpropagation searches only its step size; the others search their step size and one more number.
 BACKPROP = Lane(
     "bp",
     "bp",
@@ -52,7 +52,7 @@ class QuestionSettings(TunedSettings, Online):
             raise ValueError(f"methods must be some of {list(by_name)}, got {', '.join(map(repr, unknown))}")
         names = [field.name for field in dataclasses.fields(experiment.Settings)]
         reporting = experiment.Settings(**{name: getattr(self, name) for name in names})
-        # What units and weights are like decides nothing, and takes time.
+        # Measures of units and weights do not affect the choice, and take time.
         seeds = {"seeds": self.tuning_seeds, "first_seed": self.first_tuning_seed}
         tuning = dataclasses.replace(reporting, **seeds, measured_examples=1, measure_every=None)
         measures = measures or report.stream_measures(updates=self.measure_every is not None)
@@ -128,7 +128,7 @@ def question(
 
 
 def _shown(results: Any, baselines: Sequence[str], most: int = 8) -> list[str]:
-    """The methods whose lines are drawn: the baselines, and the best of the others, as many as can be told apart."""
+    """Return the methods whose lines are drawn: the baselines and the best others, as many as are distinguishable."""
     methods = results.method.values.tolist()
     first = [name for name in baselines if name in methods]
     mean = lambda name: float(results.accuracy.loc[{"method": name}].fillna(0).mean())

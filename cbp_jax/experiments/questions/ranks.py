@@ -1,4 +1,4 @@
-"""Which rank tells what: that of a task's change of the weights, or that of the representation?
+"""Which rank predicts forgetting or plasticity: that of a task's weight change, or that of the representation?
 
 All learners run on one Online Permuted stream, each at its best settings. After each task two quantities of the change
 are measured, for every kernel as a matrix [in, out], and averaged over kernels:
@@ -7,8 +7,8 @@ are measured, for every kernel as a matrix [in, out], and averaged over kernels:
     overlap        the mean squared cosine between the input directions that this change reads and those that the
                    changes of the last few tasks read; a change reads its first left singular vectors
 
-What the learner still knows is its accuracy on the last few tasks (`earlier_accuracy`); `forgetting` is how much lower
-that is than right after each of them was learned. Plasticity is the online accuracy on the next task. The rank of the
+`earlier_accuracy` is the accuracy on the last few tasks; `forgetting` is how much lower it is than right after each of
+these tasks was learned. Plasticity is the online accuracy on the next task. The rank of the
 representation, `effective_rank` and `stable_rank`, is measured before each task, as in all streams.
 
 The report has rank correlations over learners (for each seed, from means over the second half of the tasks) and within
@@ -87,7 +87,7 @@ def lanes() -> list[Lane]:
         "redo": {"step_size": STEP_SIZES, "threshold": (0.01, 0.03, 0.1), "every": (1e3, 1e4)},
         "cbp": {"step_size": STEP_SIZES, "replacement_rate": RATES},
     }
-    # In pictures they are called as in all other experiments; there are too many for colors of their own.
+    # Pictures use the names of all other experiments; there are too many learners for separate colors.
     of_others = [
         Lane(name, name, space, learners.parse_method(name).look._replace(style=None)) for name, space in others.items()
     ]
@@ -145,7 +145,7 @@ def check(settings: StreamSettings) -> list[learners.Method]:
 
 
 def _train(settings: StreamSettings) -> Callable[..., Iterator[dict[str, Any]]]:
-    """The training of a stream that also measures what each task changed and what is still known."""
+    """Return the training of a stream that also measures each task's change and the accuracy on earlier tasks."""
 
     def train(
         learner: training.Learner,
@@ -182,7 +182,7 @@ def init_state(
 def run_task(
     learner: training.Learner, problem: Problem, data: Any, state: State, *, measured_examples: int, **measuring: Any
 ) -> tuple[State, dict[str, chex.Array]]:
-    """Trains one lane on its next task, and measures what the task changed and what is still known.
+    """Train one lane on its next task, and measure the task's change and the accuracy on earlier tasks.
 
     Args:
       learner: what is trained.
@@ -206,9 +206,9 @@ def run_task(
         batch = problem.evaluation(data, task, measured_examples)
         return evaluate(learner, problem.loss, after.params, batch)["accuracy"]
 
-    tasks = state.train.task - jnp.arange(earlier + 1)  # this one, and those before
+    tasks = state.train.task - jnp.arange(earlier + 1)  # this task, and earlier ones
     accuracies = jax.lax.map(accuracy, jnp.maximum(tasks, 0))
-    # Only where there are as many as are asked for: fewer are forgotten less.
+    # Only with all requested earlier tasks, because fewer are forgotten less.
     of_earlier = lambda values: jnp.where(tasks[-1] >= 0, jnp.mean(values), jnp.nan)
 
     change = jax.tree.map(jnp.subtract, after.params, state.train.params)
@@ -287,7 +287,7 @@ def plan(settings: Settings) -> Plan:
 question_rank = tuned_experiment(
     plan,
     name="question_rank",
-    about="Which rank tells what? Ranks of changes and of representations, forgetting and plasticity, of all learners.",
+    about="Which rank predicts forgetting or plasticity, that of weight changes or that of representations?",
     Settings=Settings,
     presets={"smoke": _smoke, "laptop": _laptop},
     plot=rank_reports.plot,

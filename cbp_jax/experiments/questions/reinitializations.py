@@ -1,4 +1,4 @@
-"""Does it matter what replaced units start from?
+"""Do the initial weights of replaced units matter?
 
 Continual backpropagation, which ranks units by contribution, with each reinitialization that the library has, at its
 best step size and replacement rate, beside plain backpropagation.
@@ -24,7 +24,7 @@ def lanes() -> list[Lane]:
 
 question_reinitialization = question(
     "question_reinitialization",
-    "Does it matter what replaced units start from? Continual backpropagation with each reinitialization.",
+    "Do the initial weights of replaced units matter? Continual backpropagation with each reinitialization.",
     lanes,
     baselines=("bp", "resample"),
     tasks=500,

@@ -1,11 +1,10 @@
 """Do winning tickets vanish as plasticity is lost?
 
-At regular intervals of a long Online Permuted stream, tickets are sought in the network as it stands: it learns the
+At regular intervals of a long Online Permuted stream, tickets are sought in the current network: it learns the
 next task, a fraction of the living weights of least magnitude is pruned, the others are rewound to what they were
 before the task, and so on, round after round. Beside each ticket, a random mask with as many weights in each layer is
 trained from the same weights. All networks are trained by one learner, plain SGD by default, on the examples of the
-task in the order of the stream, so that networks differ and learning does not. The stream then continues as if nothing
-had happened.
+task in the order of the stream, so that only the networks differ. The stream then continues as without the search.
 
 The measure of a mask is its online accuracy: the fraction of the task's examples that are classified correctly, each
 before the network learns from it. Two numbers summarize the curve of accuracy against density:
@@ -52,7 +51,7 @@ class Settings(permuted.Online):
     methods: tuple[str, ...] = ("bp:step_size=0.01", "l2:step_size=0.003,l2=1e-3", "cbp:step_size=0.01")
     """Learners of the stream, as in `online_permuted`."""
     every: int = 25
-    """Tickets are looked for before every so many tasks, from the first on."""
+    """Tickets are sought before every so many tasks, starting with the first."""
     rounds: int = 14
     """How often a network is pruned."""
     fraction: float = 0.3
@@ -167,7 +166,7 @@ def find_tickets(
     fraction: float,
     young_below: int,
 ) -> dict[str, chex.Array]:
-    """Seeks tickets in a network as it stands, on its next task; one lane.
+    """Seek tickets in the current network, on its next task; one lane.
 
     Args:
       learner: of the stream.
@@ -195,7 +194,7 @@ def find_tickets(
         params = tickets.apply_mask(state.params, mask)
         start = state._replace(params=params, opt_state=make(numbers, key).init(params), hyperparameters=numbers)
         alone = learner._replace(optimizer=make, begin_task=None, curvature=False)
-        # What is measured before the task is not used, and the compiler leaves it out.
+        # Measures before the task are not used, so the compiler removes them.
         after, measured = training.run_task(alone, problem, data, start, measured_examples=1)
         return after.params, measured["accuracy"]
 
@@ -310,7 +309,7 @@ def measured(results: Any) -> dict[str, dict[str, np.ndarray]]:
 
 question_tickets = Experiment(
     name="question_tickets",
-    about="Do winning tickets vanish as plasticity is lost? Tickets of the network as it stands, along a stream.",
+    about="Do winning tickets vanish as plasticity is lost? Tickets of the current network, along a stream.",
     Settings=Settings,
     presets={"smoke": _smoke, "laptop": _laptop},
     problem=permuted.online_permuted.problem,

@@ -1,7 +1,7 @@
-"""Does the utility matter that continual backpropagation ranks units by?
+"""Does the utility matter by which continual backpropagation ranks units?
 
 Continual backpropagation with each utility that the library has, at its best step size and replacement rate, beside
-plain backpropagation. "random" replaces any unit, and tells what there is to gain by ranking them at all.
+plain backpropagation. "random" replaces any unit, and shows how much there is to gain by ranking at all.
 """
 
 from cbp_jax.experiments.questions.common import BACKPROP, STEP_SIZES, question

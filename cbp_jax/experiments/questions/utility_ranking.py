@@ -1,4 +1,4 @@
-"""How well do utilities rank units by what they are worth, while continual backpropagation runs?
+"""How well do utilities rank units by their true utility, while continual backpropagation runs?
 
 The true utility of a unit is the loss without it (its outgoing weights set to 0) minus the loss. On Online Permuted
 images, every utility of `cbp_jax.replacement.UTILITIES`, or of your own, is averaged as continual backpropagation
@@ -6,8 +6,8 @@ averages its own, over the last updates before a measurement, and compared with 
 task: early in every task, after its first `window` updates, and late, after its last. Spearman's rank correlation says
 how well the order of units agrees, Pearson's how well the values do; each is of the units of one layer.
 
-The network is trained by the method's own utility throughout; the others only look on. Means start anew with the
-window, and for units that are replaced in it.
+The method's own utility is used in training throughout; the others are only computed. Means are reset at the start of
+the window, and for units that are replaced in it.
 """
 
 import dataclasses
@@ -144,7 +144,7 @@ def onlooker(
         return {"weight": zeros, "utility": dict.fromkeys(utilities, zeros), "mean_activation": means}
 
     def choose(view: replacement.GroupView, memory: dict[str, Any]) -> replacement.Choice:
-        here = view.outgoing_magnitude() > 0  # else it has just been replaced
+        here = view.outgoing_magnitude() > 0  # otherwise it has just been replaced
         mean = lambda old, new: jnp.where(here, decay_rate * old + (1 - decay_rate) * new, 0.0)
         weight = mean(memory["weight"], 1.0)
         means = tuple(

@@ -1,4 +1,4 @@
-"""Questions 1 to 3: learners on Online Permuted images, each with an equal search."""
+"""Questions 1 to 3: learners on Online Permuted images, compared after equal searches."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def test_all_lanes_have_an_equal_search_and_seeds_of_their_own(experiment):
     laptop = experiment.preset("laptop")
     assert EXPERIMENTS[experiment.name] is experiment and laptop.seeds >= 10 and laptop.dataset == "digits"
     assert experiment.check(laptop) == list(laptop.methods)
-    # An hour of a core at 8 to 18 microseconds an update, by far most of it of continual backpropagation.
+    # An hour on one core, at 8 to 18 microseconds per update; most of it is continual backpropagation.
     slow = sum(name != "bp" for name in laptop.methods) if experiment is not question_penalty else 0
     runs = 12 * laptop.tuning_seeds + laptop.seeds
     updates = laptop.tasks * laptop.examples_per_task
@@ -42,7 +42,7 @@ def test_every_utility_and_reinitialization_of_the_library_is_compared():
     assert {lane.name for lane in penalties.lanes()} == {"bp", "l1", "l2", "l1_init", "l2_init", "proximal_l1_init"}
 
 
-def test_a_new_reinitialization_appears_by_itself(monkeypatch):
+def test_a_new_reinitialization_is_compared_automatically(monkeypatch):
     names = {"resample": None, "rewind": None}
     monkeypatch.setattr(reinitializations.replacement, "REINITIALIZATIONS", names)
     assert [(lane.name, lane.method) for lane in reinitializations.lanes()[1:]] == [
@@ -60,7 +60,7 @@ def test_a_new_reinitialization_appears_by_itself(monkeypatch):
         ({"tuning_seeds": 0}, "seeds must be at least 1, got 0"),
     ],
 )
-def test_what_is_no_question_is_refused(change, message):
+def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         question_penalty.check(dataclasses.replace(question_penalty.preset("smoke"), **change))
 

@@ -1,4 +1,4 @@
-"""The ranking of units by utilities: what is compared, and that looking on changes nothing."""
+"""Rankings of units by utilities: what is compared, and that comparing does not change training."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ UNITS = cbp_jax.discover_units(apply_fn, PARAMS, jnp.ones((1, 4)))
 
 
 def test_utilities_are_averaged_as_continual_backprop_does():
-    """The mean that it would rank by; and the updates are those of the optimizer within."""
+    """Means equal those of continual backpropagation, and updates those of the inner optimizer."""
     replacing = {"replacement_rate": 0.0, "decay_rate": 0.9}
     cbp = cbp_jax.continual_backprop(optax.sgd(0.1), UNITS, utility="zero_contribution", **replacing)
     watching = onlooker(cbp, UNITS, 0.9, UTILITIES)
@@ -49,7 +49,7 @@ def test_utilities_are_averaged_as_continual_backprop_does():
     np.testing.assert_allclose(seen.memory["weight"]["w1"], 1 - 0.9**3, rtol=1e-5)
 
 
-def test_correlations_are_scipys():
+def test_correlations_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     values = {name: jnp.asarray(rng.normal(size=6), jnp.float32) for name in UTILITIES}
     true, weight = jnp.asarray(rng.normal(size=6), jnp.float32), jnp.asarray([0.5, 0.1, 0.9, 0.3, 1.0, 0.0])
@@ -84,7 +84,7 @@ def opposite(view):
 
 @pytest.mark.slow
 def test_a_run_from_end_to_end(tmp_path):
-    """The network learns what it does unwatched, and correlations are in their places."""
+    """The network learns the same as without comparisons, and correlations belong to their layers."""
     settings = question_utility_ranking.preset("smoke")
     settings = dataclasses.replace(settings, utilities=(*settings.utilities, opposite))
     results = question_utility_ranking.run(settings, tmp_path / "watched")

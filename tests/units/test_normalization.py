@@ -1,4 +1,4 @@
-"""Units keep their identity through normalization; its scales, offsets and running statistics are theirs."""
+"""Units keep their identity through normalization; its scales, offsets and running statistics belong to them."""
 
 import functools
 
@@ -29,7 +29,7 @@ class Net(nn.Module):
     scale: bool = True
     bias: bool = True
 
-    def normalise(self, train):
+    def normalize(self, train):
         options = {"use_scale": self.scale} if self.norm == "rms" else {"use_scale": self.scale, "use_bias": self.bias}
         if self.norm == "batch":
             options["use_running_average"] = not train
@@ -37,13 +37,13 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.tanh(self.normalise(train)(nn.Conv(6, (3, 3), use_bias=False)(x)))
-        x = nn.tanh(self.normalise(train)(nn.Conv(4, (2, 2), strides=2)(x)))
+        x = nn.tanh(self.normalize(train)(nn.Conv(6, (3, 3), use_bias=False)(x)))
+        x = nn.tanh(self.normalize(train)(nn.Conv(4, (2, 2), strides=2)(x)))
         return nn.Dense(3)(x.mean((1, 2)))
 
 
 def setup(net, train=False):
-    """Params and statistics drawn at random, an input, and apply_fn(params, stats, x)."""
+    """Return random params and statistics, an input, and apply_fn(params, stats, x)."""
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6, 6, 2)), jnp.float32)
     shapes = jax.eval_shape(net.init, jax.random.key(0), x)
     rng = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def test_statistics_that_are_missing_are_named():
         cbp_jax.reset_batch_stats(stats, closed, {})
 
 
-def test_groups_that_were_not_for_replacement_keep_their_statistics():
+def test_groups_without_replacements_keep_their_statistics():
     params, stats, x, apply_fn = setup(Net("batch"))
     units = cbp_jax.discover_units(apply_fn, params, stats, x)
     mask = jnp.arange(4) == 2
@@ -161,7 +161,7 @@ SCALES = {
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_a_scale_is_reset_to_where_it_changes_nothing(name):
+def test_a_scale_is_reset_to_the_value_that_changes_nothing(name):
     scale, constant = SCALES[name]
     params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "s": jnp.full(4, 3.0)}
 
@@ -204,7 +204,7 @@ def test_nnx_norms_in_both_modes():
 
 
 @pytest.mark.slow
-def test_batch_normalisation_absorbs_what_a_unit_gave_on_average():
+def test_batch_normalization_absorbs_the_mean_contribution_of_a_unit():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -216,7 +216,7 @@ def test_batch_normalisation_absorbs_what_a_unit_gave_on_average():
     variables = jax.jit(Model().init)(jax.random.key(0), x)
     params = variables["params"]
     params["Dense_0"]["kernel"] = params["Dense_0"]["kernel"].at[:, 2].set(0.0)
-    params["Dense_0"]["bias"] = params["Dense_0"]["bias"].at[2].set(0.7)  # a unit that says 0.7, always
+    params["Dense_0"]["bias"] = params["Dense_0"]["bias"].at[2].set(0.7)  # a unit whose activation is always 0.7
     apply_fn = lambda params, x: Model().apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
     units = cbp_jax.discover_units(apply_fn, params, x)
     assert [[consumer.absorbed for consumer in group.outgoing] for group in units] == [[True], [False]]
