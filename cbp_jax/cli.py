@@ -258,6 +258,12 @@ def _plot(argv: list[str]) -> None:
         help="folder for the pictures, by default that of the run; for several runs also for their joined results",
     )
     parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        default=None,
+        help="draws only these measures over tasks, a panel each: chosen.png; such as accuracy dead_units",
+    )
     args = parser.parse_args(argv)
     from cbp_jax import report
 
@@ -268,7 +274,7 @@ def _plot(argv: list[str]) -> None:
     results = report.join_results([report.load_results(path) for path in args.run_dir])
     if len(args.run_dir) > 1:
         print(f"results: {report.save_results(results, out)}")
-    _show(results, out, tuple(args.formats))
+    _show(results, out, tuple(args.formats), measures=args.measures)
 
 
 def _swept(experiment: Any, settings: Any, grid: dict[str, tuple[str, ...]]) -> Any:
@@ -301,15 +307,25 @@ def _told(settings: Any) -> str:
     return "\n".join(f"  {name:{width}}  {value}" for name, value in shown.items())
 
 
-def _show(results: Any, out: Path, formats: tuple[str, ...] = ("png",), experiment: Any = None) -> None:
-    """Prints the table of a run and draws its pictures, as its experiment defines them."""
-    from cbp_jax import experiments
+def _show(
+    results: Any,
+    out: Path,
+    formats: tuple[str, ...] = ("png",),
+    experiment: Any = None,
+    measures: list[str] | None = None,
+) -> None:
+    """Prints the table of a run and draws its pictures, as its experiment defines them, or of the measures alone."""
+    from cbp_jax import experiments, report
     from cbp_jax.experiments import learners
 
     results = learners.with_looks(results)
     experiment = experiment or experiments.EXPERIMENTS.get(results.attrs["experiment"], experiments.stream)
     print(experiment.summary(results))
-    for picture in experiment.plot(results, out, formats):
+    if measures is None:
+        pictures = experiment.plot(results, out, formats)
+    else:
+        pictures = report.save_figures({"chosen": report.plot_tasks(results, measures=measures)}, out, formats)
+    for picture in pictures:
         print(f"picture: {picture}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.report import looks
-from cbp_jax.report.drawing import HANDLE_LENGTH, style_of_pictures
+from cbp_jax.report.drawing import style_of_pictures, write_note
 from cbp_jax.report.statistics import mean_and_error
 
 PROBE = "probe"
@@ -205,15 +205,15 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                 ax.xaxis.set_minor_formatter("")
                 ax.set_title(task if row == 0 else "")
                 ax.set_xlabel("Density" if dim == "density" else "Dimensions of each matrix")
-                ax.set_ylabel("Correct (%)" if column == 0 else "")
+                ax.set_ylabel("Accuracy (%)" if column == 0 else "")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4, handlelength=HANDLE_LENGTH)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4)
         note = (
             f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
         )
         if np.isfinite(results.retrained_accuracy).any():
             note += "\nStars: only the ticket is trained, from the start"
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        write_note(figure, note)
         paths = save(figure, "dominant_tickets", out, formats)
     panels = {}
     for method in methods:

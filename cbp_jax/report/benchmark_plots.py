@@ -9,7 +9,7 @@ import numpy as np
 
 from cbp_jax.report import aggregates
 from cbp_jax.report.benchmarks import BASELINE, Standing, overall, standing
-from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.drawing import style_of_pictures, write_note
 from cbp_jax.report.looks import looks_of, name_of, readable
 from cbp_jax.report.panels import PANELS
 from cbp_jax.report.results import require
@@ -62,7 +62,7 @@ def plot_benchmark(
         axes[0].set_yticks(range(len(rows)), [name_of(named[row.method], row.method) for row in rows], fontsize=6.5)
         axes[0].set_ylim(-0.6, len(rows) - 0.4)
         note = "Interquartile mean over held-out seeds, 95% stratified bootstrap interval; line: plain backpropagation"
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=6.5, color="#666666")
+        write_note(figure, note)
     return figure
 
 

@@ -135,4 +135,4 @@ def test_the_picture_of_a_search_draws_all_that_was_tried_and_rings_the_choice()
 
 def test_measures_to_draw_over_tasks_can_be_chosen():
     figure = plot_tasks(comparison(), measures=("dead_units", "accuracy", "weight_rank"))
-    assert [ax.get_ylabel() for ax in figure.axes] == ["Dead units (%)", "Correct (%)"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["Dead units (%)", "Accuracy (%)"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.report.drawing import legend_columns
+from cbp_jax.report.drawing import write_note
 from cbp_jax.report.looks import Style
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, mean_and_error
 
@@ -28,6 +28,7 @@ def draw_line(
     label: str | None = None,
     *,
     dashes: Any = None,
+    every: int | None = None,
     of: Callable[[Any], Any] = lambda value: value,
     band: bool = True,
 ) -> None:
@@ -40,6 +41,7 @@ def draw_line(
       style: of the line.
       label: in the legend.
       dashes: in place of the style's.
+      every: how many points there are from one marker to the next; by default so many that there are at most six.
       of: an increasing function of means and ends, as in `bootstrap_text`.
       band: whether the band is drawn.
     """
@@ -50,12 +52,13 @@ def draw_line(
         of(mean[some]),
         color=style.color,
         linestyle=style.dashes if dashes is None else dashes,
-        linewidth=1.3,
+        linewidth=1.0,
         marker=style.marker,
-        markersize=3.5,
+        markersize=2.8,
         markerfacecolor="white" if style.hollow else style.color,
         markeredgecolor=style.color if style.hollow else "white",
-        markeredgewidth=0.5,
+        markeredgewidth=0.6 if style.hollow else 0.3,
+        markevery=every or max(1, -(-int(some.sum()) // 6)),
         label=label,
     )
     if band and len(values) > 1:
@@ -63,18 +66,11 @@ def draw_line(
         ax.fill_between(x[some], of(low), of(high), color=style.color, alpha=0.18, linewidth=0)
 
 
-def legend(figure: Any, ax: Any, **options: Any) -> None:
-    """Puts the legend of one panel above all of them, in as many columns as the picture's width has room for."""
-    handles, texts = ax.get_legend_handles_labels()
-    columns = legend_columns(texts, figure.get_figwidth())
-    figure.legend(handles, texts, loc="outside upper center", ncols=columns, **options)
-
-
 def note(figure: Any, results: Any) -> None:
     """Says under a picture what its bands are."""
     seeds = results.sizes["seed"]
     text = f"Mean and 95% bootstrap interval of {seeds} seeds" if seeds > 1 else "One seed"
-    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    write_note(figure, text)
 
 
 def differences(
