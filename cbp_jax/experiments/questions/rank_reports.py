@@ -207,7 +207,7 @@ def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -
 
     from cbp_jax.report.looks import PALETTE
 
-    figure = Figure(figsize=(COLUMN, 1.9), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 2.4), layout="constrained")
     axes = figure.subplots(1, len(OUTCOMES), sharey=True)
     for ax, (outcome, title) in zip(axes, OUTCOMES.items(), strict=True):
         for shift, ((kind, label), style) in enumerate(zip(KINDS.items(), PALETTE, strict=False)):
@@ -229,7 +229,7 @@ def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -
     axes[1].set_xlabel("Rank correlation")
     axes[0].set_yticks(range(len(PREDICTORS)), [textwrap.fill(name, 17) for name in PREDICTORS.values()])
     axes[0].invert_yaxis()
-    legend_above(figure, axes[0], handlelength=1)
+    legend_above(figure, axes[0], columns=3, handlelength=1)
     note(figure, results)
     return figure
 
