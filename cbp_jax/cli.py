@@ -127,6 +127,12 @@ def _plot(argv: list[str]) -> None:
         help="folder for the pictures, by default that of the run; for several runs also for their joined results",
     )
     parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        default=None,
+        help="draws only these measures over tasks, a panel each: chosen.png; such as accuracy dead_units",
+    )
     args = parser.parse_args(argv)
     from cbp_jax import cli_show, report
 
@@ -137,7 +143,7 @@ def _plot(argv: list[str]) -> None:
     results = report.join_results([report.load_results(path) for path in args.run_dir])
     if len(args.run_dir) > 1:
         print(f"results: {report.save_results(results, out)}")
-    cli_show.show(results, out, tuple(args.formats))
+    cli_show.show(results, out, tuple(args.formats), measures=args.measures)
 
 
 def _runs(argv: list[str]) -> None:

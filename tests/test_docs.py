@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from cbp_jax.report.drawing import COLUMN
+
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
@@ -23,6 +25,7 @@ SLOW = {"docs/algorithms/lottery_tickets.md", "docs/algorithms/upgd.md", "docs/u
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```(?:text)?\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+IMAGE = re.compile(r"!\[([^]]*)\]\(([^()\s]+)\)")
 MODULE = ROOT / "docs" / "hooks"
 
 
@@ -58,6 +61,21 @@ def test_links(path):
 def test_links_are_seen():
     assert len(LINK.findall(prose(ROOT / "README.md"))) > 20
     assert "source-and-differences-from-the-public-code" in anchors(ROOT / "docs/algorithms/upgd.md")
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if IMAGE.search(prose(path))], ids=name_of)
+def test_pictures_say_what_they_show(path):
+    for text, _ in IMAGE.findall(prose(path)):
+        assert len(text.split()) > 4, f"{text!r} tells nothing to who cannot see the picture"
+
+
+def test_pictures_are_shown_or_linked_and_fit_a_column():
+    shown = {(path.parent / link).resolve() for path in PAGES for link in LINK.findall(prose(path))}
+    for path in (ROOT / "benchmarks" / "results").glob("*.png"):
+        assert path in shown, f"{path.name} is on no page"
+        width = int.from_bytes(path.read_bytes()[16:20], "big")  # of the header
+        if path.name != "resnet18_units.png":  # as wide as its network
+            assert width == round(300 * COLUMN), f"{path.name}: draw it again by cbp-jax plot"
 
 
 def test_every_page_is_in_the_navigation():

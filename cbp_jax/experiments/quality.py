@@ -42,7 +42,7 @@ from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
 from cbp_jax.experiments.progress import Progress
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
-from cbp_jax.report.drawing import HANDLE_LENGTH, save_figures, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, few_ticks, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import binned
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
@@ -498,7 +498,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     bin_size = max(1, results.sizes["task"] // 25)
     every = int(results.step.values[1] - results.step.values[0]) if results.sizes["task"] > 1 else 1
     with style_of_pictures():
-        figure = Figure(figsize=(2.6 * len(activations) + 0.6, 4.6), layout="constrained")
+        figure = Figure(figsize=(COLUMN * max(1, len(activations) / 3), 3.2), layout="constrained")
         axes = figure.subplots(len(LEVELS), len(activations), sharex=True, sharey=True, squeeze=False)
         for i, level in enumerate(LEVELS):
             for j, activation in enumerate(activations):
@@ -514,19 +514,21 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                         mean,
                         color=style.color,
                         linestyle=style.dashes,
-                        linewidth=1.3,
+                        linewidth=1,
                         marker=style.marker,
-                        markersize=3.5,
+                        markersize=2.8,
                         markeredgecolor="white",
-                        markeredgewidth=0.5,
+                        markeredgewidth=0.3,
                         markevery=(UTILITIES.index(utility) % 5, 5),  # staggered, so that overlapping lines are visible
                         label=_LABELS[utility],
                     )
                 ax.set_title(activation.replace("_", " ") if i == 0 else "")
-                ax.set_ylabel(f"Rank correlation, {level}s" if j == 0 else "")
+                ax.set_ylabel(f"{level.capitalize()}s" if j == 0 else "")
+                few_ticks(ax)
                 ax.set_xlabel("Step" if i == len(LEVELS) - 1 else "")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=3, handlelength=HANDLE_LENGTH)
+        figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=2)
+        figure.supylabel("Rank correlation", fontsize=7)
         note = f"Global correlations; mean and one standard error of {results.sizes['seed']} seeds"
         note += f"; bins of {bin_size * every} steps" if bin_size > 1 else ""
         write_note(figure, note)

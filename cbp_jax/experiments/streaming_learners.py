@@ -59,7 +59,7 @@ class ObGD(Bounded):
 
     name = "obgd"
     about = "overshooting-bounded gradient descent"
-    look = Look("ObGD", looks.VERMILION)
+    look = Look("ObGD", looks.INDIGO)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
@@ -72,7 +72,7 @@ class ContinualBackpropObGD(continual_backprop.Continual, Bounded):
 
     name = "cbp_obgd"
     about = "continual backpropagation around overshooting-bounded gradient descent"
-    look = Look("Continual backprop, ObGD", looks.BLUE, strong=True)
+    look = Look("Continual backprop, ObGD", looks.with_other(looks.BLUE, 2), strong=True)
 
     def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Replacing`. Traces are inside, so that those of a replaced unit are reset."""
@@ -97,7 +97,6 @@ class Adam(Traces, plain.Adam):
     """Adam after eligibility traces."""
 
     about = "Adam after eligibility traces"
-    look = Look("Adam")
 
     step_size: float = ranged(1e-4)
 
@@ -111,7 +110,6 @@ class ContinualBackprop(Traces, continual_backprop.ContinualBackprop):
     """Continual backpropagation around SGD after eligibility traces."""
 
     about = "continual backpropagation around SGD after eligibility traces"
-    look = Look("Continual backprop, SGD")
 
     step_size: float = ranged(1e-3)
 

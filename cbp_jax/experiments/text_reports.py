@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.report import looks
-from cbp_jax.report.drawing import HANDLE_LENGTH, legend_above, save_figures, style_of_pictures, write_note
+from cbp_jax.report.drawing import legend_above, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import mean_and_error
 from cbp_jax.report.tables import text_table
 
@@ -199,8 +199,8 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                 ax.xaxis.set_minor_formatter("")
                 ax.set_title(task if row == 0 else "")
                 ax.set_xlabel("Density" if dim == "density" else "Dimensions of each matrix")
-                ax.set_ylabel("Correct (%)" if column == 0 else "")
-        legend_above(figure, axes[0, 0], columns=4, handlelength=HANDLE_LENGTH)
+                ax.set_ylabel("Accuracy (%)" if column == 0 else "")
+        legend_above(figure, axes[0, 0], columns=4)
         note = (
             f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
         )

@@ -16,9 +16,9 @@ from cbp_jax.report.comparisons import (
     tried_settings,
     tuning_scores,
 )
-from cbp_jax.report.drawing import style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, style_of_pictures, write_note
 from cbp_jax.report.extra import require
-from cbp_jax.report.looks import looks_of, name_of, readable
+from cbp_jax.report.looks import name_of, names_of, readable, style_of
 from cbp_jax.report.panels import PANELS
 from cbp_jax.report.statistics import better, is_accuracy, performance
 
@@ -58,19 +58,21 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
     settings = chosen_settings(results)
     at_edge = any(settings[method].at_edge for method in methods)
     with style_of_pictures():
-        figure = Figure(figsize=(2.2 + 2.9 * len(baselines), 0.9 + 0.26 * len(methods)), layout="constrained")
+        figure = Figure(figsize=(COLUMN, 0.8 + 0.15 * len(methods)), layout="constrained")
         axes = figure.subplots(1, len(baselines), sharey=True, squeeze=False).ravel()
         for ax, baseline in zip(axes, baselines, strict=True):
             found = paired_differences(results, baseline)
             _draw_differences(ax, results, [(i, m, found[m]) for i, m in enumerate(methods) if m != baseline])
             ax.axvline(0, color="black", linewidth=0.8, zorder=1)
-            ax.set_xlabel(f"{_label(measure)}: difference to {name_of(results, baseline)}")
+            ax.set_title(f"less {name_of(results, baseline)}")
             ax.grid(axis="y", visible=False)
-        labels = [f"{name_of(results, m)}\n{settings[m].text.replace('_', ' ')}".strip() for m in methods]
-        axes[0].set_yticks(range(len(methods)), labels, fontsize=6)
+            ax.locator_params(axis="x", nbins=3)
+        names = zip(methods, names_of(results, methods), strict=True)
+        axes[0].set_yticks(range(len(methods)), [name + " !" * settings[m].at_edge for m, name in names])
         axes[0].set_ylim(-0.6, len(methods) - 0.4)
-        note = f"Paired differences over {results.sizes['seed']} seeds, mean over all {results.sizes['task']} tasks; "
-        note += "95% bootstrap intervals, hollow: includes 0" + "; !: at an end of what was tried" * at_edge
+        what = "Accuracy in points" if scale == 100 else _label(measure)
+        note = f"{what}, mean over all {results.sizes['task']} tasks; paired over {results.sizes['seed']} seeds; "
+        note += "95% bootstrap intervals; hollow: includes 0" + "; !: a setting at the end of its range" * at_edge
         write_note(figure, note)
     return figure
 
@@ -97,10 +99,10 @@ def plot_search(results: xr.Dataset) -> Figure:
     methods = [method for method in methods if tried_settings(results, method)[0]]
     if not methods:
         raise ValueError("results: no search has ended, so there is nothing to draw")
-    columns = min(4, len(methods))
+    columns = min(2, len(methods))
     rows = math.ceil(len(methods) / columns)
     with style_of_pictures():
-        figure = Figure(figsize=(2.1 * columns + 0.4, 1.75 * rows + 0.3), layout="constrained")
+        figure = Figure(figsize=(COLUMN, 1.4 * rows + 0.3), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for i, (ax, method) in enumerate(zip(axes, methods, strict=False)):
             _draw_search(ax, results, method)
@@ -116,13 +118,11 @@ def plot_search(results: xr.Dataset) -> Figure:
 
 
 def _draw_differences(ax: Axes, results: xr.Dataset, rows: Sequence[tuple[int, str, Estimate]]) -> None:
-    looks = looks_of(results)
     for i, method, found in rows:
-        style = looks[method].style if method in looks else None
-        color = style.color if style else "#444444"
-        ax.hlines(i, found.low, found.high, color=color, linewidth=1.4, zorder=3)
+        color = style_of(results, method).color
+        ax.hlines(i, found.low, found.high, color=color, linewidth=1.2, zorder=3)
         face = color if found.excludes_zero else "white"
-        ax.plot(found.mean, i, marker="o", markersize=4.5, color=color, markerfacecolor=face, zorder=4)
+        ax.plot(found.mean, i, marker="o", markersize=3.5, color=color, markerfacecolor=face, zorder=4)
 
 
 def _draw_search(ax: Axes, results: xr.Dataset, method: str) -> None:
@@ -136,8 +136,8 @@ def _draw_search(ax: Axes, results: xr.Dataset, method: str) -> None:
         ax.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=line)
     ax.plot(tried[best][axis], scores[best], "o", markersize=7.5, markerfacecolor="none", markeredgecolor="black")
     ax.set_xscale("log")
-    ax.set_xlabel(readable(axis), fontsize=7)
-    ax.set_title(name_of(results, method), fontsize=7.5, pad=3)
+    ax.set_xlabel(readable(axis))
+    ax.set_title(name_of(results, method))
     if others(0):
         ax.legend(fontsize=5.5, handlelength=1.5)
 

@@ -6,7 +6,7 @@ pictures can be made on a server, in a thread, and beside the user's own figures
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HANDLE_LENGTH = 3.6  # of a line in the legend, in ems, so that its dashes repeat
+COLUMN = 3.4  # inches: the width of a column of a paper, at which letters are as large as given here
+PANEL = 1.3  # inches: the height of a panel, two of which are side by side in a column
+HANDLE_LENGTH = 3.2  # of a line in the legend, in ems, so that its dashes repeat
 CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5, "linestyle": "none", "zorder": 5, "gid": "diverged"}
 _RC = {
     "font.family": "sans-serif",
-    "font.size": 7.5,
-    "axes.labelsize": 8,
+    "font.size": 6.5,
+    "axes.labelsize": 7,
+    "axes.titlesize": 7,
+    "axes.titlepad": 3,
+    "axes.labelpad": 2,
+    "xtick.major.pad": 2,
+    "ytick.major.pad": 2,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,9 +47,14 @@ _RC = {
     "ytick.major.size": 2.5,
     "xtick.minor.size": 1.5,
     "legend.frameon": False,
-    "legend.fontsize": 7.5,
+    "legend.fontsize": 6.5,
+    "legend.labelspacing": 0.3,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": HANDLE_LENGTH,
+    "lines.linewidth": 1,
+    "lines.markersize": 3,
     "pdf.fonttype": 42,
-    "savefig.dpi": 200,
+    "savefig.dpi": 300,
 }
 
 
@@ -70,9 +82,9 @@ def legend_columns(names: Sequence[str], width: float) -> int:
     """The largest number of columns, up to four, that fit ``width`` in inches, filled column by column."""
     em = _RC["legend.fontsize"] / 72
     for columns in range(min(4, len(names)), 1, -1):
-        rows = math.ceil(len(names) / columns)
-        longest = [max(map(len, names[start : start + rows])) for start in range(0, len(names), rows)]
-        if em * sum(0.58 * length + HANDLE_LENGTH + 2.4 for length in longest) < width:
+        parts = np.array_split(np.array(names, dtype=object), columns)  # as Matplotlib divides them
+        longest = [max(map(len, part)) for part in parts]
+        if em * sum(0.6 * length + HANDLE_LENGTH + 2.4 for length in longest) < width:
             return columns
     return 1
 
@@ -93,12 +105,25 @@ def legend_above(figure: Figure, ax: Axes, columns: int | None = None, **options
 
 def write_letter(ax: Axes, letter: str) -> None:
     """Writes the letter of a panel above its left corner."""
-    ax.set_title(letter, loc="left", fontweight="bold", fontsize=9, pad=3)
+    ax.set_title(letter, loc="left", fontweight="bold", fontsize=8, pad=2)
+
+
+def label_height(ax: Axes, label: str) -> None:
+    """Labels the vertical axis of a panel, on two lines if one is too long for its height."""
+    ax.set_ylabel(label if "\n" in label else textwrap.fill(label, 21))
+
+
+def few_ticks(ax: Axes, *, whole: bool = False) -> None:
+    """At most five numbers, optionally whole ones, along a linear horizontal axis of a narrow panel."""
+    if ax.get_xscale() == "linear":
+        ax.locator_params(axis="x", nbins=4, integer=whole)
 
 
 def write_note(figure: Figure, text: str) -> None:
-    """Writes a note below all panels, such as what bands and bars are."""
-    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#666666")
+    """Writes a note below all panels, such as what bands and bars are, in as many lines as it takes."""
+    across = int(figure.get_figwidth() / COLUMN * 72)
+    lines = "\n".join(textwrap.fill(line, across) for line in text.split("\n"))
+    figure.supxlabel(lines, x=0.99, ha="right", multialignment="right", fontsize=6, color="#666666")
 
 
 def mark_values(ax: Axes, values: Sequence[float], color: str = "black") -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks
-from cbp_jax.report.drawing import mark_values, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, mark_values, style_of_pictures, write_note
 from cbp_jax.report.extra import require
 from cbp_jax.report.looks import PALETTE, look_of, readable
 from cbp_jax.report.panels import performance_label
@@ -131,7 +131,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
     rows, columns = (list(dict.fromkeys(panel[part] for panel in panels)) for part in (0, 1))
     scale = 100 if is_accuracy(measure) else 1
     with style_of_pictures():
-        size = (max(3.6, 3.2 * len(columns)), 2.4 * len(rows) + 0.25)
+        size = (COLUMN * max(1, len(columns) / 2), 1.6 * len(rows) + 0.3)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(rows), len(columns), sharey="row", squeeze=False)
         for i, variant in enumerate(rows):
@@ -146,7 +146,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
                 _draw(axes[i, j], values, name, others)
                 diverged = found.diverged.loc[{"variant": variant}].max([other for other in swept if other != name])
                 mark_values(axes[i, j], found[name].values[diverged.values > 0])
-                axes[i, j].set_title(_title(results, variant), fontsize=8)
+                axes[i, j].set_title(_title(results, variant))
             first = axes[i, min(j for j, name in enumerate(columns) if (variant, name) in panels)]
             first.set_ylabel(performance_label(results))
             first.tick_params(labelleft=True)
@@ -197,7 +197,7 @@ def _draw(ax: Axes, values: xr.DataArray, name: str, others: Sequence[str]) -> N
     ax.set_xlabel(readable(name))
     ax.margins(y=0.1)
     if others:
-        ax.legend(fontsize=6.5)
+        ax.legend()
 
 
 def _variant(results: xr.Dataset, method: str) -> str:

@@ -39,6 +39,18 @@ RUST = Style("#A6341B", "-", ">")
 GRAY = Style("#6B6B6B", (0, (4, 1, 1, 1)), "<")
 PALETTE = (BLUE, BLACK, VERMILION, GREEN, PURPLE, ORANGE, SKY, WINE, RUST, GRAY)
 
+MUSTARD = Style("#8A6D00", (0, (4, 1.2)), "h")
+INDIGO = Style("#332288", (0, (3, 1, 1, 1, 1, 1)), "d")
+PINK = Style("#E7298A", (0, (7, 1.5, 3, 1.5)), "*")
+LIME = Style("#7CB518", (0, (1.5, 0.8)), "H")
+# What no learner owns is used first where a learner or a variant has no style of its own.
+UNOWNED = (INDIGO, PINK, LIME)
+
+
+def with_other(style: Style, number: int = 0) -> Style:
+    """The style of a learner's sibling, such as one around Adam: the same color, other dashes, hollow markers."""
+    return style._replace(dashes=((0, (4, 1.2)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))[number], hollow=True)
+
 
 class Look(NamedTuple):
     """How a learner is named and drawn, in all pictures.
@@ -54,6 +66,7 @@ class Look(NamedTuple):
     strong: bool = False
 
 
+_RESETS = {"network": "fresh each task", "head": "new head each task"}
 _ACRONYMS = {"ewc": "EWC", "l1": "L1", "l2": "L2", "mas": "MAS", "snip": "SNIP", "upgd": "UPGD"}
 
 
@@ -111,9 +124,67 @@ def name_of(results: xr.Dataset, method: str) -> str:
 
 
 def names_of(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
-    """Different labels for readers: "Continual backprop (replacement rate 1e-5)" for "cbp(replacement_rate=1e-05)"."""
-    names = [name_of(results, method) for method in methods]
-    return [name if names.count(name) == 1 else method for name, method in zip(names, methods, strict=True)]
+    """Short and different labels for readers.
+
+    A learner that occurs once is named by its title. Variants of a learner are named by their kinds, as in
+    "Tuned Adam + L2", if that distinguishes them, and otherwise by the settings in which they differ:
+    "Continual backprop (replacement rate 1e-5)". Methods that cannot be named in this way keep their labels.
+    """
+    variants: dict[str, list[str]] = {}
+    for method in methods:
+        variants.setdefault(learner_of(results, method), []).append(method)
+    names: dict[str, str] = {}
+    for learner, labels in variants.items():
+        names |= _names_of_variants(results, learner, labels)
+    given = list(names.values())
+    return [names[method] if given.count(names[method]) == 1 else method for method in methods]
+
+
+def _names_of_variants(results: xr.Dataset, learner: str, labels: Sequence[str]) -> dict[str, str]:
+    title = look_of(results, learner).title
+    if len(labels) == 1:
+        return {labels[0]: title if labels[0].startswith(learner) else readable(labels[0])}
+    if not all(label.startswith(learner) for label in labels):
+        return {label: name_of(results, label) for label in labels}
+    settings = [_settings(results, label) for label in labels]
+    differing = [
+        name for name in dict.fromkeys(name for given in settings for name in given)
+        if len({given.get(name) for given in settings}) > 1
+    ]  # fmt: skip
+    kinds = [_kind(title, given, settings) for given in settings]
+    if len(set(kinds)) == len(kinds):
+        return dict(zip(labels, kinds, strict=True))
+    texts = [", ".join(_setting_text(name, given[name]) for name in differing if name in given) for given in settings]
+    return {label: f"{title} ({text})" if text else title for label, text in zip(labels, texts, strict=True)}
+
+
+def _kind(title: str, given: Mapping[str, str], among: Sequence[Mapping[str, str]]) -> str:
+    """What kind of variant this is: "Tuned Adam + L2"."""
+    adds = lambda name: name in given and any(name not in other for other in among)
+    equal_decays = lambda settings: "b1" in settings and settings["b1"] == settings.get("b2")
+    # Equal decay rates of both moments are what Dohare et al. (Nature 2024) call tuned Adam.
+    if equal_decays(given) and not all(map(equal_decays, among)):
+        title = f"Tuned {title}"
+    title += "".join(f" + {readable(name)}" for name in ("l1", "l2") if adds(name))
+    return title + (", " + _RESETS.get(given["reset"], f"reset {given['reset']}") if adds("reset") else "")
+
+
+def _settings(results: xr.Dataset, method: str) -> dict[str, str]:
+    """The settings in a method's label, and its numbers, which a label may lack."""
+    inside = method.removeprefix(learner_of(results, method)).removeprefix("(").removesuffix(")")
+    parts = (part.partition("=") for part in re.split(r", (?![^()]*\))", inside) if "=" in part)
+    found = {name: value for name, _, value in parts}
+    for name, column in results.coords.items():
+        if column.dims == ("method",) and column.dtype.kind == "f":
+            value = float(column.loc[{"method": method}])
+            if np.isfinite(value):
+                found[str(name)] = f"{value:g}"
+    return found
+
+
+def _setting_text(name: str, value: str) -> str:
+    value = re.sub(r"e([+-])0+(\d)", r"e\1\2", value).replace("_", " ")
+    return value if name == "activation" else f"{name.replace('_', ' ')} {value}"
 
 
 def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
@@ -128,9 +199,9 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
     learners: dict[str, list[str]] = {}
     for method in methods:
         learners.setdefault(learner_of(results, method), []).append(method)
-    base = learner_styles(results, list(learners))
+    base = {learner: style for learner, style in _all_styles(results).items() if learner in learners}
     dashes = list(dict.fromkeys(style.dashes for style in (*PALETTE, *base.values())))
-    spare = [style for style in PALETTE if style not in base.values()]
+    spare = [style for style in (*UNOWNED, *PALETTE) if style not in base.values()]
     styles = {}
     for learner, variants in learners.items():
         if 2 < len(variants) <= 1 + len(spare):
@@ -152,6 +223,16 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
     """The learner's own style, so that it looks the same in every picture; other learners get unused styles."""
     own = {learner: look_of(results, learner).style for learner in learners}
-    unused = [style for style in PALETTE if style not in own.values()]
+    unused = [style for style in (*UNOWNED, *PALETTE) if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
     return {learner: style or next(spare) for learner, style in own.items()}
+
+
+def _all_styles(results: xr.Dataset) -> dict[str, Style]:
+    """Styles of all learners in the results, so that a picture of some of them has the same colors."""
+    return learner_styles(results, list(dict.fromkeys(map(str, results.learner.values.tolist()))))
+
+
+def style_of(results: xr.Dataset, method: str) -> Style:
+    """The style of a method's learner, as in all pictures of these results."""
+    return _all_styles(results)[learner_of(results, method)]

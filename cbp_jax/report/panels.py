@@ -23,16 +23,16 @@ PANELS = {
     panel.measure: panel
     for panel in (
         Panel("episode_return", "Reward per episode", 1.0, False),
-        Panel("test_accuracy", "Correct, test examples (%)", 100.0, False),
-        Panel("relative_accuracy", "Correct, less retrained (%)", 100.0, False),
-        Panel("accuracy", "Correct (%)", 100.0, False),
+        Panel("test_accuracy", "Test accuracy (%)", 100.0, False),
+        Panel("relative_accuracy", "Accuracy less retrained (points)", 100.0, False),
+        Panel("accuracy", "Accuracy (%)", 100.0, False),
         Panel("loss", "Loss", 1.0, False),
         Panel("plasticity", "Plasticity", 1.0, False),
         Panel("dead_units", "Dead units (%)", 100.0, True),
         Panel("dormant_units", "Dormant units (%)", 100.0, True),
-        Panel("stable_rank", "Stable rank (scaled, 0-100)", 100.0, False),
-        Panel("effective_rank", "Effective rank (scaled, 0-100)", 100.0, False),
-        Panel("weight_magnitude", "Mean weight magnitude", 1.0, False),
+        Panel("stable_rank", "Stable rank (%)", 100.0, False),
+        Panel("effective_rank", "Effective rank (%)", 100.0, False),
+        Panel("weight_magnitude", "Weight magnitude", 1.0, False),
         Panel("weight_rank", "Weight rank (%)", 100.0, False),
         Panel("weight_effective_rank", "Effective rank of weights (%)", 100.0, False),
         Panel("weight_sparsity", "Weights near 0 (%)", 100.0, True),
@@ -47,11 +47,13 @@ PANELS = {
 
 def panels_of(measures: str, **labels: str) -> tuple[Panel, ...]:
     """The panels of some measures, optionally with their own labels."""
+    if unknown := [name for name in measures.split() if name not in PANELS]:
+        raise ValueError(f"measures must be some of {list(PANELS)}; got {', '.join(map(repr, unknown))}")
     return tuple(PANELS[name]._replace(label=labels.get(name, PANELS[name].label)) for name in measures.split())
 
 
 def performance_label(results: xr.Dataset) -> str:
     """The label of an axis of the final performance."""
     if is_accuracy(performance(results)):
-        return "Correct, last tenth of tasks (%)"
+        return "Accuracy, last tenth of tasks (%)"
     return PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not over_steps(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,11 @@ import numpy as np
 
 from cbp_jax.report.divergence import before_divergence, diverged_tasks
 from cbp_jax.report.drawing import (
+    COLUMN,
     CROSS,
-    HANDLE_LENGTH,
+    PANEL,
+    few_ticks,
+    label_height,
     legend_columns,
     mark_values,
     save_figures,
@@ -46,19 +50,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SYMPTOM_PANELS = panels_of("dead_units weight_magnitude effective_rank")
-# Of tasks with test examples.
-_TEST_PANELS = panels_of(
+# Of tasks with test examples, the first of them that were measured: as Figure 2 of Dohare et al., Nature 2024.
+_TEST_PANELS = panels_of("test_accuracy relative_accuracy dormant_units stable_rank weight_magnitude dead_units")
+_MOST_TEST_PANELS = 4
+_ALL_TEST_PANELS = panels_of(
     "test_accuracy relative_accuracy accuracy dead_units dormant_units stable_rank effective_rank weight_magnitude "
     "loss",
-    accuracy="Correct in training (%)",
-    loss="Loss in training",
+    accuracy="Training accuracy (%)",
+    loss="Training loss",
 )
 # Of agents: as Figures 3 and 4 of Dohare et al., Nature 2024.
 _AGENT_PANELS = panels_of(
     "episode_return dormant_units stable_rank weight_magnitude",
     dormant_units="Policy's dormant units (%)",
-    stable_rank="Policy's stable rank (scaled, 0-100)",
-    weight_magnitude="Policy's mean weight magnitude",
+    stable_rank="Policy's stable rank (%)",
+    weight_magnitude="Policy's weight magnitude",
 )
 # As Figure 5 of Elsayed & Mahmood, ICLR 2024.
 _UPDATE_PANELS = panels_of(
@@ -77,8 +83,9 @@ def plot_run(
 ) -> list[Path]:
     """Draws the pictures of a run.
 
-    These are ``tasks``; ``updates`` if these were measured; ``sensitivity`` if a learner has several variants; and
-    ``grid`` if several settings of a learner were swept.
+    These are ``tasks``; ``measures``, with more panels, if there are test examples; ``updates`` if these were measured;
+    ``sensitivity`` if a learner has several variants; and ``grid`` if several settings of a learner were swept.
+    They are as wide as a column of a paper.
 
     Args:
       run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
@@ -102,6 +109,8 @@ def plot_run(
         raise ValueError("out must name a folder for the pictures when run is a dataset; got None")
     out = Path(out)
     figures = {"tasks": plot_tasks(results, bin_size=bin_size)}
+    if "test_accuracy" in results:
+        figures["measures"] = _plot_panels(results, _ALL_TEST_PANELS, None, bin_size)
     if "plasticity" in results:
         figures["updates"] = plot_updates(results, bin_size=bin_size)
     if swept_learners(results):
@@ -142,11 +151,12 @@ def plot_tasks(
     judged_by = performance(results)
     if measures is not None:
         panels = panels_of(" ".join(measures))
-        return _plot_panels(results, panels, methods, bin_size, columns=2 if len(panels) <= 4 else 3)
-    panels = {"test_accuracy": _TEST_PANELS, "episode_return": _AGENT_PANELS}.get(
+        return _plot_panels(results, panels, methods, bin_size)
+    test_panels = [panel for panel in _TEST_PANELS if panel.measure in results][:_MOST_TEST_PANELS]
+    panels = {"test_accuracy": test_panels, "episode_return": _AGENT_PANELS}.get(
         judged_by, (PANELS[judged_by], *_SYMPTOM_PANELS)
     )
-    return _plot_panels(results, panels, methods, bin_size, columns=2)
+    return _plot_panels(results, panels, methods, bin_size)
 
 
 def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
@@ -165,11 +175,11 @@ def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, b
     """
     if "plasticity" not in results:
         raise ValueError("results: updates were not measured; run with measure_every")
-    return _plot_panels(results, _UPDATE_PANELS, methods, bin_size, columns=3)
+    return _plot_panels(results, _UPDATE_PANELS, methods, bin_size)
 
 
 def _plot_panels(
-    results: xr.Dataset, panels: Sequence[Panel], methods: Sequence[str] | None, bin_size: int | None, columns: int
+    results: xr.Dataset, panels: Sequence[Panel], methods: Sequence[str] | None, bin_size: int | None
 ) -> Figure:
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -192,23 +202,24 @@ def _plot_panels(
 
     styles = styles_of(results, methods)
     with style_of_pictures():
-        columns = min(columns, len(panels))
+        columns = min(2, len(panels))
         rows = math.ceil(len(panels) / columns)
-        width = 3.6 * columns if columns < 3 else 3.0 * columns
         names = names_of(results, methods)
-        names_across = legend_columns(names, width=width)
+        names_across = legend_columns(names, width=COLUMN)
         legend_rows = math.ceil(len(methods) / names_across)
-        height = 2.25 if columns < 3 else 1.9
-        figure = Figure(figsize=(width, height * rows + 0.17 * legend_rows + 0.25), layout="constrained")
+        height = (PANEL if columns > 1 else 2 * PANEL) * rows + 0.13 * legend_rows + 0.3
+        figure = Figure(figsize=(COLUMN, height), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, squeeze=False).ravel()
-        for letter, ax, panel in zip("abcdefghi", axes, panels, strict=False):
+        for letter, ax, panel in zip(string.ascii_lowercase, axes, panels, strict=False):
             _draw_panel(ax, results, panel, methods, styles, bin_size)
             write_letter(ax, letter)
+            few_ticks(ax, whole=not over_steps(results))
         for ax in axes[len(panels) - columns : len(panels)]:
-            ax.set_xlabel("Steps of the environment (millions)" if over_steps(results) else "Task")
+            ax.set_xlabel("Steps (millions)" if over_steps(results) else "Task")
             ax.tick_params(labelbottom=True)
         for ax in axes[len(panels) :]:
             ax.remove()
+        figure.align_ylabels(axes[: len(panels)])
         handles = {line.get_gid(): line for line in axes[0].lines}
         cross_out(axes[0], results, methods, handles)
         figure.legend(
@@ -216,14 +227,11 @@ def _plot_panels(
             names,
             loc="outside upper center",
             ncols=names_across,
-            handlelength=HANDLE_LENGTH,
-            columnspacing=1.6,
         )
         note = seeds_note(results, methods)
         note += f"; bins of {bin_size} {'intervals' if over_steps(results) else 'tasks'}" if bin_size > 1 else ""
         note += "; the best variant of each learner" if chosen else ""
-        note += diverged_note(results, methods)
-        write_note(figure, note)
+        write_note(figure, note + diverged_note(results, methods))
     return figure
 
 
@@ -262,18 +270,18 @@ def _draw_panel(
         if over_steps(results):
             task = np.interp(task, results.task.values + 1.0, results.step.values / 1e6)
         style, main = styles[method], look_of(results, learner_of(results, method)).strong
-        every = max(1, math.ceil(len(task) / 6))
+        every = max(1, math.ceil(len(task) / 4))
         ax.plot(
             task,
             mean,
             color=style.color,
             linestyle=style.dashes,
-            linewidth=1.8 if main else 1.2,
+            linewidth=1.4 if main else 0.9,
             marker=style.marker,
-            markersize=4.5 if main else 4,
+            markersize=3.6 if main else 3,
             markerfacecolor="white" if style.hollow else style.color,
             markeredgecolor=style.color if style.hollow else "white",
-            markeredgewidth=1 if style.hollow else 0.5,
+            markeredgewidth=0.7 if style.hollow else 0.3,
             # Staggered, so that where lines lie on each other every one of them still shows its marker.
             markevery=(round(every * i / len(methods)) if len(task) > every else 0, every),
             zorder=4 if main else 3,
@@ -287,7 +295,7 @@ def _draw_panel(
         ax.set_ylim(-0.03 * top, top)  # a line at 0 stays clear of the axis
     elif means.size and 0 < 30 * means.min() < means.max():
         ax.set_yscale("log")
-    ax.set_ylabel(panel.label)
+    label_height(ax, panel.label)
     ax.margins(x=0.02)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cbp_jax.report.drawing import HANDLE_LENGTH, mark_values, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, mark_values, style_of_pictures, write_note
 from cbp_jax.report.extra import require
 from cbp_jax.report.looks import Style, learner_of, learner_styles, look_of, readable
 from cbp_jax.report.panels import PANELS, performance_label
@@ -64,7 +64,7 @@ def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) 
     with style_of_pictures():
         columns = {1: 1, 2: 2, 4: 2}.get(len(swept), 3)
         rows = math.ceil(len(swept) / columns)
-        figure = Figure(figsize=(7.2 if columns > 1 else 3.6, 2.5 * rows + 0.25), layout="constrained")
+        figure = Figure(figsize=(COLUMN * max(1, columns / 2), 1.9 * rows + 0.3), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for i, (name, learners) in enumerate(swept.items()):
             _draw_sensitivity(axes[i], results, name, learners, styles)
@@ -125,7 +125,7 @@ def _draw_sensitivity(
         ax.set_xticks([], minor=True)
     ax.set_xlabel(readable(hyperparameter))
     ax.margins(y=0.1)
-    ax.legend(handlelength=HANDLE_LENGTH)
+    ax.legend()
 
 
 def swept_learners(results: xr.Dataset) -> dict[str, list[str]]:

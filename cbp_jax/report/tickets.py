@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbp_jax.report.drawing import (
-    HANDLE_LENGTH,
-    legend_above,
+    COLUMN,
+    label_height,
     save_figures,
     style_of_pictures,
     write_letter,
@@ -32,8 +32,8 @@ _DENSITIES = ((1.0, 0.513, 0.211), (1.0, 0.07, 0.036, 0.019), (0.513, 0.211))
 _BARS = 12  # error bars along a curve
 _PANELS = {
     "stop_iteration": "Early-stopping iteration",
-    "stop_test_accuracy": "Correct at early stopping (%)",
-    "test_accuracy": "Correct at the last iteration (%)",
+    "stop_test_accuracy": "Accuracy at early stopping (%)",
+    "test_accuracy": "Accuracy at the last iteration (%)",
 }
 
 
@@ -76,9 +76,9 @@ def plot_densities(results: xr.Dataset) -> Figure:
 
     rounds = _finished(results)
     with style_of_pictures():
-        figure = Figure(figsize=(3.0 * len(_PANELS), 2.7), layout="constrained")
-        axes = figure.subplots(1, len(_PANELS))
-        for letter, ax, (measure, label) in zip("abc", axes, _PANELS.items(), strict=True):
+        figure = Figure(figsize=(COLUMN, 3.1), layout="constrained")
+        axes = figure.subplots(2, 2).ravel()
+        for letter, ax, (measure, label) in zip("abc", axes, _PANELS.items(), strict=False):
             for number, method in enumerate(results.method.values.tolist()):
                 density = 100 * _values(results, "density", method)[:, :rounds].mean(0)
                 values = _values(results, measure, method)[:, :rounds] * (100 if "accuracy" in measure else 1)
@@ -86,13 +86,14 @@ def plot_densities(results: xr.Dataset) -> Figure:
                 _draw(ax, results, method, density * shift, values)
             ax.set_xscale("log")
             ax.invert_xaxis()
-            ticks = density[:: math.ceil(rounds / 7)]
+            ticks = density[:: math.ceil(rounds / 4)]
             ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
             ax.set_xticks([], minor=True)
             ax.set_xlabel("Weights that live (%)")
-            ax.set_ylabel(label)
+            label_height(ax, label)
             write_letter(ax, letter)
-        legend_above(figure, axes[0], columns=min(6, results.sizes["method"]), handlelength=HANDLE_LENGTH)
+        axes[-1].axis("off")
+        axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
         _note(figure, results)
     return figure
 
@@ -130,8 +131,8 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
         for number in chosen:
             styles.setdefault(number, PALETTE[len(styles) % len(PALETTE)])
     with style_of_pictures():
-        figure = Figure(figsize=(9.0, 3.0), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True)
+        figure = Figure(figsize=(COLUMN, 1.5 * len(panels) + 0.2), layout="constrained")
+        axes = figure.subplots(len(panels), sharex=True, sharey=True)
         iteration = results.iteration.values
         for letter, ax, chosen in zip("abc", axes, panels, strict=True):
             compared = ["ticket", *(controls[:1] if letter == "c" else ())]
@@ -145,11 +146,11 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
                     _line(
                         ax, iteration, curves[:, number], style, ":" if method != "ticket" else "-", label, place, every
                     )
-            ax.set_xlabel("Training iteration")
             write_letter(ax, letter)
-            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handlelength=2.2, borderaxespad=0.2)
+            ax.legend(loc="lower right", ncols=2, handlelength=2.2, borderaxespad=0.2)
             ax.margins(x=0.02)
-        axes[0].set_ylabel("Correct, test examples (%)")
+            ax.set_ylabel("Test accuracy (%)")
+        axes[-1].set_xlabel("Training iteration")
         # Without the first steps near chance level, which would compress the rest.
         late = 100 * _values(results, "test_accuracy_at", "ticket")[:, :rounds, len(iteration) // 10 :].mean(0)
         low, high = np.nanmin(late), np.nanmax(late)

@@ -1,7 +1,7 @@
 r"""Finds the units of a network in its jaxpr.
 
-What a unit is
---------------
+A unit in a traced program
+--------------------------
 A unit is the feature that one column of a kernel computes. It stays the same unit through elementwise maps, pooling,
 dropout, reshapes, casts, `jit`, `remat`, custom derivatives and normalization. Units that are combined element by
 element become one unit, since neither can be replaced without the other. "Kind" is the kind of the group:
@@ -48,8 +48,8 @@ tied embeddings                a table that embeds tokens and also computes the 
 A parameter that several units share (a scalar; a norm's scale over the dimensions of all heads) belongs to no unit, and
 is not reset.
 
-What is left out
-----------------
+Constructs that are left out
+----------------------------
 These layers are listed by name in `Units.left_out`, each with a reason. The rest of the network is found nevertheless.
 
 - output layers, whose units are the network's output;

@@ -84,7 +84,12 @@ def _in_notebook(page: Page) -> Any:
 
 def _mathml(tex: str, display: bool, page: Page) -> str:
     try:
-        return to_mathml(html.unescape(tex), display=display)
+        parts = html.unescape(tex).split(r"\qquad")
+        if not display or len(parts) == 1 or any(part.count("{") != part.count("}") or "&" in part for part in parts):
+            return to_mathml(html.unescape(tex), display=display)
+        # Equations beside each other: those that find no room there go to the next line.
+        spans = (f"<span>{to_mathml(part, display=True)}</span>" for part in parts)
+        return f'<div class="equations">{" ".join(spans)}</div>'
     except ValueError as error:
         log.warning("%s: %s", page.file.src_uri, error)
         return html.escape(tex)

@@ -79,7 +79,7 @@ def test_a_run_measures_every_increment(finished):
 def test_its_picture_shows_the_accuracy_minus_that_of_training_from_scratch(finished, tmp_path, monkeypatch):
     results, _ = finished
     assert class_incremental.summary(results).startswith("class_incremental: test accuracy in percent")
-    assert [path.name for path in plot(results, tmp_path)] == ["tasks.png"]
+    assert [path.name for path in plot(results, tmp_path)] == ["tasks.png", "measures.png"]
     seen = []
     monkeypatch.setattr("cbp_jax.report.plot_run", lambda drawn, *args, **kwargs: seen.append(drawn) or [])
     plot(results, tmp_path)

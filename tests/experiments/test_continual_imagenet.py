@@ -74,7 +74,7 @@ def test_its_table_and_pictures_show_accuracy_on_test_images(finished, tmp_path)
     results, _ = finished
     table = continual_imagenet.summary(results)
     assert table.startswith("continual_imagenet: test accuracy in percent")
-    assert [path.name for path in plot(results, tmp_path)] == ["tasks.png"]
+    assert [path.name for path in plot(results, tmp_path)] == ["tasks.png", "measures.png"]
 
 
 @pytest.mark.parametrize(("tasks", "bin_size"), [(199, None), (200, 50)])

@@ -84,7 +84,7 @@ def test_the_table_has_means_over_seeds(smoke):
 def test_pictures(smoke, tmp_path):
     results, _, _ = smoke
     paths = question_tickets.plot(results, tmp_path)
-    assert [path.name for path in paths] == ["tickets.png", "curves.png"]
+    assert [path.name for path in paths] == ["tickets.png", "measures.png", "curves.png"]
     with pytest.raises(ValueError, match="nothing to draw"):
         question_tickets.plot(results * np.nan, tmp_path)
 

@@ -110,8 +110,9 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
     results = comparison()
     figure = plot_differences(results, ("plain", "good", "absent"))
     assert len(figure.axes) == 2
-    names = [label.get_text().partition("\n")[0] for label in figure.axes[0].get_yticklabels()]
-    assert names[-1] == "Good"  # the best is on top
+    texts = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert texts[-1] == "Good" and "Like !" in texts  # the best is on top; the choice is at the end of its range
+    names = [text.removesuffix(" !") for text in texts]
     found = paired_differences(results, "plain")
     dots = {names[int(line.get_ydata()[0])]: line for line in figure.axes[0].lines if line.get_marker() == "o"}
     assert set(dots) == {"Good", "Like"}
@@ -135,4 +136,4 @@ def test_the_picture_of_a_search_draws_all_tried_settings_and_circles_the_choice
 
 def test_measures_to_draw_over_tasks_can_be_chosen():
     figure = plot_tasks(comparison(), measures=("dead_units", "accuracy", "weight_rank"))
-    assert [ax.get_ylabel() for ax in figure.axes] == ["Dead units (%)", "Correct (%)"]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["Dead units (%)", "Accuracy (%)"]

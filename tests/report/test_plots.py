@@ -4,6 +4,7 @@ import warnings
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from cbp_jax.experiments.learners import looks_by_learner
 from cbp_jax.report import (
@@ -17,7 +18,7 @@ from cbp_jax.report import (
     save_results,
     stream_measures,
 )
-from cbp_jax.report.drawing import legend_columns
+from cbp_jax.report.drawing import COLUMN, legend_columns
 from cbp_jax.report.looks import Look, to_json
 from cbp_jax.report.plots import _default_bin
 from cbp_jax.report.statistics import binned
@@ -60,7 +61,7 @@ def lines(ax):
 def test_four_panels_with_a_line_and_a_band_for_each_method():
     figure = plot_tasks(results_of(["bp", "cbp"]))
     labels = [ax.get_ylabel() for ax in figure.axes]
-    assert [label.split()[0] for label in labels] == ["Correct", "Dead", "Mean", "Effective"]
+    assert [label.split()[0] for label in labels] == ["Accuracy", "Dead", "Weight", "Effective"]
     assert all(ax.yaxis.get_tick_params()["labelleft"] for ax in figure.axes)
     scales = [100, 25, 1, 50]
     for ax, scale in zip(figure.axes, scales, strict=True):
@@ -121,6 +122,42 @@ def test_learners_with_the_same_title_are_distinguished_by_their_names():
     assert [text.get_text() for text in legend.get_texts()] == names
     only = plot_tasks(results, methods=labels[:2]).legends[0].get_texts()
     assert [text.get_text() for text in only] == ["Make (step size 0.1)", "Make (step size 0.2)"]
+
+
+def test_legends_are_short():
+    def legend(labels, learners, hyperparameters):
+        results = results_of(labels, learners=learners, hyperparameters=hyperparameters)
+        return [text.get_text() for text in plot_tasks(results).legends[0].get_texts()]
+
+    adams = [f"adam(step_size=0.001{rest})" for rest in ("", ", b1=0.99, b2=0.99", ", b1=0.99, b2=0.99, l2=0.0001")]
+    decays = [{}, {"b1": 0.99, "b2": 0.99}, {"b1": 0.99, "b2": 0.99, "l2": 1e-4}]
+    names = legend([*adams, "cbp(step_size=0.001)"], ["adam"] * 3 + ["cbp"], [*decays, {}])
+    assert names == ["Adam", "Tuned Adam", "Tuned Adam + L2", "Continual backprop"]
+    resets = ["l2(step_size=0.1)", "l2(step_size=0.3, reset=head)", "l2(step_size=0.1, reset=network)"]
+    assert legend(resets, ["l2"] * 3, [{}] * 3) == ["L2", "L2, new head each task", "L2, fresh each task"]
+    sizes = [f"bp(step_size={size}, momentum=0.9)" for size in (0.1, 0.2)]
+    steps = [{"step_size": size, "momentum": 0.9} for size in (0.1, 0.2)]
+    assert legend(sizes, ["bp"] * 2, steps) == ["Backprop (step size 0.1)", "Backprop (step size 0.2)"]
+    activations = ["bp(activation=tanh)", "bp(activation=leaky_relu)"]
+    assert legend(activations, ["bp"] * 2, [{}] * 2) == ["Backprop (tanh)", "Backprop (leaky relu)"]
+
+
+def test_pictures_are_as_wide_as_a_column_and_their_legends_fit():
+    for methods in (SEVEN, [f"learner_{i}" for i in range(8)], ["bp", "cbp_adam", "l1_init", "proximal_l1_init"]):
+        figure = plot_tasks(results_of(methods))
+        figure.draw_without_rendering()
+        assert figure.get_figwidth() == COLUMN
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1
+        sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text()]
+        assert min(sizes) >= 6
+
+
+def test_a_learner_has_its_color_in_pictures_of_some_of_the_methods():
+    names = ["bp", "mine", "yours"]
+    both = lines(plot_tasks(results_of(names)).axes[0])
+    alone = lines(plot_tasks(results_of(names), methods=["yours"]).axes[0])
+    assert alone["yours"].get_color() == both["yours"].get_color() != both["mine"].get_color()
 
 
 def test_bins_average_tasks_within_a_seed_and_then_seeds():
@@ -187,9 +224,9 @@ def test_many_methods_are_cut_to_the_best_variant_of_each_learner():
     assert any("best variant" in text.get_text() for text in figure.texts)
     chosen = plot_tasks(results, methods=["cbp(rate=1)", "bp(step_size=0)"])
     assert [text.get_text() for text in chosen.legends[0].get_texts()] == [
-        "Continual backprop (rate 1)",
-        "Backprop (step size 0)",
-    ]
+        "Continual backprop",
+        "Backprop",
+    ], "nothing has to be told apart"
     results.accuracy.values[5, :, 5:] = np.nan  # the best, but with fewer finished tasks
     assert best_variants(results)[0] == "bp(step_size=4)"
     with pytest.raises(ValueError, match="methods: got 'adam'"):
@@ -277,15 +314,15 @@ def test_a_run_without_accuracy_is_drawn_and_compared_by_its_loss():
     assert ax.get_ylabel() == "Loss, last tenth of tasks"
 
 
-def test_tasks_with_test_examples_have_panels_of_these_and_of_dormant_units():
+def test_tasks_with_test_examples_have_panels_of_these_and_of_dormant_units(tmp_path):
     measures = stream_measures(test=True, dormant=True)
     results = new_results(["bp"], ["bp"], [{}], seeds=2, tasks=3, settings={}, experiment="x", measures=measures)
     for task in range(3):
         record_task(results, task, {name: np.array([[0.5, 0.7]]) for name in measures})
     figure = plot_tasks(results)
     labels = [ax.get_ylabel().split(" (")[0] for ax in figure.axes]
-    assert labels[:4] == ["Correct, test examples", "Correct in training", "Dead units", "Dormant units"]
-    assert {"Stable rank", "Effective rank", "Mean weight magnitude", "Loss in training"} == set(labels[4:])
+    assert labels == ["Test accuracy", "Dormant units", "Stable rank", "Weight magnitude"]
+    assert [path.name for path in plot_run(results, tmp_path)] == ["tasks.png", "measures.png"]
     np.testing.assert_allclose(lines(figure.axes[0])["bp"].get_ydata(), 60, rtol=1e-6)
 
 
@@ -328,6 +365,8 @@ def test_pyplot_and_the_users_settings_are_left_alone(tmp_path, monkeypatch):
 def test_a_long_legend_takes_fewer_columns():
     assert legend_columns(["Backprop"] * 8, 7.2) == 4
     assert legend_columns(["Continual backprop (replacement rate 1e-5)"] * 8, 7.2) == 2
+    assert legend_columns(["L1"] * 6 + ["Continual backprop"], 3.4) == 4
+    assert legend_columns(["L1"] * 3 + ["L1 init, proximal", "Continual backprop"], 3.4) == 2
     assert legend_columns(["x" * 300] * 8, 7.2) == 1
 
 

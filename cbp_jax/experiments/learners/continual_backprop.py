@@ -114,7 +114,7 @@ class ContinualBackpropAdam(Continual, Moments):
 
     name = "cbp_adam"
     about = "continual backpropagation around Adam with a step count per weight"
-    look = Look("Continual backprop, Adam")
+    look = Look("Continual backprop, Adam", looks.with_other(looks.BLUE), strong=True)
 
     l2: float = ranged(0.0, traced=False, optional=True)
 
@@ -129,7 +129,7 @@ class ContinualBackpropUPGD(Continual, Gated):
 
     name = "cbp_upgd"
     about = "continual backpropagation around UPGD"
-    look = Look("Continual backprop, UPGD")
+    look = Look("Continual backprop, UPGD", looks.with_other(looks.BLUE, 1), strong=True)
 
     def inner(self, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Replacing`."""

@@ -30,8 +30,8 @@ def looks_by_learner(methods: Sequence[Method | str]) -> dict[str, Look]:
 
 
 def with_looks(results: xr.Dataset) -> xr.Dataset:
-    """Return the results with looks of their learners by name, if they do not contain looks."""
+    """Return the results with looks of their learners by name; other learners keep those that the results contain."""
     if "learner" not in results.coords:
         return results
-    found = looks_by_learner(results.learner.values.tolist()) | looks.looks_of(results)
+    found = looks.looks_of(results) | looks_by_learner(results.learner.values.tolist())
     return results.assign_attrs({looks.ATTRIBUTE: looks.to_json(found)})

@@ -75,7 +75,7 @@ class L1Init(SGD):
 
     name = "l1_init"
     about = "SGD with L1 toward the initial weights"
-    look = Look("L1 init")
+    look = Look("L1 init", looks.MUSTARD)
 
     space: ClassVar[Space] = {"l1": LogUniform(1e-7, 1e-2)}
 
@@ -92,7 +92,7 @@ class ProximalL1Init(L1Init):
 
     name = "proximal_l1_init"
     about = "SGD with proximal steps of L1 toward the initial weights"
-    look = Look("L1 init, proximal")
+    look = Look("L1 init, proximal", looks.with_other(looks.MUSTARD, 1))
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
@@ -144,7 +144,7 @@ class ShrinkAndPerturbAdam(Shrinking, Moments):
 
     name = "shrink_and_perturb_adam"
     about = "Adam with weight decay and noise on the weights at every step"
-    look = Look("Shrink and perturb, Adam")
+    look = Look("Shrink and perturb, Adam", looks.with_other(looks.PURPLE))
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""

@@ -117,7 +117,7 @@ class AdaptiveUPGD(UPGD):
 
     name = "adaptive_upgd"
     about = "UPGD around Adam's moments"
-    look = Look("Adaptive UPGD")
+    look = Look("Adaptive UPGD", looks.with_other(looks.RUST))
 
     space: ClassVar[Space] = {"step_size": LogUniform(3e-5, 1e-2)}
 

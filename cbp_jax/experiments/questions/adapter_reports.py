@@ -10,17 +10,26 @@ import numpy as np
 from cbp_jax.experiments import learners
 from cbp_jax.experiments.questions.adapter_learners import LEARNERS, is_fresh
 from cbp_jax.experiments.questions.drawing import draw_tasks, mean_of, note, values_of
-from cbp_jax.report.drawing import HANDLE_LENGTH, legend_above, save_figures, style_of_pictures, write_letter
+from cbp_jax.report.drawing import (
+    COLUMN,
+    PANEL,
+    few_ticks,
+    label_height,
+    legend_above,
+    save_figures,
+    style_of_pictures,
+    write_letter,
+)
 from cbp_jax.report.looks import GRAY, names_of, styles_of
 from cbp_jax.report.statistics import blocks_of_tasks, bootstrap_text, finished_tasks
 from cbp_jax.report.tables import text_table
 
 _PANELS = {
     "accuracy": ("Online accuracy (%)", 100.0),
-    "less_fresh": ("Accuracy less the fresh\nadapter's (points)", 100.0),
-    "change_rank": ("Effective rank of the change", 1.0),
-    "dormant_components": ("Dormant components (%)", 100.0),
-    "effective_rank": ("Effective rank, representation (%)", 100.0),
+    "less_fresh": ("Accuracy less fresh\nadapter's (points)", 100.0),
+    "change_rank": ("Effective rank of\nthe change", 1.0),
+    "dormant_components": ("Dormant\ncomponents (%)", 100.0),
+    "effective_rank": ("Effective rank of\nrepresentation (%)", 100.0),
     "dead_units": ("Dead units (%)", 100.0),
 }
 
@@ -118,8 +127,8 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         raise ValueError("results: no method has finished a task, so that there is nothing to draw")
     styles, names = styles_of(results, methods), names_of(results, methods)
     with style_of_pictures():
-        figure = Figure(figsize=(9.2, 5.2), layout="constrained")
-        axes = figure.subplots(2, 3).ravel()
+        figure = Figure(figsize=(COLUMN, 3 * PANEL + 1.1), layout="constrained")
+        axes = figure.subplots(3, 2, sharex=True).ravel()
         for letter, ax, (name, (label, scale)) in zip("abcdef", axes, _PANELS.items(), strict=True):
             for method, title in zip(methods, names, strict=True):
                 values = found[name][method]
@@ -130,9 +139,11 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
             if name == "change_rank":
                 ax.set_yscale("log")
                 ax.yaxis.set_major_formatter("{x:g}")
-            ax.set_xlabel("Task")
-            ax.set_ylabel(label)
+            label_height(ax, label)
             write_letter(ax, letter)
-        legend_above(figure, axes[0], handlelength=HANDLE_LENGTH)
+            few_ticks(ax, whole=True)
+        for ax in axes[-2:]:
+            ax.set_xlabel("Task")
+        legend_above(figure, axes[0])
         note(figure, results)
         return save_figures({"adapters": figure}, Path(out), formats)

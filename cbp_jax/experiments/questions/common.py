@@ -20,7 +20,7 @@ BACKPROP = Lane(
     "bp",
     "bp",
     {"step_size": (3e-4, 5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 5e-3, 7e-3, 1e-2, 1.5e-2)},
-    Look("Backprop", BLACK, strong=True),
+    Look("Backprop", BLACK),
 )
 STEP_SIZES = (7e-3, 1.5e-2)
 

@@ -30,6 +30,7 @@ def draw_line(
     label: str | None = None,
     *,
     dashes: Any = None,
+    every: int | None = None,
     of: Callable[[Any], Any] = lambda value: value,
     band: bool = True,
 ) -> None:
@@ -42,6 +43,7 @@ def draw_line(
       style: of the line.
       label: in the legend.
       dashes: in place of the style's.
+      every: how many points there are from one marker to the next; by default so many that there are at most six.
       of: an increasing function of means and ends, as in `bootstrap_text`.
       band: whether the band is drawn.
     """
@@ -52,12 +54,13 @@ def draw_line(
         of(mean[some]),
         color=style.color,
         linestyle=style.dashes if dashes is None else dashes,
-        linewidth=1.3,
+        linewidth=1.0,
         marker=style.marker,
-        markersize=3.5,
+        markersize=2.8,
         markerfacecolor="white" if style.hollow else style.color,
         markeredgecolor=style.color if style.hollow else "white",
-        markeredgewidth=0.5,
+        markeredgewidth=0.6 if style.hollow else 0.3,
+        markevery=every or max(1, -(-int(some.sum()) // 6)),
         label=label,
     )
     if band and len(values) > 1:

@@ -5,9 +5,9 @@ and what networks become, their dead units and the rank of their representations
 of their weights. The proximal step is the form of L1 that leaves weights exactly where they are pulled to.
 """
 
+from cbp_jax.experiments.learners import LEARNERS
 from cbp_jax.experiments.questions.common import BACKPROP, question
 from cbp_jax.experiments.tuning import Lane
-from cbp_jax.report.looks import BLUE, GREEN, ORANGE, SKY, WINE, Look
 
 STEP_SIZES = (5e-3, 1e-2)
 STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -15,17 +15,14 @@ STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 def lanes() -> list[Lane]:
     """Plain backpropagation, and a lane for each penalty."""
-    looks = {
-        "l2": Look("L2", GREEN),
-        "l1": Look("L1", SKY),
-        "l2_init": Look("L2 toward the start", ORANGE),
-        "l1_init": Look("L1 toward the start", BLUE),
-        "proximal_l1_init": Look("L1 toward the start, proximal", WINE),
-    }
+    names = ("l2", "l1", "l2_init", "l1_init", "proximal_l1_init")
     strength = lambda name: "l2" if name.startswith("l2") else "l1"
     return [
         BACKPROP,
-        *(Lane(name, name, {strength(name): STRENGTHS, "step_size": STEP_SIZES}, look) for name, look in looks.items()),
+        *(
+            Lane(name, name, {strength(name): STRENGTHS, "step_size": STEP_SIZES}, LEARNERS[name].look)
+            for name in names
+        ),
     ]
 
 

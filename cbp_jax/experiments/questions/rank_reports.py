@@ -1,5 +1,6 @@
 """Table and pictures of `question_rank`."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.experiments.questions.drawing import draw_tasks, mean_of, note, rank_correlation, values_of
-from cbp_jax.report.drawing import legend_above, save_figures, style_of_pictures, write_letter, write_note
+from cbp_jax.report.drawing import (
+    COLUMN,
+    PANEL,
+    few_ticks,
+    label_height,
+    legend_above,
+    save_figures,
+    style_of_pictures,
+    write_letter,
+    write_note,
+)
 from cbp_jax.report.looks import GRAY, PALETTE, names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
 from cbp_jax.report.tables import text_table
@@ -24,7 +35,7 @@ OUTCOMES = {
     "earlier_accuracy": "Accuracy on earlier tasks",
     "next_accuracy": "Online accuracy, next task",
 }
-KINDS = {"over": "over learners", "within": "within a learner", "detrended": "within, without trend"}
+KINDS = {"over": "over learners", "within": "within a learner", "detrended": "within, no trend"}
 _SCATTER = (
     ("change_rank", "forgetting"),
     ("overlap", "forgetting"),
@@ -152,12 +163,21 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         return save_figures(figures, Path(out), formats)
 
 
+def _of_panel(label: str) -> str:
+    """The label of an axis, in percent, for a panel of half a column."""
+    return (
+        f"{label} (%)".replace(", representation", "")
+        .replace("Stable rank of the", "Stable rank of")
+        .replace("Overlap with earlier changes", "Overlap of changes")
+    )
+
+
 def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:
     """A point for each learner: means over seeds of its second half, with bars of one standard error."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.4, 3.2 + 0.09 * len(methods)), layout="constrained")
-    axes = figure.subplots(1, len(_SCATTER))
+    figure = Figure(figsize=(COLUMN, 3.1 + 0.06 * len(methods)), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
     labels = {**PREDICTORS, **OUTCOMES}
     for letter, ax, (x, y) in zip("abcd", axes, _SCATTER, strict=True):
         for number, method in enumerate(methods):
@@ -168,13 +188,14 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
             style = styles[method]
             ax.errorbar(
                 point[0][0], point[1][0], point[1][1], point[0][1], color=style.color, marker=style.marker,
-                markersize=5, markerfacecolor="white" if style.hollow else style.color, linestyle="none",
+                markersize=4, markerfacecolor="white" if style.hollow else style.color, linestyle="none",
                 elinewidth=0.7, label=names[method],
             )  # fmt: skip
-        ax.set_xlabel(f"{labels[x]} (%)")
-        ax.set_ylabel(f"{labels[y]} (%)")
+        ax.set_xlabel(_of_panel(labels[x]))
+        label_height(ax, _of_panel(labels[y]))
         write_letter(ax, letter)
-    legend_above(figure, axes[0], fontsize=6.5)
+        few_ticks(ax)
+    legend_above(figure, axes[0])
     seeds = results.sizes["seed"]
     text = f"Second half of the tasks; mean and one standard error of {seeds} seeds" if seeds > 1 else "One seed"
     write_note(figure, text)
@@ -185,7 +206,7 @@ def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -
     """A panel for each outcome, a row for each predictor, a marker for each kind of correlation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 2.8), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 2.4), layout="constrained")
     axes = figure.subplots(1, len(OUTCOMES), sharey=True)
     for ax, (outcome, title) in zip(axes, OUTCOMES.items(), strict=True):
         for shift, ((kind, label), style) in enumerate(zip(KINDS.items(), PALETTE, strict=False)):
@@ -197,16 +218,17 @@ def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -
                 if np.isfinite(low[0]):
                     ax.plot([low[0], high[0]], [place, place], color=style.color, linewidth=1.2)
                 ax.plot(
-                    [mean], [place], color=style.color, marker=style.marker, markersize=4.5, linestyle="none",
+                    [mean], [place], color=style.color, marker=style.marker, markersize=3.5, linestyle="none",
                     label=label if row == 0 else None,
                 )  # fmt: skip
         ax.axvline(0.0, color=GRAY.color, linewidth=0.8)
         ax.set_xlim(-1.05, 1.05)
-        ax.set_title(title, fontsize=8)
-        ax.set_xlabel("Rank correlation")
-    axes[0].set_yticks(range(len(PREDICTORS)), PREDICTORS.values())
+        ax.set_xticks((-1, 0, 1))
+        ax.set_title(textwrap.fill(title, 15))
+    axes[1].set_xlabel("Rank correlation")
+    axes[0].set_yticks(range(len(PREDICTORS)), [textwrap.fill(name, 17) for name in PREDICTORS.values()])
     axes[0].invert_yaxis()
-    legend_above(figure, axes[0], columns=3)
+    legend_above(figure, axes[0], columns=3, handlelength=1)
     note(figure, results)
     return figure
 
@@ -216,15 +238,18 @@ def _tasks(results: Any, methods: Sequence[str], values: Any, styles: Any, names
     from matplotlib.figure import Figure
 
     panels = {**PREDICTORS, **OUTCOMES}
-    figure = Figure(figsize=(10.4, 5.2), layout="constrained")
-    axes = figure.subplots(2, 4).ravel()
+    figure = Figure(figsize=(COLUMN, 4 * PANEL + 0.3), layout="constrained")
+    axes = figure.subplots(4, 2, sharex=True).ravel()
     for letter, ax, (name, label) in zip("abcdefg", axes, panels.items(), strict=False):
         for number, method in enumerate(methods):
             draw_tasks(ax, 100 * values[name][number], styles[method], names[method], band=len(methods) <= 6)
-        ax.set_xlabel("Task")
-        ax.set_ylabel(f"{label} (%)")
+        label_height(ax, _of_panel(label))
         write_letter(ax, letter)
+        few_ticks(ax)
+    for ax in axes[len(panels) - 2 : len(panels)]:
+        ax.set_xlabel("Task")
+        ax.tick_params(labelbottom=True)
     handles, texts = axes[0].get_legend_handles_labels()
     axes[-1].axis("off")
-    axes[-1].legend(handles, texts, loc="center", fontsize=5.5 if len(methods) > 8 else 7)
+    axes[-1].legend(handles, texts, loc="center", fontsize=5.5 if len(methods) > 8 else 6.5)
     return figure

@@ -15,7 +15,16 @@ from cbp_jax.experiments.questions.drawing import (
     rank_correlation,
     values_of,
 )
-from cbp_jax.report.drawing import HANDLE_LENGTH, legend_above, save_figures, style_of_pictures, write_letter
+from cbp_jax.report.drawing import (
+    COLUMN,
+    PANEL,
+    few_ticks,
+    label_height,
+    legend_above,
+    save_figures,
+    style_of_pictures,
+    write_letter,
+)
 from cbp_jax.report.looks import GRAY, names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_text
 from cbp_jax.report.tables import text_table
@@ -25,14 +34,15 @@ Measured = Mapping[str, Mapping[str, np.ndarray]]
 
 _KINDS = {"ticket": "Ticket", "random": "Random mask"}
 _PANELS = {
-    "log_density": ("Sparsest ticket that matches (%)", 100.0),
-    "advantage": ("Ticket less random mask (points)", 100.0),
-    "dense_accuracy": ("Dense network, next task (%)", 100.0),
-    "best_accuracy": ("Best ticket, next task (%)", 100.0),
-    "effective_rank": ("Effective rank (scaled, 0-100)", 100.0),
+    "log_density": ("Density that\nmatches (%)", 100.0),
+    "advantage": ("Ticket less\nrandom (points)", 100.0),
+    "dense_accuracy": ("Dense network's\naccuracy (%)", 100.0),
+    "best_accuracy": ("Best ticket's\naccuracy (%)", 100.0),
+    "effective_rank": ("Effective rank (%)", 100.0),
     "dead_units": ("Dead units (%)", 100.0),
-    "young": ("Ticket's weights in young units\nover chance", 1.0),
+    "young": ("Weights in young\nunits over chance", 1.0),
 }
+_MOST = ("log_density", "advantage", "effective_rank", "dead_units")  # what the first picture shows
 
 
 def finished(measured: Measured) -> tuple[list[str], int]:
@@ -114,39 +124,61 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
     from cbp_jax.report.extra import require
 
     require("matplotlib")
-    from matplotlib.figure import Figure
 
     methods, count = finished(measured)
     if not count:
         raise ValueError("results: tickets have not been looked for, so that there is nothing to draw")
     styles, names = styles_of(results, methods), names_of(results, methods)
-    tasks = _tasks(results, measured)[:count]
     with style_of_pictures():
-        along = Figure(figsize=(10.6, 4.6), layout="constrained")
-        axes = along.subplots(2, 4, sharex=True)
-        axes[1, 3].remove()
-        for letter, ax, (name, (label, scale)) in zip("abcdefg", axes.ravel(), _PANELS.items(), strict=False):
-            for method, title in zip(methods, names, strict=True):
-                values = measured[name][method][:, :count]
-                if np.isfinite(values).any():
-                    of = (lambda v, s=scale: s * np.exp(v)) if name == "log_density" else (lambda v, s=scale: s * v)
-                    draw_line(ax, tasks, values, styles[method], title, of=of)
-            if name == "log_density":
-                ax.set_yscale("log")
-                ax.yaxis.set_major_formatter("{x:g}")
-                ax.yaxis.set_minor_formatter("{x:g}")
-            if name == "young":
-                ax.yaxis.set_major_formatter("{x:.2f}")
-                ax.axhline(1.0, color=GRAY.color, linestyle=":", linewidth=0.8)
-            ax.set_ylabel(label)
-            write_letter(ax, letter)
-        for ax in (*axes[1, :3], axes[0, 3]):
-            ax.set_xlabel("Tasks before")
-            ax.tick_params(labelbottom=True)
-        legend_above(along, axes[0, 0], handlelength=HANDLE_LENGTH)
-        note(along, results)
-        curves = _curves(results, methods, styles, names, count, _tasks(results, measured))
-        return save_figures({"tickets": along, "curves": curves}, Path(out), formats)
+        figures = {
+            "tickets": _along(results, measured, _MOST, methods, styles, names, count),
+            "measures": _along(results, measured, tuple(_PANELS), methods, styles, names, count),
+            "curves": _curves(results, methods, styles, names, count, _tasks(results, measured)),
+        }
+        return save_figures(figures, Path(out), formats)
+
+
+def _along(
+    results: Any,
+    measured: Measured,
+    shown: Sequence[str],
+    methods: Sequence[str],
+    styles: Any,
+    names: Sequence[str],
+    count: int,
+) -> Any:
+    """Measures along the stream, a panel each."""
+    from matplotlib.figure import Figure
+
+    tasks = _tasks(results, measured)[:count]
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(COLUMN, PANEL * rows + 0.8), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True).ravel()
+    for letter, ax, name in zip("abcdefg", axes, shown, strict=False):
+        label, scale = _PANELS[name]
+        for method, title in zip(methods, names, strict=True):
+            values = measured[name][method][:, :count]
+            if np.isfinite(values).any():
+                of = (lambda v, s=scale: s * np.exp(v)) if name == "log_density" else (lambda v, s=scale: s * v)
+                draw_line(ax, tasks, values, styles[method], title, of=of)
+        if name == "log_density":
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
+        if name == "young":
+            ax.yaxis.set_major_formatter("{x:.2f}")
+            ax.axhline(1.0, color=GRAY.color, linestyle=":", linewidth=0.8)
+        label_height(ax, label)
+        write_letter(ax, letter)
+        few_ticks(ax, whole=True)
+    for ax in axes[len(shown) - 2 : len(shown)]:
+        ax.set_xlabel("Tasks before")
+        ax.tick_params(labelbottom=True)
+    for ax in axes[len(shown) :]:
+        ax.remove()
+    legend_above(figure, axes[0])
+    note(figure, results)
+    return figure
 
 
 def _tasks(results: Any, measured: Measured) -> np.ndarray:
@@ -159,9 +191,10 @@ def _curves(results: Any, methods: Sequence[str], styles: Any, names: Sequence[s
     """Accuracy against density: a column for each method, tickets and random masks at first and at last."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(2.5 * len(methods) + 0.6, 4.6), 3.1), layout="constrained")
-    axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
-    for ax, method, title in zip(axes, methods, names, strict=True):
+    rows = -(-len(methods) // 2)
+    figure = Figure(figsize=(COLUMN, 1.5 * rows + 0.7), layout="constrained")
+    axes = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax, method, title in zip(axes, methods, names, strict=False):
         for place, style in ((0, GRAY), (count - 1, styles[method])):
             density = 100 * values_of(results, "density", method)[:, tasks[place]].mean(0)
             for kind, dashes in (("ticket", "-"), ("random", ":")):
@@ -171,11 +204,16 @@ def _curves(results: Any, methods: Sequence[str], styles: Any, names: Sequence[s
             if count == 1:
                 break
         ax.set_xscale("log")
-        ax.invert_xaxis()
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_title(title)
+        ax.tick_params(labelbottom=True)
+    for ax in axes[len(methods) :]:
+        ax.remove()
+    for ax in axes[max(0, len(methods) - 2) : len(methods)]:
         ax.set_xlabel("Weights that live (%)")
-        ax.set_title(title, fontsize=8)
-    axes[0].set_ylabel("Correct on the next task (%)")
-    legend_above(figure, axes[0], columns=2, handlelength=HANDLE_LENGTH)
+    for ax in axes[: len(methods) : 2]:
+        ax.set_ylabel("Next task (%)")
+    axes[0].invert_xaxis()  # shared by all
+    legend_above(figure, axes[0], columns=1)
     note(figure, results)
     return figure

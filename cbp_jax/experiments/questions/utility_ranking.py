@@ -28,7 +28,7 @@ from cbp_jax.experiments.images import check_classes, gets_vectors
 from cbp_jax.experiments.permuted import kaiming
 from cbp_jax.experiments.quality import pearson_correlations, rank_correlations, true_feature_utility
 from cbp_jax.replacement.views import batch_mean
-from cbp_jax.report.drawing import legend_above, save_figures, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, legend_above, save_figures, style_of_pictures, write_note
 from cbp_jax.training.learner import begin_task, stream_keys
 from cbp_jax.training.step import learn
 from cbp_jax.units import UnitGroup, Units
@@ -322,7 +322,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     (utilities, layers), figures = _shown(results), {}
     for number, method in enumerate(results.method.values.tolist()):
         with style_of_pictures():
-            figure = Figure(figsize=(6.4, 0.26 * len(utilities) + 1.1), layout="constrained")
+            figure = Figure(figsize=(COLUMN, 0.2 * len(utilities) + 0.9), layout="constrained")
             axes = figure.subplots(1, len(MOMENTS), sharex=True, sharey=True)
             for ax, moment in zip(axes, MOMENTS, strict=True):
                 for layer, style in zip(layers, looks.PALETTE, strict=False):
@@ -338,11 +338,11 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                         ax.plot(values.mean(), place, "o", color=style.color, markersize=3, label=label)
                 ax.axvline(0, color="#999999", linewidth=0.6, zorder=0)
                 ax.set_title(f"{moment.capitalize()} in a task")
-                ax.set_xlabel("Rank correlation with the true utility")
-            axes[0].set_yticks(range(len(utilities)), [utility.replace("_", " ") for utility in utilities])
+                ax.set_xlabel("Rank correlation")
+            axes[0].set_yticks(range(len(utilities)), [looks.readable(utility) for utility in utilities])
             axes[0].invert_yaxis()
             legend_above(figure, axes[0], columns=len(layers))
-            note = f"{method}; mean and 95% bootstrap interval of {results.sizes['seed']} seeds"
+            note = f"{looks.name_of(results, method)}; mean and 95% bootstrap interval of {results.sizes['seed']} seeds"
             write_note(figure, note)
         figures[NAME if results.sizes["method"] == 1 else f"{NAME}_{number + 1}"] = figure
     return save_figures(figures, Path(out), formats)
