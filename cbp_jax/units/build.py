@@ -23,8 +23,8 @@ def build(walk: Walk, check: Check | None = None) -> collection.Units:
     """Return the groups of a network. Units that own equally many rows of the same parameters belong to one group.
 
     Args:
-      walk: a walk through it.
-      check: finds groups that are wrong nevertheless; these are left out.
+      walk: a walk through the network.
+      check: finds groups that are wrong; these are left out as well.
     """
     together, sums = _check_normalization(walk)
     parts = _Parts(walk, together)
@@ -88,7 +88,7 @@ def _check_normalization(walk: Walk) -> tuple[set[int], frozenset[core.Var]]:
             members = np.unique(walk.labels.roots(members))
             found = np.unique(met[sets == number])
             if not np.array_equal(found[found >= 0], members):
-                text = "a sum over units (`reduce_sum`) of which it is one normalizes other units"
+                text = "a sum over units that includes it (`reduce_sum`) normalizes other units"
                 walk.lose_units(members, Reason(LeftOutKind.MIXED, text))
             elif members.size > 1:
                 together.update(members.tolist())
@@ -103,11 +103,11 @@ class _Parts:
 
     Attributes:
       places: the path and the axes of each place.
-      rows: by place, the unit of each row, flat; -1 for none.
+      rows: for each place, the unit of each row, flat; -1 for none.
       producers, vectors, readers: the places of incoming kernels; of biases, scales and statistics; of outgoing
         kernels.
       groups: units that own equally many rows everywhere, in forward order, with the reason if they are left out.
-      columns: by place and number of the group, how many rows each unit owns.
+      columns: for each place and number of a group, how many rows each unit owns.
     """
 
     def __init__(self, walk: Walk, together: set[int]):
@@ -155,7 +155,7 @@ class _Parts:
             if any(use.labels is None for use in uses):
                 self.conflicts.setdefault(uses[0].path, "it is used more than once, and not always on units")
         self.groups = self._split()
-        # For every unit its group, and its number in the group. The last entry stands for no unit.
+        # The group of every unit, and its number in the group. The last entry stands for no unit.
         self._group = np.full(len(walk.labels) + 1, -1)
         self._number = np.zeros(len(walk.labels) + 1, np.int64)
         for number, (units, _) in enumerate(self.groups):
@@ -180,8 +180,10 @@ class _Parts:
         return len(self.places) - 1
 
     def _split(self) -> list[tuple[np.ndarray, Reason | None]]:
-        """Return the groups: units with equal signatures. A signature is the sum of a random number for each row that a
-        unit owns."""
+        """Return the groups: units with equal signatures.
+
+        The signature of a unit is the sum of a random number for each row that it owns.
+        """
         size, random = len(self.walk.labels), np.random.default_rng(0)
         signatures = np.zeros(size, np.uint64)
         for rows in self.rows:

@@ -183,7 +183,7 @@ def check_units(units: Iterable[UnitGroup], params: Any) -> Units:
 
     Raises:
       TypeError: something in units is not a `UnitGroup`.
-      ValueError: there are no groups, two groups have one name, or the params lack a slice.
+      ValueError: there are no groups, two groups have the same name, or the params lack a slice.
     """
     units = units if isinstance(units, Units) else Units(units)
     if not units:

@@ -50,7 +50,7 @@ is not reset.
 
 Constructs that are left out
 ----------------------------
-These layers are listed by name in `Units.left_out`, each with a reason. The rest of the network is found nevertheless.
+These layers are listed by name in `Units.left_out`, each with a reason. The rest of the network is still found.
 
 - output layers, whose units are the network's output;
 - layers inside `while` and `cond`, whose activations cannot be captured from outside;
@@ -69,23 +69,24 @@ These layers are listed by name in `Units.left_out`, each with a reason. The res
 
 What is found in known networks
 -------------------------------
-`nets.ConvNet`: 5 groups, of 32, 64 and 128 channels (of these, each is read by 4 rows of the first dense kernel, one
-for each of 2x2 positions), 128 and 128 neurons.
+`nets.ConvNet`: 5 groups. Three are of 32, 64 and 128 channels; each of the 128 is read by 4 rows of the first dense
+kernel, one for each of 2x2 positions. Two are of 128 neurons each.
 
-`nets.ResNet`, ResNet-18: 12 groups. For each of the 4 stages, of 64, 128, 256 and 512 channels, the channels of the
-stage, written by 3 kernels (the stem or a projection, and the second convolution of both blocks) and read by 4, 3, 3
-and 2 (first convolutions, the next stage's projection, the head); and the channels inside each of the 8 blocks.
+`nets.ResNet`, ResNet-18: 12 groups. Four groups are the channels of the stages, 64, 128, 256 and 512. Each is written
+by 3 kernels (the stem or a projection, and the second convolution of both blocks); they are read by 4, 3, 3 and 2
+kernels (first convolutions, the next stage's projection, the head). The other groups are the channels inside each of
+the 8 blocks.
 
-A 12-layer encoder, `nets.ViT(depth=12)`: 25 groups. The residual stream, written by 25 kernels and read by 49; for each
-layer its heads, and the hidden units of its perceptron.
+A 12-layer encoder, `nets.ViT(depth=12)`: 25 groups. One is the residual stream, written by 25 kernels and read by 49.
+Each layer has two more: its heads, and the hidden units of its perceptron.
 
-A GRU under `scan` between an embedding and dense layers: 3 groups, the embedding, the cell's state, which six kernels
-write and the next layer and three of the cell's own read, and the hidden dense layer behind it.
+A GRU under `scan` between an embedding and dense layers: 3 groups: the embedding; the cell's state, written by six
+kernels and read by the next layer and three kernels of the cell; and the hidden dense layer after it.
 
 By default all groups are replaced, as in the Nature paper, which replaces channels of all convolutions of ResNet-18.
 The paper's program lists the layers in order and sets only the next layer's weights to 0. The other kernels that read
 or write a stage's channels keep their weights, and projections have no units. Here a stage's channel is replaced as a
-whole. `Units.select` chooses groups by name and kind: without "residual", only the channels inside of blocks remain.
+whole. `Units.select` chooses groups by name and kind: without "residual", only the channels inside blocks remain.
 
 Running statistics
 ------------------
@@ -125,12 +126,12 @@ def discover_units(
         function that merges an NNX graph, or plain JAX. For NNX there is a short form: `discover_units(model,
         *example_inputs)`.
       params: pytree of arrays (or of `jax.ShapeDtypeStruct`); leaves under "batch_stats" are running statistics. Or an
-        `nnx.Module`, whose `nnx.Param`s are meant; the rest of its state may hold running statistics.
+        `nnx.Module`, whose `nnx.Param`s are the parameters; the rest of its state may hold running statistics.
       *example_inputs: arrays (or `jax.ShapeDtypeStruct`) of the shapes that the network takes; leaves of trees among
         them, such as the "batch_stats" of Flax, may be running statistics.
       check: whether to run the network with random parameters and test, for every group, that incoming weights do not
-        change the output while outgoing weights are 0. Groups that fail are left out. By default small networks are
-        checked, for which it takes a moment.
+        change the output while outgoing weights are 0. Groups that fail are left out. By default only small networks
+        are checked, which takes a moment.
 
     Returns:
       the groups in forward order, a tuple of `UnitGroup` that prints as a table. Its `left_out` names each layer that

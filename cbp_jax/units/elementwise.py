@@ -1,4 +1,4 @@
-"""Elementwise operations: units that become one, and parameters and statistics that meet units."""
+"""Elementwise operations, which combine units with other units, with parameters and with statistics."""
 
 import dataclasses
 from typing import Any
@@ -23,9 +23,8 @@ from cbp_jax.units.values import (
 
 
 def elementwise(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-    """Units that are combined in one element become one unit; parameters combined with them are biases and
-    scales."""
-    name, found = eqn.primitive.name, rules.labelled(values)
+    """Merge units that are combined in one element. Parameters combined with units become their biases and scales."""
+    name, found = eqn.primitive.name, rules.labeled(values)
     form = found[0].form if len(found) == 1 else moments.Form()
     values = [
         value
@@ -35,7 +34,7 @@ def elementwise(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         else record.as_units(value)
         for position, value in enumerate(values)
     ]
-    found = rules.labelled(values)
+    found = rules.labeled(values)
     ids = found[0].ids
     for other in found[1:]:
         if name in ("add", "add_any", "sub"):
@@ -53,7 +52,7 @@ def elementwise(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         record.misused.update(value.running for value in found if value.running)
     for position, value in enumerate(values):
         if isinstance(value, Derived):
-            text = f"its activations meet a value computed from {', '.join(sorted(value.paths))}"
+            text = f"its activations are combined with a value computed from {', '.join(sorted(value.paths))}"
             return record.not_followed(eqn, values, text)
         if isinstance(value, Joined):
             cuts = zip(value.parts, value.split(ids), strict=True)
@@ -63,7 +62,9 @@ def elementwise(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
             form = found[0].form if len(found) == 1 else moments.Form()
             if not _meet(record, eqn, position, value, ids, form):
                 return record.not_followed(
-                    eqn, values, f"its activations meet the parameter {', '.join(paths_of([value]))} in `{name}`"
+                    eqn,
+                    values,
+                    f"its activations are combined with the parameter {', '.join(paths_of([value]))} in `{name}`",
                 )
             states = [part.path for part in as_vector(value, ids.ndim).parts if part.state]
             if states and reduced and name in ("add", "sub"):
@@ -81,14 +82,14 @@ def elementwise(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
 
 
 def combine(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-    """An elementwise function of parameters and statistics."""
+    """Apply an elementwise function to parameters and statistics."""
     vectors = [None if value is None else as_vector(value, eqn.outvars[0].aval.ndim) for value in values]
     parts = [after(eqn, n, part) for n, vector in enumerate(vectors) if vector for part in vector.parts]
     numbers = [record.number(atom) for atom in eqn.invars]
     statistic = moments.combine(eqn, statistics_of(vectors), numbers)
     if statistic is not None and statistic.kind is moments.Kind.OTHER:  # it will not normalize
         values = [record.as_units(value) for value in values]
-        if rules.labelled(values):
+        if rules.labeled(values):
             return elementwise(record, eqn, values)
     return Vector(tuple(parts), statistic)
 
@@ -96,17 +97,17 @@ def combine(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
 def _meet(
     record: Record, eqn: core.JaxprEqn, position: int, value: Weight | Vector, ids: np.ndarray, form: moments.Form
 ) -> bool:
-    """Records what a parameter or a statistic does to units; False if that is not understood."""
+    """Record what a parameter or a statistic does to units. Return False if that is not understood."""
     name, vector = eqn.primitive.name, as_vector(value, ids.ndim)
     divides = name == "div" and position == 1
     if vector.statistic is not None:
         if moments.normalizes(eqn, position, vector.statistic, form):
             record.normalized.append((vector.statistic, ids))
         else:
-            text = f"the sum meets activations in `{name}`, which is no normalization"
+            text = f"the sum is combined with activations in `{name}`, which is not a normalization"
             record.lose(vector, Reason(LeftOutKind.MIXED, text))
     role = {"add": "bias", "sub": "bias", "mul": "scale"}.get(name, "scale" if divides else "")
-    if name == "select_n" and position > 0:  # a token in place of what is masked
+    if name == "select_n" and position > 0:  # a token that replaces masked units
         role = "bias"
     # The axes along which units differ. An axis of length 1 may hold a unit of its own.
     varying = [axis for axis, size in enumerate(ids.shape) if size > 1] or list(range(ids.ndim))
@@ -131,7 +132,7 @@ def _meet(
 
 
 def _is_statistic(eqn: core.JaxprEqn, position: int, value: Weight | Vector) -> bool:
-    """Whether an equation uses state the way a mean or a variance is used."""
+    """Return whether an equation uses state the way a mean or a variance is used."""
     name = eqn.primitive.name
     if name == "sub":
         return position == 1 and isinstance(value, Weight) and value.plain and not value.steps
@@ -141,7 +142,7 @@ def _is_statistic(eqn: core.JaxprEqn, position: int, value: Weight | Vector) -> 
 
 
 def after(eqn: core.JaxprEqn, position: int, weight: Weight) -> Weight:
-    """A parameter after an elementwise equation."""
+    """Return a parameter after an elementwise equation."""
     if eqn.primitive.name in ("convert_element_type", "copy", "copy_p") or not rules.is_scalar_step(eqn, position):
         return weight
     return dataclasses.replace(weight, steps=(*weight.steps, (eqn, position)))

@@ -49,7 +49,7 @@ class ParamSlice:
 
     @property
     def positions(self) -> int:
-        """How many rows each unit owns."""
+        """Number of rows that each unit owns."""
         return self.index.shape[0]
 
     @property
@@ -84,7 +84,7 @@ class ParamSlice:
         return self.along_axes(self.to_rows(units, False), array)
 
     def sum(self, array: chex.Array, weights: chex.Array | None = None) -> chex.Array:
-        """Sum `array` over every axis but the rows' own: [positions, units].
+        """Sum `array` over all axes except those of the rows: [positions, units].
 
         Args:
           array: an array of the parameter's shape.
@@ -116,7 +116,7 @@ class ParamSlice:
         return moved.reshape(*moved.shape[: array.ndim - len(self.axes)], self.rows)
 
     def undo_rows_last(self, array: chex.Array, shape: tuple[int, ...]) -> chex.Array:
-        """Undo `rows_last` of an array of the given shape."""
+        """Undo `rows_last` for an array of the given shape."""
         dims = [shape[axis] for axis in self.axes]
         return jnp.moveaxis(array.reshape(*array.shape[:-1], *dims), range(-len(dims), 0), self.axes)
 
@@ -181,11 +181,12 @@ class UnitGroup:
       incoming: kernels that write the units; resampled when a unit is replaced.
       biases: parameters added to the units; zeroed when a unit is replaced.
       outgoing: kernels that read the units; zeroed when a unit is replaced.
-      scales: parameters multiplied with the units, as those of normalization; set to `reset` when a unit is replaced,
-        which is the value at which the multiplication changes nothing: 1, or 0 for a scale that is used as `1 + scale`.
+      scales: parameters multiplied with the units, such as those of normalization; set to `reset` when a unit is
+        replaced, which is the value at which the multiplication changes nothing: 1, or 0 for a scale used as
+        `1 + scale`.
       statistics: running statistics of the units, which are not parameters; see `reset_batch_stats`.
-      kind: "dense", "conv" or "embedding" for the layer that makes the units; "residual" for those that several layers
-        write into by a sum; "head" for attention heads; "" if unknown.
+      kind: "dense", "conv" or "embedding" for the layer that makes the units; "residual" for units that several layers
+        add to; "head" for attention heads; "" if unknown.
       exact: whether units act on the network only through their outgoing kernels. False if the group's units are
         normalized together (layer, group, RMS norm): a new unit then acts on the others through their mean and
         variance.

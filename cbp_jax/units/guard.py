@@ -41,7 +41,7 @@ def refuted(
     Args:
       trace: the network.
       inputs: a leaf for each of its arguments. Integers and keys are used as they are, if they are arrays.
-      found: its groups.
+      found: the groups of the network.
       frozen: the variables that hold the sums by which units are normalized together.
       checked: for each output, whether it must stay the same; running statistics may change.
 
@@ -69,7 +69,7 @@ class _Check:
         )
 
     def evaluate(self, leaves: list[Any], held: list[Any] | None) -> tuple[list[Any], list[Any]]:
-        """Return the outputs that are checked, and the sums in the order in which they are met, taken from `held` if
+        """Return the outputs that are checked, and the sums in order of evaluation; the sums are those in `held` if
         given."""
         sums: list[Any] = []
         outputs = _evaluate(self.trace.jaxpr, leaves, self.frozen, sums, None if held is None else iter(held))
@@ -128,7 +128,7 @@ class _Check:
         return all(np.array_equal(a, b) for a, b in zip(outputs, others, strict=True) if not _is_key(a))
 
     def like(self, leaf: np.ndarray) -> np.ndarray:
-        """Return other numbers of the same kind."""
+        """Return random numbers of the same shape as a leaf."""
         if leaf.ndim < 2:
             return self.rng.uniform(0.5, 1.5, leaf.shape)
         return self.rng.normal(size=leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
@@ -196,7 +196,7 @@ def _unrolled(
     sums: list[Any],
     held: Iterator[Any] | None,
 ) -> list[Any]:
-    """Return the outputs of a scan, pass by pass."""
+    """Evaluate a scan pass by pass, and return its outputs."""
     scan, ys = jaxprs.scan_of(eqn, values), []
     carry = scan.carry
     for number in range(eqn.params["length"])[:: -1 if eqn.params["reverse"] else 1]:

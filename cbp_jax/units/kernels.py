@@ -12,10 +12,10 @@ from cbp_jax.units.values import Contraction, Joined, Labels, LeftOutKind, Reaso
 
 
 def contract(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-    """Applies a kernel: it reads labeled units, if its operand has them, and writes new ones."""
+    """Apply a kernel: it reads labeled units, if its operand has them, and writes new ones."""
     if 0.0 in map(record.number, eqn.invars):
         return record.nothing(eqn)
-    if rules.labelled(values) and all(value is None or isinstance(value, Labels) for value in values):
+    if rules.labeled(values) and all(value is None or isinstance(value, Labels) for value in values):
         return _product(record, eqn, values)
     for position, value in enumerate(values):
         if isinstance(value, Joined) and not isinstance(values[1 - position], Joined | Weight):
@@ -82,8 +82,8 @@ def contract(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
 
 
 def _sources(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
-    """Treats entries of a parameter that is repeated over the batch, such as learned queries, as units if a kernel
-    reads them."""
+    """Treat entries of a parameter that is repeated over the batch, such as learned queries, as units if a kernel reads
+    them."""
     if not all(isinstance(value, Weight) for value in values):
         return values
     batched = [None in value.axes and not value.fixed for value in values]
@@ -104,7 +104,7 @@ def _sources(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]
 
 
 def _gates(record: Record, eqn: core.JaxprEqn, values: list[Any], position: int, kernels: Joined) -> Any:
-    """Applies concatenated kernels one by one, if their outputs are concatenated."""
+    """Apply concatenated kernels one by one, if their outputs are concatenated."""
     made = []
     for part in kernels.parts:
         replaced = [part if n == position else value for n, value in enumerate(values)]
@@ -119,7 +119,7 @@ def _gates(record: Record, eqn: core.JaxprEqn, values: list[Any], position: int,
 
 
 def _product(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-    """Activations times activations: units that are summed over, and units that are combined, become one unit."""
+    """Multiply activations with activations. Units that are summed over, or combined, become one unit."""
     if eqn.primitive.name != "dot_general":
         return record.not_followed(eqn, values, "it is convolved with something that is not a parameter")
     contracted, batch = eqn.params["dimension_numbers"]
@@ -129,7 +129,7 @@ def _product(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
         if value is None:
             continue
         if values[1 - side] is None and any(value.ids.shape[axis] > 1 for axis in summed):
-            return record.not_followed(eqn, values, "its activations are multiplied with values that are no kernel")
+            return record.not_followed(eqn, values, "its activations are multiplied with values that are not a kernel")
         ids = record.merge(value.ids, tuple(summed), keep=True)
         others = [axis for axis in range(ids.ndim) if axis not in shared and axis not in summed]
         ids = ids.transpose(*shared, *others, *summed)
@@ -152,7 +152,7 @@ def _product(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
 
 
 def lookup(record: Record, eqn: core.JaxprEqn, table: Weight) -> Any:
-    """Rows of a table that are looked up by index: its other axes enumerate units."""
+    """Return rows of a table that are looked up by index: its other axes enumerate units."""
     axes = rules.lookup_axes(eqn, table.axes)
     found = () if axes is None else tuple((axis, place) for place, axis in enumerate(axes) if axis is not None)
     if not found or len(found) == len(record.shapes[table.path]):
@@ -165,7 +165,7 @@ def lookup(record: Record, eqn: core.JaxprEqn, table: Weight) -> Any:
 
 
 def note_bias(record: Record, eqn: core.JaxprEqn, position: int, weight: Weight) -> None:
-    """Records that `weight` is the bias of the kernel whose output it is added to, if it is."""
+    """Record that `weight` is the bias of the kernel whose output it is added to, if it is."""
     source = eqn.invars[1 - position]
     made = record.made_by.get(source) if isinstance(source, core.Var) else None
     if made is None or made.bias is not None or not (made.plain and weight.plain) or eqn.primitive.name != "add":

@@ -9,7 +9,7 @@ import jax
 
 
 class Pure(NamedTuple):
-    """A function of a module, as one of its parameters."""
+    """A function of a module, turned into a function of its parameters and the rest of its state."""
 
     function: Callable[..., Any]  # (params, rest, *inputs) -> (output, new rest)
     params: Any  # State of the module's `nnx.Param`s
@@ -18,12 +18,12 @@ class Pure(NamedTuple):
 
 def is_module(value: Any) -> bool:
     """Return whether something is an NNX module."""
-    nnx = sys.modules.get("flax.nnx")  # if that was never imported, there is none
+    nnx = sys.modules.get("flax.nnx")  # if it was never imported, there is no module
     return nnx is not None and isinstance(value, nnx.Module)
 
 
 def pure(function: Callable[..., Any], module: Any) -> Pure:
-    """Make a function of a module one of its parameters and of the rest of its state, which it may change."""
+    """Turn a function of a module into a function of its parameters and the rest of its state, which it may change."""
     from flax import nnx
 
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)

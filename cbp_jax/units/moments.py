@@ -1,7 +1,7 @@
-"""Sums over units: recognizes those that are used for normalization.
+"""Recognizes sums over units that are used for normalization.
 
 A sum over units mixes them: everything computed from it depends on all of them. Units can still be replaced one by one
-if the sum is only used for their own normalization, which is one of
+if the sum is only used for their own normalization, which has one of the forms
 
 - `x - mean(x)`,
 - `x / root`, `x * (1 / root)`, where the root is of a mean or sum of `x**2` or of `(x - mean(x))**2`, to which small
@@ -132,8 +132,9 @@ def combine(
     statistics: Sequence[Statistic | None],
     numbers: Sequence[float | None],
 ) -> Statistic | None:
-    """Return the statistic that an elementwise equation computes from statistics and values of no unit; None if it is
-    not one.
+    """Return the statistic that an elementwise equation computes; None if its output is not a statistic.
+
+    The operands are statistics, and values that belong to no unit.
 
     Args:
       eqn: the equation.
@@ -149,11 +150,11 @@ def combine(
 
 
 def rearrange(eqn: core.JaxprEqn, statistics: Sequence[Statistic], sets: np.ndarray | None) -> Statistic | None:
-    """Return the statistic that an equation computes that is not elementwise.
+    """Return the statistic that an equation computes if it is not elementwise.
 
     Args:
       eqn: the equation.
-      statistics: those among its operands.
+      statistics: the statistics among its operands.
       sets: the numbers of the sets in its output; None if it does more than rearrange a single statistic.
     """
     if not statistics:
@@ -165,7 +166,7 @@ def rearrange(eqn: core.JaxprEqn, statistics: Sequence[Statistic], sets: np.ndar
 
 
 def _mixed(statistics: Sequence[Statistic], ndim: int) -> Statistic:
-    """Return a value that is no longer a known function of one set of units for each element."""
+    """Return a statistic of kind `OTHER`, whose elements depend on the sets of units in unknown ways."""
     members = tuple(units for item in statistics for units in item.members)
     sources = tuple(dict.fromkeys(var for item in statistics for var in item.sources))
     return Statistic(Kind.OTHER, Form(), 1.0, np.zeros((1,) * ndim, int), members, sources)
@@ -242,7 +243,7 @@ def form_of(
     statistics: Sequence[Statistic | None],
     numbers: Sequence[float | None],
 ) -> Form:
-    """Return the form of what an elementwise equation computes from labeled arrays and others.
+    """Return the form of the output of an elementwise equation, some of whose operands are labeled.
 
     Args:
       eqn: the equation.

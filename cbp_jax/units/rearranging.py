@@ -12,7 +12,7 @@ from cbp_jax.units.values import Joined, Labels, Vector, Weight
 
 
 def concatenate(record: Record, eqn: core.JaxprEqn, values: list[Any], axis: int, shapes: list[tuple[int, ...]]) -> Any:
-    """Concatenates labels. A parameter beside units, such as a class token beside patches, is a bias of its own."""
+    """Concatenate labels. A parameter next to units, such as a class token next to patches, is a separate bias."""
     parts, single = [], []
     for shape, value in zip(shapes, values, strict=True):
         if shape[axis] == 0:
@@ -47,7 +47,7 @@ def concatenate(record: Record, eqn: core.JaxprEqn, values: list[Any], axis: int
 
 
 def stack(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-    """Labels arrays that are stacked along a new axis: each is expanded, then they are concatenated."""
+    """Label arrays that are stacked along a new axis: each is expanded, then they are concatenated."""
     axis, grown, shapes = eqn.params["axis"], [], []
     for atom, value in zip(eqn.invars, values, strict=True):
         shapes.append((*atom.aval.shape[:axis], 1, *atom.aval.shape[axis:]))
@@ -61,7 +61,7 @@ def stack(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
 
 
 def split(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
-    """Labels the parts of an array that is split, or unstacked, along one axis."""
+    """Label the parts of an array that is split, or unstacked, along one axis."""
     (value,) = values
     axis, count, cut = eqn.params["axis"], len(eqn.outvars), eqn.primitive.name == "split"
     if isinstance(value, Labels):
@@ -81,7 +81,7 @@ def split(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
 
 
 def scatter(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-    """Units that are summed by segment, or written into an array over the batch, stay what they are."""
+    """Label the output of a scatter. Units that are summed by segment, or written over the batch, stay the same."""
     operand, indices, updates = values
     ids = rules.scatter_labels(eqn, updates.ids) if isinstance(updates, Labels) else None
     if ids is None or indices is not None or not (operand is None or isinstance(operand, Labels)):
@@ -90,13 +90,13 @@ def scatter(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
 
 
 def sum_joined(record: Record, eqn: core.JaxprEqn, value: Labels) -> Labels:
-    """Merges units that a reduction combines from concatenated arrays."""
+    """Merge units that a reduction combines from concatenated arrays."""
     axes = [axis for axis in eqn.params["axes"] if axis in value.joined]
     return dataclasses.replace(value, ids=record.merge(value.ids, tuple(axes), keep=True))
 
 
 def joined_parameters(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-    """The output of an equation on concatenated parameters and data: a view of them, a multiple, or a sum."""
+    """Return the output of an equation on concatenated parameters and data: a view of them, a multiple, or a sum."""
     known = [(position, value) for position, value in enumerate(values) if value is not None]
     (position, value), *others = known
     if others or not isinstance(value, Joined):
@@ -114,6 +114,6 @@ def joined_parameters(record: Record, eqn: core.JaxprEqn, values: list[Any]) -> 
 
 
 def _alike(parts: list[np.ndarray], axis: int) -> bool:
-    """Whether all parts hold the same labels all along an axis."""
+    """Return whether all parts hold the same labels all along an axis."""
     first = np.take(parts[0], [0], axis)
     return all(np.array_equal(part, np.broadcast_to(first, part.shape)) for part in parts)

@@ -1,4 +1,4 @@
-"""What a walk through a network has found: labels, the kernels that write and read them, and what is left out."""
+"""Findings of a walk through a network: labels, the kernels that write and read them, and what is left out."""
 
 import dataclasses
 from typing import Any
@@ -41,7 +41,7 @@ class Claim:
 
 
 class Record:
-    """What is known of a traced network; a walk fills it in."""
+    """Information about a traced network, filled in by a walk."""
 
     def __init__(self, trace: tracing.Trace):
         self._contractions: dict[Any, Contraction] = {}
@@ -74,18 +74,18 @@ class Record:
         return list(self._contractions.values())
 
     def note_contraction(self, output: core.Var, made: Contraction) -> None:
-        """Records that an array is the output of a contraction."""
+        """Record that an array is the output of a contraction."""
         self._contractions[output, made.path, made.passes] = made
         self.made_by[output] = made
 
     def number(self, atom: core.Var | core.Literal) -> float | None:
-        """The number that all entries of an array equal, if known."""
+        """Return the number that all entries of an array equal, if known."""
         if isinstance(atom, core.Literal):
             return float(atom.val) if np.ndim(atom.val) == 0 and np.isrealobj(atom.val) else None
         return self.numbers.get(atom)
 
     def note_number(self, var: core.Var, value: Any) -> None:
-        """Records that a variable is a number, or, since bodies of calls are walked again, that it is not."""
+        """Record that a variable is a number or, since bodies of calls are walked again, that it is not (None)."""
         known = isinstance(value, int | float | np.ndarray | np.generic) and np.ndim(value) == 0
         if known and np.isrealobj(value):
             self.numbers[var] = float(value)
@@ -93,17 +93,17 @@ class Record:
             self.numbers.pop(var, None)
 
     def nothing(self, eqn: core.JaxprEqn) -> None:
-        """An array of zeros, such as the first state of a cell, belongs to no unit."""
+        """Record an array of zeros, such as the first state of a cell, which belongs to no unit."""
         self.note_number(eqn.outvars[0], 0.0)
 
     def join(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Merges units that are combined in one element, and returns the labels of all elements."""
+        """Merge units that are combined in one element, and return the labels of all elements."""
         self.labels.union(a, b)
         a, b = np.broadcast_arrays(a, b)
         return np.where(a >= 0, a, b)
 
     def merge(self, ids: np.ndarray, axes: tuple[int, ...], keep: bool = False) -> np.ndarray:
-        """Merges units that differ only along `axes`, which share weights, and drops these axes."""
+        """Merge units that differ only along `axes`, which share weights, and drop these axes."""
         for axis in axes:
             whole = ids
             ids = whole.max(axis, keepdims=True)
@@ -114,13 +114,14 @@ class Record:
         return ids if keep else ids.squeeze(axes)
 
     def meeting(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """The units that are combined with others in one element."""
+        """Return the units that are combined with others in one element."""
         a, b = np.broadcast_arrays(self.labels.roots(a), self.labels.roots(b))
         differ = (a != b) & (a >= 0) & (b >= 0)
         return np.unique(np.concatenate([a[differ], b[differ]]))
 
     def as_units(self, value: Any) -> Any:
-        """A sum over some units at a time, as over the members of an ensemble: they become one unit."""
+        """Merge units of a partial sum, as over the members of an ensemble, into one unit. Other values are
+        unchanged."""
         statistic = value.statistic if isinstance(value, Vector) and not value.parts else None
         if statistic is None or statistic.kind is moments.Kind.OTHER or len(statistic.members) < 2:
             return value
@@ -132,7 +133,7 @@ class Record:
         return Labels(first[statistic.sets])
 
     def lose(self, value: Any, reason: Reason) -> None:
-        """Leaves the units of a value out."""
+        """Leave out the units of a value."""
         if isinstance(value, Labels):
             self.lose_units(value.ids, reason)
         elif isinstance(value, Vector):
@@ -141,28 +142,28 @@ class Record:
                 self.lose_units(ids, reason._replace(text=text))
 
     def lose_units(self, ids: np.ndarray, reason: Reason) -> None:
-        """Leaves units out. Numbers below 0 are ignored."""
+        """Leave out units. Numbers below 0 are ignored."""
         self.lost.append((np.unique(ids[ids >= 0]), reason))
 
     def not_followed(self, eqn: core.JaxprEqn, values: list[Any], text: str = "") -> Any:
-        """Leaves every labeled operand out and marks parameters as used in another way."""
+        """Leave out every labeled operand, and mark parameters as used in another way."""
         reason = tracing.not_followed(eqn.primitive.name, "its activations pass through")
         reason = Reason(LeftOutKind.NOT_FOLLOWED, text) if text else reason
         for value in values:
             self.lose(value, reason)
         paths = paths_of(values)
-        # Then a statistic among the operands says nothing.
+        # The use of a derived value does not show that running statistics in it are misused.
         derived = any(isinstance(value, Derived) for value in values)
         for path in paths:
             if derived and path in self.states:
                 continue
             self.used_otherwise.setdefault(path, eqn.primitive.name)
-        return Derived(paths) if paths and not rules.labelled(values) else None
+        return Derived(paths) if paths and not rules.labeled(values) else None
 
     def block(
         self, table: dict[tuple[str, tuple[int, ...]], np.ndarray], weight: Weight, axes: tuple[int, ...]
     ) -> np.ndarray:
-        """The labels in a table of the axes of a leaf; a view, of -1 if it is new."""
+        """Return a view of a leaf's labels in a table, for these axes; a new entry is -1."""
         key = (weight.path, (*(index.axis for index in weight.fixed), *axes))
         if key not in table:
             table[key] = np.full([self.shapes[weight.path][axis] for axis in key[1]], -1)
@@ -171,7 +172,8 @@ class Record:
     def among_stacked(
         self, weight: Weight, axes: tuple[int, ...], rows: np.ndarray
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Rows of a slice of a stacked leaf, [axes..., others...], as rows of the whole leaf; and the axes of these."""
+        """Convert rows of a slice of a stacked leaf, [axes..., others...], to rows of the whole leaf; also return their
+        axes."""
         if not weight.fixed:
             return rows, axes
         sizes = [self.shapes[weight.path][index.axis] for index in weight.fixed]
@@ -187,7 +189,7 @@ class Record:
         ndim: int,
         coupled: np.ndarray | None = None,
     ) -> np.ndarray:
-        """The labels along the free axes of a kernel, placed on the array's axes.
+        """Return the labels along the free axes of a kernel, placed on the array's axes.
 
         Args:
           weight: the kernel.

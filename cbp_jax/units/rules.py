@@ -33,8 +33,9 @@ def is_scaling(eqn: core.JaxprEqn, position: int) -> bool:
 
 
 def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """Return, for a view of a leaf with these axes, the leaf's axes of the equation's output; None if that is not a
-    view.
+    """Return the leaf's axes of a view after an equation; None if the output is not a view of the leaf.
+
+    `axes` are the leaf's axes of the view before the equation.
 
     An axis that is sliced no longer corresponds to the leaf's.
     """
@@ -64,7 +65,7 @@ def view_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | Non
 
 
 def lookup_axes(eqn: core.JaxprEqn, axes: Sequence[int | None]) -> tuple[int | None, ...] | None:
-    """Return the same for a gather: an axis that is taken as a whole stays, one that is indexed is lost."""
+    """Do what `view_axes` does, for a gather: an axis that is taken as a whole stays, one that is indexed is lost."""
     numbers = eqn.params["dimension_numbers"]
     if numbers.operand_batching_dims:
         return None
@@ -277,6 +278,6 @@ class KernelUse:
         self.kernel_axes = (*batch[mine], *contracted[mine])
 
 
-def labelled(values: Sequence[Any]) -> list[Labels]:
+def labeled(values: Sequence[Any]) -> list[Labels]:
     """Return the labeled values among these."""
     return [value for value in values if isinstance(value, Labels)]

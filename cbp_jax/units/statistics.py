@@ -21,8 +21,8 @@ def reset_batch_stats(batch_stats: Any, units: Iterable[groups.UnitGroup], repla
     Args:
       batch_stats: tree of running statistics, with or without "batch_stats" at its top. Other leaves stay as they are.
       units: groups of `discover_units`.
-      replaced: by name of group a bool [units], as in `ContinualBackpropState`. In groups that it does not name, no
-        unit is replaced.
+      replaced: for each group, by name, a bool [units], as in `ContinualBackpropState`. In groups that it does not
+        name, no unit is replaced.
 
     Returns:
       the tree with these entries reset.

@@ -16,7 +16,7 @@ class Trace(NamedTuple):
 
     jaxpr: core.ClosedJaxpr  # flat: remaining calls contain no contraction, or cannot be inlined
     param_paths: dict[core.Var, str]  # the jaxpr's inputs that are parameters or part of the network's state
-    states: frozenset[core.Var]  # those that are not parameters: presumably running statistics
+    states: frozenset[core.Var]  # inputs that are not parameters: presumably running statistics
     out_tree: Any  # tree of the outputs' ShapeDtypeStructs
 
     def with_data(self, paths: Collection[str]) -> "Trace":
@@ -32,7 +32,7 @@ def trace_network(apply_fn: Callable[..., Any], params: Any, *inputs: Any) -> Tr
     for path, leaf in leaves.items():
         if not isinstance(leaf, int | float | complex) and not hasattr(leaf, "dtype"):
             raise TypeError(
-                f"params must be a tree of arrays; params[{path!r}] is {leaf!r}. Of an Equinox model, pass the first "
+                f"params must be a tree of arrays; params[{path!r}] is {leaf!r}. For an Equinox model, pass the first "
                 "part of eqx.partition(model, eqx.is_inexact_array), and let apply_fn eqx.combine it with the second"
             )
     closed, out_tree = jaxprs.trace(apply_fn, params, *inputs)

@@ -15,12 +15,12 @@ class LeftOutKind(enum.Enum):
     """Why the units of a layer cannot be replaced."""
 
     OUTPUT = "part of the network's output"
-    LOOP = "inside of a loop, which cannot be seen into"
+    LOOP = "inside a loop, whose computation cannot be seen from outside"
     NOT_FOLLOWED = "met by an operation that is not understood"
-    MIXED = "summed with other units in a way that is no normalization"
-    SHARED = "of weights that are used in more than one way, or shared with what are no units"
+    MIXED = "summed with other units in a way that is not a normalization"
+    SHARED = "with weights that are used in more than one way, or shared with values that are not units"
     NOT_READ = "read by no kernel"
-    REFUTED = "seen to act on the output past its outgoing weights"
+    REFUTED = "found to change the output while its outgoing weights are 0"
     NOT_SELECTED = "not selected by the caller"
 
 
@@ -60,7 +60,7 @@ class Weight:
     steps: tuple[tuple[core.JaxprEqn, int], ...] = ()
 
     def identity(self) -> float:
-        """Return the value of the leaf, 0 or 1, at which the value computed from it is 1; 1 if neither does that."""
+        """Return the value of the leaf, 0 or 1, at which the value computed from it is 1; by default 1."""
         with jax.ensure_compile_time_eval():
             for value in (1.0, 0.0):
                 made = value
@@ -99,7 +99,7 @@ class Vector:
 
     Attributes:
       parts: the parameters, each with its axes.
-      statistic: the statistic in it, computed from a sum over units, if there is one.
+      statistic: the statistic among its operands, computed from a sum over units, or None.
     """
 
     parts: tuple[Weight, ...] = ()
@@ -120,7 +120,7 @@ class Labels:
     Attributes:
       ids: numbers of units, broadcastable to the array's shape; -1 where an element belongs to no unit.
       reduced: whether it is a sum over batch or positions.
-      running: the running statistics that it is the update of, or "".
+      running: the running statistics that it updates, or "".
       joined: axes along which arrays were concatenated whose units do not differ along the axis, such as a class token
         and patches. A sum over such an axis is not a sum over units.
       form: identifies arrays that hold the same values.
@@ -176,7 +176,7 @@ class Contraction:
 
 
 def as_vector(value: Weight | Vector, ndim: int) -> Vector:
-    """A parameter as a vector on an array of `ndim` axes; None for a scalar."""
+    """Return a parameter as a vector on an array of `ndim` axes; None for a scalar."""
     if isinstance(value, Weight):
         value = Vector((value,))
     fitting = (
@@ -186,12 +186,12 @@ def as_vector(value: Weight | Vector, ndim: int) -> Vector:
 
 
 def statistics_of(values: list[Any]) -> list[moments.Statistic | None]:
-    """The statistics among values."""
+    """Return the statistics among values."""
     return [value.statistic if isinstance(value, Vector) else None for value in values]
 
 
 def paths_of(values: list[Any]) -> frozenset[str]:
-    """The paths of the parameters among values, or from which they were computed."""
+    """Return the paths of the parameters among values, or from which they were computed."""
     paths: set[str] = set()
     for value in values:
         if isinstance(value, Weight):
@@ -239,7 +239,8 @@ class UnionFind:
             differ = a != b
             a, b = a[differ], b[differ]
             self.changes += a.size
-            # Of several numbers below one root the smallest stays its parent. The others are handled in the next round.
+            # If a root is paired with several smaller numbers, the smallest becomes its parent. The next round handles
+            # the others.
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def __len__(self) -> int:

@@ -38,7 +38,7 @@ _ARITHMETIC: dict[str, Callable[..., float]] = {
 
 
 def walk(trace: tracing.Trace) -> "Walk":
-    """Walks through a network. State that is not used like running statistics is treated as data."""
+    """Walk through a network. State that is not used like running statistics is treated as data."""
     while data := (found := Walk(trace)).data():
         trace = trace.with_data(data)
     return found
@@ -56,7 +56,7 @@ class Walk(Record):
             else None
             for var in jaxpr.invars
         ]
-        self.checked: list[bool] = []  # for each output, whether it is anything but new running statistics
+        self.checked: list[bool] = []  # for each output, False if it is new running statistics
         outputs = self.run(trace.jaxpr, inputs, nested=False)
         for (key_path, _), value in zip(jax.tree_util.tree_leaves_with_path(trace.out_tree), outputs, strict=True):
             # New running statistics have the same name among the outputs as the old ones among the inputs.
@@ -69,7 +69,7 @@ class Walk(Record):
             self.lose(value, Reason(LeftOutKind.OUTPUT, "it is part of the network's output"))
 
     def data(self) -> set[str]:
-        """Inputs provisionally treated as state that turn out to be data.
+        """Return inputs provisionally treated as state that turn out to be data.
 
         A statistic is a number for each unit, which is only used to normalize and only updated from a sum over the
         batch. Arrays under "batch_stats" are assumed to be statistics.
@@ -83,7 +83,7 @@ class Walk(Record):
         return found
 
     def run(self, closed: core.ClosedJaxpr, inputs: list[Any], nested: bool) -> list[Any]:
-        """Labels the outputs of a jaxpr whose inputs are labeled."""
+        """Label the outputs of a jaxpr whose inputs are labeled."""
         env: dict[core.Var, Any] = dict(zip(closed.jaxpr.invars, inputs, strict=True))
         for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
             self.note_number(var, value)
@@ -115,7 +115,7 @@ class Walk(Record):
         return [read(atom) for atom in closed.jaxpr.outvars]
 
     def scan(self, eqn: core.JaxprEqn, values: list[Any], nested: bool) -> list[Any]:
-        """Walks through a loop, pass by pass, until nothing new is found.
+        """Walk through a loop, pass by pass, until nothing new is found.
 
         Scanned arrays are sliced: each pass has its own slice of a stacked kernel.
         """
@@ -148,7 +148,7 @@ class Walk(Record):
         return [*carry, *(self.stacked(list(ys)) for ys in zip(*made, strict=True))]
 
     def cut(self, value: Any, number: int) -> Any:
-        """The slice of a scanned value that one pass gets."""
+        """Return the slice of a scanned value that one pass gets."""
         if isinstance(value, Labels):
             joined = frozenset(axis - 1 for axis in value.joined if axis)
             return Labels(value.ids[number if len(value.ids) > 1 else 0], value.reduced, value.running, joined)
@@ -159,18 +159,18 @@ class Walk(Record):
         return value
 
     def alike(self, a: Any, b: Any) -> bool:
-        """Whether two values of a carry have the same units."""
+        """Return whether two values of a carry have the same units."""
         if isinstance(a, Labels) and isinstance(b, Labels):
             a_ids, b_ids = self.labels.roots(a.ids), self.labels.roots(b.ids)
             return a.reduced == b.reduced and a_ids.shape == b_ids.shape and np.array_equal(a_ids, b_ids)
         return a is b or a == b
 
     def stacked(self, values: list[Any]) -> Any:
-        """The stacked output of a scan, from the outputs of its passes."""
-        found = rules.labelled(values)
+        """Return the stacked output of a scan, from the outputs of its passes."""
+        found = rules.labeled(values)
         if any(value is not None and not isinstance(value, Labels) for value in values):
             for value in values:
-                self.lose(value, Reason(LeftOutKind.LOOP, "passes of a `scan` put it beside others"))
+                self.lose(value, Reason(LeftOutKind.LOOP, "passes of a `scan` stack it with values that are not units"))
             return Derived(paths_of(values))
         if not found:
             return None
@@ -185,7 +185,7 @@ class Walk(Record):
         return Labels(whole[0][None] if same else np.stack(whole), reduced, running)
 
     def step(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Any]:
-        """Labels the outputs of one equation."""
+        """Label the outputs of one equation."""
         name = eqn.primitive.name
         if name in jaxprs.CONTRACTIONS:
             return [kernels.contract(self, eqn, values)]
@@ -193,12 +193,12 @@ class Walk(Record):
             return rearranging.split(self, eqn, values)
         if len(eqn.outvars) != 1:
             return [self.not_followed(eqn, values)] * len(eqn.outvars)
-        if rules.labelled(values):
-            return [self.labelled(eqn, values)]
-        return [self.unlabelled(eqn, values)]
+        if rules.labeled(values):
+            return [self.labeled(eqn, values)]
+        return [self.unlabeled(eqn, values)]
 
-    def labelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """The output of an equation with one output and a labeled operand."""
+    def labeled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """Return the output of an equation with one output and a labeled operand."""
         name, first = eqn.primitive.name, values[0]
         if name in jaxprs.ELEMENTWISE:
             return elementwise.elementwise(self, eqn, values)
@@ -228,8 +228,9 @@ class Walk(Record):
             return Labels(self.merge(first.ids, tuple(axes)))
         return self.not_followed(eqn, values)
 
-    def unlabelled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
-        """The output of an equation with one output on parameters and statistics that mix units."""
+    def unlabeled(self, eqn: core.JaxprEqn, values: list[Any]) -> Any:
+        """Return the output of an equation with one output whose operands are parameters, or statistics that mix
+        units."""
         name = eqn.primitive.name
         if name == "mul" and 0.0 in map(self.number, eqn.invars):
             return self.nothing(eqn)
