@@ -15,7 +15,7 @@ RESAMPLES = 2000
 
 
 def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean: the mean without the lowest and the highest quarter of the values.
+    """Return the interquartile mean: the mean without the lowest and the highest quarter of the values.
 
     `floor(n / 4)` values are left out at either end, as `scipy.stats.trim_mean(values, 0.25)` does.
 
@@ -41,7 +41,7 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def draws(sizes: Sequence[int], resamples: int = RESAMPLES) -> list[np.ndarray]:
-    """The runs in each bootstrap sample, drawn for each problem separately.
+    """Draw the runs of each bootstrap sample, for each problem separately.
 
     Args:
       sizes: how many runs each problem has.
@@ -66,7 +66,8 @@ def stratified_bootstrap(
     *,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
-    """A 95% interval of a statistic over the runs of all problems, from percentiles of stratified bootstrap samples.
+    """Return a 95% interval of a statistic over the runs of all problems, from percentiles of stratified bootstrap
+    samples.
 
     Args:
       scores: for each problem, the scores of its runs [runs].
@@ -93,7 +94,7 @@ def stratified_bootstrap(
 
 
 def ranks(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Ranks by value, where the largest has rank 1. Equal values share the mean of their ranks.
+    """Return ranks by value, where the largest has rank 1. Equal values share the mean of their ranks.
 
     Args:
       values: of any shape.
@@ -113,7 +114,7 @@ def ranks(values: np.ndarray, axis: int = 0) -> np.ndarray:
 
 
 def mean_rank_intervals(values: Sequence[np.ndarray], *, resamples: int = RESAMPLES) -> np.ndarray:
-    """95% intervals of the mean rank of each method over problems, with the same bootstrap samples for all methods.
+    """Return 95% intervals of the mean rank of each method over problems; all methods have the same bootstrap samples.
 
     A method's rank in a problem is that of the interquartile mean of its runs.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def plot_benchmark(
     problems: Mapping[str, xr.Dataset], counted: Sequence[str] | None = None, *, baseline: str = BASELINE
 ) -> Figure:
-    """Plots the scores over all problems, and the performance in each: a row for each method, the best on top.
+    """Plot the scores over all problems, and the performance in each: a row for each method, the best on top.
 
     Shows interquartile means over held-out seeds and their 95% stratified bootstrap intervals, as in `benchmark_table`.
     Methods without results for all counted problems are hollow. A line marks plain backpropagation.

@@ -42,10 +42,10 @@ LIMITS = (-1.0, 2.0)  # of scores
 _SYMPTOMS = (("dead_units", "dormant_units"), ("effective_rank", "stable_rank"))
 
 NOTES = (
-    "Values are interquartile means over held-out seeds, with 95% stratified bootstrap intervals. Score of a run: what "
-    "it gains over plain backpropagation with the same seed, over what the best method of the table gains, clipped to "
-    "[-1, 2]: plain backpropagation has 0 and the best method 1; runs that diverged have -1, and where no method gains "
-    "anything the worst that did not diverge. The overall score is the interquartile mean over the runs of all its "
+    "Values are interquartile means over held-out seeds, with 95% stratified bootstrap intervals. Score of a run: "
+    "its gain over plain backpropagation with the same seed, divided by the gain of the table's best method, clipped "
+    "to [-1, 2]: plain backpropagation has 0, the best method 1, and diverged runs -1. If no method gains anything, "
+    "the worst that did not diverge has -1. The overall score is the interquartile mean over the runs of all its "
     "problems; the overall rank is the mean of the ranks in each, among methods that have all of them. Dead units and "
     "effective rank (dormant units and stable rank of agents) are means over the last tenth of the tasks, in percent. "
     "Cost: time of an update over that of plain backpropagation."
@@ -75,12 +75,12 @@ class Standing:
     costs: np.ndarray
 
     def scores_of(self, method: str) -> np.ndarray | None:
-        """The scores of a method's runs [runs], or None."""
+        """Return the scores of a method's runs [runs], or None."""
         return self.scores[self.methods.index(method)] if self.scores is not None and method in self.methods else None
 
 
 def standing(results: xr.Dataset, baseline: str = BASELINE) -> Standing:
-    """Computes the results of all methods on a problem.
+    """Compute the results of all methods on a problem.
 
     Args:
       results: finished results of all methods with the same seeds.
@@ -100,7 +100,7 @@ def standing(results: xr.Dataset, baseline: str = BASELINE) -> Standing:
 
 
 def _scores(values: np.ndarray, baseline: np.ndarray) -> np.ndarray | None:
-    """The scores of runs [methods, runs], given plain backpropagation's performance [runs]; None if it always
+    """Return the scores of runs [methods, runs], given plain backpropagation's performance [runs]; None if it always
     diverged."""
     there = np.isfinite(baseline)
     if not there.any():
@@ -137,14 +137,14 @@ class Overall:
 
 
 def overall(standings: Mapping[str, Standing], counted: Sequence[str] | None = None) -> list[Overall]:
-    """The overall results of all methods, the best first.
+    """Return the overall results of all methods, the best first.
 
     Args:
       standings: by problem.
       counted: the problems that count; all by default.
 
     Raises:
-      ValueError: one of these is not there.
+      ValueError: a counted problem is missing.
     """
     counted = list(standings) if counted is None else list(counted)
     if not counted or (unknown := [name for name in counted if name not in standings]):
@@ -185,7 +185,7 @@ def benchmark_table(
     title: str = "Benchmark",
     baseline: str = BASELINE,
 ) -> str:
-    """The tables of a benchmark as Markdown: for all problems together, and for each.
+    """Return the tables of a benchmark as Markdown: for all problems together, and for each.
 
     Args:
       problems: by name, the results of all methods, see `standing`.
@@ -223,7 +223,7 @@ def benchmark_rows(
     *,
     baseline: str = BASELINE,
 ) -> str:
-    """The rows of some methods in the table of all problems, with its head; see `benchmark_table`."""
+    """Return the rows of some methods in the table of all problems, with its header; see `benchmark_table`."""
     standings = {name: standing(results, baseline) for name, results in problems.items()}
     return "\n".join(_overall_lines(standings, [row for row in overall(standings, counted) if row.method in methods]))
 
@@ -305,6 +305,6 @@ def _cost(value: float) -> str:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Means of finite values over rows [columns]; NaN if there are none."""
+    """Return means of finite values over rows [columns]; NaN if there are none."""
     there = np.isfinite(values)
     return np.where(there, values, 0).sum(0) / np.where(there.any(0), there.sum(0), np.nan)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
-    """Plots differences between methods, paired by seed, over all tasks.
+    """Plot differences between methods, paired by seed, over all tasks.
 
     There is a panel for each baseline and a row for each method, the best on top, with the mean difference and its 95%
     bootstrap interval. Markers are hollow if the interval includes 0.
@@ -42,7 +42,7 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
       A Matplotlib figure.
 
     Raises:
-      ValueError: no baseline has finished, or no other method.
+      ValueError: no baseline or no other method has finished.
     """
     require("matplotlib")
     from matplotlib.figure import Figure
@@ -78,13 +78,13 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
 
 
 def plot_search(results: xr.Dataset) -> Figure:
-    """Plots the configurations of a search: performance with the tuning seeds, a panel for each method.
+    """Plot the configurations of a search: performance with the tuning seeds, a panel for each method.
 
     The horizontal axis is the first setting of the search, logarithmic, with a line for each value of the others.
     Values are means over tuning seeds and all tasks. A ring marks the chosen configuration.
 
     Args:
-      results: of a comparison with an equal budget, see `experiments.tuning`.
+      results: results of a comparison with an equal budget, see `experiments.tuning`.
 
     Returns:
       A Matplotlib figure.

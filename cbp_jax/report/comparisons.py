@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def text(self, digits: int = 2, sign: bool = False) -> str:
-        """The mean and the interval as text, for tables."""
+        """Return the mean and the interval as text, for tables."""
         if math.isnan(self.mean):
             return "-"
         number = f"{{:{'+' if sign else ''}.{digits}f}}"
@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """The mean over seeds and its interval.
+    """Return the mean over seeds and its interval.
 
     Args:
       values: array [seeds].
@@ -59,7 +59,7 @@ def estimate(values: np.ndarray) -> Estimate:
 def paired_differences(
     results: xr.Dataset, baseline: str, measure: str | None = None, *, tasks: slice = slice(None)
 ) -> dict[str, Estimate]:
-    """The difference between each method and a baseline, paired by seed.
+    """Return the difference between each method and a baseline, paired by seed.
 
     All methods with the same seed saw the same tasks and started from the same weights, so variation between seeds
     cancels in their difference.
@@ -71,11 +71,11 @@ def paired_differences(
       tasks: positions of the tasks to average over; all by default.
 
     Returns:
-      for each method but the baseline, the estimate of its value minus the baseline's; NaN if a task of either is not
-      finished, or diverged.
+      for each method except the baseline, the estimate of its value minus the baseline's; NaN if a task of either is
+      not finished, or diverged.
 
     Raises:
-      ValueError: there is no such method.
+      ValueError: the baseline is not among the methods.
 
     Example:
       >>> from cbp_jax.report import new_results, record_task
@@ -92,10 +92,10 @@ def paired_differences(
 
 
 def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Sequence[str] = ()) -> str:
-    """A comparison with an equal tuning budget, as a text table; see `experiments.tuning`.
+    """Return a comparison with an equal tuning budget, as a text table; see `experiments.tuning`.
 
     Args:
-      results: of a comparison, or of a run.
+      results: results of a comparison, or of a run.
       baselines: methods that the others are compared with. Those that are absent are left out.
       measures: further measures; a second table has their means over the last tenth of the tasks.
 
@@ -122,8 +122,8 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
         "",
         *text_table(rows, left=None),
         "",
-        "Differences are paired by seed, over all tasks. Without a word, the interval includes 0: there is no",
-        f"clear difference. Intervals are not corrected for there being {max(len(methods) - 1, 1)} in a column.",
+        'Differences are paired by seed, over all tasks. Unless marked "better" or "worse", their interval includes 0.',
+        f"Intervals are not corrected for multiple comparisons ({max(len(methods) - 1, 1)} in a column).",
     ]
     if "tuning_seed" in results.dims:
         tried, seeds = results.sizes["candidate"], results.sizes["tuning_seed"]
@@ -149,7 +149,7 @@ class Chosen(NamedTuple):
 
 
 def chosen_settings(results: xr.Dataset) -> dict[str, Chosen]:
-    """By method, the settings chosen by a search; empty if there was no search, or it is not finished."""
+    """Return the settings chosen by a search, by method; empty if there was no search, or it is not finished."""
     found = {}
     for method in results.method.values.tolist():
         found[method] = Chosen("", False)
@@ -168,13 +168,13 @@ def chosen_settings(results: xr.Dataset) -> dict[str, Chosen]:
 
 
 def of_seeds(results: xr.Dataset, method: str, measure: str | None = None, tasks: slice = slice(None)) -> np.ndarray:
-    """Means over tasks [seeds]; NaN if a task is missing."""
+    """Return means over tasks [seeds]; NaN if a task is missing."""
     values = results[measure or performance(results)].loc[{"method": method}].transpose("seed", "task").values
     return values[:, tasks].astype(np.float64).mean(1)
 
 
 def scaled(results: xr.Dataset, measure: str, scale: float) -> xr.Dataset:
-    """The results with a measure in another unit."""
+    """Return the results with a measure in another unit."""
     return results.assign({measure: scale * results[measure].astype(np.float64)})
 
 
@@ -186,18 +186,19 @@ def _claim(found: Estimate, measure: str, digits: int) -> str:
 
 
 def tried_settings(results: xr.Dataset, method: str) -> list[dict[str, Any]]:
-    """The settings by name of each configuration of a method's search."""
+    """Return the settings by name of each configuration of a method's search."""
     return json.loads(results.configurations.loc[{"method": method}].item())
 
 
 def tuning_scores(results: xr.Dataset, method: str) -> np.ndarray:
-    """The mean performance of each configuration over tuning seeds [candidate]; NaN if it diverged."""
+    """Return the mean performance of each configuration over tuning seeds [candidate]; NaN if it diverged."""
     found = results.tuning_performance.loc[{"method": method}].transpose("candidate", "tuning_seed").values
     return found.astype(np.float64).mean(1)
 
 
 def best_candidate(results: xr.Dataset, method: str) -> int | None:
-    """The chosen configuration; None if there was no search, it is not finished, or all configurations diverged."""
+    """Return the chosen configuration; None if there was no search, it is not finished, or all configurations
+    diverged."""
     if "configurations" not in results.coords or not results.chosen.loc[{"method": method}].item():
         return None
     scores = better(performance(results)) * tuning_scores(results, method)

@@ -21,7 +21,7 @@ def mark_diverged(
     methods: Sequence[str] | None = None,
     lanes: Sequence[tuple[str, int]] | None = None,
 ) -> list[tuple[str, int]]:
-    """Marks lanes whose loss has become infinite or NaN, in place.
+    """Mark lanes whose loss has become infinite or NaN, in place.
 
     Args:
       results: results of a run.
@@ -65,7 +65,7 @@ def mark_diverged(
 
 
 def diverged_tasks(results: xr.Dataset, method: str) -> np.ndarray:
-    """When the lanes of a method diverged.
+    """Return when the lanes of a method diverged.
 
     Args:
       results: results of a run.
@@ -80,7 +80,7 @@ def diverged_tasks(results: xr.Dataset, method: str) -> np.ndarray:
 
 
 def before_divergence(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
-    """A measure of a method [seed, task], float64; NaN from the task in which a seed diverged."""
+    """Return a measure of a method [seed, task], float64; NaN from the task in which a seed diverged."""
     values = results[measure].loc[{"method": method}].transpose("seed", "task").values.astype(np.float64)
     diverged = diverged_tasks(results, method)
     return np.where(
@@ -89,7 +89,7 @@ def before_divergence(results: xr.Dataset, method: str, measure: str) -> np.ndar
 
 
 def told(results: xr.Dataset) -> list[str]:
-    """A line for each method with diverged lanes."""
+    """Return a line for each method with diverged lanes."""
     lines = []
     for method in results.method.values.tolist():
         diverged = diverged_tasks(results, method)

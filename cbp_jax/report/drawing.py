@@ -1,7 +1,7 @@
-"""What all pictures share: their settings, legends, marks and files.
+"""Common parts of all pictures: their settings, legends, marks and files.
 
 Figures are made as objects and drawn by Agg: nothing here touches pyplot, its backend or its settings, so that
-pictures can be made on a server, in a thread, and beside the user's own figures.
+pictures can be made on a server, in a thread, and without affecting the user's own figures.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMN = 3.4  # inches: the width of a column of a paper, at which letters are as large as given here
-PANEL = 1.3  # inches: the height of a panel, two of which are side by side in a column
+COLUMN = 3.4  # inches: the width of a column of a paper, for which font sizes here are chosen
+PANEL = 1.3  # inches: the height of a panel; two panels are side by side in a column
 HANDLE_LENGTH = 3.2  # of a line in the legend, in ems, so that its dashes repeat
 CROSS = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5, "linestyle": "none", "zorder": 5, "gid": "diverged"}
 _RC = {
@@ -59,15 +59,15 @@ _RC = {
 
 
 def style_of_pictures() -> AbstractContextManager:
-    """Uses our settings while drawing, and then restores the user's."""
+    """Use our settings while drawing, and then restore the user's."""
     matplotlib = require("matplotlib")
-    # Without the backend: rc_context, which puts the rest back, leaves it as it was set last.
+    # Without the backend, which is the only setting that rc_context does not restore.
     defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     return matplotlib.rc_context({**defaults, **_RC})
 
 
 def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes figures to a folder, by name, in each format. Returns their paths."""
+    """Write figures to a folder, by name, in each format. Return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -79,7 +79,7 @@ def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str
 
 
 def legend_columns(names: Sequence[str], width: float) -> int:
-    """The largest number of columns, up to four, that fit ``width`` in inches, filled column by column."""
+    """Return the largest number of columns, up to four, that fit ``width`` in inches, filled column by column."""
     em = _RC["legend.fontsize"] / 72
     for columns in range(min(4, len(names)), 1, -1):
         parts = np.array_split(np.array(names, dtype=object), columns)  # as Matplotlib divides them
@@ -90,13 +90,13 @@ def legend_columns(names: Sequence[str], width: float) -> int:
 
 
 def legend_above(figure: Figure, ax: Axes, columns: int | None = None, **options: Any) -> None:
-    """Puts the legend of one panel above all of them.
+    """Put the legend of one panel above all of them.
 
     Args:
       figure: the picture.
       ax: the panel.
       columns: number of columns; by default as many as the picture's width has room for.
-      **options: as of Matplotlib's `legend`.
+      **options: options of Matplotlib's `legend`.
     """
     handles, names = ax.get_legend_handles_labels()
     columns = legend_columns(names, figure.get_figwidth()) if columns is None else columns
@@ -104,30 +104,30 @@ def legend_above(figure: Figure, ax: Axes, columns: int | None = None, **options
 
 
 def write_letter(ax: Axes, letter: str) -> None:
-    """Writes the letter of a panel above its left corner."""
+    """Write the letter of a panel above its left corner."""
     ax.set_title(letter, loc="left", fontweight="bold", fontsize=8, pad=2)
 
 
 def label_height(ax: Axes, label: str) -> None:
-    """Labels the vertical axis of a panel, on two lines if one is too long for its height."""
+    """Label the vertical axis of a panel, on two lines if the label is too long for its height."""
     ax.set_ylabel(label if "\n" in label else textwrap.fill(label, 21))
 
 
 def few_ticks(ax: Axes, *, whole: bool = False) -> None:
-    """At most five numbers, optionally whole ones, along a linear horizontal axis of a narrow panel."""
+    """Show at most five numbers, optionally only whole ones, along the linear horizontal axis of a narrow panel."""
     if ax.get_xscale() == "linear":
         ax.locator_params(axis="x", nbins=4, integer=whole)
 
 
 def write_note(figure: Figure, text: str) -> None:
-    """Writes a note below all panels, such as what bands and bars are, in as many lines as it takes."""
+    """Write a note below all panels, such as the meaning of bands and bars, in as many lines as needed."""
     across = int(figure.get_figwidth() / COLUMN * 72)
     lines = "\n".join(textwrap.fill(line, across) for line in text.split("\n"))
     figure.supxlabel(lines, x=0.99, ha="right", multialignment="right", fontsize=6, color="#666666")
 
 
 def mark_values(ax: Axes, values: Sequence[float], color: str = "black") -> None:
-    """Draws crosses at the bottom of a panel, at values of its horizontal axis."""
+    """Draw crosses at the bottom of a panel, at values of its horizontal axis."""
     if len(values):
         heights = np.full(len(values), 0.03)
         ax.plot(values, heights, **CROSS, color=color, transform=ax.get_xaxis_transform(), clip_on=False)

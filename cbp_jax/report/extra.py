@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str) -> ModuleType:
-    """Imports a module of the ``report`` extra.
+    """Import a module of the ``report`` extra.
 
     Args:
       module: the module's full name, such as ``"matplotlib.figure"``.

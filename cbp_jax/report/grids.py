@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def swept_settings(results: xr.Dataset, methods: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """The swept settings: numbers for which a variant of a learner was run with several values.
+    """Return the swept settings: numbers for which a variant of a learner was run with several values.
 
     Args:
       results: results of a run.
@@ -47,7 +47,7 @@ def swept_settings(results: xr.Dataset, methods: Sequence[str] | None = None) ->
 
 
 def sensitivity(results: xr.Dataset) -> xr.Dataset:
-    """The final performance of a sweep, with an axis for each swept setting.
+    """Return the final performance of a sweep, with an axis for each swept setting.
 
     Args:
       results: results of a run whose methods differ in numbers, as with `--grid`; finished or not.
@@ -56,9 +56,9 @@ def sensitivity(results: xr.Dataset) -> xr.Dataset:
       A dataset with the dimension ``variant`` (a learner with its other settings), one dimension for each swept
       setting, whose coordinates are the values in order, and ``seed``. Its variables are the performance, such as
       ``accuracy``, float64, the mean over the last tenth of the tasks that a method has finished, or NaN if a
-      combination was not run, or a seed has finished nothing or diverged; and, without ``seed``, ``tasks``, the number
-      of these tasks, and ``diverged``, the number of seeds that diverged. A variant without a setting has the same
-      values along the setting's axis.
+      combination was not run, or a seed has finished nothing or diverged. Two variables lack the dimension ``seed``:
+      ``tasks``, the number of these tasks, and ``diverged``, the number of seeds that diverged. A variant without a
+      setting has the same values along the setting's axis.
 
     Raises:
       ValueError: nothing was swept.
@@ -105,7 +105,7 @@ def sensitivity(results: xr.Dataset) -> xr.Dataset:
 
 
 def plot_grid(results: xr.Dataset) -> Figure:
-    """Plots the final performance against each swept setting, with one line for each combination of the others.
+    """Plot the final performance against each swept setting, with one line for each combination of the others.
 
     There is a row for each swept variant of a learner, and a column for each setting. Values are means over seeds with
     95% confidence intervals (Student's t). The axis of a setting is logarithmic, except at 0.
@@ -127,7 +127,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
     panels = [(variant, name) for variant in found.variant.values.tolist() for name in swept if variant in swept[name]]
     panels = [(variant, name) for variant, name in panels if found[measure].loc[{"variant": variant}].notnull().any()]
     if not panels:
-        raise ValueError("results: nothing that was swept has finished a task, so there is nothing to draw")
+        raise ValueError("results: no swept method has finished a task, so there is nothing to draw")
     rows, columns = (list(dict.fromkeys(panel[part] for panel in panels)) for part in (0, 1))
     scale = 100 if is_accuracy(measure) else 1
     with style_of_pictures():
@@ -158,7 +158,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
 
 
 def _draw(ax: Axes, values: xr.DataArray, name: str, others: Sequence[str]) -> None:
-    """Lines of values [the setting, the others, seed]."""
+    """Draw lines of values [the setting, the others, seed]."""
     from scipy import stats
 
     values = values.transpose(name, *others, "seed")
@@ -201,7 +201,7 @@ def _draw(ax: Axes, values: xr.DataArray, name: str, others: Sequence[str]) -> N
 
 
 def _variant(results: xr.Dataset, method: str) -> str:
-    """A method's label without its numbers."""
+    """Return a method's label without its numbers."""
     learner = str(results.learner.loc[{"method": method}].item())
     numbers = [str(name) for name, column in results.coords.items() if column.dims == ("method",)]
     inside = method.removeprefix(learner).removeprefix("(").removesuffix(")")

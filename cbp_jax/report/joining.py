@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Joins results of one experiment with different seeds or methods.
+    """Join results of one experiment with different seeds or methods.
 
     Args:
       parts: datasets of :func:`load_results`, each with seeds or methods that no other has.
@@ -67,7 +67,7 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
 
 
 def with_parts(results: xr.Dataset, parts: Sequence[xr.Dataset], run_dir: Path) -> xr.Dataset:
-    """Fills in what the processes of a run have measured; where two have a number, the later one's is taken."""
+    """Fill in the measurements of a run's processes; if two have the same one, the later is taken."""
     for part in parts:
         same = part.attrs["settings"] == results.attrs["settings"] and part.sizes == results.sizes
         if not same or part.attrs["experiment"] != results.attrs["experiment"]:

@@ -43,12 +43,13 @@ MUSTARD = Style("#8A6D00", (0, (4, 1.2)), "h")
 INDIGO = Style("#332288", (0, (3, 1, 1, 1, 1, 1)), "d")
 PINK = Style("#E7298A", (0, (7, 1.5, 3, 1.5)), "*")
 LIME = Style("#7CB518", (0, (1.5, 0.8)), "H")
-# What no learner owns is used first where a learner or a variant has no style of its own.
+# Learners and variants without a style of their own get these first, since no learner owns them.
 UNOWNED = (INDIGO, PINK, LIME)
 
 
 def with_other(style: Style, number: int = 0) -> Style:
-    """The style of a learner's sibling, such as one around Adam: the same color, other dashes, hollow markers."""
+    """Return the style of a learner's sibling, such as one around Adam: the same color, other dashes, hollow
+    markers."""
     return style._replace(dashes=((0, (4, 1.2)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))[number], hollow=True)
 
 
@@ -57,7 +58,7 @@ class Look(NamedTuple):
 
     Attributes:
       title: its name for readers.
-      style: its line style; by default one of the palette that no other learner in the picture has.
+      style: its line style; by default one of the palette that no other learner in the picture uses.
       strong: whether its line is drawn thicker, and above the others.
     """
 
@@ -71,7 +72,7 @@ _ACRONYMS = {"ewc": "EWC", "l1": "L1", "l2": "L2", "mas": "MAS", "snip": "SNIP",
 
 
 def readable(name: str) -> str:
-    """A title for a name in code.
+    """Return a title for a name in code.
 
     >>> readable("layer_norm"), readable("upgd_second_order")
     ('Layer norm', 'UPGD second order')
@@ -81,7 +82,7 @@ def readable(name: str) -> str:
 
 
 def to_json(looks: Mapping[str, Look]) -> str:
-    """Looks by learner, as text to store in results.
+    """Return the looks of learners as text, to store in results.
 
     >>> to_json({"cbp": Look("Continual backprop", BLUE)})
     '{"cbp": ["Continual backprop", ["#0072B2", "-", "o", false], false]}'
@@ -90,7 +91,7 @@ def to_json(looks: Mapping[str, Look]) -> str:
 
 
 def looks_of(results: xr.Dataset) -> dict[str, Look]:
-    """The looks stored in results, by learner; empty if there are none."""
+    """Return the looks stored in results, by learner; empty if there are none."""
     return {
         name: Look(title, None if style is None else _style(*style), strong)
         for name, (title, style, strong) in json.loads(results.attrs.get(ATTRIBUTE, "{}")).items()
@@ -105,17 +106,17 @@ def _style(color: str, dashes: str | list, marker: str, hollow: bool) -> Style:
 
 
 def learner_of(results: xr.Dataset, method: str) -> str:
-    """The name of a method's learner."""
+    """Return the name of a method's learner."""
     return str(results.learner.loc[{"method": method}].item())
 
 
 def look_of(results: xr.Dataset, learner: str) -> Look:
-    """The look of a learner; its name, readable, if results have none with them."""
+    """Return the look of a learner; by default, with its readable name as title."""
     return looks_of(results).get(learner) or Look(readable(learner))
 
 
 def name_of(results: xr.Dataset, method: str) -> str:
-    """A method's label for readers: "Continual backprop (replacement rate 1e-5)"."""
+    """Return a method's label for readers: "Continual backprop (replacement rate 1e-5)"."""
     learner = learner_of(results, method)
     if not method.startswith(learner):
         return readable(method)
@@ -124,7 +125,7 @@ def name_of(results: xr.Dataset, method: str) -> str:
 
 
 def names_of(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
-    """Short and different labels for readers.
+    """Return short labels for readers, all different.
 
     A learner that occurs once is named by its title. Variants of a learner are named by their kinds, as in
     "Tuned Adam + L2", if that distinguishes them, and otherwise by the settings in which they differ:
@@ -159,7 +160,7 @@ def _names_of_variants(results: xr.Dataset, learner: str, labels: Sequence[str])
 
 
 def _kind(title: str, given: Mapping[str, str], among: Sequence[Mapping[str, str]]) -> str:
-    """What kind of variant this is: "Tuned Adam + L2"."""
+    """Return what kind of variant this is: "Tuned Adam + L2"."""
     adds = lambda name: name in given and any(name not in other for other in among)
     equal_decays = lambda settings: "b1" in settings and settings["b1"] == settings.get("b2")
     # Equal decay rates of both moments are what Dohare et al. (Nature 2024) call tuned Adam.
@@ -170,7 +171,7 @@ def _kind(title: str, given: Mapping[str, str], among: Sequence[Mapping[str, str
 
 
 def _settings(results: xr.Dataset, method: str) -> dict[str, str]:
-    """The settings in a method's label, and its numbers, which a label may lack."""
+    """Return the settings in a method's label, and its numbers, also those that the label lacks."""
     inside = method.removeprefix(learner_of(results, method)).removeprefix("(").removesuffix(")")
     parts = (part.partition("=") for part in re.split(r", (?![^()]*\))", inside) if "=" in part)
     found = {name: value for name, _, value in parts}
@@ -188,8 +189,8 @@ def _setting_text(name: str, value: str) -> str:
 
 
 def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
-    """A style for each method: that of its learner; further variants are paler, with other dashes, and alternately
-    hollow.
+    """Return a style for each method: that of its learner; further variants are paler, with other dashes, and
+    alternately hollow.
 
     More than two shades of a color are hard to distinguish. Then variants use the styles of learners that are not
     drawn, as long as there are any.
@@ -221,7 +222,7 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 
 
 def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
-    """The learner's own style, so that it looks the same in every picture; other learners get unused styles."""
+    """Return a style for each learner: its own, which is the same in every picture, or an unused one."""
     own = {learner: look_of(results, learner).style for learner in learners}
     unused = [style for style in (*UNOWNED, *PALETTE) if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
@@ -229,10 +230,10 @@ def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, St
 
 
 def _all_styles(results: xr.Dataset) -> dict[str, Style]:
-    """Styles of all learners in the results, so that a picture of some of them has the same colors."""
+    """Return the styles of all learners in the results, so that a picture of some of them has the same colors."""
     return learner_styles(results, list(dict.fromkeys(map(str, results.learner.values.tolist()))))
 
 
 def style_of(results: xr.Dataset, method: str) -> Style:
-    """The style of a method's learner, as in all pictures of these results."""
+    """Return the style of a method's learner, as in all pictures of these results."""
     return _all_styles(results)[learner_of(results, method)]

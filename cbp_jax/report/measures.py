@@ -1,4 +1,4 @@
-"""What is measured of a task: names of measures, and their meanings."""
+"""Measures of a task: their names and meanings."""
 
 #: Measures of each task, for each method and seed: name of the data variable, and its meaning.
 MEASURES: dict[str, str] = {
@@ -40,7 +40,7 @@ DORMANT_MEASURES: dict[str, str] = {
 def stream_measures(
     *, accuracy: bool = True, updates: bool = False, test: bool = False, dormant: bool = False
 ) -> dict[str, str]:
-    """The measures on a stream of tasks.
+    """Return the measures of a stream of tasks.
 
     Args:
       accuracy: whether tasks are classifications.

@@ -22,7 +22,7 @@ _BAR = 0.3  # width of a group, in lanes
 
 
 def plot_units(units: Sequence[UnitGroup], path: str | Path | None = None) -> Figure:
-    """Draws the groups of units in a network, with the kernels that write and read them.
+    """Draw the groups of units in a network, with the kernels that write and read them.
 
     Each row is a kernel, in forward order, and each bar a group of units, from the first kernel that writes it to the
     last that uses it. The row's arrow goes from the groups that the kernel reads to those that it writes: a stage of a
@@ -90,7 +90,7 @@ def plot_units(units: Sequence[UnitGroup], path: str | Path | None = None) -> Fi
 
 
 def _in_order(units: Units) -> list[str]:
-    """The kernels that write or read a group, in forward order if known, otherwise group by group."""
+    """Return the kernels that write or read a group, in forward order if known, otherwise group by group."""
     touched = dict.fromkeys(
         path
         for group in units
@@ -101,7 +101,7 @@ def _in_order(units: Units) -> list[str]:
 
 
 def _lanes(units: Units, spans: dict[str, tuple[int, int]]) -> dict[str, int]:
-    """A column for each group, such that groups with overlapping spans have different columns; residual streams
+    """Return a column for each group, such that groups with overlapping spans have different columns; residual streams
     leftmost."""
     taken: list[list[tuple[int, int]]] = []
     lanes: dict[str, int] = {}
@@ -126,7 +126,7 @@ def _lanes(units: Units, spans: dict[str, tuple[int, int]]) -> dict[str, int]:
 
 
 def _notes(units: Units, rows: list[str], writes: dict[str, set[str]]) -> dict[int, str]:
-    """The text to the right of a row: groups that begin there, and what is left out."""
+    """Return the text to the right of a row: groups that begin there, and what is left out."""
     notes: dict[int, list[str]] = {}
     for group in units:
         row = next(row for row, kernel in enumerate(rows) if kernel in writes[group.name])
@@ -143,7 +143,7 @@ def _left_out(units: Units, kernel: str) -> LeftOut | None:
 
 
 def _layer(path: str) -> str:
-    """The path of a kernel without the name that Flax gives to all kernels."""
+    """Return the path of a kernel without the name that Flax gives to all kernels."""
     return path.removesuffix("/kernel").removesuffix("/embedding")
 
 
@@ -165,7 +165,7 @@ def _draw_group(ax: Axes, group: UnitGroup, lane: int, touched: list[int]) -> No
 
 
 def _draw_kernel(ax: Axes, row: int, sources: list[int], targets: list[int]) -> None:
-    """An arrow from the groups that a kernel reads to those that it writes."""
+    """Draw an arrow from the groups that a kernel reads to those that it writes."""
     for source in sources:
         if source >= 0:
             ax.plot(source, row, "o", markersize=3, color="white", zorder=4)

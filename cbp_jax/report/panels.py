@@ -1,4 +1,4 @@
-"""What a panel of a picture shows: a measure, its label and its axis."""
+"""Panels of pictures: the measure, its label and its axis."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ PANELS = {
 
 
 def panels_of(measures: str, **labels: str) -> tuple[Panel, ...]:
-    """The panels of some measures, optionally with their own labels."""
+    """Return the panels of some measures, optionally with their own labels."""
     if unknown := [name for name in measures.split() if name not in PANELS]:
         raise ValueError(f"measures must be some of {list(PANELS)}; got {', '.join(map(repr, unknown))}")
     return tuple(PANELS[name]._replace(label=labels.get(name, PANELS[name].label)) for name in measures.split())
 
 
 def performance_label(results: xr.Dataset) -> str:
-    """The label of an axis of the final performance."""
+    """Return the label of an axis of the final performance."""
     if is_accuracy(performance(results)):
         return "Accuracy, last tenth of tasks (%)"
     return PANELS[performance(results)].label + ", last tenth" + " of tasks" * (not over_steps(results))

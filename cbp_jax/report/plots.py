@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SYMPTOM_PANELS = panels_of("dead_units weight_magnitude effective_rank")
-# Of tasks with test examples, the first of them that were measured: as Figure 2 of Dohare et al., Nature 2024.
+# For tasks with test examples: the first few of these that were measured. As Figure 2 of Dohare et al., Nature 2024.
 _TEST_PANELS = panels_of("test_accuracy relative_accuracy dormant_units stable_rank weight_magnitude dead_units")
 _MOST_TEST_PANELS = 4
 _ALL_TEST_PANELS = panels_of(
@@ -59,7 +59,7 @@ _ALL_TEST_PANELS = panels_of(
     accuracy="Training accuracy (%)",
     loss="Training loss",
 )
-# Of agents: as Figures 3 and 4 of Dohare et al., Nature 2024.
+# For agents: as Figures 3 and 4 of Dohare et al., Nature 2024.
 _AGENT_PANELS = panels_of(
     "episode_return dormant_units stable_rank weight_magnitude",
     dormant_units="Policy's dormant units (%)",
@@ -71,7 +71,7 @@ _UPDATE_PANELS = panels_of(
     "plasticity loss dead_units weight_rank weight_l1 weight_l2 gradient_l0 gradient_l1 gradient_l2"
 )
 
-_MOST_LINES = 8  # beyond this, lines cannot be told apart: one variant of each learner is drawn
+_MOST_LINES = 8  # more lines are hard to distinguish: then one variant of each learner is drawn
 
 
 def plot_run(
@@ -81,7 +81,7 @@ def plot_run(
     bin_size: int | None = None,
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:
-    """Draws the pictures of a run.
+    """Draw the pictures of a run.
 
     These are ``tasks``; ``measures``, with more panels, if there are test examples; ``updates`` if these were measured;
     ``sensitivity`` if a learner has several variants; and ``grid`` if several settings of a learner were swept.
@@ -128,7 +128,7 @@ def plot_tasks(
     bin_size: int | None = None,
     measures: Sequence[str] | None = None,
 ) -> Figure:
-    """Plots performance, dead units, weight magnitude and effective rank over tasks; more with test examples.
+    """Plot performance, dead units, weight magnitude and effective rank over tasks; more with test examples.
 
     There is one line for each method: the mean over seeds, with a band of one standard error to either side; for agents
     over steps of the environment, with a 95% bootstrap interval. Tasks are averaged in bins, first within each seed. An
@@ -160,7 +160,7 @@ def plot_tasks(
 
 
 def plot_updates(results: xr.Dataset, *, methods: Sequence[str] | None = None, bin_size: int | None = None) -> Figure:
-    """Plots plasticity, and the sizes of weights and gradients, over tasks.
+    """Plot plasticity, and the sizes of weights and gradients, over tasks.
 
     Args:
       results: results of a run that measured updates.
@@ -236,7 +236,7 @@ def _plot_panels(
 
 
 def best_variants(results: xr.Dataset) -> list[str]:
-    """For each learner the variant with the best final performance, over the last tenth of the tasks.
+    """Return the variant of each learner with the best final performance, over the last tenth of the tasks.
 
     Args:
       results: results of a run. In an unfinished run, the variants of a learner that have progressed furthest are
@@ -282,7 +282,7 @@ def _draw_panel(
             markerfacecolor="white" if style.hollow else style.color,
             markeredgecolor=style.color if style.hollow else "white",
             markeredgewidth=0.7 if style.hollow else 0.3,
-            # Staggered, so that where lines lie on each other every one of them still shows its marker.
+            # Markers are staggered, so that all of them are visible where lines overlap.
             markevery=(round(every * i / len(methods)) if len(task) > every else 0, every),
             zorder=4 if main else 3,
             gid=method,
@@ -300,7 +300,7 @@ def _draw_panel(
 
 
 def cross_out(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines: Mapping[str, Any]) -> None:
-    """Draws a cross on a method's line where a seed diverged, or at the bottom if there is no line."""
+    """Draw a cross on a method's line where a seed diverged, or at the bottom if there is no line."""
     for method in with_diverged(results, methods):
         x, y = lines[method].get_data()
         for task in np.unique(diverged_tasks(results, method)[np.isfinite(diverged_tasks(results, method))]):
@@ -312,7 +312,7 @@ def cross_out(ax: Axes, results: xr.Dataset, methods: Sequence[str], lines: Mapp
 
 
 def _default_bin(tasks: int) -> int:
-    """1 for up to 100 tasks; for more, a round number that gives about 50 bins."""
+    """Return 1 for up to 100 tasks; for more, a round number that gives about 50 bins."""
     if tasks <= 100:
         return 1
     exact = tasks / 50

@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def origin() -> dict[str, str]:
-    """The provenance of results made in this process, as attributes.
+    """Return the provenance of results made in this process, as attributes.
 
     Returns:
       ``device``, such as "cpu x 2"; ``command``, the command line of the process; and ``commit``, the commit of the
@@ -34,7 +34,7 @@ def origin() -> dict[str, str]:
 
 @functools.cache
 def commit_of(folder: Path) -> str:
-    """The git commit of a folder in a checkout.
+    """Return the git commit of a folder in a checkout.
 
     Args:
       folder: the folder of a package.
@@ -51,16 +51,14 @@ def commit_of(folder: Path) -> str:
         return done.stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # fails in an environment inside of another project's checkout
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails in an environment inside another project's checkout
         return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def resume(results: xr.Dataset) -> None:
-    """Records, in place, that a run is resumed, if the command, device or commit has changed.
+    """Record, in place, that a run is resumed, if the command, device or commit has changed.
 
     Args:
       results: results of the run, as found in its folder. Their attribute ``resumed`` gets an entry.
@@ -73,7 +71,7 @@ def resume(results: xr.Dataset) -> None:
 
 
 def add_seconds(results: xr.Dataset, methods: list[str], seconds: float) -> None:
-    """Adds to the time of methods, in place. Methods that run together get equal shares.
+    """Add to the time of methods, in place. Methods that run together get equal shares.
 
     Args:
       results: results whose attribute ``seconds``, JSON, has the time of each method.
@@ -86,5 +84,5 @@ def add_seconds(results: xr.Dataset, methods: list[str], seconds: float) -> None
 
 
 def seconds_of(results: xr.Dataset) -> dict[str, float]:
-    """The time of each method, in seconds of the process, including compilation; empty if unknown."""
+    """Return the time of each method, in seconds of the process, including compilation; empty if unknown."""
     return json.loads(results.attrs.get("seconds", "{}"))

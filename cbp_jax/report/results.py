@@ -41,7 +41,7 @@ def new_results(
     measures: Mapping[str, str] = MEASURES,
     looks: Mapping[str, Look] | None = None,
 ) -> xr.Dataset:
-    """Allocates the results of a run, NaN everywhere.
+    """Allocate the results of a run, NaN everywhere.
 
     Args:
       methods: a label for each method, all different, such as ``"cbp(replacement_rate=1e-05)"``.
@@ -133,7 +133,7 @@ def record_task(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> None:
-    """Writes the measurements of one task into the results, in place.
+    """Write the measurements of one task into the results, in place.
 
     Args:
       results: a dataset made by :func:`new_results`.
@@ -182,17 +182,16 @@ def record_task(
 
 
 def record_lanes(results: xr.Dataset, task: int, values: Mapping[str, Any], lanes: Sequence[tuple[str, int]]) -> None:
-    """Writes what was measured of one task in some lanes into the results, in place.
+    """Write the measurements of one task in some lanes into the results, in place.
 
     Args:
-      results: a dataset as :func:`new_results` makes it.
+      results: a dataset made by :func:`new_results`.
       task: the task's index, from 0.
-      values: name of a measure -> array [lanes], and further axes where the measure has them.
-      lanes: method and seed of each.
+      values: name of a measure -> array [lanes], with further axes if the measure has them.
+      lanes: method and seed of each lane.
 
     Raises:
-      ValueError: an unknown task, measure, method or seed, or an array of another shape. Nothing has been
-        written then.
+      ValueError: a task, measure, method or seed is unknown, or an array has another shape. Then nothing is written.
 
     Example:
       >>> results = new_results(["bp", "cbp"], ["bp", "cbp"], [{}, {}], seeds=3, tasks=10, settings={},
@@ -218,10 +217,10 @@ def record_lanes(results: xr.Dataset, task: int, values: Mapping[str, Any], lane
 
 
 def positions_of(results: xr.Dataset, lanes: Sequence[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of lanes, methods and seeds, along `method` and `seed`.
+    """Return the indices of lanes, methods and seeds, along `method` and `seed`.
 
     Raises:
-      ValueError: a lane is not there.
+      ValueError: a lane is not in the results.
     """
     rows = results.indexes["method"].get_indexer([label for label, _ in lanes])
     columns = results.indexes["seed"].get_indexer([seed for _, seed in lanes])
@@ -235,12 +234,12 @@ def positions_of(results: xr.Dataset, lanes: Sequence[tuple[str, int]]) -> tuple
 
 
 def settings_json(settings: Any) -> str:
-    """The settings of an experiment, a dataclass or a mapping, as JSON for results."""
+    """Return the settings of an experiment, a dataclass or a mapping, as JSON for results."""
     return json.dumps(_plain(settings), sort_keys=True)
 
 
 def _plain(value: Any) -> Any:
-    """Converts settings for JSON: dataclasses become dicts, arrays lists, and other objects text."""
+    """Convert settings for JSON: dataclasses become dicts, arrays lists, and other objects text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The runs in a folder, and how far they are."""
+"""The runs in a folder, and their progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Run(NamedTuple):
     """A run, as `list_runs` finds it.
 
     Attributes:
-      folder: of the run.
+      folder: the folder of the run.
       experiment: its name.
       state: "finished", "running", "failed: ...", or "unfinished: 3 of 10 tasks", of all methods and seeds.
       headline: the best method and its performance in the last tenth of the tasks.
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 def list_runs(folder: str | Path) -> list[Run]:
-    """Finds the runs in a folder and its subfolders.
+    """Find the runs in a folder and its subfolders.
 
     Args:
       folder: where to look.
@@ -48,17 +48,17 @@ def list_runs(folder: str | Path) -> list[Run]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder must be that of runs; there is none at {folder}")
+        raise FileNotFoundError(f"folder must exist; there is none at {folder}")
     parents = [path.parent for path in folder.rglob(FILE_NAME)]
     # The parts of several processes are one run.
     runs = [_run(run) for run in sorted({path.parents[1] if path.parent.name == PARTS else path for path in parents})]
     if not runs:
-        raise ValueError(f"folder must have runs in it, and {folder} has no {FILE_NAME}, nor has a folder below it")
+        raise ValueError(f"folder must contain runs; neither {folder} nor a folder in it has a {FILE_NAME}")
     return runs
 
 
 def runs_table(runs: list[Run], folder: str | Path) -> str:
-    """The runs as a table of text, with names of folders as seen from one."""
+    """Return the runs as a table of text, with names of folders relative to `folder`."""
     table = [("run", "experiment", "state", "best in the last tenth of tasks")]
     table += [(str(run.folder.relative_to(folder)), *run[1:]) for run in runs]
     return "\n".join(text_table(table, left=None))
@@ -83,7 +83,7 @@ def _state(results: xr.Dataset, folder: Path) -> str:
 
 
 def tasks_done(results: xr.Dataset) -> tuple[int, int]:
-    """Number of finished tasks of all methods and seeds, and number of all tasks."""
+    """Return the number of finished tasks of all methods and seeds, and the number of all tasks."""
     counted = [values for values in results.data_vars.values() if {"seed", "task"} <= set(values.dims)]
     counted = [values.isel({dim: 0 for dim in set(values.dims) - {"method", "seed", "task"}}) for values in counted]
     counts = [(int(values.notnull().sum()), values.size) for values in counted]

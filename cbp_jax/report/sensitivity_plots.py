@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def plot_sensitivity(results: xr.Dataset, *, hyperparameter: str | None = None) -> Figure:
-    """Plots the final performance against the values of a hyperparameter.
+    """Plot the final performance against the values of a hyperparameter.
 
     There is one line for each learner: the mean over seeds of the accuracy, or the loss, over the last tenth of the
     tasks, with one standard error. If a learner was run with several other settings at one value, the best of them is
@@ -129,7 +129,7 @@ def _draw_sensitivity(
 
 
 def swept_learners(results: xr.Dataset) -> dict[str, list[str]]:
-    """Hyperparameters for which a learner has finished tasks with several values, and those learners."""
+    """Return the learners that have finished tasks with several values of a hyperparameter, by hyperparameter."""
     methods = started(results)
     swept: dict[str, list[str]] = {}
     for name, column in results.coords.items():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def mean_and_error(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error over the seeds that have a value.
+    """Return the mean and standard error over the seeds that have a value.
 
     Args:
       values: an array with seeds along ``axis``. Non-finite values are left out.
@@ -41,7 +41,7 @@ def mean_and_error(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
-    """Splits a sequence of tasks into contiguous blocks of nearly equal length, with longer blocks last.
+    """Split a sequence of tasks into contiguous blocks of nearly equal length, with longer blocks last.
 
     Args:
       tasks: number of tasks.
@@ -60,7 +60,7 @@ def blocks_of_tasks(tasks: int, blocks: int = 10) -> list[slice]:
 
 
 def performance(results: xr.Dataset) -> str:
-    """The measure of performance of a run.
+    """Return the measure of performance of a run.
 
     That is "test_accuracy" if tasks have test examples, otherwise "accuracy", or "loss" for regressions;
     "episode_return" for agents.
@@ -76,17 +76,17 @@ def performance(results: xr.Dataset) -> str:
 
 
 def is_accuracy(measure: str) -> bool:
-    """Whether a measure of performance is shown in percent."""
+    """Return whether a measure of performance is shown in percent."""
     return measure in ("accuracy", "test_accuracy")
 
 
 def better(measure: str) -> int:
-    """1 if a higher value of a performance measure is better, -1 if a lower value is."""
+    """Return 1 if a higher value of a performance measure is better, -1 if a lower value is."""
     return -1 if measure == "loss" else 1
 
 
 def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
-    """The progress of a method.
+    """Return the progress of a method.
 
     Args:
       results: results of a run.
@@ -106,7 +106,7 @@ def finished_tasks(results: xr.Dataset, method: str) -> tuple[np.ndarray, int]:
 
 
 def last_tenth(results: xr.Dataset, method: str, measure: str | None = None) -> np.ndarray:
-    """Mean of a measure over the last tenth of a method's finished tasks, for each seed.
+    """Return the mean of a measure over the last tenth of a method's finished tasks, for each seed.
 
     Args:
       results: results of a run.
@@ -120,14 +120,14 @@ def last_tenth(results: xr.Dataset, method: str, measure: str | None = None) -> 
 
 
 def summary(results: xr.Dataset) -> str:
-    """The results of a run as a text table.
+    """Return the results of a run as a text table.
 
     For each method the table shows its performance (accuracy in percent, loss, or return) in the first, the best and
-    the last tenth of its finished tasks, where the best is that of the best mean over seeds; how much of the best was
-    lost at the end (a difference within each seed); the mean plasticity over all tasks, if measured; and the dead units
-    in the last tenth in percent, or the dormant units if only these were counted. Performances are the mean over seeds
-    and half the width of its 95% confidence interval (Student's t), which requires at least two seeds. Diverged seeds
-    are left out, and listed below the table.
+    the last tenth of its finished tasks (the best by the mean over seeds); how much of the best was lost at the end (a
+    difference within each seed); the mean plasticity over all tasks, if measured; and the dead units in the last tenth
+    in percent, or the dormant units if only these were counted. Performances are the mean over seeds and half the width
+    of its 95% confidence interval (Student's t), which requires at least two seeds. Diverged seeds are left out, and
+    listed below the table.
 
     Args:
       results: results of a run.
@@ -172,7 +172,7 @@ def summary(results: xr.Dataset) -> str:
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """A 95% bootstrap interval of the mean over seeds, by percentiles.
+    """Return a 95% bootstrap interval of the mean over seeds, by percentiles.
 
     Args:
       values: array [seeds, n]. Non-finite values are left out.
@@ -196,7 +196,7 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np
 
 
 def bootstrap_text(values: np.ndarray, digits: int = 2, of: Callable[[Any], Any] = lambda value: value) -> str:
-    """The mean over seeds and its 95% bootstrap interval.
+    """Return the mean over seeds and its 95% bootstrap interval.
 
     Args:
       values: array [seeds]. Non-finite values are left out.
@@ -221,7 +221,7 @@ def bootstrap_text(values: np.ndarray, digits: int = 2, of: Callable[[Any], Any]
 
 
 def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
-    """Means of a measure over tenths of a method's finished tasks: [seeds that have run, at most 10]."""
+    """Return means of a measure over tenths of a method's finished tasks: [seeds that have run, at most 10]."""
     seeds, tasks = finished_tasks(results, method)
     values = results[measure].loc[{"method": method}].transpose("seed", "task").values[seeds]
     means = [values[:, block].mean(1, dtype=np.float64) for block in blocks_of_tasks(tasks)]
@@ -229,7 +229,7 @@ def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
 
 
 def interval_text(values: np.ndarray, digits: int) -> str:
-    """Mean over seeds and half the width of its 95% confidence interval; only the mean for one seed."""
+    """Return the mean over seeds and half the width of its 95% confidence interval; only the mean for one seed."""
     from scipy import stats
 
     mean, error = mean_and_error(values)
@@ -239,11 +239,11 @@ def interval_text(values: np.ndarray, digits: int) -> str:
 
 
 def binned(values: np.ndarray, bin_size: int, bootstrap: bool = False) -> tuple[np.ndarray, ...]:
-    """Bins of values [seeds, tasks]: their centers, with tasks counted from 1, means over seeds, and ends of the
+    """Average values [seeds, tasks] in bins. Return the bins' centers (tasks count from 1), means and ends of the
     band."""
     seeds, tasks = values.shape
     bins = math.ceil(tasks / bin_size)
-    # Padded with NaN, which the means leave out, as they do tasks that have not been run.
+    # Padded with NaN, which the means leave out, like tasks that have not run.
     values = np.pad(values, ((0, 0), (0, bins * bin_size - tasks)), constant_values=np.nan)
     task = np.broadcast_to(np.arange(1.0, bins * bin_size + 1), values.shape)
     task = np.where(np.isfinite(values), task, np.nan)
@@ -256,39 +256,39 @@ def binned(values: np.ndarray, bin_size: int, bootstrap: bool = False) -> tuple[
 
 
 def over_steps(results: xr.Dataset) -> bool:
-    """Whether "tasks" are intervals of an agent's life."""
+    """Return whether "tasks" are intervals of an agent's steps."""
     return performance(results) == "episode_return"
 
 
 def started(results: xr.Dataset) -> list[str]:
-    """Methods that have finished a task with every seed that was started."""
+    """Return the methods that have finished a task with every seed that was started."""
     return [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
 
 
 def begun(results: xr.Dataset) -> list[str]:
-    """Those, and methods whose seeds have all diverged."""
+    """Return the methods that have `started`, and those whose seeds have all diverged."""
     some_finished = started(results)
     all_diverged = lambda method: np.isfinite(diverged_tasks(results, method)).all()
     return [method for method in results.method.values.tolist() if method in some_finished or all_diverged(method)]
 
 
 def unfinished(results: xr.Dataset, method: str) -> bool:
-    """Whether a method still has tasks to do."""
+    """Return whether a method still has tasks to do."""
     return finished_tasks(results, method)[1] < results.sizes["task"]
 
 
 def with_diverged(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
-    """Those of the methods of which a seed has diverged."""
+    """Return the methods of which a seed has diverged."""
     return [method for method in methods if np.isfinite(diverged_tasks(results, method)).any()]
 
 
 def diverged_note(results: xr.Dataset, methods: Sequence[str]) -> str:
-    """What a picture says of crosses, if it has any."""
+    """Return the end of a picture's note, which explains crosses if there are any."""
     return "; cross: a seed diverged, and is left out" if with_diverged(results, methods) else ""
 
 
 def seeds_note(results: xr.Dataset, methods: Sequence[str]) -> str:
-    """What a picture says of its lines and bands."""
+    """Return the start of a picture's note, which explains lines and bands."""
     counts = {len(finished_tasks(results, method)[0]) for method in methods}
     if counts == {1}:
         return "One seed"

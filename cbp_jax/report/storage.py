@@ -1,6 +1,6 @@
 """Results on disk: one netCDF file for each run, which is written atomically.
 
-While several processes share a run, each keeps a file of its own; who loads the results gets all of them.
+While several processes share a run, each has its own file, and `load_results` joins them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import xarray as xr
 
 FILE_NAME = "results.nc"
-PARTS = "processes"  # where the processes of a run that is not finished keep their parts, each a folder with that file
+PARTS = "processes"  # folder of an unfinished run in which each process has a folder with its results
 
 
 def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:
-    """Writes the results of a run to ``run_dir/results.nc`` atomically.
+    """Write the results of a run to ``run_dir/results.nc`` atomically.
 
     The file is made in memory, written to a temporary file and then moved, so that a reader, a killed run or a full
     disk leaves either the previous results or these. Data are stored with checksums, and :func:`load_results` rejects
@@ -52,9 +52,9 @@ def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:
 
 
 def load_results(path: str | Path) -> xr.Dataset:
-    """Reads the results of a run, complete or not.
+    """Read the results of a run, complete or not.
 
-    Where several processes are at work, or were, what each of them has finished is in the dataset.
+    If several processes share the run, the dataset includes what each of them has finished.
 
     Args:
       path: the folder of the run, or its ``results.nc``.
@@ -72,7 +72,7 @@ def load_results(path: str | Path) -> xr.Dataset:
     require("h5netcdf")
     require("h5py")
     path = Path(path)
-    # Parts come first: who joins them writes the file before removing them.
+    # Parts are read first: the process that joins them writes the file before it removes them.
     parts = _load_parts(path) if path.is_dir() else []
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
@@ -85,10 +85,10 @@ def load_results(path: str | Path) -> xr.Dataset:
 
 
 def part_files(run_dir: Path) -> list[Path]:
-    """The files of results that the processes of a run keep, the oldest first."""
+    """Return the files of results that the processes of a run keep, the oldest first."""
     found = []
     for file in (Path(run_dir) / PARTS).glob(f"*/{FILE_NAME}"):
-        with contextlib.suppress(FileNotFoundError):  # removed by now
+        with contextlib.suppress(FileNotFoundError):  # was removed meanwhile
             found.append((file.stat().st_mtime_ns, file))
     return [file for _, file in sorted(found)]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int | None = 1) -> list[str]:
-    """The lines of a table.
+    """Return the lines of a table.
 
     Args:
       rows: cells; the first row is the header, and gets a rule below it.

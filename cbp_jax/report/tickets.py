@@ -38,10 +38,10 @@ _PANELS = {
 
 
 def plot_tickets(results: xr.Dataset, out: str | Path, *, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run: ``density``, and ``accuracy`` if there are tickets.
+    """Draw the pictures of a run: ``density``, and ``accuracy`` if there are tickets.
 
     Args:
-      results: of an experiment on lottery tickets, finished or not.
+      results: results of an experiment on lottery tickets, finished or not.
       out: folder for the pictures.
       formats: kinds of file to write, as Matplotlib names them.
 
@@ -58,12 +58,12 @@ def plot_tickets(results: xr.Dataset, out: str | Path, *, formats: Sequence[str]
 
 
 def plot_densities(results: xr.Dataset) -> Figure:
-    """Plots early stopping and accuracy against density, from dense to sparse: the paper's Figures 1 and 4.
+    """Plot early stopping and accuracy against density, from dense to sparse: the paper's Figures 1 and 4.
 
     There is one line for each kind of network: the mean over seeds, with bars from the smallest to the largest value.
 
     Args:
-      results: of an experiment on lottery tickets.
+      results: results of an experiment on lottery tickets.
 
     Returns:
       A Matplotlib figure.
@@ -99,14 +99,14 @@ def plot_densities(results: xr.Dataset) -> Figure:
 
 
 def plot_accuracies(results: xr.Dataset) -> Figure:
-    """Plots test accuracy during training for tickets of selected densities: the paper's Figure 3.
+    """Plot test accuracy during training for tickets of selected densities: the paper's Figure 3.
 
     The three panels show tickets of high density, tickets of low density, and tickets together with their reinitialized
     networks, or with another control if these are missing. Lines are means over seeds, with bars from the smallest to
     the largest value.
 
     Args:
-      results: of an experiment on lottery tickets, with "ticket" among its methods.
+      results: results of an experiment on lottery tickets, with "ticket" among its methods.
 
     Returns:
       A Matplotlib figure.
@@ -160,14 +160,14 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
 
 
 def summarize_tickets(results: xr.Dataset) -> str:
-    """The results of a run as text tables, with a row for each round.
+    """Return the results of a run as text tables, with a row for each round.
 
     For each kind of network the table shows the mean over seeds ± half its 95% confidence interval (Student's t). A
     second table shows the differences between the ticket and the dense network of the same seed, and between the ticket
     and its reinitialized network.
 
     Args:
-      results: of an experiment on lottery tickets, finished or not.
+      results: results of an experiment on lottery tickets, finished or not.
 
     Returns:
       The tables, without a newline at their end.
@@ -195,20 +195,20 @@ def summarize_tickets(results: xr.Dataset) -> str:
 
 
 def _finished(results: xr.Dataset) -> int:
-    """The number of rounds that all kinds and seeds have finished."""
+    """Return the number of rounds that all kinds and seeds have finished."""
     rounds = int(np.isfinite(results.density.transpose("task", ...).values).all((1, 2)).sum())
     if not rounds:
-        raise ValueError("results: no round has finished, so that there is nothing to draw")
+        raise ValueError("results: no round has finished, so there is nothing to draw")
     return rounds
 
 
 def _values(results: xr.Dataset, measure: str, method: str) -> np.ndarray:
-    """A measure of one kind of network, float64 [seeds, rounds, ...]."""
+    """Return a measure of one kind of network, float64 [seeds, rounds, ...]."""
     return results[measure].loc[{"method": method}].transpose("seed", "task", ...).values.astype(np.float64)
 
 
 def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.ndarray) -> None:
-    """A line of means over seeds with a bar at each point."""
+    """Draw a line of means over seeds with a bar at each point."""
     look = look_of(results, method)
     style = look.style or PALETTE[-1]
     mean = values.mean(0)
@@ -231,7 +231,7 @@ def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.
 
 
 def _line(ax, x, curves, style, dashes, label, place, every) -> None:
-    """A curve of means over seeds with some bars, at different positions for each curve."""
+    """Draw a curve of means over seeds with some bars, whose positions differ from those of other curves."""
     some = np.isfinite(curves).all(0)
     x, curves = x[some], curves[:, some]
     mean = curves.mean(0)

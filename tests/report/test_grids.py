@@ -64,7 +64,7 @@ def test_a_line_for_each_value_of_the_other_setting_with_intervals_over_seeds(tm
 def test_errors_say_what_was_not_swept_or_not_run():
     results, _ = grid_results(run=0)
     assert sensitivity(results).accuracy.isnull().all()
-    with pytest.raises(ValueError, match="nothing that was swept has finished a task"):
+    with pytest.raises(ValueError, match="no swept method has finished a task"):
         plot_grid(results)
     with pytest.raises(ValueError, match="results must be of a sweep, with several values of a number; got bp"):
         sensitivity(new_results(["bp"], ["bp"], [{"step_size": 1}], seeds=1, tasks=1, settings={}, experiment="x"))

@@ -87,7 +87,7 @@ def test_runs_below_a_folder_are_listed_with_state_and_headline(tmp_path):
 
 
 def test_folders_without_runs_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"folder must have runs in it, and .* has no results\.nc"):
+    with pytest.raises(ValueError, match=r"folder must contain runs; neither .* nor a folder in it has a results\.nc"):
         list_runs(tmp_path)
-    with pytest.raises(FileNotFoundError, match="folder must be that of runs; there is none at"):
+    with pytest.raises(FileNotFoundError, match="folder must exist; there is none at"):
         list_runs(tmp_path / "absent")
