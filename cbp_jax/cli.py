@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
       argv: the arguments of the command line, by default those of the process.
@@ -36,18 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cbp-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("cbp-jax: stopped; the results of the tasks that were finished are saved", file=sys.stderr)
+        print("cbp-jax: stopped; the results of finished tasks are saved", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     return 0
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """Raised when the process receives SIGTERM."""
 
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, by which batch systems end a process, ends it as Ctrl-C does."""
+    """Treat SIGTERM, which batch systems send to end a process, like Ctrl-C."""
 
     def stop(*_: Any) -> None:
         raise _Terminated
@@ -124,14 +124,14 @@ def _plot(argv: list[str]) -> None:
         "--out",
         type=Path,
         default=None,
-        help="folder for the pictures, by default that of the run; for several runs also for their joined results",
+        help="folder for the pictures, by default that of the run. Several runs need it, also for their joined results",
     )
     parser.add_argument("--formats", nargs="+", default=["png"], help="such as png pdf svg")
     parser.add_argument(
         "--measures",
         nargs="+",
         default=None,
-        help="draws only these measures over tasks, a panel each: chosen.png; such as accuracy dead_units",
+        help="draw only these measures over tasks, a panel for each, in chosen.png; such as accuracy dead_units",
     )
     args = parser.parse_args(argv)
     from cbp_jax import cli_show, report
@@ -190,7 +190,7 @@ def _data(argv: list[str]) -> None:
 
 
 def _use_all_cores() -> None:
-    """Lets the lanes of a CPU run use every core. Must be called before JAX starts."""
+    """Let the lanes of a CPU run use every core. Must be called before JAX starts."""
     import jax
 
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):

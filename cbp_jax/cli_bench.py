@@ -11,7 +11,7 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
     """Run the command.
 
     Args:
-      argv: its words.
+      argv: the arguments of the command.
       before: called before a user's module is imported.
     """
     args = _parser().parse_args(argv)
@@ -27,7 +27,7 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
     if not args.method and not args.report:
         raise ValueError("--method must name the methods to run ('all' for every learner), unless --report is given")
     if args.published is not None and not args.published.is_dir():
-        raise FileNotFoundError(f"--published must be a folder of results, and there is none at {args.published}")
+        raise FileNotFoundError(f"--published must be a folder of results, got {args.published}")
     texts = list(LEARNERS) if args.method == ["all"] else args.method
     methods = []
     if texts:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="METHOD",
-        help="methods to run, as in `cbp-jax run --methods`. Settings that are given are not tuned. 'all' is every "
+        help="methods to run, as in `cbp-jax run --methods`. Settings given here are not tuned. 'all' is every "
         "learner. A function of your own is tuned over its attribute `space`, if it has one",
     )
     parser.add_argument("--problems", nargs="+", default=None, help="subset of the suite's problems; all by default")

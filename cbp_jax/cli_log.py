@@ -18,14 +18,14 @@ class JsonLines:
     file, and repeated tasks are written again.
 
     Args:
-      folder: of the run.
+      folder: the folder of the run.
     """
 
     def __init__(self, folder: Path):
         self._path = Path(folder) / JSON_LINES
 
     def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
-        """Write a task, counted from 0. Non-finite values become null."""
+        """Write the means of a finished task; `task` counts from 0. Non-finite values become null."""
         numbers = {name: value if math.isfinite(value) else None for name, value in means.items()}
         self._write({"method": method, "task": task, **numbers})
 
@@ -43,7 +43,7 @@ class Tensorboard:
     """Writes scalars for TensorBoard, one run for each method. Requires tensorboardX.
 
     Args:
-      folder: of the run.
+      folder: the folder of the run.
 
     Raises:
       ImportError: tensorboardX is not installed.
@@ -59,7 +59,7 @@ class Tensorboard:
         self._writers: dict[str, Any] = {}
 
     def task_done(self, method: str, task: int, means: dict[str, float]) -> None:
-        """Write a task, which counts from 0."""
+        """Write the means of a finished task as scalars; `task` counts from 0."""
         writer = self._writers.get(method) or self._writers.setdefault(method, self._make(method))
         for name, value in means.items():
             writer.add_scalar(name, value, task)

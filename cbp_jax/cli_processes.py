@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from cbp_jax.experiments.share import Share
 
-TIMEOUT = 300  # seconds, as JAX has it
+TIMEOUT = 300  # seconds, the default of JAX
 
-# In a process of its own: JAX ends a process whose partners do not come, and one whose partners end. Lanes have nothing
-# to say to each other, so that nobody stays connected.
+# Runs in a subprocess, because JAX ends a process if its partners do not start, or if one of them ends. Lanes do not
+# communicate, so the processes disconnect once they have met.
 _MEET = """
 import json, sys, jax
 jax.distributed.initialize(**json.loads(sys.argv[1]))
@@ -24,12 +24,12 @@ jax.distributed.shutdown()
 
 
 class Given(NamedTuple):
-    """What the command line says of processes.
+    """Options of the command line about several processes.
 
     Attributes:
-      share: this process, where it is said.
-      coordinator: address of process 0, where it is said.
-      detect: whether they are found as JAX finds them.
+      share: this process, if given.
+      coordinator: address of process 0, if given.
+      detect: whether JAX finds the processes by itself.
     """
 
     share: Share | None = None
@@ -38,14 +38,14 @@ class Given(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `cbp-jax run` that are about processes."""
+    """Add the options of `cbp-jax run` about several processes."""
     group = parser.add_argument_group(
-        "several processes", "share the lanes of a run; they need a folder (--out) that all of them see"
+        "several processes", "share the lanes of a run; all need access to its folder (--out)"
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="find the other processes as JAX does: SLURM, Open MPI, Kubernetes, Cloud TPU",
+        help="let JAX find the other processes: on SLURM, Open MPI, Kubernetes, Cloud TPU",
     )
     group.add_argument(
         "--coordinator", metavar="HOST:PORT", help="address of process 0, with a port that is free there"
@@ -55,10 +55,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read(given: argparse.Namespace) -> Given:
-    """Read these options.
+    """Read the options about several processes.
 
     Raises:
-      ValueError: some of them are missing, or wrong.
+      ValueError: an option is missing or wrong.
     """
     options = {
         "coordinator": given.coordinator,
@@ -69,7 +69,7 @@ def read(given: argparse.Namespace) -> Given:
     if given.distributed:
         if len(missing) < len(options):
             both = ", ".join(f"--{name}" for name in options if name not in missing)
-            raise ValueError(f"--distributed finds the processes; got {both} too")
+            raise ValueError(f"--distributed finds the processes by itself; leave out {both}")
         return Given(detect=True)
     if len(missing) == len(options):
         return Given()
@@ -87,10 +87,10 @@ def read(given: argparse.Namespace) -> Given:
 
 
 def meet(given: Given, timeout: int = TIMEOUT) -> Share:
-    """Wait until all processes are there, by `jax.distributed`.
+    """Wait until all processes have started, using `jax.distributed`.
 
     Args:
-      given: of the command line.
+      given: the options of the command line.
       timeout: seconds to wait.
 
     Returns:
@@ -98,8 +98,8 @@ def meet(given: Given, timeout: int = TIMEOUT) -> Share:
 
     Raises:
       ValueError: no cluster is found, or the coordinator has no address.
-      TimeoutError: some process has not come.
-      RuntimeError: JAX says something else, such as that a port is in use.
+      TimeoutError: a process has not started in time.
+      RuntimeError: another error of JAX, such as a port in use.
     """
     how = {"initialization_timeout": timeout}
     if given.share is not None:
@@ -107,7 +107,7 @@ def meet(given: Given, timeout: int = TIMEOUT) -> Share:
         try:
             socket.getaddrinfo(host, None)
         except OSError as error:
-            raise ValueError(f"coordinator must be the address of a machine; {host!r} is none ({error})") from None
+            raise ValueError(f"coordinator must be the address of a machine; got {host!r} ({error})") from None
         how |= {"coordinator_address": given.coordinator, "cluster_detection_method": "deactivate"}
         how |= {"num_processes": given.share.count, "process_id": given.share.index}
         whose = f"process {given.share.index} of {given.share.count}"
@@ -134,7 +134,7 @@ def meet(given: Given, timeout: int = TIMEOUT) -> Share:
 def _error(given: Given, told: str, timeout: int) -> Exception:
     if given.detect and ("should be defined" in told or "must be defined" in told):
         return ValueError(
-            "--distributed finds no cluster here that JAX knows; give --coordinator, --process-id and --processes"
+            "--distributed found no cluster that JAX supports; give --coordinator, --process-id and --processes"
         )
     where = f" at {given.coordinator}" if given.coordinator else ""
     if "newer incarnation" in told and given.share is not None:
@@ -146,4 +146,4 @@ def _error(given: Given, told: str, timeout: int) -> Exception:
             "and with a process_id of its own"
         )
     last = [line for line in told.splitlines() if line.strip()]
-    return RuntimeError(f"the processes did not meet{where}: {last[-1] if last else 'JAX says no more'}")
+    return RuntimeError(f"the processes did not meet{where}: {last[-1] if last else 'JAX gives no reason'}")

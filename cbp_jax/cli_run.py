@@ -14,16 +14,16 @@ from cbp_jax import cli_processes, cli_show
 
 
 class _Asked(NamedTuple):
-    """What the command line asks for.
+    """The parsed command line.
 
     Attributes:
       given: the options that all experiments have.
-      processes: what is said of several processes, a `cli_processes.Given`.
-      share: this process, where there are several.
-      experiment: what to run.
-      start: settings of the preset.
-      settings: these, changed by the options of the experiment.
-      out: folder of the run.
+      processes: the options about several processes.
+      share: this process, if there are several; otherwise None.
+      experiment: the experiment to run.
+      start: the settings of the preset.
+      settings: the settings of the preset, changed by the options of the experiment.
+      out: the folder of the run.
     """
 
     given: argparse.Namespace
@@ -36,10 +36,10 @@ class _Asked(NamedTuple):
 
 
 def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None:
-    """Runs the command.
+    """Run the command.
 
     Args:
-      argv: its words.
+      argv: the arguments of the command.
       before: called before a user's module is imported.
     """
     asked = _read(argv, before)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
 
 
 def _read(argv: Sequence[str], before: Callable[[], None]) -> _Asked | None:
-    """Reads the command line; nothing is left to do where it names no experiment, and help is shown."""
+    """Read the command line. If it names no experiment, print the help and return None."""
     from cbp_jax.experiments import learners
 
     parser = _parser()
@@ -68,7 +68,7 @@ def _read(argv: Sequence[str], before: Callable[[], None]) -> _Asked | None:
         return None
     share = processes.share
     if processes.detect and not given.help and not given.plan:
-        share = cli_processes.meet(processes)  # which may choose devices, so that it comes before JAX starts
+        share = cli_processes.meet(processes)  # may choose devices, so it must come before JAX starts
     experiment = _experiment(given.experiment, before)
     start = experiment.preset(given.preset, given.dataset)
     if given.help:
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         default="laptop",
         help="settings to start from: smoke, laptop, paper, or another that `cbp-jax list` shows",
     )
-    parser.add_argument("--dataset", default=None, help="images; the preset's sizes may depend on it")
+    parser.add_argument("--dataset", default=None, help="dataset of images; the preset's sizes may depend on it")
     parser.add_argument("--out", type=Path, default=None, help="folder for results and pictures; by default runs/...")
     parser.add_argument(
         "--grid",
@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=None,
         metavar="N",
-        help="the most lanes that the devices hold, for the same results in less memory; found if not given",
+        help="maximum number of lanes on the devices at once, by default as many as fit. Fewer need less memory; the "
+        "results are the same",
     )
     parser.add_argument(
         "--log",
@@ -130,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-compilation-cache",
         action="store_true",
-        help="compile everything anew. Otherwise compiled programs are cached in the user's cache folder, or in "
+        help="compile everything again. Otherwise compiled programs are cached in the user's cache folder, or in "
         "JAX_COMPILATION_CACHE_DIR",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -140,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _experiment(name: str, before: Callable[[], None]) -> Any:
-    """The experiment of a name or an import path."""
+    """Return the experiment of a name or an import path."""
     from cbp_jax import by_path, experiments
 
     if name in experiments.EXPERIMENTS:
@@ -156,7 +157,7 @@ def _experiment(name: str, before: Callable[[], None]) -> Any:
 
 
 def _parse(program: str, start: Any, argv: list[str]) -> Any:
-    """Reads the options that the dataclass of settings has, with `start` as defaults."""
+    """Parse the settings of the experiment, with `start` as defaults."""
     try:
         tyro = importlib.import_module("tyro")
     except ImportError as error:
@@ -165,12 +166,12 @@ def _parse(program: str, start: Any, argv: list[str]) -> Any:
 
 
 def _swept(experiment: Any, settings: Any, grid: dict[str, tuple[str, ...]]) -> Any:
-    """The settings with a method for each combination of the grid's values."""
+    """Return the settings with a method for each combination of the grid's values."""
     from cbp_jax.experiments import learners
 
     methods = experiment.check(settings)
     if not hasattr(settings, "methods") or not all(isinstance(method, learners.Method) for method in methods):
-        raise ValueError(f"grid must be left out: {experiment.name} compares no learners; got {' '.join(grid)}")
+        raise ValueError(f"grid must be left out: {experiment.name} does not compare learners; got {' '.join(grid)}")
     return dataclasses.replace(settings, methods=learners.expand(settings.methods, grid))
 
 
@@ -180,7 +181,7 @@ def _hash(settings: Any) -> str:
 
 
 def _prepare(asked: _Asked, before: Callable[[], None]) -> Any:
-    """Checks the folder, the settings and the options, and prepares the run."""
+    """Check the folder, the settings and the options, and prepare the run."""
     from cbp_jax import cli_compiled
     from cbp_jax.experiments import folder
 
@@ -198,25 +199,25 @@ def _prepare(asked: _Asked, before: Callable[[], None]) -> Any:
 
 
 def _check_options(asked: _Asked, job: Any) -> None:
-    """Raises a ValueError for an option that this run cannot have."""
+    """Raise a ValueError for an option that this run cannot have."""
     given, name, share = asked.given, asked.experiment.name, asked.share
     has_plan = getattr(job, "plan", None) is not None
     if share is not None:
         if not has_plan:
-            raise ValueError(f"processes must be left out: the methods of {name} are no lanes of programs")
+            raise ValueError(f"processes must be left out: several processes cannot share the methods of {name}")
         if given.log:
             raise ValueError(
-                f"--log must be left out with several processes, of which none has all lanes; got {given.log}"
+                f"--log must be left out with several processes, since none of them has all lanes; got {given.log}"
             )
         share.check(job.num_lanes())
     if given.log and not has_plan:
-        raise ValueError(f"--log must be left out: {name} tells of no single method; got {given.log}")
+        raise ValueError(f"--log must be left out: {name} does not report each method; got {given.log}")
     if given.plan and not has_plan:
-        raise ValueError(f"--plan must be left out: the methods of {name} are no lanes of programs")
+        raise ValueError(f"--plan must be left out: {name} has no plan")
 
 
 def _announce(asked: _Asked, job: Any) -> None:
-    """Prints what will run."""
+    """Print what will run."""
     print(f"{asked.experiment.name}: {asked.experiment.about}\n{_told(asked.settings)}", file=sys.stderr)
     plan = getattr(job, "plan", None)
     if plan is not None:
@@ -224,7 +225,7 @@ def _announce(asked: _Asked, job: Any) -> None:
 
 
 def _told(settings: Any) -> str:
-    """A line for each setting, as it would be given on the command line."""
+    """Return a line for each setting, as it would be given on the command line."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     width = max(map(len, values))
     shown = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -232,7 +233,7 @@ def _told(settings: Any) -> str:
 
 
 def _run_alone(asked: _Asked, job: Any) -> Any:
-    """Runs everything in this process; returns the results."""
+    """Run everything in this process, and return the results."""
     from cbp_jax import cli_log
     from cbp_jax.cli_progress import Bar
 
@@ -242,7 +243,7 @@ def _run_alone(asked: _Asked, job: Any) -> Any:
 
 
 def _run_share(asked: _Asked, job: Any) -> Any:
-    """Runs the lanes of this process; returns the results of all processes, or None if others are not done."""
+    """Run the lanes of this process. Return the results of all processes, or None if others are not done."""
     from cbp_jax import report
     from cbp_jax.cli_progress import Bar
     from cbp_jax.experiments import folder
@@ -259,14 +260,14 @@ def _run_share(asked: _Asked, job: Any) -> Any:
         return results
     done, of = report.runs.tasks_done(results)
     print(
-        f"process {share.index} of {share.count} is done, and {done} of {of} tasks of all are; the process "
-        "that ends last joins the results. If one was stopped, run again, with any number of processes"
+        f"process {share.index} of {share.count} is done; {done} of {of} tasks of all processes are finished. The last "
+        "process joins the results. If one was stopped, run again, with any number of processes"
     )
     return None
 
 
 def _report(asked: _Asked, results: Any) -> None:
-    """Prints the table, draws the pictures, and says where the results are."""
+    """Print the table, draw the pictures, and print where the results are."""
     from cbp_jax import report
 
     cli_show.show(results, asked.out, experiment=asked.experiment)

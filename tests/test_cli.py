@@ -358,7 +358,7 @@ def test_a_grid_makes_a_method_of_each_combination(fake_run, tmp_path, capsys):
     assert "cbp(replacement_rate=1e-05, step_size=0.2)" in capsys.readouterr().out
     assert "no method has rate; bp have" in refused_in_one_line(capsys, *words, "--methods", "bp", "--grid", "rate=1")
     lottery = ["run", "lottery_tickets", "--preset", "smoke", "--grid", "step_size=1,2"]
-    assert "grid must be left out: lottery_tickets compares no learners" in refused_in_one_line(capsys, *lottery)
+    assert "grid must be left out: lottery_tickets does not compare learners" in refused_in_one_line(capsys, *lottery)
 
 
 def test_the_plan_is_printed_alone_and_nothing_is_written(tmp_path, monkeypatch, capsys):
@@ -373,7 +373,7 @@ def test_the_plan_is_printed_alone_and_nothing_is_written(tmp_path, monkeypatch,
     assert printed.err == "" and not list(tmp_path.iterdir())
     assert "lanes_at_once must be at least 1, got 0" in refused_in_one_line(capsys, *words, "--lanes-at-once", "0")
     quality = ["run", "utility_quality", "--preset", "smoke"]
-    assert "--plan must be left out: the methods of utility_quality" in refused_in_one_line(capsys, *quality, "--plan")
+    assert "--plan must be left out: utility_quality has no plan" in refused_in_one_line(capsys, *quality, "--plan")
     message = refused_in_one_line(capsys, *quality, "--lanes-at-once", "2")
     assert "lanes_at_once must be left out: utility_quality has none, got 2" in message
 
@@ -519,7 +519,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     )
     assert process.returncode == 143
     last = process.stderr.splitlines()[-1]
-    assert last == "cbp-jax: stopped; the results of the tasks that were finished are saved"
+    assert last == "cbp-jax: stopped; the results of finished tasks are saved"
     assert "Traceback" not in process.stderr and process.stdout == ""
     assert np.isfinite(load_results(tmp_path).loss.values).all((0, 1)).tolist() == [True] * 2 + [False] * 7
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
@@ -552,7 +552,7 @@ def test_help_says_what_every_setting_is(capsys):
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in dataclasses.fields(Settings):
         assert f"--{field.name.replace('_', '-')} " in shown
-    assert "Examples of each task, all of the dataset by default." in shown
+    assert "Number of examples of each task; by default all of the dataset." in shown
 
 
 @pytest.mark.parametrize(
@@ -645,6 +645,6 @@ def test_a_log_has_a_line_for_each_task_and_method_and_reports_diverged_lanes(tm
     assert cli.main(["runs", str(tmp_path)]) == 0
     *_, row = capsys.readouterr().out.splitlines()
     assert row.split()[:3] == [".", "online_permuted", "finished"] and "bp: accuracy " in row
-    assert "folder must be that of runs" in refused_in_one_line(capsys, "runs", str(tmp_path / "absent"))
+    assert "folder must exist; there is none at" in refused_in_one_line(capsys, "runs", str(tmp_path / "absent"))
     quality = ["run", "utility_quality", "--preset", "smoke", "--log", "jsonl"]
-    assert "--log must be left out: utility_quality tells of no single method" in refused_in_one_line(capsys, *quality)
+    assert "--log must be left out: utility_quality does not report" in refused_in_one_line(capsys, *quality)

@@ -224,7 +224,7 @@ def test_processes_of_other_settings_are_refused(no_networks, tmp_path):
         (["--coordinator", "here", "--process-id", "0", "--processes", "2"], "coordinator must be HOST:PORT"),
         (["--coordinator", "here:1", "--process-id", "2", "--processes", "2"], "process_id must be from 0 to 1"),
         (["--coordinator", "here:1", "--process-id", "0", "--processes", "0"], "processes must be at least 1"),
-        (["--distributed", "--processes", "2"], "--distributed finds the processes; got --processes too"),
+        (["--distributed", "--processes", "2"], "--distributed finds the processes by itself; leave out --processes"),
         (
             ["--coordinator", "here:1", "--process-id", "0", "--processes", "9", "--seeds", "2"],
             "processes must be at most the 4 lanes",
@@ -385,7 +385,7 @@ print(*cli_processes.meet(cli_processes.Given(detect=True), 60), jax.config.read
     ]
     found = [process.communicate(timeout=120)[0].split() for process in started]
     assert found == [["0", "2", "0"], ["1", "2", "1"]]  # index, count, and a GPU for each
-    with pytest.raises(ValueError, match="--distributed finds no cluster here that JAX knows"):
+    with pytest.raises(ValueError, match="--distributed found no cluster that JAX supports"):
         cli_processes.meet(cli_processes.Given(detect=True), 5)
 
 
@@ -408,7 +408,7 @@ def test_the_command_runs_in_two_processes_and_the_last_one_draws(tmp_path):
     assert [process.returncode for process in started] == [0, 0]
     drawn = [text for text in told if "results: " in text]
     assert drawn and all("tasks.png" in text for text in drawn)
-    assert all("the process that ends last joins the results" in text for text in told if text not in drawn)
+    assert all("The last process joins the results" in text for text in told if text not in drawn)
     subprocess.run([*command, "--out", str(tmp_path / "one")], env=environment, check=True, timeout=280)
     assert same(load_results(tmp_path / "two"), load_results(tmp_path / "one"))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["results.nc", "tasks.png"]
