@@ -50,9 +50,9 @@ class Settings:
     first_seed: int = 0
     """The first seed; the others follow."""
     steps: int = 20_000_000
-    """Total steps of the environment, rounded up to whole intervals."""
+    """Total number of steps of all environments together, rounded up to whole intervals."""
     interval: int = 102_400
-    """Steps of the environment between measurements; a multiple of a rollout's steps."""
+    """Number of steps between measurements; a multiple of a rollout's steps."""
     env: str = "ant"
     """Brax's name of the environment."""
     backend: str = "spring"
@@ -66,11 +66,11 @@ class Settings:
     num_envs: int = 32
     """Number of parallel environments in a rollout."""
     rollout_length: int = 64
-    """Steps of each environment in a rollout."""
+    """Number of steps of each environment in a rollout."""
     epochs: int = 10
     """Number of epochs over a rollout."""
     minibatches: int = 16
-    """Minibatches, and so updates, of an epoch."""
+    """Number of minibatches, and so of updates, in an epoch."""
     discount: float = 0.99
     """Discount for each step."""
     gae_lambda: float = 0.95
@@ -125,7 +125,7 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def check_method(text: str, method: learners.Method) -> None:
-    """Raises a ValueError if a method needs what no agent has. The text names it."""
+    """Raise a ValueError if a method needs something that no agent has. The message names the method by `text`."""
     if method.dropout_rate or method.curvature:
         raise ValueError(f"method {text!r}: the agent has no {'dropout_rate' if method.dropout_rate else 'curvature'}")
     if method.reference:
@@ -137,7 +137,7 @@ def check_method(text: str, method: learners.Method) -> None:
 
 
 def check_episodes(settings: Settings, parts: int = 1) -> None:
-    """Raise a ValueError unless an interval, divided into this many parts, has a part as long as an episode."""
+    """Raise a ValueError unless an episode fits into an interval, or into each of `parts` parts of it."""
     needed = parts * settings.num_envs * settings.episode_length
     if settings.interval < needed:
         raise ValueError(
@@ -177,11 +177,11 @@ def job(
       settings: what to run.
       annealed: whether the step size decreases linearly, from the method's value in the first rollout to this value
         divided by the number of rollouts in the last.
-      lanes_at_once: the most agents that the devices hold, by default all.
+      lanes_at_once: maximum number of agents on the devices at once, by default all.
 
     Returns:
-      what runs it. In its results, tasks are intervals of steps; the coordinate `step` counts the environment's steps
-      up to their ends.
+      a function that runs it. In its results, tasks are intervals of steps; the coordinate `step` counts the
+      environment's steps up to their ends.
 
     Raises:
       ValueError: a setting is out of range or unknown.
@@ -222,7 +222,7 @@ def _train(
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
 ) -> Iterator[dict[str, Any]]:
-    """Return an iterator over the measures [lanes] of each interval, for methods that differ only in numbers."""
+    """Yield the measures [lanes] of each interval, for methods that differ only in numbers."""
     network = parts.make_network(settings, parts.make_env(settings, 0).action_size, group[0].network)
     rules = ppo_settings(settings)
     rollouts = settings.interval // rules.steps
@@ -285,14 +285,14 @@ def _train(
 
 
 def save_episode(parts: Parts, settings: Settings, method: learners.Method, state: ppo.State, path: Path) -> Path:
-    """Write a web page that shows an agent: an episode with its mean actions, at the last friction of its training.
+    """Write a web page that shows an episode of an agent, with its mean actions and the last friction of its training.
 
     Args:
       parts: what distinguishes the experiment.
-      settings: of the run.
-      method: what trained the agent.
-      state: the agent's.
-      path: of the page.
+      settings: the settings of the run.
+      method: the method that trained the agent.
+      state: state of the agent.
+      path: the path of the page.
 
     Returns:
       the path.
@@ -323,6 +323,6 @@ def make_network(settings: Settings, action_size: int, options: Mapping[str, Any
 
 
 def ppo_settings(settings: Settings) -> ppo.Settings:
-    """Return the settings of PPO among the settings."""
+    """Return the settings of PPO."""
     names = [field.name for field in dataclasses.fields(ppo.Settings) if hasattr(settings, field.name)]
     return ppo.Settings(**{name: getattr(settings, name) for name in names})

@@ -11,10 +11,10 @@ from cbp_jax.experiments.checks import seeds_of
 
 
 class Curve(NamedTuple):
-    """What is measured of a task at several points.
+    """A measure of a task at several points.
 
     Attributes:
-      meaning: of a value.
+      meaning: meaning of a value.
       dim: name of the points, a dimension of results.
       points: their coordinates.
     """
@@ -31,7 +31,7 @@ def empty_results(
     tasks: int,
     measures: Mapping[str, str],
 ) -> Any:
-    """The results of methods before their first task; see `report.new_results`."""
+    """Return the results of methods before their first task; see `report.new_results`."""
     from cbp_jax import report
 
     return report.new_results(
@@ -48,7 +48,7 @@ def empty_results(
 
 
 def with_curves(results: Any, curves: Mapping[str, Curve]) -> Any:
-    """Empty results with what is measured of each task at several points, [method, seed, task, points]."""
+    """Add empty results for measures of each task at several points, [method, seed, task, points]."""
     for name, curve in curves.items():
         dims = ("method", "seed", "task", curve.dim)
         blank = np.full((*(results.sizes[dim] for dim in dims[:3]), len(curve.points)), np.nan, np.float32)
@@ -58,7 +58,7 @@ def with_curves(results: Any, curves: Mapping[str, Curve]) -> Any:
 
 
 def _numbers(method: learners.Method, taken: set[str]) -> dict[str, float]:
-    """A method's numbers, but for those whose name means something else in results, as `seed` of a user's function."""
+    """Return a method's numbers, except those whose names are taken in results, such as `seed` of a user's function."""
     return {
         name: float(value)
         for name, value in {**method.hyperparameters, **method.options}.items()

@@ -59,13 +59,13 @@ class Settings:
     game: str = "breakout"
     """The game: "asterix", "breakout", "freeway" or "space_invaders"."""
     steps: int = 4_194_304
-    """Total steps of the environments together, rounded up to whole intervals."""
+    """Total number of steps of all environments together, rounded up to whole intervals."""
     interval: int = 65_536
-    """Steps between measurements; a multiple of a rollout's steps."""
+    """Number of steps between measurements; a multiple of a rollout's steps."""
     change_every: int = 524_288
-    """Steps after which channels and actions are shuffled, in each environment at the end of its next episode."""
+    """Number of steps after which channels and actions are shuffled, in each environment at the end of an episode."""
     shuffle: Literal["channels", "pixels", ""] = "channels"
-    """What is shuffled of observations: "channels", "pixels", or nothing."""
+    """What is shuffled in observations: "channels", "pixels", or "" for nothing."""
     shuffle_actions: bool = True
     """Whether actions are shuffled."""
     episode_length: int = 1000
@@ -73,11 +73,11 @@ class Settings:
     num_envs: int = 64
     """Number of parallel environments in a rollout."""
     rollout_length: int = 32
-    """Steps of each environment in a rollout."""
+    """Number of steps of each environment in a rollout."""
     epochs: int = 2
     """Number of epochs over a rollout."""
     minibatches: int = 16
-    """Minibatches, and so updates, of an epoch."""
+    """Number of minibatches, and so of updates, in an epoch."""
     discount: float = 0.99
     """Discount for each step."""
     trace_decay: float = 0.65
@@ -89,7 +89,7 @@ class Settings:
     exploration_end: float = 0.05
     """Final fraction of random actions."""
     exploration_steps: int = 131_072
-    """Steps in which the fraction decreases, once: the agent is not informed of changes."""
+    """Number of steps in which the fraction decreases, only once: the agent is not informed of changes."""
     hidden: tuple[int, ...] = (128, 128)
     """Sizes of the hidden layers, unless a method sets its own."""
     activation: str = "relu"
@@ -118,17 +118,17 @@ SMOKE = Settings(
 
 
 def num_intervals(settings: Settings) -> int:
-    """Number of intervals of a run."""
+    """Return the number of intervals of a run."""
     return math.ceil(settings.steps / settings.interval)
 
 
 def total(settings: Settings) -> int:
-    """Total number of intervals of all lanes, for a progress bar."""
+    """Return the total number of intervals of all lanes, for a progress bar."""
     return len(settings.methods) * settings.seeds * num_intervals(settings)
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings, as `stream.check` does."""
+    """Check settings, as `stream.check` does."""
     check_counts(settings, "seeds", "steps", "interval", "episode_length", "change_every")
     check_first_seed(settings)
     check_hidden(settings.hidden)
@@ -157,18 +157,18 @@ def check(settings: Settings) -> list[learners.Method]:
 
 
 def pqn_settings(settings: Settings) -> pqn.Settings:
-    """The settings of PQN among the settings."""
+    """Return the settings of PQN."""
     names = [field.name for field in dataclasses.fields(pqn.Settings)]
     return pqn.Settings(**{name: getattr(settings, name) for name in names})
 
 
 def exploration(settings: Settings) -> Exploration:
-    """The schedule of random actions."""
+    """Return the schedule of random actions."""
     return Exploration(settings.exploration_start, settings.exploration_end, steps=settings.exploration_steps)
 
 
 def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.ChangingGame:
-    """The environment of a run. The key determines its orders."""
+    """Return the environment of a run. The key determines its orders."""
     return envs.ChangingGame(
         settings.game,
         change_every=settings.change_every // settings.num_envs,
@@ -180,7 +180,7 @@ def make_env(settings: Settings, key: chex.PRNGKey | int = 0) -> envs.ChangingGa
 
 
 def make_network(settings: Settings, action_size: int, method: learners.Method | None = None) -> nets.MLP:
-    """The network of a run, with the attributes set by a method."""
+    """Return the network of a run, with the attributes set by a method."""
     own = {} if method is None else method.network
     return nets.MLP(
         own.get("hidden", settings.hidden),
@@ -191,7 +191,7 @@ def make_network(settings: Settings, action_size: int, method: learners.Method |
 
 
 def job(settings: Settings) -> Job:
-    """Prepares the training of agents with all methods and seeds; see `Experiment.prepare`.
+    """Prepare the training of agents with all methods and seeds; see `Experiment.prepare`.
 
     All methods with the same seed start from the same weights, and have the same orders of channels and actions. In
     results, tasks are intervals of steps; the coordinate `step` counts steps up to their ends.

@@ -1,18 +1,18 @@
-"""Whether a dataset of images suits an experiment, and how its network gets them."""
+"""Checks of datasets of images, and of the form in which a network gets them."""
 
 from cbp_jax import data, nets
 from cbp_jax.experiments.stream import ImageStreamSettings
 
 
 def check_classes(images: data.Dataset) -> data.Dataset:
-    """The dataset; raises a ValueError if there is nothing to tell apart in it."""
+    """Return the dataset; raise a ValueError if it has fewer than two classes."""
     if images.num_classes < 2:
         raise ValueError(f"dataset must have at least 2 classes, and {images.name!r} has {images.num_classes}")
     return images
 
 
 def gets_vectors(settings: ImageStreamSettings, images: data.Dataset) -> bool:
-    """Whether the network gets images as vectors, as features are.
+    """Return whether the network gets images as vectors, like features.
 
     Raises:
       ValueError: it takes neither images of this size nor vectors.

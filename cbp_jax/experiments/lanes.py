@@ -1,6 +1,6 @@
 """Runs methods with all seeds, task by task, and keeps their results and states on disk.
 
-A *lane* is a method with a seed. Lanes of methods that differ in their numbers alone run as one compiled program.
+A *lane* is a method with a seed. Lanes of methods that differ only in numbers run as one compiled program.
 """
 
 import time
@@ -17,8 +17,8 @@ from cbp_jax.experiments.plan import Plan, Program
 from cbp_jax.experiments.progress import Progress, labels_of, tell
 from cbp_jax.experiments.share import Share
 
-SAVE_EVERY = 2.0  # seconds between two writings of the results
-CHECKPOINT_EVERY = 30.0  # seconds between two writings of the state
+SAVE_EVERY = 2.0  # seconds between writes of the results
+CHECKPOINT_EVERY = 30.0  # seconds between writes of the state
 
 # folder, progress -> results; everything is checked
 Job = Callable[[Path, Progress | None], Any]
@@ -27,12 +27,12 @@ Train = Callable[[np.ndarray, dict[str, np.ndarray], training.Checkpoint], Itera
 
 
 class Prepared(NamedTuple):
-    """Methods that are ready to run: a `Job` that tells its plan.
+    """Methods that are ready to run: a `Job` with a plan.
 
     Attributes:
-      results: empty.
-      groups: methods that run as lanes of one program, and what trains them.
-      plan: what is compiled, and the memory that it takes.
+      results: empty results.
+      groups: methods that run as lanes of one program, and the function that trains them.
+      plan: the programs to compile, and the memory that they need.
     """
 
     results: Any
@@ -40,19 +40,19 @@ class Prepared(NamedTuple):
     plan: Plan
 
     def __call__(self, out: Path, progress: Progress | None = None, share: Share | None = None) -> Any:
-        """Runs the methods, fills the results, and keeps them and the state on disk; see `prepare_methods`.
+        """Run the methods, fill the results, and keep them and the state on disk; see `prepare_methods`.
 
         Args:
           out: folder of the run.
           progress: as in `Experiment.run`.
-          share: this process, where several run the lanes together, and have the folder by `folder.claimed`. It runs
-            its lanes alone; `folder.join` joins the results then.
+          share: this process, if several share the lanes; it must hold the folder by `folder.claimed`. Only its lanes
+            are run; `folder.join` joins the results later.
 
         Returns:
-          the results; of several processes, those that were there at the start and those of this one.
+          the results; with several processes, those that existed at the start and those of this process.
 
         Raises:
-          ValueError: as in `prepare_methods`, and for a share that has no lane.
+          ValueError: as in `prepare_methods`, or the share has no lane.
         """
         from cbp_jax import report
 
@@ -82,11 +82,11 @@ class Prepared(NamedTuple):
         return found
 
     def num_lanes(self) -> int:
-        """How many lanes all programs have."""
+        """Return the number of lanes of all programs."""
         return sum(len(group) for group, _ in self.groups) * self.results.sizes["seed"]
 
     def lanes(self, share: Share | None = None) -> list[list[training.Lane]]:
-        """The lanes of each group, methods with their seeds; where several processes share them, those of one."""
+        """Return the lanes of each group, methods with their seeds; with a share, only the lanes of that process."""
         seeds, found, dealt = self.results.seed.values.tolist(), [], 0
         for group, _ in self.groups:
             lanes = [(method.label, seed) for method in group for seed in seeds]
@@ -101,19 +101,19 @@ def prepare_methods(
     make: Callable[[list[learners.Method]], tuple[Train, Program]],
     processes: int = 1,
 ) -> Prepared:
-    """Prepares what runs methods with all seeds, fills the results, and keeps them and the state on disk.
+    """Prepare a function that runs methods with all seeds, fills the results, and keeps them and the state on disk.
 
     Args:
-      results: empty, of `empty_results`; one of its measures is `replaced_units`, which tells what has been run.
-      methods: what to run.
-      make: gives for methods that differ in their numbers alone, which run as lanes of one program, what trains them,
-        and the plan of it.
-      processes: how many share the lanes.
+      results: empty, from `empty_results`. One of its measures is `replaced_units`, which shows which tasks have run.
+      methods: the methods to run.
+      make: maps methods that differ only in numbers, which run as lanes of one program, to the function that trains
+        them and to its plan.
+      processes: number of processes that share the lanes.
 
     Returns:
-      a function of a folder and of progress as in `run`, to the results, of which those on disk are a part. It raises
-      a BlockingIOError where another run is at work in the folder, and a ValueError where the folder holds another run,
-      or a state that cannot be used; both are left as they are.
+      a function of a folder and a progress callback, as in `run`, that returns the results, including those already on
+      disk. It raises a BlockingIOError if another run is active in the folder, and a ValueError if the folder holds
+      another run or a state that cannot be used; neither is changed.
     """
     groups = [(group, *make(group)) for group in _compiled_together(methods)]
     programs = tuple(program for *_, program in groups)
@@ -122,7 +122,7 @@ def prepare_methods(
 
 
 def _compiled_together(methods: Sequence[learners.Method]) -> list[list[learners.Method]]:
-    """Methods of one learner that differ in their numbers alone run as lanes of one program."""
+    """Group methods of one learner that differ only in numbers: each group runs as lanes of one program."""
     groups: dict[Any, list[learners.Method]] = {}
     for method in methods:
         groups.setdefault((method.learner, tuple(sorted(method.options.items()))), []).append(method)
@@ -130,7 +130,7 @@ def _compiled_together(methods: Sequence[learners.Method]) -> list[list[learners
 
 
 def program_of(group: Sequence[learners.Method], settings: Any, lanes_at_once: int | None) -> Program:
-    """The plan of methods that run as lanes of one program."""
+    """Return the plan of methods that run as lanes of one program."""
     labels = tuple(method.label for method in group)
     return Program(labels, len(group) * settings.seeds, at_once=lanes_at_once)
 
@@ -142,7 +142,7 @@ def _run_group(
     lanes: Sequence[training.Lane],
     progress: Progress | None,
 ) -> None:
-    """Does what is left of lanes of methods that are one program."""
+    """Run the remaining tasks of the lanes of one program."""
     results, tasks = kept.results, kept.results.sizes["task"]
     name = "; ".join(method.label for method in group)
     every = [(method.label, seed) for method in group for seed in results.seed.values.tolist()]
@@ -169,9 +169,10 @@ def _run_group(
 def _progress_of(
     kept: folder.Kept, name: str, every: Sequence[training.Lane], lanes: Sequence[training.Lane]
 ) -> tuple[list[training.Lane], list[list[tuple[training.Lane, training.Saved | None]]]]:
-    """The lanes that are done, and the others with their states: together those that have done as many tasks."""
+    """Return the lanes that are done, and the others with their states, grouped by the number of tasks they have
+    done."""
     saved = kept.states(name, every)
-    # Of all measures the one that stays a number where training has diverged.
+    # This is the only measure that stays finite if training diverges.
     recorded = np.isfinite(kept.results.replaced_units.values).all(-1)
     ready, waiting = [], {}
     for lane, row, column in zip(lanes, *kept.positions(lanes), strict=True):
@@ -180,8 +181,7 @@ def _progress_of(
         if recorded[row, column] and (noted or not states):
             ready.append(lane)
             continue
-        # A state of lanes that are recorded is left where they were stopped after their last task and before all was
-        # done.
+        # Recorded lanes still have a state if the run stopped after their last task and before everything was done.
         states = [state for state in states if state.state is not None]
         best = max(states, key=lambda state: state.tasks, default=None)
         waiting.setdefault(best.tasks if best else 0, []).append((lane, best))
@@ -189,7 +189,7 @@ def _progress_of(
 
 
 def _joined(states: Sequence[tuple[training.Lane, training.Saved]]) -> training.Saved | None:
-    """One state of lanes that have done as many tasks, each a row of a state."""
+    """Join states of lanes that have done the same number of tasks: each lane is a row of its saved state."""
     if not states:
         return None
     first = states[0][1]
@@ -207,7 +207,7 @@ def _run_lanes(
     checkpoint: training.Checkpoint,
     progress: Progress | None,
 ) -> None:
-    """Runs the lanes of a checkpoint to their last task."""
+    """Run the lanes of a checkpoint to their last task."""
     from cbp_jax import report
 
     results, lanes = kept.results, checkpoint.lanes

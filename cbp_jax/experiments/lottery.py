@@ -58,7 +58,7 @@ class Settings:
     first_seed: int = 0
     """The first seed; the others follow."""
     rounds: int = 18
-    """Number of prunings; the network is trained once more."""
+    """Number of prunings; networks are trained before each, and after the last."""
     fraction: float = 0.2
     """Fraction of the living weights that a round prunes."""
     output_fraction: float = 0.1
@@ -68,9 +68,9 @@ class Settings:
     scope: Literal["layer", "global"] = "layer"
     """Whether magnitudes are compared within each layer (layer), or over all layers with the same fraction (global)."""
     iterations: int = 50_000
-    """Updates of a round."""
+    """Number of updates in a round."""
     batch_size: int = 60
-    """Examples of an update."""
+    """Number of examples in an update."""
     evaluate_every: int = 100
     """Number of iterations between measurements of validation loss and test accuracy."""
     rewind_step: int = 0
@@ -241,8 +241,9 @@ def job(experiment: str, settings: Settings) -> Job:
       settings: what to run.
 
     Returns:
-      what runs it. Its results have `MEASURES` [method, seed, task] and `CURVES` [method, seed, task, evaluation],
-      whose coordinate `iteration` counts updates. Tasks are rounds, the first being that of the dense network.
+      a function that runs it. Its results have `MEASURES` [method, seed, task] and `CURVES` [method, seed, task,
+      evaluation], whose coordinate `iteration` counts updates. Tasks are rounds, the first being that of the dense
+      network.
 
     Raises:
       ValueError: a setting is out of range or unknown, before anything is computed.

@@ -1,4 +1,4 @@
-"""Tells callbacks of the progress of a run."""
+"""Reports the progress of a run to callbacks."""
 
 import math
 import warnings
@@ -8,14 +8,15 @@ import numpy as np
 
 from cbp_jax.training import Lane
 
-# Labels of the methods that ran, lanes that finished a task, means of what was measured, over lanes that have a number.
-# An object may have methods besides: `task_done(method, task, means)`, called for each method alone, and
-# `diverged(method, seed, task)`, in place of a warning where the loss of a lane is not finite any more; tasks from 0.
+# Takes labels of the methods that ran, the number of lanes that finished a task, and means of the measures over lanes.
+# A callback may also have the methods `task_done(method, task, means)`, called for each method separately, and
+# `diverged(method, seed, task)`, called instead of a warning when the loss of a lane stops being finite. Tasks count
+# from 0.
 Progress = Callable[[str, int, dict[str, float]], None]
 
 
 def labels_of(lanes: Sequence[Lane]) -> str:
-    """The labels of the methods of lanes, each once."""
+    """Return the labels of the methods of lanes, each once."""
     return ", ".join(dict.fromkeys(label for label, _ in lanes))
 
 
@@ -26,7 +27,7 @@ def tell(
     measured: Mapping[str, np.ndarray],
     diverged: Sequence[tuple[str, int]],
 ) -> None:
-    """Tells of a task that lanes have done, and of those that diverged in it."""
+    """Report a task that lanes have done, and the lanes that diverged in it."""
     for method, seed in diverged:
         if hasattr(progress, "diverged"):
             progress.diverged(method, seed, task)
@@ -44,11 +45,11 @@ def tell(
 
 
 def diverged_text(method: str, seed: int, task: int) -> str:
-    """What is said of a lane that diverges; `task` counts from 0, the text from 1."""
-    return f"{method} diverged with seed {seed} in task {task + 1}: its loss is not finite; the other lanes go on"
+    """Return the message about a lane that diverges; `task` counts from 0, the message from 1."""
+    return f"{method} diverged with seed {seed} in task {task + 1}: its loss is not finite; the other lanes continue"
 
 
 def _finite_mean(values: np.ndarray) -> float:
-    """The mean over lanes that have a number."""
+    """Return the mean over the lanes with a finite value."""
     finite = np.asarray(values)[np.isfinite(values)]
     return float(np.mean(finite)) if finite.size else math.nan

@@ -1,4 +1,4 @@
-"""Experiments on streams of tasks: their settings, the checks of these, and what runs them."""
+"""Experiments on streams of tasks: their settings, checks of settings, and training."""
 
 import dataclasses
 import math
@@ -39,13 +39,13 @@ class StreamSettings:
     tasks: int = 10
     """Number of tasks."""
     batch_size: int = 1
-    """Examples of an update."""
+    """Number of examples in an update."""
     hidden: tuple[int, ...] = (100, 100, 100)
     """Sizes of the hidden layers, unless a method sets its own; no sizes make a linear network."""
     activation: str = "relu"
     """Activation of the hidden layers, unless a method sets its own."""
     measured_examples: int = 2000
-    """Number of examples on which dead units and ranks are measured before each task; all of its examples, if it has
+    """Number of examples on which dead units and ranks are measured before each task; all of the task's, if it has
     fewer."""
     measure_every: int | None = None
     """Number of updates between measurements of plasticity and gradients; by default they are not measured."""
@@ -55,7 +55,7 @@ class StreamSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ImageStreamSettings(StreamSettings):
-    """Settings of a stream of tasks made of a dataset."""
+    """Settings of a stream of tasks made from a dataset."""
 
     network: str = "mlp"
     """One of mlp, convnet, lenet, resnet18 and vit, optionally with settings: "vit:depth=2,width=32"; or a Flax module:
@@ -63,13 +63,13 @@ class ImageStreamSettings(StreamSettings):
     dataset: str = "digits"
     """A name of `cbp_jax.data.names()` or of tensorflow-datasets, or the path of an array file (.npz)."""
     examples_per_task: int | None = None
-    """Examples of each task, all of the dataset by default."""
+    """Number of examples of each task; by default all of the dataset."""
     data_dir: Path | None = None
     """Folder of prepared datasets; by default that of tensorflow-datasets."""
 
 
 def check(settings: StreamSettings) -> list[learners.Method]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the methods.
@@ -100,19 +100,19 @@ def check(settings: StreamSettings) -> list[learners.Method]:
 
 
 def total(settings: StreamSettings) -> int:
-    """How many tasks all lanes have to do, for a progress bar."""
+    """Return how many tasks all lanes have to do, for a progress bar."""
     return len(settings.methods) * settings.seeds * settings.tasks
 
 
 def summary(results: Any) -> str:
-    """The table of a run; see `report.summary`."""
+    """Return the table of a run; see `report.summary`."""
     from cbp_jax import report
 
     return report.summary(results)
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws the pictures of a run; see `report.plot_run`."""
+    """Draw the pictures of a run; see `report.plot_run`."""
     from cbp_jax import report
 
     return report.plot_run(results, out, formats=formats)
@@ -121,7 +121,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 def run(
     experiment: str, settings: StreamSettings, problem: Problem, out: Path, progress: Progress | None = None, **how: Any
 ) -> Any:
-    """Runs a stream of tasks of one's own, as `Experiment.run` runs an experiment's.
+    """Run your own stream of tasks, as `Experiment.run` runs an experiment's.
 
     Args:
       experiment: its name.
@@ -147,23 +147,24 @@ def prepare(
     processes: int = 1,
     **network: Any,
 ) -> Prepared:
-    """Checks settings that depend on the stream of tasks, and makes the learners.
+    """Check settings that depend on the stream of tasks, and make the learners.
 
     Args:
       experiment: its name.
       settings: what to run.
-      methods: that are compared, as `check` returns them.
+      methods: the methods to compare, as `check` returns them.
       problem: the stream.
-      asked_for: names of settings that are not made to fit where they do not.
-      train: what takes the place of `training.run_tasks`.
-      measures: what it measures, names and meanings, where it is not what `report.stream_measures` says.
-      curves: what it measures of a task at several points, by name.
-      lanes_at_once: the most lanes that the devices hold; by default all, or as many as they have memory for.
-      processes: how many share the lanes.
+      asked_for: names of settings that were given by the user. If they do not fit, an error is raised; others are
+        adapted.
+      train: used instead of `training.run_tasks`.
+      measures: names and meanings of its measures; by default those of `report.stream_measures`.
+      curves: its measures of a task at several points, by name.
+      lanes_at_once: maximum number of lanes on the devices at once; by default all, or as many as fit into memory.
+      processes: number of processes that share the lanes.
       **network: how to make the network, see `learners.make_learner`.
 
     Returns:
-      what runs it, of a folder and of what is told of progress.
+      a function of a folder and a progress callback, which runs it.
 
     Raises:
       ValueError: a setting is out of range or unknown.
@@ -198,7 +199,7 @@ def prepare(
         if lanes_at_once is None:
             at_once = memory.lanes_that_fit(lane, math.ceil(program.lanes / processes), shared)
             program = program._replace(at_once=at_once)
-        # Not every function that trains knows of batches.
+        # Not every training function has the argument `lanes_at_once`.
         in_batches = {} if program.at_once is None else {"lanes_at_once": program.at_once}
         if group[0].curvature:
             _check_curvature(learner, problem, group[0].text)
@@ -222,10 +223,10 @@ def prepare(
 
 
 def _measured_examples(settings: StreamSettings, problem: Problem, asked_for: Collection[str]) -> int:
-    """How many examples are measured: all that a task has, where it has fewer than the setting says.
+    """Return the number of examples to measure: that of the setting, or of a task's examples if these are fewer.
 
     Raises:
-      ValueError: it has fewer, and the setting was asked for.
+      ValueError: a task has fewer, and the setting was given by the user.
     """
     measured = settings.measured_examples
     if problem.examples is None or measured <= problem.examples:
@@ -240,10 +241,10 @@ def _measured_examples(settings: StreamSettings, problem: Problem, asked_for: Co
 def _check_size(
     settings: StreamSettings, methods: Sequence[learners.Method], problem: Problem, measured: int, numbers_each: int
 ) -> None:
-    """Raises a ValueError if updates cannot be counted, or if weights, examples or results do not fit into memory.
+    """Raise a ValueError if updates cannot be counted, or if weights, examples or results do not fit into memory.
 
     Args:
-      settings, methods, problem: of the run.
+      settings, methods, problem: those of the run.
       measured: number of examples for measurements.
       numbers_each: how many numbers are kept of each task of a lane.
     """
@@ -259,12 +260,12 @@ def _check_size(
 
 
 def _size_of(data: Any) -> int:
-    """Bytes of arrays."""
+    """Return the size of arrays in bytes."""
     return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(data))
 
 
 def _check_curvature(learner: training.Learner, problem: Problem, method: str) -> None:
-    """Raises a ValueError if the network is not of those whose curvature is known, which a method asks for."""
+    """Raise a ValueError if a method needs the curvature of a network for which it cannot be computed."""
 
     def diagonal(data, key):
         x, y = problem.batch(data, problem.make_task(data, key, 0), 0)

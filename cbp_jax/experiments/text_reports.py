@@ -12,7 +12,7 @@ from cbp_jax.report.statistics import mean_and_error
 from cbp_jax.report.tables import text_table
 
 PROBE = "probe"
-#: The fraction of the accuracy that fine-tuning adds to the probe's that must be kept.
+#: Of the accuracy that fine-tuning adds to the probe's, the fraction that must be kept.
 KEPT = 0.99
 
 
@@ -55,15 +55,15 @@ def least(results: Any, method: str, measure: str, dim: str) -> np.ndarray:
     """Return the smallest density, or number of dimensions, that keeps what fine-tuning adds to a linear probe.
 
     Args:
-      results: of `dominant_tickets`.
+      results: results of `dominant_tickets`.
       method: one with tickets.
       measure: accuracies along `dim`.
       dim: "density" or "dimensions".
 
     Returns:
-      array [tasks]: the smallest value from which on the mean accuracy over seeds is at
-      least that of the probe plus `KEPT` of what fine-tuning without a pull adds; NaN if there is no such value, or if
-      fine-tuning adds nothing.
+      array [tasks]: the smallest value such that there, and for all larger values, the mean accuracy over seeds is at
+      least that of the probe plus `KEPT` times what fine-tuning without a pull adds; NaN if there is no such value, or
+      if fine-tuning adds nothing.
     """
     values = results[dim].values
     order = np.argsort(-values)
@@ -90,8 +90,8 @@ def summary_of_tickets(results: Any) -> str:
 
     Returns:
       for each method and task the accuracy in percent, the weights that changed, and the smallest density and number of
-      dimensions that keep 99% of what fine-tuning adds to a probe; then, of tickets that were trained alone, their
-      accuracy beside that with their changes in fine-tuning; then the overlap of tasks' tickets relative to chance.
+      dimensions that keep 99% of what fine-tuning adds to a probe; then, for tickets that were trained alone, their
+      accuracy, and that with their changes in fine-tuning; then the overlap of tasks' tickets relative to chance.
     """
     tasks, methods = results.name.values.tolist(), results.method.values.tolist()
     encoder = results.attrs.get("encoder", "an encoder")
@@ -228,7 +228,7 @@ def heat_maps(
     formats: Sequence[str],
     digits: int = 1,
 ) -> list[Path]:
-    """Draws matrices side by side, with their numbers. Returns paths of the picture."""
+    """Draw matrices side by side, with their numbers. Return the paths of the picture."""
     from cbp_jax.report.extra import require
 
     require("matplotlib")

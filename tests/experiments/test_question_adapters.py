@@ -177,7 +177,7 @@ def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
         ({"alpha": 0.0}, "alpha must be positive, got 0"),
         ({"stream": "sounds"}, "stream must be 'labels' or 'pixels', got 'sounds'"),
         ({"base_epochs": 0}, "base_epochs must be at least 1, got 0"),
-        ({"base_learner": "adam:reset=network"}, "base_learner must be one without"),
+        ({"base_learner": "adam:reset=network"}, "base_learner must need no curvature"),
         ({"target_modules": ()}, "target_modules must be one pattern or more"),
         ({"target_modules": ("conv",)}, "target_modules: 'conv' matches no kernel"),
         ({"measure_every": 2}, "measure_every cannot be given"),

@@ -174,7 +174,7 @@ def test_a_ticket_equals_pruning_by_hand():
         ({"fraction": 0.0}, "fraction must be above 0, got 0"),
         ({"fraction": 1.0}, "fraction must be in"),
         ({"tolerance": -0.1}, "tolerance must be in"),
-        ({"ticket_learner": "cbp"}, "ticket_learner must be one without units"),
+        ({"ticket_learner": "cbp"}, "ticket_learner must need no units"),
         ({"ticket_learner": "sgd"}, "the learner must be one of"),
         ({"methods": ("online_norm",)}, "running statistics do not fit"),
     ],

@@ -110,7 +110,7 @@ def read_methods(
 
 
 def texts_of(given: Sequence[Any], methods: Sequence[Method]) -> tuple[str, ...]:
-    """Texts of given methods, as `read_methods` reads them; those of functions are the same in every process."""
+    """Return the given methods as texts for `read_methods`; the text of a function is the same in every process."""
     return tuple(one if isinstance(one, str) else method.text for one, method in zip(given, methods, strict=True))
 
 

@@ -17,7 +17,7 @@ from cbp_jax.units import Units
 
 
 def add_adapter_l1(strength: chex.Numeric) -> optax.GradientTransformation:
-    """Adds the gradient of `strength * lora.l1(adapter)`, L1 on the change of the kernels."""
+    """Add the gradient of `strength * lora.l1(adapter)`, L1 on the change of the kernels."""
     of_change = jax.grad(lambda adapter: strength * lora.l1(adapter))
     return optax.stateless(lambda updates, params: jax.tree.map(jax.numpy.add, updates, of_change(params)))
 
@@ -94,10 +94,10 @@ LEARNERS: dict[str, type[Method]] = {
 
 
 def trains_adapter(method: Method) -> bool:
-    """Whether a method trains an adapter, and not all weights."""
+    """Return whether a method trains an adapter instead of all weights."""
     return isinstance(method, Adapter | AdapterContinualBackprop)
 
 
 def is_fresh(method: Method) -> bool:
-    """Whether a method has a fresh adapter for each task."""
+    """Return whether a method has a fresh adapter for each task."""
     return isinstance(method, Adapter) and method.reset == "network"

@@ -35,7 +35,7 @@ _PANELS = {
 
 
 def fresh_of(results: Any) -> str:
-    """The method with a fresh adapter for each task, the first of them."""
+    """Return the first method with a fresh adapter for each task."""
     given = json.loads(results.attrs["settings"])["methods"]
     for method in learners.read_methods(given, known=LEARNERS):
         if is_fresh(method) and method.label in results.method.values:
@@ -44,14 +44,15 @@ def fresh_of(results: Any) -> str:
 
 
 def measured(results: Any) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]:
-    """What the table and the picture are of.
+    """Return the values that the table and the picture show.
 
     Args:
-      results: of a run, finished or not.
+      results: results of a run, finished or not.
 
     Returns:
-      methods that have begun; by name and method [seeds, tasks that all of these have finished]: what was measured, and
-      `less_fresh`, that accuracy less the fresh adapter's on the same task of the same seed (NaN until that has run).
+      methods that have begun; and values by name and method, [seeds, tasks that all of these have finished]: the
+      measures, and `less_fresh`, the accuracy minus that of the fresh adapter on the same task with the same seed (NaN
+      until that has run).
     """
     methods = [method for method in results.method.values.tolist() if finished_tasks(results, method)[1]]
     if not methods:
@@ -70,10 +71,11 @@ def measured(results: Any) -> tuple[list[str], dict[str, dict[str, np.ndarray]]]
 
 
 def summary(results: Any) -> str:
-    """The table of a run, finished or not: the first and the last tenth of the tasks.
+    """Return the table of a run, finished or not: the first and the last tenth of the tasks.
 
-    For each method its accuracy, how much more that is than the fresh adapter's on the same tasks of the same seed, by
-    how much this fell, and of the last tenth the rank of the change, dormant components and the representation's rank.
+    For each method it shows the accuracy; the difference to the fresh adapter's accuracy on the same tasks with the
+    same seed, and how much this fell; and, for the last tenth, the rank of the change, dormant components and the rank
+    of the representation.
     """
     methods, found = measured(results)
     title = f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval], accuracies in percent"
@@ -104,10 +106,10 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws accuracy, also less the fresh adapter's, and what becomes of changes and representations.
+    """Draw accuracy, its difference to the fresh adapter's, and measures of changes and representations.
 
     Args:
-      results: of a run, finished or not.
+      results: results of a run, finished or not.
       out: folder for the picture.
       formats: kinds of file to write, as Matplotlib names them.
 
@@ -124,7 +126,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 
     methods, found = measured(results)
     if not methods:
-        raise ValueError("results: no method has finished a task, so that there is nothing to draw")
+        raise ValueError("results: no method has finished a task, so there is nothing to draw")
     styles, names = styles_of(results, methods), names_of(results, methods)
     with style_of_pictures():
         figure = Figure(figsize=(COLUMN, 3 * PANEL + 1.1), layout="constrained")

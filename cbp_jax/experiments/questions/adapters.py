@@ -50,8 +50,8 @@ MEASURES = {
     "dormant_components": "fraction of an adapter's components of small norm, relative to their kernel's",
 }
 _SMALL = 0.1  # of the mean norm of a kernel's components
-_BASE = "base/"  # names of the trained network's arrays among what lanes are given
-_BASE_TASKS = 2**30  # folded into a seed's key for tasks: the base task
+_BASE = "base/"  # prefix of the trained network's arrays among the inputs of lanes
+_BASE_TASKS = 2**30  # folded into a seed's key for tasks, for the base task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Settings(stream.ImageStreamSettings):
     """Settings of adapters on a trained network, along a stream of tasks."""
 
     methods: tuple[str, ...] = ("adapter:reset=network", "adapter", "adapter_cbp", "full")
-    """Methods to compare, each a name, with settings if wanted: "adapter:step_size=0.003,l1=1e-4". One of them is a
+    """Methods to compare: names, optionally with settings: "adapter:step_size=0.003,l1=1e-4". One of them must be a
     fresh adapter for each task, "adapter:reset=network"."""
     stream: Literal["labels", "pixels"] = "labels"
-    """What tasks differ in: names of the classes (labels), or places of the pixels (pixels)."""
+    """What differs between tasks: names of the classes (labels), or places of the pixels (pixels)."""
     base_epochs: int = 20
-    """How often the network that is then frozen sees the examples of its task."""
+    """Number of epochs over the base task, in which the network is trained before it is frozen."""
     base_learner: str = "adam:step_size=1e-3"
-    """How it is trained: a learner, with settings if wanted."""
+    """Learner of the base task, optionally with settings."""
     rank: int = 4
     """Rank of an adapter."""
     alpha: float = 8.0
@@ -122,7 +122,7 @@ def _laptop(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the methods.
@@ -144,7 +144,7 @@ def check(settings: Settings) -> list[learners.Method]:
     (base,) = learners.read_methods([settings.base_learner], activation=settings.activation)
     if base.curvature or base.reset or base.network:
         raise ValueError(
-            f"base_learner must be one without curvature, tasks and settings of the network, got "
+            "base_learner must need no curvature, and have no reset and no settings of the network, got "
             f"{settings.base_learner!r}"
         )
     methods = learners.read_methods(settings.methods, activation=settings.activation, known=LEARNERS)
@@ -174,7 +174,7 @@ def _problem(settings: Settings) -> problems.Problem:
 
 
 def base_problem(settings: Settings, problem: problems.Problem) -> problems.Problem:
-    """The base task, the examples as they are, in another order each time."""
+    """Return the base task: the unchanged examples, in another order each time."""
 
     def make_task(data: Any, key: chex.PRNGKey, index: chex.Numeric) -> Any:
         task = problem.make_task(data, jax.random.fold_in(key, _BASE_TASKS), index)
@@ -185,13 +185,13 @@ def base_problem(settings: Settings, problem: problems.Problem) -> problems.Prob
 
 
 def job(settings: Settings) -> Job:
-    """Prepares the experiment; networks are trained on the base task when it runs.
+    """Prepare the experiment; networks are trained on the base task when it runs.
 
     Args:
       settings: what to run.
 
     Returns:
-      what runs it. Its results are `MEASURES` [method, seed, task].
+      a function that runs it. Its results are `MEASURES` [method, seed, task].
 
     Raises:
       ValueError: a setting is out of range or unknown, before anything is computed.
@@ -238,7 +238,7 @@ def job(settings: Settings) -> Job:
             return State(train, state.base), {**found, **change_measures(train.params, state.base)}
 
         def train(seeds: np.ndarray, numbers: dict[str, np.ndarray], checkpoint: Any) -> Iterator[dict[str, Any]]:
-            # Lanes are methods times seeds, of which each has its network.
+            # Lanes are methods times seeds; each seed has its own network.
             rows = seeds - settings.first_seed
             bases = {f"{_BASE}{path}": leaf[rows] for path, leaf in leaves_by_path(trained()).items()}
             return training.run_lanes(
@@ -255,7 +255,7 @@ def job(settings: Settings) -> Job:
 def train_base(
     settings: Settings, network: training.Learner, problem: problems.Problem, method: learners.Method
 ) -> optax.Params:
-    """The parameters [seeds, ...] of networks that are trained on the base task, one for each seed."""
+    """Train a network on the base task for each seed, and return the parameters [seeds, ...]."""
     seeds = np.asarray(seeds_of(settings))
     numbers = {name: np.full(len(seeds), value, np.float32) for name, value in method.hyperparameters.items()}
     kept: list[training.TrainState] = []
@@ -277,14 +277,14 @@ def train_base(
 def on_base(
     methods: Sequence[learners.Method], network: training.Learner, units: Units, adapter_of: Any, base: optax.Params
 ) -> training.Learner:
-    """The learner of methods that differ in their numbers alone, on a trained network.
+    """Return the learner of methods that differ only in numbers, on a trained network.
 
     Args:
-      methods: of one learner and with the same options.
-      network: the network's learner, whose functions are taken.
-      units: the components of adapters.
+      methods: methods of one learner with the same options.
+      network: the learner of the network, whose functions are used.
+      units: groups of the components of adapters.
       adapter_of: makes an adapter of the network's parameters and of a key.
-      base: the trained network's parameters, may be traced.
+      base: the trained network's parameters, which may be traced.
     """
     first = methods[0]
     if trains_adapter(first):
@@ -309,7 +309,7 @@ def on_base(
 
 
 def change_measures(trained: Any, base: optax.Params) -> dict[str, chex.Array]:
-    """What has become of a trained network.
+    """Return measures of the change of a trained network.
 
     Args:
       trained: an adapter, or all weights.
@@ -317,9 +317,9 @@ def change_measures(trained: Any, base: optax.Params) -> dict[str, chex.Array]:
 
     Returns:
       scalars: `change_rank`, the effective rank of the change of a kernel as a matrix [in, out], mean over kernels; and
-      `dormant_components`, the fraction of an adapter's components whose norm, that of a column of A times that of the
-      row of B, is at most a tenth of the mean of their kernel's, and of those of a kernel without any change; NaN of
-      all weights.
+      `dormant_components`, the fraction of an adapter's components whose norm (that of a column of A times that of the
+      row of B) is at most a tenth of the mean over their kernel. All components of an unchanged kernel are dormant. The
+      fraction is NaN if all weights are trained.
     """
     matrix = lambda kernel: kernel.reshape(-1, kernel.shape[-1])
     if not isinstance(trained, lora.Adapter):
@@ -341,7 +341,7 @@ def change_measures(trained: Any, base: optax.Params) -> dict[str, chex.Array]:
 
 question_adapters = Experiment(
     name=NAME,
-    about="Do adapters lose plasticity? One adapter on and on, fresh ones, components replaced, and all weights.",
+    about="Do adapters lose plasticity? One adapter for all tasks, fresh ones, replaced components, and all weights.",
     Settings=Settings,
     presets={"smoke": _smoke, "laptop": _laptop},
     check=check,

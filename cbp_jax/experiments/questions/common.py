@@ -27,7 +27,7 @@ STEP_SIZES = (7e-3, 1.5e-2)
 
 @dataclasses.dataclass(frozen=True)
 class QuestionSettings(TunedSettings, Online):
-    """A question about learners on Online Permuted images; `methods` are the names of what is compared."""
+    """A question about learners on Online Permuted images; `methods` are the names of the lanes to compare."""
 
     def plan(
         self,
@@ -35,15 +35,15 @@ class QuestionSettings(TunedSettings, Online):
         experiment: Experiment = online_permuted,
         measures: Mapping[str, str] | None = None,
     ) -> Plan:
-        """The comparison of those lanes that are among `methods`.
+        """Return the comparison of the lanes named in `methods`.
 
         Args:
-          lanes: all that the question has.
-          experiment: what runs, whose settings are among these.
-          measures: names and meanings of what is kept; those of all streams by default.
+          lanes: all lanes of the question.
+          experiment: the experiment that is run; its settings are among those of the question.
+          measures: names and meanings of the measures to keep; by default those of all streams.
 
         Raises:
-          ValueError: a method is none of the lanes.
+          ValueError: a method is not one of the lanes.
         """
         from cbp_jax import report
 
@@ -68,16 +68,16 @@ def question(
     tasks: int,
     measures: Sequence[str] = ("accuracy", "dead_units", "weight_magnitude", "effective_rank"),
 ) -> Experiment:
-    """An experiment that compares learners on Online Permuted images.
+    """Return an experiment that compares learners on Online Permuted images.
 
     Args:
-      name: of the experiment.
+      name: name of the experiment.
       about: one line for lists.
-      lanes: gives what is compared.
+      lanes: returns the lanes to compare.
       baselines: names of the lanes that the others are compared with.
-      tasks: of the preset "laptop".
-      measures: what is drawn over tasks, and in the second table. Where there is one of the weights as matrices,
-        presets measure the last update of each task, which these come with.
+      tasks: number of tasks of the preset "laptop".
+      measures: measures to draw over tasks, and to show in the second table. If one is about the weights as matrices,
+        presets measure the last update of each task, since these measures come with it.
     """
 
     def settings(dataset: str, examples_per_task: int, compared: int | None = None, **others: Any) -> QuestionSettings:
@@ -128,7 +128,7 @@ def question(
 
 
 def _shown(results: Any, baselines: Sequence[str], most: int = 8) -> list[str]:
-    """Return the methods whose lines are drawn: the baselines and the best others, as many as are distinguishable."""
+    """Return the methods whose lines are drawn: the baselines and the best others, at most `most`."""
     methods = results.method.values.tolist()
     first = [name for name in baselines if name in methods]
     mean = lambda name: float(results.accuracy.loc[{"method": name}].fillna(0).mean())

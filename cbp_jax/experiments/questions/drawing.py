@@ -1,4 +1,4 @@
-"""What the reports of the questions share: lines with a band, notes, differences, correlations."""
+"""Common parts of the reports of questions: lines with a band, notes, differences, correlations."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,12 +13,12 @@ _BINS = 25
 
 
 def values_of(results: Any, name: str, method: str) -> np.ndarray:
-    """The values of one method, float64 [seeds, tasks, ...]."""
+    """Return the values of one method, float64 [seeds, tasks, ...]."""
     return results[name].loc[{"method": method}].transpose("seed", "task", ...).values.astype(np.float64)
 
 
 def mean_of(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Means of the finite values along an axis; NaN where there are none."""
+    """Return means of the finite values along an axis; NaN where there are none."""
     return mean_and_error(values, axis)[0]
 
 
@@ -34,16 +34,16 @@ def draw_line(
     of: Callable[[Any], Any] = lambda value: value,
     band: bool = True,
 ) -> None:
-    """Draws the mean over seeds in a band, the 95% bootstrap interval; points that no seed has are left out.
+    """Draw the mean over seeds in a band, the 95% bootstrap interval; points that no seed has are left out.
 
     Args:
       ax: Matplotlib's axes.
       x: [n].
       values: [seeds, n].
-      style: of the line.
+      style: style of the line.
       label: in the legend.
-      dashes: in place of the style's.
-      every: how many points there are from one marker to the next; by default so many that there are at most six.
+      dashes: dashes to use instead of the style's.
+      every: number of points from one marker to the next; by default such that there are at most six markers.
       of: an increasing function of means and ends, as in `bootstrap_text`.
       band: whether the band is drawn.
     """
@@ -69,7 +69,7 @@ def draw_line(
 
 
 def draw_tasks(ax: Any, values: np.ndarray, style: Style, label: str, *, band: bool = True) -> None:
-    """Draws a line of what was measured of each task, in at most 25 bins of tasks.
+    """Draw a line of the values of each task, in at most 25 bins of tasks.
 
     Args:
       ax: Matplotlib's axes.
@@ -82,7 +82,7 @@ def draw_tasks(ax: Any, values: np.ndarray, style: Style, label: str, *, band: b
 
 
 def note(figure: Any, results: Any) -> None:
-    """Says under a picture what its bands are."""
+    """Write a note below a picture that explains its bands."""
     seeds = results.sizes["seed"]
     text = f"Mean and 95% bootstrap interval of {seeds} seeds" if seeds > 1 else "One seed"
     write_note(figure, text)
@@ -91,7 +91,7 @@ def note(figure: Any, results: Any) -> None:
 def differences(
     values: Mapping[str, np.ndarray], first: str, digits: int = 2, of: Callable[[Any], Any] = lambda value: value
 ) -> dict[str, str]:
-    """The difference of each method to the first, paired by seed.
+    """Return the difference of each method to the first, paired by seed.
 
     Args:
       values: by method, [seeds]; those of a method that was run with other seeds are not paired.
@@ -108,7 +108,9 @@ def differences(
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row [n] with its like; NaN for fewer than three values or where one is constant.
+    """Return Spearman's correlation between the rows [n] of two arrays.
+
+    It is NaN for rows with fewer than three pairs of values, or with constant values.
 
     >>> rank_correlation(np.array([[1.0, 2.0, 4.0]]), np.array([[9.0, 5.0, 0.0]])).tolist()
     [-1.0]

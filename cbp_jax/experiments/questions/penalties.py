@@ -1,8 +1,8 @@
 """L1 or L2, toward zero or toward the initial weights?
 
-SGD with each penalty at its best step size and strength, of one grid for all, beside plain backpropagation: accuracy,
-and what networks become, their dead units and the rank of their representations, and the magnitude, rank and sparsity
-of their weights. The proximal step is the form of L1 that leaves weights exactly where they are pulled to.
+Compares SGD with each penalty, at its best step size and strength from one grid for all, and plain backpropagation.
+Measures are accuracy, dead units, the rank of representations, and the magnitude, rank and sparsity of weights. The
+proximal step is the form of L1 in which weights reach exactly the value that they are pulled toward.
 """
 
 from cbp_jax.experiments.learners import LEARNERS
@@ -14,7 +14,7 @@ STRENGTHS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def lanes() -> list[Lane]:
-    """Plain backpropagation, and a lane for each penalty."""
+    """Return a lane for plain backpropagation, and one for each penalty."""
     names = ("l2", "l1", "l2_init", "l1_init", "proximal_l1_init")
     strength = lambda name: "l2" if name.startswith("l2") else "l1"
     return [

@@ -23,7 +23,7 @@ from cbp_jax.report.looks import GRAY, PALETTE, names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
 from cbp_jax.report.tables import text_table
 
-#: What predicts, and what is predicted: names in `aligned`, and names in pictures.
+#: Predictors and outcomes: names in `aligned`, and names in pictures.
 PREDICTORS = {
     "change_rank": "Stable rank of the change",
     "overlap": "Overlap with earlier changes",
@@ -45,14 +45,15 @@ _SCATTER = (
 
 
 def aligned(results: Any) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The measures of one task: its change, what it made the network forget, and the representation it left.
+    """Return the measures of each task: its change, what the network forgot in it, and the representation after it.
 
     Args:
-      results: of a run, finished or not.
+      results: results of a run, finished or not.
 
     Returns:
-      labels of the methods that have begun; by name, float64 [methods, seeds, tasks that all of them finished less
-      one]: those of a task, but ranks of the representation and the online accuracy are of the next one.
+      labels of the methods that have begun, and measures by name, float64 [methods, seeds, tasks]. There is one task
+      less than all methods have finished: ranks of the representation and the online accuracy are those of the next
+      task.
     """
     started = [method for method in results.method.values.tolist() if finished_tasks(results, method)[1] > 1]
     if not started:
@@ -67,14 +68,14 @@ def aligned(results: Any) -> tuple[list[str], dict[str, np.ndarray]]:
 
 
 def correlations(values: dict[str, np.ndarray]) -> dict[tuple[str, str, str], np.ndarray]:
-    """Rank correlations of all predictors with all outcomes.
+    """Return the rank correlations of all predictors with all outcomes.
 
     Args:
-      values: of `aligned`.
+      values: output of `aligned`.
 
     Returns:
-      by kind (`KINDS`), predictor and outcome, [seeds]: over learners, of means over the second half of the tasks; and
-      over the tasks of each learner, the mean over learners, as they are and without the linear trend of both.
+      correlations [seeds] by kind (`KINDS`), predictor and outcome: over learners, of means over the second half of the
+      tasks; and over the tasks of each learner, with and without the linear trends of both, the mean over learners.
     """
     found = {}
     for predictor in PREDICTORS:
@@ -91,25 +92,25 @@ def correlations(values: dict[str, np.ndarray]) -> dict[tuple[str, str, str], np
 
 
 def detrended(values: np.ndarray) -> np.ndarray:
-    """The residuals of a linear regression of values [..., tasks] on the number of the task; NaN stays NaN.
+    """Return the residuals of a linear regression of values [..., tasks] on the number of the task; NaN stays NaN.
 
     >>> detrended(np.array([[1.0, 2.0, 3.0]])).round(6).tolist()
     [[0.0, 0.0, 0.0]]
     """
     some = np.isfinite(values)
     count = np.maximum(some.sum(-1, keepdims=True), 1)
-    centred = lambda array: np.where(some, array - np.where(some, array, 0).sum(-1, keepdims=True) / count, 0)
-    task = centred(np.broadcast_to(np.arange(values.shape[-1], dtype=float), values.shape))
-    y = centred(values)
+    centered = lambda array: np.where(some, array - np.where(some, array, 0).sum(-1, keepdims=True) / count, 0)
+    task = centered(np.broadcast_to(np.arange(values.shape[-1], dtype=float), values.shape))
+    y = centered(values)
     slope = (task * y).sum(-1, keepdims=True) / np.maximum((task**2).sum(-1, keepdims=True), 1e-300)
     left = y - slope * task
-    # What a line leaves of a line is rounding, which has ranks of its own.
+    # The residuals of values on a line are rounding errors, whose ranks mean nothing.
     left = np.where(np.abs(left) > 1e-9 * np.abs(y).max(-1, keepdims=True), left, 0)
     return np.where(some, left, np.nan)
 
 
 def summary(results: Any) -> str:
-    """The tables of a run, finished or not: means over the second half of the tasks, and all correlations."""
+    """Return the tables of a run, finished or not: means over the second half of the tasks, and all correlations."""
     methods, values = aligned(results)
     title = f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval]"
     if not methods:
@@ -133,10 +134,10 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws a scatter plot of learners, all correlations, and the measures along the stream.
+    """Draw a scatter plot of learners, all correlations, and the measures along the stream.
 
     Args:
-      results: of a run, finished or not.
+      results: results of a run, finished or not.
       out: folder for the pictures.
       formats: kinds of file to write, as Matplotlib names them.
 
@@ -151,7 +152,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     require("matplotlib")
     methods, values = aligned(results)
     if not methods:
-        raise ValueError("results: no method has finished two tasks, so that there is nothing to draw")
+        raise ValueError("results: no method has finished two tasks, so there is nothing to draw")
     styles = styles_of(results, methods)
     names = dict(zip(methods, names_of(results, methods), strict=True))
     with style_of_pictures():
@@ -164,7 +165,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 
 
 def _of_panel(label: str) -> str:
-    """The label of an axis, in percent, for a panel of half a column."""
+    """Return the label of an axis, in percent, for a panel of half a column."""
     return (
         f"{label} (%)".replace(", representation", "")
         .replace("Stable rank of the", "Stable rank of")
@@ -173,7 +174,7 @@ def _of_panel(label: str) -> str:
 
 
 def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:
-    """A point for each learner: means over seeds of its second half, with bars of one standard error."""
+    """Draw a point for each learner: means over seeds of its second half, with bars of one standard error."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(COLUMN, 3.1 + 0.06 * len(methods)), layout="constrained")
@@ -203,7 +204,7 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
 
 
 def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -> Any:
-    """A panel for each outcome, a row for each predictor, a marker for each kind of correlation."""
+    """Draw a panel for each outcome, with a row for each predictor and a marker for each kind of correlation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(COLUMN, 2.4), layout="constrained")
@@ -234,7 +235,7 @@ def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -
 
 
 def _tasks(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:
-    """What is measured along the stream, in at most 25 bins of tasks."""
+    """Draw the measures along the stream, in at most 25 bins of tasks."""
     from matplotlib.figure import Figure
 
     panels = {**PREDICTORS, **OUTCOMES}

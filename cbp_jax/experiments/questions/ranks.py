@@ -48,17 +48,17 @@ MEASURES = {
 }
 
 
-_FINE = BACKPROP.space["step_size"]  # of methods that search their step size alone
+_FINE = BACKPROP.space["step_size"]  # of methods that search only their step size
 
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """Settings of what is measured about earlier tasks."""
+    """Settings of the measures about earlier tasks."""
 
     earlier: int = 3
-    """How many of the last tasks before count as earlier ones, for forgetting and overlap."""
+    """Number of preceding tasks that count as earlier ones, for forgetting and overlap."""
     subspace: int = 5
-    """Directions of the input that count as read by a change, the first ones."""
+    """Number of directions of the input that count as read by a change, the first ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Settings(Earlier, QuestionSettings):
 
 
 def lanes() -> list[Lane]:
-    """All kinds of learners of permuted streams; 12 configurations each."""
+    """Return a lane for each kind of learner of permuted streams, with 12 configurations each."""
     decays = {"step_size": STEP_SIZES, "l2": (1e-3, 3e-3, 1e-2), "noise": (2e-4, 2e-3)}
     perturbed = {"step_size": STEP_SIZES, "weight_decay": (1e-3, 1e-2), "sigma": (1e-3, 1e-2, 1e-1)}
     of_penalties = [lane for lane in penalties.lanes() if lane.name in ("l2", "l1", "l2_init", "l1_init")]
@@ -129,7 +129,7 @@ def _laptop(dataset: str | None) -> Settings:
 
 
 def check(settings: StreamSettings) -> list[learners.Method]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the methods.
@@ -145,7 +145,8 @@ def check(settings: StreamSettings) -> list[learners.Method]:
 
 
 def _train(settings: StreamSettings) -> Callable[..., Iterator[dict[str, Any]]]:
-    """Return the training of a stream that also measures each task's change and the accuracy on earlier tasks."""
+    """Return a function that trains on a stream, and also measures each task's change and the accuracy on earlier
+    tasks."""
 
     def train(
         learner: training.Learner,
@@ -170,7 +171,7 @@ def _train(settings: StreamSettings) -> Callable[..., Iterator[dict[str, Any]]]:
 def init_state(
     learner: training.Learner, earlier: int, subspace: int, seed: chex.Array, hyperparameters: dict[str, chex.Array]
 ) -> State:
-    """The state of one lane before its first task."""
+    """Return the state of one lane before its first task."""
     train = training.init_state(learner, seed, hyperparameters)
     reads = {
         path: jnp.zeros((earlier, matrix.shape[0], min(subspace, *matrix.shape)))
@@ -185,16 +186,16 @@ def run_task(
     """Train one lane on its next task, and measure the task's change and the accuracy on earlier tasks.
 
     Args:
-      learner: what is trained.
+      learner: the learner to train.
       problem: the stream.
-      data: the problem's.
-      state: the lane's.
-      measured_examples: of a task, for accuracies after it too.
-      **measuring: as of `training.run_task`.
+      data: data of the problem.
+      state: state of the lane.
+      measured_examples: number of examples of a task to measure on, also for accuracies after it.
+      **measuring: as in `training.run_task`.
 
     Returns:
-      the state after the task; scalars: those of `training.run_task`, and `MEASURES`, of which those about earlier
-      tasks are NaN where there are fewer.
+      the state after the task, and scalars: those of `training.run_task`, and `MEASURES`. Measures about earlier tasks
+      are NaN if there are fewer of these.
     """
     earlier, keys = len(state.learned), stream_keys(state.train.key)
     after, measures = training.run_task(
@@ -208,7 +209,7 @@ def run_task(
 
     tasks = state.train.task - jnp.arange(earlier + 1)  # this task, and earlier ones
     accuracies = jax.lax.map(accuracy, jnp.maximum(tasks, 0))
-    # Only with all requested earlier tasks, because fewer are forgotten less.
+    # Measured only with all requested earlier tasks, because fewer are forgotten less.
     of_earlier = lambda values: jnp.where(tasks[-1] >= 0, jnp.mean(values), jnp.nan)
 
     change = jax.tree.map(jnp.subtract, after.params, state.train.params)
@@ -230,21 +231,23 @@ def run_task(
 
 
 def read_directions(change: chex.Array, count: int) -> chex.Array:
-    """The directions of the input that a change reads most, orthonormal columns [in, count].
+    """Return the directions of the input that a change reads most, orthonormal columns [in, count].
 
     Args:
-      change: of a kernel, [in, out].
-      count: how many, at most the smaller side.
+      change: change of a kernel, [in, out].
+      count: number of directions, at most the smaller side of the kernel.
     """
     return jnp.linalg.svd(change, full_matrices=False)[0][:, :count]
 
 
 def subspace_overlap(a: chex.Array, b: chex.Array) -> chex.Array:
-    """The mean squared cosine of the principal angles between two subspaces: in [0, 1], by chance `directions / in`.
+    """Return the mean squared cosine of the principal angles between two subspaces.
+
+    It is in [0, 1], and by chance `directions / in`.
 
     Args:
       a: orthonormal columns [in, directions].
-      b: the same.
+      b: orthonormal columns of the same shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -255,7 +258,7 @@ def subspace_overlap(a: chex.Array, b: chex.Array) -> chex.Array:
 
 
 def _matrices(learner: training.Learner, params: optax.Params) -> dict[str, chex.Array]:
-    """The kernels of a network as matrices [in, out], by path."""
+    """Return the kernels of a network as matrices [in, out], by path."""
     leaves = leaves_by_path(params)
     return {path: leaves[path].reshape(-1, leaves[path].shape[-1]) for path in learner.units.kernels}
 
@@ -280,7 +283,7 @@ def _measures(settings: Any) -> dict[str, str]:
 
 
 def plan(settings: Settings) -> Plan:
-    """The comparison of the methods that the settings name."""
+    """Return the comparison of the methods that the settings name."""
     return settings.plan(lanes(), measured_stream, _measures(settings))
 
 

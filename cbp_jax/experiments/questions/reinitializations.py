@@ -1,7 +1,7 @@
 """Do the initial weights of replaced units matter?
 
-Continual backpropagation, which ranks units by contribution, with each reinitialization that the library has, at its
-best step size and replacement rate, beside plain backpropagation.
+Compares continual backpropagation with each reinitialization of the library, at its best step size and replacement
+rate, and plain backpropagation. Units are ranked by contribution.
 """
 
 from cbp_jax import replacement
@@ -12,7 +12,7 @@ from cbp_jax.report.looks import BLUE, Look, readable
 
 
 def lanes() -> list[Lane]:
-    """Plain backpropagation, and a lane for each reinitialization, by its name."""
+    """Return a lane for plain backpropagation, and one for each reinitialization, by its name."""
     space = {"replacement_rate": RATES, "step_size": STEP_SIZES}
     found = [BACKPROP]
     for name in replacement.REINITIALIZATIONS:

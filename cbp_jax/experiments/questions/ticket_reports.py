@@ -42,29 +42,30 @@ _PANELS = {
     "dead_units": ("Dead units (%)", 100.0),
     "young": ("Weights in young\nunits over chance", 1.0),
 }
-_MOST = ("log_density", "advantage", "effective_rank", "dead_units")  # what the first picture shows
+_MOST = ("log_density", "advantage", "effective_rank", "dead_units")  # shown in the first picture
 
 
 def finished(measured: Measured) -> tuple[list[str], int]:
-    """The methods that have been measured, and how many measurements all of these and all seeds have."""
+    """Return the methods that have been measured, and the number of measurements that all of them have with all
+    seeds."""
     done = {method: np.isfinite(values).all(0) for method, values in measured["log_density"].items()}
     begun = [method for method, each in done.items() if each.any()]
     return begun, int(np.logical_and.reduce([done[method] for method in begun]).cumprod().sum()) if begun else 0
 
 
 def early_and_late(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means [seeds] over the first and the last third of so many measurements, or over one of each."""
+    """Return means [seeds] over the first and the last third of `count` measurements, at least one each."""
     third = max(1, count // 3)
     return mean_of(values[:, :third]), mean_of(values[:, count - third : count])
 
 
 def summary(results: Any, measured: Measured) -> str:
-    """The table of a run, finished or not.
+    """Return the table of a run, finished or not.
 
-    For each method the means over the first and over the last third of the measurements: matching density, advantage of
-    tickets in points, accuracy of the dense network and of the best ticket, effective rank and dead units in percent,
-    and the young weights of the matching ticket over chance. Then what differs from the first method within each seed,
-    the rank correlations over the measurements of a seed, and the last third less the first.
+    For each method it shows means over the first and over the last third of the measurements: matching density,
+    advantage of tickets in points, accuracy of the dense network and of the best ticket, effective rank and dead units
+    in percent, and the young weights of the matching ticket over chance. Then it shows differences from the first
+    method within each seed, rank correlations over the measurements of a seed, and the last third minus the first.
     """
     methods, count = finished(measured)
     lines = [f"{results.attrs['experiment']}: mean over seeds [its 95% bootstrap interval]; first and last third of "
@@ -107,11 +108,11 @@ def summary(results: Any, measured: Measured) -> str:
 
 
 def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws what is measured along the stream, and accuracy against density early and late in it.
+    """Draw the measures along the stream, and accuracy against density early and late in it.
 
     Args:
-      results: of a run, finished or not.
-      measured: of these.
+      results: results of a run, finished or not.
+      measured: values of these results; see `tickets.measured`.
       out: folder for the pictures.
       formats: kinds of file to write, as Matplotlib names them.
 
@@ -127,7 +128,7 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
 
     methods, count = finished(measured)
     if not count:
-        raise ValueError("results: tickets have not been looked for, so that there is nothing to draw")
+        raise ValueError("results: tickets have not been sought yet, so there is nothing to draw")
     styles, names = styles_of(results, methods), names_of(results, methods)
     with style_of_pictures():
         figures = {
@@ -147,7 +148,7 @@ def _along(
     names: Sequence[str],
     count: int,
 ) -> Any:
-    """Measures along the stream, a panel each."""
+    """Draw the measures along the stream, a panel for each."""
     from matplotlib.figure import Figure
 
     tasks = _tasks(results, measured)[:count]
@@ -182,13 +183,13 @@ def _along(
 
 
 def _tasks(results: Any, measured: Measured) -> np.ndarray:
-    """The tasks before which was measured."""
+    """Return the tasks before which tickets were sought."""
     total = next(iter(measured["log_density"].values())).shape[1]
     return json.loads(results.attrs["settings"])["every"] * np.arange(total)
 
 
 def _curves(results: Any, methods: Sequence[str], styles: Any, names: Sequence[str], count: int, tasks: Any) -> Any:
-    """Accuracy against density: a column for each method, tickets and random masks at first and at last."""
+    """Draw accuracy against density: a column for each method, with tickets and random masks, at first and at last."""
     from matplotlib.figure import Figure
 
     rows = -(-len(methods) // 2)

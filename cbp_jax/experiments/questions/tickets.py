@@ -1,10 +1,11 @@
 """Do winning tickets vanish as plasticity is lost?
 
-At regular intervals of a long Online Permuted stream, tickets are sought in the current network: it learns the
+At regular intervals of a long Online Permuted stream, tickets are sought in the current network. It learns the
 next task, a fraction of the living weights of least magnitude is pruned, the others are rewound to what they were
-before the task, and so on, round after round. Beside each ticket, a random mask with as many weights in each layer is
-trained from the same weights. All networks are trained by one learner, plain SGD by default, on the examples of the
-task in the order of the stream, so that only the networks differ. The stream then continues as without the search.
+before the task, and so on, round after round. For comparison with each ticket, a random mask with as many weights in
+each layer is trained from the same weights. All networks are trained by one learner, plain SGD by default, on the
+examples of the task in the order of the stream, so that only the networks differ. The stream then continues as without
+the search.
 
 The measure of a mask is its online accuracy: the fraction of the task's examples that are classified correctly, each
 before the network learns from it. Two numbers summarize the curve of accuracy against density:
@@ -41,7 +42,7 @@ from cbp_jax.problems import Problem
 from cbp_jax.training.learner import stream_keys
 from cbp_jax.units import UnitGroup, leaves_by_path
 
-_RANDOM = 7  # folded into a seed's key for the optimizer: random masks
+_RANDOM = 7  # folded into a seed's key for the optimizer, for random masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +52,16 @@ class Settings(permuted.Online):
     methods: tuple[str, ...] = ("bp:step_size=0.01", "l2:step_size=0.003,l2=1e-3", "cbp:step_size=0.01")
     """Learners of the stream, as in `online_permuted`."""
     every: int = 25
-    """Tickets are sought before every so many tasks, starting with the first."""
+    """Number of tasks from one search for tickets to the next; the first is before the first task."""
     rounds: int = 14
-    """How often a network is pruned."""
+    """Number of rounds: how often a network is pruned in a search."""
     fraction: float = 0.3
-    """Fraction of the living weights of each layer that a round prunes; of the output layer half of it."""
+    """Fraction of the living weights of each layer that a round prunes; half of this in the output layer."""
     ticket_learner: str = "bp:step_size=0.01"
-    """What trains dense networks, tickets and random masks: a learner that neither replaces units nor has tasks or
-    settings of the network."""
+    """Learner of dense networks, tickets and random masks. It must not replace units, need curvature, reset the
+    network, or have settings of the network."""
     tolerance: float = 0.01
-    """How much less than the dense network's the accuracy of a ticket may be that matches it."""
+    """How much lower than the dense network's accuracy that of a matching ticket may be."""
 
 
 def _curves(settings: Settings) -> Mapping[str, Curve]:
@@ -103,7 +104,7 @@ def _laptop(dataset: str | None) -> Settings:
 
 
 def check(settings: Settings) -> list[learners.Method]:
-    """Checks settings before anything is computed.
+    """Check settings before anything is computed.
 
     Returns:
       the methods.
@@ -130,14 +131,14 @@ def _ticket_method(settings: Settings) -> learners.Method:
     (method,) = learners.read_methods([settings.ticket_learner])
     if method.needs_units or method.curvature or method.reset or method.network:
         raise ValueError(
-            "ticket_learner must be one without units, curvature, tasks and settings of the network, as bp, got "
-            f"{settings.ticket_learner!r}"
+            "ticket_learner must need no units and no curvature, and have no reset and no settings of the network, "
+            f"such as 'bp'; got {settings.ticket_learner!r}"
         )
     return method
 
 
 def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
-    """The training of a stream that seeks tickets before some of its tasks."""
+    """Return a function that trains on a stream, and seeks tickets before some of its tasks."""
     method = _ticket_method(settings)
 
     def train(learner: training.Learner, problem: Problem, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
@@ -169,18 +170,18 @@ def find_tickets(
     """Seek tickets in the current network, on its next task; one lane.
 
     Args:
-      learner: of the stream.
+      learner: learner of the stream.
       problem: the stream.
-      data: the problem's.
-      state: the lane's, before the task.
+      data: data of the problem.
+      state: state of the lane before the task.
       trainer: the method that trains the networks.
-      rounds: how often is pruned.
-      fraction: of the living weights of a layer, half of it of the output layer.
+      rounds: number of prunings.
+      fraction: fraction of the living weights of a layer to prune in a round; half of it in the output layer.
       young_below: units of a smaller age, in updates, are young.
 
     Returns:
-      arrays [rounds + 1], the first of the dense network: `density`, `ticket_accuracy`, `random_accuracy`; and where
-      units have ages `young` and `young_chance`, NaN before the first task.
+      arrays [rounds + 1], whose first entry is for the dense network: `density`, `ticket_accuracy`, `random_accuracy`;
+      and, if units have ages, `young` and `young_chance`, NaN before the first task.
     """
     optimizer = learners.make_optimizer([trainer], learner.units, {})
     numbers = {name: jnp.float32(value) for name, value in trainer.hyperparameters.items()}
@@ -215,16 +216,16 @@ def find_tickets(
 def young_weights(
     units: Sequence[UnitGroup], ages: Mapping[str, chex.Array], params: optax.Params, below: int
 ) -> dict[str, chex.Array]:
-    """Which weights lie in young units: those that write one or read one.
+    """Return which weights lie in young units: those that write or read one.
 
     Args:
-      units: of the network.
-      ages: by group, int32 [units].
-      params: of the network.
+      units: the units of the network.
+      ages: for each group, int32 [units].
+      params: the params of the network.
       below: units of a smaller age are young.
 
     Returns:
-      by the path of a kernel, bool arrays of its shape; kernels of no unit have none.
+      bool arrays of the kernels' shapes, by path; kernels without units are missing.
     """
     leaves = leaves_by_path(params)
     found: dict[str, chex.Array] = {}
@@ -236,14 +237,15 @@ def young_weights(
 
 
 def young_shares(mask: tickets.Mask, young: Mapping[str, chex.Array]) -> dict[str, chex.Array]:
-    """The fraction of a mask's living weights that lie in young units, and that of random masks.
+    """Return the fraction of a mask's living weights that lie in young units, and that of random masks.
 
     Args:
-      mask: of a ticket.
-      young: of `young_weights`.
+      mask: mask of a ticket.
+      young: output of `young_weights`.
 
     Returns:
-      float32 scalars `young`, and `young_chance`, with as many weights in each array anywhere in it, as expected.
+      float32 scalars: `young`, and `young_chance`, the expectation for masks with as many weights in each array at
+      random.
     """
     there = expected = alive = jnp.float32(0)
     count = lambda leaf: jnp.sum(leaf, dtype=jnp.int32).astype(jnp.float32)
@@ -256,11 +258,11 @@ def young_shares(mask: tickets.Mask, young: Mapping[str, chex.Array]) -> dict[st
 
 
 def matching_round(accuracy: np.ndarray, tolerance: float) -> np.ndarray:
-    """The last round before the first whose ticket is worse than the dense network.
+    """Return the last round before the first whose ticket is worse than the dense network.
 
     Args:
-      accuracy: [..., rounds], the first of the dense network.
-      tolerance: how much less than the dense network's it may be.
+      accuracy: [..., rounds], where the first is that of the dense network.
+      tolerance: how much lower than the dense network's accuracy that of a ticket may be.
 
     Returns:
       int [...].
@@ -274,15 +276,15 @@ def matching_round(accuracy: np.ndarray, tolerance: float) -> np.ndarray:
 
 
 def measured(results: Any) -> dict[str, dict[str, np.ndarray]]:
-    """The values that tables and pictures show, by name and method, [seeds, measurements].
+    """Return the values that tables and pictures show, by name and method, [seeds, measurements].
 
     Args:
-      results: of a run, finished or not.
+      results: results of a run, finished or not.
 
     Returns:
-      `log_density`, the logarithm of the matching density; `advantage`; `dense_accuracy` and `best_accuracy`, that of
-      the best ticket; `young` over `young_chance` at the matching density; and of the same tasks `effective_rank` and
-      `dead_units`.
+      `log_density`, the logarithm of the matching density; `advantage`; `dense_accuracy`, and `best_accuracy`, that of
+      the best ticket; `young`, the ratio of `young` to `young_chance` at the matching density; and `effective_rank` and
+      `dead_units` before the same tasks.
     """
     settings = json.loads(results.attrs["settings"])
     tasks = slice(0, None, settings["every"])

@@ -1,7 +1,7 @@
-"""Does the utility matter by which continual backpropagation ranks units?
+"""Does the utility by which continual backpropagation ranks units matter?
 
-Continual backpropagation with each utility that the library has, at its best step size and replacement rate, beside
-plain backpropagation. "random" replaces any unit, and shows how much there is to gain by ranking at all.
+Compares continual backpropagation with each utility of the library, at its best step size and replacement rate, and
+plain backpropagation. "random" replaces random units, which shows how much there is to gain from ranking at all.
 """
 
 from cbp_jax.experiments.questions.common import BACKPROP, STEP_SIZES, question
@@ -13,7 +13,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 def lanes() -> list[Lane]:
-    """Plain backpropagation, and a lane for each utility of `cbp_jax.replacement.UTILITIES`, by its name."""
+    """Return a lane for plain backpropagation, and one for each utility of `replacement.UTILITIES`, by its name."""
     space = {"replacement_rate": RATES, "step_size": STEP_SIZES}
     looks = {"contribution": Look("Contribution", BLUE, strong=True)}
     return [

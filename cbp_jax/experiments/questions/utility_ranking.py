@@ -3,10 +3,11 @@
 The true utility of a unit is the loss without it (its outgoing weights set to 0) minus the loss. On Online Permuted
 images, every utility of `cbp_jax.replacement.UTILITIES`, or of your own, is averaged as continual backpropagation
 averages its own, over the last updates before a measurement, and compared with the true utility on examples of the
-task: early in every task, after its first `window` updates, and late, after its last. Spearman's rank correlation says
-how well the order of units agrees, Pearson's how well the values do; each is of the units of one layer.
+task: early in every task, after its first `window` updates, and late, after its last. Spearman's rank correlation
+measures how well the order of units agrees, and Pearson's correlation how well the values agree, each over the units
+of one layer.
 
-The method's own utility is used in training throughout; the others are only computed. Means are reset at the start of
+Training uses the method's own utility throughout; the others are only computed. Means are reset at the start of
 the window, and for units that are replaced in it.
 """
 
@@ -43,20 +44,20 @@ class Settings(stream.ImageStreamSettings):
     """Rankings of units by approximate utilities and by the true one, while continual backpropagation runs."""
 
     methods: tuple[str, ...] = ("cbp:step_size=0.01",)
-    """What trains the network: learners, each a name, with settings if wanted."""
+    """Learners that train the network: names, optionally with settings."""
     utilities: tuple[str, ...] = tuple(replacement.UTILITIES)
-    """Utilities that are compared, by name or import path: "my_module:my_utility"; from Python, functions too."""
+    """Utilities to compare, by name or import path: "my_module:my_utility"; from Python, functions too."""
     window: int = 200
-    """Updates over which utilities are averaged before a measurement, at most half of a task's."""
+    """Number of updates over which utilities are averaged before a measurement, at most half of a task's."""
     decay_rate: float = 0.99
-    """Of these averages."""
+    """Decay rate of these averages."""
 
 
 def utilities_of(settings: Settings) -> dict[str, replacement.Utility]:
-    """The utilities that are compared, by the names that they have in results.
+    """Return the utilities to compare, by the names that they have in results.
 
     Raises:
-      ValueError: there are none, one is unknown, or two have one name.
+      ValueError: there are none, one is unknown, or two have the same name.
     """
     if not settings.utilities:
         raise ValueError("utilities must be at least one, got none")
@@ -71,7 +72,7 @@ def utilities_of(settings: Settings) -> dict[str, replacement.Utility]:
 
 
 def measure_name(utility: str, kind: str, moment: str, layer: int) -> str:
-    """The name of a measure in the results; layers count from 1.
+    """Return the name of a measure in the results; layers count from 1.
 
     Example:
       >>> measure_name("taylor", "spearman", "late", 2)
@@ -96,7 +97,7 @@ def _measures(settings: Settings) -> dict[str, str]:
 
 
 def check(settings: Settings) -> list[Any]:
-    """Checks settings before anything is computed; see `stream.check`."""
+    """Check settings before anything is computed; see `stream.check`."""
     check_counts(settings, "window")
     utilities_of(settings)
     if not 0 <= settings.decay_rate < 1:
@@ -125,16 +126,16 @@ def _problem(settings: Settings) -> problems.Problem:
 def onlooker(
     tx: optax.GradientTransformation, units: Units, decay_rate: float, utilities: Mapping[str, replacement.Utility]
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer around another that averages utilities and changes nothing.
+    """Wrap an optimizer so that it averages utilities, without changing its updates.
 
     Args:
       tx: the optimizer.
-      units: of the network.
-      decay_rate: of the averages.
+      units: the units of the network.
+      decay_rate: decay rate of the averages.
       utilities: by name.
 
     Returns:
-      a transformation whose state has in `memory` for each group `utility`, running means [units] by name, and
+      a transformation. The `memory` in its state has for each group `utility`, running means [units] by name, and
       `weight`, [units], the sum of the weights of each mean, which corrects for its start.
     """
 
@@ -165,11 +166,11 @@ def onlooker(
 def compare(
     true: Sequence[chex.Array], memory: dict[str, Any], units: Units, utilities: Sequence[str]
 ) -> dict[str, chex.Array]:
-    """Correlations [utilities, layers] of averaged utilities with the true ones, by kind.
+    """Return correlations [utilities, layers] of averaged utilities with the true ones, by kind.
 
     Args:
-      true: for each group, [units].
-      memory: of `onlooker`.
+      true: the true utilities of each group, [units].
+      memory: the `memory` in the state of `onlooker`.
       units: the groups.
       utilities: their names, in the order of the correlations.
     """
@@ -183,7 +184,7 @@ def compare(
 
 
 def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
-    """Runs in place of `training.run_tasks`."""
+    """Return the function that is used instead of `training.run_tasks`."""
     utilities = utilities_of(settings)
 
     def run_tasks(learner, problem, seeds, hyperparameters, tasks, *, mode, measured_examples, checkpoint, **unused):
@@ -208,7 +209,7 @@ def run_task(
     measured_examples: int,
     utilities: Mapping[str, replacement.Utility],
 ) -> tuple[training.TrainState, dict[str, chex.Array]]:
-    """Trains a network on a task and compares utilities, one lane; see `training.run_task`."""
+    """Train a network on a task and compare utilities, one lane; see `training.run_task`."""
     keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
     x, y = problem.evaluation(data, task, measured_examples)
@@ -227,7 +228,7 @@ def run_task(
         return params, opt_state, {name: totals[name] + value for name, value in found.items()}
 
     def until(carry, ends):
-        """Trains up to the window, then averages utilities in it and compares them."""
+        """Train up to the window, then average utilities in it and compare them."""
         first, last = ends
         carry = jax.lax.fori_loop(first, last - window, lambda i, carry: step(learner, tx, carry, i), carry)
         params, opt_state, totals = carry
@@ -259,19 +260,19 @@ _LATE = f"_spearman_{MOMENTS[-1]}_"
 
 
 def _shown(results: Any) -> tuple[list[str], range]:
-    """The utilities and the layers of results."""
+    """Return the utilities and the layers of results."""
     found = [name.rsplit(_LATE, 1) for name in results.data_vars if _LATE in name]
     return list(dict.fromkeys(utility for utility, _ in found)), range(1, max(int(layer) for _, layer in found) + 1)
 
 
 def _per_seed(results: Any, method: str, utility: str, kind: str, moment: str, layer: int) -> Any:
-    """Means over finished tasks, [seeds]."""
+    """Return means over finished tasks, [seeds]."""
     values = results[measure_name(utility, kind, moment, layer)].loc[{"method": method}]
     return values.mean("task").dropna("seed").values.astype(float)
 
 
 def summary(results: Any) -> str:
-    """The results of a run as a table of text.
+    """Return the results of a run as a table of text.
 
     Args:
       results: results of a run, finished or not.
@@ -298,9 +299,9 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draws rank correlations: a line a utility, early and late beside each other, a mark for each layer.
+    """Draw rank correlations: a row for each utility, a panel each for early and late, and a marker for each layer.
 
-    Bars are 95% bootstrap intervals of the mean over seeds, where there are several. A picture for each method.
+    Bars are 95% bootstrap intervals of the mean over seeds, if there are several. There is a picture for each method.
 
     Args:
       results: results of a run, finished or not.
@@ -359,7 +360,7 @@ def _laptop(dataset: str | None) -> Settings:
         dataset=dataset or "digits",
         methods=(f"cbp:step_size={0.01 if digits else 0.003}",),
         seeds=10,
-        first_seed=100,  # others chose the step size
+        first_seed=100,  # the step size was chosen with other seeds
         tasks=100 if digits else 50,
         examples_per_task=None if digits else 4000,
         hidden=(50, 50, 50) if digits else (100, 100, 100),
@@ -368,7 +369,7 @@ def _laptop(dataset: str | None) -> Settings:
 
 
 def _paper(dataset: str | None) -> Settings:
-    """All images of MNIST, and the smallest of the networks of Dohare et al. (Nature 2024)."""
+    """Return settings with all images of MNIST and the smallest network of Dohare et al. (Nature 2024)."""
     laptop = _laptop(dataset or "mnist")
     return dataclasses.replace(laptop, seeds=30, tasks=100, examples_per_task=None, hidden=(100, 100, 100))
 
