@@ -138,7 +138,7 @@ class ChangingCartPole(Periods):
         self.swap_actions = swap_actions
 
     def physics_of(self, period: chex.Numeric) -> Physics:
-        """The physics of a period, counted from 0; float32 [] each."""
+        """Return the physics of a period, counted from 0; float32 [] each."""
         return self.of_period(period)
 
     def drawn(self, period: chex.Numeric, key: chex.PRNGKey) -> Physics:

@@ -63,14 +63,14 @@ class Game:
         return height * width * channels
 
     def reset(self, key: chex.PRNGKey) -> State:
-        """The initial state, drawn with a key."""
+        """Return the initial state, drawn with a key."""
         key, first_key = jax.random.split(key)
         obs, state = self.env.reset_env(first_key, self.params)
         zero = jnp.zeros([])
         return State((state, jax.random.key_data(key)), _flat(obs), zero, zero)
 
     def step(self, state: State, action: chex.Array) -> State:
-        """The state after an action, int []."""
+        """Return the state after an action, int []."""
         before, key_data = state.pipeline_state
         key, step_key = jax.random.split(jax.random.wrap_key_data(key_data))
         obs, after, reward, ended, _ = self.env.step_env(step_key, before, action, self.params)
@@ -93,7 +93,7 @@ class ChangingGame(Periods):
 
     Period 0 has the game's own order. In period i > 0, channels (or pixels) and actions have random orders, drawn with
     `fold_in(key, i)`. A period ends with the first episode that ends after `change_every` steps of the period.
-    Observations do not tell the order, so that the agent has to learn the game anew.
+    Observations do not reveal the order, so the agent has to learn the game again.
 
     Args:
       game: "asterix", "breakout", "freeway" or "space_invaders".
@@ -139,7 +139,7 @@ class ChangingGame(Periods):
         return self.game.observation_shape
 
     def drawn(self, period: chex.Numeric, key: chex.PRNGKey) -> dict[str, chex.Array]:
-        """The order of a period: indices `observations` [observations] and `actions` [actions]."""
+        """Return the order of a period: indices `observations` [observations] and `actions` [actions]."""
         pixels_key, actions_key = jax.random.split(key)
         size, channels = self.observation_size, self.observation_shape[-1]
         observations = jnp.arange(size)
@@ -156,7 +156,8 @@ class ChangingGame(Periods):
         return jax.tree.map(lambda new, old: jnp.where(period == 0, old, new), drawn, original)
 
     def step(self, state: State, action: chex.Array) -> State:
-        """The state after an action, int []. (`reset` needs no shuffling, as the first period has the game's order.)"""
+        """Return the state after an action, int []. (`reset` needs no shuffling, as the first period has the game's
+        order.)"""
         old = state.info["order"]
         state = super().step(state, old["actions"][action])
         final_obs = state.info["final_obs"][old["observations"]]

@@ -36,22 +36,22 @@ class Periods(Around):
         self._key, self._impl = as_key_data(key)
 
     def drawn(self, period: chex.Numeric, key: chex.PRNGKey) -> Any:
-        """What holds in a period: a pytree of arrays. The key is that of the period."""
+        """Return the arrays that hold in a period, a pytree. `key` is the key of the period."""
         raise NotImplementedError
 
     def of_period(self, period: chex.Numeric) -> Any:
-        """What holds in a period, counted from 0, may be traced."""
+        """Return the arrays that hold in a period; its number counts from 0 and may be traced."""
         key = jax.random.wrap_key_data(self._key, impl=self._impl)
         return self.drawn(period, jax.random.fold_in(key, period))
 
     def reset(self, key: chex.PRNGKey) -> Any:
-        """The initial state in the first period. The key determines where episodes start."""
+        """Return the initial state in the first period. The key determines where episodes start."""
         state = self.env.reset(key)
         info = {self.changing: self.of_period(0), "period": jnp.int32(0), "period_steps": jnp.int32(0)}
         return strong(state.replace(info=state.info | info))
 
     def step(self, state: Any, action: chex.Array) -> Any:
-        """The state after an action."""
+        """Return the state after an action."""
         old = state.info
         state = self.env.step(state, action)
         steps = old["period_steps"] + 1

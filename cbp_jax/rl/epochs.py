@@ -23,7 +23,7 @@ def run_epochs(
     epochs: int,
     minibatches: int,
 ) -> tuple[optax.Params, optax.OptState, dict[str, chex.Array]]:
-    """Trains on a rollout for some epochs, each in a new order of its steps.
+    """Train on a rollout for some epochs, each in a new order of its steps.
 
     Args:
       tx: the optimizer, which gets `features`.
@@ -31,7 +31,7 @@ def run_epochs(
       params: the parameters.
       opt_state: the optimizer's state.
       rollout: pytree of arrays [rollout_length, num_envs, ...].
-      key: for the orders.
+      key: key for the orders.
       epochs: number of epochs.
       minibatches: number of minibatches of an epoch; divides the number of steps.
 

@@ -94,7 +94,7 @@ def make(
     settings: Settings = DEFAULTS,
     exploration: Exploration = EXPLORATION,
 ) -> tuple[Callable[[chex.PRNGKey], State], Callable[[State], tuple[State, dict[str, chex.Array]]]]:
-    r"""PQN as two pure functions: one creates an agent's state, the other runs a rollout with all its updates.
+    r"""Return PQN as two pure functions: one creates an agent's state, the other runs a rollout with all its updates.
 
     In a rollout, actions are greedy, or random with the probability of exploration. The target of Q(s, a) is the
     lambda-return
@@ -103,14 +103,14 @@ def make(
       G_t = r_t + \gamma \left((1 - \lambda) \max_{a'} Q(s'_t, a') + \lambda G_{t+1}\right),
 
     whose bracket is 0 after the end of an episode, and :math:`\max_{a'} Q(s'_t, a')` at a time limit and at the
-    rollout's end. (The public program treats a time limit as an end, as here if the environment's time limit is
-    terminal.) An update minimizes the mean of :math:`\tfrac12 (Q(s, a) - G)^2` over a minibatch.
+    rollout's end. (The public program treats a time limit as an end. So does this function if the environment's time
+    limit is terminal.) An update minimizes the mean of :math:`\tfrac12 (Q(s, a) - G)^2` over a minibatch.
 
     Args:
       env: a single environment, whose `action_size` is the number of actions and whose `step` takes the index of an
         action; it is vmapped over `num_envs`.
       network: maps observations [..., observations] to values [..., actions]. The paper's have layer normalization.
-      optimizer: makes, of the units of the network, an optax transformation, which gets `features` of the minibatch as
+      optimizer: maps the units of the network to an optax transformation, which gets `features` of the minibatch as
         an extra argument. The public program has RAdam with a step size of 5e-4 that decays to 0.
       settings: the settings.
       exploration: probability of random actions. Its steps are those of all environments together.
@@ -159,7 +159,7 @@ def make(
         return State(params, tx.init(params), strong(env_state), jax.random.key_data(key), jnp.int32(0), obs)
 
     def rollout(params: optax.Params, env_state: Any, fraction: chex.Numeric, key: chex.PRNGKey) -> Any:
-        """Runs all environments. Returns their state, observations, actions and targets, and metrics."""
+        """Run all environments. Return their state, observations, actions and targets, and metrics."""
 
         def step(env_state, key):
             random_key, action_key = jax.random.split(key)
@@ -174,7 +174,7 @@ def make(
 
         keys = jax.random.split(key, settings.rollout_length)
         env_state, (obs, actions, best, (rewards, dones, info)) = jax.lax.scan(step, env_state, keys)
-        # The lambda-return is the advantage over the best actions' values, added to these.
+        # The lambda-return is the advantage over the best actions' values plus these values.
         gained = gae(
             rewards,
             best,
@@ -215,11 +215,11 @@ def make(
 
 
 def measure(network: nn.Module, state: State, *, dormant_threshold: float = 0.01) -> dict[str, chex.Array]:
-    """Symptoms of lost plasticity in an agent's network, on the observations of its last rollout.
+    """Return symptoms of lost plasticity in an agent's network, on the observations of its last rollout.
 
     Args:
       network: as in `make`.
-      state: after an update.
+      state: a state after an update.
       dormant_threshold: as in `metrics.dormant_fraction`.
 
     Returns:

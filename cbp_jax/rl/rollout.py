@@ -92,7 +92,7 @@ def rollout(
 
 
 def episode_info(env_state: Any) -> dict[str, chex.Array]:
-    """What states report about episodes, [...] each: `EPISODE`, and `interrupted`, 0 where an environment has none."""
+    """Return what states report about episodes, [...] each: `EPISODE`, and `interrupted`, 0 if it is not reported."""
     info = env_state.info
     return {name: info[name] for name in EPISODE} | {
         "interrupted": info.get("interrupted", jnp.zeros_like(env_state.done))
@@ -100,8 +100,10 @@ def episode_info(env_state: Any) -> dict[str, chex.Array]:
 
 
 def episode_sums(dones: chex.Array, info: dict[str, chex.Array]) -> dict[str, chex.Array]:
-    """The number of episodes that ended in steps [...], and the sums of their returns and lengths, without those that
-    were cut."""
+    """Return the number of episodes that ended in steps [...], and the sums of their returns and lengths.
+
+    Interrupted episodes are left out.
+    """
     whole = dones * (1 - info["interrupted"])
     return {
         "episodes": jnp.sum(whole),
@@ -117,7 +119,6 @@ def log_prob(mean: chex.Array, log_std: chex.Array, actions: chex.Array) -> chex
 
 
 def normalized(obs: chex.Array, statistics: Statistics) -> chex.Array:
-    """Normalize observations [..., observations], as for `normalize_observations`; not before the first update of
-    statistics."""
+    """Normalize observations [..., observations], see `normalize_observations`; without statistics, only clip them."""
     std = jnp.where(statistics.count > 0, jnp.sqrt(statistics.variance), 1)
     return jnp.clip((obs - statistics.mean) / jnp.maximum(std, 1e-6), -10, 10)

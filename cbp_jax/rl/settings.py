@@ -9,7 +9,7 @@ from cbp_jax.numerics.scalars import check_scalar
 
 
 def check_rollout(settings: Any) -> None:
-    """Raises a ValueError if a count of a rollout's settings is less than 1 or minibatches do not divide its steps."""
+    """Raise a ValueError if a count of a rollout's settings is less than 1 or minibatches do not divide its steps."""
     for name in ("num_envs", "rollout_length", "epochs", "minibatches"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
