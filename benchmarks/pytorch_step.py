@@ -1,4 +1,4 @@
-"""One step of continual backpropagation here and in PyTorch, written as the public programs write it.
+"""Times a step of continual backpropagation here and in PyTorch, where it is written like the public programs.
 
     pip install -c constraints.txt -e '.[pytorch]'
     python benchmarks/pytorch_step.py
@@ -68,7 +68,7 @@ class ContinualBackprop:
         return loss.detach()
 
     def replace(self, i, feature):
-        """Algorithm 1 of the paper for one layer."""
+        """Run Algorithm 1 of the paper for one layer."""
         layer, following = self.net.layers[i], self.net.layers[i + 1]
         self.age[i] += 1
         correction = 1 - DECAY_RATE ** self.age[i]
@@ -94,7 +94,7 @@ class ContinualBackprop:
 
 
 def published(program, width):
-    """The learner of a clone of the Nature paper's program."""
+    """Return the learner of a clone of the Nature paper's program."""
     sys.path.insert(0, program)
     from lop.algos.cbp import ContinualBackprop as Published
     from lop.nets.deep_ffnn import DeepFFNN
@@ -112,7 +112,7 @@ def published(program, width):
 
 
 def pytorch_runner(learner, batch, steps):
-    """A function of no arguments that trains for `steps` steps."""
+    """Return a function of no arguments that trains for `steps` steps."""
     x, y = torch.rand(64, batch, 784), torch.randint(0, 10, (64, batch))
 
     def run():
@@ -123,7 +123,7 @@ def pytorch_runner(learner, batch, steps):
 
 
 def main():
-    """Prints a table of times and ratios."""
+    """Print a table of times and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[100, 1000, 2000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
