@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def all_but_units(array: chex.Array) -> tuple[int, ...]:
-    """The axes of an array [..., units] before the last: examples, positions, or inputs of a kernel."""
+    """Return the axes of an array [..., units] before the last: examples, positions, or inputs of a kernel."""
     return tuple(range(array.ndim - 1))
 
 

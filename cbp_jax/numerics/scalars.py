@@ -97,7 +97,7 @@ def check_whole(name: str, value: Any) -> None:
 
 
 def check_static(name: str, value: Any, *, optional: bool = False) -> None:
-    """Raises if a setting that shapes or loops depend on, and that cannot be traced, is not an int of at least 1.
+    """Raise if a setting that shapes or loops depend on, and that cannot be traced, is not an int of at least 1.
 
     Args:
       name: the argument's name, for the message.
