@@ -54,7 +54,7 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
     methods = sorted((m for m in means if math.isfinite(means[m])), key=lambda m: better(measure) * means[m])
     baselines = [baseline for baseline in baselines if baseline in methods]
     if not baselines or len(methods) < 2:
-        raise ValueError(f"baselines: none of the methods to compare has finished, of {list(means)}")
+        raise ValueError(f"baselines: no method to compare has finished among {list(means)}")
     settings = chosen_settings(results)
     at_edge = any(settings[method].at_edge for method in methods)
     with style_of_pictures():

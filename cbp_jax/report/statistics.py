@@ -278,7 +278,7 @@ def unfinished(results: xr.Dataset, method: str) -> bool:
 
 
 def with_diverged(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
-    """Return the methods of which a seed has diverged."""
+    """Return the methods with a diverged seed."""
     return [method for method in methods if np.isfinite(diverged_tasks(results, method)).any()]
 
 

@@ -1,8 +1,8 @@
 """Units: hidden features of a network, the weights that write them and the weights that read them.
 
-The documentation of `cbp_jax.units.discovery` says what is a unit in which construct, which groups are found in known
-networks and why, and what is left out and why. `Units.select` chooses groups; `Units.to_dot` and `report.plot_units`
-draw them.
+The documentation of `cbp_jax.units.discovery` describes what counts as a unit in each construct, which groups are found
+in known networks, and what is left out, with reasons. `Units.select` chooses groups; `Units.to_dot` and
+`report.plot_units` draw them.
 """
 
 from cbp_jax.units.collection import LeftOut, NoUnits, Units, check_units

@@ -97,7 +97,7 @@ def _check_normalization(walk: Walk) -> tuple[set[int], frozenset[core.Var]]:
 
 
 class _Parts:
-    """Which rows of which parameters belong to which unit.
+    """The rows of parameters that belong to each unit.
 
     A *place* is a number that identifies a parameter, the axes that enumerate its rows, and its role for the units.
 

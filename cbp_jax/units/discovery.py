@@ -119,7 +119,8 @@ def discover_units(
 
     The function is traced. A unit is a feature that a kernel computes along its free axis. Its *incoming* weights are
     that column of the kernel. Its *outgoing* weights are the rows of the kernels that contract the array it ends up in,
-    whatever operations lie between. The documentation of this module says what is found in which architectures.
+    whatever operations lie between. The documentation of this module lists what is found in which constructs and
+    networks.
 
     Args:
       apply_fn: `apply_fn(params, *inputs) -> outputs`, any function that JAX can trace: `flax_model.apply`, a

@@ -1,4 +1,4 @@
-"""Groups of units: which rows of which parameters write and read each unit."""
+"""Groups of units: the rows of parameters that write and read each unit."""
 
 import dataclasses
 from typing import Any

@@ -120,7 +120,7 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
         assert line.get_xdata()[0] == pytest.approx(100 * found[name.lower()].mean)
     hollow = {name: matplotlib.colors.to_hex(line.get_markerfacecolor()) == "#ffffff" for name, line in dots.items()}
     assert hollow == {"Good": False, "Like": True}
-    with pytest.raises(ValueError, match="none of the methods to compare has finished"):
+    with pytest.raises(ValueError, match="no method to compare has finished"):
         plot_differences(results, ("absent",))
 
 
