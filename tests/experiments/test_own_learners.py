@@ -117,7 +117,7 @@ def test_an_algorithm_is_one_file_and_one_row_and_a_users_is_its_path(own, monke
     # Their looks are kept with the results: pictures need neither the file nor the row.
     monkeypatch.delitem(LEARNERS, Sign.name)
     figure = plot_tasks(results)
-    names = ["Signs (step size 0.01)", "Plain", "Plain (learning rate 0.2)"]
+    names = ["Signs", "Plain (learning rate 0.1)", "Plain (learning rate 0.2)"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     colors = [line.get_color().upper() for line in figure.axes[0].lines]
     assert colors[0] == looks.BLUE.color and len(set(colors)) == 3

@@ -110,7 +110,7 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
     results = comparison()
     figure = plot_differences(results, ("plain", "good", "absent"))
     assert len(figure.axes) == 2
-    names = [label.get_text().partition("\n")[0] for label in figure.axes[0].get_yticklabels()]
+    names = [label.get_text().removesuffix(" !") for label in figure.axes[0].get_yticklabels()]
     assert names[-1] == "Good"  # on top
     found = paired_differences(results, "plain")
     dots = {names[int(line.get_ydata()[0])]: line for line in figure.axes[0].lines if line.get_marker() == "o"}
