@@ -223,7 +223,7 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
     """The learner's own style, so that it looks the same in every picture; other learners get unused styles."""
     own = {learner: look_of(results, learner).style for learner in learners}
-    unused = [style for style in (*UNOWNED, *PALETTE) if style not in own.values()]
+    unused = [style for style in (*UNOWNED, *PALETTE, MUSTARD) if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
     return {learner: style or next(spare) for learner, style in own.items()}
 
