@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cbp_jax.experiments.share import Share
 
@@ -101,8 +101,8 @@ def meet(given: Given, timeout: int = TIMEOUT) -> Share:
       TimeoutError: a process has not started in time.
       RuntimeError: another error of JAX, such as a port in use.
     """
-    how = {"initialization_timeout": timeout}
-    if given.share is not None:
+    how: dict[str, Any] = {"initialization_timeout": timeout}
+    if given.share is not None and given.coordinator is not None:
         host = given.coordinator.rpartition(":")[0].strip("[]")
         try:
             socket.getaddrinfo(host, None)

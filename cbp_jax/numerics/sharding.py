@@ -1,10 +1,12 @@
 """Keeps arrays sharded as the parameters are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 
+shard_alike: Callable[[Any, Any], Any] | None
 try:
     from jax.experimental.shard_alike import shard_alike
 except ImportError:  # jax 0.11 has none

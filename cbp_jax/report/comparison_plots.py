@@ -70,9 +70,9 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
         names = zip(methods, names_of(results, methods), strict=True)
         axes[0].set_yticks(range(len(methods)), [name + " !" * settings[m].at_edge for m, name in names])
         axes[0].set_ylim(-0.6, len(methods) - 0.4)
-        what = "Accuracy in points" if scale == 100 else _label(measure)
-        note = f"{what}, mean over all {results.sizes['task']} tasks; paired over {results.sizes['seed']} seeds; "
-        note += "95% bootstrap intervals; hollow: includes 0" + "; !: a setting at the end of its range" * at_edge
+        what = "Points of accuracy" if scale == 100 else _label(measure)
+        note = f"{what} over all {results.sizes['task']} tasks, paired over {results.sizes['seed']} seeds; "
+        note += "95% bootstrap intervals, hollow: includes 0" + "; !: at the end of a range" * at_edge
         write_note(figure, note)
     return figure
 

@@ -224,7 +224,7 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
     """Return a style for each learner: its own, which is the same in every picture, or an unused one."""
     own = {learner: look_of(results, learner).style for learner in learners}
-    unused = [style for style in (*UNOWNED, *PALETTE) if style not in own.values()]
+    unused = [style for style in (*UNOWNED, *PALETTE, MUSTARD) if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
     return {learner: style or next(spare) for learner, style in own.items()}
 

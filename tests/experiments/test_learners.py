@@ -509,7 +509,7 @@ def test_results_saved_without_looks_are_drawn_as_before():
         name: LEARNERS[name].look.style.color
         for name in ("bp", "adam", "l2", "l2_init", "shrink_and_perturb", "dropout", "cbp")
     }
-    assert [name for name, line in drawn.items() if line.get_linewidth() > 1.5] == ["cbp"]
+    assert [name for name, line in drawn.items() if line.get_linewidth() > 1] == ["cbp"]
     titles = [text.get_text().partition(" (")[0] for text in figure.legends[0].get_texts()]
     assert titles == ["Backprop", "Adam", "L2", "L2 init", "Shrink and perturb", "Dropout", "Continual backprop"]
 

@@ -117,7 +117,7 @@ def test_a_new_learner_is_one_class_and_one_row_or_only_a_path(own, monkeypatch,
     # Titles and styles are stored with the results, so pictures need neither the file nor the row.
     monkeypatch.delitem(LEARNERS, Sign.name)
     figure = plot_tasks(results)
-    names = ["Signs (step size 0.01)", "Plain", "Plain (learning rate 0.2)"]
+    names = ["Signs", "Plain (learning rate 0.1)", "Plain (learning rate 0.2)"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == names
     colors = [line.get_color().upper() for line in figure.axes[0].lines]
     assert colors[0] == looks.BLUE.color and len(set(colors)) == 3
