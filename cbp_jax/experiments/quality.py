@@ -313,12 +313,12 @@ def rank_correlations(values: chex.Array) -> chex.Array:
       [1.0, -1.0]
     """
 
-    def centred_ranks(row):
+    def centered_ranks(row):
         # Number of smaller entries minus number of larger ones: twice the centered rank.
         ordered = jnp.sort(row)
         return jnp.searchsorted(ordered, row, side="left") + jnp.searchsorted(ordered, row, side="right") - row.size
 
-    return _with_the_first(jax.vmap(centred_ranks)(values).astype(jnp.float32) / values.shape[1])
+    return _with_the_first(jax.vmap(centered_ranks)(values).astype(jnp.float32) / values.shape[1])
 
 
 def pearson_correlations(values: chex.Array) -> chex.Array:
