@@ -62,7 +62,7 @@ def test_every_experiment_is_found_by_its_name_and_its_path():
         assert sys.modules[f"cbp_jax.experiments.{name}"] is experiment
         ours = name.startswith("question_") or name in ("streaming_control", "continual_minatar")  # from no paper
         presets = {"smoke", "laptop"} if ours else {"smoke", "laptop", "paper"}
-        assert presets <= set(experiment.PRESETS) and experiment.about.endswith(".")
+        assert presets <= set(experiment.PRESETS) and experiment.about.endswith((".", "?"))
         for preset in experiment.presets:
             settings = experiment.preset(preset)
             assert type(settings) is experiment.Settings and experiment.check(settings)
