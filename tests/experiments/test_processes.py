@@ -251,7 +251,7 @@ def test_a_process_that_does_not_start_is_reported(capsys):
     given = cli_processes.Given(Share(1, 2), f"127.0.0.1:{free_port()}")
     with pytest.raises(TimeoutError, match=r"not all 2 processes met at 127.0.0.1:\d+ within 1 s"):
         cli_processes.meet(given, timeout=1)
-    with pytest.raises(ValueError, match=r"'no\.such\.machine\.invalid' is none"):
+    with pytest.raises(ValueError, match=r"coordinator must be .*'no\.such\.machine\.invalid'"):
         cli_processes.meet(given._replace(coordinator="no.such.machine.invalid:1"))
 
 
