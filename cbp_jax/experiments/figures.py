@@ -167,7 +167,7 @@ FIGURES: tuple[Figure, ...] = (
         "tickets of LeNet-300-100 on MNIST, reinitialized and random ones, by iteration and by density",
         "lottery_tickets --preset paper",
         "285 networks of 50,000 updates; 50 seconds each on a core",
-        "this command with two seeds of five: accuracy shown, early stopping not yet",
+        "this command",
     ),
     Figure(
         TICKETS,
