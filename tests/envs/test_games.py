@@ -59,6 +59,7 @@ def test_orders_change_where_an_episode_ends(played):
             jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, t=t: x[t], info["order"]), expected)
 
 
+@pytest.mark.slow
 def test_what_is_shuffled():
     def orders(**settings):
         return jax.vmap(envs.ChangingGame("breakout", **settings).of_period)(jnp.arange(40))

@@ -247,6 +247,7 @@ def free_port():
         return place.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_start_is_reported(capsys):
     given = cli_processes.Given(Share(1, 2), f"127.0.0.1:{free_port()}")
     with pytest.raises(TimeoutError, match=r"not all 2 processes met at 127.0.0.1:\d+ within 1 s"):

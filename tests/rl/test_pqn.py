@@ -84,6 +84,7 @@ def test_gradients_are_clipped():
     np.testing.assert_allclose(optax.tree.norm(moved), 0.01, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_actions_are_random_as_often_as_told_and_seeds_do_not_depend_on_each_other():
     env = cart_pole(key=5)
     exploration = Exploration(1.0, 0.0, steps=2 * SMALL.steps)

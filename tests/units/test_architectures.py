@@ -20,6 +20,7 @@ from cbp_jax.units import LeftOutKind
 # Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_chosen_networks": (
+        "tied rematerialized half custom jitted pooled dilated--rms_norm perceptron-False-1",
         "joined depthwise grouped squeezed--gated-True-1",
         "residual projected batch_norm strided--hidden layer_norm-True-2",
         "strided group_norm-embedded attention perceptron fused_attention layer_norm--True-1",

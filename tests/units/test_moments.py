@@ -251,6 +251,7 @@ def test_an_average_that_is_read_again_is_a_carry(name):
         cbp_jax.discover_units(apply_fn, params, {"s": jnp.ones(5)}, X)
 
 
+@pytest.mark.slow
 def test_replacing_a_normalized_unit_changes_others_only_through_its_statistics():
     """With constant statistics, the gradient of fresh incoming weights is 0, as `UnitGroup.exact` says."""
     frozen = []
