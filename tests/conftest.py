@@ -27,8 +27,8 @@ hypothesis.settings.load_profile("cbp_jax")
 
 # Tests spend most of their time compiling. With CBP_JAX_TESTS_AS_USERS_RUN=1, programs are compiled as for users.
 _AS_USERS = os.environ.get("CBP_JAX_TESTS_AS_USERS_RUN") == "1"
-# XLA's older emitters compile three times as fast as its default ones.
-_QUICK = {} if _AS_USERS else {"xla_cpu_use_fusion_emitters": False}
+# XLA's older emitters compile three times as fast as its default ones. With jax 0.11 there are no older ones.
+_QUICK = {} if _AS_USERS or jax.__version_info__ >= (0, 11) else {"xla_cpu_use_fusion_emitters": False}
 _options: dict[str, bool] = dict(_QUICK)  # XLA's options for the next compilation, also of docstrings' examples
 
 
