@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import envs, nets, training
-from cbp_jax.experiments import learners, memory, plan
-from cbp_jax.experiments.checks import check_counts, check_first_seed, check_lanes_at_once
-from cbp_jax.experiments.empty_results import empty_results
-from cbp_jax.experiments.lanes import Prepared, Train, prepare_methods, program_of
+from cbp_jax.experiments import intervals, learners
+from cbp_jax.experiments.lanes import Prepared
 from cbp_jax.rl import ppo
 
 #: Measures of each interval, for each method and seed.
@@ -91,29 +89,12 @@ class Settings:
     """How seeds run on one device: in parallel (vmap) or in turn (map); auto chooses by device."""
 
 
-def total(settings: Settings) -> int:
-    """Return the total number of intervals of all lanes, for a progress bar."""
-    return len(settings.methods) * settings.seeds * num_intervals(settings)
-
-
-def num_intervals(settings: Settings) -> int:
-    """Return the number of intervals of a run."""
-    return math.ceil(settings.steps / settings.interval)
-
-
 def check(settings: Settings) -> list[learners.Method]:
     """Check settings that all experiments with agents share, like `stream.check`."""
     methods = learners.read_methods(settings.methods, activation=settings.activation)
-    check_counts(settings, "seeds", "steps", "interval", "episode_length")
-    check_first_seed(settings)
-    rollout = ppo_settings(settings).steps
-    if settings.interval % rollout:
-        raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")
+    intervals.check(settings)
+    intervals.check_rollouts(settings, ppo_settings(settings).steps)
     check_episodes(settings)
-    if not settings.dormant_threshold >= 0:
-        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
-    if settings.lanes not in ("auto", "vmap", "map"):
-        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
     if not math.isfinite(settings.initial_log_std):
         raise ValueError(f"initial_log_std must be finite, got {settings.initial_log_std}")
     make_network(settings, 1)
@@ -189,18 +170,8 @@ def job(
     """
     methods = parts.check(settings)
     parts.make_env(settings, 0)  # so that its errors are raised before anything is written
-    intervals = num_intervals(settings)
-    memory.check_results(len(methods), settings.seeds, intervals, len(parts.measures))
-
-    check_lanes_at_once(lanes_at_once)
-    results = empty_results(experiment, settings, methods, intervals, parts.measures)
-    results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-
-    def make(group: list[learners.Method]) -> tuple[Train, plan.Program]:
-        program = program_of(group, settings, lanes_at_once)
-        return functools.partial(_train, parts, settings, group, annealed, lanes_at_once), program
-
-    return prepare_methods(results, methods, make)
+    train = functools.partial(_train, parts, settings, annealed, lanes_at_once)
+    return intervals.prepare(experiment, settings, methods, parts.measures, train, lanes_at_once)
 
 
 class _Lane(NamedTuple):
@@ -215,9 +186,9 @@ class _Lane(NamedTuple):
 def _train(
     parts: Parts,
     settings: Settings,
-    group: list[learners.Method],
     annealed: bool,
     lanes_at_once: int | None,
+    group: list[learners.Method],
     seeds: np.ndarray,
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
@@ -226,7 +197,7 @@ def _train(
     network = parts.make_network(settings, parts.make_env(settings, 0).action_size, group[0].network)
     rules = ppo_settings(settings)
     rollouts = settings.interval // rules.steps
-    intervals = num_intervals(settings)
+    count = intervals.num_intervals(settings)
 
     def agent(key: chex.Array, hyperparameters: dict[str, chex.Array]):
         environments, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
@@ -248,7 +219,7 @@ def _train(
             if not annealed:
                 state, found = update(lane.agent)
                 return lane._replace(agent=state), found
-            scale, name = 1 - lane.rollouts / (intervals * rollouts), group[0].scheduled
+            scale, name = 1 - lane.rollouts / (count * rollouts), group[0].scheduled
             numbers = lane.hyperparameters | {name: scale * lane.hyperparameters[name]}
             state, found = agent(lane.key, numbers)[-1](lane.agent)
             return lane._replace(agent=state, rollouts=lane.rollouts + 1), found
@@ -281,7 +252,7 @@ def _train(
             )
 
     how = {"mode": settings.lanes, "checkpoint": checkpoint, "finish": finish, "lanes_at_once": lanes_at_once}
-    return training.run_lanes(first, go_on, None, seeds, numbers, intervals, **how)
+    return training.run_lanes(first, go_on, None, seeds, numbers, count, **how)
 
 
 def save_episode(parts: Parts, settings: Settings, method: learners.Method, state: ppo.State, path: Path) -> Path:

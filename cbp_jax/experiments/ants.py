@@ -15,7 +15,7 @@ import functools
 import chex
 
 from cbp_jax import envs
-from cbp_jax.experiments import agents, learners
+from cbp_jax.experiments import agents, intervals, learners
 from cbp_jax.experiments.checks import check_counts
 from cbp_jax.experiments.experiment import Experiment
 
@@ -166,7 +166,7 @@ slippery_ant = Experiment(
     Settings=Settings,
     presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP, "alternating": lambda: ALTERNATING, "paper": _paper},
     check=check,
-    total=agents.total,
+    total=intervals.total,
     job=functools.partial(agents.job, "slippery_ant", PARTS),
 )
 stationary_ant = Experiment(
@@ -179,6 +179,6 @@ stationary_ant = Experiment(
         "paper": _stationary_paper,
     },
     check=check,
-    total=agents.total,
+    total=intervals.total,
     job=functools.partial(agents.job, "stationary_ant", PARTS),
 )

@@ -29,7 +29,7 @@ import chex
 import jax
 
 from cbp_jax import envs, nets
-from cbp_jax.experiments import agents, learners
+from cbp_jax.experiments import agents, intervals, learners
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
 
@@ -148,6 +148,6 @@ policy_collapse = Experiment(
     Settings=Settings,
     presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP, "paper": lambda: Settings(seeds=30)},
     check=check,
-    total=agents.total,
+    total=intervals.total,
     job=job,
 )

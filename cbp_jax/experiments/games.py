@@ -7,21 +7,17 @@ learn as at the start, and the agent is not informed of it. The problem is our o
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chex
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cbp_jax import envs, nets, training
-from cbp_jax.experiments import agents, learners, memory
-from cbp_jax.experiments.checks import check_counts, check_first_seed, check_hidden
-from cbp_jax.experiments.empty_results import empty_results
+from cbp_jax import envs, nets
+from cbp_jax.experiments import agents, intervals, learners
+from cbp_jax.experiments.checks import check_hidden
 from cbp_jax.experiments.experiment import Experiment
-from cbp_jax.experiments.lanes import Job, prepare_methods, program_of
+from cbp_jax.experiments.lanes import Job
 from cbp_jax.rl import pqn
 from cbp_jax.rl.streaming import Exploration
 
@@ -117,34 +113,17 @@ SMOKE = Settings(
 )
 
 
-def num_intervals(settings: Settings) -> int:
-    """Return the number of intervals of a run."""
-    return math.ceil(settings.steps / settings.interval)
-
-
-def total(settings: Settings) -> int:
-    """Return the total number of intervals of all lanes, for a progress bar."""
-    return len(settings.methods) * settings.seeds * num_intervals(settings)
-
-
 def check(settings: Settings) -> list[learners.Method]:
     """Check settings, as `stream.check` does."""
-    check_counts(settings, "seeds", "steps", "interval", "episode_length", "change_every")
-    check_first_seed(settings)
+    intervals.check(settings, "change_every")
     check_hidden(settings.hidden)
-    rollout = pqn_settings(settings).steps
-    if settings.interval % rollout:
-        raise ValueError(f"interval must be a multiple of a rollout's {rollout} steps, got {settings.interval}")
+    intervals.check_rollouts(settings, pqn_settings(settings).steps)
     if settings.change_every < settings.num_envs:
         raise ValueError(
             f"change_every must be at least num_envs = {settings.num_envs}, a step of each environment, got "
             f"{settings.change_every}"
         )
     agents.check_episodes(settings)
-    if not settings.dormant_threshold >= 0:
-        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
-    if settings.lanes not in ("auto", "vmap", "map"):
-        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
     methods = learners.read_methods(settings.methods, activation=settings.activation)
     for text, method in zip(learners.texts_of(settings.methods, methods), methods, strict=True):
         if method.normalization == "online" or method.reset:
@@ -191,69 +170,33 @@ def make_network(settings: Settings, action_size: int, method: learners.Method |
 
 
 def job(settings: Settings) -> Job:
-    """Prepare the training of agents with all methods and seeds; see `Experiment.prepare`.
+    """Prepare the training of agents with all methods and seeds; see `intervals.prepare`.
 
-    All methods with the same seed start from the same weights, and have the same orders of channels and actions. In
-    results, tasks are intervals of steps; the coordinate `step` counts steps up to their ends.
+    All methods with the same seed start from the same weights, and have the same orders of channels and actions.
     """
-    methods = check(settings)
-    intervals = num_intervals(settings)
-    memory.check_results(len(methods), settings.seeds, intervals, len(MEASURES))
-
-    results = empty_results(NAME, settings, methods, intervals, MEASURES)
-    results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-    make = lambda group: (functools.partial(_train, settings, group), program_of(group, settings, None))
-    return prepare_methods(results, methods, make)
+    train = functools.partial(_train, settings)
+    return intervals.prepare(NAME, settings, check(settings), MEASURES, train)
 
 
-class _Lane(NamedTuple):
-    """The state of one agent."""
-
-    agent: pqn.State
-    key: chex.Array  # raw key data of the seed, constant
-    hyperparameters: dict[str, chex.Array]  # constant
-
-
-def _train(
-    settings: Settings,
-    group: list[learners.Method],
-    seeds: np.ndarray,
-    numbers: dict[str, np.ndarray],
-    checkpoint: training.Checkpoint,
-) -> Iterator[dict[str, Any]]:
-    """Yield the measures [lanes] of each interval, for methods that differ only in numbers."""
+def _train(settings: Settings, group: list[learners.Method], *lanes: Any) -> Iterator[dict[str, Any]]:
+    """Return an iterator over the measures [lanes] of each interval, for methods that differ only in numbers."""
     rules = pqn_settings(settings)
     network = make_network(settings, make_env(settings).action_size, group[0])
 
-    def agent(key: chex.Array, hyperparameters: dict[str, chex.Array]):
-        orders, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
-        attributes = {"kernel_init": network.kernel_init}
-        make = lambda units: learners.make_optimizer(group, units, attributes)(hyperparameters, optimizer)
-        return start, *pqn.make(make_env(settings, orders), network, make, rules, exploration(settings))
+    def make_agent(key: chex.PRNGKey, optimizer: Any) -> intervals.Agent:
+        return pqn.make(make_env(settings, key), network, optimizer, rules, exploration(settings))
 
-    def first(seed: chex.Array, hyperparameters: dict[str, chex.Array]) -> _Lane:
-        key = jax.random.key_data(jax.random.key(seed))
-        start, init, _ = agent(key, hyperparameters)
-        return _Lane(init(start), key, hyperparameters)
-
-    def go_on(_: Any, lane: _Lane) -> tuple[_Lane, dict[str, chex.Array]]:
-        update = agent(lane.key, lane.hyperparameters)[-1]
-        rollouts = settings.interval // rules.steps
-        state, found = jax.lax.scan(lambda state, _: update(state), lane.agent, length=rollouts)
-        episodes = jnp.maximum(jnp.sum(found["episodes"]), 1)
-        measures = {
-            "episode_return": jnp.sum(found["return_sum"]) / episodes,
-            "episode_length": jnp.sum(found["length_sum"]) / episodes,
+    def measure(state: pqn.State, found: dict[str, chex.Array]) -> dict[str, chex.Array]:
+        return {
+            "episode_length": jnp.sum(found["length_sum"]) / jnp.maximum(jnp.sum(found["episodes"]), 1),
             "td_error": jnp.mean(found["td_error"]),
             "value": jnp.mean(found["value"]),
-            "replaced_units": jnp.sum(found["replaced_units"]),
             "period": jnp.mean(state.env_state.info["period"].astype(jnp.float32)),
+            **pqn.measure(network, state, dormant_threshold=settings.dormant_threshold),
         }
-        measures |= pqn.measure(network, state, dormant_threshold=settings.dormant_threshold)
-        return lane._replace(agent=state), measures
 
-    intervals = num_intervals(settings)
-    return training.run_lanes(first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint)
+    attributes, updates = {"kernel_init": network.kernel_init}, settings.interval // rules.steps
+    return intervals.train(settings, group, make_agent, attributes, updates, measure, *lanes)
 
 
 continual_minatar = Experiment(
@@ -262,6 +205,6 @@ continual_minatar = Experiment(
     Settings=Settings,
     presets={"smoke": lambda: SMOKE, "laptop": lambda: Settings(seeds=3)},
     check=check,
-    total=total,
+    total=intervals.total,
     job=job,
 )

@@ -13,23 +13,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chex
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-import cbp_jax
-from cbp_jax import envs, nets, training
-from cbp_jax.experiments import learners, memory
-from cbp_jax.experiments.checks import check_counts, check_first_seed, check_hidden
-from cbp_jax.experiments.empty_results import empty_results
+from cbp_jax import envs, nets
+from cbp_jax.experiments import intervals, learners
+from cbp_jax.experiments.checks import check_hidden
 from cbp_jax.experiments.experiment import Experiment
-from cbp_jax.experiments.lanes import Job, prepare_methods, program_of
+from cbp_jax.experiments.lanes import Job
 from cbp_jax.experiments.streaming_learners import LEARNERS
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.rl import streaming
+from cbp_jax.rl.symptoms import symptoms_of
 
 NAME = "streaming_control"
 
@@ -119,30 +116,15 @@ LAPTOP = Settings(
 )
 
 
-def num_intervals(settings: Settings) -> int:
-    """Return the number of intervals of a run."""
-    return math.ceil(settings.steps / settings.interval)
-
-
-def total(settings: Settings) -> int:
-    """Return the total number of intervals of all lanes, for a progress bar."""
-    return len(settings.methods) * settings.seeds * num_intervals(settings)
-
-
 def check(settings: Settings) -> list[learners.Method]:
     """Check settings, as `stream.check` does."""
-    check_counts(settings, "seeds", "steps", "interval", "episode_length", "exploration_steps")
-    check_first_seed(settings)
+    intervals.check(settings, "exploration_steps")
     check_hidden(settings.hidden)
     if settings.interval < settings.episode_length:
         raise ValueError(
             f"interval must be at least episode_length = {settings.episode_length}, so that an episode ends in it; got "
             f"{settings.interval}"
         )
-    if settings.lanes not in ("auto", "vmap", "map"):
-        raise ValueError(f"lanes must be 'auto', 'vmap' or 'map', got {settings.lanes!r}")
-    if not settings.dormant_threshold >= 0:
-        raise ValueError(f"dormant_threshold must not be negative, got {settings.dormant_threshold}")
     methods = learners.read_methods(settings.methods, activation=settings.activation, known=LEARNERS)
     for method in methods:
         if type(method) not in LEARNERS.values():
@@ -191,72 +173,32 @@ def make_network(settings: Settings, method: learners.Method | None = None) -> n
 
 
 def job(settings: Settings) -> Job:
-    """Prepare the training of agents with all methods and seeds; see `Experiment.prepare`.
+    """Prepare the training of agents with all methods and seeds; see `intervals.prepare`.
 
-    All methods with the same seed start from the same weights, and have the same physics. In results, tasks are
-    intervals of steps; the coordinate `step` counts steps up to their ends.
+    All methods with the same seed start from the same weights, and have the same physics.
     """
-    methods = check(settings)
-    intervals = num_intervals(settings)
-    memory.check_results(len(methods), settings.seeds, intervals, len(MEASURES))
-
-    results = empty_results(NAME, settings, methods, intervals, MEASURES)
-    results = results.assign_coords(step=("task", settings.interval * np.arange(1, intervals + 1)))
-    make = lambda group: (functools.partial(_train, settings, group), program_of(group, settings, None))
-    return prepare_methods(results, methods, make)
+    train = functools.partial(_train, settings)
+    return intervals.prepare(NAME, settings, check(settings), MEASURES, train)
 
 
-class _Lane(NamedTuple):
-    """The state of one agent."""
-
-    agent: streaming.State
-    key: chex.Array  # raw key data of the seed, constant
-    hyperparameters: dict[str, chex.Array]  # constant
-
-
-def _train(
-    settings: Settings,
-    group: list[learners.Method],
-    seeds: np.ndarray,
-    numbers: dict[str, np.ndarray],
-    checkpoint: training.Checkpoint,
-) -> Iterator[dict[str, Any]]:
+def _train(settings: Settings, group: list[learners.Method], *lanes: Any) -> Iterator[dict[str, Any]]:
     """Return an iterator over the measures [lanes] of each interval, for methods that differ only in numbers."""
     network = make_network(settings, group[0])
-    attributes = {"kernel_init": network.kernel_init, "discount": settings.discount}
 
-    def agent(key: chex.Array, hyperparameters: dict[str, chex.Array]):
-        physics, start, optimizer = jax.random.split(jax.random.wrap_key_data(key), 3)
-        make = lambda units: learners.make_optimizer(group, units, attributes)(hyperparameters, optimizer)
-        env = make_env(settings, physics)
-        return start, *streaming.make_q(env, network, make, exploration(settings), discount=settings.discount)
+    def make_agent(key: chex.PRNGKey, optimizer: Any) -> intervals.Agent:
+        env = make_env(settings, key)
+        return streaming.make_q(env, network, optimizer, exploration(settings), discount=settings.discount)
 
-    def first(seed: chex.Array, hyperparameters: dict[str, chex.Array]) -> _Lane:
-        key = jax.random.key_data(jax.random.key(seed))
-        start, init, _ = agent(key, hyperparameters)
-        return _Lane(init(start), key, hyperparameters)
-
-    def go_on(_: Any, lane: _Lane) -> tuple[_Lane, dict[str, chex.Array]]:
-        step = agent(lane.key, lane.hyperparameters)[-1]
-        state, found = jax.lax.scan(lambda state, _: step(state), lane.agent, length=settings.interval)
-        measures = {
-            "episode_return": jnp.sum(found["return_sum"]) / jnp.maximum(jnp.sum(found["episodes"]), 1),
+    def measure(state: streaming.State, found: dict[str, chex.Array]) -> dict[str, chex.Array]:
+        obs, threshold = found["obs"][-_MEASURED_STEPS:], settings.dormant_threshold
+        return {
             "td_error": jnp.mean(jnp.square(found["td_error"])),
-            "replaced_units": jnp.sum(found["replaced_units"]),
             "period": state.env_state.info["period"],
+            **symptoms_of(network.apply, state.params, obs, dormant_threshold=threshold),
         }
-        measures |= _symptoms(network, state.params, found["obs"][-_MEASURED_STEPS:], settings.dormant_threshold)
-        return lane._replace(agent=state), measures
 
-    intervals = num_intervals(settings)
-    return training.run_lanes(first, go_on, None, seeds, numbers, intervals, mode=settings.lanes, checkpoint=checkpoint)
-
-
-def _symptoms(network: nets.MLP, params: Any, obs: chex.Array, threshold: float) -> dict[str, chex.Array]:
-    units = cbp_jax.discover_units(network.apply, params, obs[:1])
-    features = cbp_jax.with_features(network.apply, units)(params, obs)[1]
-    found = training.symptoms(features, params, ranked=list(features.values())[-1:], dormant_threshold=threshold)
-    return {name: found[name] for name in ("dormant_units", "stable_rank", "weight_magnitude")}
+    attributes = {"kernel_init": network.kernel_init, "discount": settings.discount}
+    return intervals.train(settings, group, make_agent, attributes, settings.interval, measure, *lanes)
 
 
 streaming_control = Experiment(
@@ -265,6 +207,6 @@ streaming_control = Experiment(
     Settings=Settings,
     presets={"smoke": lambda: SMOKE, "laptop": lambda: LAPTOP},
     check=check,
-    total=total,
+    total=intervals.total,
     job=job,
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.experiments import agents, folder, learners, memory
+from cbp_jax.experiments import agents, folder, intervals, learners, memory
 from cbp_jax.experiments.checks import seeds_of
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
@@ -284,7 +284,7 @@ def tuned_experiment(plan: Callable[[Any], Plan], *, name: str, **what: Any) -> 
 
 def _tasks(settings: Any) -> int:
     """Return the number of tasks of each seed; for agents, of intervals."""
-    return agents.num_intervals(settings) if isinstance(settings, agents.Settings) else settings.tasks
+    return intervals.num_intervals(settings) if isinstance(settings, agents.Settings) else settings.tasks
 
 
 def _with_methods(settings: Any, methods: Any) -> Any:

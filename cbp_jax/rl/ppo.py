@@ -16,7 +16,8 @@ from cbp_jax.rl.epochs import run_epochs
 from cbp_jax.rl.loss import ppo_loss
 from cbp_jax.rl.rollout import EPISODE, Environment, normalized, rollout
 from cbp_jax.rl.settings import DEFAULTS, Settings
-from cbp_jax.training import output_layers, restart, symptoms
+from cbp_jax.rl.symptoms import symptoms_of
+from cbp_jax.training import output_layers, restart
 from cbp_jax.units import Units, leaves_by_path
 
 
@@ -150,16 +151,7 @@ def make(
             loss, terms = ppo_loss(settings, mean, log_std, value, batch)
             return loss, (features, terms)
 
-        params, opt_state, terms = run_epochs(
-            tx,
-            loss_fn,
-            state.params,
-            state.opt_state,
-            steps,
-            learn_key,
-            epochs=settings.epochs,
-            minibatches=settings.minibatches,
-        )
+        params, opt_state, terms = run_epochs(settings, tx, loss_fn, state.params, state.opt_state, steps, learn_key)
         found |= terms
         obs = found.pop("obs")
         statistics = (
@@ -276,10 +268,5 @@ def measure(
     obs = state.obs.reshape(-1, state.obs.shape[-1])
     obs = normalized(obs, state.statistics) if normalize_observations else obs
     policy = lambda params, obs: network.apply(params, obs)[0]
-    _, features = cbp_jax.with_features(policy, cbp_jax.discover_units(policy, state.params, obs[:1]))(
-        state.params, obs
-    )
     actor = {name: leaves for name, leaves in state.params["params"].items() if name.startswith("actor")}
-    last = list(features.values())[-1:]
-    found = symptoms(features, actor, ranked=last, dormant_threshold=dormant_threshold)
-    return {name: found[name] for name in ("dormant_units", "stable_rank", "weight_magnitude")}
+    return symptoms_of(policy, state.params, obs, weights=actor, dormant_threshold=dormant_threshold)

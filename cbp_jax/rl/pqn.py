@@ -20,14 +20,14 @@ from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.rl.epochs import run_epochs
 from cbp_jax.rl.gae import gae
 from cbp_jax.rl.rollout import EPISODE, Environment, episode_info, episode_sums
-from cbp_jax.rl.settings import check_rollout
+from cbp_jax.rl.settings import Rollout
 from cbp_jax.rl.streaming import Exploration
-from cbp_jax.training import symptoms
+from cbp_jax.rl.symptoms import symptoms_of
 from cbp_jax.units import Units
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Rollout):
     """Settings of PQN. The defaults are those of the public program for MinAtar.
 
     Numbers that are not counts may be traced, so that a grid of them is a `vmap`.
@@ -55,21 +55,14 @@ class Settings:
     rollout_length: int = 32
     epochs: int = 2
     minibatches: int = 32
-    discount: chex.Numeric = 0.99
     trace_decay: chex.Numeric = 0.65
     max_grad_norm: chex.Numeric | None = 10.0
 
     def __post_init__(self):
-        check_rollout(self)
-        check_scalar("discount", self.discount, at_least=0, at_most=1)
+        super().__post_init__()
         check_scalar("trace_decay", self.trace_decay, at_least=0, at_most=1)
         if self.max_grad_norm is not None:
             check_scalar("max_grad_norm", self.max_grad_norm, at_least=0)
-
-    @property
-    def steps(self) -> int:
-        """Steps of the environments in a rollout."""
-        return self.num_envs * self.rollout_length
 
 
 DEFAULTS = Settings()
@@ -198,16 +191,7 @@ def make(
         key, rollout_key, learn_key = jax.random.split(jax.random.wrap_key_data(state.key), 3)
         fraction = exploration.at(state.rollouts * settings.steps)
         env_state, steps, found = rollout(state.params, state.env_state, fraction, rollout_key)
-        params, opt_state, terms = run_epochs(
-            tx,
-            loss_fn,
-            state.params,
-            state.opt_state,
-            steps,
-            learn_key,
-            epochs=settings.epochs,
-            minibatches=settings.minibatches,
-        )
+        params, opt_state, terms = run_epochs(settings, tx, loss_fn, state.params, state.opt_state, steps, learn_key)
         found |= terms | {"exploration": fraction}
         return State(params, opt_state, env_state, jax.random.key_data(key), state.rollouts + 1, steps[0]), found
 
@@ -234,8 +218,4 @@ def measure(network: nn.Module, state: State, *, dormant_threshold: float = 0.01
       ['dormant_units', 'stable_rank', 'weight_magnitude']
     """
     obs = state.obs.reshape(-1, state.obs.shape[-1])
-    units = cbp_jax.discover_units(network.apply, state.params, obs[:1])
-    features = cbp_jax.with_features(network.apply, units)(state.params, obs)[1]
-    last = list(features.values())[-1:]
-    found = symptoms(features, state.params, ranked=last, dormant_threshold=dormant_threshold)
-    return {name: found[name] for name in ("dormant_units", "stable_rank", "weight_magnitude")}
+    return symptoms_of(network.apply, state.params, obs, dormant_threshold=dormant_threshold)

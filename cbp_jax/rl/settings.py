@@ -1,27 +1,53 @@
 """Settings of proximal policy optimization."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 
 from cbp_jax.numerics.scalars import check_scalar
 
 
-def check_rollout(settings: Any) -> None:
-    """Raise a ValueError if a count of a rollout's settings is less than 1 or minibatches do not divide its steps."""
-    for name in ("num_envs", "rollout_length", "epochs", "minibatches"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    if settings.steps % settings.minibatches:
-        raise ValueError(
-            f"minibatches must divide the {settings.num_envs} x {settings.rollout_length} = {settings.steps} steps of "
-            f"a rollout, got {settings.minibatches}"
-        )
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Size of a rollout, and the updates that follow it: what the settings of all agents with rollouts have.
+
+    Attributes:
+      num_envs: number of environments in a rollout.
+      rollout_length: number of steps of each environment in a rollout.
+      epochs: number of epochs over a rollout.
+      minibatches: number of minibatches, and so of updates, in an epoch. They divide the steps of the rollout equally.
+      discount: discount for each step, in [0, 1].
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    num_envs: int = 32
+    rollout_length: int = 64
+    epochs: int = 10
+    minibatches: int = 16
+    discount: chex.Numeric = 0.99
+
+    def __post_init__(self):
+        for name in ("num_envs", "rollout_length", "epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps % self.minibatches:
+            raise ValueError(
+                f"minibatches must divide the {self.num_envs} x {self.rollout_length} = {self.steps} steps of a "
+                f"rollout, got {self.minibatches}"
+            )
+        check_scalar("discount", self.discount, at_least=0, at_most=1)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the environments in a rollout."""
+        return self.num_envs * self.rollout_length
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Rollout):
     """Settings of PPO. The defaults are those of Dohare et al. (Nature 2024), but with 32 environments instead of one.
 
     Numbers that are not counts may be traced, so that a grid of them is a `vmap`.
@@ -54,11 +80,6 @@ class Settings:
       ValueError: minibatches must divide the 32 x 64 = 2048 steps of a rollout, got 7
     """
 
-    num_envs: int = 32
-    rollout_length: int = 64
-    epochs: int = 10
-    minibatches: int = 16
-    discount: chex.Numeric = 0.99
     gae_lambda: chex.Numeric = 0.95
     clip: chex.Numeric = 0.2
     clip_values: bool = False
@@ -70,8 +91,7 @@ class Settings:
     normalize_observations: bool = False
 
     def __post_init__(self):
-        check_rollout(self)
-        check_scalar("discount", self.discount, at_least=0, at_most=1)
+        super().__post_init__()
         check_scalar("gae_lambda", self.gae_lambda, at_least=0, at_most=1)
         for name in ("clip", "value_coefficient", "entropy_coefficient"):
             check_scalar(name, getattr(self, name), at_least=0)
@@ -84,11 +104,6 @@ class Settings:
                 f"minibatches must be less than the rollout's {self.steps} steps, so that the advantages of one have a "
                 f"deviation, got {self.minibatches}"
             )
-
-    @property
-    def steps(self) -> int:
-        """Steps of the environments in a rollout."""
-        return self.num_envs * self.rollout_length
 
 
 DEFAULTS = Settings()

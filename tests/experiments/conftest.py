@@ -3,7 +3,9 @@ import types
 import numpy as np
 import pytest
 
+import cbp_jax
 from cbp_jax import report, training
+from cbp_jax.experiments import lanes
 
 
 @pytest.fixture
@@ -22,3 +24,30 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(training, "run_tasks", run_tasks)
     return groups
+
+
+@pytest.fixture
+def resumed(tmp_path, monkeypatch):
+    """A function that kills a run after some tasks, and resumes it: its results must be those of an undisturbed run."""
+
+    class Kill(Exception):
+        pass
+
+    def run(experiment, settings, whole, after=2):
+        monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
+        calls = []
+
+        def die(methods, lanes, measures):
+            calls.append(methods)
+            if len(calls) == after:
+                raise Kill
+
+        with pytest.raises(Kill):
+            experiment.run(settings, tmp_path / "killed", die)
+        assert np.isnan(cbp_jax.load_results(tmp_path / "killed").episode_return).any()
+        again = experiment.run(settings, tmp_path / "killed")
+        for name in whole.data_vars:
+            np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+        return again
+
+    return run

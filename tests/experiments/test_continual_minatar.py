@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cbp_jax
-from cbp_jax.experiments import EXPERIMENTS, continual_minatar, games, lanes
+from cbp_jax.experiments import EXPERIMENTS, continual_minatar, games
 from cbp_jax.rl import pqn
 
 pytest.importorskip("gymnax", reason="games need gymnax")
@@ -66,7 +66,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_resumes_exactly(tmp_path, monkeypatch):
+def test_a_run_that_was_killed_resumes_exactly(tmp_path, resumed):
     whole = continual_minatar.run(TINY, tmp_path / "whole")
     assert np.isfinite(whole.to_array()).all() and whole.sizes == {"method": 3, "seed": 2, "task": 3}
     assert set(whole.data_vars) == set(games.MEASURES) and whole.step.values.tolist() == [512, 1024, 1536]
@@ -75,21 +75,4 @@ def test_a_run_that_was_killed_resumes_exactly(tmp_path, monkeypatch):
     assert (whole.period[..., -1] >= 2).all() and (whole.episode_length <= 40).all()
     assert cbp_jax.load_results(tmp_path / "whole").identical(whole)
     assert "episode return" in continual_minatar.summary(whole)
-
-    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
-
-    class Kill(Exception):
-        pass
-
-    calls = []
-
-    def die(methods, lanes, measures):
-        calls.append(methods)
-        if len(calls) == 2:
-            raise Kill
-
-    with pytest.raises(Kill):
-        continual_minatar.run(TINY, tmp_path / "killed", die)
-    again = continual_minatar.run(TINY, tmp_path / "killed")
-    for name in whole.data_vars:
-        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+    resumed(continual_minatar, TINY, whole)

@@ -12,7 +12,7 @@ from flax import struct
 
 import cbp_jax
 from cbp_jax import envs
-from cbp_jax.experiments import EXPERIMENTS, agents, collapse, lanes, policy_collapse
+from cbp_jax.experiments import EXPERIMENTS, agents, collapse, policy_collapse
 from cbp_jax.rl import ppo
 
 TINY = dataclasses.replace(
@@ -167,18 +167,6 @@ def test_a_run_with_the_ant_saves_an_episode(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
-def test_a_killed_run_resumes_with_its_step_size(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_its_step_size(tmp_path, resumed):
     whole = policy_collapse.run(TINY, tmp_path / "whole")
-    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
-
-    class Kill(Exception):
-        pass
-
-    def die(methods, lanes, measures):
-        raise Kill
-
-    with pytest.raises(Kill):
-        policy_collapse.run(TINY, tmp_path / "killed", die)
-    again = policy_collapse.run(TINY, tmp_path / "killed")
-    for name in whole.data_vars:
-        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+    resumed(policy_collapse, TINY, whole, after=1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cbp_jax
-from cbp_jax.experiments import EXPERIMENTS, agents, ants, lanes, slippery_ant, stationary_ant
+from cbp_jax.experiments import EXPERIMENTS, agents, ants, slippery_ant, stationary_ant
 
 TINY = dataclasses.replace(
     ants.SMOKE,
@@ -147,27 +147,10 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, resumed):
     whole = slippery_ant.run(TINY, tmp_path / "whole")
     assert len(list((tmp_path / "whole").glob("episode-*.html"))) == 1
-
-    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
-
-    class Kill(Exception):
-        pass
-
-    def die(methods, lanes, measures):
-        die.calls += 1
-        if die.calls == 2:
-            raise Kill
-
-    die.calls = 0
-    with pytest.raises(Kill):
-        slippery_ant.run(TINY, tmp_path / "killed", die)
-    assert np.isnan(cbp_jax.load_results(tmp_path / "killed").episode_return).any()
-    again = slippery_ant.run(TINY, tmp_path / "killed")
-    for name in whole.data_vars:
-        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+    again = resumed(slippery_ant, TINY, whole)
     assert json.loads(again.attrs["settings"])["steps"] == 191
 
 

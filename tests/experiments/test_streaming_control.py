@@ -10,7 +10,7 @@ import pytest
 
 import cbp_jax
 from cbp_jax import envs
-from cbp_jax.experiments import EXPERIMENTS, lanes, learners, streaming, streaming_control
+from cbp_jax.experiments import EXPERIMENTS, learners, streaming, streaming_control
 from cbp_jax.experiments.streaming_learners import LEARNERS
 
 TINY = dataclasses.replace(
@@ -94,7 +94,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_exactly(tmp_path, resumed):
     whole = streaming_control.run(TINY, tmp_path / "whole")
     assert np.isfinite(whole.to_array()).all() and whole.sizes == {"method": 3, "seed": 2, "task": 3}
     assert set(whole.data_vars) == set(streaming.MEASURES) and whole.step.values.tolist() == [200, 400, 600]
@@ -104,21 +104,4 @@ def test_a_killed_run_resumes_exactly(tmp_path, monkeypatch):
     assert cbp_jax.load_results(tmp_path / "whole").identical(whole)
     assert "episode return" in streaming_control.summary(whole)
     assert "tasks.png" in [path.name for path in streaming_control.plot(whole, tmp_path)]
-
-    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
-
-    class Kill(Exception):
-        pass
-
-    calls = []
-
-    def die(methods, lanes, measures):
-        calls.append(methods)
-        if len(calls) == 2:
-            raise Kill
-
-    with pytest.raises(Kill):
-        streaming_control.run(TINY, tmp_path / "killed", die)
-    again = streaming_control.run(TINY, tmp_path / "killed")
-    for name in whole.data_vars:
-        np.testing.assert_array_equal(again[name], whole[name], err_msg=name)
+    resumed(streaming_control, TINY, whole)
