@@ -84,8 +84,20 @@ def test_gradients_are_clipped():
     np.testing.assert_allclose(optax.tree.norm(moved), 0.01, rtol=1e-4)
 
 
+def test_actions_are_greedy_but_for_the_fraction_of_exploration():
+    env = envs.ChangingCartPole(force_range=(1.0, 1.0))  # pushes so weak that no episode ends within the rollout
+    settings = pqn.Settings(num_envs=100, rollout_length=12, epochs=1, minibatches=1)
+    init, update = agent(env, Exploration(0.4, 0.4), settings)
+    state = init(jax.random.key(0))
+    state.params["params"]["Dense_1"]["bias"] = jnp.array([0.0, 100.0])  # to the right
+    state, metrics = update(state)
+    assert metrics["episodes"] == 0
+    pushed_left = np.diff(state.obs[..., 1], axis=0) < 0
+    assert abs(pushed_left.mean() - 0.4 / 2) < 4 * (0.2 * 0.8 / pushed_left.size) ** 0.5
+
+
 @pytest.mark.slow
-def test_actions_are_random_as_often_as_told_and_seeds_do_not_depend_on_each_other():
+def test_exploration_decreases_and_seeds_do_not_depend_on_each_other():
     env = cart_pole(key=5)
     exploration = Exploration(1.0, 0.0, steps=2 * SMALL.steps)
     init, update = pqn.make(env, NET, lambda units: optax.sgd(STEP), SMALL, exploration)
