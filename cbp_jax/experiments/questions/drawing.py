@@ -94,7 +94,7 @@ def differences(
     """Return the difference of each method to the first, paired by seed.
 
     Args:
-      values: by method, [seeds]; those of a method that was run with other seeds are not paired.
+      values: by method, [seeds], of the same seeds in the same order; NaN where a method was not run with a seed.
       first: the method that others are compared with.
       digits, of: as in `bootstrap_text`.
 
