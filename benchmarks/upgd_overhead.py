@@ -8,7 +8,8 @@ over the rounds. Columns: `upgd`, unchanged; `no gate`, with utilities, their ma
 `no noise`, with the gate but without noise; `neither`, with utilities and their maximum only; then UPGD with
 `jax.random.normal` in place of this library's generator, with keys of JAX's default implementation and of `rbg`;
 `uniform`, with the simplest possible noise, uniform numbers from a hash of two multiplications, as a lower bound for
-the cost of any generator; and Adam, whose state is twice as large as UPGD's.
+the cost of any generator; `table`, with normal numbers that were drawn once and are read from a random offset in every
+step; and Adam, whose state is twice as large as UPGD's.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from cbp_overhead import Net
 from timing import interleaved, ratio
@@ -39,6 +41,20 @@ def uniform_noise(step, params):
         return (SIGMA * 2**-31 * jax.lax.bitcast_convert_type(word, jnp.int32)).reshape(leaf.shape)
 
     return jax.tree.map(draw, params)
+
+
+def table_noise(step, params):
+    """Read each leaf's noise from one table, as evolution strategies do (Salimans et al. 2017)."""
+    offsets = 2**20
+    largest = max(leaf.size for leaf in jax.tree.leaves(params))
+    table = jnp.asarray(np.random.default_rng(0).normal(size=largest + offsets), jnp.float32)
+    leaves, treedef = jax.tree.flatten(params)
+    starts = noise.element_numbers((len(leaves),)) + step.astype(jnp.uint32) * jnp.uint32(len(leaves))
+    starts = (starts * jnp.uint32(0x9E3779B9)) >> jnp.uint32(12)  # below 2**20
+    parts = [jax.lax.dynamic_slice(table, (start,), (w.size,)) for start, w in zip(starts, leaves, strict=True)]
+    return jax.tree.unflatten(
+        treedef, [SIGMA * part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
 
 
 def jax_noise(impl):
@@ -81,6 +97,7 @@ VARIANTS = {
     "threefry": lambda: parts_of_upgd(jax_noise("threefry2x32")),
     "rbg": lambda: parts_of_upgd(jax_noise("rbg")),
     "uniform": lambda: parts_of_upgd(uniform_noise),
+    "table": lambda: parts_of_upgd(table_noise),
     "adam": lambda: optax.adam(STEP),
 }
 

@@ -47,7 +47,8 @@ def save_results(results: xr.Dataset, run_dir: str | Path) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / FILE_NAME
     checked = {name: {"fletcher32": True} for name, values in results.data_vars.items() if values.size and values.ndim}
-    files.write_whole(path, results.to_netcdf(engine="h5netcdf", encoding=checked))
+    # A loaded dataset remembers the lengths of its texts in the file, and longer ones would be cut to them.
+    files.write_whole(path, results.drop_encoding().to_netcdf(engine="h5netcdf", encoding=checked))
     return path
 
 

@@ -252,6 +252,14 @@ def test_results_of_other_seeds_and_methods_are_joined():
     assert join_results([first]).identical(first)
 
 
+def test_long_names_of_methods_survive_being_joined_to_loaded_short_ones(tmp_path):
+    names = ["bp", "cbp(replacement_rate=1e-05)"]
+    parts = [small(methods=[name], learners=[name[:3]], hyperparameters=[{}], tasks=1) for name in names]
+    loaded = [load_results(save_results(part, tmp_path / str(number))) for number, part in enumerate(parts)]
+    joined = load_results(save_results(join_results(loaded), tmp_path / "joined"))
+    assert joined.method.values.tolist() == names and joined.learner.values.tolist() == ["bp", "cbp"]
+
+
 def test_incompatible_results_are_not_joined():
     with pytest.raises(ValueError, match="parts must be results, got none"):
         join_results([])
