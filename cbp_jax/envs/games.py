@@ -98,8 +98,8 @@ class ChangingGame(Periods):
     Args:
       game: "asterix", "breakout", "freeway" or "space_invaders".
       change_every: number of steps after which the order changes.
-      shuffle: "channels", which keeps each channel an image; "pixels", which mixes all observations, at a quarter of the
-        speed, because each step draws an order of all pixels; or "" for none.
+      shuffle: "channels", which keeps each channel an image; "pixels", which mixes all observations, at a quarter of
+        the speed, because each step draws an order of all pixels; or "" for none.
       shuffle_actions: whether to shuffle actions, too.
       key: seed or key for the orders, may be traced.
       **episodes: `episode_length`, 1000 by default, and further arguments of :class:`Episodes`. States are those of
