@@ -103,5 +103,12 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     for method in results.method.values.tolist():
         panels[method] = 100 * _accuracy(results, method).mean((0, 1))
     return heat_maps(
-        panels, tasks, tasks, "Accuracy (%) after each task (row)", "continual_lora", out, formats, digits=0
+        panels,
+        tasks,
+        tasks,
+        "Accuracy (%) on each task (column) after each task (row), by position in the sequence",
+        "continual_lora",
+        out,
+        formats,
+        digits=0,
     )

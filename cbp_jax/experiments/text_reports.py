@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.report import looks
-from cbp_jax.report.drawing import legend_above, save_figures, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, legend_above, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import mean_and_error
 from cbp_jax.report.tables import text_table
 
@@ -167,39 +167,41 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
 
     tasks = results.name.values.tolist()
     methods = [method for method in results.method.values.tolist() if method != PROBE]
+    names = {method: _name_of_strength(results, method) for method in methods}
+    # A scale from dark to light, because methods differ in strength only.
+    colors = require("matplotlib").colormaps["viridis"](np.linspace(0, 0.8, len(methods)))
     with style_of_pictures():
-        figure = Figure(figsize=(2.1 * len(tasks) + 0.8, 4.4), layout="constrained")
-        axes = figure.subplots(2, len(tasks), sharey="col", squeeze=False)
-        for row, (measure, dim) in enumerate((("ticket_accuracy", "density"), ("dimension_accuracy", "dimensions"))):
-            for column, task in enumerate(tasks):
-                ax, x = axes[row, column], results[dim].values
-                for method, style in zip(methods, looks.PALETTE, strict=False):
-                    values = 100 * at(results, measure, method, "task", "seed", dim)[column]
+        figure = Figure(figsize=(COLUMN, 1.05 * len(tasks) + 0.7), layout="constrained")
+        axes = figure.subplots(len(tasks), 2, sharex="col", sharey="row", squeeze=False)
+        for column, (measure, dim) in enumerate((("ticket_accuracy", "density"), ("dimension_accuracy", "dimensions"))):
+            for row, task in enumerate(tasks):
+                ax, x = axes[row, column], (100 if dim == "density" else 1) * results[dim].values
+                for method, color, style in zip(methods, colors, looks.PALETTE, strict=False):
+                    values = 100 * at(results, measure, method, "task", "seed", dim)[row]
                     mean, error = mean_and_error(values)
-                    ax.fill_between(x, mean - error, mean + error, color=style.color, alpha=0.2, linewidth=0)
+                    ax.fill_between(x, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
                     ax.plot(
                         x,
                         mean,
-                        color=style.color,
+                        color=color,
                         linestyle=style.dashes,
                         marker=style.marker,
-                        markersize=3,
-                        label=method,
+                        markersize=2.5,
+                        label=names[method],
                     )
                     if dim == "density":
                         alone, _ = mean_and_error(
-                            100 * at(results, "retrained_accuracy", method, "task", "seed", dim)[column]
+                            100 * at(results, "retrained_accuracy", method, "task", "seed", dim)[row]
                         )
-                        ax.plot(x, alone, "*", color=style.color, markerfacecolor="white", markersize=7)
+                        ax.plot(x, alone, "*", color=color, markerfacecolor="white", markersize=6)
                 levels = ((PROBE, looks.GRAY.color, ":"), (_plain(results), looks.BLACK.color, "--"))
                 for method, color, dashes in levels:
-                    mean = 100 * np.mean(at(results, "accuracy", method, "task", "seed")[column])
+                    mean = 100 * np.mean(at(results, "accuracy", method, "task", "seed")[row])
                     ax.axhline(mean, color=color, linestyle=dashes, linewidth=0.8)
                 ax.set_xscale("log")
                 ax.xaxis.set_minor_formatter("")
-                ax.set_title(task if row == 0 else "")
-                ax.set_xlabel("Density" if dim == "density" else "Dimensions of each matrix")
-                ax.set_ylabel("Accuracy (%)" if column == 0 else "")
+                ax.set_ylabel(f"{task}\naccuracy (%)" if column == 0 else "")
+            axes[-1, column].set_xlabel("Density (%)" if dim == "density" else "Dimensions of each matrix")
         legend_above(figure, axes[0, 0], columns=4)
         note = (
             f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
@@ -212,48 +214,53 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
     for method in methods:
         chance = at(results, "by_size", method, "task", "other", "seed").mean(-1)
         shared = at(results, "shared", method, "task", "other", "seed").mean(-1)
-        panels[method] = shared / np.where(chance > 0, chance, np.nan)
-    return paths + heat_maps(
-        panels, tasks, tasks, "Shared weights over chance", "dominant_tickets_overlap", out, formats
-    )
+        panels[names[method]] = shared / np.where(chance > 0, chance, np.nan)
+    numbers = [str(number + 1) for number in range(len(tasks))]
+    rows = [f"{task}  {number}" for task, number in zip(tasks, numbers, strict=True)]
+    note = "Weights that tickets of two tasks share, over what chance gives tickets of these sizes"
+    return paths + heat_maps(panels, rows, numbers, note, "dominant_tickets_overlap", out, formats)
+
+
+def _name_of_strength(results: Any, method: str) -> str:
+    """Return a method's name in pictures."""
+    strength = float(results.strength.loc[{"method": method}])
+    return f"L1 of {strength:g}" if strength else "No L1"
 
 
 def heat_maps(
     panels: dict[str, np.ndarray],
     rows: Sequence[str],
     columns: Sequence[str],
-    label: str,
+    note: str,
     name: str,
     out: Path,
     formats: Sequence[str],
     digits: int = 1,
 ) -> list[Path]:
-    """Draw matrices side by side, with their numbers. Return the paths of the picture."""
+    """Draw matrices side by side, with their numbers, and a note on what these are. Return the paths of the picture."""
     from cbp_jax.report.extra import require
 
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    across = min(len(panels), 4)
+    across = min(len(panels), 3)
     down = -(-len(panels) // across)
     with style_of_pictures():
-        size = 0.42 * len(columns) + 0.9, 0.34 * len(rows) + 0.7
-        figure = Figure(figsize=(max(size[0] * across + 0.9, 3.2), size[1] * down + 0.5), layout="constrained")
-        axes = figure.subplots(down, across, squeeze=False).ravel()
+        figure = Figure(figsize=(COLUMN, (0.14 * len(rows) + 0.3) * down + 0.3), layout="constrained")
+        axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         finite = np.concatenate([panel[np.isfinite(panel)] for panel in panels.values()] or [np.zeros(0)])
         low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        image = None
         for ax, (title, panel) in zip(axes, panels.items(), strict=False):
-            image = ax.imshow(panel, vmin=low, vmax=high, cmap="cividis", aspect="auto")
+            ax.imshow(panel, vmin=low, vmax=high, cmap="cividis", aspect="auto")
             for (i, j), value in np.ndenumerate(panel):
                 if np.isfinite(value):
                     color = "black" if value > (low + high) / 2 else "white"
-                    ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=5.5, color=color)
-            ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=6)
+                    ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=5, color=color)
+            ax.set_xticks(range(len(columns)), columns, fontsize=6)
             ax.set_yticks(range(len(rows)), rows, fontsize=6)
-            ax.set_title(title, fontsize=7)
+            ax.set_title(title, fontsize=6.5)
             ax.grid(False)
         for ax in axes[len(panels) :]:
-            ax.remove()
-        figure.colorbar(image, ax=list(axes[: len(panels)]), label=label, shrink=0.8)
+            ax.axis("off")
+        write_note(figure, note)
         return save_figures({name: figure}, Path(out), formats)
