@@ -55,7 +55,7 @@ FIGURES: tuple[Figure, ...] = (
         "slippery ant: standard and tuned Adam, L2, CBP, and ReDo, shrink and perturb, UPGD",
         "slippery_ant --preset paper",
         "800 lanes of 20M steps; 40 minutes a lane",
-        "--preset alternating, 0.9M steps, eight seeds; standard and tuned Adam differ clearly",
+        "--preset alternating, 0.9M steps, eight seeds; standard and tuned Adam differ significantly",
     ),
     Figure(
         NATURE,

@@ -58,8 +58,8 @@ def _laptop() -> Settings:
 
 
 def _paper(*, redraw: bool = False, tasks: int = 300) -> Settings:
-    """Return the learners of the paper's program at its step sizes; for ReLU also with its weight decays and noise
-    levels."""
+    """Return the learners of the paper's program at its step sizes; for ReLU also with some of its weight decays, noise
+    levels and replacement rates."""
     steps = ("0.01", "0.003", "0.001")
     networks = (*(f"activation={activation}" for activation in ACTIVATIONS), "hidden=none")
     decays = ("1e-5", "1e-4", "1e-3", "1e-2")
