@@ -74,8 +74,7 @@ def test_pictures_are_shown_or_linked_and_fit_a_column():
     for path in (ROOT / "benchmarks" / "results").glob("*.png"):
         assert path in shown, f"{path.name} is on no page"
         width = int.from_bytes(path.read_bytes()[16:20], "big")  # of the header
-        if path.name != "resnet18_units.png":  # as wide as its network
-            assert width == round(300 * COLUMN), f"{path.name}: draw it again by cbp-jax plot"
+        assert width == round(300 * COLUMN), f"{path.name}: draw it again by cbp-jax plot"
 
 
 def test_every_page_is_in_the_navigation():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cbp_jax.report.drawing import style_of_pictures
+from cbp_jax.report.drawing import COLUMN, style_of_pictures
 from cbp_jax.report.extra import require
 from cbp_jax.units import LeftOut, UnitGroup, Units
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette; groups of unknown kind are gray.
 _COLOURS = {"residual": "#0072B2", "conv": "#E69F00", "dense": "#009E73", "head": "#CC79A7", "embedding": "#56B4E9"}
 _GREY = "#8C8C8C"
-_ROW, _LANE, _LETTER = 0.17, 0.42, 0.062  # inches: between kernels, between groups, width of a letter
+_ROW, _LANE, _LETTER = 0.15, 0.28, 0.055  # inches: between kernels, at least between groups, width of a letter
 _BAR = 0.3  # width of a group, in lanes
 
 
@@ -28,7 +28,8 @@ def plot_units(units: Sequence[UnitGroup], path: str | Path | None = None) -> Fi
     last that uses it. The row's arrow goes from the groups that the kernel reads to those that it writes: a stage of a
     residual network is a long bar that several kernels write. An arrow from the left edge reads something that is not a
     group, such as the network's input. An arrow to the right edge writes something that is left out. Kernels that use
-    none of the groups are not drawn.
+    none of the groups are not drawn. A group without a name to its right has that of the row. The picture is as wide as
+    a column of a paper, or wider if names or groups need it.
 
     Args:
       units: groups of units, from `discover_units`, all or selected, or written by hand.
@@ -65,9 +66,8 @@ def plot_units(units: Sequence[UnitGroup], path: str | Path | None = None) -> Fi
     width = max(lanes.values()) + 1
     left, right = (_LETTER * max(map(len, texts)) for texts in ([_layer(row) for row in rows], notes.values()))
     with style_of_pictures():
-        figure = Figure(
-            figsize=(left + right + _LANE * (width + 1) + 0.3, _ROW * len(rows) + 0.55), layout="constrained"
-        )
+        across = max(COLUMN, left + right + _LANE * (width + 1) + 0.2)
+        figure = Figure(figsize=(across, _ROW * len(rows) + 0.45), layout="constrained")
         ax = figure.subplots()
         for group in units:
             _draw_group(ax, group, lanes[group.name], spans[group.name])
@@ -130,11 +130,13 @@ def _notes(units: Units, rows: list[str], writes: dict[str, set[str]]) -> dict[i
     notes: dict[int, list[str]] = {}
     for group in units:
         row = next(row for row, kernel in enumerate(rows) if kernel in writes[group.name])
-        notes.setdefault(row, []).append(f"{group.name}: {group.size} {group.kind}".rstrip())
+        named = "" if group.name == _layer(rows[row]) else f"{group.name}: "
+        notes.setdefault(row, []).append(f"{named}{group.size} {group.kind}".rstrip())
     for row, kernel in enumerate(rows):
         item = _left_out(units, kernel)
         if item is not None and not any(kernel in paths for paths in writes.values()):
-            notes.setdefault(row, []).append(f"{item.name}: {item.size}, left out")
+            named = "" if _layer(item.name) == _layer(kernel) else f"{item.name}: "
+            notes.setdefault(row, []).append(f"{named}{item.size}, left out")
     return {row: ", ".join(texts) for row, texts in notes.items()}
 
 

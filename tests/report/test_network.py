@@ -5,6 +5,7 @@ import pytest
 
 import cbp_jax
 from cbp_jax.report import plot_units
+from cbp_jax.report.drawing import COLUMN
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_a_group_spans_from_its_first_kernel_to_its_last(units):
     assert colors["y_in"] == colors["b_in"] != colors["z_stem"]
     assert texts(figure.legends[0].get_texts()) == ["residual", "dense"]
     (beside,) = figure.axes[0].child_axes
-    notes = ["z_stem: 4 residual", "y_in: 5 dense", "b_in: 6 dense", "c_last: 7 dense", "head: 2, left out"]
+    notes = ["4 residual", "5 dense", "6 dense", "7 dense", "2, left out"]  # names are those of the rows
     assert texts(beside.get_yticklabels()) == notes and beside.get_yticks().tolist() == [0, 1, 3, 5, 6]
 
 
@@ -69,6 +70,7 @@ def test_each_kernel_is_an_arrow_from_what_it_reads_to_what_it_writes(units):
 def test_kernels_that_touch_no_selected_group_are_not_drawn(units):
     figure = plot_units(units.select("y_in", "b_in"))
     assert texts(figure.axes[0].get_yticklabels()) == ["y_in", "x_out", "b_in", "a_out"]
+    assert figure.get_figwidth() == COLUMN
     assert {name: lane for name, (lane, _, _) in bars(figure).items()} == {"y_in": 0, "b_in": 0}
     assert [(start, round(end)) for _, start, end in arrows(figure)] == [(-1, 0), (0, 1)] * 2
 
@@ -87,6 +89,9 @@ def test_one_kernel_may_write_and_read_several_groups():
 
     figure = plot_units(cbp_jax.discover_units(apply_fn, params, jnp.ones((1, 3))))
     assert set(bars(figure)) == {"both", "both#2"}
+    (beside,) = figure.axes[0].child_axes
+    # A group has a name of its own if it is not the row's.
+    assert "both#2: " in beside.get_yticklabels()[0].get_text()
     assert len({lane for lane, _, _ in bars(figure).values()}) == 2
     assert [(row, start) for row, start, _ in arrows(figure)] == [(0, -1), (0, -1), (1, 0), (2, 0), (2, 1)]
 
