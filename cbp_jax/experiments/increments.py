@@ -210,7 +210,9 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     If a method was trained from scratch in each increment, differences to its accuracy are drawn too.
     """
     from cbp_jax import report
+    from cbp_jax.report import looks
 
+    results = looks.with_names(results, _names(results))
     for label in results.method.values.tolist():
         if "reset=network" in label:
             accuracy = results.test_accuracy
@@ -218,6 +220,15 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
             results = results.assign(relative_accuracy=relative)
             break
     return report.plot_run(results, out, formats=formats)
+
+
+def _names(results: Any) -> dict[str, str]:
+    """Return names of the methods without a remedy, by what they reset; none if two would have the same name."""
+    names, resets = {}, {"head": "Head reset", "network": "Retrained"}
+    for method, learner in zip(results.method.values.tolist(), results.learner.values.tolist(), strict=True):
+        if learner in ("bp", "l2"):
+            names[method] = next((name for reset, name in resets.items() if f"reset={reset}" in method), "Plain")
+    return names if 1 < len(names) == len(set(names.values())) else {}
 
 
 def _network_options(settings: Settings) -> dict[str, Any]:

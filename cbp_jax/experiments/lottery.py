@@ -429,7 +429,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     """Draw the pictures of a run; see `report.plot_tickets`."""
     from cbp_jax import report
 
-    return report.plot_tickets(results, out, formats=formats)
+    return report.plot_tickets(learners.with_looks(results, KINDS), out, formats=formats)
 
 
 def _experiment(name: str, about: str, **presets: Callable[[str | None], Settings]) -> Experiment:

@@ -42,7 +42,7 @@ from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
 from cbp_jax.experiments.progress import Progress
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
-from cbp_jax.report.drawing import COLUMN, few_ticks, save_figures, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, few_ticks, marker, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import binned
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
@@ -434,6 +434,7 @@ def _scale_outgoing(params: Any, group: Any, units: chex.Array, factor: chex.Arr
     return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
 
 
+_ROWS = {"weight": "Weights", "feature": "Units"}
 _LABELS = {
     "second_order_exact": "Second order, exact curvature",
     "second_order": "Second order, HesScale",
@@ -475,7 +476,7 @@ def summary(results: Any) -> str:
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Plot the global correlations over time: a column for each activation, weights above features.
+    """Plot the global correlations over time: a column for each activation, weights above units.
 
     There is one line for each utility: the mean over seeds, with a band of one standard error to either side.
 
@@ -493,7 +494,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    styles = dict(zip(UTILITIES, looks.PALETTE, strict=False))
+    styles = dict(zip(UTILITIES, (*looks.UNOWNED, *looks.SELDOM), strict=False))
     activations = results.method.values.tolist()
     bin_size = max(1, results.sizes["task"] // 25)
     every = int(results.step.values[1] - results.step.values[0]) if results.sizes["task"] > 1 else 1
@@ -515,15 +516,12 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
                         color=style.color,
                         linestyle=style.dashes,
                         linewidth=1,
-                        marker=style.marker,
-                        markersize=2.8,
-                        markeredgecolor="white",
-                        markeredgewidth=0.3,
+                        **marker(style, 2.8),
                         markevery=(UTILITIES.index(utility) % 5, 5),  # staggered, so that overlapping lines are visible
                         label=_LABELS[utility],
                     )
-                ax.set_title(activation.replace("_", " ") if i == 0 else "")
-                ax.set_ylabel(f"{level.capitalize()}s" if j == 0 else "")
+                ax.set_title(looks.activation_name(activation) if i == 0 else "")
+                ax.set_ylabel(_ROWS[level] if j == 0 else "")
                 few_ticks(ax)
                 ax.set_xlabel("Step" if i == len(LEVELS) - 1 else "")
         handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -59,7 +59,7 @@ class ObGD(Bounded):
 
     name = "obgd"
     about = "overshooting-bounded gradient descent"
-    look = Look("ObGD", looks.INDIGO)
+    look = Look("ObGD", looks.TEAL)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""

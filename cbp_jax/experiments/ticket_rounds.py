@@ -12,7 +12,7 @@ import optax
 
 from cbp_jax import tickets
 from cbp_jax.problems.sampling import passes
-from cbp_jax.report.looks import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Look
+from cbp_jax.report.looks import INDIGO, LIME, PINK, SALMON, SLATE, TEAL, Look
 from cbp_jax.training import Learner
 from cbp_jax.training.learner import stream_keys
 from cbp_jax.training.step import evaluate, learn
@@ -36,12 +36,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "ticket": Kind("iterative pruning, rewound to its first weights", Look("Ticket", BLUE, strong=True), True),
-    "late_rewinding": Kind("the same, rewound to its weights at rewind_step", Look("Late rewinding", GREEN), True),
-    "one_shot": Kind("the dense network pruned once, to the ticket's numbers per layer", Look("One-shot", PURPLE)),
-    "reinitialized": Kind("the ticket's mask, weights of another draw", Look("Reinitialized", VERMILION)),
-    "random": Kind("the ticket's numbers per layer, anywhere; its first weights", Look("Random", ORANGE)),
-    "signs": Kind("the ticket's mask and signs, constant magnitudes", Look("Signs alone", SKY)),
+    "ticket": Kind("iterative pruning, rewound to its first weights", Look("Ticket", INDIGO, strong=True), True),
+    "late_rewinding": Kind("the same, rewound to its weights at rewind_step", Look("Late rewinding", LIME), True),
+    "one_shot": Kind("the dense network pruned once, to the ticket's numbers per layer", Look("One-shot", SLATE)),
+    "reinitialized": Kind("the ticket's mask, weights of another draw", Look("Reinitialized", PINK)),
+    "random": Kind("the ticket's numbers per layer, anywhere; its first weights", Look("Random", SALMON)),
+    "signs": Kind("the ticket's mask and signs, constant magnitudes", Look("Signs alone", TEAL)),
 }
 
 

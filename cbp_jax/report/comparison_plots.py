@@ -16,7 +16,7 @@ from cbp_jax.report.comparisons import (
     tried_settings,
     tuning_scores,
 )
-from cbp_jax.report.drawing import COLUMN, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, draw_interval, style_of_pictures, write_note
 from cbp_jax.report.extra import require
 from cbp_jax.report.looks import name_of, names_of, readable, style_of
 from cbp_jax.report.panels import PANELS
@@ -64,15 +64,19 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
             found = paired_differences(results, baseline)
             _draw_differences(ax, results, [(i, m, found[m]) for i, m in enumerate(methods) if m != baseline])
             ax.axvline(0, color="black", linewidth=0.8, zorder=1)
-            ax.set_title(f"less {name_of(results, baseline)}")
+            ax.set_title(f"minus {name_of(results, baseline)}")
             ax.grid(axis="y", visible=False)
             ax.locator_params(axis="x", nbins=3)
+        # Three labels would overlap.
+        for ax in axes if len(axes) < 3 else axes[len(axes) // 2 :][:1]:
+            ax.set_xlabel("Difference (points)" if scale == 100 else "Difference")
         names = zip(methods, names_of(results, methods), strict=True)
         axes[0].set_yticks(range(len(methods)), [name + " !" * settings[m].at_edge for m, name in names])
         axes[0].set_ylim(-0.6, len(methods) - 0.4)
-        what = "Points of accuracy" if scale == 100 else _label(measure)
-        note = f"{what} over all {results.sizes['task']} tasks, paired over {results.sizes['seed']} seeds; "
-        note += "95% bootstrap intervals, hollow: includes 0" + "; !: at the end of a range" * at_edge
+        what = "Accuracy" if scale == 100 else _label(measure)
+        note = f"{what} over {results.sizes['task']} tasks, paired over {results.sizes['seed']} seeds; "
+        note += "95% bootstrap intervals\nhollow: the interval includes 0"
+        note += "\n!: best setting at the end of the range tried" * at_edge
         write_note(figure, note)
     return figure
 
@@ -119,10 +123,8 @@ def plot_search(results: xr.Dataset) -> Figure:
 
 def _draw_differences(ax: Axes, results: xr.Dataset, rows: Sequence[tuple[int, str, Estimate]]) -> None:
     for i, method, found in rows:
-        color = style_of(results, method).color
-        ax.hlines(i, found.low, found.high, color=color, linewidth=1.2, zorder=3)
-        face = color if found.excludes_zero else "white"
-        ax.plot(found.mean, i, marker="o", markersize=3.5, color=color, markerfacecolor=face, zorder=4)
+        style, hollow = style_of(results, method), not found.excludes_zero
+        draw_interval(ax, found.mean, found.low, found.high, i, style, hollow=hollow, marker="o")
 
 
 def _draw_search(ax: Axes, results: xr.Dataset, method: str) -> None:

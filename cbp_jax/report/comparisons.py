@@ -108,7 +108,7 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
     last = blocks_of_tasks(results.sizes["task"])[-1]
     settings, at_edge = chosen_settings(results), False
     differences = {baseline: paired_differences(scaled(results, measure, scale), baseline) for baseline in baselines}
-    rows = [("method", "chosen", "all tasks", "last tenth", *(f"less {baseline}" for baseline in baselines))]
+    rows = [("method", "chosen", "all tasks", "last tenth", *(f"minus {baseline}" for baseline in baselines))]
     for method in methods:
         of_method = [estimate(scale * of_seeds(results, method, measure, tasks)) for tasks in (slice(None), last)]
         row = [method, settings[method].text, *(each.text(digits) for each in of_method)]

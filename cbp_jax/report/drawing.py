@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbp_jax.report.extra import require
+from cbp_jax.report.looks import Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,29 +79,70 @@ def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str
     return paths
 
 
-def legend_columns(names: Sequence[str], width: float) -> int:
-    """Return the largest number of columns, up to four, that fit ``width`` in inches, filled column by column."""
+def marker(style: Style, size: float) -> dict[str, Any]:
+    """Return Matplotlib's options for the markers of a line: with a thin white edge, or hollow."""
+    if style.marker == "*":  # the edge would cover its rays
+        return {"marker": "*", "markersize": 1.5 * size, "markeredgewidth": 0.0, "markerfacecolor": style.color}
+    return {
+        "marker": style.marker,
+        "markersize": size,
+        "markerfacecolor": "white" if style.hollow else style.color,
+        "markeredgecolor": style.color if style.hollow else "white",
+        "markeredgewidth": 0.7 if style.hollow else 0.3,
+    }
+
+
+def draw_interval(
+    ax: Axes, mean: float, low: float, high: float, row: float, style: Style, *, hollow: bool = False, **options: Any
+) -> None:
+    """Draw an interval along a row as a line with caps, and a marker at its mean that is small enough not to hide it.
+
+    Args:
+      ax: the panel.
+      mean, low, high: the interval; without finite ends only the marker is drawn.
+      row: its height.
+      style: color and marker.
+      hollow: whether the marker is hollow.
+      **options: further options of Matplotlib's `plot` for the marker.
+    """
+    if np.isfinite(low) and np.isfinite(high):
+        caps = {"marker": "|", "markersize": 3.5, "markeredgewidth": 0.6}
+        ax.plot([low, high], [row, row], color=style.color, linewidth=0.8, **caps, zorder=3)
+    options = {"marker": style.marker, "markeredgewidth": 0.5, **options}
+    face = "white" if hollow else style.color
+    ax.plot(
+        [mean], [row], color=style.color, markersize=2.5, markerfacecolor=face, linestyle="none", zorder=4, **options
+    )
+
+
+def legend_columns(names: Sequence[str], width: float, handle: float = HANDLE_LENGTH) -> int:
+    """Return the largest number of columns, up to four, that fit ``width`` in inches, filled column by column.
+
+    ``handle`` is the length of lines in the legend, in ems.
+    """
     em = _RC["legend.fontsize"] / 72
     for columns in range(min(4, len(names)), 1, -1):
         parts = np.array_split(np.array(names, dtype=object), columns)  # as Matplotlib divides them
         longest = [max(map(len, part)) for part in parts]
-        if em * sum(0.6 * length + HANDLE_LENGTH + 2.4 for length in longest) < width:
+        if em * sum(0.6 * length + handle + 2.4 for length in longest) < width:
             return columns
     return 1
 
 
-def legend_above(figure: Figure, ax: Axes, columns: int | None = None, **options: Any) -> None:
+def legend_above(figure: Figure, ax: Axes, columns: int | None = None, *, lines: bool = True, **options: Any) -> None:
     """Put the legend of one panel above all of them.
 
     Args:
       figure: the picture.
       ax: the panel.
       columns: number of columns; by default as many as the picture's width has room for.
+      lines: whether there are lines; names are closer to markers without a line.
       **options: options of Matplotlib's `legend`.
     """
     handles, names = ax.get_legend_handles_labels()
-    columns = legend_columns(names, figure.get_figwidth()) if columns is None else columns
-    figure.legend(handles, names, loc="outside upper center", ncols=columns, **options)
+    length = HANDLE_LENGTH if lines else 1.0
+    columns = legend_columns(names, figure.get_figwidth(), length) if columns is None else columns
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, handlelength=length, **options)
 
 
 def write_letter(ax: Axes, letter: str) -> None:
@@ -110,7 +152,35 @@ def write_letter(ax: Axes, letter: str) -> None:
 
 def label_height(ax: Axes, label: str) -> None:
     """Label the vertical axis of a panel, on two lines if the label is too long for its height."""
-    ax.set_ylabel(label if "\n" in label else textwrap.fill(label, 21))
+    ax.set_ylabel(label if "\n" in label else fill(label, 21))
+
+
+def fill(text: str, width: int) -> str:
+    """Break a text into as few lines as `textwrap.fill`, but of similar lengths.
+
+    >>> fill("Policy's stable rank (%)", 21).splitlines()
+    ["Policy's stable", 'rank (%)']
+    """
+    lines = textwrap.wrap(text, width)
+    while width > 1:
+        width -= 1
+        shorter = textwrap.wrap(text, width, break_long_words=False)
+        if len(shorter) > len(lines) or max(map(len, shorter), default=0) > width:
+            break
+        lines = shorter
+    return "\n".join(lines)
+
+
+def log_ticks(ax: Axes) -> None:
+    """Make the vertical axis of a panel that is drawn logarithmic, with numbers that do not overlap."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    subs = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def few_ticks(ax: Axes, *, whole: bool = False) -> None:
@@ -122,7 +192,7 @@ def few_ticks(ax: Axes, *, whole: bool = False) -> None:
 def write_note(figure: Figure, text: str) -> None:
     """Write a note below all panels, such as the meaning of bands and bars, in as many lines as needed."""
     across = int(figure.get_figwidth() / COLUMN * 72)
-    lines = "\n".join(textwrap.fill(line, across) for line in text.split("\n"))
+    lines = "\n".join(fill(line, across) for line in text.split("\n"))
     figure.supxlabel(lines, x=0.99, ha="right", multialignment="right", fontsize=6, color="#666666")
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 ATTRIBUTE = "looks"  # of results
+_NAMES = "names"  # of results: names that an experiment gives to its methods, by label
 
 
 class Style(NamedTuple):
@@ -43,8 +44,15 @@ MUSTARD = Style("#8A6D00", (0, (4, 1.2)), "h")
 INDIGO = Style("#332288", (0, (3, 1, 1, 1, 1, 1)), "d")
 PINK = Style("#E7298A", (0, (7, 1.5, 3, 1.5)), "*")
 LIME = Style("#7CB518", (0, (1.5, 0.8)), "H")
-# Learners and variants without a style of their own get these first, since no learner owns them.
-UNOWNED = (INDIGO, PINK, LIME)
+SALMON = Style("#F4846B", (0, (8, 1.5, 1, 1.5, 1, 1.5)), "s", hollow=True)
+SLATE = Style("#5F7F9E", (0, (2, 0.8, 5, 0.8)), "^", hollow=True)
+TEAL = Style("#17A2A2", (0, (3, 1.5)), "D", hollow=True)
+VIOLET = Style("#9B5DE5", (0, (5, 1, 2, 1)), "v", hollow=True)
+BROWN = Style("#7B4B2A", (0, (4, 0.8, 1, 0.8)), "o", hollow=True)
+# Learners and variants without a style of their own get these first, since no learner owns them; so does whatever is
+# not a learner. Then come the styles of learners that only one experiment has.
+UNOWNED = (INDIGO, PINK, LIME, SALMON, SLATE)
+SELDOM = (VIOLET, BROWN, TEAL)
 
 
 def with_other(style: Style, number: int = 0) -> Style:
@@ -69,6 +77,8 @@ class Look(NamedTuple):
 
 _RESETS = {"network": "fresh each task", "head": "new head each task"}
 _ACRONYMS = {"ewc": "EWC", "l1": "L1", "l2": "L2", "mas": "MAS", "snip": "SNIP", "upgd": "UPGD"}
+_ACTIVATIONS = {"crelu": "CReLU", "elu": "ELU", "gelu": "GELU", "relu": "ReLU", "selu": "SELU", "silu": "SiLU"}
+_SHORT = {"Continual backprop": "CBP"}
 
 
 def readable(name: str) -> str:
@@ -79,6 +89,15 @@ def readable(name: str) -> str:
     """
     words = [_ACRONYMS.get(word, word) for word in name.split("_")]
     return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
+
+
+def activation_name(name: str) -> str:
+    """Return the name of an activation for readers.
+
+    >>> activation_name("leaky_relu"), activation_name("tanh")
+    ('leaky ReLU', 'tanh')
+    """
+    return " ".join(_ACTIVATIONS.get(word, word) for word in name.split("_"))
 
 
 def to_json(looks: Mapping[str, Look]) -> str:
@@ -96,6 +115,11 @@ def looks_of(results: xr.Dataset) -> dict[str, Look]:
         name: Look(title, None if style is None else _style(*style), strong)
         for name, (title, style, strong) in json.loads(results.attrs.get(ATTRIBUTE, "{}")).items()
     }
+
+
+def with_names(results: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
+    """Return the results with names for readers, by label, which pictures show instead of the usual ones."""
+    return results.assign_attrs({_NAMES: json.dumps(names)})
 
 
 def _style(color: str, dashes: str | list, marker: str, hollow: bool) -> Style:
@@ -117,6 +141,8 @@ def look_of(results: xr.Dataset, learner: str) -> Look:
 
 def name_of(results: xr.Dataset, method: str) -> str:
     """Return a method's label for readers: "Continual backprop (replacement rate 1e-5)"."""
+    if method in (given := json.loads(results.attrs.get(_NAMES, "{}"))):
+        return given[method]
     learner = learner_of(results, method)
     if not method.startswith(learner):
         return readable(method)
@@ -129,7 +155,9 @@ def names_of(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
 
     A learner that occurs once is named by its title. Variants of a learner are named by their kinds, as in
     "Tuned Adam + L2", if that distinguishes them, and otherwise by the settings in which they differ:
-    "Continual backprop (replacement rate 1e-5)". Methods that cannot be named in this way keep their labels.
+    "Continual backprop (replacement rate 1e-5)", and if that is only the step size, by its value: "Backprop, 0.01". A
+    method around another one that is named by its kind is named like this too: "Tuned Adam + L2 + CBP". Methods that
+    cannot be named in this way keep their labels. Names from :func:`with_names` come before all of these.
     """
     variants: dict[str, list[str]] = {}
     for method in methods:
@@ -137,8 +165,15 @@ def names_of(results: xr.Dataset, methods: Sequence[str]) -> list[str]:
     names: dict[str, str] = {}
     for learner, labels in variants.items():
         names |= _names_of_variants(results, learner, labels)
+    names |= _names_around(results, variants, names)
+    names |= {label: name for label, name in json.loads(results.attrs.get(_NAMES, "{}")).items() if label in names}
     given = list(names.values())
     return [names[method] if given.count(names[method]) == 1 else method for method in methods]
+
+
+def step_size_note(names: Sequence[str]) -> str:
+    """Return the end of a picture's note, which explains names such as "Backprop, 0.01" if there are any."""
+    return "; numbers: step sizes" if any(re.search(r", [\d.e-]+$", name) for name in names) else ""
 
 
 def _names_of_variants(results: xr.Dataset, learner: str, labels: Sequence[str]) -> dict[str, str]:
@@ -155,8 +190,28 @@ def _names_of_variants(results: xr.Dataset, learner: str, labels: Sequence[str])
     kinds = [_kind(title, given, settings) for given in settings]
     if len(set(kinds)) == len(kinds):
         return dict(zip(labels, kinds, strict=True))
+    if differing == ["step_size"] and all("step_size" in given for given in settings):
+        return {label: f"{title}, {_number(given['step_size'])}" for label, given in zip(labels, settings, strict=True)}
     texts = [", ".join(_setting_text(name, given[name]) for name in differing if name in given) for given in settings]
     return {label: f"{title} ({text})" if text else title for label, text in zip(labels, texts, strict=True)}
+
+
+def _names_around(
+    results: xr.Dataset, variants: Mapping[str, Sequence[str]], names: Mapping[str, str]
+) -> dict[str, str]:
+    """Return names of methods around a learner whose variants are named by kind: "Tuned Adam + L2 + CBP"."""
+    found = {}
+    by_title = {look_of(results, learner).title: learner for learner in variants}
+    for learner, labels in variants.items():
+        what, _, title = look_of(results, learner).title.rpartition(", ")
+        inside = variants.get(by_title.get(title, ""), ()) if what else ()
+        if len(labels) > 1 or len(inside) < 2:
+            continue
+        settings = [_settings(results, label) for label in inside]
+        kinds = [_kind(title, given, settings) for given in settings]
+        if kinds == [names[label] for label in inside]:
+            found[labels[0]] = f"{_kind(title, _settings(results, labels[0]), settings)} + {_SHORT.get(what, what)}"
+    return found
 
 
 def _kind(title: str, given: Mapping[str, str], among: Sequence[Mapping[str, str]]) -> str:
@@ -184,16 +239,20 @@ def _settings(results: xr.Dataset, method: str) -> dict[str, str]:
 
 
 def _setting_text(name: str, value: str) -> str:
-    value = re.sub(r"e([+-])0+(\d)", r"e\1\2", value).replace("_", " ")
-    return value if name == "activation" else f"{name.replace('_', ' ')} {value}"
+    if name == "activation":
+        return activation_name(value)
+    return f"{name.replace('_', ' ')} {_number(value).replace('_', ' ')}"
+
+
+def _number(value: str) -> str:
+    return re.sub(r"e([+-])0+(\d)", r"e\1\2", value)
 
 
 def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
-    """Return a style for each method: that of its learner; further variants are paler, with other dashes, and
-    alternately hollow.
+    """Return a style for each method: that of its learner; for its second variant paler, with other dashes, and hollow.
 
-    More than two shades of a color are hard to distinguish. Then variants use the styles of learners that are not
-    drawn, as long as there are any.
+    More than two shades of a color are hard to distinguish. Further variants use styles that no learner owns, and then
+    those of learners that are not drawn, as long as there are any.
     """
     from matplotlib.colors import to_hex, to_rgb
 
@@ -202,15 +261,14 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
         learners.setdefault(learner_of(results, method), []).append(method)
     base = {learner: style for learner, style in _all_styles(results).items() if learner in learners}
     dashes = list(dict.fromkeys(style.dashes for style in (*PALETTE, *base.values())))
-    spare = [style for style in (*UNOWNED, *PALETTE) if style not in base.values()]
+    spare = [style for style in (*UNOWNED, *SELDOM, *PALETTE) if style not in base.values()]
     styles = {}
     for learner, variants in learners.items():
-        if 2 < len(variants) <= 1 + len(spare):
-            styles |= dict(zip(variants, [base[learner], *spare], strict=False))
-            spare = spare[len(variants) - 1 :]
-            continue
         for i, method in enumerate(variants):
-            pale = 0.5 * i / len(variants)
+            if i > 1 and spare:
+                styles[method] = spare.pop(0)
+                continue
+            pale = 0.35 if i == 1 else 0.5 * i / len(variants)
             color = to_hex((1 - pale) * np.array(to_rgb(base[learner].color)) + pale)
             first = dashes.index(base[learner].dashes)
             styles[method] = base[learner]._replace(
@@ -224,7 +282,7 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
     """Return a style for each learner: its own, which is the same in every picture, or an unused one."""
     own = {learner: look_of(results, learner).style for learner in learners}
-    unused = [style for style in (*UNOWNED, *PALETTE, MUSTARD) if style not in own.values()]
+    unused = [style for style in (*UNOWNED, *SELDOM, *PALETTE, MUSTARD) if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
     return {learner: style or next(spare) for learner, style in own.items()}
 

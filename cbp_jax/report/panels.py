@@ -24,7 +24,7 @@ PANELS = {
     for panel in (
         Panel("episode_return", "Reward per episode", 1.0, False),
         Panel("test_accuracy", "Test accuracy (%)", 100.0, False),
-        Panel("relative_accuracy", "Accuracy less retrained (points)", 100.0, False),
+        Panel("relative_accuracy", "Accuracy minus retrained (points)", 100.0, False),
         Panel("accuracy", "Accuracy (%)", 100.0, False),
         Panel("loss", "Loss", 1.0, False),
         Panel("plasticity", "Plasticity", 1.0, False),

@@ -19,6 +19,7 @@ from cbp_jax.report.drawing import (
     label_height,
     legend_columns,
     mark_values,
+    marker,
     save_figures,
     style_of_pictures,
     write_letter,
@@ -26,7 +27,7 @@ from cbp_jax.report.drawing import (
 )
 from cbp_jax.report.extra import require
 from cbp_jax.report.grids import plot_grid, swept_settings
-from cbp_jax.report.looks import Style, learner_of, look_of, names_of, styles_of
+from cbp_jax.report.looks import Style, learner_of, look_of, names_of, step_size_note, styles_of
 from cbp_jax.report.panels import PANELS, Panel, panels_of
 from cbp_jax.report.sensitivity_plots import plot_sensitivity, swept_learners
 from cbp_jax.report.statistics import (
@@ -231,6 +232,7 @@ def _plot_panels(
         note = seeds_note(results, methods)
         note += f"; bins of {bin_size} {'intervals' if over_steps(results) else 'tasks'}" if bin_size > 1 else ""
         note += "; the best variant of each learner" if chosen else ""
+        note += step_size_note(names)
         write_note(figure, note + diverged_note(results, methods))
     return figure
 
@@ -277,11 +279,7 @@ def _draw_panel(
             color=style.color,
             linestyle=style.dashes,
             linewidth=1.4 if main else 0.9,
-            marker=style.marker,
-            markersize=3.6 if main else 3,
-            markerfacecolor="white" if style.hollow else style.color,
-            markeredgecolor=style.color if style.hollow else "white",
-            markeredgewidth=0.7 if style.hollow else 0.3,
+            **marker(style, 3.6 if main else 3),
             # Markers are staggered, so that all of them are visible where lines overlap.
             markevery=(round(every * i / len(methods)) if len(task) > every else 0, every),
             zorder=4 if main else 3,
@@ -290,11 +288,16 @@ def _draw_panel(
         ax.fill_between(task, low, high, color=style.color, alpha=0.2, linewidth=0, zorder=2)
         means.append(mean)
     means = np.concatenate(means)
-    if panel.zero:
+    low, high = ax.get_ylim()
+    if panel.label.endswith("(%)") and means.size and (means.max() < 0.1 or means.min() > 99.9):
+        ax.set_ylim(-3, 103)  # none or all
+    elif panel.zero:
         top = max(ax.get_ylim()[1], 1.0)
         ax.set_ylim(-0.03 * top, top)  # a line at 0 stays clear of the axis
     elif means.size and 0 < 30 * means.min() < means.max():
         ax.set_yscale("log")
+    elif panel.label.endswith("(%)") and means.size and means.max() <= 100 < high:
+        ax.set_ylim(low, 100 + 0.03 * (100 - low))
     label_height(ax, panel.label)
     ax.margins(x=0.02)
 

@@ -293,5 +293,5 @@ def seeds_note(results: xr.Dataset, methods: Sequence[str]) -> str:
     if counts == {1}:
         return "One seed"
     seeds = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    band = "a 95% bootstrap interval" if over_steps(results) else "one standard error"
+    band = "95% bootstrap interval" if over_steps(results) else "one standard error"
     return f"Mean and {band} of {seeds} seeds"

@@ -12,13 +12,14 @@ import numpy as np
 from cbp_jax.report.drawing import (
     COLUMN,
     label_height,
+    marker,
     save_figures,
     style_of_pictures,
     write_letter,
     write_note,
 )
 from cbp_jax.report.extra import require
-from cbp_jax.report.looks import PALETTE, look_of
+from cbp_jax.report.looks import SELDOM, UNOWNED, Style, look_of
 from cbp_jax.report.statistics import interval_text
 from cbp_jax.report.tables import text_table
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 # The densities of the paper's Figure 3.
 _DENSITIES = ((1.0, 0.513, 0.211), (1.0, 0.07, 0.036, 0.019), (0.513, 0.211))
 _BARS = 12  # error bars along a curve
+_SMOOTHED = 1 / 50  # of the iterations, for running means of curves
+# Of densities, which are not learners; those of kinds of networks come last.
+_DENSITY_STYLES = (*SELDOM, *UNOWNED)
 _PANELS = {
     "stop_iteration": "Early-stopping iteration",
     "stop_test_accuracy": "Accuracy at early stopping (%)",
@@ -89,7 +93,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
             ticks = density[:: math.ceil(rounds / 4)]
             ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
             ax.set_xticks([], minor=True)
-            ax.set_xlabel("Weights that live (%)")
+            ax.set_xlabel("Weights remaining (%)")
             label_height(ax, label)
             write_letter(ax, letter)
         axes[-1].axis("off")
@@ -103,7 +107,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
 
     The three panels show tickets of high density, tickets of low density, and tickets together with their reinitialized
     networks, or with another control if these are missing. Lines are means over seeds, with bars from the smallest to
-    the largest value.
+    the largest value, of running means over a fiftieth of the iterations: without these, noise hides the curves.
 
     Args:
       results: results of an experiment on lottery tickets, with "ticket" among its methods.
@@ -123,31 +127,28 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
     rounds = _finished(results)
     density = _values(results, "density", "ticket")[:, :rounds].mean(0)
     controls = [method for method in ("reinitialized", "random", *methods) if method in methods and method != "ticket"]
-    styles = {}
+    styles: dict[int, Style] = {}
     panels = []
     for wanted in _DENSITIES:
         chosen = list(dict.fromkeys(int(np.abs(np.log(density / each)).argmin()) for each in wanted))
         panels.append(chosen)
         for number in chosen:
-            styles.setdefault(number, PALETTE[len(styles) % len(PALETTE)])
+            styles.setdefault(number, _DENSITY_STYLES[len(styles) % len(_DENSITY_STYLES)])
     with style_of_pictures():
-        figure = Figure(figsize=(COLUMN, 1.5 * len(panels) + 0.2), layout="constrained")
+        figure = Figure(figsize=(COLUMN, 1.4 * len(panels) + 0.8), layout="constrained")
         axes = figure.subplots(len(panels), sharex=True, sharey=True)
         iteration = results.iteration.values
+        smoothed = 2 * round(len(iteration) * _SMOOTHED / 2) + 1
         for letter, ax, chosen in zip("abc", axes, panels, strict=True):
             compared = ["ticket", *(controls[:1] if letter == "c" else ())]
             for method in compared:
                 curves = 100 * _values(results, "test_accuracy_at", method)
                 for number in chosen:
-                    style, title = styles[number], look_of(results, method).title
-                    label = f"{100 * density[number]:.3g}%" + (f", {title.lower()}" if method != "ticket" else "")
+                    style, dashes = styles[number], ":" if method != "ticket" else "-"
                     every = max(1, len(iteration) // _BARS)
                     place = (list(styles).index(number) * every) // len(styles)
-                    _line(
-                        ax, iteration, curves[:, number], style, ":" if method != "ticket" else "-", label, place, every
-                    )
+                    _line(ax, iteration, _running_mean(curves[:, number], smoothed), style, dashes, place, every)
             write_letter(ax, letter)
-            ax.legend(loc="lower right", ncols=2, handlelength=2.2, borderaxespad=0.2)
             ax.margins(x=0.02)
             ax.set_ylabel("Test accuracy (%)")
         axes[-1].set_xlabel("Training iteration")
@@ -155,8 +156,32 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
         late = 100 * _values(results, "test_accuracy_at", "ticket")[:, :rounds, len(iteration) // 10 :].mean(0)
         low, high = np.nanmin(late), np.nanmax(late)
         axes[0].set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
-        _note(figure, results)
+        _legend_of_densities(figure, {f"{100 * density[number]:.3g}%": style for number, style in styles.items()})
+        step = int(iteration[1] - iteration[0]) if len(iteration) > 1 else 1
+        more = f"; running means over {smoothed * step:,} iterations" if smoothed > 1 else ""
+        if controls:
+            more += f"; dotted: {look_of(results, controls[0]).title.lower()}"
+        _note(figure, results, more)
     return figure
+
+
+def _legend_of_densities(figure: Figure, styles: dict[str, Style]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=style.color, linewidth=1.1) for style in styles.values()]
+    options = {"ncols": 3, "title": "Weights remaining", "title_fontsize": 6.5}
+    figure.legend(handles, list(styles), loc="outside upper center", **options)
+
+
+def _running_mean(curves: np.ndarray, width: int) -> np.ndarray:
+    """Return centered means over an odd number of points [..., points], over fewer at the ends; NaN stays NaN.
+
+    >>> _running_mean(np.array([[0.0, 3.0, 6.0, np.nan]]), 3)
+    array([[1.5, 3. , 4.5, nan]])
+    """
+    some = np.isfinite(curves)
+    total = lambda values: np.apply_along_axis(np.convolve, -1, values, np.ones(width), "same")
+    return np.where(some, total(np.where(some, curves, 0.0)) / np.maximum(total(some.astype(float)), 1.0), np.nan)
 
 
 def summarize_tickets(results: xr.Dataset) -> str:
@@ -210,7 +235,7 @@ def _values(results: xr.Dataset, measure: str, method: str) -> np.ndarray:
 def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.ndarray) -> None:
     """Draw a line of means over seeds with a bar at each point."""
     look = look_of(results, method)
-    style = look.style or PALETTE[-1]
+    style = look.style or UNOWNED[-1]
     mean = values.mean(0)
     ax.errorbar(
         x,
@@ -219,10 +244,7 @@ def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.
         color=style.color,
         linestyle=style.dashes,
         linewidth=1.6 if look.strong else 1.1,
-        marker=style.marker,
-        markersize=3.5,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
+        **marker(style, 3.5),
         elinewidth=0.7,
         capsize=1.5,
         label=look.title,
@@ -230,7 +252,7 @@ def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.
     )
 
 
-def _line(ax, x, curves, style, dashes, label, place, every) -> None:
+def _line(ax, x, curves, style, dashes, place, every) -> None:
     """Draw a curve of means over seeds with some bars, whose positions differ from those of other curves."""
     some = np.isfinite(curves).all(0)
     x, curves = x[some], curves[:, some]
@@ -245,11 +267,10 @@ def _line(ax, x, curves, style, dashes, label, place, every) -> None:
         elinewidth=0.7,
         capsize=1.5,
         errorevery=(min(place, len(x) - 1), every),
-        label=label,
     )
 
 
-def _note(figure: Figure, results: xr.Dataset) -> None:
+def _note(figure: Figure, results: xr.Dataset, more: str = "") -> None:
     seeds = results.sizes["seed"]
     note = f"Mean, smallest and largest value of {seeds} seeds" if seeds > 1 else "One seed"
-    write_note(figure, note)
+    write_note(figure, note + more)

@@ -7,6 +7,7 @@ from cbp_jax.experiments.class_incremental import check, plot, preset, run
 
 from cbp_jax import load_results, training
 from cbp_jax.experiments import EXPERIMENTS, class_incremental
+from cbp_jax.report import plot_tasks
 
 TINY = dataclasses.replace(preset("smoke"), epochs=1, train_per_class=10)
 
@@ -84,6 +85,9 @@ def test_its_picture_shows_the_accuracy_minus_that_of_training_from_scratch(fini
     monkeypatch.setattr("cbp_jax.report.plot_run", lambda drawn, *args, **kwargs: seen.append(drawn) or [])
     plot(results, tmp_path)
     plot(results.isel(method=[0]), tmp_path)
+    names = [text.get_text() for text in plot_tasks(seen[0]).legends[0].get_texts()]
+    assert names == ["Plain", "Retrained"]
+    assert [text.get_text() for text in plot_tasks(seen[1]).legends[0].get_texts()] != ["Plain"], "nothing to compare"
     difference = results.test_accuracy.values[0] - results.test_accuracy.values[1]
     np.testing.assert_allclose(seen[0].relative_accuracy.values, [difference, 0 * difference])
     assert "relative_accuracy" not in seen[1] and "relative_accuracy" not in results

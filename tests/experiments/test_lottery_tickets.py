@@ -13,6 +13,7 @@ from cbp_jax import cli, experiments, report, tickets
 from cbp_jax.experiments import convolutional_tickets, lottery, lottery_tickets, ticket_rounds
 from cbp_jax.experiments.lottery import CURVES, MEASURES, Settings, check, total
 from cbp_jax.experiments.ticket_rounds import KINDS
+from cbp_jax.report import tickets as report_tickets
 from cbp_jax.units import leaves_by_path
 
 preset, run = lottery_tickets.preset, lottery_tickets.run
@@ -241,8 +242,12 @@ def test_tables_and_pictures(smoke, tmp_path):
     np.testing.assert_allclose(lines["Signs alone"].get_ydata(), expected, rtol=1e-6)
     low, high = drawn.axes[2].get_xlim()
     assert low > high and drawn.axes[2].get_xscale() == "log"  # dense to sparse
-    curves = report.plot_accuracies(results).axes[2].containers
-    assert [container.get_label() for container in curves] == ["65.1%", "65.1%, reinitialized"]
+    figure = report.plot_accuracies(results)
+    curves = figure.axes[2].containers
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "65.1%"
+    assert figure.legends[0].get_title().get_text() == "Weights remaining"
+    assert not any(ax.get_legend() for ax in figure.axes), "a legend in a panel would cover its lines"
+    assert any("dotted: reinitialized" in text.get_text() for text in figure.texts)
     expected = 100 * results.test_accuracy_at.loc[{"method": "reinitialized"}].values[:, 2].mean(0)
     np.testing.assert_allclose(curves[1].lines[0].get_ydata(), expected, rtol=1e-6)
     alone = results.isel(method=[1])
@@ -251,6 +256,18 @@ def test_tables_and_pictures(smoke, tmp_path):
         report.plot_accuracies(alone)
     with pytest.raises(ValueError, match="no round has finished"):
         report.plot_densities(results * np.nan)
+
+
+def test_curves_are_drawn_as_running_means():
+    noisy = np.random.default_rng(0).normal(size=(2, 9))
+    noisy[1, 6:] = np.nan
+    found = report_tickets._running_mean(noisy, 3)
+    for row in range(2):
+        for place in range(9):
+            around = noisy[row, max(place - 1, 0) : place + 2]
+            expected = np.nan if np.isnan(noisy[row, place]) else np.nanmean(around)
+            assert found[row, place] == pytest.approx(expected, nan_ok=True)
+    np.testing.assert_array_equal(report_tickets._running_mean(noisy, 1), noisy)
 
 
 @pytest.mark.slow

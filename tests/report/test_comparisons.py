@@ -86,7 +86,7 @@ def test_the_table_claims_only_what_its_intervals_show(measure, sign):
     first = table.partition("last tenth of tasks")[0]
     lines = {line.partition(" ")[0]: line for line in first.splitlines()}
     assert lines["good"].endswith("better") and "better" not in lines["like"] and "worse" not in lines["like"]
-    assert "less absent" not in table and "weight rank" not in table
+    assert "minus absent" not in table and "weight rank" not in table
     scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
     expected = scale * (results[measure].values[1] - results[measure].values[0]).astype(np.float64).mean()
     assert f"{expected:+.{digits}f} [" in lines["good"]
@@ -120,6 +120,12 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
         assert line.get_xdata()[0] == pytest.approx(100 * found[name.lower()].mean)
     hollow = {name: matplotlib.colors.to_hex(line.get_markerfacecolor()) == "#ffffff" for name, line in dots.items()}
     assert hollow == {"Good": False, "Like": True}
+    assert [ax.get_title() for ax in figure.axes] == ["minus Plain", "minus Good"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["Difference (points)"] * 2
+    three = plot_differences(results, ("plain", "good", "like"))
+    assert [bool(ax.get_xlabel()) for ax in three.axes] == [False, True, False]
+    (note,) = (text.get_text() for text in figure.texts)
+    assert "hollow: the interval includes 0" in note and "!: best setting at the end of the range tried" in note
     with pytest.raises(ValueError, match="no method to compare has finished"):
         plot_differences(results, ("absent",))
 

@@ -103,7 +103,8 @@ def test_a_learner_keeps_its_style_and_variants_and_strangers_get_their_own():
     names, learners = ["a", "b", "c", "d", "cbp", "mine"], ["bp"] * 4 + ["cbp", "mine"]
     some = lines(plot_tasks(results_of(names, learners=learners)).axes[0])
     assert style(some["cbp"]) == style(alone)
-    assert len({line.get_color() for line in some.values()}) == len({line.get_marker() for line in some.values()}) == 6
+    faces = {(line.get_marker(), line.get_markerfacecolor() == "white") for line in some.values()}
+    assert len({line.get_color() for line in some.values()}) == len(faces) == 6
     strangers = plot_tasks(results_of([*SEVEN, "mine"])).axes[0].lines
     assert len({style(line) for line in strangers}) == 8
     many = [f"learner_{i}" for i in range(12)]
@@ -121,7 +122,7 @@ def test_learners_with_the_same_title_are_distinguished_by_their_names():
     legend = plot_sensitivity(results).axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == names
     only = plot_tasks(results, methods=labels[:2]).legends[0].get_texts()
-    assert [text.get_text() for text in only] == ["Make (step size 0.1)", "Make (step size 0.2)"]
+    assert [text.get_text() for text in only] == ["Make, 0.1", "Make, 0.2"]
 
 
 def test_legends_are_short():
@@ -137,9 +138,9 @@ def test_legends_are_short():
     assert legend(resets, ["l2"] * 3, [{}] * 3) == ["L2", "L2, new head each task", "L2, fresh each task"]
     sizes = [f"bp(step_size={size}, momentum=0.9)" for size in (0.1, 0.2)]
     steps = [{"step_size": size, "momentum": 0.9} for size in (0.1, 0.2)]
-    assert legend(sizes, ["bp"] * 2, steps) == ["Backprop (step size 0.1)", "Backprop (step size 0.2)"]
+    assert legend(sizes, ["bp"] * 2, steps) == ["Backprop, 0.1", "Backprop, 0.2"]
     activations = ["bp(activation=tanh)", "bp(activation=leaky_relu)"]
-    assert legend(activations, ["bp"] * 2, [{}] * 2) == ["Backprop (tanh)", "Backprop (leaky relu)"]
+    assert legend(activations, ["bp"] * 2, [{}] * 2) == ["Backprop (tanh)", "Backprop (leaky ReLU)"]
 
 
 def test_pictures_are_as_wide_as_a_column_and_their_legends_fit():
@@ -206,6 +207,17 @@ def test_an_axis_is_logarithmic_only_if_necessary():
     assert plot_tasks(results).axes[2].get_yscale() == "linear"
     results.weight_magnitude.values[0, :, -1] = 1e4
     assert [ax.get_yscale() for ax in plot_tasks(results).axes] == ["linear", "linear", "log", "linear"]
+
+
+def test_an_axis_of_percentages_ends_at_a_hundred():
+    results = results_of(["bp", "cbp"])
+    assert plot_tasks(results).axes[0].get_ylim()[1] < 80
+    results.accuracy.values[:, :, -1] = 1.0
+    low, high = plot_tasks(results).axes[0].get_ylim()
+    assert low < 60 and 100 < high < 102
+    for constant in (0.0, 1.0):
+        results.dead_units.values[:] = constant
+        assert plot_tasks(results).axes[1].get_ylim() == (-3, 103)
 
 
 def test_panels_that_were_not_measured_are_left_out():

@@ -32,7 +32,7 @@ class Adapter(Moments):
 
     name = "adapter"
     about = "a low-rank adapter on a frozen network, by Adam"
-    look = Look("Adapter", looks.BLACK)
+    look = Look("Adapter", looks.VIOLET)
 
     l1: float = ranged(0.0, traced=False, optional=True)
 
@@ -69,7 +69,7 @@ class Full(Moments):
 
     name = "full"
     about = "all weights of the network, by Adam"
-    look = Look("All weights", looks.VERMILION)
+    look = Look("All weights", looks.BROWN)
 
     l1: float = ranged(0.0, traced=False, optional=True)
 
@@ -85,7 +85,7 @@ class FullContinualBackprop(ContinualBackpropAdam):
 
     name = "full_cbp"
     about = "all weights of the network, with continual backpropagation on its hidden units"
-    look = Look("All weights, continual backprop", looks.SKY)
+    look = Look("All weights, continual backprop", looks.with_other(looks.BLUE))
 
 
 LEARNERS: dict[str, type[Method]] = {

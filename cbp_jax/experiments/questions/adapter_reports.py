@@ -16,6 +16,7 @@ from cbp_jax.report.drawing import (
     few_ticks,
     label_height,
     legend_above,
+    log_ticks,
     save_figures,
     style_of_pictures,
     write_letter,
@@ -26,7 +27,7 @@ from cbp_jax.report.tables import text_table
 
 _PANELS = {
     "accuracy": ("Online accuracy (%)", 100.0),
-    "less_fresh": ("Accuracy less fresh\nadapter's (points)", 100.0),
+    "less_fresh": ("Accuracy minus fresh\nadapter's (points)", 100.0),
     "change_rank": ("Effective rank of\nthe change", 1.0),
     "dormant_components": ("Dormant\ncomponents (%)", 100.0),
     "effective_rank": ("Effective rank of\nrepresentation (%)", 100.0),
@@ -87,8 +88,8 @@ def summary(results: Any) -> str:
         "",
         "accuracy, first tenth",
         "last tenth",
-        "less fresh, first",
-        "less fresh, last",
+        "minus fresh, first",
+        "minus fresh, last",
         "fell by",
         "change rank",
     )
@@ -124,6 +125,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     require("matplotlib")
     from matplotlib.figure import Figure
 
+    results = learners.with_looks(results, LEARNERS)
     methods, found = measured(results)
     if not methods:
         raise ValueError("results: no method has finished a task, so there is nothing to draw")
@@ -139,8 +141,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
             if name == "less_fresh":
                 ax.axhline(0.0, color=GRAY.color, linewidth=0.8)
             if name == "change_rank":
-                ax.set_yscale("log")
-                ax.yaxis.set_major_formatter("{x:g}")
+                log_ticks(ax)
             label_height(ax, label)
             write_letter(ax, letter)
             few_ticks(ax, whole=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cbp_jax.report.drawing import write_note
+from cbp_jax.report.drawing import marker, write_note
 from cbp_jax.report.looks import Style
 from cbp_jax.report.statistics import blocks_of_tasks, bootstrap_interval, bootstrap_text, mean_and_error
 
@@ -55,11 +55,7 @@ def draw_line(
         color=style.color,
         linestyle=style.dashes if dashes is None else dashes,
         linewidth=1.0,
-        marker=style.marker,
-        markersize=2.8,
-        markerfacecolor="white" if style.hollow else style.color,
-        markeredgecolor=style.color if style.hollow else "white",
-        markeredgewidth=0.6 if style.hollow else 0.3,
+        **marker(style, 2.8),
         markevery=every or max(1, -(-int(some.sum()) // 6)),
         label=label,
     )
@@ -81,11 +77,11 @@ def draw_tasks(ax: Any, values: np.ndarray, style: Style, label: str, *, band: b
     draw_line(ax, middles, np.stack([mean_of(values[:, block]) for block in blocks], 1), style, label, band=band)
 
 
-def note(figure: Any, results: Any) -> None:
-    """Write a note below a picture that explains its bands."""
+def note(figure: Any, results: Any, more: str = "") -> None:
+    """Write a note below a picture that explains its bands, and more."""
     seeds = results.sizes["seed"]
     text = f"Mean and 95% bootstrap interval of {seeds} seeds" if seeds > 1 else "One seed"
-    write_note(figure, text)
+    write_note(figure, text + more)
 
 
 def differences(

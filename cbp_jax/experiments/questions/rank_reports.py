@@ -1,6 +1,5 @@
 """Table and pictures of `question_rank`."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,18 @@ from cbp_jax.experiments.questions.drawing import draw_tasks, mean_of, note, ran
 from cbp_jax.report.drawing import (
     COLUMN,
     PANEL,
+    draw_interval,
     few_ticks,
+    fill,
     label_height,
     legend_above,
+    marker,
     save_figures,
     style_of_pictures,
     write_letter,
     write_note,
 )
-from cbp_jax.report.looks import GRAY, PALETTE, names_of, styles_of
+from cbp_jax.report.looks import GRAY, UNOWNED, names_of, styles_of
 from cbp_jax.report.statistics import bootstrap_interval, bootstrap_text, finished_tasks, mean_and_error
 from cbp_jax.report.tables import text_table
 
@@ -27,13 +29,13 @@ from cbp_jax.report.tables import text_table
 PREDICTORS = {
     "change_rank": "Stable rank of the change",
     "overlap": "Overlap with earlier changes",
-    "effective_rank": "Effective rank, representation",
-    "stable_rank": "Stable rank, representation",
+    "effective_rank": "Effective rank of representation",
+    "stable_rank": "Stable rank of representation",
 }
 OUTCOMES = {
     "forgetting": "Forgetting",
     "earlier_accuracy": "Accuracy on earlier tasks",
-    "next_accuracy": "Online accuracy, next task",
+    "next_accuracy": "Accuracy on the next task",
 }
 KINDS = {"over": "over learners", "within": "within a learner", "detrended": "within, no trend"}
 _SCATTER = (
@@ -166,11 +168,8 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 
 def _of_panel(label: str) -> str:
     """Return the label of an axis, in percent, for a panel of half a column."""
-    return (
-        f"{label} (%)".replace(", representation", "")
-        .replace("Stable rank of the", "Stable rank of")
-        .replace("Overlap with earlier changes", "Overlap of changes")
-    )
+    short = label.replace("Stable rank of the", "Stable rank of").replace("with earlier changes", "of changes")
+    return f"{short} (%)"
 
 
 def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, names: Any) -> Any:
@@ -188,15 +187,14 @@ def _learners(results: Any, methods: Sequence[str], values: Any, styles: Any, na
                 point.append(mean_and_error(100 * mean_of(late[:, late.shape[1] // 2 :])))
             style = styles[method]
             ax.errorbar(
-                point[0][0], point[1][0], point[1][1], point[0][1], color=style.color, marker=style.marker,
-                markersize=4, markerfacecolor="white" if style.hollow else style.color, linestyle="none",
-                elinewidth=0.7, label=names[method],
+                point[0][0], point[1][0], point[1][1], point[0][1], color=style.color, **marker(style, 4),
+                linestyle="none", elinewidth=0.7, label=names[method],
             )  # fmt: skip
-        ax.set_xlabel(_of_panel(labels[x]))
+        ax.set_xlabel(fill(_of_panel(labels[x]), 26))
         label_height(ax, _of_panel(labels[y]))
         write_letter(ax, letter)
         few_ticks(ax)
-    legend_above(figure, axes[0])
+    legend_above(figure, axes[0], lines=False)
     seeds = results.sizes["seed"]
     text = f"Second half of the tasks; mean and one standard error of {seeds} seeds" if seeds > 1 else "One seed"
     write_note(figure, text)
@@ -210,26 +208,21 @@ def _correlations(results: Any, found: dict[tuple[str, str, str], np.ndarray]) -
     figure = Figure(figsize=(COLUMN, 2.4), layout="constrained")
     axes = figure.subplots(1, len(OUTCOMES), sharey=True)
     for ax, (outcome, title) in zip(axes, OUTCOMES.items(), strict=True):
-        for shift, ((kind, label), style) in enumerate(zip(KINDS.items(), PALETTE, strict=False)):
+        for shift, ((kind, label), style) in enumerate(zip(KINDS.items(), UNOWNED, strict=False)):
             for row, predictor in enumerate(PREDICTORS):
                 each = found[kind, predictor, outcome]
                 mean, _ = mean_and_error(each)
                 low, high = bootstrap_interval(each[:, None])
                 place = row + 0.2 * (shift - 1)
-                if np.isfinite(low[0]):
-                    ax.plot([low[0], high[0]], [place, place], color=style.color, linewidth=1.2)
-                ax.plot(
-                    [mean], [place], color=style.color, marker=style.marker, markersize=3.5, linestyle="none",
-                    label=label if row == 0 else None,
-                )  # fmt: skip
+                draw_interval(ax, mean, low[0], high[0], place, style, label=label if row == 0 else None)
         ax.axvline(0.0, color=GRAY.color, linewidth=0.8)
         ax.set_xlim(-1.05, 1.05)
         ax.set_xticks((-1, 0, 1))
-        ax.set_title(textwrap.fill(title, 15))
+        ax.set_title(fill(title, 15))
     axes[1].set_xlabel("Rank correlation")
-    axes[0].set_yticks(range(len(PREDICTORS)), [textwrap.fill(name, 17) for name in PREDICTORS.values()])
+    axes[0].set_yticks(range(len(PREDICTORS)), [fill(name, 17) for name in PREDICTORS.values()])
     axes[0].invert_yaxis()
-    legend_above(figure, axes[0], columns=3, handlelength=1)
+    legend_above(figure, axes[0], columns=3, lines=False, markerscale=1.5)
     note(figure, results)
     return figure
 

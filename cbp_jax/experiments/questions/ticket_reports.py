@@ -21,11 +21,12 @@ from cbp_jax.report.drawing import (
     few_ticks,
     label_height,
     legend_above,
+    log_ticks,
     save_figures,
     style_of_pictures,
     write_letter,
 )
-from cbp_jax.report.looks import GRAY, names_of, styles_of
+from cbp_jax.report.looks import GRAY, names_of, step_size_note, styles_of
 from cbp_jax.report.statistics import bootstrap_text
 from cbp_jax.report.tables import text_table
 
@@ -34,13 +35,13 @@ Measured = Mapping[str, Mapping[str, np.ndarray]]
 
 _KINDS = {"ticket": "Ticket", "random": "Random mask"}
 _PANELS = {
-    "log_density": ("Density that\nmatches (%)", 100.0),
-    "advantage": ("Ticket less\nrandom (points)", 100.0),
+    "log_density": ("Matching\ndensity (%)", 100.0),
+    "advantage": ("Ticket minus\nrandom (points)", 100.0),
     "dense_accuracy": ("Dense network's\naccuracy (%)", 100.0),
     "best_accuracy": ("Best ticket's\naccuracy (%)", 100.0),
     "effective_rank": ("Effective rank (%)", 100.0),
     "dead_units": ("Dead units (%)", 100.0),
-    "young": ("Weights in young\nunits over chance", 1.0),
+    "young": ("Weights in new units,\nrelative to chance", 1.0),
 }
 _MOST = ("log_density", "advantage", "effective_rank", "dead_units")  # shown in the first picture
 
@@ -96,7 +97,7 @@ def summary(results: Any, measured: Measured) -> str:
         rank = measured["effective_rank"][method][:, :count]
         cells = [bootstrap_text(rank_correlation(measured[name][method][:, :count], rank)) for name in shown[:2]]
         rows.append((method, *cells))
-    lines += [*text_table(rows), "", "Last less first third (densities: the ratio)"]
+    lines += [*text_table(rows), "", "Last minus first third (densities: the ratio)"]
     rows = [("", *head[1:7])]
     for method in methods:
         cells = []
@@ -163,9 +164,7 @@ def _along(
                 of = (lambda v, s=scale: s * np.exp(v)) if name == "log_density" else (lambda v, s=scale: s * v)
                 draw_line(ax, tasks, values, styles[method], title, of=of)
         if name == "log_density":
-            ax.set_yscale("log")
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
+            log_ticks(ax)
         if name == "young":
             ax.yaxis.set_major_formatter("{x:.2f}")
             ax.axhline(1.0, color=GRAY.color, linestyle=":", linewidth=0.8)
@@ -173,12 +172,12 @@ def _along(
         write_letter(ax, letter)
         few_ticks(ax, whole=True)
     for ax in axes[len(shown) - 2 : len(shown)]:
-        ax.set_xlabel("Tasks before")
+        ax.set_xlabel("Tasks learned so far")
         ax.tick_params(labelbottom=True)
     for ax in axes[len(shown) :]:
         ax.remove()
     legend_above(figure, axes[0])
-    note(figure, results)
+    note(figure, results, step_size_note(names))
     return figure
 
 
@@ -211,7 +210,7 @@ def _curves(results: Any, methods: Sequence[str], styles: Any, names: Sequence[s
     for ax in axes[len(methods) :]:
         ax.remove()
     for ax in axes[max(0, len(methods) - 2) : len(methods)]:
-        ax.set_xlabel("Weights that live (%)")
+        ax.set_xlabel("Weights remaining (%)")
     for ax in axes[: len(methods) : 2]:
         ax.set_ylabel("Next task (%)")
     axes[0].invert_xaxis()  # shared by all

@@ -29,7 +29,7 @@ from cbp_jax.experiments.images import check_classes, gets_vectors
 from cbp_jax.experiments.permuted import kaiming
 from cbp_jax.experiments.quality import pearson_correlations, rank_correlations, true_feature_utility
 from cbp_jax.replacement.views import batch_mean
-from cbp_jax.report.drawing import COLUMN, legend_above, save_figures, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, draw_interval, legend_above, save_figures, style_of_pictures, write_note
 from cbp_jax.training.learner import begin_task, stream_keys
 from cbp_jax.training.step import learn
 from cbp_jax.units import UnitGroup, Units
@@ -311,8 +311,6 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Returns:
       paths of the pictures, for each method one for each format.
     """
-    import numpy as np
-
     from cbp_jax.report import looks
     from cbp_jax.report.extra import require
     from cbp_jax.report.statistics import bootstrap_interval
@@ -326,23 +324,21 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
             figure = Figure(figsize=(COLUMN, 0.2 * len(utilities) + 0.9), layout="constrained")
             axes = figure.subplots(1, len(MOMENTS), sharex=True, sharey=True)
             for ax, moment in zip(axes, MOMENTS, strict=True):
-                for layer, style in zip(layers, looks.PALETTE, strict=False):
+                for layer, style in zip(layers, looks.UNOWNED, strict=False):
                     for row, utility in enumerate(utilities):
                         values = _per_seed(results, method, utility, "spearman", moment, layer)
                         if not len(values):
                             continue
                         place = row + 0.6 * (layer - 0.5) / len(layers) - 0.3
                         low, high = (end[0] for end in bootstrap_interval(values[:, None]))
-                        if np.isfinite(low):
-                            ax.plot([low, high], [place, place], color=style.color, linewidth=1.2)
                         label = f"Layer {layer}" if row == 0 else None
-                        ax.plot(values.mean(), place, "o", color=style.color, markersize=3, label=label)
+                        draw_interval(ax, values.mean(), low, high, place, style, label=label)
                 ax.axvline(0, color="#999999", linewidth=0.6, zorder=0)
                 ax.set_title(f"{moment.capitalize()} in a task")
                 ax.set_xlabel("Rank correlation")
             axes[0].set_yticks(range(len(utilities)), [looks.readable(utility) for utility in utilities])
             axes[0].invert_yaxis()
-            legend_above(figure, axes[0], columns=len(layers))
+            legend_above(figure, axes[0], columns=len(layers), lines=False, markerscale=1.5)
             note = f"{looks.name_of(results, method)}; mean and 95% bootstrap interval of {results.sizes['seed']} seeds"
             write_note(figure, note)
         figures[NAME if results.sizes["method"] == 1 else f"{NAME}_{number + 1}"] = figure

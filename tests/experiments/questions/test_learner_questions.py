@@ -71,7 +71,7 @@ def test_a_question_is_answered_by_one_command(tmp_path, monkeypatch, capsys):
     words = ("run", "question_penalty", "--preset", "smoke", "--methods", "bp", "l2", "--tasks", "2")
     assert cli.main([*words, "--out", str(tmp_path / "run"), "--quiet"]) == 0
     printed = capsys.readouterr().out
-    assert "less bp" in printed and "weight sparsity" in printed
+    assert "minus bp" in printed and "weight sparsity" in printed
     for name in ("differences", "tasks", "search"):
         assert (tmp_path / "run" / f"{name}.png").exists()
     results = load_results(tmp_path / "run")
@@ -84,4 +84,4 @@ def test_a_question_is_answered_by_one_command(tmp_path, monkeypatch, capsys):
     reported = load_results(tmp_path / "run" / "reported")
     np.testing.assert_array_equal(reported.accuracy.values, results.accuracy.values)
     assert cli.main(["plot", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
-    assert "less bp" in capsys.readouterr().out
+    assert "minus bp" in capsys.readouterr().out
