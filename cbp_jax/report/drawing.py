@@ -81,14 +81,13 @@ def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str
 
 def marker(style: Style, size: float) -> dict[str, Any]:
     """Return Matplotlib's options for the markers of a line: with a thin white edge, or hollow."""
-    if style.marker == "*":  # the edge would cover its rays
-        return {"marker": "*", "markersize": 1.5 * size, "markeredgewidth": 0.0, "markerfacecolor": style.color}
+    star = style.marker == "*"  # a white edge would cover its rays
     return {
         "marker": style.marker,
-        "markersize": size,
+        "markersize": 1.5 * size if star else size,
         "markerfacecolor": "white" if style.hollow else style.color,
         "markeredgecolor": style.color if style.hollow else "white",
-        "markeredgewidth": 0.7 if style.hollow else 0.3,
+        "markeredgewidth": 0.7 if style.hollow else 0.0 if star else 0.3,
     }
 
 

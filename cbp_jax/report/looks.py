@@ -61,6 +61,10 @@ def with_other(style: Style, number: int = 0) -> Style:
     return style._replace(dashes=((0, (4, 1.2)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)))[number], hollow=True)
 
 
+# In order; only the last ones are those of learners.
+_SPARE = (*UNOWNED, *SELDOM, *(with_other(style) for style in UNOWNED if not style.hollow), *PALETTE)
+
+
 class Look(NamedTuple):
     """How a learner is named and drawn, in all pictures.
 
@@ -261,7 +265,7 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
         learners.setdefault(learner_of(results, method), []).append(method)
     base = {learner: style for learner, style in _all_styles(results).items() if learner in learners}
     dashes = list(dict.fromkeys(style.dashes for style in (*PALETTE, *base.values())))
-    spare = [style for style in (*UNOWNED, *SELDOM, *PALETTE) if style not in base.values()]
+    spare = [style for style in _SPARE if style not in base.values()]
     styles = {}
     for learner, variants in learners.items():
         for i, method in enumerate(variants):
@@ -282,7 +286,7 @@ def styles_of(results: xr.Dataset, methods: Sequence[str]) -> dict[str, Style]:
 def learner_styles(results: xr.Dataset, learners: Sequence[str]) -> dict[str, Style]:
     """Return a style for each learner: its own, which is the same in every picture, or an unused one."""
     own = {learner: look_of(results, learner).style for learner in learners}
-    unused = [style for style in (*UNOWNED, *SELDOM, *PALETTE, MUSTARD) if style not in own.values()]
+    unused = [style for style in (*_SPARE, MUSTARD) if style not in own.values()]
     spare = itertools.cycle([*unused, *(style._replace(hollow=True) for style in PALETTE)])
     return {learner: style or next(spare) for learner, style in own.items()}
 

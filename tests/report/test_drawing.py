@@ -20,6 +20,8 @@ def ax():
 def test_a_star_has_no_edge_that_covers_it(ax):
     (star,) = ax.plot([0], [0], color=looks.PINK.color, **marker(looks.PINK, 3))
     assert looks.PINK.marker == "*" and star.get_markeredgewidth() == 0 and star.get_markersize() > 3
+    (hollow,) = ax.plot([0], [0], **marker(looks.with_other(looks.PINK), 3))
+    assert hollow.get_markerfacecolor() == "white" and same_color(hollow.get_markeredgecolor(), looks.PINK.color)
     (square,) = ax.plot([0], [0], **marker(looks.BLACK, 3))
     assert square.get_markeredgewidth() > 0 and same_color(square.get_markeredgecolor(), "white")
 

@@ -64,6 +64,9 @@ def test_the_second_variant_is_hollow_and_further_ones_have_colors_that_no_learn
 def test_no_learner_owns_the_colors_of_what_is_not_a_learner():
     owned = [learner.look.style for learner in LEARNERS.values() if learner.look.style]
     assert not {style.color for style in owned} & {style.color for style in (*looks.UNOWNED, *looks.SELDOM)}
+    strangers = [f"stranger_{number}" for number in range(11)]
+    styles = looks.learner_styles(results_of(strangers), strangers).values()
+    assert not {style.color for style in owned} & {style.color for style in styles} and len(set(styles)) == 11
     # Learners of one experiment look like no other learner, except that continual backpropagation is blue.
     for learners in (ADAPTERS, {name: each for name, each in STREAMING.items() if name not in LEARNERS}):
         colors = {each.look.style.color for each in learners.values() if each.look.style}
