@@ -294,13 +294,6 @@ def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_embedded_texts_at_smoke_size(tmp_path):
-    settings = dataclasses.replace(preset("smoke"), seeds=1, methods=("added_l1:l1=1e-3", "full:head=shared"))
-    results = run(settings, tmp_path)
-    assert np.isfinite(results.loss).all() and (results.accuracy.values[np.isfinite(results.accuracy)] > 0).any()
-
-
-@pytest.mark.slow
 def test_all_methods_at_smoke_size(tmp_path):
     results = run(preset("smoke"), tmp_path)
     assert np.isfinite(results.loss).all()
