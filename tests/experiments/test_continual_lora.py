@@ -223,6 +223,25 @@ def test_methods():
     assert set(read_methods(list(METHODS)).values()) == set(METHODS.values())
 
 
+@pytest.mark.parametrize("name", ["laptop", "paper"])
+def test_presets_compare_methods_with_own_and_with_shared_heads(name):
+    methods = read_methods(preset(name).methods)
+    shared = {label.partition("(")[0] for label, method in methods.items() if method.head == "shared"}
+    assert shared == {"sequential", "per_task", "o_lora", "replay", "joint"} and set(METHODS) <= set(methods)
+
+
+def test_transfer_is_relative_to_a_task_alone_with_the_same_head(keywords):
+    """Of two "per_task", the one whose head is that of the method is compared with."""
+    _, results, _, _ = keywords
+    labels = ["sequential", "per_task", "sequential(head=shared)", "per_task(head=shared)"]
+    four = results.isel(method=[0, 1, 0, 1]).assign_coords(method=labels)
+    four["accuracy"] = four.accuracy + np.array([0.0, 0.1, 0.0, 0.3])[:, None, None, None, None]
+    rows = {line.split()[0]: line for line in continual_lora.summary(four).splitlines()[3:]}
+    transfer = lambda row: float(row.split("±")[2].split()[1])
+    difference = transfer(rows["sequential"]) - transfer(rows["sequential(head=shared)"])
+    assert difference == pytest.approx(20, abs=0.11)
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -309,7 +328,7 @@ def test_all_methods_at_smoke_size(tmp_path):
         ({"collision_density": 0.0}, r"collision_density must be in \(0, 1\], got 0.0"),
         ({"target_modules": ()}, "target_modules must be one pattern or more, got none"),
         ({"batch_size": 1}, "method 'joint': batch_size must be at least the number of tasks, 2"),
-        ({"seeds": 99_999_999_999}, "seeds=199999999998 with 9 methods make results of"),
+        ({"seeds": 99_999_999_999}, "seeds=199999999998 with 14 methods make results of"),
     ],
 )
 def test_bad_settings(changes, message, tmp_path):
