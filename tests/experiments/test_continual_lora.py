@@ -8,7 +8,7 @@ from keyword_tasks import write_tasks
 
 import cbp_jax
 from cbp_jax import lora
-from cbp_jax.experiments import EXPERIMENTS, adapters, continual_lora, texts
+from cbp_jax.experiments import EXPERIMENTS, adapters, continual_lora, text_reports, texts
 from cbp_jax.experiments.adapter_changes import change_of_adapter, change_of_kernels, collisions, overlap_of_subspaces
 from cbp_jax.experiments.adapter_methods import METHODS, AdapterMethod, read_methods
 from cbp_jax.experiments.adapter_reports import scores
@@ -278,6 +278,18 @@ def test_table_and_picture(keywords, tmp_path):
     assert sum(line.startswith(tuple("spaor")) for line in lines[4:]) == 5
     (path,) = continual_lora.plot(results, tmp_path)
     assert path.name == "continual_lora.png" and path.stat().st_size > 1000
+
+
+def test_titles_of_the_picture_fit_their_panels(keywords, tmp_path, monkeypatch):
+    _, results, _, _ = keywords
+    labels = [f"{name}(head=shared)" for name in ("sequential", "per_task", "o_lora", "replay", "joint")]
+    figures = []
+    monkeypatch.setattr(text_reports, "save_figures", lambda drawn, *_: figures.extend(drawn.values()) or [])
+    continual_lora.plot(results.assign_coords(method=labels), tmp_path)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    boxes = [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
+    assert len(boxes) == 5 and all(left.x1 < right.x0 for left, right in zip(boxes[:2], boxes[1:3], strict=True))
 
 
 def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_path, monkeypatch):
