@@ -42,6 +42,7 @@ PALETTE = (BLUE, BLACK, VERMILION, GREEN, PURPLE, ORANGE, SKY, WINE, RUST, GRAY)
 MUSTARD = Style("#8A6D00", (0, (4, 1.2)), "h")
 INDIGO = Style("#332288", (0, (3, 1, 1, 1, 1, 1)), "d")
 PINK = Style("#E7298A", (0, (7, 1.5, 3, 1.5)), "*")
+TEAL = Style("#11787A", (0, (8, 1.5, 1, 1.5)), "8")
 LIME = Style("#7CB518", (0, (1.5, 0.8)), "H")
 # Learners and variants without a style of their own get these first, since no learner owns them.
 UNOWNED = (INDIGO, PINK, LIME)
