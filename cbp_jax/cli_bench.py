@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# What --published is if no other results are to be shown.
+NOTHING = "none"
+# Where a source checkout has its published results; elsewhere there is no such folder.
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
 
 def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None:
     """Run the command.
@@ -23,11 +28,12 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
         raise ValueError(f"suite must be one of {list(bench.SUITES)}, got {args.suite!r}")
     suite = bench.SUITES[args.suite]
     out = args.out or Path("runs") / f"bench-{suite.name}"
-    folders = [folder for folder in (out, args.published) if folder is not None]
+    published = _published(args.published, suite.name)
+    folders = [out] if published is None or published.resolve() == out.resolve() else [out, published]
     if not args.method and not args.report:
         raise ValueError("--method must name the methods to run ('all' for every learner), unless --report is given")
-    if args.published is not None and not args.published.is_dir():
-        raise FileNotFoundError(f"--published must be a folder of results, got {args.published}")
+    if published is not None and not published.is_dir():
+        raise FileNotFoundError(f"--published must be a folder of results, got {published}")
     texts = list(LEARNERS) if args.method == ["all"] else args.method
     methods = []
     if texts:
@@ -52,8 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="cbp-jax bench",
         description="Tunes all methods with the same budget on the problems of a suite, runs the best settings with "
         "other seeds, and makes one table of all results.",
-        epilog="To add one row to published results: cbp-jax bench --suite small --method my_module:my_factory "
-        "--published benchmarks/results/bench-small",
+        epilog="To add one row to published results: cbp-jax bench --suite small --method my_module:my_factory",
     )
     parser.add_argument("--suite", default="small", help="small, full or smoke; `cbp-jax list` shows their problems")
     parser.add_argument(
@@ -69,12 +74,24 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=None, help="folder for results, table and picture; by default runs/bench-SUITE"
     )
     parser.add_argument(
-        "--published", type=Path, default=None, metavar="DIR", help="folder of results that the table also shows"
+        "--published",
+        default=None,
+        metavar="DIR",
+        help="folder of results that the table also shows; by default benchmarks/results/bench-SUITE of the source "
+        "checkout, if cbp-jax is installed from one that has it; 'none' for no other results",
     )
     parser.add_argument("--report", action="store_true", help="only make the table and picture of existing results")
     parser.add_argument("--formats", nargs="+", default=["png"], help="formats of the picture, such as png pdf svg")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
+
+
+def _published(given: str | None, suite: str) -> Path | None:
+    """Return the folder of published results, or None for no other results than those of the command."""
+    if given is None:
+        found = RESULTS / f"bench-{suite}"
+        return found if found.is_dir() else None
+    return None if given == NOTHING else Path(given)
 
 
 def _tell(lines: Sequence[str]) -> None:

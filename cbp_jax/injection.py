@@ -30,7 +30,7 @@ def inject(
 
     The head should have a hidden layer. If it is a single linear layer, so is :math:`\theta + \theta'_1 - \theta'_2`,
     with the gradient of :math:`\theta`, and plain SGD learns as if nothing had been injected. In the paper the head is
-    everything after the convolutions.
+    everything after the convolutions. We know of no public program by the authors.
 
     Args:
       params: the network's parameters, a tree of named arrays.

@@ -168,6 +168,32 @@ def tex(monkeypatch):
     del sys.modules["tex"]
 
 
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(MODULE), *sys.path])
+    monkeypatch.delitem(sys.modules, "tables", raising=False)
+    import tables
+
+    yield tables
+    del sys.modules["tables"]
+
+
+def test_an_included_table_is_below_the_headings_of_its_page(tables, tmp_path):
+    (tmp_path / "table.md").write_text(
+        "# Suite small\n\nA note.\n\n## All problems\n\n| a | b |\n|---|---|\n| 1 | #2 |\n"
+    )
+    found = tables.included(tmp_path / "table.md")
+    assert found == "## Suite small\n\nA note.\n\n### All problems\n\n| a | b |\n|---|---|\n| 1 | #2 |"
+    with pytest.raises(FileNotFoundError, match=r"includes the table .*none\.md, but there is no such file"):
+        tables.included(tmp_path / "none.md")
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_included_tables_exist(path):
+    for name in re.findall(r"<!-- table: (\S+) -->", path.read_text()):
+        assert (ROOT / name).is_file()
+
+
 def test_equations_of_the_pages(tex):
     for path in DOCS:
         text = FENCE.sub("", path.read_text())

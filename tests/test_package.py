@@ -24,7 +24,8 @@ LAYERS = (
     {"units", "metrics", "losses", "nets", "data"},
     {"contracted", "curvature", "injection", "lora"},
     {"replacement"},
-    {"transforms", "train_state", "tickets"},
+    {"transforms", "train_state"},
+    {"tickets"},
     {"cbp_jax"},  # the public names
     {"problems", "envs"},
     {"training"},
@@ -121,6 +122,11 @@ def test_public_names_exist_and_are_documented(name):
     assert doc and doc.strip()
     # The automatic docstrings of dataclasses and named tuples, "UnitGroup(name, size, ...)", do not count.
     assert not doc.startswith(f"{name}(")
+
+
+def test_l1_toward_the_start_is_public_beside_the_tickets_that_it_makes():
+    for name in ("add_l1_init", "proximal_l1_init"):
+        assert name in cbp_jax.tickets.__all__ and getattr(cbp_jax.tickets, name) is getattr(cbp_jax, name)
 
 
 def test_public_names_are_sorted_and_complete():

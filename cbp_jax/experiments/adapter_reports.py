@@ -101,12 +101,16 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     tasks = [str(number + 1) for number in range(results.sizes["task"])]
     panels = {}
     for method in results.method.values.tolist():
-        panels[method] = 100 * _accuracy(results, method).mean((0, 1))
+        short = method.replace("(head=shared", "(shared")  # as wide as its panel
+        panels[short] = 100 * _accuracy(results, method).mean((0, 1))
+    note = "Accuracy (%) on each task (column) after each task (row), by position in the sequence"
+    if any("(shared" in title for title in panels):
+        note += "; shared: one head over all classes"
     return heat_maps(
         panels,
         tasks,
         tasks,
-        "Accuracy (%) on each task (column) after each task (row), by position in the sequence",
+        note,
         "continual_lora",
         out,
         formats,

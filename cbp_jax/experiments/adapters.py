@@ -34,6 +34,8 @@ from cbp_jax.experiments.progress import Progress
 from cbp_jax.training.lanes import one_blas_thread
 
 NAME = "continual_lora"
+# Methods that are also compared with one head over all classes. "full" is not: it is compared with "sequential".
+SHARED = tuple(f"{name}:head=shared" for name in ("sequential", "per_task", "o_lora", "replay", "joint"))
 
 MEASURES = {
     "loss": "mean loss of training on the task, without penalties",
@@ -52,7 +54,7 @@ PAIR_MEASURES = {
 class Settings(texts.TextSettings):
     """A sequence of text tasks, learned by adapters."""
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = (*METHODS, *SHARED)
     """Methods to compare, optionally with settings: "o_lora:form=squared,head=shared"."""
     orders: int = 3
     """Number of orders of the tasks: the given order and random ones; at most all different orders."""

@@ -114,7 +114,9 @@ def check_method(text: str, method: learners.Method) -> None:
     if method.inject_at is not None:
         raise ValueError(f"method {text!r}: heads are injected before tasks of a stream, and an agent has none")
     if method.reset_every:
-        raise ValueError(f"method {text!r}: an agent is reset where friction changes; reset_every is not supported")
+        raise ValueError(
+            f"method {text!r}: an agent is reset where friction changes; periodic resets are not supported"
+        )
 
 
 def check_episodes(settings: Settings, parts: int = 1) -> None:

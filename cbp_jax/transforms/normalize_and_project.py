@@ -39,7 +39,7 @@ def normalize_and_project(
 
     Scales and offsets of normalization, and biases, are not kernels. The paper lets scales and offsets drift, or keeps
     them near their initial values in long runs. How to do that is our choice: every projection moves them by a fraction
-    `pull` of their distance to the initial values, 0 by default.
+    `pull` of their distance to the initial values, 0 by default. We know of no public program by the authors.
 
     Wrap it around transformations that replace units, as in `normalize_and_project(continual_backprop(...))`.
 

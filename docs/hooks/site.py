@@ -5,6 +5,7 @@
 - `<!-- figures: PAPER -->` becomes the list of a paper's figures, of `cbp_jax/experiments/figures.py`.
 - `<!-- docstring: PATH -->` becomes the docstring of a module, without its first line.
 - `<!-- include: PATH -->` becomes a file of the repository, as a block of code.
+- `<!-- table: PATH -->` becomes a Markdown file of the repository, with its headings one level lower.
 - Equations between dollars become MathML.
 """
 
@@ -22,6 +23,7 @@ from docstrings import as_markdown
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from tables import included
 from tex import to_mathml
 
 log = logging.getLogger("mkdocs.hooks.site")
@@ -35,6 +37,7 @@ _CODE = re.compile(r"(^ *```.*?^ *```[ \t]*$|`[^`\n]+`)", re.MULTILINE | re.DOTA
 _FIGURES = re.compile(r"<!-- figures: (.+?) -->")
 _DOCSTRING = re.compile(r"<!-- docstring: (\S+) -->")
 _INCLUDE = re.compile(r"<!-- include: (\S+) -->")
+_TABLE = re.compile(r"<!-- table: (\S+) -->")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 _MATHJAX = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->", re.DOTALL)
 _MERMAID = re.compile(r'<script type="module">\s*document\.addEventListener.*?mermaid.*?</script>', re.DOTALL)
@@ -62,6 +65,7 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
     markdown = _FIGURES.sub(lambda match: _figures(match[1]), markdown)
     markdown = _DOCSTRING.sub(lambda match: _docstring(match[1]), markdown)
     markdown = _INCLUDE.sub(lambda match: _included(match[1]), markdown)
+    markdown = _TABLE.sub(lambda match: included(ROOT / match[1]), markdown)
 
     def follow(match: re.Match[str]) -> str:
         return match[1] + _target(match[2], source, page, config, files) + match[3]

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from cbp_jax import bench, cli, load_results
+from cbp_jax import bench, cli, cli_bench, load_results
 from cbp_jax.bench import SMALL, SMOKE, SUITES, running
 from cbp_jax.experiments.learners import LEARNERS, parse_method
 from cbp_jax.report.benchmarks import COST
@@ -99,6 +99,25 @@ def test_a_transformation_of_another_package_is_a_row_by_one_command(published, 
     tried = [each["learning_rate"] for each in json.loads(results.configurations.item())]
     assert len(set(tried)) == SMOKE.configurations and all(1e-4 <= rate <= 1e-2 for rate in tried)
     assert {path: path.read_bytes() for path in published.rglob("*.nc")} == before
+
+
+def test_results_of_the_source_checkout_are_the_published_ones(published, tmp_path, monkeypatch):
+    for name, folder in (("bp", tmp_path / "mine"), ("l2", tmp_path / "checkout" / "bench-smoke")):
+        shutil.copytree(published / PROBLEM / name, folder / PROBLEM / name)
+    monkeypatch.setattr(cli_bench, "RESULTS", tmp_path / "checkout")
+
+    def shown(out, *words):
+        assert cli.main(["bench", "--suite", "smoke", "--report", "--out", str(out), *words]) == 0
+        return sorted({line.split("`")[1] for line in rows_of((out / "table.md").read_text())})
+
+    out = tmp_path / "mine"
+    assert shown(out) == ["bp", "l2"]
+    assert shown(out, "--published", "none") == ["bp"]
+    monkeypatch.setattr(cli_bench, "RESULTS", tmp_path / "wheel")
+    assert shown(out) == ["bp"]
+    monkeypatch.setattr(cli_bench, "RESULTS", tmp_path / "checkout")
+    shutil.copytree(out / PROBLEM / "bp", tmp_path / "checkout" / "bench-smoke" / PROBLEM / "bp")
+    assert shown(tmp_path / "checkout" / "bench-smoke") == ["bp", "l2"]  # the published folder itself
 
 
 @pytest.mark.slow

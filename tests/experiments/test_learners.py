@@ -128,6 +128,7 @@ SLOW = {
     "nap",
     "dash",
     "hare_tortoise",
+    "reset_head",
 }
 
 
@@ -135,7 +136,10 @@ SLOW = {
 def test_a_learner_learns_and_each_of_its_numbers_matters(examples, start, name):
     strong = {**STRONG, "step_size": 0.01} if "adam" in name else STRONG
     base = {key: strong.get(key, default) for key, default in LEARNERS[name]().hyperparameters.items()}
-    lanes = [base] + [{**base, key: value * FACTOR.get(key, 3)} for key, value in base.items()]
+    factor = FACTOR
+    if name.startswith("reset_"):  # without resets, and with one in the middle
+        base["every"], factor = 200, {**FACTOR, "every": 0.4}
+    lanes = [base] + [{**base, key: value * factor.get(key, 3)} for key, value in base.items()]
     given = [parse_method(f"{name}:" + ",".join(f"{key}={value}" for key, value in lane.items())) for lane in lanes]
     learner = make_learner(given, HIDDEN, "relu", (PIXELS,), CLASSES)
     params = learner.init(jax.random.key(0))
@@ -189,6 +193,14 @@ def test_penalties_on_weights_are_scaled_by_the_step_size(method, expected):
     jax.tree.map(
         lambda w0, w, new: np.testing.assert_allclose(new, expected(w0, w), rtol=1e-5, atol=1e-6), first, before, after
     )
+
+
+@pytest.mark.parametrize(("name", "of_output"), [("parseval", False), ("orthogonal", True)])
+def test_parseval_regularization_leaves_the_output_layer_alone(name, of_output):
+    _, before, after = direction(name, "step_size=0.5,strength=0.1")
+    moved = jax.tree.map(lambda w, new: float(np.abs(w - new).max()), before, after)["params"]
+    changed = {layer: leaves["kernel"] > 1e-4 for layer, leaves in moved.items()}
+    assert changed == {"Dense_0": True, "Dense_1": of_output}
 
 
 def test_the_decay_of_shrink_and_perturb_with_adam_goes_through_its_moments():

@@ -109,7 +109,7 @@ def test_two_learners_of_the_alternating_preset_differ_only_in_continual_backpro
         ({"frictions": (0.5, -1.0)}, r"frictions must be in \[0, inf\), got -1.0"),
         (
             {"methods": ("adam:reset=head,reset_every=9",)},
-            "an agent is reset where friction changes; reset_every",
+            "an agent is reset where friction changes; periodic resets",
         ),
         ({"methods": ("injection",)}, "method 'injection': heads are injected before tasks of a stream"),
         ({"methods": ("c_chain",)}, "method 'c_chain': the agent keeps no earlier examples"),

@@ -51,9 +51,10 @@ def test_agrees_with_numpy(layers):
             assert not reset or not np.array_equal(draws[0], draws[1])
 
 
+@pytest.mark.parametrize("text", ["adam:reset={},reset_every=4", "reset_{}:every=4"])
 @pytest.mark.parametrize("reset", ["head", "network"])
-def test_learners_reset_after_so_many_updates(reset):
-    method = parse_method(f"adam:step_size=0.01,reset={reset},reset_every=4")
+def test_learners_reset_after_so_many_updates(reset, text):
+    method = parse_method(text.format(reset)).with_settings({"step_size": 0.01})
     learner = make_learner([method], (3,), "relu", (5,), 2)
     assert learner.begin_task is None  # nothing is reset before tasks
     numbers = {name: jnp.float32(value) for name, value in method.hyperparameters.items()}

@@ -94,7 +94,7 @@ def make_learner(
     if first.loss_term(apply) is not None:
         optimizer = _with_term(optimizer, first, lambda params, x: apply(params, x)[0])
     if first.reset_every:
-        optimizer = _resetting(optimizer, init, first.reset_every, head if first.reset == "head" else None)
+        optimizer = _resetting(optimizer, first, init, head if first.reset == "head" else None)
     at_tasks = first.reset if not first.reset_every else ""
 
     def begin_task(tx, key, task, params, opt_state):
@@ -136,14 +136,15 @@ def _with_term(
 
 def _resetting(
     optimizer: Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation],
+    method: Method,
     init: Callable[[chex.PRNGKey], optax.Params],
-    every: int,
     layers: Sequence[str] | None,
 ) -> Callable[[Mapping[str, Any], chex.PRNGKey], optax.GradientTransformation]:
     """Return the optimizer, with periodic resets of layers or the whole network."""
 
     def make(numbers: Mapping[str, Any], key: chex.PRNGKey) -> optax.GradientTransformation:
         key, of_resets = jax.random.split(key)
+        every = method.with_numbers(numbers).reset_every
         return cbp_jax.periodic_reset(optimizer(numbers, key), init, every=every, layers=layers, key=of_resets)
 
     return make

@@ -216,7 +216,7 @@ class Method:
     def __post_init__(self):
         for name, setting in settings_of(self).items():
             setting.check(name, getattr(self, name))
-        if self.reset_every and not self.reset:
+        if not self.reset and self.reset_every:  # in this order, because with a reset the number may be traced
             raise ValueError("reset_every says when, and reset must say what is reinitialized: 'head' or 'network'")
         if self.given is None:
             fields = self.__dataclass_fields__

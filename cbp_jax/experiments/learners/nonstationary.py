@@ -129,12 +129,16 @@ class PlasticityInjection(Moments):
     """Adam with plasticity injection, on streams of tasks.
 
     Attributes:
-      inject_at: the number of the task, from 0, before which a fresh head is injected, once.
+      inject_at: the number of the task, from 0, before which a fresh head is injected, once. It is not searched,
+        because each value is a program of its own.
       head_layers: number of layers in the head, including the output layer.
     """
 
     name = "injection"
-    about = "Adam with plasticity injection: a fresh head learns next to the frozen old one"
+    about = (
+        "Adam with plasticity injection: a fresh head learns next to the frozen old one from task inject_at on, which "
+        "is not searched"
+    )
     look = Look("Plasticity injection")
 
     inject_at: int = count(1)

@@ -48,6 +48,8 @@ LEARNERS: dict[str, type[Method]] = {
         returning.FIRE,
         returning.DASH,
         returning.HareAndTortoise,
+        returning.ResetHead,
+        returning.ResetNetwork,
         nonstationary.Trac,
         nonstationary.AdamReset,
         nonstationary.Muon,

@@ -13,6 +13,7 @@ from cbp_jax.experiments.learners.plain import SGD, Moments, MomentumSGD
 from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
+from cbp_jax.training import output_layers
 from cbp_jax.transforms.kernel_penalties import Penalty
 from cbp_jax.transforms.regularization import add_l1, add_l1_init, add_l2_init, proximal_l1_init
 from cbp_jax.units import Units
@@ -172,7 +173,13 @@ class WeightClipping(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Penalized(SGD):
-    """Base class of learners with SGD and a penalty on the kernels, including the output layer's."""
+    """Base class of learners with SGD and a penalty on the kernels, including the output layer's.
+
+    Attributes:
+      of_output: whether the output layer's kernel is penalized too.
+    """
+
+    of_output: ClassVar[bool] = True
 
     space: ClassVar[Space] = {"strength": LogUniform(1e-6, 0.1)}
 
@@ -185,7 +192,13 @@ class Penalized(SGD):
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
-        return optax.chain(cbp_jax.add_kernel_penalty(self.strength, self.penalty), optax.sgd(self.step_size))
+        kernels = None
+        if not self.of_output:
+            outputs = output_layers(units)
+            within = tuple(f"{name}/" for name in outputs)
+            kernels = lambda path, w: w.ndim > 1 and path not in outputs and not path.startswith(within)
+        penalty = cbp_jax.add_kernel_penalty(self.strength, self.penalty, kernels=kernels)
+        return optax.chain(penalty, optax.sgd(self.step_size))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,11 +219,13 @@ class Spectral(Penalized):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parseval(Penalized):
-    """SGD with Parseval regularization."""
+    """SGD with Parseval regularization of all kernels but the output layer's, as published."""
 
     name = "parseval"
     about = "SGD with the weights of each unit pulled to be orthogonal to those of other units, and of equal norm"
     look = Look("Parseval")
+
+    of_output = False
 
     scale: float = ranged(2.0)
 

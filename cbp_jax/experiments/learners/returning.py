@@ -12,8 +12,9 @@ import optax
 import cbp_jax
 from cbp_jax import nets
 from cbp_jax.experiments.learners.method import choice, ranged
-from cbp_jax.experiments.learners.plain import MomentumSGD
+from cbp_jax.experiments.learners.plain import SGD, MomentumSGD
 from cbp_jax.experiments.learners.search import LogUniform, Space
+from cbp_jax.report import looks
 from cbp_jax.report.looks import Look
 from cbp_jax.units import Units
 
@@ -98,3 +99,44 @@ class HareAndTortoise(MomentumSGD):
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
         """See `Method`."""
         return cbp_jax.hare_and_tortoise(self.sgd(), decay=self.decay, every=self.every)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resetting(SGD):
+    """Base class of learners with periodic resets; see `cbp_jax.periodic_reset`. What is reset is its `reset`.
+
+    Attributes:
+      every: number of updates between resets. Unlike `reset_every`, a setting of other learners, it is traced, so that
+        methods with different numbers share a program.
+    """
+
+    space: ClassVar[Space] = {"every": LogUniform(100, 10_000)}
+
+    every: float = ranged(1000.0, at_least=1)
+
+    @property
+    def reset_every(self) -> chex.Numeric:
+        """See `Method`."""
+        return self.every
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResetHead(Resetting):
+    """SGD with periodic reinitialization of the output layer."""
+
+    name = "reset_head"
+    about = "SGD with periodic reinitialization of the output layer"
+    look = Look("Head resets", looks.TEAL)
+
+    reset = "head"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResetNetwork(Resetting):
+    """SGD with periodic reinitialization of the whole network."""
+
+    name = "reset_network"
+    about = "SGD with periodic reinitialization of the whole network"
+    look = Look("Network resets", looks.with_other(looks.TEAL))
+
+    reset = "network"
