@@ -97,6 +97,10 @@ class Logged:
         for log in [*self._logs, self._bar]:
             log.diverged(method, seed, task)
 
+    def note(self, text: str) -> None:
+        """See `cli_progress.Bar`."""
+        self._bar.note(text)
+
 
 def _file_name(label: str) -> str:
     return "".join(each if each.isalnum() or each in "+-._=" else "_" for each in label).strip("_")

@@ -39,4 +39,8 @@ class Bar:
         """Report a lane whose loss is no longer finite, above the bar. `task` counts from 0."""
         from cbp_jax.experiments.progress import diverged_text
 
-        self._bar.write(f"warning: {diverged_text(method, seed, task)}", file=sys.stderr)
+        self.note(diverged_text(method, seed, task))
+
+    def note(self, text: str) -> None:
+        """Print a warning above the bar."""
+        self._bar.write(f"warning: {text}", file=sys.stderr)

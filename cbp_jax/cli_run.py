@@ -47,7 +47,7 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
         return
     job = _prepare(asked, before)
     if asked.given.plan:
-        print(job.plan.text())
+        _time(asked, job)
         return
     _announce(asked, job)
     results = _run_alone(asked, job) if asked.share is None else _run_share(asked, job)
@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="only print what would be compiled, how many lanes (methods times seeds) would run, and their memory",
+        help="only print what would be compiled, how many lanes (methods times seeds) would run, their memory, and how "
+        "long it would take: for this, each program is compiled, and its first tasks are run and timed",
     )
     parser.add_argument(
         "--lanes-at-once",
@@ -214,6 +215,16 @@ def _check_options(asked: _Asked, job: Any) -> None:
         raise ValueError(f"--log must be left out: {name} does not report each method; got {given.log}")
     if given.plan and not has_plan:
         raise ValueError(f"--plan must be left out: {name} has no plan")
+
+
+def _time(asked: _Asked, job: Any) -> None:
+    """Print the plan; then time the first tasks of its programs, and print how long a run would take."""
+    from cbp_jax.experiments import plan
+
+    print(job.plan.text(), flush=True)
+    if not asked.given.quiet:
+        print("compiling each program and timing its first tasks; Ctrl-C stops", file=sys.stderr)
+    print(plan.time_text(job.timed(asked.share, lambda text: print(f"warning: {text}", file=sys.stderr))))
 
 
 def _announce(asked: _Asked, job: Any) -> None:

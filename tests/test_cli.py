@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cbp_jax.experiments.online_permuted import Settings, preset
 
-from cbp_jax import cli, experiments, load_results, nets, report
+from cbp_jax import cli, cli_log, cli_progress, experiments, load_results, nets, report
 from cbp_jax.experiments import (
     EXPERIMENTS,
     figures,
@@ -366,16 +366,26 @@ def test_the_plan_is_printed_alone_and_nothing_is_written(tmp_path, monkeypatch,
     words = ["run", "online_permuted", "--preset", "smoke", "--seeds", "3", "--methods", "bp", "cbp"]
     assert cli.main([*words, "--grid", "replacement_rate=0,1", "--lanes-at-once", "4", "--plan"]) == 0
     printed = capsys.readouterr()
-    first, of_bp, of_cbp = printed.out.splitlines()
+    first, of_bp, of_cbp, time, *of_programs = printed.out.splitlines()
     assert first.startswith("plan: 2 programs to compile, 9 lanes (3 methods x 3 seeds) of 4 tasks, on ")
     assert of_bp.startswith("  bp: 3 lanes; at least ") and " KiB on each device" in of_bp
     assert of_cbp.startswith("  cbp(replacement_rate=0), cbp(replacement_rate=1): 6 lanes in 2 batches; ")
-    assert printed.err == "" and not list(tmp_path.iterdir())
+    assert re.fullmatch(r"time: about .*, of which compilation .* s, if all tasks take as long as .*", time)
+    assert re.fullmatch(r"  bp: .* s to compile, then .* s for a task of 1 lane; 3 calls x 4 tasks", of_programs[0])
+    assert of_programs[1].endswith("6 calls x 4 tasks") and len(of_programs) == 2
+    assert printed.err.startswith("compiling each program and timing its first tasks; Ctrl-C stops")
+    assert not list(tmp_path.iterdir())
     assert "lanes_at_once must be at least 1, got 0" in refused_in_one_line(capsys, *words, "--lanes-at-once", "0")
     quality = ["run", "utility_quality", "--preset", "smoke"]
     assert "--plan must be left out: utility_quality has no plan" in refused_in_one_line(capsys, *quality, "--plan")
     message = refused_in_one_line(capsys, *quality, "--lanes-at-once", "2")
     assert "lanes_at_once must be left out: utility_quality has none, got 2" in message
+
+
+def test_a_note_is_printed_as_a_warning_above_the_bar(capsys):
+    with cli_progress.Bar(1, quiet=True) as bar:
+        cli_log.Logged(bar, []).note("the devices' memory ran out")
+    assert capsys.readouterr().err == "warning: the devices' memory ran out\n"
 
 
 def test_the_presets_sizes_follow_the_dataset(fake_run, tmp_path):

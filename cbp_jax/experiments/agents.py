@@ -172,7 +172,7 @@ def job(
     """
     methods = parts.check(settings)
     parts.make_env(settings, 0)  # so that its errors are raised before anything is written
-    train = functools.partial(_train, parts, settings, annealed, lanes_at_once)
+    train = functools.partial(_train, parts, settings, annealed)
     return intervals.prepare(experiment, settings, methods, parts.measures, train, lanes_at_once)
 
 
@@ -189,11 +189,11 @@ def _train(
     parts: Parts,
     settings: Settings,
     annealed: bool,
-    lanes_at_once: int | None,
     group: list[learners.Method],
     seeds: np.ndarray,
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
+    lanes_at_once: int | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the measures [lanes] of each interval, for methods that differ only in numbers."""
     network = parts.make_network(settings, parts.make_env(settings, 0).action_size, group[0].network)

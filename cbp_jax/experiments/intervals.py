@@ -103,6 +103,7 @@ def train(
     seeds: np.ndarray,
     numbers: dict[str, np.ndarray],
     checkpoint: training.Checkpoint,
+    lanes_at_once: int | None,
 ) -> Iterator[dict[str, Any]]:
     """Train agents of methods that differ only in numbers.
 
@@ -117,6 +118,7 @@ def train(
       seeds: [lanes].
       numbers: the methods' numbers, [lanes] each.
       checkpoint: where states are kept.
+      lanes_at_once: maximum number of agents on the devices at once; None for all.
 
     Returns:
       an iterator over the measures [lanes] of each interval.
@@ -142,4 +144,5 @@ def train(
         return lane._replace(agent=state), measures | measure(state, found)
 
     count = num_intervals(settings)
-    return training.run_lanes(first, go_on, None, seeds, numbers, count, mode=settings.lanes, checkpoint=checkpoint)
+    how = {"mode": settings.lanes, "checkpoint": checkpoint, "lanes_at_once": lanes_at_once}
+    return training.run_lanes(first, go_on, None, seeds, numbers, count, **how)

@@ -3,6 +3,9 @@
 A *lane* is a method with a seed. Lanes of methods that differ only in numbers run as one compiled program.
 """
 
+import gc
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,18 +15,20 @@ import jax
 import numpy as np
 
 from cbp_jax import training
-from cbp_jax.experiments import folder, learners
-from cbp_jax.experiments.plan import Plan, Program
-from cbp_jax.experiments.progress import Progress, labels_of, tell
+from cbp_jax.experiments import folder, learners, memory
+from cbp_jax.experiments.plan import Plan, Program, Timed
+from cbp_jax.experiments.progress import Progress, labels_of, note, tell
 from cbp_jax.experiments.share import Share
 
 SAVE_EVERY = 2.0  # seconds between writes of the results
 CHECKPOINT_EVERY = 30.0  # seconds between writes of the state
+TIMED_FOR = 1.0  # seconds for which tasks after the first are timed, one at least
 
 # folder, progress -> results; everything is checked
 Job = Callable[[Path, Progress | None], Any]
-# seeds [lanes], arrays [lanes] of hyperparameters, checkpoint -> arrays [lanes] of what was measured, for each task
-Train = Callable[[np.ndarray, dict[str, np.ndarray], training.Checkpoint], Iterator[dict[str, Any]]]
+# seeds [lanes], arrays [lanes] of hyperparameters, checkpoint, the most lanes on the devices at once (None for all)
+# -> arrays [lanes] of what was measured, for each task
+Train = Callable[[np.ndarray, dict[str, np.ndarray], training.Checkpoint, int | None], Iterator[dict[str, Any]]]
 
 
 class Prepared(NamedTuple):
@@ -70,8 +75,8 @@ class Prepared(NamedTuple):
                 report.save_results(self.results, out)
             kept.clean()
             try:
-                for (group, train), lanes in zip(self.groups, own, strict=True):
-                    _run_group(kept, group, train, lanes, progress)
+                for (group, train), program, lanes in zip(self.groups, self.plan.programs, own, strict=True):
+                    _run_group(kept, group, train, lanes, progress, program.at_once)
             except Exception as error:
                 found.attrs["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise
@@ -80,6 +85,32 @@ class Prepared(NamedTuple):
             if share is None:
                 folder.remove_parts(out)
         return found
+
+    def timed(self, share: Share | None = None, tell: Callable[[str], None] = print) -> tuple[Timed, ...]:
+        """Compile each program, and time its first tasks, with the lanes of one call. Nothing is kept.
+
+        Args:
+          share: this process, if several share the lanes.
+          tell: called with a message if memory runs out, and fewer lanes are tried.
+
+        Returns:
+          the times of each program of the plan, as far as this process has lanes of it.
+        """
+        found = []
+        for (group, train), program, lanes in zip(self.groups, self.plan.programs, self.lanes(share), strict=True):
+            at_once, timed = program.at_once, None
+            while lanes and timed is None:
+                calls = training.Lanes(len(lanes), program.mode, at_once=at_once)
+                try:
+                    first, task = _seconds(group, train, lanes[: calls.of_a_call], self.plan.tasks, at_once)
+                    timed = Timed(program.methods, calls.of_a_call, calls.calls, self.plan.tasks, first, task)
+                except jax.errors.JaxRuntimeError as error:
+                    at_once = memory.fewer_lanes(error, len(lanes), at_once)
+                if timed is None:
+                    gc.collect()
+                    tell(memory.fewer_text(at_once))
+            found += [] if timed is None else [timed]
+        return tuple(found)
 
     def num_lanes(self) -> int:
         """Return the number of lanes of all programs."""
@@ -132,7 +163,7 @@ def _compiled_together(methods: Sequence[learners.Method]) -> list[list[learners
 def program_of(group: Sequence[learners.Method], settings: Any, lanes_at_once: int | None) -> Program:
     """Return the plan of methods that run as lanes of one program."""
     labels = tuple(method.label for method in group)
-    return Program(labels, len(group) * settings.seeds, at_once=lanes_at_once)
+    return Program(labels, len(group) * settings.seeds, at_once=lanes_at_once, mode=settings.lanes)
 
 
 def _run_group(
@@ -141,8 +172,9 @@ def _run_group(
     train: Train,
     lanes: Sequence[training.Lane],
     progress: Progress | None,
+    at_once: int | None,
 ) -> None:
-    """Run the remaining tasks of the lanes of one program."""
+    """Run the remaining tasks of the lanes of one program, with fewer lanes at once if memory runs out."""
     results, tasks = kept.results, kept.results.sizes["task"]
     name = "; ".join(method.label for method in group)
     every = [(method.label, seed) for method in group for seed in results.seed.values.tolist()]
@@ -150,19 +182,31 @@ def _run_group(
     if progress is not None and ready:
         progress(labels_of(ready), len(ready) * tasks, {})
     for states in waiting:
-        cohort = [lane for lane, _ in states]
-        checkpoint = training.Checkpoint(
-            kept.state_path(name, cohort, every),
-            name,
-            every=CHECKPOINT_EVERY,
-            before=kept.save,
-            needs=lambda tasks, cohort=cohort: kept.digests(cohort, tasks),
-            lanes=cohort,
-            found=_joined([(lane, kept.checked(saved, lane)) for lane, saved in states if saved is not None]),
-        )
-        if progress is not None and checkpoint.tasks:
-            progress(labels_of(cohort), len(cohort) * checkpoint.tasks, {})
-        _run_lanes(kept, group, train, checkpoint, progress)
+        cohort, told, done = [lane for lane, _ in states], 0, False
+        while not done:
+            checkpoint = training.Checkpoint(
+                kept.state_path(name, cohort, every),
+                name,
+                every=CHECKPOINT_EVERY,
+                before=kept.save,
+                needs=lambda tasks, cohort=cohort: kept.digests(cohort, tasks),
+                lanes=cohort,
+                found=_joined([(lane, kept.checked(saved, lane)) for lane, saved in states if saved is not None]),
+            )
+            if progress is not None and checkpoint.tasks > told:
+                progress(labels_of(cohort), len(cohort) * (checkpoint.tasks - told), {})
+            told = max(told, checkpoint.tasks)
+            try:
+                for task in _run_lanes(kept, group, train, checkpoint, progress, told, at_once):
+                    told = max(told, task + 1)
+                done = True
+            except jax.errors.JaxRuntimeError as error:
+                at_once = memory.fewer_lanes(error, len(cohort), at_once)
+            if not done:  # outside of `except`, where the error would keep the arrays of the failed call
+                gc.collect()
+                note(progress, memory.fewer_text(at_once))
+                states = [each for found in _progress_of(kept, name, every, cohort)[1] for each in found]
+                done = not states  # after the last task
         kept.close(checkpoint)
 
 
@@ -206,20 +250,20 @@ def _run_lanes(
     train: Train,
     checkpoint: training.Checkpoint,
     progress: Progress | None,
-) -> None:
-    """Run the lanes of a checkpoint to their last task."""
+    told: int,
+    at_once: int | None,
+) -> Iterator[int]:
+    """Run the lanes of a checkpoint to their last task, and yield each task that they have done.
+
+    Tasks before `told` were reported before memory ran out, and are not reported again.
+    """
     from cbp_jax import report
 
     results, lanes = kept.results, checkpoint.lanes
-    methods = {method.label: method for method in group}
     labels = list(dict.fromkeys(label for label, _ in lanes))
-    numbers = {
-        name: np.asarray([methods[label].hyperparameters[name] for label, _ in lanes])
-        for name in group[0].hyperparameters
-    }
     report.records.resume(results)
     saved = since = time.monotonic()
-    rows_of_tasks = train(np.asarray([seed for _, seed in lanes]), numbers, checkpoint)
+    rows_of_tasks = train(*arguments_of(group, lanes), checkpoint, at_once)
     for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
         report.record_lanes(results, task, measured, lanes)
         now = time.monotonic()
@@ -229,4 +273,35 @@ def _run_lanes(
         if now - saved > SAVE_EVERY:
             kept.save()
             saved = time.monotonic()
-        tell(progress, lanes, task, measured, diverged)
+        if task >= told:
+            tell(progress, lanes, task, measured, diverged)
+        yield task
+
+
+def _seconds(
+    group: Sequence[learners.Method], train: Train, lanes: Sequence[training.Lane], tasks: int, at_once: int | None
+) -> tuple[float, float | None]:
+    """Return the seconds of the first task, with compilation, and of a later one, if there is one."""
+    with tempfile.TemporaryDirectory() as unused, training.one_blas_thread():
+        checkpoint = training.Checkpoint(Path(unused) / "state", "timed", every=math.inf, lanes=lanes)
+        ends = [time.perf_counter()]
+        rows_of_tasks = train(*arguments_of(group, lanes), checkpoint, at_once)
+        # Short tasks are timed several times. The iterator is never asked for more than all tasks, after which it would
+        # finish the run.
+        while len(ends) <= tasks and (len(ends) < 3 or ends[-1] - ends[1] < TIMED_FOR):
+            next(rows_of_tasks)
+            ends.append(time.perf_counter())
+        first, later = ends[1] - ends[0], np.diff(ends[1:])
+        return first, float(np.median(later)) if later.size else None
+
+
+def arguments_of(
+    group: Sequence[learners.Method], lanes: Sequence[training.Lane]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the seeds [lanes] and the hyperparameters [lanes] by name of lanes of one program."""
+    methods = {method.label: method for method in group}
+    numbers = {
+        name: np.asarray([methods[label].hyperparameters[name] for label, _ in lanes])
+        for name in group[0].hyperparameters
+    }
+    return np.asarray([seed for _, seed in lanes]), numbers

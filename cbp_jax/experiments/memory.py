@@ -147,6 +147,35 @@ def lanes_that_fit(lane: int, count: int, shared: int = 0) -> int | None:
     return fitting if fitting < count else None
 
 
+def fewer_lanes(error: Exception, count: int, at_once: int | None) -> int:
+    """Return how many lanes to try at once after an error: half of those before, if memory ran out.
+
+    Args:
+      error: of a run.
+      count: how many lanes there are.
+      at_once: how many were on the devices at once; None for all.
+
+    Returns:
+      the number, at least one.
+
+    Raises:
+      Exception: the error, if it has another reason, or if there was one lane.
+
+    Example:
+      >>> fewer_lanes(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), count=30, at_once=None)
+      15
+    """
+    before = min(at_once or count, count)
+    if before == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return before // 2
+
+
+def fewer_text(at_once: int) -> str:
+    """Return the message that memory ran out, and what is tried now."""
+    return f"the devices' memory ran out; going on with {at_once} lane{'s' * (at_once > 1)} at once"
+
+
 def _of_host() -> float:
     """Return the bytes of memory."""
     try:

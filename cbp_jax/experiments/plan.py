@@ -1,10 +1,12 @@
-"""The plan of a run: what it will compile and keep in memory."""
+"""The plan of a run: what it will compile and keep in memory, and how long it will take."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+
+from cbp_jax.training.lanes import LaneMode
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 _SHOWN = 6  # maximum number of labels to show for a program
@@ -19,6 +21,7 @@ class Program(NamedTuple):
       lane_bytes: bytes of a lane's network and optimizer state; None if unknown in advance.
       shared_bytes: bytes of the data on every device.
       at_once: the most lanes on the devices at once; None for all.
+      mode: how the lanes of a device run, see `training.Lanes`.
     """
 
     methods: tuple[str, ...]
@@ -26,6 +29,38 @@ class Program(NamedTuple):
     lane_bytes: int | None = None
     shared_bytes: int = 0
     at_once: int | None = None
+    mode: LaneMode = "auto"
+
+
+class Timed(NamedTuple):
+    """How long the lanes of one program take in this process, measured on its first tasks.
+
+    Attributes:
+      methods: labels of the methods.
+      of_a_call: how many lanes run at once, and were timed.
+      calls: how many times a task is run, until all lanes have done it.
+      tasks: of each lane.
+      first: seconds of the first task, with compilation.
+      task: seconds of a later task; None if there is only one.
+    """
+
+    methods: tuple[str, ...]
+    of_a_call: int
+    calls: int
+    tasks: int
+    first: float
+    task: float | None
+
+    @property
+    def compilation(self) -> float:
+        """Seconds of compilation; where there is only one task, they include it."""
+        return self.first if self.task is None else max(self.first - self.task, 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds of all tasks of all lanes, with compilation."""
+        later = self.calls * self.tasks - (self.task is None)
+        return self.compilation + later * (self.first if self.task is None else self.task)
 
 
 class Plan(NamedTuple):
@@ -68,15 +103,46 @@ class Plan(NamedTuple):
         return "\n".join([head, *(f"  {_line(program, len(devices), self.processes)}" for program in self.programs)])
 
 
+def time_text(timed: Sequence[Timed]) -> str:
+    """Return how long a run takes, in lines.
+
+    Args:
+      timed: of its programs.
+
+    Example:
+      >>> cbp = Timed(("cbp",), of_a_call=2, calls=15, tasks=800, first=21.0, task=4.5)
+      >>> print(time_text([cbp, cbp._replace(methods=("bp",), tasks=1, task=None)]))
+      time: about 15 h 5 min, of which compilation 38 s, if all tasks take as long as the first ones, timed here
+        cbp: 16 s to compile, then 4.5 s for a task of 2 lanes; 15 calls x 800 tasks
+        bp: 21 s to compile and for a task of 2 lanes, so at most; 15 calls x 1 task
+    """
+    found = [
+        f"time: about {duration(sum(each.seconds for each in timed))}, of which compilation "
+        f"{duration(sum(each.compilation for each in timed))}, if all tasks take as long as the first ones, timed here"
+    ]
+    for each in timed:
+        lanes = f"for a task of {_count(each.of_a_call, 'lane')}"
+        cost = f"{duration(each.compilation)} to compile, then {duration(each.task or 0)} {lanes}"
+        if each.task is None:
+            cost = f"{duration(each.first)} to compile and {lanes}, so at most"
+        calls = f"{_count(each.calls, 'call')} x {_count(each.tasks, 'task')}"
+        found.append(f"  {_shown(each.methods)}: {cost}; {calls}")
+    return "\n".join(found)
+
+
 def _line(program: Program, devices: int, processes: int) -> str:
-    shown = [*program.methods[:_SHOWN], *(["..."] if len(program.methods) > _SHOWN else [])]
+    shown = _shown(program.methods)
     of_process = math.ceil(program.lanes / processes)
     at_once = min(program.at_once or of_process, of_process)
     batches = f" in {_count(math.ceil(of_process / at_once), 'batch', 'batches')}" if at_once < of_process else ""
     if program.lane_bytes is None:
-        return f"{', '.join(shown)}: {_count(program.lanes, 'lane')}{batches}"
+        return f"{shown}: {_count(program.lanes, 'lane')}{batches}"
     needed = math.ceil(at_once / devices) * program.lane_bytes + program.shared_bytes
-    return f"{', '.join(shown)}: {_count(program.lanes, 'lane')}{batches}; at least {_size(needed)} on each device"
+    return f"{shown}: {_count(program.lanes, 'lane')}{batches}; at least {_size(needed)} on each device"
+
+
+def _shown(methods: Sequence[str]) -> str:
+    return ", ".join([*methods[:_SHOWN], *(["..."] if len(methods) > _SHOWN else [])])
 
 
 def _count(number: int, name: str, several: str | None = None) -> str:
@@ -86,3 +152,21 @@ def _count(number: int, name: str, several: str | None = None) -> str:
 def _size(number: float) -> str:
     power = min(int(math.log(max(number, 1), 1024)), len(_UNITS) - 1)
     return f"{number / 1024**power:.3g} {_UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its two largest units.
+
+    Example:
+      >>> [duration(seconds) for seconds in (0.00123, 4.56, 59.9, 3601, 1e6)]
+      ['0.0012 s', '4.6 s', '1 min', '1 h', '11 days 13 h']
+    """
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    units = {"days": 86400, "h": 3600, "min": 60, "s": 1}
+    left, parts = round(seconds), []
+    for name, size in units.items():
+        count, left = divmod(left, size)
+        if count or parts:
+            parts.append(f"{count} {name}" if count else "")
+    return " ".join(part for part in parts[:2] if part)

@@ -9,9 +9,9 @@ import numpy as np
 from cbp_jax.training import Lane
 
 # Takes labels of the methods that ran, the number of lanes that finished a task, and means of the measures over lanes.
-# A callback may also have the methods `task_done(method, task, means)`, called for each method separately, and
-# `diverged(method, seed, task)`, called instead of a warning when the loss of a lane stops being finite. Tasks count
-# from 0.
+# A callback may also have the methods `task_done(method, task, means)`, called for each method separately,
+# `diverged(method, seed, task)`, called instead of a warning when the loss of a lane stops being finite, and
+# `note(text)`, called instead of other warnings. Tasks count from 0.
 Progress = Callable[[str, int, dict[str, float]], None]
 
 
@@ -42,6 +42,14 @@ def tell(
                 label, task, {name: _finite_mean(np.asarray(values)[rows]) for name, values in measured.items()}
             )
     progress(labels_of(lanes), len(lanes), {name: _finite_mean(values) for name, values in measured.items()})
+
+
+def note(progress: Progress | None, text: str) -> None:
+    """Tell the user something about the run."""
+    if hasattr(progress, "note"):
+        progress.note(text)
+    else:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def diverged_text(method: str, seed: int, task: int) -> str:

@@ -199,11 +199,9 @@ def prepare(
         if lanes_at_once is None:
             at_once = memory.lanes_that_fit(lane, math.ceil(program.lanes / processes), shared)
             program = program._replace(at_once=at_once)
-        # Not every training function has the argument `lanes_at_once`.
-        in_batches = {} if program.at_once is None else {"lanes_at_once": program.at_once}
         if group[0].curvature:
             _check_curvature(learner, problem, group[0].text)
-        run = lambda seeds, numbers, checkpoint: (train or training.run_tasks)(
+        run = lambda seeds, numbers, checkpoint, at_once: (train or training.run_tasks)(
             learner,
             problem,
             seeds,
@@ -214,7 +212,8 @@ def prepare(
             measure_every=every,
             dormant_threshold=dormant_threshold,
             checkpoint=checkpoint,
-            **in_batches,
+            # Not every training function has this argument.
+            **({} if at_once is None else {"lanes_at_once": at_once}),
         )
         return run, program
 

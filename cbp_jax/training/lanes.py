@@ -88,6 +88,16 @@ class Lanes:
     def _sharding(self, *axes: str) -> jax.sharding.NamedSharding:
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
 
+    @property
+    def of_a_call(self) -> int:
+        """Number of lanes that run in one call of a compiled function."""
+        return min(self._chunk, self.count)
+
+    @property
+    def calls(self) -> int:
+        """Number of calls that it takes to run all lanes."""
+        return self._padded // self._chunk
+
     def share(self, tree: Any) -> Any:
         """Put arrays that all lanes read on every device, once."""
         return jax.device_put(tree, self._sharding())

@@ -273,6 +273,90 @@ def test_lanes_in_batches_give_the_same_results_and_can_be_resumed(tmp_path, mod
             np.testing.assert_allclose(in_batches[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+class OutOfMemory:
+    """Lets compiled functions raise the error of a device without memory, after some calls with too many lanes.
+
+    Args:
+      patch: pytest's monkeypatch.
+      fits: how many lanes the devices hold.
+      after: number of calls of each function before memory runs out.
+    """
+
+    def __init__(self, patch, fits, after=0):
+        self.held, self.raised = [], 0
+        jit = training.Lanes.jit
+
+        def jit_here(lanes, function, donate_lane=None):
+            compiled, calls = jit(lanes, function, donate_lane), 0
+            held = min(lanes.count, lanes._chunk) if lanes._waiting else lanes.count
+
+            def call(*args):
+                nonlocal calls
+                calls += donate_lane is not None
+                if donate_lane is not None and held > fits and calls > after:
+                    self.raised += 1
+                    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+                self.held.append(held)
+                return compiled(*args)
+
+            return call
+
+        patch.setattr(training.Lanes, "jit", jit_here)
+
+
+@pytest.mark.parametrize("save", [True, False], ids=["resumed", "restarted"])
+@pytest.mark.parametrize("mode", [pytest.param("vmap", marks=pytest.mark.slow), "map"])
+def test_where_memory_runs_out_half_of_the_lanes_go_on_with_the_same_results(tmp_path, monkeypatch, mode, save):
+    settings = dataclasses.replace(BACKPROP, lanes=mode)
+    expected = run(tmp_path / "whole", None, settings)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0 if save else 1e9)
+    device = OutOfMemory(monkeypatch, fits=2, after=1)
+    calls = Calls()
+    with pytest.warns(RuntimeWarning, match="memory ran out; going on with 2 lanes at once"):
+        found = run(tmp_path / "halved", calls, settings)
+    assert device.raised == 1 and device.held[0] == 4 and device.held[-1] <= 2
+    # Each task is reported once, though it may be run again.
+    assert told_at_once(calls) == [] and [lanes for _, lanes, _ in calls] == [4, 4, 4]
+    for name, values in expected.data_vars.items():
+        if mode == "map":
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+        else:
+            np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
+
+
+def test_memory_that_does_not_hold_one_lane_and_other_errors_end_the_run(tmp_path, monkeypatch):
+    OutOfMemory(monkeypatch, fits=0)
+    with (
+        pytest.warns(RuntimeWarning, match="with 1 lane at once"),
+        pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"),
+    ):
+        run(tmp_path, None, dataclasses.replace(BACKPROP, tasks=1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        stream.memory.fewer_lanes(jax.errors.JaxRuntimeError("INTERNAL: other"), 4, None)
+
+
+def test_the_first_tasks_of_each_program_are_timed(monkeypatch):
+    prepare = lambda **changes: stream.prepare(
+        "toy",
+        changed := dataclasses.replace(SETTINGS, measure_every=None, **changes),
+        stream.check(changed),
+        tiny_problem(),
+    )
+    cbp, upgd = prepare(lanes="map").timed()
+    assert cbp.of_a_call * cbp.calls >= 4 and upgd.of_a_call * upgd.calls >= 2 and upgd.methods[0].startswith("upgd")
+    assert (cbp.of_a_call, cbp.calls) == (1, 4) or jax.local_device_count() > 1
+    assert len(cbp.methods) == 2 and cbp.tasks == SETTINGS.tasks
+    assert 0 < cbp.task < cbp.first and 0 < upgd.compilation < upgd.first
+    assert cbp.seconds == pytest.approx(cbp.compilation + cbp.calls * cbp.tasks * cbp.task)
+    alone = cbp._replace(tasks=1, task=None)  # compilation and task cannot be told apart
+    assert alone.seconds == pytest.approx(alone.calls * alone.first)
+    notes = []
+    OutOfMemory(monkeypatch, fits=3)
+    (together,) = prepare(lanes="vmap", tasks=1, methods=BACKPROP.methods).timed(tell=notes.append)
+    assert notes == [stream.memory.fewer_text(2)]  # all four lanes do not fit
+    assert (together.of_a_call, together.calls, together.task) == (2, 2, None)
+
+
 def test_the_plan_lists_programs_lanes_and_memory(monkeypatch):
     job = stream.prepare("toy", SETTINGS, stream.check(SETTINGS), tiny_problem(), lanes_at_once=3)
     cbp, upgd = job.plan.programs

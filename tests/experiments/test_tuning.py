@@ -41,7 +41,7 @@ def accuracy(numbers, seeds, task):
 def make(group):
     """Replace training by a formula of settings, seeds and tasks, which resumes where a checkpoint stopped."""
 
-    def train(seeds, numbers, checkpoint):
+    def train(seeds, numbers, checkpoint, at_once):
         state, done = {"tasks": np.zeros(len(seeds))}, checkpoint.tasks
         if done:
             checkpoint.restore(state)

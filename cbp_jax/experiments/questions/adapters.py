@@ -237,13 +237,15 @@ def job(settings: Settings) -> Job:
             train, found = training.run_task(learner, problem, data, state.train, measured_examples=measured)
             return State(train, state.base), {**found, **change_measures(train.params, state.base)}
 
-        def train(seeds: np.ndarray, numbers: dict[str, np.ndarray], checkpoint: Any) -> Iterator[dict[str, Any]]:
+        def train(
+            seeds: np.ndarray, numbers: dict[str, np.ndarray], checkpoint: Any, lanes_at_once: int | None
+        ) -> Iterator[dict[str, Any]]:
             # Lanes are methods times seeds; each seed has its own network.
             rows = seeds - settings.first_seed
             bases = {f"{_BASE}{path}": leaf[rows] for path, leaf in leaves_by_path(trained()).items()}
             return training.run_lanes(
                 start, go_on, problem.data, seeds, {**numbers, **bases}, settings.tasks, mode=settings.lanes,
-                checkpoint=checkpoint,
+                checkpoint=checkpoint, lanes_at_once=lanes_at_once,
             )  # fmt: skip
 
         return train, program_of(group, settings, None)

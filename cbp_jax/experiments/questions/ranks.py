@@ -157,12 +157,21 @@ def _train(settings: StreamSettings) -> Callable[..., Iterator[dict[str, Any]]]:
         *,
         mode: str,
         checkpoint: training.Checkpoint,
+        lanes_at_once: int | None = None,
         **measuring: Any,
     ) -> Iterator[dict[str, Any]]:
         start = functools.partial(init_state, learner, settings.earlier, settings.subspace)
         go_on = functools.partial(run_task, learner, problem, **measuring)
         return training.run_lanes(
-            start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint
+            start,
+            go_on,
+            problem.data,
+            seeds,
+            hyperparameters,
+            tasks,
+            mode=mode,
+            checkpoint=checkpoint,
+            lanes_at_once=lanes_at_once,
         )
 
     return train

@@ -187,13 +187,23 @@ def _train(settings: Settings) -> Callable[..., Iterator[dict[str, Any]]]:
     """Return the function that is used instead of `training.run_tasks`."""
     utilities = utilities_of(settings)
 
-    def run_tasks(learner, problem, seeds, hyperparameters, tasks, *, mode, measured_examples, checkpoint, **unused):
+    def run_tasks(
+        learner, problem, seeds, hyperparameters, tasks, *, mode, measured_examples, checkpoint, lanes_at_once=None, **_
+    ):
         go_on = lambda data, state: run_task(
             learner, problem, data, state, settings.window, settings.decay_rate, measured_examples, utilities
         )
         start = lambda seed, values: training.init_state(learner, seed, values)
         return training.run_lanes(
-            start, go_on, problem.data, seeds, hyperparameters, tasks, mode=mode, checkpoint=checkpoint
+            start,
+            go_on,
+            problem.data,
+            seeds,
+            hyperparameters,
+            tasks,
+            mode=mode,
+            checkpoint=checkpoint,
+            lanes_at_once=lanes_at_once,
         )
 
     return run_tasks
