@@ -8,8 +8,8 @@ over the rounds. Columns: `upgd`, unchanged; `no gate`, with utilities, their ma
 `no noise`, with the gate but without noise; `neither`, with utilities and their maximum only; then UPGD with
 `jax.random.normal` in place of this library's generator, with keys of JAX's default implementation and of `rbg`;
 `uniform`, with the simplest possible noise, uniform numbers from a hash of two multiplications, as a lower bound for
-the cost of any generator; `table`, with normal numbers that were drawn once and are read from a random offset in every
-step; and Adam, whose state is twice as large as UPGD's.
+the cost of any generator that hashes every weight; `table`, with normal numbers that were drawn once and are read from
+a random offset in every step; and Adam, whose state is twice as large as UPGD's.
 """
 
 import argparse

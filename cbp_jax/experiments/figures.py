@@ -197,7 +197,7 @@ FIGURES: tuple[Figure, ...] = (
         "which utility ranks units by their true utility, early and late in tasks, while CBP runs",
         "question_utility_ranking --preset laptop",
         "10 lanes of 180,000 updates; 10 seconds a lane",
-        "this command, ten seeds: shown",
+        "this command, ten seeds",
     ),
     Figure(
         QUESTIONS,
@@ -205,7 +205,7 @@ FIGURES: tuple[Figure, ...] = (
         "is there a better utility than activation times outgoing weight: CBP with each at its best replacement rate",
         "question_utility --preset laptop",
         "3 minutes of one core a utility, tuning included",
-        "this command, ten seeds: shown",
+        "this command, ten seeds",
     ),
     Figure(
         QUESTIONS,
@@ -213,7 +213,7 @@ FIGURES: tuple[Figure, ...] = (
         "is there a better reinitialization: CBP with each at its best replacement rate",
         "question_reinitialization --preset laptop",
         "4 minutes of one core each, tuning included",
-        "this command, ten seeds: shown",
+        "this command, ten seeds",
     ),
     Figure(
         QUESTIONS,
@@ -221,7 +221,7 @@ FIGURES: tuple[Figure, ...] = (
         "L1 or L2, toward zero or toward the initial weights, each at its best strength",
         "question_penalty --preset laptop",
         "half an hour of one core, tuning included",
-        "this command, ten seeds; see docs/findings.md",
+        "this command, ten seeds",
     ),
     Figure(
         QUESTIONS,
@@ -229,7 +229,7 @@ FIGURES: tuple[Figure, ...] = (
         "whether winning tickets vanish as plasticity is lost, for backpropagation, L2 and CBP",
         "question_tickets --preset laptop",
         "40 lanes of 541,000 updates and 13 searches for tickets; 30 seconds a lane",
-        "this command, ten seeds; see docs/findings.md",
+        "this command, ten seeds",
     ),
     Figure(
         QUESTIONS,
@@ -237,7 +237,7 @@ FIGURES: tuple[Figure, ...] = (
         "ranks of changes and of representations, against forgetting and plasticity, of all learners of a stream",
         "question_rank --preset laptop",
         "140 lanes of 300,000 updates, and 336 to choose settings; an hour of one core",
-        "this command, ten seeds: shown",
+        "this command, ten seeds",
     ),
     Figure(
         QUESTIONS,
@@ -245,6 +245,6 @@ FIGURES: tuple[Figure, ...] = (
         "whether an adapter that is trained on one task after another learns worse than a fresh one",
         "question_adapters --preset laptop",
         "80 lanes of 80,000 updates; 10 seconds a lane",
-        "this command, ten seeds; see docs/findings.md",
+        "this command, ten seeds",
     ),
 )

@@ -129,7 +129,7 @@ def plot(results: Any, measured: Measured, out: Path, formats: Sequence[str] = (
 
     methods, count = finished(measured)
     if not count:
-        raise ValueError("results: tickets have not been sought yet, so there is nothing to draw")
+        raise ValueError("results: no tickets have been searched for yet, so there is nothing to draw")
     styles, names = styles_of(results, methods), names_of(results, methods)
     with style_of_pictures():
         figures = {
@@ -182,7 +182,7 @@ def _along(
 
 
 def _tasks(results: Any, measured: Measured) -> np.ndarray:
-    """Return the tasks before which tickets were sought."""
+    """Return the tasks before which winning tickets were searched for."""
     total = next(iter(measured["log_density"].values())).shape[1]
     return json.loads(results.attrs["settings"])["every"] * np.arange(total)
 

@@ -1,7 +1,7 @@
 """Do winning tickets vanish as plasticity is lost?
 
-At regular intervals of a long Online Permuted stream, tickets are sought in the current network. It learns the
-next task, a fraction of the living weights of least magnitude is pruned, the others are rewound to what they were
+At regular intervals of a long Online Permuted stream, the current network is searched for winning tickets. It learns
+the next task, a fraction of the living weights of least magnitude is pruned, the others are rewound to what they were
 before the task, and so on, round after round. For comparison with each ticket, a random mask with as many weights in
 each layer is trained from the same weights. All networks are trained by one learner, plain SGD by default, on the
 examples of the task in the order of the stream, so that only the networks differ. The stream then continues as without
