@@ -79,7 +79,7 @@ class NewUnits:
 
     Attributes:
       group: the group.
-      chosen: int [k], their numbers; the group's size stands for none.
+      chosen: int [k], indices of the replaced units, padded with the group's size.
       replaced: bool [units], the same as a mask. All others are living.
       params: arrays by path: the parameters after the inner update. The outgoing weights of all units that are replaced
         in this step, in any group, are 0.

@@ -30,10 +30,9 @@ class Choice(NamedTuple):
     """A policy's answer for one group.
 
     Attributes:
-      units: which units are replaced: their numbers, int [k] with k fixed, where the group's size stands for no unit;
-        or a mask, bool [units]. A mask is slower unless `due` is rarely true, since fresh weights are drawn for a whole
-        group.
-      memory: what the policy gets back at the next update. Structure, shapes and dtypes must be those of `init`'s.
+      units: which units are replaced: indices, int [k] with k fixed, padded with the group's size; or a mask, bool
+        [units]. A mask is slower unless `due` is rarely true, since fresh weights are drawn for a whole group.
+      memory: the group's memory for the next update, with the structure, shapes and dtypes that `init` returned.
       mean_activation: mean activations of the units, for each distinct activation that is read, [positions, units]. If
         given, the mean contribution of replaced units is added to the biases of their consumers.
       utility: utilities of all units, [units], for reinitializations that build on useful units.
@@ -61,7 +60,7 @@ class Policy(NamedTuple):
 
     Attributes:
       choose: `choose(view, memory)` takes a `GroupView` and the group's memory and returns a `Choice`. It is called
-        group by group, from front to back.
+        group by group, from input to output.
       init: `init(group, params)` returns the group's memory, a dict of arrays.
       due: `due(count)` takes the number of this update (int32 [], from 1) and returns whether units are replaced in it,
         bool []. In other updates `choose` does not run and memories stay as they are. None: in every update.
@@ -90,8 +89,8 @@ def replace_units(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace the units that a policy chooses, after each update of an inner optimizer.
 
-    For each group of units, from front to back, the policy chooses units. Their incoming weights are resampled, scales
-    of normalization become 1, and biases and outgoing weights become 0. (Running statistics are not parameters;
+    For each group of units, from input to output, the policy chooses units. Their incoming weights are resampled,
+    scales of normalization become 1, and biases and outgoing weights become 0. (Running statistics are not parameters;
     `reset_batch_stats` resets them.) A replacement is an update like any other, `fresh - param`, so the transformation
     composes with all others. If two adjacent groups replace units in one update, the weight between two new units is
     drawn, not 0. While nothing is replaced, the updates are bit for bit those of `inner`.

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette; groups of unknown kind are gray.
-_COLOURS = {"residual": "#0072B2", "conv": "#E69F00", "dense": "#009E73", "head": "#CC79A7", "embedding": "#56B4E9"}
-_GREY = "#8C8C8C"
+_COLORS = {"residual": "#0072B2", "conv": "#E69F00", "dense": "#009E73", "head": "#CC79A7", "embedding": "#56B4E9"}
+_GRAY = "#8C8C8C"
 _ROW, _LANE, _LETTER = 0.15, 0.28, 0.055  # inches: between kernels, at least between groups, width of a letter
 _BAR = 0.3  # width of a group, in lanes
 
@@ -158,7 +158,7 @@ def _draw_group(ax: Axes, group: UnitGroup, lane: int, touched: list[int]) -> No
         _BAR,
         end - start,
         boxstyle="round,pad=0,rounding_size=0.1",
-        facecolor=_COLOURS.get(group.kind, _GREY),
+        facecolor=_COLORS.get(group.kind, _GRAY),
         edgecolor="none",
         gid=group.name,
         zorder=2,
@@ -191,5 +191,5 @@ def _draw_legend(figure: Figure, units: Units) -> None:
     from matplotlib.patches import Patch
 
     kinds = dict.fromkeys(group.kind for group in units)
-    handles = [Patch(color=_COLOURS.get(kind, _GREY), label=kind or "unknown") for kind in kinds]
+    handles = [Patch(color=_COLORS.get(kind, _GRAY), label=kind or "unknown") for kind in kinds]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=1)

@@ -95,9 +95,9 @@ def adam(
         m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
         u = -\eta \frac{m / (1 - b_1^n)}{\sqrt{v / (1 - b_2^n)} + \epsilon}.
 
-    `optax.adam` has one n for all weights. Once it is large, a weight whose moments were set to 0 takes a first step
-    of :math:`(1 - b_1) / \sqrt{1 - b_2}` (3.16 for the defaults) times the learning rate instead of once, and the
-    steps after it are too large for some time. Where nothing is reset, the two are equal up to rounding.
+    `optax.adam` has one n for all weights. Once it is large, a weight whose moments were set to 0 takes a first step of
+    :math:`(1 - b_1) / \sqrt{1 - b_2}` (3.16 for the defaults) learning rates instead of one, and the steps after it are
+    too large for some time. Where nothing is reset, the two are equal up to rounding.
 
     Args:
       learning_rate: a number, a tracer, or an optax schedule. A schedule's own count is shared by all weights.

@@ -52,7 +52,7 @@ def continual_backprop(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Continually replace a small fraction of mature units of low utility.
 
-    After each update of the inner optimizer, for every group of units from front to back (Algorithm 1):
+    After each update of the inner optimizer, for every group of units from input to output (Algorithm 1):
 
     1. ages grow by one, and utilities are averaged, `u <- d u + (1 - d) y` with decay rate d;
     2. units older than the maturity threshold are eligible, and the group's budget grows by the replacement rate
@@ -94,7 +94,7 @@ def continual_backprop(
         kernels, and for convolutions away from zero padding.
       max_replacements: the most units of a group that one update may replace, a static int; further replacements are
         postponed. By default it follows from the replacement rate. With a traced rate it is the group's size, so
-        weights are drawn for the whole group at every update, which is slow: set it then.
+        weights are drawn for the whole group at every update, which is slow, so set it if the rate is traced.
       key: int or jax key for the fresh weights.
 
     Returns:

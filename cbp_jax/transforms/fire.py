@@ -49,7 +49,7 @@ def fire(
       iterations: number of Newton-Schulz iterations, an int >= 1. In `optax.inject_hyperparams`, name it in
         `static_args`.
       reset_inner_state: set the inner optimizer's moments of the kernels to their initial values. They are kept by
-        default; we do not know what the paper does.
+        default; the paper does not say.
       kernels: which arrays are reinitialized, a function of path (keys joined by "/") and array. By default all of two
         or more axes. Kernels of zeros are not changed.
 

@@ -167,11 +167,11 @@ def parseval_penalty(scale: chex.Numeric = 2.0) -> Penalty:
 
 
 def orthogonal_penalty() -> Penalty:
-    r"""Create soft orthogonality, :math:`R(W) = \lVert W W^\top - I \rVert_F^2`, or with :math:`W^\top W`, if it is
-    smaller.
+    r"""Create the soft orthogonality penalty, :math:`R(W) = \lVert W W^\top - I \rVert_F^2`.
 
-    All singular values are pulled to 1. The paper uses the products of outputs for all shapes. These cannot be the
-    identity if there are more outputs than inputs, so the products of inputs are used then.
+    If :math:`W^\top W` is the smaller matrix, the penalty is :math:`\lVert W^\top W - I \rVert_F^2` instead. All
+    singular values are pulled to 1. The paper uses the products of outputs for all shapes. These cannot be the identity
+    if there are more outputs than inputs, so the products of inputs are used then.
 
     Returns:
       the penalty for :func:`add_kernel_penalty`.
@@ -196,8 +196,9 @@ def orthogonal_penalty() -> Penalty:
 
 
 def wasserstein_penalty() -> Penalty:
-    r"""Create the Wasserstein distance to the start, :math:`R(W) = \lVert \mathrm{sort}(W) - \mathrm{sort}(W_0)
-    \rVert^2`.
+    r"""Create a penalty on the Wasserstein distance between a kernel's current and initial weight distributions.
+
+    .. math:: R(W) = \lVert \mathrm{sort}(W) - \mathrm{sort}(W_0) \rVert^2
 
     The sorted weights of a kernel are pulled to its sorted initial ones: the distribution of the weights is kept, but
     no weight has to stay where it was. It is the sum of squares, not their mean, so that strengths are comparable with

@@ -38,8 +38,8 @@ def normalize_and_project(
     normalization (the learner `nap` adds it). Kernels that start at 0 are not projected.
 
     Scales and offsets of normalization, and biases, are not kernels. The paper lets scales and offsets drift, or keeps
-    them near their initial values in long runs. How to do that is our choice: every projection moves them by a fraction
-    `pull` of their distance to the initial values, 0 by default. We know of no public program by the authors.
+    them near their initial values in long runs. The paper does not say how; here, every projection moves them by a
+    fraction `pull` of their distance to the initial values, 0 by default. We know of no public program by the authors.
 
     Wrap it around transformations that replace units, as in `normalize_and_project(continual_backprop(...))`.
 
@@ -124,7 +124,7 @@ def effective_learning_rate(
       kernels: as in :func:`normalize_and_project`.
 
     Returns:
-      by path of a kernel float32 [], infinite for kernels of zeros.
+      dict from a kernel's path to a float32 scalar; infinite for kernels of zeros.
 
     Raises:
       ValueError: the learning rate is negative, or there is no kernel.

@@ -38,10 +38,10 @@ def redo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Periodically recycle dormant units.
 
-    After the inner optimizer's update number `every`, 2 `every`, ..., units are recycled whose activations on this
-    update's batch are small relative to the group's. For unit i of a group of H units,
+    After every `every`-th update of the inner optimizer, recycle the units whose activations on that batch are small
+    relative to their group's. For unit i of a group of H units,
 
-    .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|} \le \tau,
+    .. math:: s_i = \frac{E|h_i|}{\frac{1}{H} \sum_k E|h_k|} \le \tau.
 
     Their incoming weights are resampled, scales of normalization become 1, and biases and outgoing weights become 0.
     (Running statistics are not parameters; call `reset_batch_stats` with the state's `replaced`.) The mean runs over
@@ -50,7 +50,7 @@ def redo(
     with non-finite activations is not recycled. The batch must be large enough for meaningful scores: on a single
     example about half of all ReLU units are silent.
 
-    A replacement is an update like any other, `fresh - param`. Groups are processed from front to back. For the
+    A replacement is an update like any other, `fresh - param`. Groups are processed from input to output. For the
     position in a chain see :func:`continual_backprop`. Other updates are bit for bit those of `inner`.
 
     Args:

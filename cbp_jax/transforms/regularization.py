@@ -59,7 +59,11 @@ def add_l2_init(strength: chex.Numeric) -> optax.GradientTransformation:
         traced.
 
     Returns:
-      an optax transformation like :func:`add_l1`, which lists the errors.
+      an optax transformation to chain before an optimizer. Its update needs the params. Its state is an
+      `AddL2InitState`.
+
+    Raises:
+      ValueError: the strength is negative; in `update`, params are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -88,14 +92,19 @@ def add_l1_init(strength: chex.Numeric) -> optax.GradientTransformation:
 
     .. math:: g \leftarrow g + \lambda\,\mathrm{sign}(w - w_0)
 
-    Weights without a gradient of the loss oscillate around :math:`w_0` instead of coming to rest there. If the change
-    should be sparse, use :func:`proximal_l1_init`.
+    :math:`w_0` are the params given to `init`. If a wrapper such as `continual_backprop` resets this state for a unit,
+    the unit's part of :math:`w_0` becomes its new initial weights. Weights without a gradient of the loss oscillate
+    around :math:`w_0` instead of coming to rest there. If the change should be sparse, use :func:`proximal_l1_init`.
 
     Args:
       strength: :math:`\lambda`, for a penalty of :math:`\lambda \lVert w - w_0 \rVert_1`, >= 0. May be traced.
 
     Returns:
-      an optax transformation like :func:`add_l2_init`, which explains :math:`w_0`.
+      an optax transformation to chain before an optimizer. Its update needs the params. Its state is an
+      `AddL1InitState`.
+
+    Raises:
+      ValueError: the strength is negative; in `update`, params are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -42,7 +42,7 @@ def self_normalized_resets(
     reset_inner_state: bool = True,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Reset each unit whose silence has become improbable under its own past.
+    r"""Reset a unit once it has been inactive for longer than its own history makes plausible.
 
     A unit fires in an update if its activation is above 0 for some example and position. With :math:`a_i` the number of
     updates since unit i last fired, and :math:`A_i` the distribution of its past silences' lengths, it is reset
@@ -55,9 +55,9 @@ def self_normalized_resets(
 
     The paper leaves open how the distribution is estimated. As in the authors' program, a histogram of silences is kept
     for each unit, and the unit's threshold :math:`\tau_i` is periodically computed from it: the shortest silence
-    :math:`q` with :math:`P(A_i \ge q) \le \eta` if :math:`q < \tau_i`, else :math:`2 \tau_i`, at most the largest that
-    is recorded, which is also the initial threshold. Then the histogram is cleared. A silence ended by a reset is
-    recorded too, so that a threshold that resets too often grows. The new unit inherits threshold and histogram.
+    :math:`q` with :math:`P(A_i \ge q) \le \eta` if :math:`q < \tau_i`, else :math:`2 \tau_i`, capped at `max_silence`,
+    the initial threshold. Then the histogram is cleared. A silence ended by a reset is recorded too, so that a
+    threshold that resets too often grows. The new unit inherits threshold and histogram.
 
     Our choices that differ from that program:
 

@@ -41,7 +41,7 @@ def trac(
     s_init: chex.Numeric = 1e-8,
     eps: chex.Numeric = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale the displacement of an inner optimizer from the initial weights by a learned factor.
+    r"""Scale an inner optimizer's total displacement from the initial weights by a learned factor.
 
     With gradient g at the weights w, the initial weights :math:`w_0`, and the sum :math:`\Delta` of the inner
     optimizer's updates u so far, a tuner for each discount :math:`\beta_j` computes a scale, and the scales add up:

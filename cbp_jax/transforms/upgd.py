@@ -41,7 +41,7 @@ def scale_by_upgd(
     incoming_axes: IncomingAxes | None = None,
     key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gate the updates of `inner`, plus noise, by the utility of each weight. See :func:`upgd`.
+    r"""Scale the updates of `inner`, plus noise, by a gate that depends on each weight's utility. See :func:`upgd`.
 
     With d the updates of `inner`, and the gate :math:`1 - \phi(\bar U)` of each weight as in :func:`upgd`,
 

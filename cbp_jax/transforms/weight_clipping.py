@@ -37,8 +37,8 @@ def clip_weights(
     several kernels, as in a flat dict of all layers, pass `scale`.
 
     Clipping is an update like any other: where `w + u` is within the bound, the update is u, bit for bit; elsewhere
-    `params + updates` is the bound, or the next number inside. The inner optimizer's state is not changed. Weights that
-    start outside the bound are clipped by the first update.
+    `params + updates` is the bound, or the adjacent floating-point number inside it. The inner optimizer's state is not
+    changed. Weights that start outside the bound are clipped by the first update.
 
     Args:
       inner: the optimizer that trains the network.

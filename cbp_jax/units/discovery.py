@@ -118,8 +118,8 @@ def discover_units(
     """Find the groups of units that can be replaced in a network.
 
     The function is traced. A unit is a feature that a kernel computes along its free axis. Its *incoming* weights are
-    that column of the kernel. Its *outgoing* weights are the rows of the kernels that contract the array it ends up in,
-    whatever operations lie between. The documentation of this module lists what is found in which constructs and
+    that column of the kernel. Its *outgoing* weights are the rows of the kernels that read the array in which it ends
+    up, whatever operations lie between. The documentation of this module lists what is found in which constructs and
     networks.
 
     Args:

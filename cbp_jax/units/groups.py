@@ -146,7 +146,7 @@ class Consumer:
       kernel: the rows of the kernel that read each unit.
       bias: path of the bias added to what the kernel computes, or None.
       bias_axes: the kernel's axes that correspond to the axes of that bias.
-      operand: which of the group's captured activations this kernel reads; consumers of one array share it.
+      operand: index of the captured activation that this kernel reads; the same for consumers of the same array.
       absorbed: whether the mean over the batch is subtracted from what the kernel computes, as batch normalization
         does. Then the mean contribution of a removed unit needs no compensation.
     """

@@ -2,7 +2,6 @@
 
 import haiku as hk
 import jax
-import jax.numpy as jnp
 import optax
 
 import cbp_jax
@@ -16,12 +15,11 @@ def forward(x):
 
 net = hk.without_apply_rng(hk.transform_with_state(forward))
 digits = data.load("digits")
-x, y = jnp.asarray(digits.images[:256].reshape(256, 64) / 16), jnp.asarray(digits.labels[:256])
+x, y = digits.images[:256].reshape(256, 64) / 16.0, digits.labels[:256]
 params, batch_stats = net.init(jax.random.key(1), x)
 units = cbp_jax.discover_units(net.apply, params, batch_stats, x)
 apply = cbp_jax.with_features(net.apply, units)
 tx = cbp_jax.continual_backprop(cbp_jax.adam(3e-3), units, replacement_rate=1e-2, maturity_threshold=20)
-state = tx.init(params)
 
 
 @jax.jit
@@ -36,7 +34,7 @@ def step(params, batch_stats, state):
     return optax.apply_updates(params, updates), new, state, loss
 
 
-losses = []
+state, losses = tx.init(params), []
 for _ in range(100):
     params, batch_stats, state, loss = step(params, batch_stats, state)
     losses.append(float(loss))

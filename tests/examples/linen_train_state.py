@@ -2,51 +2,39 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 
 import cbp_jax
 from cbp_jax import data
 
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(32)(x)))
-        return nn.Dense(10)(nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Dense(32)(x))))
-
-
-class State(cbp_jax.TrainState):
-    batch_stats: dict
+norm, dropout = nn.BatchNorm(use_running_average=False), nn.Dropout(0.1, deterministic=False)
+net = nn.Sequential([nn.Dense(32), norm, nn.relu, nn.Dense(32), nn.relu, dropout, nn.Dense(10)])
 
 
 def apply_fn(params, batch_stats, x, key):
-    variables, rngs = {"params": params, "batch_stats": batch_stats}, {"dropout": key}
-    return Net().apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])
+    return net.apply({"params": params, "batch_stats": batch_stats}, x, rngs={"dropout": key}, mutable=["batch_stats"])
 
 
 digits = data.load("digits")
-x, y = jnp.asarray(digits.images[:256].reshape(256, 64) / 16), jnp.asarray(digits.labels[:256])
-key = jax.random.key(1)
-variables = Net().init(key, x, train=False)
-units = cbp_jax.discover_units(apply_fn, variables["params"], variables["batch_stats"], x, key)
+x, y = digits.images[:256].reshape(256, 64) / 16.0, digits.labels[:256]
+variables, losses = net.init(jax.random.key(0), x), []
+params, batch_stats, key = variables["params"], variables["batch_stats"], jax.random.key(1)
+units = cbp_jax.discover_units(apply_fn, params, batch_stats, x, key)
 tx = cbp_jax.continual_backprop(cbp_jax.adam(3e-3), units, replacement_rate=1e-2, maturity_threshold=20)
-state = State.create(apply_fn=cbp_jax.with_features(apply_fn, units), tx=tx, **variables)
+state = cbp_jax.TrainState.create(apply_fn=cbp_jax.with_features(apply_fn, units), params=params, tx=tx)
 
 
 @jax.jit
-def step(state, key):
+def step(state, batch_stats, key):
     def loss_fn(params):
-        (logits, new), features = state.apply_fn(params, state.batch_stats, x, key)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        return loss, (features, new["batch_stats"])
+        (logits, new), features = state.apply_fn(params, batch_stats, x, key)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (features, new["batch_stats"])
 
-    (loss, (features, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (loss, (features, new)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=grads, features=features)
-    return state.replace(batch_stats=cbp_jax.reset_batch_stats(stats, units, state.opt_state.replaced)), loss
+    return state, cbp_jax.reset_batch_stats(new, units, state.opt_state.replaced), loss
 
 
-losses = []
 for number in range(100):
-    state, loss = step(state, jax.random.fold_in(key, number))
+    state, batch_stats, loss = step(state, batch_stats, jax.random.fold_in(key, number))
     losses.append(float(loss))

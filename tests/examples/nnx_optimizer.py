@@ -1,26 +1,17 @@
 """A Flax NNX network on digits, trained with continual backpropagation by `nnx.Optimizer`."""
 
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
 import cbp_jax
 from cbp_jax import data
 
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.first, self.norm = nnx.Linear(64, 32, rngs=rngs), nnx.BatchNorm(32, rngs=rngs)
-        self.second, self.dropout = nnx.Linear(32, 32, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
-        self.head = nnx.Linear(32, 10, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(self.dropout(nnx.relu(self.second(nnx.relu(self.norm(self.first(x)))))))
-
-
 digits = data.load("digits")
-x, y = jnp.asarray(digits.images[:256].reshape(256, 64) / 16), jnp.asarray(digits.labels[:256])
-model = Net(nnx.Rngs(0))
+x, y = digits.images[:256].reshape(256, 64) / 16.0, digits.labels[:256]
+rngs = nnx.Rngs(0)
+first = nnx.Linear(64, 32, rngs=rngs), nnx.BatchNorm(32, rngs=rngs), nnx.relu
+second = nnx.Linear(32, 32, rngs=rngs), nnx.relu, nnx.Dropout(0.1, rngs=rngs)
+model = nnx.Sequential(*first, *second, nnx.Linear(32, 10, rngs=rngs))
 units = cbp_jax.discover_units(model, x)
 apply = cbp_jax.with_features(lambda model, x: model(x), units)
 tx = cbp_jax.continual_backprop(cbp_jax.adam(3e-3), units, replacement_rate=1e-2, maturity_threshold=20)

@@ -71,7 +71,7 @@ def test_due_and_memory():
 
 
 def test_groups_see_replacements_in_earlier_groups():
-    """Algorithm 1 goes from front to back: weights from new units of earlier groups count as 0 in later utilities."""
+    """From input to output (Algorithm 1): weights from new units of earlier groups count as 0 in later utilities."""
     seen = []
 
     def choose(view, memory):
