@@ -133,7 +133,7 @@ def check_questions(found, folder):
     assert found["measured"] == [1, 2, 2] and found["labels"][-1] == "cbp(replacement_rate=0.01, utility=blend)"
     assert found["differ"]  # different units are replaced
     assert found["low"] <= found["less"] <= found["high"]
-    assert (folder / "runs/06_questions/stream/results.nc").is_file()
+    assert (folder / "runs/07_questions/stream/results.nc").is_file()
 
 
 def check_adapters(found, folder):
@@ -356,7 +356,7 @@ CASES = {
         check=check_adapters,
         slow=True,
     ),
-    "06_questions": Case(
+    "07_questions": Case(
         sizes={
             "UTILITIES": ("contribution", "random"),
             "HIDDEN": (8,),
@@ -427,6 +427,10 @@ def test_runs_at_a_tiny_size(path, tmp_path, monkeypatch):
     ).execute()  # stops at the first error
     printed = "".join(output.text for output in notebook.cells[-1].outputs if output.get("name") == "stdout")
     case.check(json.loads(printed), tmp_path)
+
+
+def test_notebooks_are_numbered():
+    assert [path.stem[:3] for path in NOTEBOOKS] == [f"{i:02}_" for i in range(1, len(NOTEBOOKS) + 1)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
