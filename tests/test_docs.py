@@ -247,7 +247,7 @@ def test_every_paper_has_its_page():
 def test_site_builds_offline(tmp_path):
     """Warnings are errors, and no page loads anything from another site."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     check_site(tmp_path)
 
 
