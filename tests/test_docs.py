@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 import urllib.parse
 
 import jax
@@ -203,6 +204,30 @@ def test_equations_of_the_pages(tex):
             tex.to_mathml(equation)  # raises for unknown commands
 
 
+def docstrings(path):
+    """Return the docstrings of a module, its classes and functions."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    found = (ast.get_docstring(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))
+    return [text for text in found if text]
+
+
+def test_equations_of_the_docstrings(tex, monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffe", types.SimpleNamespace(Extension=object, Object=object))  # of [docs]
+    monkeypatch.delitem(sys.modules, "docstrings", raising=False)
+    from docstrings import as_markdown
+
+    seen = 0
+    for path in (ROOT / "cbp_jax").rglob("*.py"):
+        for text in docstrings(path):
+            if "math::" in text or ":math:" in text:
+                equations = re.findall(r"\$\$\n(.*?)\n *\$\$|\$([^$]+)\$", as_markdown(text), re.DOTALL)
+                seen += len(equations)
+                for shown, inline in equations:
+                    tex.to_mathml(shown or inline)
+    sys.modules.pop("docstrings")
+    assert seen > 200
+
+
 @pytest.mark.parametrize(
     ("equation", "expected"),
     [
@@ -210,6 +235,7 @@ def test_equations_of_the_pages(tex):
         (r"b_1^n", "<msubsup><mi>b</mi><mn>1</mn><mi>n</mi></msubsup>"),
         (r"h' < \Big(2.5\Big)", "<msup><mi>h</mi><mo>′</mo></msup><mo>&lt;</mo><mo>(</mo><mn>2.5</mn><mo>)</mo>"),
         (r"\text{for all } k", "<mtext>for all </mtext><mi>k</mi>"),
+        (r"\ddot x", '<mover accent="true"><mi>x</mi><mo stretchy="false">¨</mo></mover>'),
     ],
 )
 def test_an_equation(tex, equation, expected):

@@ -16,12 +16,12 @@ _NAMES = """alpha beta gamma delta epsilon varepsilon eta theta kappa lambda mu 
 Omega partial nabla infty ell top"""
 _LETTERS = dict(zip(_NAMES.split(), "αβγδϵεηθκλμξπρστϕΔΣΩ∂∇∞ℓ⊤", strict=True))
 _SIGNS = r"""leftarrow to cdot cdots dots ldots times pm circ odot sim approx le ge ne in mid sum prod lVert rVert
-lvert rvert lfloor rfloor langle rangle { } |"""
-_OPERATORS = dict(zip(_SIGNS.split(), "←→⋅⋯……×±∘⊙∼≈≤≥≠∈∣∑∏‖‖||⌊⌋⟨⟩{}‖", strict=True))
-_FUNCTIONS = {"log", "exp", "max", "min", "sin", "cos", "tanh", "arg"}
+lvert rvert lfloor rfloor langle rangle int { } |"""
+_OPERATORS = dict(zip(_SIGNS.split(), "←→⋅⋯……×±∘⊙∼≈≤≥≠∈∣∑∏‖‖||⌊⌋⟨⟩∫{}‖", strict=True))
+_FUNCTIONS = {"log", "exp", "max", "min", "sin", "cos", "sinh", "tanh", "arg"}
 _LIMITS = {"sum", "prod", "max", "min"}
 _SPACES = {",": 0.17, ";": 0.28, ":": 0.22, "!": -0.17, " ": 0.3, "quad": 1, "qquad": 2}
-_ACCENTS = {"hat": "^", "bar": "¯", "tilde": "~", "overline": "¯"}
+_ACCENTS = {"hat": "^", "bar": "¯", "tilde": "~", "overline": "¯", "dot": "˙", "ddot": "¨"}
 _TEXTS = {"mathrm": "mi", "text": "mtext", "operatorname": "mi"}
 _ALPHABETS = {"mathcal": {"N": "𝒩", "L": "ℒ"}, "mathbb": {"R": "ℝ", "E": "𝔼"}}
 _SIZES = {"left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr"}
