@@ -52,7 +52,7 @@ run() {
   part 25 "$python" -c 'import jax, flax, optax; print(jax.__version__, flax.__version__, optax.__version__, jax.devices())'
   if [ -n "${TINY:-}" ]; then
     part 400 "$python" -m pytest -q -m gpu tests/test_accelerator.py -k "bp or noise"
-    part 200 "$python" benchmarks/learner_steps.py --widths 10 --batches 1 --seeds 1 2 --rounds 1 --work 1e5 --size 128
+    part 400 "$python" benchmarks/learner_steps.py --widths 10 --batches 1 --seeds 1 2 --rounds 1 --work 1e5 --size 128
     part 200 "$python" benchmarks/tasks_and_lanes.py --width 5 --examples 20 --tasks 12 --lanes 1 2
     part 200 "$python" benchmarks/paper_task.py --width 8 --lanes 2 --examples 60 --parts 3
     part 400 "$python" benchmarks/ppo_overhead.py --seeds 1 --optimizers optax.adam --updates 1 --rounds 1
