@@ -1,11 +1,16 @@
-"""Cost of a run by the numbers of its tasks and of its lanes: seconds and memory.
+"""Cost of a run by the numbers of its tasks, of its lanes and of devices: seconds and memory.
 
     python benchmarks/tasks_and_lanes.py
+    python benchmarks/tasks_and_lanes.py --devices 1 2 4 --lanes 4 --tasks 100                # host devices of a CPU
     python benchmarks/tasks_and_lanes.py --width 2000 --lanes 30 --examples 6000 --tasks 2    # a tenth of the paper's
 
 A run on Online Permuted images of 28 x 28 random bytes has `--tasks` tasks, and is repeated for each number of lanes.
 `s/task` is the time of all lanes together, the median over the last half of the tasks between two lines. Memory is that
 in use on the devices after the task if they report it, otherwise that of the process.
+
+`--devices` repeats all this in processes of their own, each with so many host devices, among which a run distributes
+its lanes: the time of a task falls up to the number of cores. Devices of accelerators are chosen by, for example,
+CUDA_VISIBLE_DEVICES, and without this option.
 """
 
 import argparse
@@ -13,6 +18,8 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
@@ -40,6 +47,14 @@ def images(count):
     return data.Dataset(bytes_, rng.integers(0, 10, count).astype(np.int32), 10, "random")
 
 
+def on_host_devices(counts, words):
+    """Run this script in other processes, with each number of host devices."""
+    for count in counts:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        subprocess.run([sys.executable, __file__, *words], env=environment, check=True)
+
+
 def main():
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +64,15 @@ def main():
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 8, 32])
     parser.add_argument("--lines", type=int, nargs="+", default=None, help="finished tasks at which to print")
+    parser.add_argument("--devices", type=int, nargs="+", default=[], help="numbers of host devices; see above")
     args = parser.parse_args()
+    if args.devices:
+        words = []
+        for name, value in vars(args).items():
+            if name != "devices" and value is not None:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        on_host_devices(args.devices, words)
+        return
     device = jax.devices()[0]
     print(
         f"jax {jax.__version__}, {jax.local_device_count()} x {device.device_kind} ({device.platform}), "

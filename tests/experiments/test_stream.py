@@ -270,7 +270,7 @@ def test_lanes_in_batches_give_the_same_results_and_can_be_resumed(tmp_path, mod
         if mode == "map":
             np.testing.assert_array_equal(in_batches[name], values, err_msg=name)
         else:
-            np.testing.assert_allclose(in_batches[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(in_batches[name], values, rtol=1e-6, err_msg=name)
 
 
 class OutOfMemory:
