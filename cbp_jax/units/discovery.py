@@ -70,7 +70,7 @@ These layers are listed by name in `Units.left_out`, each with a reason. The res
 What is found in known networks
 -------------------------------
 `nets.ConvNet`: 5 groups. Three are of 32, 64 and 128 channels; each of the 128 is read by 4 rows of the first dense
-kernel, one for each of 2x2 positions. Two are of 128 neurons each.
+kernel, one for each of the 2x2 positions. Two are of 128 neurons each.
 
 `nets.ResNet`, ResNet-18: 12 groups. Four groups are the channels of the stages, 64, 128, 256 and 512. Each is written
 by 3 kernels (the stem or a projection, and the second convolution of both blocks); they are read by 4, 3, 3 and 2
