@@ -126,7 +126,7 @@ class ResetHead(Resetting):
 
     name = "reset_head"
     about = "SGD with periodic reinitialization of the output layer"
-    look = Look("Head resets", looks.TEAL)
+    look = Look("Head resets", looks.PETROL)
 
     reset = "head"
 
@@ -137,6 +137,6 @@ class ResetNetwork(Resetting):
 
     name = "reset_network"
     about = "SGD with periodic reinitialization of the whole network"
-    look = Look("Network resets", looks.with_other(looks.TEAL))
+    look = Look("Network resets", looks.with_other(looks.PETROL))
 
     reset = "network"
