@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from cbp_jax.report import aggregates
 from cbp_jax.report.benchmarks import BASELINE, Standing, overall, standing
-from cbp_jax.report.drawing import style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, style_of_pictures, write_note
 from cbp_jax.report.extra import require
 from cbp_jax.report.looks import looks_of, name_of, readable
 from cbp_jax.report.panels import PANELS
@@ -47,20 +48,26 @@ def plot_benchmark(
     rows = overall(standings, counted)[::-1]
     named = {method: results for results in problems.values() for method in results.method.values.tolist()}
     with style_of_pictures():
-        width, height = 1.9 + 1.45 * (len(problems) + 1), 1.0 + 0.2 * max(len(rows), 3)
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, len(problems) + 1, sharey=True, squeeze=False).ravel()
+        panels = len(problems) + 1
+        down = -(-panels // 3)
+        figure = Figure(figsize=(COLUMN, down * (0.45 + 0.13 * max(len(rows), 3)) + 0.2), layout="constrained")
+        axes = figure.subplots(down, -(-panels // down), sharey=True, squeeze=False).ravel()
         for i, row in enumerate(rows):
             if np.isfinite(row.score[0]):
                 _draw(axes[0], i, row.score, _color(named[row.method], row.method), hollow=not row.complete)
         axes[0].axvline(0, color="#888888", linewidth=0.8, zorder=1)
-        axes[0].set_title("All problems", fontsize=7.5)
-        axes[0].set_xlabel("Score")
-        for ax, (name, found) in zip(axes[1:], standings.items(), strict=True):
+        axes[0].set_title("All problems")
+        axes[0].set_xlabel("Score", fontsize=6)
+        for ax, (name, found) in zip(axes[1:], standings.items(), strict=False):
             _draw_problem(ax, found, [row.method for row in rows], named, baseline)
-            ax.set_title(readable(name), fontsize=7.5)
-        axes[0].set_yticks(range(len(rows)), [name_of(named[row.method], row.method) for row in rows], fontsize=6.5)
+            ax.set_title(textwrap.fill(readable(name), 13))
+        axes[0].set_yticks(range(len(rows)), [name_of(named[row.method], row.method) for row in rows], fontsize=6)
         axes[0].set_ylim(-0.6, len(rows) - 0.4)
+        for ax in axes[panels:]:
+            ax.axis("off")
+        for ax in axes:
+            ax.locator_params(axis="x", nbins=3)
+            ax.tick_params(axis="x", labelsize=5.5)
         note = "Interquartile mean over held-out seeds, 95% stratified bootstrap interval; line: plain backpropagation"
         write_note(figure, note)
     return figure
@@ -81,13 +88,13 @@ def _draw_problem(
         _draw(ax, i, [sign * value for value in (mean, *ends)], _color(named[method], method))
     if found.measure == "loss":
         ax.invert_xaxis()  # in every panel, right is better
-    ax.set_xlabel(PANELS[found.measure].label)
+    ax.set_xlabel(PANELS[found.measure].label, fontsize=6)
 
 
 def _draw(ax: Axes, i: int, value: Sequence[float], color: str, hollow: bool = False) -> None:
     mean, low, high = value
-    ax.hlines(i, low, high, color=color, linewidth=1.4, zorder=3)
-    ax.plot(mean, i, "o", markersize=4, color=color, markerfacecolor="white" if hollow else color, zorder=4)
+    ax.hlines(i, low, high, color=color, linewidth=1, zorder=3)
+    ax.plot(mean, i, "o", markersize=2.5, color=color, markerfacecolor="white" if hollow else color, zorder=4)
     ax.grid(axis="y", visible=False)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks
-from cbp_jax.report.drawing import COLUMN, mark_values, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, label_height, mark_values, style_of_pictures, write_note
 from cbp_jax.report.extra import require
 from cbp_jax.report.looks import PALETTE, look_of, readable
 from cbp_jax.report.panels import performance_label
@@ -131,7 +131,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
     rows, columns = (list(dict.fromkeys(panel[part] for panel in panels)) for part in (0, 1))
     scale = 100 if is_accuracy(measure) else 1
     with style_of_pictures():
-        size = (COLUMN * max(1, len(columns) / 2), 1.6 * len(rows) + 0.3)
+        size = (COLUMN * max(1, len(columns) / 2), 2.0 * len(rows) + 0.3)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(len(rows), len(columns), sharey="row", squeeze=False)
         for i, variant in enumerate(rows):
@@ -148,7 +148,7 @@ def plot_grid(results: xr.Dataset) -> Figure:
                 mark_values(axes[i, j], found[name].values[diverged.values > 0])
                 axes[i, j].set_title(_title(results, variant))
             first = axes[i, min(j for j, name in enumerate(columns) if (variant, name) in panels)]
-            first.set_ylabel(performance_label(results))
+            label_height(first, performance_label(results))
             first.tick_params(labelleft=True)
         seeds = found.sizes["seed"]
         note = f"Mean and 95% confidence interval of {seeds} seeds" if seeds > 1 else "One seed"
@@ -181,8 +181,8 @@ def _draw(ax: Axes, values: xr.DataArray, name: str, others: Sequence[str]) -> N
             linestyle=style.dashes,
             linewidth=1.2,
             marker=style.marker,
-            markersize=4,
-            capsize=3,
+            markersize=3,
+            capsize=2,
             label=label or None,
             gid=label,
         )
@@ -196,8 +196,8 @@ def _draw(ax: Axes, values: xr.DataArray, name: str, others: Sequence[str]) -> N
         ax.set_xticks([], minor=True)
     ax.set_xlabel(readable(name))
     ax.margins(y=0.1)
-    if others:
-        ax.legend()
+    if others:  # below the panel, where it hides no line
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3))
 
 
 def _variant(results: xr.Dataset, method: str) -> str:
