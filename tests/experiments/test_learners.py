@@ -518,13 +518,18 @@ def test_results_saved_without_looks_are_drawn_as_before():
     results.attrs.pop(looks.ATTRIBUTE, None)
     figure = plot_tasks(with_looks(results))
     drawn = {line.get_gid().partition("(")[0]: line for line in figure.axes[0].lines}
+    assert drawn.pop("online_norm").get_color() in {
+        style.color for style in looks.UNOWNED
+    }  # it has no style of its own
     assert {name: line.get_color().upper() for name, line in drawn.items()} == {
         name: LEARNERS[name].look.style.color
         for name in ("bp", "adam", "l2", "l2_init", "shrink_and_perturb", "dropout", "cbp")
     }
     assert [name for name, line in drawn.items() if line.get_linewidth() > 1] == ["cbp"]
     titles = [text.get_text().partition(" (")[0] for text in figure.legends[0].get_texts()]
-    assert titles == ["Backprop", "Adam", "L2", "L2 init", "Shrink and perturb", "Dropout", "Continual backprop"]
+    assert titles == [
+        *("Backprop", "Adam", "L2", "L2 init", "Shrink and perturb", "Dropout", "Online norm", "Continual backprop")
+    ]
 
 
 def test_the_command_draws_old_results_with_names_and_colors(monkeypatch, tmp_path, capsys):
