@@ -106,13 +106,4 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     note = "Accuracy (%) on each task (column) after each task (row), by position in the sequence"
     if any("(shared" in title for title in panels):
         note += "; shared: one head over all classes"
-    return heat_maps(
-        panels,
-        tasks,
-        tasks,
-        note,
-        "continual_lora",
-        out,
-        formats,
-        digits=0,
-    )
+    return heat_maps(panels, tasks, tasks, note, "continual_lora", out, formats, digits=0)
