@@ -31,7 +31,12 @@ LEARNERS = {
     "upgd": lambda units: cbp_jax.upgd(0.003, sigma=1e-3),
     "redo": lambda units: cbp_jax.redo(optax.sgd(0.003), units, every=1000),
     "adam": lambda units: cbp_jax.adam(1e-4),
+    "regrama": lambda units: cbp_jax.regrama(optax.sgd(0.003), units, every=1000),
+    "hare_tortoise": lambda units: cbp_jax.hare_and_tortoise(optax.sgd(0.003), every=1000),
+    "fire": lambda units: cbp_jax.fire(optax.sgd(0.003), every=1000),
+    "nap": lambda units: cbp_jax.normalize_and_project(optax.sgd(0.003), every=10),
 }
+ALWAYS = ("sgd", "cbp", "upgd", "redo", "adam")
 
 
 def weights_of(width):
@@ -46,7 +51,7 @@ def runner(learner, width, batch, seeds, steps):
     units = cbp_jax.discover_units(net.apply, net.init(jax.random.key(2), x[0]), x[0], check=False)
     apply = cbp_jax.with_features(net.apply, units)
     tx = optax.with_extra_args_support(LEARNERS[learner](units))
-    looks = learner in ("cbp", "redo")
+    looks = learner in ("cbp", "redo", "regrama")
 
     def loss_fn(params, x, y):
         logits, features = apply(params, x) if looks else (net.apply(params, x), {})
@@ -107,7 +112,7 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", default=[100, 500, 1000, 2000, 4000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--learners", nargs="+", default=list(LEARNERS), choices=list(LEARNERS))
+    parser.add_argument("--learners", nargs="+", default=list(ALWAYS), choices=list(LEARNERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=float, default=1e8, help="weights touched per timed call, at most 2,000 steps")
     parser.add_argument("--size", type=int, default=4096 if jax.default_backend() != "cpu" else 2048)

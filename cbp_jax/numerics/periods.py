@@ -8,6 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from cbp_jax.numerics.layout import in_row_major
+
 T = TypeVar("T")
 
 
@@ -51,7 +53,7 @@ def when_due(due: chex.Array, change: Callable[[T], T], values: T) -> T:
     def changed(values):
         return jax.tree.map(functools.partial(jnp.where, due), change(values), values)
 
-    return jax.lax.cond(anywhere(due), changed, lambda values: values, values)
+    return jax.lax.cond(anywhere(due), changed, lambda values: values, in_row_major(values))
 
 
 @jax.custom_batching.custom_vmap

@@ -15,6 +15,7 @@ import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.numerics import keys
+from cbp_jax.numerics.layout import in_row_major
 from cbp_jax.numerics.periods import anywhere
 from cbp_jax.numerics.scalars import check_like
 from cbp_jax.numerics.sharding import check_axes, sharded_alike
@@ -239,6 +240,7 @@ def replace_units(
         else:
             # Whole groups may be drawn here, so most updates must skip this branch, under vmap too.
             updates = _widen(updates, params, {part.path for group in groups for part in group.slices()})
+            updates = in_row_major(updates)
             new_updates, inner_state, replaced, memories = jax.lax.cond(anywhere(due), replace, keep)
         new_state = state._replace(
             count=count, replaced=replaced, inner_state=inner_state, **_memory_fields(policy, memories)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax.numerics import keys
+from cbp_jax.numerics.layout import in_row_major
 from cbp_jax.numerics.periods import anywhere, is_due
 from cbp_jax.numerics.scalars import check_whole
 from cbp_jax.replacement import inner_state as inner_state_lib
@@ -101,7 +102,7 @@ def periodic_reset(
             raise ValueError("periodic_reset needs the params: tx.update(grads, state, params), got params=None")
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         count = optax.safe_increment(state.count)
-        due = is_due(count, every)
+        updates, due = in_row_major(updates), is_due(count, every)
         of_reset = _paths(params, layers)
 
         def reset():
