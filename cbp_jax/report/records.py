@@ -28,8 +28,15 @@ def origin() -> dict[str, str]:
     """
     devices = jax.local_devices()
     several = f" x {len(devices)}" if len(devices) > 1 else ""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
-    return {"device": devices[0].device_kind + several, "command": command, "commit": commit_of(_PACKAGE)}
+    return {"device": devices[0].device_kind + several, "command": _command(), "commit": commit_of(_PACKAGE)}
+
+
+def _command() -> str:
+    if not sys.argv:
+        return ""
+    program = Path(sys.argv[0])
+    name = "cbp-jax" if program == _PACKAGE / "__main__.py" else program.name  # of `python -m cbp_jax`
+    return shlex.join([name, *sys.argv[1:]])
 
 
 @functools.cache

@@ -1,11 +1,23 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
+import cbp_jax
 from cbp_jax import files
-from cbp_jax.report import join_results, list_runs, new_results, record_task, records, runs_table, save_results
+from cbp_jax.report import (
+    join_results,
+    list_runs,
+    new_results,
+    record_task,
+    records,
+    runs_table,
+    save_results,
+)
 
 
 def run_of(folder, done, methods=("bp", "cbp"), tasks=3):
@@ -22,6 +34,8 @@ def test_results_carry_device_command_and_commit(monkeypatch):
     results = new_results(["bp"], ["bp"], [{}], seeds=1, tasks=1, settings={}, experiment="toy")
     assert results.attrs["command"] == "cbp-jax run toy --methods 'a b'"
     assert results.attrs["device"].startswith("cpu") and isinstance(results.attrs["commit"], str)
+    monkeypatch.setattr(sys, "argv", [str(Path(cbp_jax.__file__).parent / "__main__.py"), "run", "toy"])
+    assert records.origin()["command"] == "cbp-jax run toy"
 
 
 def test_the_commit_is_that_of_the_package_and_not_of_a_repository_around_it(tmp_path):
@@ -91,3 +105,26 @@ def test_folders_without_runs_are_refused(tmp_path):
         list_runs(tmp_path)
     with pytest.raises(FileNotFoundError, match="folder must exist; there is none at"):
         list_runs(tmp_path / "absent")
+
+
+# Made before results carried the commit; to be run again.
+OLDER = {
+    "class_incremental_quickdraw_laptop.nc",
+    "continual_imagenet_quickdraw_laptop.nc",
+    "input_permuted_mnist_laptop.nc",
+    "label_permuted_mnist_laptop.nc",
+    "slippery_ant_laptop.nc",
+    "slowly_changing_regression_laptop.nc",
+    "stationary_ant_laptop.nc",
+    "utility_quality_laptop.nc",
+}
+
+
+def test_committed_results_name_their_commit_and_no_folder_of_a_machine():
+    published = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("*.nc"))
+    assert published
+    for path in published:
+        with h5py.File(path) as file:  # faster than load_results
+            attrs = dict(file.attrs)
+        assert bool(attrs.get("commit")) != (path.name in OLDER), path.name
+        assert not re.search(r"/(home|root|tmp|work|Users)/", " ".join(map(str, attrs.values()))), path.name
