@@ -2,6 +2,7 @@
 
     python benchmarks/learner_steps.py
     python benchmarks/learner_steps.py --widths 100 2000 --batches 1 --seeds 1 30 --learners sgd cbp    # on a GPU
+    python benchmarks/learner_steps.py --widths 100 1000 --batches 1 --seeds 1 --learners sgd redo fire # periodic methods
 
 All learners train the 784-w-w-w-10 ReLU network inside a `lax.scan`; calls are interleaved, and a time is the median
 over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`, but one after another on a CPU.
