@@ -112,7 +112,6 @@ OLDER = {
     "class_incremental_quickdraw_laptop.nc",
     "continual_imagenet_quickdraw_laptop.nc",
     "input_permuted_mnist_laptop.nc",
-    "label_permuted_mnist_laptop.nc",
     "slippery_ant_laptop.nc",
     "stationary_ant_laptop.nc",
     "utility_quality_laptop.nc",
