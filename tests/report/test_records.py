@@ -114,7 +114,6 @@ OLDER = {
     "input_permuted_mnist_laptop.nc",
     "slippery_ant_laptop.nc",
     "stationary_ant_laptop.nc",
-    "utility_quality_laptop.nc",
 }
 
 
