@@ -2,7 +2,7 @@
 
     python benchmarks/learner_steps.py
     python benchmarks/learner_steps.py --widths 100 2000 --batches 1 --seeds 1 30 --learners sgd cbp    # on a GPU
-    python benchmarks/learner_steps.py --widths 100 1000 --batches 1 --seeds 1 --learners sgd redo fire # periodic methods
+    python benchmarks/learner_steps.py --widths 100 1000 --batches 1 --seeds 1 --learners sgd redo fire
 
 All learners train the 784-w-w-w-10 ReLU network inside a `lax.scan`; calls are interleaved, and a time is the median
 over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`, but one after another on a CPU.
@@ -127,7 +127,7 @@ def main():
         f"jax {jax.__version__}, {device.device_kind} ({device.platform}), {platform.processor() or platform.machine()}"
     )
     bandwidth, flops = machine(args.size)
-    print(f"measured: {bandwidth / 1e9:,.0f} GB/s read and written in place, {flops / 1e9:,.0f} GFLOP/s for float32 products")
+    print(f"measured: {bandwidth / 1e9:,.0f} GB/s in place, {flops / 1e9:,.0f} GFLOP/s for float32 products")
     names = args.learners
     print(
         f"{'width':>5} {'batch':>5} {'seeds':>5} {'bytes':>9} {'flops':>9} "

@@ -129,6 +129,8 @@ class Scan(NamedTuple):
 
 def scan_of(eqn: core.JaxprEqn, values: Sequence[Any]) -> Scan:
     """Sort values of a scan's operands into constants, carries and scanned inputs."""
+    if "ft_in" in eqn.params:  # jax 0.11.2
+        return Scan(eqn.params["jaxpr"], *map(list, eqn.params["ft_in"].update(values).unpack()))
     consts, carry = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
     return Scan(eqn.params["jaxpr"], list(values[:consts]), list(values[consts:carry]), list(values[carry:]))
 

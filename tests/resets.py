@@ -120,7 +120,7 @@ def check_resets(groups, params, apply, rtol=1e-4):
             vectors = entries((*group.biases, *group.scales), [unit], params)
             now = jax.tree.map(np.asarray, units_lib.leaves_by_path(new))
             for path, leaf in now.items():
-                touched = incoming.get(path, False) | outgoing.get(path, False) | vectors.get(path, False)
+                touched = incoming.get(path, np.False_) | outgoing.get(path, False) | vectors.get(path, False)
                 np.testing.assert_array_equal(np.where(touched, 0, leaf), np.where(touched, 0, old[path]))
             for part in (*group.biases, *group.scales):
                 values = now[part.path][rows_of(part, [unit], now[part.path].shape)]
@@ -136,7 +136,7 @@ def check_resets(groups, params, apply, rtol=1e-4):
             # A second reset changes no output; the first changed it only by the removed outgoing weights.
             again = reset(params, {group.name: [unit]}, seed=1, features=features, compensate=False)
             np.testing.assert_array_equal(got, gradient(again)[1][0])
-            removed = without(params, {path: m & ~incoming.get(path, False) for path, m in outgoing.items()})
+            removed = without(params, {path: m & ~incoming.get(path, np.False_) for path, m in outgoing.items()})
             expected, unit_removed = gradient(removed)[1]
             np.testing.assert_allclose(got, expected, atol=rtol * np.abs(out).max())
             if features is not None:  # all other units have the activations of a network without the removed unit
