@@ -19,7 +19,7 @@ preset, run = continual_lora.preset, continual_lora.run
 
 OF_KEYWORDS = {
     **{"seeds": 2, "orders": 1, "encoder": "none", "width": 16, "depth": 1, "vocabulary": 50, "length": 12},
-    **{"steps": 60, "learning_rate": 0.02, "full_learning_rate": 0.005, "dropout_rate": 0.0, "rank": 2},
+    **{"steps": 90, "learning_rate": 0.02, "full_learning_rate": 0.005, "dropout_rate": 0.0, "rank": 2},
     **{"target_modules": ("layer*",), "collision_density": 0.1, "memory_texts": 30},
 }
 LANES = ("sequential", "per_task", "added", "o_lora:orthogonality=5.0", "replay")
