@@ -37,7 +37,7 @@ LEARNERS = {
     "fire": lambda units: cbp_jax.fire(optax.sgd(0.003), every=1000),
     "nap": lambda units: cbp_jax.normalize_and_project(optax.sgd(0.003), every=10),
 }
-ALWAYS = ("sgd", "cbp", "upgd", "redo", "adam")
+DEFAULT = ("sgd", "cbp", "upgd", "redo", "adam")
 
 
 def weights_of(width):
@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--widths", type=int, nargs="+", default=[100, 500, 1000, 2000, 4000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--learners", nargs="+", default=list(ALWAYS), choices=list(LEARNERS))
+    parser.add_argument("--learners", nargs="+", default=list(DEFAULT), choices=list(LEARNERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=float, default=1e8, help="weights touched per timed call, at most 2,000 steps")
     parser.add_argument("--size", type=int, default=4096 if jax.default_backend() != "cpu" else 2048)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from cbp_jax.numerics.layout import in_row_major
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -53,7 +54,30 @@ def when_due(due: chex.Array, change: Callable[[T], T], values: T) -> T:
     def changed(values):
         return jax.tree.map(functools.partial(jnp.where, due), change(values), values)
 
-    return jax.lax.cond(anywhere(due), changed, lambda values: values, in_row_major(values))
+    return cond_if_due(due, changed, lambda values: values, values)
+
+
+def cond_if_due(due: chex.Array, change: Callable[[S], T], keep: Callable[[S], T], values: S) -> T:
+    """Return `change(values)` in updates in which a change is due, and otherwise `keep(values)`.
+
+    Under `vmap` all rows are changed if it is due for some row, so `change` must itself leave the other rows as `keep`
+    does.
+
+    Args:
+      due: bool [].
+      change: called with the values when the change is due for some row.
+      keep: called otherwise; returns a tree of the same structure, shapes and dtypes.
+      values: a tree of arrays. Those that were computed in this update must be in it, so that a CPU stores them as
+        parameters are stored (`in_row_major`).
+
+    Returns:
+      the result of one of the two functions.
+
+    Example:
+      >>> cond_if_due(jnp.bool_(True), jnp.negative, jnp.abs, jnp.array([1.0, -2.0])).tolist()
+      [-1.0, 2.0]
+    """
+    return jax.lax.cond(anywhere(due), change, keep, in_row_major(values))
 
 
 @jax.custom_batching.custom_vmap

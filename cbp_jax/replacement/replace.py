@@ -15,8 +15,7 @@ import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.numerics import keys
-from cbp_jax.numerics.layout import in_row_major
-from cbp_jax.numerics.periods import anywhere
+from cbp_jax.numerics.periods import cond_if_due
 from cbp_jax.numerics.scalars import check_like
 from cbp_jax.numerics.sharding import check_axes, sharded_alike
 from cbp_jax.replacement import edits, resample
@@ -199,7 +198,7 @@ def replace_units(
             key = jax.random.wrap_key_data(state.key, impl=key_impl)
             return jax.random.fold_in(jax.random.fold_in(key, state.count), stream)
 
-        def replace():
+        def replace(updates):
             after = UpdatedParams(units_lib.leaves_by_path(params), units_lib.leaves_by_path(updates))
             chosen, utilities, replaced, new_memories = [], [], {}, {}
             for number, group in enumerate(groups):
@@ -232,16 +231,15 @@ def replace_units(
             new_state = inner_state_lib.reset(inner, inner_state, new_params, masks, replaced)
             return new_updates, new_state, replaced, new_memories
 
-        def keep():
+        def keep(updates):
             return updates, inner_state, {group.name: jnp.zeros(group.size, bool) for group in groups}, memories
 
         if due is None:
-            new_updates, inner_state, replaced, memories = replace()
+            new_updates, inner_state, replaced, memories = replace(updates)
         else:
             # Whole groups may be drawn here, so most updates must skip this branch, under vmap too.
             updates = _widen(updates, params, {part.path for group in groups for part in group.slices()})
-            updates = in_row_major(updates)
-            new_updates, inner_state, replaced, memories = jax.lax.cond(anywhere(due), replace, keep)
+            new_updates, inner_state, replaced, memories = cond_if_due(due, replace, keep, updates)
         new_state = state._replace(
             count=count, replaced=replaced, inner_state=inner_state, **_memory_fields(policy, memories)
         )

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cbp_jax.numerics import keys
-from cbp_jax.numerics.layout import in_row_major
-from cbp_jax.numerics.periods import anywhere, is_due
+from cbp_jax.numerics.periods import cond_if_due, is_due
 from cbp_jax.numerics.scalars import check_whole
 from cbp_jax.replacement import inner_state as inner_state_lib
 from cbp_jax.units import join_path, leaves_by_path
@@ -102,10 +101,10 @@ def periodic_reset(
             raise ValueError("periodic_reset needs the params: tx.update(grads, state, params), got params=None")
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         count = optax.safe_increment(state.count)
-        updates, due = in_row_major(updates), is_due(count, every)
+        due = is_due(count, every)
         of_reset = _paths(params, layers)
 
-        def reset():
+        def reset(updates):
             fresh = leaves_by_path(init(jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=key_impl), count)))
 
             def anew(key_path, update, param):
@@ -122,7 +121,7 @@ def periodic_reset(
             masks = {path: jnp.broadcast_to(due, jnp.shape(leaf)) for path, leaf in of_reset.items()}
             return new_updates, inner_state_lib.reset(inner, inner_state, new_params, masks)
 
-        updates, inner_state = jax.lax.cond(anywhere(due), reset, lambda: (updates, inner_state))
+        updates, inner_state = cond_if_due(due, reset, lambda updates: (updates, inner_state), updates)
         return updates, PeriodicResetState(state.key, count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
