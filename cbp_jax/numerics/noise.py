@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbp_jax.numerics.rounding import rounded, unforeseen_zero
+
 _U32 = np.uint32
 
 # n (c0 + c1 n**2), with n / 2**16 the centered sum of 32 bits and two uniform numbers, has variance 1 and kurtosis 3.
@@ -58,10 +60,10 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     """
     leaves, treedef = jax.tree.flatten(tree)
     x, y, z = _hash(key[0], key[-1], jnp.asarray(step).astype(jnp.uint32))
-    noise = []
+    noise, zero = [], unforeseen_zero(step)
     for number, leaf in enumerate(leaves):
         words = _words(element_numbers(jnp.shape(leaf)), *_hash(x ^ _U32(number), y, z))
-        noise.append(_nearly_normal(words, jnp.asarray(scale, jnp.float32)))
+        noise.append(_nearly_normal(words, jnp.asarray(scale, jnp.float32), zero))
     return jax.tree.unflatten(treedef, noise)
 
 
@@ -95,15 +97,13 @@ def _words(number: chex.Array, factor: chex.Array, offset: chex.Array, mask: che
     return word ^ (word >> _U32(16))
 
 
-def _nearly_normal(word: chex.Array, scale: chex.Array) -> chex.Array:
+def _nearly_normal(word: chex.Array, scale: chex.Array, zero: chex.Array) -> chex.Array:
     """Return scale times a nearly normal number of a random word."""
     other = word * _U32(0x9E3779B9)
     halves = (other >> _U32(16)) + (other & _U32(0xFFFF))
     n = (jax.lax.population_count(word) << _U32(16)) + halves  # of mean 16 * 2**16 + 65535
     n = jax.lax.bitcast_convert_type(n - _U32(16 * 2**16 + 65535), jnp.int32)
-    x = jnp.abs(n).astype(jnp.float32)
-    # Every sum here adds a single product, and the result, its sign put in last, is none itself: of two products a
-    # compiler may contract either into a fused multiply-add, and a vmapped draw could differ from the same draw alone.
-    magnitude = scale * (x * (np.float32(_CUBIC[0]) + np.float32(_CUBIC[1]) * (x * x)))
-    sign = jax.lax.bitcast_convert_type(n, jnp.uint32) & _U32(0x80000000)
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | sign, jnp.float32)
+    x = n.astype(jnp.float32)
+    # Every sum here adds a single product, and so does the sum of the result and a gradient: of two products a compiler
+    # may contract either into a fused multiply-add, and a vmapped draw could differ from the same draw alone.
+    return rounded(scale * (x * (np.float32(_CUBIC[0]) + np.float32(_CUBIC[1]) * (x * x))), zero)

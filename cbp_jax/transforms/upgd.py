@@ -11,7 +11,7 @@ import optax
 
 from cbp_jax import units as units_lib
 from cbp_jax.numerics import keys, noise
-from cbp_jax.numerics.rounding import rounded
+from cbp_jax.numerics.rounding import rounded, unforeseen_zero
 from cbp_jax.numerics.scalars import check_like, check_scalar
 from cbp_jax.numerics.sharding import sharded_alike
 from cbp_jax.transforms.adam import scale_by_adam
@@ -144,11 +144,13 @@ def scale_by_upgd(
             perturbation = jax.tree.map(jnp.multiply, perturbation, owned)
             gate = _spread(units, gate, params, others=1.0)
 
+        zero = unforeseen_zero(state.count)
+
         def gated(d: chex.Array, x: chex.Array, a: chex.Array) -> chex.Array:
             if isinstance(protect, jax.Array):
                 return jnp.where(protect, (d + x) * a, d + x * a).astype(d.dtype)
             # Rounded, because weight decay will be added.
-            return (rounded((d + x) * a) if protect else d + x * a).astype(d.dtype)
+            return (rounded((d + x) * a, zero) if protect else d + x * a).astype(d.dtype)
 
         new_updates = sharded_alike(jax.tree.map(gated, direction, perturbation, gate), params)
         return new_updates, ScaleByUpgdState(state.key, optax.safe_increment(state.count), utility, inner_state)
