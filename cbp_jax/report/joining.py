@@ -23,7 +23,7 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
 
     Returns:
       the joined dataset; NaN if a method was not run with a seed. Its attributes are those of the first part, except
-      that the times of methods are added.
+      that the times of methods are added, and that the commit names those of all parts, separated by commas.
 
     Raises:
       ValueError: there are no parts, they are of several experiments, or two have the same method and seed.
@@ -58,6 +58,8 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     methods = list(dict.fromkeys(method for part in parts for method in part.method.values.tolist()))
     joined = joined.loc[{"method": methods}]
     joined.attrs = dict(parts[0].attrs)
+    if commits := [commit for part in parts if (commit := part.attrs.get("commit"))]:
+        joined.attrs["commit"] = ", ".join(dict.fromkeys(commits))
     for part in parts[1:]:
         for method, seconds in records.seconds_of(part).items():
             records.add_seconds(joined, [method], seconds)

@@ -252,6 +252,11 @@ def test_results_of_other_seeds_and_methods_are_joined():
     assert join_results([first]).identical(first)
 
 
+def test_joined_results_name_the_commits_of_all_parts():
+    parts = [small(seeds=[seed]).assign_attrs(commit=commit) for seed, commit in enumerate(("a", "b", "a", ""))]
+    assert join_results(parts).attrs["commit"] == "a, b"
+
+
 def test_long_names_of_methods_survive_being_joined_to_loaded_short_ones(tmp_path):
     names = ["bp", "cbp(replacement_rate=1e-05)"]
     parts = [small(methods=[name], learners=[name[:3]], hyperparameters=[{}], tasks=1) for name in names]
