@@ -6,6 +6,8 @@ import hypothesis
 import jax
 import pytest
 from jax._src import compiler
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 from jax.experimental.compilation_cache import compilation_cache
 
 from cbp_jax import cli_compiled
@@ -38,6 +40,34 @@ def _with_options(*args, get=compiler.get_compile_options, env_options_overrides
 
 
 compiler.get_compile_options = _with_options
+
+
+def _shared_contexts(new, uses=200):
+    """Return a function that reuses a context of MLIR, since making one takes as long as compiling a small program.
+
+    A context keeps the constants of all its programs, so there is a new one after some uses, and for a program that is
+    lowered while another one is.
+    """
+    shared, used = None, 0
+
+    def context():
+        nonlocal shared, used
+        try:
+            nested = ir.Context.current is not None
+        except ValueError:  # in older versions, if there is none
+            nested = False
+        if nested:
+            return new()
+        if used % uses == 0:
+            shared = new()
+        used += 1
+        return shared
+
+    return context
+
+
+if not _AS_USERS:
+    mlir.make_ir_context = _shared_contexts(mlir.make_ir_context)
 
 
 @pytest.hookimpl(tryfirst=True)

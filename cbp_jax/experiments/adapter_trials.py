@@ -131,8 +131,10 @@ class Trials:
 
     def _make_fit(self, form):
         full, sparse, apart, penalty_form = form
-        rate = self.settings.full_learning_rate if full else self.settings.learning_rate
-        tx = optax.adam(texts.schedule(self.settings, rate))
+        adam = lambda rate: optax.adam(texts.schedule(self.settings, rate))
+        body = self.settings.full_learning_rate if full else self.settings.learning_rate
+        parts = {"body": adam(body), "head": adam(self.settings.learning_rate)}
+        tx = optax.partition(parts, {name: name for name in parts})
 
         def apply(trained, frozen, batch, key):
             encoder = trained["body"] if full else lora.apply(frozen, trained["body"])

@@ -34,8 +34,10 @@ from cbp_jax.experiments.progress import Progress
 from cbp_jax.training.lanes import one_blas_thread
 
 NAME = "continual_lora"
-# Methods that are also compared with one head over all classes. "full" is not: it is compared with "sequential".
-SHARED = tuple(f"{name}:head=shared" for name in ("sequential", "per_task", "o_lora", "replay", "joint"))
+# Methods that are also compared with one head over all classes.
+SHARED = tuple(
+    f"{name}:head=shared" for name in ("sequential", "per_task", "per_task_l1", "o_lora", "full", "replay", "joint")
+)
 
 MEASURES = {
     "loss": "mean loss of training on the task, without penalties",
@@ -61,7 +63,7 @@ class Settings(texts.TextSettings):
     learning_rate: float = 5e-4
     """Peak learning rate of Adam for adapters and heads."""
     full_learning_rate: float = 5e-5
-    """Peak learning rate if all weights are trained."""
+    """Peak learning rate of the encoder if all its weights are trained; its head keeps that of heads."""
     rank: int = 8
     """Rank of an adapter."""
     alpha: float = 16.0

@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,6 +155,19 @@ def test_the_memory_of_o_lora_is_the_concatenated_adapters(tiny):
         wide = trials._write(position, wide, adapter)
     new = trials._adapter(encoder, 2)
     np.testing.assert_allclose(lora.orthogonality(new, wide), lora.orthogonality(new, [one, two]), rtol=1e-5)
+
+
+def test_heads_have_the_same_learning_rate_whatever_is_trained(tiny):
+    """At the learning rate of an encoder a new head would hardly move."""
+    settings, prepared, trials = tiny
+    slow = Trials(dataclasses.replace(settings, full_learning_rate=1e-30), prepared, trials.orders)
+    fit = slow._make_fit(slow._form(METHODS["full"]))
+    numbers = slow._share({"l1": jnp.float32(0), "orthogonality": jnp.float32(0)})
+    base, head = (tuple(chunk[part] for chunk in slow.begin) for part in ("encoder", "head"))
+    train = slow.lanes.scatter(slow._stacked(lambda lane: slow._train(METHODS["full"], lane, 0)))
+    (body, new_head, _), *_ = fit(numbers, slow.seeds, base, head, base, slow.seeds, train)
+    chex.assert_trees_all_close(body, base[0], atol=1e-20)
+    assert np.abs(new_head["kernel"] - head[0]["kernel"]).max() > 0.01
 
 
 def random_adapter(seed, rank=2):
