@@ -22,9 +22,10 @@ _SECTION = re.compile(
     r"warnings?|methods)\s*:{0,2}\s*$|^\s*(-{3,}|={3,}|>>>|\.\. )",
     re.IGNORECASE | re.MULTILINE,
 )
-# Names, with their usual aliases.
+# Names, with their usual aliases; long ones also within other words, such as "jaxpr" and "jax_enable_x64".
 _NAMES = re.compile(
-    r"\b(?:jax|jnp|xla|pjit|flax|linen|nnx|nn|numpy|np|ndarray|optax|scipy|sp|chex|deepmind|google)\b", re.IGNORECASE
+    r"\w*(?:jax|flax|numpy|optax|scipy|chex)\w*|\b(?:jnp|xla|pjit|linen|nnx|nn|np|ndarray|sp|deepmind|google)\b",
+    re.IGNORECASE,
 )
 _HIDDEN = "library"
 

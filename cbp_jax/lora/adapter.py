@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from cbp_jax.units.groups import join_path, leaves_by_path
@@ -71,13 +72,15 @@ def init(
       params: any tree of arrays. Kernels are its leaves of at least two axes that are not named "bias".
       key: a jax key, or an int.
       rank: :math:`r`, the rank of every change.
-      alpha: :math:`\alpha`, by default the rank.
+      alpha: :math:`\alpha`, by default the rank; not traced.
       target_modules: patterns of the kernels to adapt, as in `fnmatch`. A pattern may match a kernel's whole path
         ("params/*/query/kernel"), its layer's path, or the end of either, as in PEFT: "query", "kernel".
       init_lora_weights: how A is drawn: "kaiming", uniform in :math:`\pm 1/\sqrt{in}`, PEFT's default; or "gaussian",
         with standard deviation :math:`1/r`.
       axes: by pattern, as above, (input axes, output axes). The first match counts. The other axes enumerate stacked
-        kernels, and each of these gets its own factors. For Equinox use `{"*": ((1,), (0,))}`.
+        kernels, and each of these gets its own factors. For Equinox use `{"*": ((1,), (0,))}`. Kernels of layers in
+        Flax's `nn.scan` are stacked along their first axis, which must be said here: for dense layers
+        `{"*": ((1,), (2,))}`.
 
     Returns:
       the adapter, in float32 or wider.
@@ -92,11 +95,11 @@ def init(
       >>> adapter.factors["params/conv/kernel"]["lora_A"].shape, adapter.scaling
       ((3, 3, 4, 2), 8.0)
     """
-    if isinstance(rank, bool) or rank < 1 or rank != int(rank):
-        raise ValueError(f"rank must be an integer of at least 1, got {rank}")
+    if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
+    if alpha is not None and (isinstance(alpha, str | jax.core.Tracer) or not 0 < alpha < math.inf):
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}")
     alpha = float(rank if alpha is None else alpha)
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be a positive number, got {alpha}")
     if init_lora_weights not in ("kaiming", "gaussian"):
         raise ValueError(f"init_lora_weights must be 'kaiming' or 'gaussian', got {init_lora_weights!r}")
     leaves = leaves_by_path(params)
@@ -104,7 +107,7 @@ def init(
     patterns = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
     _check_patterns("target_modules", patterns, kernels)
     _check_patterns("axes", tuple(axes or ()), kernels)
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = jax.random.key(int(key)) if isinstance(key, int | np.integer) else key
     factors, chosen = {}, []
     for number, path in enumerate(kernels):
         if not any(matches(path, pattern) for pattern in patterns):

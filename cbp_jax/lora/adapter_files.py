@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,20 @@ def save(adapter: Adapter, directory: str | os.PathLike, *, names: Names | None 
     return directory
 
 
-def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | None = None, **settings: Any) -> Adapter:
+def load(
+    directory: str | os.PathLike,
+    params: optax.Params,
+    *,
+    names: Names | None = None,
+    axes: Mapping[str, tuple[Sequence[int], Sequence[int]]] | None = None,
+) -> Adapter:
     """Read an adapter written by `save` or by PEFT.
 
     Args:
       directory: the folder.
       params: the params that it is for.
       names: as in `save`.
-      **settings: `axes`, as in `init`.
+      axes: as in `init`.
 
     Returns:
       the adapter.
@@ -84,28 +90,38 @@ def load(directory: str | os.PathLike, params: optax.Params, *, names: Names | N
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"there is no file {directory / name} to load an adapter from")
-    config = json.loads((directory / "adapter_config.json").read_text())
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{directory / 'adapter_config.json'} is not JSON: {error}") from error
+    if missing := [name for name in ("r", "lora_alpha") if name not in config]:
+        raise ValueError(f"{directory / 'adapter_config.json'} must have r and lora_alpha, {missing[0]} is missing")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory}: peft_type must be 'LORA', got {config.get('peft_type')!r}")
     for name, plain in _PLAIN.items():
         if (config.get(name) or plain) != plain:
             raise ValueError(f"{directory}: {name} must be {plain!r}, got {config[name]!r}")
     tensors = safetensors.read(directory / "adapter_model.safetensors")
-    whole = init(params, 0, rank=config["r"], alpha=config["lora_alpha"], **settings)
+    if not tensors:
+        raise ValueError(f"{directory / 'adapter_model.safetensors'} has no tensors")
+    whole = init(params, 0, rank=config["r"], alpha=config["lora_alpha"], axes=axes)
     there = {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in tensors}
     modules = {path: name for path, name in _modules(whole, names, some=True).items() if name in there}
     if unknown := sorted(there - set(modules.values())):
         raise ValueError(f"{directory}: the params have no kernel for {', '.join(unknown)}; names says which is whose")
-    adapter = init(params, 0, rank=config["r"], alpha=config["lora_alpha"], target_modules=list(modules), **settings)
-    factors = {}
+    adapter = init(params, 0, rank=config["r"], alpha=config["lora_alpha"], target_modules=list(modules), axes=axes)
+    factors, unused = {}, set(tensors)
     for path, module in modules.items():
         like = jax.tree.map(np.asarray, _to_torch(adapter, path))
         found: dict[str, Any] = {name: tensors.get(f"{_PREFIX}{module}.{name}") for name in like}
         for name, tensor in found.items():
+            unused.discard(f"{_PREFIX}{module}.{name}")
             if tensor is None or tensor.shape != like[name].shape:
                 got = "is missing" if tensor is None else f"is {list(tensor.shape)}"
                 raise ValueError(f"{directory}: {module}.{name} must be {list(like[name].shape)}, and {got}")
         factors[path] = _from_torch(adapter, path, found)
+    if unused:
+        raise ValueError(f"{directory}: {', '.join(sorted(unused))} is not part of a plain LoRA adapter")
     return dataclasses.replace(adapter, factors=factors)
 
 

@@ -10,6 +10,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -18,15 +19,17 @@ import numpy as np
 import optax
 
 from cbp_jax.lora.adapter import kernel_axes
+from cbp_jax.tickets.masks import check_mask
 from cbp_jax.units.groups import join_path, leaves_by_path
 
 Axis = Literal["row", "column", "both"]
 _SIDES = {"row": ("row",), "column": ("column",), "both": ("row", "column")}
 
 
-@dataclasses.dataclass(frozen=True)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("mask", "dimensions"), meta_fields=())
+@dataclasses.dataclass(frozen=True, eq=False)
 class Ticket:
-    """The weights that fine-tuning has to change.
+    """The weights that fine-tuning has to change. A pytree, so that compiled functions take it.
 
     Attributes:
       mask: a bool tree like the params, true where a change is kept.
@@ -55,24 +58,28 @@ def dominant_ticket(
 ) -> Ticket:
     r"""Find where a network has changed most. Pass exactly one of `threshold`, `keep` and `dimensions`.
 
+    It is computed on the host, in NumPy, and cannot be traced.
+
     Args:
       initial: :math:`\theta_0`, any tree of arrays.
       tuned: :math:`\theta`, of the same structure.
       threshold: selects all weights with :math:`|\theta - \theta_0|` above it, in every leaf (Algorithm 1 of Gong et
         al.).
       keep: selects exactly this number of weights (an int), or this fraction of all (a float), those of largest change
-        over all leaves. Of equal changes the first ones are kept.
+        over all leaves. Of equal changes the first ones are kept. If fewer weights have changed, others are selected
+        too.
       dimensions: selects in every matrix this number of rows or columns, those whose changes have the largest L1 norm;
         all of them if a matrix has fewer. A matrix is a leaf of at least two axes that is not named "bias". Its rows
-        are inputs and its columns outputs, as in `cbp_jax.lora.init`. Other leaves are not selected then.
+        are inputs and its columns outputs, as in `cbp_jax.lora.init` by default: the last axis is the output, so for
+        Equinox, whose kernels are [out, in], rows are outputs. Other leaves are not selected then.
       axis: "row", "column", or "both", the union of that number of each.
 
     Returns:
       the ticket.
 
     Raises:
-      ValueError: not exactly one of the three is given, or it is out of range; the trees differ; a change is not a
-        number.
+      ValueError: not exactly one of the three is given, or it is out of range; the trees differ or have no weights; a
+        change is not a number.
 
     Example:
       >>> initial, tuned = {"w": jnp.zeros((2, 3))}, {"w": jnp.array([[0.0, 1.0, 0.0], [0.1, 0.0, 3.0]])}
@@ -87,10 +94,11 @@ def dominant_ticket(
         raise ValueError(f"exactly one of threshold, keep and dimensions must be given, got {given}")
     if axis not in _SIDES:
         raise ValueError(f"axis must be 'row', 'column' or 'both', got {axis!r}")
+    for name, value in given.items():
+        if value is not None:
+            _check_number(name, value, whole=name == "dimensions")
     changes = _changes(initial, tuned)
     if threshold is not None:
-        if not threshold >= 0:
-            raise ValueError(f"threshold must not be negative, got {threshold}")
         masks = {path: change > threshold for path, change in changes.items()}
     elif keep is not None:
         masks = _largest(changes, keep)
@@ -115,17 +123,26 @@ def transplant(initial: optax.Params, tuned: optax.Params, mask: Any) -> optax.P
     Returns:
       the params, in which every weight is bit for bit that of one of the two networks.
 
+    Raises:
+      ValueError: the mask is not bool, or the trees differ in structure or shapes.
+
     Example:
       >>> transplant(jnp.zeros(2), jnp.ones(2), jnp.array([True, False])).tolist()
       [1.0, 0.0]
     """
-    return jax.tree.map(jnp.where, mask_of(mask), tuned, initial)
+    mask = mask_of(mask)
+    check_mask(mask, initial)
+    check_leaves("tuned", tuned, initial)
+    return jax.tree.map(jnp.where, mask, tuned, initial)
 
 
 def masked_changes(
     inner: optax.GradientTransformation, mask: Any, initial: optax.Params
 ) -> optax.GradientTransformation:
-    """Train only a ticket: all other weights stay at their initial values, or return to them at the first step.
+    """Train only a ticket: all other weights stay at their initial values.
+
+    If they differ at first, they return to their initial values, up to rounding in the first step and exactly in the
+    second.
 
     Args:
       inner: the optimizer. Outside of the ticket it sees gradients of 0.
@@ -136,7 +153,8 @@ def masked_changes(
       an optax transformation, whose state is that of `inner`. Its update needs the params.
 
     Raises:
-      ValueError: in `update`, params are missing.
+      ValueError: the mask is not bool, or not of the structure and shapes of `initial`; in `update`, params are
+        missing, or not of those shapes.
 
     Example:
       >>> tx = masked_changes(optax.sgd(0.5), jnp.array([True, False]), jnp.zeros(2))
@@ -147,6 +165,7 @@ def masked_changes(
     """
     inner = optax.with_extra_args_support(inner)
     # By path, since a wrapper may pass only some of the params.
+    check_mask(mask_of(mask), initial)
     kept, start = leaves_by_path(mask_of(mask)), leaves_by_path(initial)
 
     def inside(key_path, grad):
@@ -155,6 +174,12 @@ def masked_changes(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("masked_changes needs the params: tx.update(grads, state, params), got params=None")
+        for path, leaf in leaves_by_path(params).items():
+            if path not in start or jnp.shape(leaf) != jnp.shape(start[path]):
+                found = f"the shape {jnp.shape(start[path])}" if path in start else "nothing"
+                raise ValueError(
+                    f"initial must have {path!r} in the shape {jnp.shape(leaf)}, as the params, got {found}"
+                )
         updates = jax.tree_util.tree_map_with_path(inside, updates)
         updates, state = inner.update(updates, state, params, **extra_args)
 
@@ -172,12 +197,27 @@ def mask_of(mask: Any) -> Any:
     return mask.mask if isinstance(mask, Ticket) else mask
 
 
+def check_leaves(name: str, tree: Any, initial: optax.Params) -> None:
+    """Raise unless a tree has the paths and shapes of the initial params."""
+    shapes = [{path: jnp.shape(leaf) for path, leaf in leaves_by_path(one).items()} for one in (initial, tree)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{name} must have the leaves of initial, {shapes[0]}, got {shapes[1]}")
+
+
+def _check_number(name: str, value: Any, whole: bool) -> None:
+    kind = np.asarray(value).dtype if np.ndim(value) == 0 and not isinstance(value, str | bytes) else None
+    numbers = np.integer if whole else np.number
+    if kind is None or not np.issubdtype(kind, numbers) or np.issubdtype(kind, np.complexfloating) or not value >= 0:
+        allowed = "a number of rows or columns" if whole else "a number of at least 0"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
 def _changes(initial: optax.Params, tuned: optax.Params) -> dict[str, np.ndarray]:
     """Return absolute changes by path, on the host, in float32 or wider."""
+    check_leaves("tuned", tuned, initial)
     before, after = leaves_by_path(initial), leaves_by_path(tuned)
-    shapes = [{path: jnp.shape(leaf) for path, leaf in leaves.items()} for leaves in (before, after)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"tuned must have the leaves of initial, {shapes[0]}, got {shapes[1]}")
+    if not sum(np.size(leaf) for leaf in before.values()):
+        raise ValueError(f"initial must have weights, got {initial!r}")
     found = {}
     for path, leaf in before.items():
         wide = np.promote_types(np.asarray(leaf).dtype, np.float32)
@@ -190,8 +230,8 @@ def _changes(initial: optax.Params, tuned: optax.Params) -> dict[str, np.ndarray
 def _largest(changes: dict[str, np.ndarray], keep: float) -> dict[str, np.ndarray]:
     """Return the masks of exactly the given number of largest changes over all leaves; of equal changes the first."""
     every = np.concatenate([change.ravel() for change in changes.values()])
-    whole = isinstance(keep, int | np.integer) and not isinstance(keep, bool)
-    if not 0 <= keep <= (every.size if whole else 1) or isinstance(keep, bool):
+    whole = np.issubdtype(np.asarray(keep).dtype, np.integer)
+    if not 0 <= keep <= (every.size if whole else 1):
         raise ValueError(f"keep must be a count up to {every.size}, or a fraction in [0, 1], got {keep}")
     count = int(keep) if whole else round(float(keep) * every.size)
     if count == 0:
@@ -244,8 +284,6 @@ def as_matrix(path: str, array: np.ndarray) -> np.ndarray:
 
 def _lines(path: str, change: np.ndarray, count: int, axis: Axis) -> np.ndarray:
     """Return the mask of the rows or columns with the largest change."""
-    if isinstance(count, bool) or count != int(count) or count < 0:
-        raise ValueError(f"dimensions must be a number of rows or columns, got {count}")
     order, _ = _order(path, change.ndim)
     matrix = as_matrix(path, change)
     mask = np.zeros(matrix.shape, bool)

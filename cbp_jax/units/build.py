@@ -194,6 +194,8 @@ class _Parts:
         for ids, reason in reversed(self.walk.lost):  # the first of several reasons is kept
             reasons.append(reason)
             lost[self.walk.labels.roots(ids)] = len(reasons) - 1
+        if not self.producers:
+            return []
         everywhere = np.concatenate([self.rows[place] for place in self.producers])
         units, first = np.unique(everywhere, return_index=True)
         units = units[np.argsort(first)]

@@ -131,7 +131,7 @@ def test_other_datasets_of_tensorflow_datasets(tmp_path):
 
 
 SOURCE = '''
-"""Tools for JAX arrays and for lists of them, as numpy has them.
+"""Tools for JAX arrays and for lists of them, as jax_numpy and jaxprs have them.
 
 Args:
   none
@@ -170,7 +170,7 @@ def test_prose_by_library_and_by_kind(tmp_path, monkeypatch):
     docstrings._of_library.cache_clear()
     by_kind = dict(zip(*docstrings.docstrings("kind"), strict=True))
     assert by_kind == {
-        "Tools for library arrays and for lists of them, as library has them.": "module",
+        "Tools for library arrays and for lists of them, as library and library have them.": "module",
         "A thing that is made of things, with library inside of it.": "class",
         "Give this very thing back to whoever has asked for it.": "method",
         "Give this other thing back to whoever has asked for it.": "method",

@@ -177,7 +177,9 @@ def test_types():
     ("settings", "message"),
     [
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"rank": None}, "rank must be an integer of at least 1, got None"),
         ({"rank": 2, "alpha": -1}, "alpha must be a positive number, got -1"),
+        ({"rank": 2, "alpha": "2"}, "alpha must be a positive number, got '2'"),
         ({"rank": 2, "target_modules": ["up", "down"]}, "target_modules: 'down' matches no kernel; the kernels are"),
         ({"rank": 2, "target_modules": ["bias"]}, "target_modules: 'bias' matches no kernel"),
         ({"rank": 2, "target_modules": []}, "target_modules must be one pattern or more"),

@@ -126,6 +126,24 @@ def test_other_adapters(changes, message, tmp_path):
         lora.load(tmp_path, PARAMS)
 
 
+def test_incomplete_and_surplus_parts(tmp_path):
+    lora.save(make(), tmp_path)
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors = safetensors.read(weights)
+    safetensors.write(weights, {**tensors, "base_model.model.attention.out.lora_B.bias": np.zeros(3, np.float32)}, {})
+    with pytest.raises(ValueError, match=r"attention\.out\.lora_B\.bias is not part of a plain LoRA adapter"):
+        lora.load(tmp_path, PARAMS)
+    safetensors.write(weights, {}, {})
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has no tensors"):
+        lora.load(tmp_path, PARAMS)
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    with pytest.raises(ValueError, match=r"adapter_config\.json must have r and lora_alpha, lora_alpha is missing"):
+        lora.load(tmp_path, PARAMS)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
+        lora.load(tmp_path, PARAMS)
+
+
 def test_missing_files_and_names(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*adapter_config\.json"):
         lora.load(tmp_path, PARAMS)

@@ -125,6 +125,7 @@ def test_transplants():
     expected = jax.tree.map(lambda m, t, i: np.where(m, t, i), ticket.mask, TUNED, INITIAL)
     jax.tree.map(np.testing.assert_array_equal, made, expected)
     jax.tree.map(np.testing.assert_array_equal, transplant(INITIAL, TUNED, ticket), expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(transplant)(INITIAL, TUNED, ticket), expected)
 
 
 def test_only_the_ticket_is_trained():
@@ -156,8 +157,10 @@ def test_only_the_ticket_is_trained():
     [
         ({}, "exactly one of threshold, keep and dimensions must be given"),
         ({"keep": 0.1, "threshold": 0.1}, "exactly one of"),
-        ({"threshold": -1.0}, "threshold must not be negative, got -1.0"),
-        ({"threshold": float("nan")}, "threshold must not be negative, got nan"),
+        ({"threshold": -1.0}, "threshold must be a number of at least 0, got -1.0"),
+        ({"threshold": float("nan")}, "threshold must be a number of at least 0, got nan"),
+        ({"keep": "1"}, "keep must be a number of at least 0, got '1'"),
+        ({"dimensions": float("inf")}, "dimensions must be a number of rows or columns, got inf"),
         ({"keep": 1.5}, r"keep must be a count up to 170, or a fraction in \[0, 1\], got 1.5"),
         ({"keep": 1000}, "keep must be a count up to 170"),
         ({"keep": -1}, "got -1"),
@@ -171,7 +174,27 @@ def test_bad_settings(settings, message):
         dominant_ticket(INITIAL, TUNED, **settings)
 
 
+def test_masks_and_params_that_do_not_fit():
+    initial, tuned, mask = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, {"w": jnp.array([True, False])}
+    for bad, message in (
+        ({"w": jnp.array([0.5, 0.0])}, "mask must be a tree of bool arrays"),
+        ({"w": mask["w"][:1]}, "of its shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transplant(initial, tuned, bad)
+        with pytest.raises(ValueError, match=message):
+            masked_changes(optax.sgd(0.1), bad, initial)
+    with pytest.raises(ValueError, match="tuned must have the leaves of initial"):
+        transplant(initial, {"v": jnp.ones(2)}, mask)
+    tx = masked_changes(optax.sgd(0.1), mask, initial)
+    for params, message in (({"v": jnp.ones(2)}, "'v' .* got nothing"), ({"w": jnp.ones(3)}, r"got the shape \(2,\)")):
+        with pytest.raises(ValueError, match=message):
+            tx.update(params, tx.init(params), params)
+
+
 def test_bad_trees():
+    with pytest.raises(ValueError, match=r"initial must have weights, got \{\}"):
+        dominant_ticket({}, {}, keep=0)
     with pytest.raises(
         ValueError, match=r"tuned must have the leaves of initial, \{'w': \(2,\)\}, got \{'w': \(3,\)\}"
     ):

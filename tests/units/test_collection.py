@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import pytest
 
 import cbp_jax
-from cbp_jax.units import LeftOutKind
+from cbp_jax import lora
+from cbp_jax.units import LeftOutKind, NoUnits
 
 
 def found():
@@ -66,3 +67,14 @@ def test_long_cells_of_the_table_are_cut():
 
     table = str(cbp_jax.discover_units(apply_fn, width, jnp.ones((1, 3))))
     assert "0, 1, ... (5 in all)" in table
+
+
+def test_a_network_without_kernels_has_no_units():
+    with pytest.raises(NoUnits, match="it applies no kernel"):
+        cbp_jax.discover_units(lambda params, x: x, {}, jnp.ones((2, 3)))
+    table = {"embedding": jnp.ones((5, 3)), "out": {"kernel": jnp.ones((3, 2))}}
+    adapter = lora.init(table, 0, rank=1, target_modules="embedding")
+    with pytest.raises(NoUnits, match="no units can be replaced"):
+        cbp_jax.discover_units(
+            lambda a, x: lora.apply(table, a)["embedding"][x] @ table["out"]["kernel"], adapter, jnp.arange(3)
+        )
