@@ -22,8 +22,8 @@ def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, n
 
     Returns:
       for each sequence, [...]: "average", the mean of the last row; "forgetting", the mean over all but the last task
-      of its best minus its final accuracy; "transfer", the mean over all but the first task of its accuracy right after
-      learning it minus that of learning it alone. NaN if there are no values.
+      of its best accuracy before the last task minus its final one; "transfer", the mean over all but the first task of
+      its accuracy right after learning it minus that of learning it alone. NaN if there are no values.
 
     Example:
       >>> found = scores(np.array([[0.9, np.nan], [0.6, 0.8]]), np.array([0.9, 0.7]))
@@ -37,7 +37,7 @@ def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, n
         last = accuracy[..., -1, :-1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # for sequences that have not begun
-            found["forgetting"] = (np.nanmax(accuracy[..., :, :-1], -2) - last).mean(-1)
+            found["forgetting"] = (np.nanmax(accuracy[..., :-1, :-1], -2) - last).mean(-1)
         if alone is not None:
             found["transfer"] = (np.diagonal(accuracy, axis1=-2, axis2=-1) - alone)[..., 1:].mean(-1)
     return found

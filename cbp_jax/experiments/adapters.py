@@ -8,13 +8,14 @@ Every task is tested after every later one. With a_ij the accuracy on task j aft
 table has
 
     average accuracy     the mean of a_Tj over all tasks j
-    forgetting           the mean of max_i a_ij - a_Tj over all but the last
+    forgetting           the mean of max_i a_ij - a_Tj over all but the last, with i < T
     forward transfer     the mean of a_jj - b_j over all but the first, with b_j that of an adapter for the task alone
 
-(Lopez-Paz & Ranzato 2017; Chaudhry et al. 2018), where b_j are those of the method "per_task" with the same head. For a
-task's change of the adapted kernels it has the effective rank, the fraction of negligible entries, the overlap of the
-input subspaces of two tasks' changes, and collisions: the number of weights among the largest changes of both tasks,
-divided by the number expected by chance, so that 1 is chance.
+where b_j are those of the method "per_task" with the same head. Forgetting is that of Chaudhry et al. 2018, negative if
+tasks become better, and forward transfer the opposite of their intransigence. For a task's change of the adapted
+kernels it has the effective rank, the fraction of negligible entries, the overlap of the input subspaces of two tasks'
+changes, and collisions: the number of weights among the largest changes of both tasks, divided by the number expected
+by chance, so that 1 is chance.
 """
 
 import dataclasses

@@ -225,6 +225,7 @@ def test_scores():
     found = scores(accuracy, np.array([0.9, 0.9, 0.8]))
     assert found["average"] == pytest.approx(2.2 / 3) and found["forgetting"] == pytest.approx((0.3 + 0.1) / 2)
     assert found["transfer"] == pytest.approx((-0.1 + 0.1) / 2)
+    assert scores(np.array([[0.5, np.nan], [0.6, 0.8]]))["forgetting"] == pytest.approx(-0.1)  # it became better
     assert np.isnan(scores(np.array([[0.9]]))["forgetting"]) and np.isnan(scores(accuracy)["transfer"])
 
 
@@ -241,7 +242,9 @@ def test_methods():
 def test_presets_compare_methods_with_own_and_with_shared_heads(name):
     methods = read_methods(preset(name).methods)
     shared = {label.partition("(")[0] for label, method in methods.items() if method.head == "shared"}
-    assert shared == {"sequential", "per_task", "o_lora", "replay", "joint"} and set(METHODS) <= set(methods)
+    assert shared == {"sequential", "per_task", "per_task_l1", "o_lora", "full", "replay", "joint"} and set(
+        METHODS
+    ) <= set(methods)
 
 
 def test_transfer_is_relative_to_a_task_alone_with_the_same_head(keywords):
@@ -354,7 +357,7 @@ def test_all_methods_at_smoke_size(tmp_path):
         ({"collision_density": 0.0}, r"collision_density must be in \(0, 1\], got 0.0"),
         ({"target_modules": ()}, "target_modules must be one pattern or more, got none"),
         ({"batch_size": 1}, "method 'joint': batch_size must be at least the number of tasks, 2"),
-        ({"seeds": 99_999_999_999}, "seeds=199999999998 with 14 methods make results of"),
+        ({"seeds": 99_999_999_999}, "seeds=199999999998 with 16 methods make results of"),
     ],
 )
 def test_bad_settings(changes, message, tmp_path):
