@@ -10,7 +10,7 @@ over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`
 Two lower bounds use the speed of the machine, measured at the start. `bytes` is the time to read and write each weight
 of all seeds once, in place, at the speed of a large array; with weights that fit into a cache, steps can be faster.
 `flops` is the time of six operations for each weight and example, at the speed of a large float32 matrix product.
-`1 seed` is the time of a step of all seeds divided by that of one seed.
+`growth` is the time of the first learner's step divided by that with the first number of seeds given.
 """
 
 import argparse
@@ -132,23 +132,23 @@ def main():
     print(
         f"{'width':>5} {'batch':>5} {'seeds':>5} {'bytes':>9} {'flops':>9} "
         + " ".join(f"{name:>9}" for name in names)
-        + f" {'1 seed':>7}"
+        + f" {'growth':>7}"
     )
     for width in args.widths:
         for batch in args.batches:
-            alone = None
+            first = None
             for seeds in args.seeds:
                 weights = seeds * weights_of(width)
                 steps = max(5, min(2000, int(args.work / weights)))
                 runs = {name: runner(name, width, batch, seeds, steps) for name in names}
                 seconds = interleaved(runs, args.rounds)
                 found = [statistics.median(seconds[name]) / steps * 1e6 for name in names]
-                alone = alone or found[0] / seeds * args.seeds[0]
+                first = first or found[0]
                 bounds = 8 * weights / bandwidth * 1e6, 6 * weights * batch / flops * 1e6
                 print(
                     f"{width:5} {batch:5} {seeds:5} "
                     + " ".join(f"{value:9.1f}" for value in (*bounds, *found))
-                    + f" {found[0] / alone:7.2f}",
+                    + f" {found[0] / first:7.2f}",
                     flush=True,
                 )
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 #: The coordinate [method, seed] of results in which lanes diverged: the task, or NaN for lanes that did not diverge.
 COORDINATE = "diverged"
-_LOSSES = ("loss", "policy_loss", "value_loss")
+_LOSSES = ("loss", "policy_loss", "value_loss", "td_error")
 
 
 def mark_diverged(

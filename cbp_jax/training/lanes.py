@@ -43,7 +43,8 @@ class Lanes:
     Args:
       count: number of lanes.
       mode: "vmap", "map" (in turn), or "auto", which is "map" on a CPU and "vmap" elsewhere.
-      devices: the devices to use, by default all of this process, as many as there are lanes.
+      devices: the devices to use, by default all of this process, as many as there are lanes; with "vmap" on a CPU only
+        one, because batched decompositions on several host devices wait for each other forever.
       at_once: the most lanes that are on the devices at once, by default all. The others wait in the host's memory, and
         every call moves them there and back.
 
@@ -72,9 +73,12 @@ class Lanes:
         if at_once is not None and at_once < 1:
             raise ValueError(f"at_once must be at least 1, got {at_once}")
         at_once = min(at_once or count, count)
-        devices = list(jax.local_devices() if devices is None else devices)[:at_once]
+        on_cpu = (jax.local_devices() if devices is None else devices)[0].platform == "cpu"
+        self.mode = mode if mode != "auto" else "map" if on_cpu else "vmap"
+        if devices is None:
+            devices = jax.local_devices()[: 1 if on_cpu and self.mode == "vmap" else None]
+        devices = list(devices)[:at_once]
         self.count = count
-        self.mode = mode if mode != "auto" else "map" if devices[0].platform == "cpu" else "vmap"
         self.mesh = jax.sharding.Mesh(np.asarray(devices), ("lane",))
         self._waiting = at_once < count
         # The lanes of one call; not a `lax.map` over all, as XLA runs the insides of loops on one thread. Batches are

@@ -119,7 +119,7 @@ def check_two_devices():
     for count in (1, 3):
         for mode in MODES:
             one, _ = run(Lanes(count, mode, [first]), *arguments(count))
-            lanes = Lanes(count, mode)
+            lanes = Lanes(count, mode, jax.devices())
             two, out = run(lanes, *arguments(count))
             assert_same(one, two)
             assert two["noise"].shape == (count,)
@@ -132,8 +132,18 @@ def check_two_devices():
     # The padding lane repeats the last one, so that it has no settings that the user did not give.
     filled = [np.asarray(chunk).tolist() for chunk in Lanes(3, "map").scatter(jnp.array([5.0, 6.0, 7.0]))]
     assert filled == [[5.0, 6.0], [7.0, 7.0]]
-    assert [len(chunk) for chunk in Lanes(7, "vmap", at_once=3).scatter(jnp.arange(7.0))] == [2, 2, 2, 2]
-    assert_same(run(Lanes(7, "vmap", at_once=3), *arguments(7))[0], run(Lanes(7, "vmap"), *arguments(7))[0])
+    assert [len(chunk) for chunk in Lanes(7, "vmap", jax.devices(), at_once=3).scatter(jnp.arange(7.0))] == [2, 2, 2, 2]
+    assert_same(
+        run(Lanes(7, "vmap", jax.devices(), at_once=3), *arguments(7))[0],
+        run(Lanes(7, "vmap", jax.devices()), *arguments(7))[0],
+    )
+    # On several host devices, batches of decompositions wait for each other.
+    assert Lanes(3, "vmap").mesh.size == 1 and Lanes(3, "map").mesh.size == 2
+    lanes = Lanes(4, "vmap")
+    values = lanes.jit(lambda _, lane: jnp.linalg.svd(lane, compute_uv=False))(
+        lanes.share(0), lanes.scatter(np.ones((4, 60, 60), np.float32))
+    )
+    assert lanes.gather(values).shape == (4, 60)
     everywhere = Lanes(3).share(jnp.arange(5))
     assert {shard.data.shape for shard in everywhere.addressable_shards} == {(5,)}
     assert len(everywhere.addressable_shards) == 2
