@@ -1,5 +1,6 @@
 """Table and pictures of `continual_lora`."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,9 +102,11 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     tasks = [str(number + 1) for number in range(results.sizes["task"])]
     panels = {}
     for method in results.method.values.tolist():
-        short = method.replace("(head=shared", "(shared")  # as wide as its panel
+        # As wide as its panel: values of settings without their names, and two lines if needed.
+        short = re.sub(r"(?<=[( ])\w+=", "", method)
+        short = short if len(short) <= 20 else short.replace("(", "\n(")
         panels[short] = 100 * _accuracy(results, method).mean((0, 1))
     note = "Accuracy (%) on each task (column) after each task (row), by position in the sequence"
-    if any("(shared" in title for title in panels):
+    if any("shared)" in title for title in panels):
         note += "; shared: one head over all classes"
     return heat_maps(panels, tasks, tasks, note, "continual_lora", out, formats, digits=0)

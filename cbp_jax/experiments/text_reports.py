@@ -246,7 +246,8 @@ def heat_maps(
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     with style_of_pictures():
-        figure = Figure(figsize=(COLUMN, (0.14 * len(rows) + 0.3) * down + 0.3), layout="constrained")
+        lines = 1 + any("\n" in title for title in panels)
+        figure = Figure(figsize=(COLUMN, (0.14 * len(rows) + 0.2 + 0.1 * lines) * down + 0.3), layout="constrained")
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         finite = np.concatenate([panel[np.isfinite(panel)] for panel in panels.values()] or [np.zeros(0)])
         low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)

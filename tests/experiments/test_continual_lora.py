@@ -299,7 +299,8 @@ def test_table_and_picture(keywords, tmp_path):
 
 def test_titles_of_the_picture_fit_their_panels(keywords, tmp_path, monkeypatch):
     _, results, _, _ = keywords
-    labels = [f"{name}(head=shared)" for name in ("sequential", "per_task", "o_lora", "replay", "joint")]
+    labels = [f"{name}(head=shared)" for name in ("sequential", "per_task", "o_lora", "joint")]
+    labels.insert(1, "per_task_l1(l1=0.0001, head=shared)")
     figures = []
     monkeypatch.setattr(text_reports, "save_figures", lambda drawn, *_: figures.extend(drawn.values()) or [])
     continual_lora.plot(results.assign_coords(method=labels), tmp_path)
