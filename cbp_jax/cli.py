@@ -140,7 +140,7 @@ def _plot(argv: list[str]) -> None:
     if args.out is None and len(args.run_dir) > 1:
         raise ValueError("--out must name a folder for the results of several runs")
     out = args.out or (first if first.is_dir() else first.parent)
-    results = report.join_results([report.load_results(path) for path in args.run_dir])
+    results = report.compare_results([report.load_results(path) for path in args.run_dir])
     if len(args.run_dir) > 1:
         print(f"results: {report.save_results(results, out)}")
     cli_show.show(results, out, tuple(args.formats), measures=args.measures)

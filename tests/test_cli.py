@@ -186,9 +186,21 @@ def test_plot_joins_runs_of_other_seeds(finished, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"results: {pictures / 'results.nc'}")
     assert load_results(pictures).seed.values.tolist() == [0, 1, 7, 8]
     assert "--out must name a folder" in refused_in_one_line(capsys, "plot", str(out), str(tmp_path / "more"))
-    assert "('bp(step_size=0.02)', 0) twice" in refused_in_one_line(
+    assert "'bp(step_size=0.02)', seed 0 twice" in refused_in_one_line(
         capsys, "plot", str(out), str(out), "--out", str(pictures)
     )
+
+
+def test_plot_compares_runs_with_other_settings(finished, tmp_path, capsys):
+    out, _ = finished
+    other = load_results(out)
+    settings = json.loads(other.attrs["settings"])
+    report.save_results(other.assign_attrs(settings=json.dumps({**settings, "hidden": [9]})), tmp_path / "other")
+    assert cli.main(["plot", str(out), str(tmp_path / "other"), "--out", str(tmp_path / "both")]) == 0
+    joined = load_results(tmp_path / "both")
+    labels = ["bp(step_size=0.02, hidden=5 4)", "bp(step_size=0.02, hidden=9)"]
+    assert joined.method.values.tolist() == labels and "hidden" not in json.loads(joined.attrs["settings"])
+    assert all(label in capsys.readouterr().out for label in labels[:1])
 
 
 def test_data_prepare_says_what_it_made(data_dir, capsys):

@@ -8,7 +8,7 @@ from cbp_jax.report.comparisons import Estimate, comparison_table, estimate, pai
 from cbp_jax.report.divergence import diverged_tasks, mark_diverged
 from cbp_jax.report.drawing import save_figures
 from cbp_jax.report.grids import plot_grid, sensitivity
-from cbp_jax.report.joining import join_results
+from cbp_jax.report.joining import compare_results, join_results
 from cbp_jax.report.measures import VALIDATION_MEASURES, stream_measures
 from cbp_jax.report.network import plot_units
 from cbp_jax.report.plots import best_variants, plot_run, plot_tasks, plot_updates
@@ -26,6 +26,7 @@ __all__ = [
     "benchmark_table",
     "best_variants",
     "blocks_of_tasks",
+    "compare_results",
     "comparison_table",
     "diverged_tasks",
     "estimate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,60 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+# Which runs there are, and how they are run, but not what one of them does.
+_OF_THE_WHOLE = {"seeds", "first_seed", "methods", "method", "lanes", "lanes_at_once", "data_dir"}
+
+
+def compare_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Join results of runs that may differ in their settings, which then are part of the names of their methods.
+
+    Args:
+      parts: as for :func:`join_results`; they may also have the same methods and seeds.
+
+    Returns:
+      the joined dataset. If settings differ, a method "bp" is called "bp(hidden=20 20)".
+
+    Raises:
+      ValueError: two parts have the same method and seed and do not differ in settings; see also :func:`join_results`.
+
+    Example:
+      >>> from cbp_jax.report import new_results
+      >>> run = lambda **settings: new_results(
+      ...   ["bp"], ["bp"], [{}], seeds=[0], tasks=1, settings=settings, experiment="mine"
+      ... )
+      >>> compare_results([run(hidden=[5, 5]), run(hidden=[20, 20])]).method.values.tolist()
+      ['bp(hidden=5 5)', 'bp(hidden=20 20)']
+    """
+    settings = [_settings_of(part) for part in parts]
+    differing = _differing(settings)
+    if not differing:
+        return join_results(parts)
+    named = []
+    for part, own in zip(parts, settings, strict=True):
+        words = ", ".join(f"{name}={_written(own.get(name))}" for name in differing)
+        labels = [
+            f"{method[:-1]}, {words})" if method.endswith(")") else f"{method}({words})"
+            for method in part.method.values.tolist()
+        ]
+        named.append(part.assign_coords(method=labels))
+    return join_results(named)
+
+
+def _settings_of(part: xr.Dataset) -> dict[str, object]:
+    found = json.loads(part.attrs.get("settings", "{}"))
+    return {name: value for name, value in found.items() if name not in _OF_THE_WHOLE}
+
+
+def _differing(settings: Sequence[dict[str, object]]) -> list[str]:
+    """Return the names of the settings that are not the same in all parts."""
+    names = dict.fromkeys(name for own in settings for name in own)
+    return [name for name in names if any(own.get(name) != settings[0].get(name) for own in settings)]
+
+
+def _written(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     """Join results of one experiment with different seeds or methods.
 
@@ -23,10 +78,12 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
 
     Returns:
       the joined dataset; NaN if a method was not run with a seed. Its attributes are those of the first part, except
-      that the times of methods are added, and that the commit names those of all parts, separated by commas.
+      that the times of methods are added, that the commit names those of all parts, separated by commas, and that
+      settings are those that all parts have in common, with the seeds and methods of all.
 
     Raises:
-      ValueError: there are no parts, they are of several experiments, or two have the same method and seed.
+      ValueError: there are no parts, they are of several experiments, two have the same method and seed, or the same
+        method with different settings.
 
     Example:
       >>> from cbp_jax.report import new_results
@@ -46,8 +103,16 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     for part in parts:
         runs = {(method, seed) for method in part.method.values.tolist() for seed in part.seed.values.tolist()}
         if runs & seen:
-            raise ValueError(f"parts must have different methods or seeds, got {min(runs & seen)} twice")
+            method, seed = min(runs & seen)
+            raise ValueError(f"runs must have different methods, seeds or settings, got {method!r}, seed {seed} twice")
         seen |= runs
+    for method in dict.fromkeys(method for method, _ in sorted(seen)):
+        settings = [_settings_of(part) for part in parts if method in part.method.values]
+        for name in _differing(settings):
+            raise ValueError(
+                f"runs of a method must have the same settings, got {method!r} with {name}="
+                f"{' and '.join(dict.fromkeys(_written(own.get(name)) for own in settings))}"
+            )
     of_methods = {name for part in parts for name in part.coords if part[name].dims == ("method",) and name != "method"}
     columns = {name: {} for name in of_methods}
     for part in parts:
@@ -60,12 +125,26 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     joined.attrs = dict(parts[0].attrs)
     if commits := [commit for part in parts if (commit := part.attrs.get("commit"))]:
         joined.attrs["commit"] = ", ".join(dict.fromkeys(commits))
+    if "settings" in joined.attrs:
+        joined.attrs["settings"] = json.dumps(_joined_settings(parts, joined.seed.values.tolist()), sort_keys=True)
     for part in parts[1:]:
         for method, seconds in records.seconds_of(part).items():
             records.add_seconds(joined, [method], seconds)
     return joined.assign_coords(
         {name: ("method", [values.get(method, np.nan) for method in methods]) for name, values in columns.items()}
     )
+
+
+def _joined_settings(parts: Sequence[xr.Dataset], seeds: list[int]) -> dict[str, object]:
+    """Return the settings that all parts have, with the seeds and methods of all."""
+    every = [json.loads(part.attrs["settings"]) for part in parts]
+    found = {name: value for name, value in every[0].items() if all(own.get(name) == value for own in every)}
+    for name, value in (("seeds", len(seeds)), ("first_seed", seeds[0])):
+        if name in every[0]:
+            found[name] = value
+    if "methods" in every[0]:
+        found["methods"] = list(dict.fromkeys(method for own in every for method in own["methods"]))
+    return found
 
 
 def with_parts(results: xr.Dataset, parts: Sequence[xr.Dataset], run_dir: Path) -> xr.Dataset:

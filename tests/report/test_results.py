@@ -257,6 +257,15 @@ def test_joined_results_name_the_commits_of_all_parts():
     assert join_results(parts).attrs["commit"] == "a, b"
 
 
+def test_joined_settings_have_the_seeds_and_methods_of_all_parts():
+    settings = [{"seeds": 1, "first_seed": seed, "methods": ["bp"], "tasks": 2} for seed in (3, 4)]
+    joined = join_results([small(seeds=[own["first_seed"]], settings=own) for own in settings])
+    assert json.loads(joined.attrs["settings"]) == {"seeds": 2, "first_seed": 3, "methods": ["bp"], "tasks": 2}
+    settings[1]["tasks"] = 9
+    with pytest.raises(ValueError, match="must have the same settings, got 'bp' with tasks=2 and 9"):
+        join_results([small(seeds=[own["first_seed"]], settings=own) for own in settings])
+
+
 def test_long_names_of_methods_survive_being_joined_to_loaded_short_ones(tmp_path):
     names = ["bp", "cbp(replacement_rate=1e-05)"]
     parts = [small(methods=[name], learners=[name[:3]], hyperparameters=[{}], tasks=1) for name in names]
@@ -268,7 +277,7 @@ def test_long_names_of_methods_survive_being_joined_to_loaded_short_ones(tmp_pat
 def test_incompatible_results_are_not_joined():
     with pytest.raises(ValueError, match="parts must be results, got none"):
         join_results([])
-    with pytest.raises(ValueError, match=r"different methods or seeds, got \('bp', 5\) twice"):
+    with pytest.raises(ValueError, match=r"different methods, seeds or settings, got 'bp', seed 5 twice"):
         join_results([small(), small(seeds=[5, 7])])
     with pytest.raises(ValueError, match=r"of one experiment, got \['online_permuted', 'other'\]"):
         join_results([small(), small(seeds=[7], experiment="other")])
