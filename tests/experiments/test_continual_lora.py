@@ -342,12 +342,6 @@ def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_pa
     assert asked[:4] == ["sequential", "per_task", "added", "added"] and results.equals(whole)
 
 
-@pytest.mark.slow
-def test_all_methods_at_smoke_size(tmp_path):
-    results = run(preset("smoke"), tmp_path)
-    assert np.isfinite(results.loss).all()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

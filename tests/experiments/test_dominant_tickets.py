@@ -181,11 +181,6 @@ def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_pa
     assert results.equals(whole)
 
 
-@pytest.mark.slow
-def test_the_whole_preset_at_smoke_size(tmp_path):
-    assert np.isfinite(run(preset("smoke"), tmp_path).accuracy).all()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
