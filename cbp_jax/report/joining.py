@@ -108,11 +108,10 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
         seen |= runs
     for method in dict.fromkeys(method for method, _ in sorted(seen)):
         settings = [_settings_of(part) for part in parts if method in part.method.values]
-        for name in _differing(settings):
-            raise ValueError(
-                f"runs of a method must have the same settings, got {method!r} with {name}="
-                f"{' and '.join(dict.fromkeys(_written(own.get(name)) for own in settings))}"
-            )
+        if differing := _differing(settings):
+            name = differing[0]
+            values = " and ".join(dict.fromkeys(_written(own.get(name)) for own in settings))
+            raise ValueError(f"runs of a method must have the same settings, got {method!r} with {name}={values}")
     of_methods = {name for part in parts for name in part.coords if part[name].dims == ("method",) and name != "method"}
     columns = {name: {} for name in of_methods}
     for part in parts:

@@ -132,7 +132,7 @@ def transplant(initial: optax.Params, tuned: optax.Params, mask: Any) -> optax.P
     """
     mask = mask_of(mask)
     check_mask(mask, initial)
-    check_leaves("tuned", tuned, initial)
+    _check_leaves("tuned", tuned, initial)
     return jax.tree.map(jnp.where, mask, tuned, initial)
 
 
@@ -197,7 +197,7 @@ def mask_of(mask: Any) -> Any:
     return mask.mask if isinstance(mask, Ticket) else mask
 
 
-def check_leaves(name: str, tree: Any, initial: optax.Params) -> None:
+def _check_leaves(name: str, tree: Any, initial: optax.Params) -> None:
     """Raise unless a tree has the paths and shapes of the initial params."""
     shapes = [{path: jnp.shape(leaf) for path, leaf in leaves_by_path(one).items()} for one in (initial, tree)]
     if shapes[0] != shapes[1]:
@@ -214,7 +214,7 @@ def _check_number(name: str, value: Any, whole: bool) -> None:
 
 def _changes(initial: optax.Params, tuned: optax.Params) -> dict[str, np.ndarray]:
     """Return absolute changes by path, on the host, in float32 or wider."""
-    check_leaves("tuned", tuned, initial)
+    _check_leaves("tuned", tuned, initial)
     before, after = leaves_by_path(initial), leaves_by_path(tuned)
     if not sum(np.size(leaf) for leaf in before.values()):
         raise ValueError(f"initial must have weights, got {initial!r}")

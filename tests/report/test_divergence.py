@@ -53,6 +53,13 @@ def test_lanes_are_marked_once_and_kept_in_the_file(tmp_path):
     assert np.isnan(diverged_tasks(healthy, SICK)).all()
 
 
+def test_the_td_error_of_agents_is_a_loss():
+    measures = {"td_error": "mean absolute TD error"}
+    results = new_results(["obgd"], ["obgd"], [{}], seeds=2, tasks=3, settings={}, experiment="toy", measures=measures)
+    record_task(results, 1, {"td_error": [[0.5, np.nan]]})
+    assert mark_diverged(results, 1) == [("obgd", 1)]
+
+
 def test_statistics_leave_out_diverged_lanes_and_say_how_many():
     results, _ = sick_results()
     seeds, tasks = finished_tasks(results, SICK)
