@@ -154,12 +154,14 @@ def job(settings: Settings) -> Job:
         empty = _empty_results(settings, labels, orders, prepared.name)
         with one_blas_thread(), folder.opened(empty, Path(out)) as results:
             report.save_results(results, out)
-            trials = Trials(settings, prepared, orders)
+            trials = None
             for label, method in methods.items():
                 if results.loss.loc[{"method": label}].notnull().all():
                     if progress is not None:
                         progress(label, len(orders) * settings.seeds * count, {})
                     continue
+                lap = report.records.stopwatch(results, [label])
+                trials = trials or Trials(settings, prepared, orders)
                 for task, measured in enumerate(trials.run(method)):
                     for name, values in measured.items():
                         where = {"method": label, "task": task}
@@ -169,6 +171,7 @@ def job(settings: Settings) -> Job:
                             row = results[name].loc[where].values
                             row[..., : values.shape[-1]] = values
                             results[name].loc[where] = row
+                    lap()
                     report.save_results(results, out)
                     if progress is not None:
                         shown = {

@@ -138,14 +138,17 @@ def job(settings: Settings) -> Job:
         empty = _empty_results(settings, methods, prepared.name)
         with one_blas_thread(), folder.opened(empty, Path(out)) as results:
             report.save_results(results, out)
-            trials = Trials(settings, prepared)
+            trials = None
             for method, strength in zip(methods, (None, *settings.strengths), strict=True):
                 if results.accuracy.loc[{"method": method}].notnull().all():
                     if progress is not None:
                         progress(method, settings.seeds * len(settings.tasks), {})
                     continue
+                lap = report.records.stopwatch(results, [method])
+                trials = trials or Trials(settings, prepared)
                 for task, measured in enumerate(trials.run(strength)):
                     _record(results, method, task, measured)
+                    lap()
                     report.save_results(results, out)
                     if progress is not None:
                         shown = {name: float(np.mean(measured[name])) for name in MEASURES if name in measured}

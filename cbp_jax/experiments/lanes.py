@@ -260,17 +260,14 @@ def _run_lanes(
     from cbp_jax import report
 
     results, lanes = kept.results, checkpoint.lanes
-    labels = list(dict.fromkeys(label for label, _ in lanes))
-    report.records.resume(results)
-    saved = since = time.monotonic()
+    lap = report.records.stopwatch(results, list(dict.fromkeys(label for label, _ in lanes)))
+    saved = time.monotonic()
     rows_of_tasks = train(*arguments_of(group, lanes), checkpoint, at_once)
     for task, measured in enumerate(rows_of_tasks, start=checkpoint.tasks):
         report.record_lanes(results, task, measured, lanes)
-        now = time.monotonic()
-        report.records.add_seconds(results, labels, now - since)
-        since = now
+        lap()
         diverged = report.mark_diverged(results, task, lanes=lanes)
-        if now - saved > SAVE_EVERY:
+        if time.monotonic() - saved > SAVE_EVERY:
             kept.save()
             saved = time.monotonic()
         if task >= told:

@@ -398,6 +398,7 @@ def _run(
         progress(label, lanes * (settings.rounds + 1 if complete else checkpoint.tasks), {})
     if complete:
         return
+    lap = report.records.stopwatch(results, plan.kinds)
     rounds = training.run_lanes(
         lambda seed, numbers: ticket_rounds.start(plan, seed),
         functools.partial(ticket_rounds.go_on, plan),
@@ -412,6 +413,7 @@ def _run(
         report.record_task(results, number, {name: measured[name].T for name in MEASURES})
         for name in CURVES:
             results[name].values[:, :, number] = np.swapaxes(measured[name], 0, 1)
+        lap()
         if progress is not None:
             means = {"accuracy": float(measured["test_accuracy"].mean()), "density": float(measured["density"].mean())}
             progress(label, lanes, means)

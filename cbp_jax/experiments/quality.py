@@ -178,10 +178,11 @@ def _run_activation(
         if progress is not None:
             progress(activation, settings.seeds * results.sizes["task"], {})
         return
-    saved = time.monotonic()
+    saved, lap = time.monotonic(), report.records.stopwatch(results, [activation])
     for task, (loss, correlation) in enumerate(_measurements(settings, activation)):
         report.record_task(results, task, {"loss": loss[None]}, methods=[activation])
         results.correlation.loc[{"method": activation, "task": task}] = correlation.transpose(1, 2, 3, 0)
+        lap()
         if time.monotonic() - saved > _SAVE_EVERY:
             report.save_results(results, out)
             saved = time.monotonic()

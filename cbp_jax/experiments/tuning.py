@@ -8,7 +8,7 @@ comparison's folder. They can be interrupted and resumed, and so can the compari
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,21 +169,29 @@ class Plan:
         def job(out: Path, progress: Progress | None = None) -> Any:
             out = Path(out)
             with folder.opened(self._empty_results(name, settings, tried), out) as results:
+                done, tasks = report.runs.tasks_done(results)
+                if done < tasks:
+                    report.records.resume(results)
                 report.save_results(results, out)
                 tuned = search(out / TUNING, progress)
                 chosen = choose(results, tried, tuned)
                 results = with_choice(results, chosen)
+                record_seconds(results, (tried, tuned))
                 report.save_results(results, out)
                 run = self.experiment.prepare(_with_methods(self.reporting, chosen.values()))
+
+                def take(reported: Any) -> None:
+                    self._take(results, chosen, reported)
+                    best = {lane: [method] for lane, method in chosen.items()}
+                    record_seconds(results, (tried, tuned), (best, reported))
+                    report.save_results(results, out)
+
                 try:
-                    reported = run(out / REPORTED, progress)
+                    take(run(out / REPORTED, progress))
                 except KeyboardInterrupt:  # so that finished results can be seen
                     if (out / REPORTED / report.storage.FILE_NAME).exists():
-                        self._take(results, chosen, report.load_results(out / REPORTED))
-                        report.save_results(results, out)
+                        take(report.load_results(out / REPORTED))
                     raise
-                self._take(results, chosen, reported)
-                report.save_results(results, out)
             return results
 
         return job
@@ -254,6 +262,22 @@ def choose(results: Any, tried: Mapping[str, list[Method]], tuned: Any) -> dict[
         )
         chosen[lane] = methods[int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
     return chosen
+
+
+def record_seconds(results: Any, *runs: tuple[Mapping[str, Sequence[Method]], Any]) -> None:
+    """Record the seconds of each lane, in place: the sum over its methods. Lanes with the same method share its time.
+
+    Args:
+      results: results of the comparison.
+      *runs: pairs of the methods by lane, and the results of their run.
+    """
+    from cbp_jax.report import records
+
+    results.attrs.pop("seconds", None)
+    for methods_of, run in runs:
+        for label, seconds in records.seconds_of(run).items():
+            lanes = [lane for lane, methods in methods_of.items() if label in _labels(methods).values()]
+            records.add_seconds(results, lanes, seconds)
 
 
 def with_choice(results: Any, chosen: Mapping[str, Method]) -> Any:

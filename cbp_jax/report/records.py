@@ -7,6 +7,8 @@ import json
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +79,29 @@ def resume(results: xr.Dataset) -> None:
         results.attrs["resumed"] = json.dumps([*entries, now])
 
 
-def add_seconds(results: xr.Dataset, methods: list[str], seconds: float) -> None:
+def stopwatch(results: xr.Dataset, methods: Sequence[str]) -> Callable[[], None]:
+    """Start to measure the time of methods that run together, and record if their run is resumed.
+
+    Args:
+      results: results of the run.
+      methods: labels of the methods.
+
+    Returns:
+      a function that adds to the methods' seconds, in place, the time since the start or its last call.
+    """
+    resume(results)
+    since = time.monotonic()
+
+    def lap() -> None:
+        nonlocal since
+        now = time.monotonic()
+        add_seconds(results, methods, now - since)
+        since = now
+
+    return lap
+
+
+def add_seconds(results: xr.Dataset, methods: Sequence[str], seconds: float) -> None:
     """Add to the time of methods, in place. Methods that run together get equal shares.
 
     Args:
@@ -87,7 +111,7 @@ def add_seconds(results: xr.Dataset, methods: list[str], seconds: float) -> None
     """
     kept = seconds_of(results)
     kept |= {method: kept.get(method, 0.0) + seconds / len(methods) for method in methods}
-    results.attrs["seconds"] = json.dumps({method: round(value, 3) for method, value in kept.items()})
+    results.attrs["seconds"] = json.dumps(kept)
 
 
 def seconds_of(results: xr.Dataset) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import optax
 import pytest
+from same_runs import same
 
 from cbp_jax import load_results, report
 from cbp_jax.experiments import online_permuted, stream, tuning
@@ -104,6 +105,19 @@ def test_all_tried_settings_are_recorded_and_diverged_ones_are_worst(finished):
     assert better.text == "bp:step_size=0.01"
 
 
+def test_the_seconds_of_a_lane_are_those_of_its_search_and_of_its_reported_run(finished):
+    results, out, _ = finished
+    of_lanes, seconds_of = report.records.seconds_of(results), report.records.seconds_of
+    searched, reported = (seconds_of(load_results(out / name)) for name in (tuning.TUNING, tuning.REPORTED))
+    l2 = [label for label in searched if label.startswith("l2")]
+    assert len(l2) == 3 and min(searched.values()) > 0
+    best = next(label for label in l2 if label in reported)
+    assert of_lanes["shrinking"] == pytest.approx(sum(searched[label] for label in l2) + reported[best])
+    # Two lanes share the time of a configuration that both try, and of the reported run of it.
+    assert set(of_lanes) == set(BEST) and min(of_lanes.values()) > 0
+    assert sum(of_lanes.values()) == pytest.approx(sum(searched.values()) + sum(reported.values()))
+
+
 @pytest.mark.parametrize("calls", [7, 10])
 def test_a_stopped_comparison_resumes_to_the_same_results(finished, tmp_path, calls):
     whole, _, told = finished
@@ -121,7 +135,7 @@ def test_a_stopped_comparison_resumes_to_the_same_results(finished, tmp_path, ca
     assert part.accuracy.isnull().any() and part.accuracy.notnull().any() == (calls > 9)
     again = []
     results = PLAN.prepare("mine", {"a": 1})(tmp_path / "run", lambda *args: again.append(args))
-    assert results.identical(whole) and sum(call[1] for call in again) == sum(call[1] for call in told)
+    assert same(results, whole) and sum(call[1] for call in again) == sum(call[1] for call in told)
     with pytest.raises(ValueError, match="a is 1 there and 2 now"):
         PLAN.prepare("mine", {"a": 2})(tmp_path / "run")
 

@@ -74,6 +74,9 @@ def test_seconds_are_shared_by_methods_that_run_together_and_add_up():
     records.add_seconds(more, ["a"], 1.0)
     assert records.seconds_of(join_results([results, more])) == {"a": 2.5, "b": 1.75}
     assert records.seconds_of(results) == {"a": 1.5, "b": 1.75}
+    for _ in range(1000):  # tasks shorter than a millisecond
+        records.add_seconds(more, ["c"], 1e-4)
+    assert records.seconds_of(more)["c"] == pytest.approx(0.1)
 
 
 def test_runs_below_a_folder_are_listed_with_state_and_headline(tmp_path):
