@@ -661,6 +661,10 @@ def test_a_log_has_a_line_for_each_task_and_method_and_reports_diverged_lanes(tm
     for line in tasks[::2]:
         expected = results.loss.loc[{"method": "bp", "task": line["task"]}].mean()
         assert line["loss"] == pytest.approx(float(expected), rel=1e-5) and line["time"].endswith("+00:00")
+    for line in tasks[1::2]:
+        sick = results.loc[{"method": line["method"], "task": line["task"]}]
+        left = sick.accuracy.values[~(sick.diverged.values <= line["task"])]
+        assert line["accuracy"] == (pytest.approx(float(left.mean()), rel=1e-5) if left.size else None)
     written = sorted(path.parent.name for path in (tmp_path / "tensorboard").rglob("events.*"))
     assert written == ["bp", "bp_step_size=1e+30"]
 

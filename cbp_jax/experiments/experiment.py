@@ -152,7 +152,7 @@ class Experiment:
           settings: what to run.
           out: folder for the results.
           progress: called after each task with the labels of the methods that ran, the number of lanes (methods times
-            seeds) that finished it, and mean measurements.
+            seeds) that finished it, and mean measurements of the lanes that have not diverged.
 
         Returns:
           the results, an `xarray.Dataset`; see `report.new_results`.

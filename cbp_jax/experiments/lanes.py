@@ -271,7 +271,8 @@ def _run_lanes(
             kept.save()
             saved = time.monotonic()
         if task >= told:
-            tell(progress, lanes, task, measured, diverged)
+            healthy = ~report.divergence.diverged_by(results, task, lanes)
+            tell(progress, lanes, task, measured, diverged, healthy)
         yield task
 
 

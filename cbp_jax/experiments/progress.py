@@ -8,7 +8,8 @@ import numpy as np
 
 from cbp_jax.training import Lane
 
-# Takes labels of the methods that ran, the number of lanes that finished a task, and means of the measures over lanes.
+# Takes labels of the methods that ran, the number of lanes that finished a task, and means of the measures over lanes
+# that have not diverged, in this task or an earlier one; NaN if all have.
 # A callback may also have the methods `task_done(method, task, means)`, called for each method separately,
 # `diverged(method, seed, task)`, called instead of a warning when the loss of a lane stops being finite, and
 # `note(text)`, called instead of other warnings. Tasks count from 0.
@@ -25,9 +26,19 @@ def tell(
     lanes: Sequence[Lane],
     task: int,
     measured: Mapping[str, np.ndarray],
-    diverged: Sequence[tuple[str, int]],
+    diverged: Sequence[Lane],
+    healthy: np.ndarray,
 ) -> None:
-    """Report a task that lanes have done, and the lanes that diverged in it."""
+    """Report a task that lanes have done.
+
+    Args:
+      progress: the callback.
+      lanes: the lanes.
+      task: the task.
+      measured: name of a measure -> array [lanes].
+      diverged: the lanes that diverged in this task.
+      healthy: bool [lanes], False for lanes that diverged in this task or an earlier one. Means leave them out.
+    """
     for method, seed in diverged:
         if hasattr(progress, "diverged"):
             progress.diverged(method, seed, task)
@@ -37,11 +48,8 @@ def tell(
         return
     if hasattr(progress, "task_done"):
         for label in dict.fromkeys(label for label, _ in lanes):
-            rows = [row for row, lane in enumerate(lanes) if lane[0] == label]
-            progress.task_done(
-                label, task, {name: _finite_mean(np.asarray(values)[rows]) for name, values in measured.items()}
-            )
-    progress(labels_of(lanes), len(lanes), {name: _finite_mean(values) for name, values in measured.items()})
+            progress.task_done(label, task, _means(measured, healthy & [method == label for method, _ in lanes]))
+    progress(labels_of(lanes), len(lanes), _means(measured, healthy))
 
 
 def note(progress: Progress | None, text: str) -> None:
@@ -57,7 +65,11 @@ def diverged_text(method: str, seed: int, task: int) -> str:
     return f"{method} diverged with seed {seed} in task {task + 1}: its loss is not finite; the other lanes continue"
 
 
-def _finite_mean(values: np.ndarray) -> float:
-    """Return the mean over the lanes with a finite value."""
-    finite = np.asarray(values)[np.isfinite(values)]
-    return float(np.mean(finite)) if finite.size else math.nan
+def _means(measured: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, float]:
+    """Return the mean of each measure over the chosen lanes with a finite value."""
+    means = {}
+    for name, values in measured.items():
+        values = np.asarray(values)[chosen]
+        finite = values[np.isfinite(values)]
+        means[name] = float(np.mean(finite)) if finite.size else math.nan
+    return means

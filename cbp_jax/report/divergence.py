@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cbp_jax.report.results import positions_of
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -77,6 +79,14 @@ def diverged_tasks(results: xr.Dataset, method: str) -> np.ndarray:
     if COORDINATE not in results.coords:
         return np.full(results.sizes["seed"], np.nan)
     return results[COORDINATE].loc[{"method": method}].values.astype(np.float64)
+
+
+def diverged_by(results: xr.Dataset, task: int, lanes: Sequence[tuple[str, int]]) -> np.ndarray:
+    """Return which lanes, methods with seeds, diverged in a task or an earlier one, bool [lanes]."""
+    if COORDINATE not in results.coords:
+        return np.zeros(len(lanes), bool)
+    since = results[COORDINATE].transpose("method", "seed").values[positions_of(results, lanes)]
+    return since <= task  # NaN is not
 
 
 def before_divergence(results: xr.Dataset, method: str, measure: str) -> np.ndarray:

@@ -204,7 +204,7 @@ class Listener(Calls):
         self.tasks, self.lost = [], []
 
     def task_done(self, method, task, means):
-        self.tasks.append((method, task, means["loss"]))
+        self.tasks.append((method, task, means))
 
     def diverged(self, method, seed, task):
         self.lost.append((method, seed, task))
@@ -222,7 +222,7 @@ def test_a_diverging_lane_is_reported_immediately_and_changes_no_other(tmp_path,
     expected = run(tmp_path / "healthy", None, healthy)
     for name, values in expected.data_vars.items():
         np.testing.assert_array_equal(results[name][0], values[0], err_msg=name)
-    of_first = [loss for method, _, loss in heard.tasks if method == "bp(step_size=0.1)"]
+    of_first = [means["loss"] for method, _, means in heard.tasks if method == "bp(step_size=0.1)"]
     np.testing.assert_allclose(of_first, expected.loss[0].mean("seed"), rtol=1e-6)
     assert heard.tasks[0][:2] == ("bp(step_size=0.1)", 0) and len(heard.tasks) == 6
     if mode == "map":  # with map, not even leaving the method out changes a bit
@@ -231,6 +231,43 @@ def test_a_diverging_lane_is_reported_immediately_and_changes_no_other(tmp_path,
             np.testing.assert_array_equal(results[name][0], values[0], err_msg=name)
     told = f"{bad}: 1 of 2 seeds diverged and are left out (seed 0 in task 1)"
     assert stream.summary(results).endswith(told)
+
+
+def test_means_leave_out_lanes_that_diverged_in_this_or_an_earlier_task(asked, tmp_path, monkeypatch):
+    healthy = training.run_tasks
+
+    def run_tasks(learner, problem, seeds, *args, checkpoint, **settings):
+        for task, measured in enumerate(healthy(learner, problem, seeds, *args, checkpoint=checkpoint, **settings)):
+            lost = (seeds == 0) & (checkpoint.tasks + task == 1)  # its loss is finite again in the last task
+            yield measured | {"loss": np.where(lost, np.inf, measured["loss"])}
+
+    monkeypatch.setattr(training, "run_tasks", run_tasks)
+    monkeypatch.setattr(lanes, "CHECKPOINT_EVERY", 0.0)
+
+    class Stopped(Listener):
+        def task_done(self, method, task, means):
+            super().task_done(method, task, means)
+            if (method, task) == ("bp(step_size=3)", 1):
+                raise KeyboardInterrupt
+
+    first, second = Stopped(), Listener()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, first, FAKE)
+    results = run(tmp_path, second, FAKE)  # which goes on after the first task of the first two methods
+    assert first.lost == [("bp(step_size=1)", 0, 1), ("bp(step_size=3)", 0, 1)] and second.lost == [(ADAM, 0, 1)]
+    assert [each[:2] for each in second.tasks[:2]] == [("bp(step_size=1)", 1), ("bp(step_size=3)", 1)]
+    for method, task, means in first.tasks + second.tasks:
+        values = results.loc[{"method": method, "task": task, "seed": [0, 1] if task < 1 else [1]}]
+        assert means == {name: float(values[name].mean()) for name in results.data_vars}, (method, task)
+    of_both = results.loc[{"method": ["bp(step_size=1)", "bp(step_size=3)"], "seed": [1]}]
+    assert [call[2]["accuracy"] for call in second[1:3]] == of_both.accuracy.mean(("method", "seed")).values[
+        1:
+    ].tolist()
+    # Of one seed, nothing is left.
+    alone = Listener()
+    run(tmp_path / "alone", alone, dataclasses.replace(FAKE, seeds=1))
+    assert all(np.isnan(list(means.values())).all() == (task > 0) for _, task, means in alone.tasks)
+    assert [np.isnan(call[2]["accuracy"]) for call in alone] == [False, True, True] * 2
 
 
 def test_results_record_how_they_were_made_and_how_long_it_took(asked, tmp_path, monkeypatch):
