@@ -136,6 +136,7 @@ def _plot(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from cbp_jax import cli_show, report
 
+    report.drawing.check_formats(args.formats)
     first = args.run_dir[0]
     if args.out is None and len(args.run_dir) > 1:
         raise ValueError("--out must name a folder for the results of several runs")

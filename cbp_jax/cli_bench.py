@@ -20,10 +20,11 @@ def main(argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None
       before: called before a user's module is imported.
     """
     args = _parser().parse_args(argv)
-    from cbp_jax import bench
+    from cbp_jax import bench, report
     from cbp_jax.cli_progress import Bar
     from cbp_jax.experiments.learners import LEARNERS
 
+    report.drawing.check_formats(args.formats)
     if args.suite not in bench.SUITES:
         raise ValueError(f"suite must be one of {list(bench.SUITES)}, got {args.suite!r}")
     suite = bench.SUITES[args.suite]

@@ -500,6 +500,13 @@ def test_missing_data_is_reported_with_the_ways_to_get_it(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("words", [["plot", "absent", "more", "--out"], ["bench", "--method", "bp", "--out"]])
+def test_an_unknown_format_is_refused_before_anything_else(words, tmp_path, capsys):
+    told = refused_in_one_line(capsys, *words, str(tmp_path / "out"), "--formats", "png", "xyz")
+    assert "formats must be a list of some of " in told and "; got ['png', 'xyz']" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_plot_refuses_a_folder_without_a_run(tmp_path, capsys):
     assert "has no results.nc" in refused_in_one_line(capsys, "plot", str(tmp_path))
     assert "does not exist" in refused_in_one_line(capsys, "plot", str(tmp_path / "absent"))

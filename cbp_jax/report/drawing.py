@@ -67,8 +67,28 @@ def style_of_pictures() -> AbstractContextManager:
     return matplotlib.rc_context({**defaults, **_RC})
 
 
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise a ValueError unless formats are kinds of file that Matplotlib writes."""
+    known = sorted(require("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes())
+    if isinstance(formats, str) or not {str(kind).lower() for kind in formats} <= set(known):
+        raise ValueError(f"formats must be a list of some of {', '.join(known)}; got {formats!r}")
+
+
 def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Write figures to a folder, by name, in each format. Return their paths."""
+    """Write figures to a folder, by name, in each format.
+
+    Args:
+      figures: by name.
+      out: the folder; created if needed.
+      formats: kinds of file, as Matplotlib names them.
+
+    Returns:
+      their paths.
+
+    Raises:
+      ValueError: Matplotlib does not write such a kind of file.
+    """
+    check_formats(formats)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():

@@ -15,6 +15,7 @@ from cbp_jax.report.drawing import (
     COLUMN,
     CROSS,
     PANEL,
+    check_formats,
     few_ticks,
     label_height,
     legend_columns,
@@ -98,9 +99,11 @@ def plot_run(
       Paths of the pictures, ``tasks`` first.
 
     Raises:
-      ValueError: ``run`` is a dataset and ``out`` is missing, or no task has finished.
+      ValueError: ``run`` is a dataset and ``out`` is missing, no task has finished, or Matplotlib does not write such a
+        kind of file.
       FileNotFoundError: there are no results in the folder.
     """
+    check_formats(formats)
     if isinstance(run, str | Path):
         results = load_results(run)
         out = out or (Path(run) if Path(run).is_dir() else Path(run).parent)

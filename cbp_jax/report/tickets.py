@@ -11,6 +11,7 @@ import numpy as np
 
 from cbp_jax.report.drawing import (
     COLUMN,
+    check_formats,
     label_height,
     marker,
     save_figures,
@@ -53,8 +54,9 @@ def plot_tickets(results: xr.Dataset, out: str | Path, *, formats: Sequence[str]
       Paths of the pictures.
 
     Raises:
-      ValueError: no round has finished.
+      ValueError: no round has finished, or Matplotlib does not write such a kind of file.
     """
+    check_formats(formats)
     figures = {"density": plot_densities(results)}
     if "ticket" in results.method.values:
         figures["accuracy"] = plot_accuracies(results)

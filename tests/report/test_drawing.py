@@ -1,14 +1,35 @@
 """Common parts of pictures: markers, intervals, legends, texts and ticks."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
-from cbp_jax.report import looks
+from cbp_jax.report import looks, plot_run, plot_tickets, save_figures
 from cbp_jax.report.drawing import COLUMN, draw_interval, fill, legend_above, log_ticks, marker, style_of_pictures
+
+PICTURES = {
+    "plot_run": lambda out, formats: plot_run(None, out, formats=formats),
+    "plot_tickets": lambda out, formats: plot_tickets(None, out, formats=formats),
+    "save_figures": lambda out, formats: save_figures({"one": None}, out, formats),
+}
+
+
+@pytest.mark.parametrize("formats", [["xyz"], ("png", "xyz"), ["png", None], "png"], ids=str)
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
+def test_formats_that_matplotlib_does_not_write_are_refused_before_anything_is_drawn(draw, formats, tmp_path):
+    message = f"formats must be a list of some of .*eps, .*pdf, .*png, .*svg, .*; got {re.escape(repr(formats))}"
+    with pytest.raises(ValueError, match=message):
+        draw(tmp_path / "pictures", formats)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_formats_may_be_in_capitals(tmp_path):
+    (path,) = save_figures({"one": Figure()}, tmp_path, ["PNG"])
+    assert path.name == "one.PNG" and path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
