@@ -5,18 +5,24 @@
     python benchmarks/learner_steps.py --widths 100 1000 --batches 1 --seeds 1 --learners sgd redo fire
 
 All learners train the 784-w-w-w-10 ReLU network inside a `lax.scan`; calls are interleaved, and a time is the median
-over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`, but one after another on a CPU.
+over the rounds, in microseconds for a step of all seeds. Seeds run under `vmap`, but one after another on a CPU;
+`--mode` chooses.
 
 Two lower bounds use the speed of the machine, measured at the start. `bytes` is the time to read and write each weight
 of all seeds once, in place, at the speed of a large array; with weights that fit into a cache, steps can be faster.
-`flops` is the time of six operations for each weight and example, at the speed of a large float32 matrix product.
+`flops` is the time of six operations for each weight and example, at the speed of a large float32 matrix product of the
+same precision as the learners' (JAX's default, which on some accelerators is lower than float32).
 `growth` is the time of the first learner's step divided by that with the first number of seeds given.
+
+With `--layouts` each learner runs again, as `NAME*`, without asking XLA for row-major updates
+(`cbp_jax/numerics/layout.py`).
 """
 
 import argparse
 import platform
 import statistics
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +31,7 @@ from cbp_overhead import Net
 from timing import interleaved
 
 import cbp_jax
+from cbp_jax.numerics import periods
 
 LEARNERS = {
     "sgd": lambda units: optax.sgd(0.003),
@@ -44,8 +51,8 @@ def weights_of(width):
     return 784 * width + 2 * width**2 + 10 * width + 3 * width + 10
 
 
-def runner(learner, width, batch, seeds, steps):
-    """Compile a function without arguments that trains `seeds` networks for `steps` steps."""
+def runner(learner, width, batch, seeds, steps, mode):
+    """Return a function without arguments that trains `seeds` networks for `steps` steps, as "vmap" or "map"."""
     net = Net(width)
     x = jax.random.uniform(jax.random.key(0), (64, batch, 784))
     y = jax.random.randint(jax.random.key(1), (64, batch), 0, 10)
@@ -75,9 +82,8 @@ def runner(learner, width, batch, seeds, steps):
     if seeds == 1:
         carry, run = start(keys[0]), train
     else:
-        together = jax.default_backend() != "cpu"
         carry = jax.jit(jax.vmap(start))(keys)
-        run = jax.vmap(train) if together else lambda carry: jax.lax.map(train, carry)
+        run = jax.vmap(train) if mode == "vmap" else lambda carry: jax.lax.map(train, carry)
     run = jax.jit(run, donate_argnums=0)
 
     def once():
@@ -85,6 +91,14 @@ def runner(learner, width, batch, seeds, steps):
         carry = run(carry)
         return carry
 
+    return once
+
+
+def in_any_order(*args):
+    """Do what `runner` does without asking for row-major updates."""
+    with mock.patch.object(periods, "in_row_major", lambda tree: tree):
+        once = runner(*args)
+        once()  # traces
     return once
 
 
@@ -107,8 +121,8 @@ def machine(size):
     once, all_of_them = (best_seconds(run, x, jnp.int32(count)) for count in (1, 1 + passes))
     read_and_write = passes * 2 * x.nbytes / (all_of_them - once)
     square = jnp.ones((size, size))
-    product = jax.jit(lambda x: jnp.dot(x, x, precision="float32"))
-    return read_and_write, 2 * size**3 / best_seconds(product, square)
+    product = jax.jit(jnp.dot)
+    return read_and_write, 2 * size**3 / best_seconds(product, square, square)
 
 
 def main():
@@ -121,6 +135,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=float, default=1e8, help="weights touched per timed call, at most 2,000 steps")
     parser.add_argument("--size", type=int, default=4096 if jax.default_backend() != "cpu" else 2048)
+    parser.add_argument("--mode", choices=["vmap", "map"], default="map" if jax.default_backend() == "cpu" else "vmap")
+    parser.add_argument("--layouts", action="store_true", help="run each learner again in XLA's order")
     args = parser.parse_args()
     device = jax.devices()[0]
     print(
@@ -128,10 +144,12 @@ def main():
     )
     bandwidth, flops = machine(args.size)
     print(f"measured: {bandwidth / 1e9:,.0f} GB/s in place, {flops / 1e9:,.0f} GFLOP/s for float32 products")
-    names = args.learners
+    variants = {name: (name, runner) for name in args.learners}
+    if args.layouts:
+        variants |= {f"{name}*": (name, in_any_order) for name in args.learners}
     print(
         f"{'width':>5} {'batch':>5} {'seeds':>5} {'bytes':>9} {'flops':>9} "
-        + " ".join(f"{name:>9}" for name in names)
+        + " ".join(f"{name:>9}" for name in variants)
         + f" {'growth':>7}"
     )
     for width in args.widths:
@@ -140,9 +158,10 @@ def main():
             for seeds in args.seeds:
                 weights = seeds * weights_of(width)
                 steps = max(5, min(2000, int(args.work / weights)))
-                runs = {name: runner(name, width, batch, seeds, steps) for name in names}
+                how = (width, batch, seeds, steps, args.mode)
+                runs = {name: make(learner, *how) for name, (learner, make) in variants.items()}
                 seconds = interleaved(runs, args.rounds)
-                found = [statistics.median(seconds[name]) / steps * 1e6 for name in names]
+                found = [statistics.median(seconds[name]) / steps * 1e6 for name in variants]
                 first = first or found[0]
                 bounds = 8 * weights / bandwidth * 1e6, 6 * weights * batch / flops * 1e6
                 print(

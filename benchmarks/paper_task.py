@@ -22,13 +22,13 @@ from cbp_jax.experiments import learners
 TASKS = 800
 
 
-def parts_of_a_task(method, width, lanes, examples, parts):
+def parts_of_a_task(method, width, lanes, examples, parts, mode):
     """Yield the seconds of each part of a task of all lanes, after those of a first part with compilation."""
     problem = problems.online_permuted(images(60_000), examples_per_task=examples // parts)
     learner = learners.make_learner([method], (width,) * 3, "relu", problem.input_shape, problem.num_classes)
     numbers = {name: np.full(lanes, value) for name, value in method.hyperparameters.items()}
     # A whole task is measured on 2,000 examples.
-    how = {"measured_examples": max(1, min(examples, 2000) // parts)}
+    how = {"measured_examples": max(1, min(examples, 2000) // parts), "mode": mode}
     since = time.perf_counter()
     for _ in training.run_tasks(learner, problem, np.arange(lanes), numbers, parts + 1, **how):
         now = time.perf_counter()
@@ -44,6 +44,7 @@ def main():
     parser.add_argument("--lanes", type=int, default=30)
     parser.add_argument("--examples", type=int, default=60_000, help="examples of a whole task")
     parser.add_argument("--parts", type=int, default=20)
+    parser.add_argument("--mode", default="auto", choices=["auto", "vmap", "map"], help="how the lanes of a device run")
     parser.add_argument("--seconds", type=float, default=200, help="begin no part after so many seconds")
     args = parser.parse_args()
     start, device = time.perf_counter(), jax.devices()[0]
@@ -52,7 +53,7 @@ def main():
     done = []
     with training.one_blas_thread():
         method = learners.parse_method(args.method)
-        parts = parts_of_a_task(method, args.width, args.lanes, args.examples, args.parts)
+        parts = parts_of_a_task(method, args.width, args.lanes, args.examples, args.parts, args.mode)
         print(f"a first part, with compilation: {next(parts):.1f} s", flush=True)
         for seconds in parts:
             done.append(seconds)

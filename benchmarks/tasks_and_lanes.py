@@ -64,6 +64,7 @@ def main():
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 2, 8, 32])
     parser.add_argument("--lines", type=int, nargs="+", default=None, help="finished tasks at which to print")
+    parser.add_argument("--mode", default="auto", choices=["auto", "vmap", "map"], help="how the lanes of a device run")
     parser.add_argument("--devices", type=int, nargs="+", default=[], help="numbers of host devices; see above")
     args = parser.parse_args()
     if args.devices:
@@ -87,9 +88,10 @@ def main():
         learner = learners.make_learner([method], (args.width,) * 3, "relu", problem.input_shape, problem.num_classes)
         numbers = {name: np.full(lanes, value) for name, value in method.hyperparameters.items()}
         seconds, first, since = [], None, time.perf_counter()
+        how = {"measured_examples": 100, "mode": args.mode}
         with training.one_blas_thread():
             for task, _ in enumerate(
-                training.run_tasks(learner, problem, np.arange(lanes), numbers, args.tasks, measured_examples=100), 1
+                training.run_tasks(learner, problem, np.arange(lanes), numbers, args.tasks, **how), 1
             ):
                 now = time.perf_counter()
                 if first is None:

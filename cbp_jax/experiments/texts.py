@@ -154,7 +154,8 @@ def prepare(settings: TextSettings) -> Prepared:
     """Load the encoder and the tasks.
 
     Raises:
-      ValueError: a dataset has no training or no test texts, or one class, or the encoder cannot be read.
+      ValueError: a dataset has no training or no test texts, or one class; or the encoder cannot be read, does not fit
+        its tokenizer, or has too few positions.
       cbp_jax.data.DatasetUnavailable: a dataset is not on this machine.
       FileNotFoundError: a file of a dataset or of the encoder is missing.
     """
@@ -186,6 +187,7 @@ def prepare(settings: TextSettings) -> Prepared:
         if folder == nets.installed_encoder():
             name = "all-MiniLM-L6-v2 (a sentence encoder, tuned contrastively)"
         encoder, variables = nets.load_bert(folder, depth=settings.depth, dropout_rate=settings.dropout_rate)
+        _check_encoder(settings, folder, tokenizer, encoder)
         # The text's vector is the mean over its tokens. The pooler is not used, and would count among the weights.
         params = {part: leaves for part, leaves in variables["params"].items() if part != "pooler"}
         encoder = encoder.copy(pooler=False)
@@ -197,6 +199,20 @@ def prepare(settings: TextSettings) -> Prepared:
         tasks.append(Task(found.name, range(first, first + tokens.num_classes), train, test))
         first += tokens.num_classes
     return Prepared(encoder, params, name, tuple(tasks))
+
+
+def _check_encoder(settings: TextSettings, folder: Path, tokenizer: data.FileTokenizer, encoder: nets.Bert) -> None:
+    """Raise a ValueError if the encoder does not know all tokens, or has too few positions."""
+    if tokenizer.vocabulary > encoder.vocabulary:
+        raise ValueError(
+            f"encoder {folder}: tokenizer.json has {tokenizer.vocabulary} tokens, and the network only "
+            f"{encoder.vocabulary}; they must be of the same model"
+        )
+    if settings.length > encoder.positions - encoder.position_offset:
+        raise ValueError(
+            f"length must be at most {encoder.positions - encoder.position_offset}, the positions of {folder}, got "
+            f"{settings.length}"
+        )
 
 
 def _test_split(texts: data.Texts) -> str:

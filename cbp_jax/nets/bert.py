@@ -1,5 +1,6 @@
 """The encoder of BERT and RoBERTa, and a classifier of texts."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -9,6 +10,11 @@ from flax import linen as nn
 from cbp_jax.nets.activations import get_activation
 
 _ACTIVATIONS = {"gelu": lambda x: nn.gelu(x, approximate=False), "gelu_new": nn.gelu, "gelu_pytorch_tanh": nn.gelu}
+
+
+def activation_of(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Return the activation of a name that Hugging Face libraries or `get_activation` know."""
+    return _ACTIVATIONS.get(name) or get_activation(name)
 
 
 class Bert(nn.Module):
@@ -80,7 +86,7 @@ class Bert(nn.Module):
                 f"tokens must be at most {self.positions - self.position_offset} of a text, as many as there are "
                 f"positions, got {tokens.shape[1]}"
             )
-        act = _ACTIVATIONS.get(self.activation) or get_activation(self.activation)
+        act = activation_of(self.activation)
         init = nn.initializers.normal(0.02)
         dense = lambda size, name: nn.Dense(size, kernel_init=init, name=name)
         norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, name=name)

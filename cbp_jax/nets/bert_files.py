@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax import safetensors
-from cbp_jax.nets.bert import Bert
+from cbp_jax.nets.bert import Bert, activation_of
 
 #: The package with the default pre-trained encoder: a sentence encoder with BERT's architecture, which was tuned
 #: contrastively and has no head for masked tokens.
@@ -47,7 +47,8 @@ def load_bert(
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the architecture is another one, or a tensor is missing, unknown, or of a wrong shape.
+      ValueError: the architecture is another one, a value in `config.json` is missing or impossible, or a tensor is
+        missing, unknown, or of a wrong shape.
 
     For example `net, variables = load_bert("roberta-base")`, and then `net.apply(variables, tokens, mask)`.
     """
@@ -58,7 +59,7 @@ def load_bert(
                 f"there is no file {directory / name}; an encoder needs config.json and the weights"
             )
     tensors = _named(safetensors.read(directory / "model.safetensors"))
-    given = _settings(directory / "config.json", json.loads((directory / "config.json").read_text()))
+    given = _settings(directory / "config.json")
     given["pooler"] = any(name.startswith("pooler.") for name in tensors)
     if depth is not None and not 1 <= depth <= given["depth"]:
         raise ValueError(f"depth must be from 1 to {given['depth']}, the layers of {directory}, got {depth}")
@@ -125,7 +126,14 @@ def _named(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(path: Path) -> dict[str, Any]:
+    """Read the settings of the network from `config.json`."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # also if it is not UTF-8
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(config).__name__}")
     kind = config.get("model_type", "bert")
     if kind not in ("bert", "roberta", "xlm-roberta", "camembert"):
         raise ValueError(f"{path}: model_type must be 'bert', or 'roberta' or another of its form, got {kind!r}")
@@ -145,6 +153,20 @@ def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in names.values() if name not in config]
     if missing:
         raise ValueError(f"{path} must say {', '.join(missing)}")
+    for name in names.values():
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{path}: {name} must be a positive integer, got {config[name]!r}")
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise ValueError(
+            f"{path}: num_attention_heads must divide hidden_size = {config['hidden_size']}, got "
+            f"{config['num_attention_heads']}"
+        )
+    # Other settings may be missing or null.
+    config = {name: value for name, value in config.items() if value is not None}
+    try:
+        activation_of(config.get("hidden_act", "gelu"))
+    except ValueError as error:
+        raise ValueError(f"{path}: hidden_act: {error}") from error
     pad = config.get("pad_token_id", 0 if kind == "bert" else 1)
     return {
         **{own: config[name] for own, name in names.items()},

@@ -80,6 +80,11 @@ def test_all_seeds_start_from_the_pretrained_encoder(tmp_path, monkeypatch):
     np.testing.assert_array_equal(word, tensors["embeddings.word_embeddings.weight"])
     tokens = found.tasks[0].test.tokens
     assert jax.eval_shape(found.net.apply, {"params": params}, tokens).shape == (10, 2)
+    with pytest.raises(ValueError, match=r"length must be at most \d+, the positions of .*little-bert, got 1000"):
+        prepare(dataclasses.replace(settings, length=1000))
+    monkeypatch.setattr(data, "FileTokenizer", lambda path: data.WordTokenizer(tuple(map(str, range(1000)))))
+    with pytest.raises(ValueError, match=r"tokenizer.json has 1004 tokens, and the network only \d+"):
+        prepare(settings)
 
 
 def test_the_default_encoder(monkeypatch, tmp_path):

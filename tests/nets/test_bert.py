@@ -203,12 +203,25 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         ({"model_type": "gpt2"}, "model_type must be 'bert', or 'roberta' .* got 'gpt2'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute', got 'relative_key'"),
         ({"hidden_size": None}, "must say hidden_size"),
+        ({"vocab_size": "20"}, r"config\.json: vocab_size must be a positive integer, got '20'"),
+        ({"num_attention_heads": 3}, "num_attention_heads must divide hidden_size = 8, got 3"),
+        ({"hidden_act": "swish9"}, r"config\.json: hidden_act: activation must be .* got 'swish9'"),
     ],
 )
 def test_other_architectures(change, message, tmp_path):
     config = {name: value for name, value in {**CONFIG, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         load_bert(write(tmp_path / "model", config, make_tensors(CONFIG)))
+
+
+def test_what_is_not_a_configuration(tmp_path):
+    folder = write(tmp_path / "model", CONFIG, make_tensors(CONFIG))
+    for text, message in (("{", r"config\.json is not valid JSON"), ("[1]", r"config\.json must be a JSON object")):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_bert(folder)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "pad_token_id": None}))
+    assert load_bert(folder)[0].pad == 0
 
 
 def test_missing_files_and_long_texts(tmp_path):
