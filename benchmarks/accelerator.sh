@@ -73,7 +73,7 @@ run() {
     part 400 "$python" benchmarks/learner_steps.py --mode vmap --widths 10 --batches 1 --seeds 1 2 --rounds 1 \
       --work 1e5 --size 128
     part 200 "$python" benchmarks/paper_task.py --mode vmap --width 8 --lanes 2 --examples 60 --parts 3
-    part 400 "$python" benchmarks/ppo_overhead.py --seeds 1 2 --optimizers optax.adam cbp --updates 1 --rounds 1
+    part 600 "$python" benchmarks/ppo_overhead.py --seeds 2 --optimizers cbp --updates 1 --rounds 1
     part 200 "$python" benchmarks/tasks_and_lanes.py --mode vmap --width 5 --examples 20 --tasks 12 --lanes 1 2
     part 800 "$python" benchmarks/ppo_and_brax.py --steps 48 --points 3 --evaluated 2 --num-envs 4 --rollout-length 4 \
       --epochs 1 --minibatches 2 --hidden 8 --episode-length 20
