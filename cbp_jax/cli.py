@@ -8,7 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+from cbp_jax import stops
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,26 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cbp-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("cbp-jax: stopped; the results of finished tasks are saved", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+        resumes = "; the same command resumes the run" if argv[0] in ("run", "bench") else ""
+        print(f"cbp-jax: stopped{resumes}", file=sys.stderr)
+        return 143 if isinstance(stop, stops.Terminated) else 130
     return 0
-
-
-class _Terminated(KeyboardInterrupt):
-    """Raised when the process receives SIGTERM."""
 
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Treat SIGTERM, which batch systems send to end a process, like Ctrl-C."""
 
-    def stop(*_: Any) -> None:
-        raise _Terminated
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stops.terminate)
     try:
         yield
     finally:

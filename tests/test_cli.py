@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cbp_jax.experiments.online_permuted import Settings, preset
 
-from cbp_jax import cli, cli_log, cli_progress, experiments, load_results, nets, report
+from cbp_jax import cli, cli_log, cli_progress, experiments, load_results, nets, report, training
 from cbp_jax.experiments import (
     EXPERIMENTS,
     figures,
@@ -518,7 +518,7 @@ def test_an_interrupted_run_says_that_its_results_are_kept(monkeypatch, tmp_path
 
     replace_job(monkeypatch, online_permuted, run)
     assert cli.main(["run", "online_permuted", "--preset", "smoke", "--quiet", "--out", str(tmp_path / "run")]) == 130
-    assert "stopped" in capsys.readouterr().err.splitlines()[-1]
+    assert capsys.readouterr().err.splitlines()[-1] == "cbp-jax: stopped; the same command resumes the run"
 
 
 TERMINATED = """
@@ -548,10 +548,36 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     )
     assert process.returncode == 143
     last = process.stderr.splitlines()[-1]
-    assert last == "cbp-jax: stopped; the results of finished tasks are saved"
+    assert last == "cbp-jax: stopped; the same command resumes the run"
     assert "Traceback" not in process.stderr and process.stdout == ""
     assert np.isfinite(load_results(tmp_path).loss.values).all((0, 1)).tolist() == [True] * 2 + [False] * 7
     assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+
+
+def test_a_task_that_runs_at_sigterm_is_finished_and_no_task_is_repeated(monkeypatch, tmp_path, capsys):
+    ran, stop_in = [], 2
+
+    def run_tasks(learner, problem, seeds, *args, checkpoint, **settings):
+        done = checkpoint.restore({"done": np.zeros(len(seeds))})["done"]
+        for task in range(checkpoint.tasks, 4):
+            assert (done == task).all()
+            if task == stop_in:
+                os.kill(os.getpid(), signal.SIGTERM)
+            ran.append(task)
+            done = done + 1
+            yield {name: done for name in report.stream_measures()}
+            checkpoint.save(task + 1, lambda done=done: {"done": done})
+
+    monkeypatch.setattr(training, "run_tasks", run_tasks)
+    words = ["run", "online_permuted", "--preset", "smoke", "--methods", "bp", "--tasks", "4", "--out", str(tmp_path)]
+    assert cli.main(words) == 143
+    told = capsys.readouterr().err.splitlines()
+    assert any("stopping when the current task ends; interrupt again to stop at once" in line for line in told)
+    assert told[-1] == "cbp-jax: stopped; the same command resumes the run"
+    assert np.isfinite(load_results(tmp_path).loss.values).all((0, 1)).tolist() == [True] * 3 + [False]
+    stop_in = None
+    assert cli.main(words) == 0 and ran == [0, 1, 2, 3]
+    assert (load_results(tmp_path).loss == [1, 2, 3, 4]).all()
 
 
 def test_the_package_is_the_command(monkeypatch, capsys):

@@ -19,7 +19,7 @@ EXTRAS = (
 
 # Layers, from bottom to top. A part imports from itself and from lower layers, not from other parts of its layer.
 LAYERS = (
-    {"by_path", "files", "jaxprs", "numerics"},
+    {"by_path", "files", "jaxprs", "numerics", "stops"},
     {"factored", "network_metrics", "pooling", "safetensors"},
     {"units", "metrics", "losses", "nets", "data"},
     {"contracted", "curvature", "injection", "lora"},

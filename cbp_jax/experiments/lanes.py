@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cbp_jax import training
+from cbp_jax import stops, training
 from cbp_jax.experiments import folder, learners, memory
 from cbp_jax.experiments.plan import Plan, Program, Timed
 from cbp_jax.experiments.progress import Progress, labels_of, note, tell
@@ -68,6 +68,7 @@ class Prepared(NamedTuple):
         with (
             training.one_blas_thread(),
             folder.kept(self.results, out, share, [lane for lanes in own for lane in lanes]) as kept,
+            stops.held_back(lambda text: note(progress, text)) as held,
         ):
             found = kept.results
             found.attrs.pop("failed", None)  # of an earlier process
@@ -76,7 +77,7 @@ class Prepared(NamedTuple):
             kept.clean()
             try:
                 for (group, train), program, lanes in zip(self.groups, self.plan.programs, own, strict=True):
-                    _run_group(kept, group, train, lanes, progress, program.at_once)
+                    _run_group(kept, group, train, lanes, progress, program.at_once, held)
             except Exception as error:
                 found.attrs["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0]
                 raise
@@ -173,6 +174,7 @@ def _run_group(
     lanes: Sequence[training.Lane],
     progress: Progress | None,
     at_once: int | None,
+    held: stops.Stops,
 ) -> None:
     """Run the remaining tasks of the lanes of one program, with fewer lanes at once if memory runs out."""
     results, tasks = kept.results, kept.results.sizes["task"]
@@ -192,6 +194,7 @@ def _run_group(
                 needs=lambda tasks, cohort=cohort: kept.digests(cohort, tasks),
                 lanes=cohort,
                 found=_joined([(lane, kept.checked(saved, lane)) for lane, saved in states if saved is not None]),
+                stops=held,
             )
             if progress is not None and checkpoint.tasks > told:
                 progress(labels_of(cohort), len(cohort) * (checkpoint.tasks - told), {})
@@ -203,11 +206,13 @@ def _run_group(
             except jax.errors.JaxRuntimeError as error:
                 at_once = memory.fewer_lanes(error, len(cohort), at_once)
             if not done:  # outside of `except`, where the error would keep the arrays of the failed call
+                held.release()
                 gc.collect()
                 note(progress, memory.fewer_text(at_once))
                 states = [each for found in _progress_of(kept, name, every, cohort)[1] for each in found]
                 done = not states  # after the last task
         kept.close(checkpoint)
+        held.release()
 
 
 def _progress_of(

@@ -10,6 +10,7 @@ import jax
 from flax import serialization
 
 from cbp_jax import files
+from cbp_jax.stops import Stops
 
 _HEAD = b"cbp_jax state 1\n"  # then the checksum of what follows
 _MOST_OF_THE_TIME = 20  # the interval between saves is at least this many times the duration of a save
@@ -79,6 +80,7 @@ class Checkpoint:
         results.
       lanes: method and seed of each row of the state; kept in the file.
       found: the state to resume from, in place of the one in the file; it is not checked.
+      stops: a stop waits there for the next save, which is then due.
 
     Raises:
       ValueError: the file is damaged, is not a state, or was written by an earlier version without a checksum; or the
@@ -105,9 +107,11 @@ class Checkpoint:
         needs: Callable[[int], bytes] = lambda tasks: b"",
         lanes: Sequence[Lane] | None = None,
         found: Saved | None = None,
+        stops: Stops | None = None,
     ):
         self.path, self.name, self.every, self.before, self.needs = Path(path), name, every, before, needs
         self.lanes = None if lanes is None else tuple(lanes)
+        self.stops = Stops() if stops is None else stops
         self.tasks = 0  # finished in the state that `restore` returns
         self._state: Any = None
         self._saved = time.monotonic()
@@ -143,7 +147,7 @@ class Checkpoint:
         return state
 
     def save(self, tasks: int, state: Callable[[], Any], now: bool = False) -> None:
-        """Write the state, if the time since the last save is long enough.
+        """Write the state, if the time since the last save is long enough, or a stop waits for it.
 
         Args:
           tasks: number of finished tasks.
@@ -151,12 +155,14 @@ class Checkpoint:
           now: whether to write regardless of the last save.
         """
         start = time.monotonic()
-        if not now and start - self._saved < self.every:
+        if not now and not self.stops.asked and start - self._saved < self.every:
+            self.stops.hold()
             return
         self.before()
         self._write(tasks, self.needs(tasks), serialization.to_state_dict(jax.device_get(state())))
         self._saved = time.monotonic()
         self.every = max(self.every, _MOST_OF_THE_TIME * (self._saved - start) if self.every else 0.0)
+        self.stops.release()
 
     def close(self, tasks: int) -> None:
         """Leave a note in place of the state: all tasks are done, and no older state of these lanes is needed."""

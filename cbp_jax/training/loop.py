@@ -268,7 +268,10 @@ def run_lanes(
     for task in range(done, tasks):
         found = lanes.gather(look(data, state)) if look is not None and task % probe_every == 0 else {}
         state, measures = zip(*step(data, state), strict=True)
-        yield {**lanes.gather(measures), **found}
+        found = {**lanes.gather(measures), **found}
+        if checkpoint is not None:
+            checkpoint.stops.hold()  # until the state is saved
+        yield found
         if checkpoint is not None:
             # The code after the last task can fail, or be killed, too.
             last = finish is not None and task + 1 == tasks

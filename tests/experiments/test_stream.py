@@ -141,6 +141,24 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, compiled_once, tmp_p
     assert told_at_once(calls) == [16, 4] and calls.done() == stream.total(SETTINGS)
 
 
+@pytest.mark.parametrize("after", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_stopped_by_ctrl_c_repeats_no_finished_task(few, tmp_path, after):
+    calls = []
+
+    def press(*args):
+        calls.append(args)
+        if len(calls) == after:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.warns(RuntimeWarning, match="stopping when the current task ends"), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, press, BACKPROP)
+    assert len(calls) == after and finished_tasks(tmp_path) == [after, after]
+    calls = Calls()
+    assert same(run(tmp_path, calls, BACKPROP), few)
+    assert told_at_once(calls) == [4 * after] and calls.done() == stream.total(BACKPROP)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.nc"]
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Replace training: record its arguments, and yield losses that encode lane and task.
@@ -194,6 +212,12 @@ def test_methods_and_seeds_are_lanes_of_groups_and_results_belong_to_them(asked,
 
 
 BACKPROP = dataclasses.replace(SETTINGS, methods=("bp:step_size=0.1", "bp:step_size=0.05"), tasks=3, measure_every=None)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Run `BACKPROP` without an interruption."""
+    return run(tmp_path_factory.mktemp("runs") / "few", None, BACKPROP)
 
 
 class Listener(Calls):

@@ -1,4 +1,5 @@
 import os
+import signal
 import types
 
 import jax
@@ -8,6 +9,7 @@ import optax
 import pytest
 from flax import serialization
 
+from cbp_jax import stops
 from cbp_jax.files import partial
 from cbp_jax.training import Checkpoint, TrainState, checkpoint
 
@@ -116,6 +118,17 @@ def test_saves_take_at_most_a_twentieth_of_the_time(tmp_path, clock):
     for task in (1, 2):
         every_task.save(task, slow)
     assert Checkpoint(tmp_path / "state", "bp").tasks == 2  # with every=0, every task is saved
+
+
+def test_a_stop_waits_for_a_save_that_is_not_put_off(tmp_path):
+    path = tmp_path / "state"
+    with stops.held_back(print) as held:
+        saving = Checkpoint(path, "bp", every=30.0, stops=held)
+        saving.save(1, never)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            saving.save(2, state_of)
+    assert Checkpoint(path, "bp").tasks == 2
 
 
 @pytest.mark.parametrize("broken", ["before", "state", "write"])
