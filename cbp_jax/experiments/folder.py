@@ -131,7 +131,8 @@ class Kept:
         return path
 
     def close(self, checkpoint: training.Checkpoint) -> None:
-        """End with a state: its lanes are done."""
+        """End with a state: its lanes are done. Their last results are written first."""
+        self.save()
         if checkpoint.path.parent == self.out:
             checkpoint.delete()
         else:  # other files may have older states of them

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from cbp_jax import files, load_results, report
+from cbp_jax import files, load_results, report, training
 from cbp_jax.experiments import folder, stream
 
 SETTINGS = stream.StreamSettings(methods=("bp", "cbp"), seeds=2, tasks=3)
@@ -111,3 +111,15 @@ def test_files_of_a_run_killed_before_its_first_results_do_not_block_the_folder(
     (tmp_path / files.LOCK_FILE).touch()
     files.partial(tmp_path / "results.nc").write_bytes(b"half of a file")
     folder.check(tmp_path, "toy", SETTINGS)
+
+
+def test_the_last_results_are_on_disk_before_the_state_is_deleted(tmp_path, monkeypatch):
+    """Otherwise a run that is killed in between has neither, and repeats all of its tasks."""
+    with folder.kept(results_of(), tmp_path) as kept:
+        checkpoint = training.Checkpoint(tmp_path / folder.STATE_FILE, "bp", lanes=[("bp", 0), ("bp", 1)])
+        for task in range(3):
+            report.record_task(kept.results, task, {"loss": np.ones((2, 2))})
+        found = []
+        monkeypatch.setattr(training.Checkpoint, "delete", lambda _: found.append(load_results(tmp_path)))
+        kept.close(checkpoint)
+    assert found[0].loss.notnull().all()
