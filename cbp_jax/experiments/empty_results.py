@@ -34,16 +34,20 @@ def empty_results(
     """Return the results of methods before their first task; see `report.new_results`."""
     from cbp_jax import report
 
+    taken = {"method", "learner", "seed", "task", *measures}
+    numbers = [_numbers(method, taken) for method in methods]
+    taken = taken.union(*numbers)  # what is a text for one function may be a number for another
     return report.new_results(
         [method.label for method in methods],
         [method.learner for method in methods],
-        [_numbers(method, taken={"method", "learner", "seed", "task", *measures}) for method in methods],
+        numbers,
         seeds=seeds_of(settings),
         tasks=tasks,
         settings=dataclasses.replace(settings, methods=learners.texts_of(settings.methods, methods)),
         experiment=experiment,
         measures=measures,
         looks=learners.looks_by_learner(methods),
+        texts=[{name: text for name, text in method.texts.items() if name not in taken} for method in methods],
     )
 
 

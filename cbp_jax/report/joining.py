@@ -129,8 +129,9 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     for part in parts[1:]:
         for method, seconds in records.seconds_of(part).items():
             records.add_seconds(joined, [method], seconds)
+    missing = {name: "" if any(isinstance(v, str) for v in of.values()) else np.nan for name, of in columns.items()}
     return joined.assign_coords(
-        {name: ("method", [values.get(method, np.nan) for method in methods]) for name, values in columns.items()}
+        {name: ("method", [of.get(method, missing[name]) for method in methods]) for name, of in columns.items()}
     )
 
 

@@ -230,11 +230,15 @@ def _kind(title: str, given: Mapping[str, str], among: Sequence[Mapping[str, str
     return title + (", " + _RESETS.get(given["reset"], f"reset {given['reset']}") if adds("reset") else "")
 
 
+def label_parts(results: xr.Dataset, method: str) -> list[tuple[str, str, str]]:
+    """Return what a method's label says after its learner, as names, "=" and values; "" where there is no "="."""
+    inside = method.removeprefix(learner_of(results, method)).removeprefix("(").removesuffix(")")
+    return [part.partition("=") for part in re.split(r", (?![^()]*\))", inside) if part]
+
+
 def _settings(results: xr.Dataset, method: str) -> dict[str, str]:
     """Return the settings in a method's label, and its numbers, also those that the label lacks."""
-    inside = method.removeprefix(learner_of(results, method)).removeprefix("(").removesuffix(")")
-    parts = (part.partition("=") for part in re.split(r", (?![^()]*\))", inside) if "=" in part)
-    found = {name: value for name, _, value in parts}
+    found = {name: value for name, equals, value in label_parts(results, method) if equals}
     for name, column in results.coords.items():
         if column.dims == ("method",) and column.dtype.kind == "f":
             value = float(column.loc[{"method": method}])

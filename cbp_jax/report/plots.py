@@ -27,7 +27,7 @@ from cbp_jax.report.drawing import (
     write_note,
 )
 from cbp_jax.report.extra import require
-from cbp_jax.report.grids import plot_grid, swept_settings
+from cbp_jax.report.grids import is_text, plot_grid, swept_settings
 from cbp_jax.report.looks import Style, learner_of, look_of, names_of, step_size_note, styles_of
 from cbp_jax.report.panels import PANELS, Panel, panels_of
 from cbp_jax.report.sensitivity_plots import plot_sensitivity, swept_learners
@@ -86,8 +86,8 @@ def plot_run(
     """Draw the pictures of a run.
 
     These are ``tasks``; ``measures``, with more panels, if there are test examples; ``updates`` if these were measured;
-    ``sensitivity`` if a learner has several variants; and ``grid`` if several settings of a learner were swept.
-    They are as wide as a column of a paper.
+    ``sensitivity`` if a learner has several variants; and ``grid`` if several settings of a learner were swept, or one
+    that is not a number. They are as wide as a column of a paper.
 
     Args:
       run: folder of a run, its ``results.nc``, or a dataset of results; the run may be unfinished.
@@ -119,8 +119,9 @@ def plot_run(
         figures["updates"] = plot_updates(results, bin_size=bin_size)
     if swept_learners(results):
         figures["sensitivity"] = plot_sensitivity(results)
-    swept = [variant for variants in swept_settings(results, started(results)).values() for variant in variants]
-    if len(set(swept)) < len(swept):
+    swept = swept_settings(results.loc[{"method": started(results)}])
+    variants = [variant for of_setting in swept.values() for variant in of_setting]
+    if len(set(variants)) < len(variants) or any(is_text(results[name]) for name in swept):
         figures["grid"] = plot_grid(results)
     return save_figures(figures, out, formats)
 

@@ -40,6 +40,7 @@ def new_results(
     experiment: str,
     measures: Mapping[str, str] = MEASURES,
     looks: Mapping[str, Look] | None = None,
+    texts: Sequence[Mapping[str, str]] | None = None,
 ) -> xr.Dataset:
     """Allocate the results of a run, NaN everywhere.
 
@@ -53,17 +54,19 @@ def new_results(
       experiment: the experiment's name.
       measures: the measures of a task: names of the data variables, and their meanings.
       looks: by learner, how it is named and drawn in pictures. Others get a title from their name, and an unused style.
+      texts: for each method, its settings that are not numbers, by name, as texts like those in labels, such as
+        ``{"utility": "weight"}``.
 
     Returns:
       A dataset with a float32 variable [method, seed, task] for each measure; the coordinates ``method`` and
-      ``learner`` (strings) and one float64 coordinate for each hyperparameter along ``method`` (NaN where a
-      method has no such hyperparameter), ``seed`` and ``task`` (integers); and the attributes ``experiment``,
-      ``settings``, ``versions``, ``device``, ``command`` and ``commit`` (see :func:`records.origin`) and, if given,
-      ``looks``. Of these, settings, versions and looks are JSON.
+      ``learner`` (strings), one float64 coordinate for each hyperparameter along ``method`` (NaN where a method has no
+      such hyperparameter) and one of strings for each text (empty where a method has none), ``seed`` and ``task``
+      (integers); and the attributes ``experiment``, ``settings``, ``versions``, ``device``, ``command`` and ``commit``
+      (see :func:`records.origin`) and, if given, ``looks``. Of these, settings, versions and looks are JSON.
 
     Raises:
-      ValueError: a label is given twice, the lengths differ, there is nothing to run, or a hyperparameter is not a
-        number or its name is already used in the dataset.
+      ValueError: a label is given twice, the lengths differ, there is nothing to run, a hyperparameter is not a number,
+        or its name, or that of a text, is already used in the dataset.
 
     Example:
       >>> results = new_results(
@@ -76,9 +79,10 @@ def new_results(
     """
     xr = require("xarray")
     methods, learners, hyperparameters = list(methods), list(learners), list(hyperparameters)
+    texts = [{}] * len(methods) if texts is None else list(texts)
     if not methods or len(set(methods)) != len(methods):
         raise ValueError(f"methods must be labels, at least one and all different; got {methods}")
-    for name, values in (("learners", learners), ("hyperparameters", hyperparameters)):
+    for name, values in (("learners", learners), ("hyperparameters", hyperparameters), ("texts", texts)):
         if len(values) != len(methods):
             raise ValueError(f"{name} must have one entry for each of the {len(methods)} methods; got {len(values)}")
     seeds = list(range(seeds)) if isinstance(seeds, int | np.integer) else [int(seed) for seed in seeds]
@@ -101,6 +105,12 @@ def new_results(
                 raise ValueError(
                     f"hyperparameters: {name} of {methods[i]!r} must be a number; got {value!r}"
                 ) from error
+    of_texts: dict[str, list[str]] = {}
+    for i, given in enumerate(texts):
+        for name, text in given.items():
+            if name in taken or name in columns:
+                raise ValueError(f"texts: the name {name!r} is taken; the dataset uses {sorted(taken | set(columns))}")
+            of_texts.setdefault(name, [""] * len(methods))[i] = text
 
     shape = (len(methods), len(seeds), tasks)
     return xr.Dataset(
@@ -111,7 +121,7 @@ def new_results(
         coords={
             "method": methods,
             "learner": ("method", learners),
-            **{name: ("method", column) for name, column in columns.items()},
+            **{name: ("method", column) for name, column in (columns | of_texts).items()},
             "seed": np.asarray(seeds, np.int64),
             "task": np.arange(tasks, dtype=np.int64),
         },

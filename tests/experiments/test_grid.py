@@ -1,6 +1,10 @@
+import dataclasses
+
 import optax
 import pytest
 
+from cbp_jax.experiments import EXPERIMENTS
+from cbp_jax.experiments.empty_results import empty_results
 from cbp_jax.experiments.learners import expand, parse_method, read_grid, read_methods
 
 
@@ -23,6 +27,17 @@ def test_settings_of_functions_and_values_that_are_not_numbers():
     assert texts == ("optax:sgd", "cbp:utility=weight", "cbp:utility=contribution")
     assert parse_method(expand(["optax:adam(learning_rate=0.1)"], {"b1": ("0.5",)})[0]).hyperparameters["b1"] == 0.5
     assert optax.adam  # the paths above refer to this module
+
+
+def test_results_hold_the_settings_that_are_not_numbers():
+    texts = expand(["bp:hidden=4x3", "cbp"], read_grid(["utility=weight,random"]))
+    settings = dataclasses.replace(EXPERIMENTS["online_permuted"].preset("smoke"), methods=texts)
+    results = empty_results("mine", settings, read_methods(texts), 1, {"loss": "the loss"})
+    assert results.utility.values.tolist() == ["", "weight", "random"]
+    assert results.compensate_bias.values.tolist() == ["", "False", "False"]  # a default
+    assert results.hidden.values.tolist() == ["4x3", "", ""] and "activation" not in results.coords
+    functions = read_methods(["optax:sgd(learning_rate=0.1, momentum=0.9)", "bp:momentum=0.5"])
+    assert {method.learner: method.texts for method in functions} == {"optax:sgd": {"nesterov": "False"}, "bp": {}}
 
 
 @pytest.mark.parametrize(

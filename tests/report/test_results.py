@@ -90,6 +90,8 @@ def test_measures_of_a_stream_follow_what_its_tasks_are():
         ),
         ({"hyperparameters": [{}, {}, {"loss": 1.0}]}, "the name 'loss' is taken"),
         ({"hyperparameters": [{}, {}, {"seed": 1.0}]}, "the name 'seed' is taken"),
+        ({"texts": [{}]}, "texts must have one entry for each of the 3 methods; got 1"),
+        ({"texts": [{}, {}, {"rate": "high"}]}, "texts: the name 'rate' is taken"),
         ({"seeds": 0}, "seeds must be"),
         ({"seeds": [1, 1]}, "seeds must be"),
         ({"tasks": 0}, "tasks must be at least 1; got 0"),
@@ -238,12 +240,14 @@ def filled(number, **changes):
 
 def test_results_of_other_seeds_and_methods_are_joined():
     first, second = filled(0), filled(100, seeds=[1])
-    third = filled(200, methods=["adam"], learners=["adam"], hyperparameters=[{"step_size": 0.1}], seeds=[3, 1])
+    of_adam = {"hyperparameters": [{"step_size": 0.1}], "texts": [{"reset": "head"}]}
+    third = filled(200, methods=["adam"], learners=["adam"], **of_adam, seeds=[3, 1])
     joined = join_results([first, second, third])
     assert joined.method.values.tolist() == ["bp", "cbp(rate=1e-05)", "cbp(rate=0.0001)", "adam"]
     assert joined.seed.values.tolist() == [1, 3, 5] and joined.attrs == first.attrs
     assert joined.learner.values.tolist() == ["bp", "cbp", "cbp", "adam"]
     np.testing.assert_array_equal(joined.step_size, [0.01, np.nan, np.nan, 0.1])
+    assert joined.reset.values.tolist() == ["", "", "", "head"]
     for part in (first, second, third):
         labels = {"method": part.method.values, "seed": part.seed.values}
         np.testing.assert_array_equal(joined.accuracy.loc[labels], part.accuracy)

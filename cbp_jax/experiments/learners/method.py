@@ -264,6 +264,17 @@ class Method:
         )
 
     @property
+    def texts(self) -> dict[str, str]:
+        """Its options that are text, true or false, or sizes, as its label shows them.
+
+        Example:
+          >>> from cbp_jax.experiments.learners import parse_method
+          >>> parse_method("cbp:hidden=20x20").texts
+          {'utility': 'contribution', 'compensate_bias': 'False', 'hidden': '20x20'}
+        """
+        return {name: _shown(value) for name, value in self.options.items() if isinstance(value, str | bool | tuple)}
+
+    @property
     def network(self) -> dict[str, Any]:
         """Attributes of the network that it sets."""
         chosen = {name: getattr(self, name) for name in settings_of(Method)}
