@@ -74,9 +74,6 @@ def run_increment(
       `test_accuracy` and `test_loss` of the final weights, over the classes added so far; `replaced_units`; and,
       measured before the increment, `dead_units`, `dormant_units` and `weight_magnitude`, and `effective_rank` and
       `stable_rank` of the last hidden layer divided by its number of units.
-
-    Raises:
-      ValueError: no group of the learner's units is without positions, like the input of a dense layer.
     """
     keys = stream_keys(state.key)
     task = problem.make_task(data, keys.problem, state.task)
@@ -181,12 +178,8 @@ def run_increments(
 
 def _measure(learner: Learner, params: optax.Params, x: chex.Array, dormant_threshold: float) -> dict[str, chex.Array]:
     _, features = learner.predict(params, x)
-    # Inputs of dense layers, the last of which is that of the output layer. A dict of features is not in forward order.
+    # The last of the inputs of dense layers, which is that of the output layer; if all have positions, as with `crelu`,
+    # the last layer. A dict of features is not in forward order.
     forward = jax.tree.leaves([features[group.name] for group in learner.units])
-    read = [h for h in forward if h.ndim == 2]
-    if forward and not read:
-        raise ValueError(
-            "learner must have a group of units without positions, [examples, units], to measure ranks; got "
-            f"features of shapes {[h.shape for h in forward]}"
-        )
+    read = [h for h in forward if h.ndim == 2] or forward
     return symptoms(features, weights_of(params), ranked=read[-1:], dormant_threshold=dormant_threshold)

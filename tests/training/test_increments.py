@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import cbp_jax
-from cbp_jax import nets
+from cbp_jax import metrics, nets
 from cbp_jax.data import Dataset
 from cbp_jax.experiments.learners import make_learner, parse_method
 from cbp_jax.problems import class_incremental
@@ -195,7 +195,7 @@ def test_an_interrupted_run_resumes_exactly(problem, tmp_path):
 
 @pytest.mark.slow
 def test_the_last_hidden_layer_is_the_last_in_forward_order():
-    """With more than ten layers, the last by name is another one. Ranks need features without positions."""
+    """With more than ten layers, the last by name is another one."""
     method = parse_method("bp")
     deep = make_learner([method], (2,) * 10 + (5,), "tanh", (4,), CLASSES)
     state = init_state(deep, 0, {"step_size": 0.1})
@@ -203,9 +203,14 @@ def test_the_last_hidden_layer_is_the_last_in_forward_order():
     found = increments._measure(deep, state.params, x, 0.01)
     assert deep.units[-1].size == 5
     np.testing.assert_allclose(found["stable_rank"], 1 / 5)  # three copies of one example have rank 1
-    images = jnp.ones((3, 6, 6, 1))
-    network = "convnet:channels=(3,),kernel_sizes=(3,)"
-    convolutional = make_learner([method], (), "relu", images.shape[1:], CLASSES, network=network)
-    params = jax.eval_shape(convolutional.init, jax.random.key(0))
-    with pytest.raises(ValueError, match="learner must have a group of units without positions"):
-        jax.eval_shape(lambda params: increments._measure(convolutional, params, images, 0.01), params)
+
+
+def test_ranks_of_layers_whose_units_all_have_positions():
+    """A unit of `crelu` has two outputs, which count as examples, as they do in other experiments."""
+    learner = make_learner([parse_method("crelu")], (3, 4), "relu", (5,), CLASSES)
+    state = init_state(learner, 0, {"step_size": 0.1})
+    x = jax.random.normal(jax.random.key(1), (6, 5))
+    found = increments._measure(learner, state.params, x, 0.01)
+    last = learner.predict(state.params, x)[1][learner.units[-1].name]
+    assert last.shape == (6, 2, 4)
+    np.testing.assert_allclose(found["stable_rank"], metrics.ranks(last.reshape(12, 4)).stable / 4, rtol=1e-6)
