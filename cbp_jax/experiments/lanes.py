@@ -104,7 +104,9 @@ class Prepared(NamedTuple):
                 calls = training.Lanes(len(lanes), program.mode, at_once=at_once)
                 try:
                     first, task = _seconds(group, train, lanes[: calls.of_a_call], self.plan.tasks, at_once)
-                    timed = Timed(program.methods, calls.of_a_call, calls.calls, self.plan.tasks, first, task)
+                    timed = Timed(
+                        program.methods, calls.of_a_call, calls.calls, self.plan.tasks, first, task, memory.peak()
+                    )
                 except jax.errors.JaxRuntimeError as error:
                     at_once = memory.fewer_lanes(error, len(lanes), at_once)
                 if timed is None:

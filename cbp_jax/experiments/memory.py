@@ -176,6 +176,12 @@ def fewer_text(at_once: int) -> str:
     return f"the devices' memory ran out; going on with {at_once} lane{'s' * (at_once > 1)} at once"
 
 
+def peak() -> int | None:
+    """Return the most bytes that were in use on a device of this process; None if devices do not report it."""
+    found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((count for count in found if count is not None), default=None)
+
+
 def _of_host() -> float:
     """Return the bytes of memory."""
     try:

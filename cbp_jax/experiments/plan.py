@@ -42,6 +42,8 @@ class Timed(NamedTuple):
       tasks: of each lane.
       first: seconds of the first task, with compilation.
       task: seconds of a later task; None if there is only one.
+      memory: the most bytes in use on a device of this process until then; None where devices do not report it, such as
+        CPUs.
     """
 
     methods: tuple[str, ...]
@@ -50,6 +52,7 @@ class Timed(NamedTuple):
     tasks: int
     first: float
     task: float | None
+    memory: int | None = None
 
     @property
     def compilation(self) -> float:
@@ -115,6 +118,8 @@ def time_text(timed: Sequence[Timed]) -> str:
       time: about 15 h 5 min, of which compilation 38 s, if all tasks take as long as the first ones, timed here
         cbp: 16 s to compile, then 4.5 s for a task of 2 lanes; 15 calls x 800 tasks
         bp: 21 s to compile and for a task of 2 lanes, so at most; 15 calls x 1 task
+      >>> print(time_text([cbp._replace(memory=3 * 2**30)]).splitlines()[1])
+        cbp: 16 s to compile, then 4.5 s for a task of 2 lanes; 15 calls x 800 tasks; up to 3 GiB on a device
     """
     found = [
         f"time: about {duration(sum(each.seconds for each in timed))}, of which compilation "
@@ -126,7 +131,8 @@ def time_text(timed: Sequence[Timed]) -> str:
         if each.task is None:
             cost = f"{duration(each.first)} to compile and {lanes}, so at most"
         calls = f"{_count(each.calls, 'call')} x {_count(each.tasks, 'task')}"
-        found.append(f"  {_shown(each.methods)}: {cost}; {calls}")
+        memory = "" if each.memory is None else f"; up to {_size(each.memory)} on a device"
+        found.append(f"  {_shown(each.methods)}: {cost}; {calls}{memory}")
     return "\n".join(found)
 
 

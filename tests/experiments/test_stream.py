@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -411,11 +412,18 @@ def test_the_first_tasks_of_each_program_are_timed(monkeypatch):
     assert cbp.seconds == pytest.approx(cbp.compilation + cbp.calls * cbp.tasks * cbp.task)
     alone = cbp._replace(tasks=1, task=None)  # compilation and task cannot be told apart
     assert alone.seconds == pytest.approx(alone.calls * alone.first)
+    assert cbp.memory is None  # a CPU does not report it
+    stats = [{"peak_bytes_in_use": 3}, {"peak_bytes_in_use": 5}, None]
+    fake = [types.SimpleNamespace(memory_stats=lambda found=found: found) for found in stats]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream.memory.jax, "local_devices", lambda: fake)
+        assert stream.memory.peak() == 5
+    monkeypatch.setattr(stream.memory, "peak", lambda: 7)
     notes = []
     OutOfMemory(monkeypatch, fits=3)
     (together,) = prepare(lanes="vmap", tasks=1, methods=BACKPROP.methods).timed(tell=notes.append)
     assert notes == [stream.memory.fewer_text(2)]  # all four lanes do not fit
-    assert (together.of_a_call, together.calls, together.task) == (2, 2, None)
+    assert (together.of_a_call, together.calls, together.task, together.memory) == (2, 2, None, 7)
 
 
 def test_the_plan_lists_programs_lanes_and_memory(monkeypatch):
