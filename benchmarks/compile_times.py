@@ -86,7 +86,8 @@ def measure(name, lanes, seconds, data_dir):
         finished = True
     except LimitReached:
         pass
-    print(json.dumps({"seconds": covered(spans), "programs": programs, "finished": finished}))
+    print(json.dumps({"seconds": covered(spans), "programs": programs, "finished": finished}), flush=True)
+    os._exit(0)  # an interrupted compilation may go on in another thread
 
 
 def main():
