@@ -294,7 +294,9 @@ def as_process(out, words, kill_after=None, **changes):
 def start(out, environment, count, kill=None, devices=1, **changes):
     """Start processes on the loopback interface, one of which may kill itself, and wait until all have ended."""
     address, processes = f"127.0.0.1:{free_port()}", []
-    older = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""  # compiles faster
+    # XLA's older emitters compile faster; see conftest.py.
+    since = "backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    older = f" --xla_{'cpu_use_fusion_emitters=false' if jax.__version_info__ < (0, 11) else since}"
     environment = {
         **os.environ,
         **environment,

@@ -562,8 +562,8 @@ def run(tx, params=PARAMS, stream=STREAM):
 # When LLVM optimizes, it may fuse multiplications and additions, and two programs with the same arithmetic,
 # such as a vmapped run and a solo run, may differ in the last bit. Without it they are equal, and compile faster.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-# For comparisons within rounding, XLA's older emitters compile three times as fast. With jax 0.11 there are none.
-older = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+# For comparisons within rounding, XLA's older emitters compile two to three times as fast (see conftest.py).
+older = {"xla_cpu_use_fusion_emitters": False}
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0, **older})
 
 
