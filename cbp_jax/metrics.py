@@ -191,8 +191,7 @@ def effective_rank(x: jax.Array) -> jax.Array:
 
 
 def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
-    r"""Return the smallest k such that the k largest *squared* singular values reach the threshold's fraction of their
-    sum.
+    r"""Return how many of the largest *squared* singular values it takes to reach a fraction of their sum.
 
     .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i^2 \ge \tau \sum_j \sigma_j^2 \Big\}
 
@@ -201,7 +200,7 @@ def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.A
 
     Args:
       x: matrix [examples, units]; it is not centered.
-      threshold: fraction in (0, 1]; may be traced.
+      threshold: :math:`\tau`, the fraction, in (0, 1]; may be traced.
 
     Returns:
       float32 scalar, a whole number from 1 to min(examples, units); 0 for a zero matrix, NaN if x is not finite. Sums
@@ -219,7 +218,7 @@ def approximate_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.A
 
 
 def stable_rank(x: jax.Array, threshold: float | jax.Array = 0.99) -> jax.Array:
-    r"""Return the smallest k such that the k largest singular values reach the threshold's fraction of their sum.
+    r"""Return how many of the largest singular values it takes to reach a fraction of their sum.
 
     .. math:: \min\Big\{k : \sum_{i \le k} \sigma_i \ge \tau \sum_j \sigma_j \Big\}
 

@@ -27,12 +27,12 @@ class Texts:
     """Labeled texts, or pairs of texts.
 
     Attributes:
-      texts: one of each example.
+      texts: the text of each example.
       labels: int32 [examples].
-      label_names: of each class.
-      splits: by name, the numbers of examples.
-      name: what it was loaded by.
-      pairs: the second of two texts, where examples are pairs.
+      label_names: the name of each class.
+      splits: by name, such as "train" and "test", the indices of examples.
+      name: the name under which it was loaded.
+      pairs: the second text of each example, if examples are pairs of texts.
     """
 
     texts: tuple[str, ...]

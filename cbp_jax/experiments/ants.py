@@ -32,7 +32,7 @@ class Settings(agents.Settings):
     frictions: tuple[float, ...] = ()
     """Friction coefficients to use cyclically; drawn if not given."""
     change_every: int = 2_000_000
-    """Steps of the environment after which friction changes, at the end of the next episode."""
+    """Number of steps of the environment after which friction changes, at the end of the next episode."""
     common_clock: bool = False
     """Whether friction changes in all environments at the same step, which ends episodes like the time limit."""
     friction_range: tuple[float, float] = (0.02, 2.0)

@@ -51,17 +51,17 @@ class Settings(agents.Settings):
     methods: tuple[str, ...] = METHODS
     """Learners to compare, optionally with settings: "adam:b1=0.99,b2=0.99"."""
     steps: int = 999_424
-    """Total steps of the environment, rounded up to whole intervals."""
+    """Total number of steps of the environment, rounded up to whole intervals."""
     interval: int = 16_384
-    """Steps of the environment between measurements; a multiple of a rollout's steps."""
+    """Number of steps of the environment between measurements; a multiple of a rollout's steps."""
     clip_actions: bool = True
     """Whether actions are clipped to [-1, 1]."""
     num_envs: int = 1
     """Number of parallel environments in a rollout."""
     rollout_length: int = 2048
-    """Steps of each environment in a rollout."""
+    """Number of steps of each environment in a rollout."""
     minibatches: int = 32
-    """Minibatches, and so updates, of an epoch."""
+    """Number of minibatches, and so of updates, in an epoch."""
     clip_values: bool = True
     """Whether to clip values around those of the rollout, like ratios."""
     value_coefficient: float = 0.25

@@ -22,8 +22,8 @@ class Experiment:
     Experiments in `EXPERIMENTS` are run by name, others by their import path.
 
     Attributes:
-      name: in commands and results.
-      about: one line for lists.
+      name: its name in commands and results.
+      about: a line that describes it in lists.
       Settings: a frozen dataclass, whose fields are the options of the command line.
       presets: by name, functions that return settings. They take a dataset's name or None if `Settings` has `dataset`,
         otherwise no arguments.

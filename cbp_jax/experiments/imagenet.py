@@ -25,13 +25,13 @@ class Settings(pools.PoolSettings):
     """Continual ImageNet, or the same with other images of many classes: a task is to distinguish two classes."""
 
     batch_size: int = 100
-    """Examples of an update."""
+    """Number of examples in an update."""
     hidden: tuple[int, ...] = (128, 128)
     """Sizes of the hidden dense layers."""
     procedural_classes: int = 1000
-    """Classes of procedural images."""
+    """Number of classes of procedural images."""
     train_per_class: int = 600
-    """Training examples of each class."""
+    """Number of training examples of each class."""
     epochs: int = 250
     """How often a task shows each of its training examples."""
     channels: tuple[int, ...] = (32, 64, 128)

@@ -32,21 +32,21 @@ class Settings(pools.PoolSettings):
     """One of mlp, convnet, lenet, resnet18 and vit, optionally with settings: "vit:depth=2,width=32"; or a Flax module:
     "my_module:MyNet(width=64)"."""
     batch_size: int = 90
-    """Examples of an update."""
+    """Number of examples in an update."""
     hidden: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each stage of "resnet18", or sizes of the hidden dense layers of another network."""
     measured_examples: int = 1000
     """Examples of the new classes on which dead and dormant units and ranks are measured before each increment."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
-    """Blocks of each stage of "resnet18"."""
+    """Number of blocks in each stage of "resnet18"."""
     test_split: str | None = None
     """Split of the dataset for test examples; by default these follow the training examples in the split "train"."""
     classes_per_increment: int = 5
     """Number of classes added by each increment."""
     validation_per_class: int = 50
-    """Validation examples of each class, for choosing the final weights of an increment."""
+    """Number of validation examples of each class, for choosing the final weights of an increment."""
     epochs: int = 200
-    """Epochs of each increment. The step size is divided by 5 after 30%, 60% and 80% of them."""
+    """Number of epochs of each increment. The step size is divided by 5 after 30%, 60% and 80% of them."""
     flip: bool = True
     """Whether training images are flipped from left to right at random."""
     padding: int = 4

@@ -41,7 +41,7 @@ class Labels(ImageStreamSettings):
     hidden: tuple[int, ...] = (300, 150)
     """Sizes of the hidden dense layers."""
     examples_per_task: int = 2500
-    """Examples of each task."""
+    """Number of examples of each task."""
 
 
 def _problem(make: Callable[..., problems.Problem], settings: ImageStreamSettings, *, normalize: bool) -> Any:

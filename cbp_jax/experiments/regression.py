@@ -28,13 +28,13 @@ class Settings(stream.StreamSettings):
     num_inputs: int = 20
     """Number of input bits, without the constant 1."""
     flipping_bits: int = 15
-    """Input bits that are fixed during a task, one of which flips before the next."""
+    """Number of input bits that are fixed during a task; before the next task, one of them flips."""
     redraw: bool = False
     """Whether all these bits are redrawn before the next task, instead of flipping one."""
     examples_per_task: int = 10_000
-    """Examples of a task."""
+    """Number of examples in a task."""
     target_units: int = 100
-    """Linear threshold units of the target network."""
+    """Number of linear threshold units in the target network."""
     beta: float = 0.7
     """Fraction of the inputs that must agree with a threshold unit's weights to activate it."""
 

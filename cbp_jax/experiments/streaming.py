@@ -55,13 +55,13 @@ class Settings:
     first_seed: int = 0
     """The first seed; the others follow."""
     steps: int = 400_000
-    """Total steps, rounded up to whole intervals."""
+    """Total number of steps, rounded up to whole intervals."""
     interval: int = 10_000
-    """Steps between measurements."""
+    """Number of steps between measurements."""
     episode_length: int = 500
     """Time limit of an episode, in steps."""
     change_every: int = 20_000
-    """Steps after which the physics change, at the end of the next episode."""
+    """Number of steps after which the physics change, at the end of the next episode."""
     swap_actions: bool = True
     """Whether left and right are swapped in every second period."""
     gravity_range: tuple[float, float] = (5.0, 20.0)
@@ -79,7 +79,7 @@ class Settings:
     exploration_end: float = 0.02
     """Final fraction of random actions."""
     exploration_steps: int = 5_000
-    """Steps in which the fraction decreases, once: the agent is not informed of changes."""
+    """Number of steps in which the fraction decreases, only once: the agent is not informed of changes."""
     hidden: tuple[int, ...] = (32, 32)
     """Sizes of the hidden layers, unless a method sets its own."""
     activation: str = "leaky_relu"

@@ -128,7 +128,7 @@ def init(
 
 
 def apply(params: optax.Params, adapter: Adapter | Sequence[Adapter]) -> optax.Params:
-    """Return the params with one adapter, or the sum of several, for training: only adapters get derivatives.
+    """Return the params with one adapter, or the sum of several, for training: gradients reach only the adapters.
 
     Args:
       params: as passed to `init`. They get no derivatives.

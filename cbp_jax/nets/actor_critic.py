@@ -27,8 +27,8 @@ class ActorCritic(nn.Module):
       kernel_init: a `jax.nn.initializers` function, LeCun's by default; biases start at 0.
       initial_log_std: initial logarithm of the standard deviation of each action.
       policy_scale: factor of the initial weights of `actor_mean`. With a small factor, initial actions are near 0 for
-        all observations. Of all choices about networks, this matters most for PPO's learning to walk, according to
-        Andrychowicz et al., `What Matters In On-Policy Reinforcement Learning? <https://arxiv.org/abs/2006.05990>`_,
+        all observations. Of all choices about networks, this one matters most for whether PPO learns to walk, according
+        to Andrychowicz et al., `What Matters In On-Policy Reinforcement Learning? <https://arxiv.org/abs/2006.05990>`_,
         2020.
       value_scale: factor of the initial weights of `critic_value`.
       normalization: normalization of hidden layers before their activation, "layer" or "bare_layer" as in `MLP`, or

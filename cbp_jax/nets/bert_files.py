@@ -47,8 +47,8 @@ def load_bert(
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: the architecture is another one, a value in `config.json` is missing or impossible, or a tensor is
-        missing, unknown, or of a wrong shape.
+      ValueError: the architecture is neither BERT nor RoBERTa, a value in `config.json` is missing or impossible, or a
+        tensor is missing, unknown, or of a wrong shape.
 
     For example `net, variables = load_bert("roberta-base")`, and then `net.apply(variables, tokens, mask)`.
     """

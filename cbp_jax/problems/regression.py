@@ -1,8 +1,8 @@
 """Slowly-Changing Regression: a fixed target network whose inputs drift.
 
 Dohare et al., "Loss of plasticity in deep continual learning", Nature 2024: of m bits, f are fixed for T examples; then
-one of them flips, or all are redrawn. The others are random in every example. The target is more complex than the
-learner can represent, so the best approximation changes with the bits, and the learner must keep tracking it.
+one of these flips, or all f are redrawn. The other bits are random in every example. The target is more complex than
+the learner can represent, so the best approximation changes with the bits, and the learner must keep tracking it.
 """
 
 from typing import NamedTuple
@@ -47,11 +47,11 @@ def slowly_changing_regression(
 
     .. math:: y = \sum_i w_i [v_i \cdot x > \theta_i], \quad \theta_i = (m + 1) \beta - S_i
 
-    with S_i the number of negative weights among the m + 1 of v_i. The key of a stream determines its target network,
-    and all of a task: tasks can be made in any order, in a time that grows by that of 256 random numbers with every
-    256 tasks before it. (The authors' program adds a bias of -1 or 1 to y, which a learner's own bias can represent,
-    and counts the constant's weight in S_i with the opposite sign; we follow the paper. It has configurations that flip
-    one bit, as in the paper, and others that redraw all bits.)
+    with S_i the number of negative weights among the m + 1 of v_i. The key of a stream determines its target network
+    and all its tasks, which can be made in any order. Making a task takes, besides a constant time, that of 256 random
+    numbers for every 256 tasks before it. (The authors' program adds a bias of -1 or 1 to y, which a learner's own bias
+    can represent, and counts the constant's weight in S_i with the opposite sign; we follow the paper. The program has
+    configurations that flip one bit, as in the paper, and others that redraw all bits.)
 
     Args:
       num_inputs: m, number of bits besides the constant.

@@ -27,7 +27,7 @@ Memory = dict[str, Any]  # what a policy remembers of a group: arrays by name
 
 
 class Choice(NamedTuple):
-    """A policy's answer for one group.
+    """A policy's choice of units in one group.
 
     Attributes:
       units: which units are replaced: indices, int [k] with k fixed, padded with the group's size; or a mask, bool

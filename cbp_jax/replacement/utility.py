@@ -14,7 +14,7 @@ For a unit with activation h, incoming weights v and outgoing weights w, on one 
 | `taylor_second_order` | abs(-s + c / 2) | LeCun et al. 1990 |
 | `fisher` | s^2 | Theis et al. 2018, Molchanov et al. 2019 |
 | `snip` | sum abs(w g) | Lee et al. 2019 |
-| `gradient` | mean abs(gradient of v), relative to the group's mean of it | Liu et al. 2025 |
+| `gradient` | mean abs(gradient of v), divided by the group's mean | Liu et al. 2025 |
 | `upgd` | -s | Elsayed & Mahmood 2024 |
 | `upgd_second_order` | -s + c / 2 | Elsayed & Mahmood 2024 |
 

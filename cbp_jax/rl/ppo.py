@@ -59,9 +59,9 @@ def make(
       env: a single environment; it is vmapped over `num_envs`.
       network: maps observations [..., observations] to (mean [..., actions], log_std [actions] or [..., actions],
         value [...]), as `nets.ActorCritic` does.
-      optimizer: makes, of the units of policy and value, an optax transformation. It is given `features` of the
-        minibatch as an extra argument, so that continual backpropagation and recycling work, and gradients as
-        `max_grad_norm` leaves them.
+      optimizer: maps the units of policy and value to an optax transformation. Its update gets the gradients after
+        clipping by `max_grad_norm` and, as an extra argument, `features` of the minibatch, which continual
+        backpropagation and ReDo need.
       settings: the settings.
       reset: what to reinitialize after the environments' `info["period"]` has changed, before the next rollout:
         "network" or "head" (the layers that compute the policy's means and the value, and log-stds that are
@@ -179,7 +179,7 @@ def train(
     Args:
       env: as in `make`, like the next arguments.
       network: maps observations to (mean, log_std, value).
-      optimizer: makes an optax transformation of the units.
+      optimizer: maps the units to an optax transformation.
       settings: the settings.
       updates: number of rollouts, each followed by its updates.
 

@@ -30,14 +30,15 @@ def compare_tickets(a: Any, b: Any, *, by: Callable[[str], str] = lambda path: p
 
     Args:
       a: a ticket, or its mask.
-      b: another.
+      b: another ticket, or its mask.
       by: maps a leaf's path to the name under which it is counted, by itself or together with others, such as those of
         its layer.
 
     Returns:
       by name, the overlap. The expected overlap is computed for each matrix: m n / N for sizes m and n among N entries;
-      with marginals, the sum over entries of the product of both tickets' probabilities, which are (number in its row)
-      (number in its column) / m, at most 1. Overlap beyond the latter is not explained by shared rows or columns.
+      with marginals, the sum over entries of the product of both tickets' probabilities. A ticket of m weights has an
+      entry with the probability (number of its weights in that row) (number in that column) / m, at most 1. Overlap
+      beyond the latter is not explained by shared rows or columns.
 
     Raises:
       ValueError: the masks belong to different params.

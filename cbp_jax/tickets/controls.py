@@ -12,15 +12,15 @@ from cbp_jax.units.groups import join_path
 
 
 def reinitialize(init: Callable[[chex.PRNGKey], optax.Params], key: chex.PRNGKey, mask: Mask) -> optax.Params:
-    """Return the ticket with newly drawn weights. Tests whether its initial weights matter, or only its structure.
+    """Return the ticket with newly drawn weights, to test whether its initial weights matter, or only its structure.
 
     Args:
       init: maps a key to the weights of a network before training.
       key: a key other than that of the ticket's weights.
-      mask: of the ticket, may be traced.
+      mask: the ticket's mask, may be traced.
 
     Returns:
-      fresh weights, dead ones 0.
+      fresh weights, where pruned ones are 0.
 
     Raises:
       ValueError: the mask has another structure.
@@ -46,10 +46,10 @@ def constant_magnitudes(params: optax.Params, mask: Mask) -> optax.Params:
 
     Args:
       params: the weights to which the ticket is rewound, without its mask, since the standard deviation is that of all.
-      mask: of the ticket, may be traced.
+      mask: the ticket's mask, may be traced.
 
     Returns:
-      weights of the params' dtypes, dead ones 0.
+      weights with the params' dtypes, where pruned ones are 0.
 
     Raises:
       ValueError: the mask has another structure.

@@ -15,8 +15,8 @@ from cbp_jax.units.groups import join_path, leaves_by_path
 def masked(inner: optax.GradientTransformation, mask: Mask) -> optax.GradientTransformationExtraArgs:
     r"""Train the living weights of a mask with an inner optimizer, and keep the others at 0.
 
-    With gradient g, weights w, living where :math:`m = 1`, and u the inner optimizer's update for :math:`m \odot g` and
-    :math:`m \odot w`, the update is
+    With gradient g, weights w, which live where :math:`m = 1`, and the inner optimizer's update u for :math:`m \odot g`
+    and :math:`m \odot w`, the update is
 
     .. math:: m \odot u - (1 - m) \odot w.
 

@@ -1,4 +1,4 @@
-"""Masks: trees of bools, True where a weight lives."""
+"""Masks: trees of bools, True where a weight lives, False where it is pruned, or *dead*."""
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable
@@ -94,7 +94,7 @@ def density(mask: Mask) -> chex.Array:
       float32 [].
 
     Raises:
-      ValueError: it is no mask, or nothing in it may be pruned.
+      ValueError: it is not a mask, or nothing in it may be pruned.
 
     Example:
       >>> float(density({"w": jnp.array([[True, False]]), "b": jnp.array([True, True])}))
@@ -163,7 +163,7 @@ def random_mask_like(mask: Mask, key: jax.typing.ArrayLike) -> Mask:
       a mask of the same structure and shapes. Weights that may not be pruned live.
 
     Raises:
-      ValueError: it is no mask.
+      ValueError: it is not a mask.
 
     Example:
       >>> mask = {"w": jnp.arange(12).reshape(3, 4) < 5, "b": jnp.ones(4, bool)}

@@ -91,8 +91,8 @@ def prune(
 def mask_like(params: optax.Params, mask: Mask, *, score: Score | None = None) -> Mask:
     """Return a mask with the same number of living weights in each array, those of largest score.
 
-    For weights of one dense training it is one-shot pruning to the densities of another mask. With random scores it is
-    `random_mask_like`.
+    With the weights of a single dense training, this is one-shot pruning to the densities of another mask. With random
+    scores, it is `random_mask_like`.
 
     Args:
       params: pytree of arrays, may be traced.

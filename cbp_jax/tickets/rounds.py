@@ -34,11 +34,11 @@ class Round(NamedTuple):
     """The result of a round of `iterative_magnitude_pruning`.
 
     Attributes:
-      number: from 1.
-      mask: mask of the weights that still live after it.
-      params: the rewound weights, dead ones 0. With the mask, this is the ticket.
-      trained: the weights at the end of its training, under the previous mask.
-      measured: measurements of its training.
+      number: the number of the round, from 1.
+      mask: mask of the weights that still live after the round.
+      params: the rewound weights, where pruned ones are 0. With the mask, this is the ticket.
+      trained: the weights at the end of the round's training, under the previous mask.
+      measured: measurements from that training.
     """
 
     number: int
@@ -137,21 +137,22 @@ def iterative_magnitude_pruning(
     With weights :math:`\theta_0`, a mask :math:`m` that is full at first, and :math:`\theta_k` the weights of the first
     round after `rewind_step` updates, each round
 
-    1. trains :math:`m \odot \theta_0` in the first, :math:`m \odot \theta_k` from update k on in those after it;
+    1. trains :math:`m \odot \theta_0` in the first round, :math:`m \odot \theta_k` from update k on in later rounds;
     2. prunes a fraction of the living weights, those of smallest score after training;
     3. rewinds: the ticket is :math:`m \odot \theta_k`, bit for bit, with the new mask.
 
     One round with a large fraction is one-shot pruning.
 
     Args:
-      train: `(params, mask, step) -> Trained`, a `Training` or a function of your own, trains the living weights from
-        an update on. In the first round it is called with step 0 and must keep the weights at `rewind_step`.
+      train: `(params, mask, step) -> Trained`, a `Training` or a function of your own, which trains the living weights
+        from update `step` on. In the first round it is called with step 0 and must keep the weights at `rewind_step`.
       params: :math:`\theta_0`.
-      rounds: how many.
-      fraction: of the living weights, in [0, 1), as what follows see `prune`.
-      scope: of the comparison of scores.
+      rounds: number of rounds.
+      fraction: the fraction of the living weights that a round prunes, in [0, 1). For this and the next arguments see
+        `prune`.
+      scope: where scores are compared, "layer" or "global".
       rates: factors of the fraction by pattern of path.
-      score: of trained weights.
+      score: the score of the trained weights.
       mask: the initial mask; by default all weights live.
       rewind_step: k. Late rewinding uses k > 0, which large networks need.
       lanes: whether params, and the mask if given, have a leading axis of lanes, such as seeds or settings. Then

@@ -43,8 +43,8 @@ def prune_units(
     Args:
       params: pytree of arrays, may be traced.
       units: groups of `discover_units`, all or selected. Other groups keep all units.
-      fraction: in [0, 1).
-      keep: the remaining units; by default all.
+      fraction: the fraction of the remaining units that is pruned, in [0, 1).
+      keep: the units that remain from earlier prunings; by default all.
       scope: "layer" prunes the fraction of each group; "global" that of all groups together, whose utilities are
         compared.
       utility: by name of group an array [units], such as the field `utility` in the state of `continual_backprop`; or a
@@ -52,8 +52,8 @@ def prune_units(
         magnitude of the outgoing weights, which needs no examples. Note that "contribution" favors units that are
         always active, although a bias could replace them.
       features: activations on some examples, from `with_features`, if the utility needs them.
-      grads: gradients, where it looks at them.
-      key: int or jax key, where it draws.
+      grads: gradients, if the utility needs them.
+      key: int or jax key, if the utility draws random numbers.
 
     Returns:
       by name of group a bool [units], the remaining units.

@@ -23,11 +23,11 @@ class Saved(NamedTuple):
     """What a file of a `Checkpoint` holds.
 
     Attributes:
-      path: of the file.
+      path: the path of the file.
       name: what ran.
       tasks: how many tasks were done.
-      needs: the checksum of what the state is of no use without.
-      state: of the lanes, as `flax.serialization.to_state_dict` gives it; None where nothing is left to do.
+      needs: the checksum of the files without which the state is useless.
+      state: the state of the lanes, as `flax.serialization.to_state_dict` returns it; None if nothing is left to do.
       lanes: the rows of the state; None where the file does not tell.
     """
 
@@ -60,7 +60,7 @@ def read_state(path: Path) -> Saved | None:
 
 
 def unusable(path: Path, reason: str) -> ValueError:
-    """Return the error that a state cannot be used, with the way out."""
+    """Return an error that says that a state cannot be used, and what to do."""
     return ValueError(
         f"the run cannot resume from {path}: {reason}. The results that were saved are safe. Delete the file "
         "and run again: what is not finished restarts from its first task, with the same results"
@@ -80,7 +80,7 @@ class Checkpoint:
         results.
       lanes: method and seed of each row of the state; kept in the file.
       found: the state to resume from, in place of the one in the file; it is not checked.
-      stops: a stop waits there for the next save, which is then due.
+      stops: holds back Ctrl-C and SIGTERM until the next save, which such a stop makes due at once.
 
     Raises:
       ValueError: the file is damaged, is not a state, or was written by an earlier version without a checksum; or the

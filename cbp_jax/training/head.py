@@ -51,7 +51,7 @@ def reset_layers(
 
     Args:
       tx: the optimizer.
-      params: its parameters, a tree of named arrays.
+      params: the parameters that it updates, a tree of named arrays.
       opt_state: its state.
       layers: paths of layers or of single parameters, such as "params/Dense_2".
       fresh: parameters with the new values of the layers; by default they are 0.

@@ -62,8 +62,8 @@ def run_increment(
       learner: the learner; with `batch_stats`, its `train` returns the outputs and the new collection.
       problem: the classes.
       data: `problem.data`, an argument so that lanes share it.
-      state: the lane's.
-      epochs: how many epochs.
+      state: the lane's state.
+      epochs: number of epochs.
       measured_examples: number of examples of the new classes on which the network is measured before the increment.
       dormant_threshold: largest score of a dormant unit, see `metrics.dormant_fraction`.
       early_stopping: whether to keep the best weights instead of the last ones.

@@ -15,9 +15,9 @@ LaneMode = Literal["auto", "vmap", "map"]
 def one_blas_thread() -> Iterator[None]:
     """Keep BLAS to one thread while lanes run; each has a core of its own.
 
-    JAX takes decompositions on a CPU from SciPy, whose OpenBLAS has a thread for every core. These wait for more to do
-    in a busy loop: on a quiet machine that doubles the time of a run with small tasks, and beside other processes it
-    takes six to seventeen times as long (`benchmarks/host_devices.py`). Without threadpoolctl nothing is changed.
+    JAX takes decompositions on a CPU from SciPy, whose OpenBLAS has a thread for every core. Idle threads wait in a
+    busy loop. On a quiet machine that doubles the time of a run with small tasks; next to other processes the run takes
+    six to seventeen times as long (`benchmarks/host_devices.py`). Without threadpoolctl nothing is changed.
 
     Example:
       >>> with one_blas_thread():
@@ -36,9 +36,9 @@ def one_blas_thread() -> Iterator[None]:
 class Lanes:
     """Lanes are the rows of batched arguments; every device takes an equal share of them.
 
-    On accelerators the rows of a device run together under `vmap`. On a CPU batches of matrix-vector products are
-    slower than one after the other, so that there every device runs one row at a time, all host devices at once
-    (`jax.config.update("jax_num_cpu_devices", n)` makes n of them).
+    On accelerators the rows of a device run together under `vmap`. On a CPU, a batch of matrix-vector products takes
+    longer than the same products one after another. There each device runs one row at a time, and all host devices work
+    at once (`jax.config.update("jax_num_cpu_devices", n)` makes n of them).
 
     Args:
       count: number of lanes.
@@ -103,7 +103,7 @@ class Lanes:
         return self._padded // self._chunk
 
     def share(self, tree: Any) -> Any:
-        """Put arrays that all lanes read on every device, once."""
+        """Copy arrays that all lanes read to every device, once."""
         return jax.device_put(tree, self._sharding())
 
     def scatter(self, tree: Any) -> tuple[Any, ...]:

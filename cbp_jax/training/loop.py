@@ -34,11 +34,11 @@ def measure(
     matrices: bool = False,
     dormant_threshold: float | None = None,
 ) -> dict[str, chex.Array]:
-    """Return the symptoms of lost plasticity, on examples x [examples, ...].
+    """Measure the symptoms of lost plasticity on examples x [examples, ...].
 
     Args:
-      learner: whose network it is.
-      params: its parameters.
+      learner: the learner whose network is measured.
+      params: the network's parameters.
       x: examples.
       matrices: whether to measure the weights as matrices too.
       dormant_threshold: largest score of a dormant unit, see `metrics.dormant_fraction`. By default dormant units are
@@ -67,7 +67,7 @@ def run_task(
       learner: the learner that is trained.
       problem: the stream of tasks.
       data: `problem.data`, an argument so that lanes share it.
-      state: the lane's.
+      state: the lane's state.
       measured_examples: number of examples of the task on which the network is measured before the task.
       measure_every: number of steps between measurements of plasticity and gradients, each of which takes an extra
         forward pass; at most the steps of a task. By default they are not measured.

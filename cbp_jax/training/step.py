@@ -38,9 +38,9 @@ def train_step(
 
     Args:
       tx: the optimizer.
-      loss_fn: `params -> loss, (features, found)`.
-      params: what it is of.
-      opt_state: the optimizer's.
+      loss_fn: `params -> (loss, (features, found))`, with the activations of units and anything else to return.
+      params: the parameters to update.
+      opt_state: the optimizer's state.
       **extra: further arguments of the optimizer's update.
 
     Returns:
@@ -82,8 +82,8 @@ def learn(
       learner: the learner that is trained.
       tx: its optimizer.
       loss: a name of `losses.LOSSES`.
-      params: the network's.
-      opt_state: the optimizer's.
+      params: the network's parameters.
+      opt_state: the optimizer's state.
       batch: inputs and targets.
       key: key for random parts of training, such as dropout.
       head: a function applied to the outputs before the loss.

@@ -326,10 +326,10 @@ def rwalk(
 
     where bars are bias-corrected running means, :math:`\Delta` is the change of the weight since the last update, and
     g' and F' are the gradient and the mean of squared gradients of that update, which made the change. The fraction is
-    by how much the change reduced the loss for each step on the Riemannian manifold, or 0 if the loss rose. The
-    original keeps the Fisher information as a running mean, sums the scores over a task, halves them from task to task
-    (its equations 8 to 10), and has the penalty :math:`\lambda_{\mathrm{RW}} \Omega (w - \bar w)^2`, so :math:`\lambda
-    = 2 \lambda_{\mathrm{RW}}`. At the first update the score is 0.
+    how much the change reduced the loss per step on the Riemannian manifold, or 0 if the loss rose. The original keeps
+    the Fisher information as a running mean, sums the scores over a task, halves them from task to task (its equations
+    8 to 10), and has the penalty :math:`\lambda_{\mathrm{RW}} \Omega (w - \bar w)^2`, so :math:`\lambda = 2
+    \lambda_{\mathrm{RW}}`. At the first update the score is 0.
 
     Args:
       learning_rate: :math:`\eta`: a number, a tracer, or an optax schedule.

@@ -74,7 +74,7 @@ def continual_backprop(
     Args:
       inner: the optimizer that trains the network.
       units: groups of units, from `discover_units` or written by hand.
-      replacement_rate: replacements for each eligible unit and update, in [0, 1]. May be traced.
+      replacement_rate: number of replacements per eligible unit and update, in [0, 1]. May be traced.
       decay_rate: decay rate of the running means of utility and activation, in [0, 1). May be traced.
       maturity_threshold: age in updates above which a unit may be replaced, >= 0. May be traced.
       utility: "contribution", "zero_contribution", "adaptation", "adaptable_contribution", "weight", "random"; from
@@ -93,8 +93,8 @@ def continual_backprop(
       compensate_bias: add the mean contribution of a replaced unit to the biases of its consumers. Exact for dense
         kernels, and for convolutions away from zero padding.
       max_replacements: the most units of a group that one update may replace, a static int; further replacements are
-        postponed. By default it follows from the replacement rate. With a traced rate it is the group's size, so
-        weights are drawn for the whole group at every update, which is slow, so set it if the rate is traced.
+        postponed. By default it follows from the replacement rate. Set it if the rate is traced: the default is then
+        the group's size, so that weights are drawn for the whole group at every update, which is slow.
       key: int or jax key for the fresh weights.
 
     Returns:

@@ -44,8 +44,8 @@ def dash(
 
     Args:
       inner: the optimizer that trains the network.
-      every: number of updates between shrinkings, a whole number >= 1. May be traced. With the length of a task, it
-        shrinks just before new data arrive.
+      every: number of updates between shrinkings, a whole number >= 1. May be traced. With the length of a task,
+        weights shrink just before new data arrive.
       least: :math:`\lambda`, the smallest factor, in [0, 1]. May be traced.
       alpha: :math:`\alpha`, weight of the newest gradient, in [0, 1]. May be traced.
       kernels: which arrays are shrunk, a function of path (keys joined by "/") and array. By default all of two or more

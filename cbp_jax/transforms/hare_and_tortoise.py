@@ -39,8 +39,8 @@ def hare_and_tortoise(
     Args:
       inner: the optimizer that trains the network.
       decay: d, in [0, 1]. May be traced. With 1 the hare returns to the initial weights, with 0 nothing happens.
-      every: n, number of updates between resets, a whole number >= 1. May be traced. With the length of a task, it
-        resets at each task's end. (The authors reset every 10 epochs.)
+      every: n, number of updates between resets, a whole number >= 1. May be traced. With the length of a task, the
+        weights are reset at each task's end. (The authors reset every 10 epochs.)
 
     Returns:
       an optax transformation that passes extra arguments on to `inner`. Its state is a `HareAndTortoiseState`.

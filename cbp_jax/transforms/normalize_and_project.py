@@ -37,8 +37,8 @@ def normalize_and_project(
     :func:`effective_learning_rate`. The *normalize* part of the method is up to the network, which needs layer
     normalization (the learner `nap` adds it). Kernels that start at 0 are not projected.
 
-    Scales and offsets of normalization, and biases, are not kernels. The paper lets scales and offsets drift, or keeps
-    them near their initial values in long runs. The paper does not say how; here, every projection moves them by a
+    Scales and offsets of normalization, and biases, are not kernels. The paper lets scales and offsets drift or, in
+    long runs, keeps them near their initial values, but does not say how. Here, every projection moves them by a
     fraction `pull` of their distance to the initial values, 0 by default. We know of no public program by the authors.
 
     Wrap it around transformations that replace units, as in `normalize_and_project(continual_backprop(...))`.
@@ -114,8 +114,8 @@ def effective_learning_rate(
 
     Gradients of such a kernel shrink as its norm grows, :math:`\nabla L(c W) = \nabla L(W) / c`, so that a step of SGD
     rotates it as much as a step with the learning rate :math:`\eta / \lVert W \rVert_F^2` rotates a kernel of norm 1.
-    For optimizers whose steps do not depend on the scale of gradients, such as Adam, it is :math:`\eta / \lVert W
-    \rVert_F`.
+    For optimizers whose steps do not depend on the scale of gradients, such as Adam, the effective learning rate is
+    :math:`\eta / \lVert W \rVert_F`.
 
     Args:
       params: pytree of arrays.

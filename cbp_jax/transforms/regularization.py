@@ -132,7 +132,7 @@ class ProximalL1InitState(NamedTuple):
 def proximal_l1_init(
     strength: chex.Numeric, learning_rate: optax.ScalarOrSchedule = 1.0
 ) -> optax.GradientTransformation:
-    r"""Soft-threshold the change of weights since initialization, so that weights that hardly move return to it.
+    r"""Soft-threshold the weights' change since initialization, so that weights that hardly move return to :math:`w_0`.
 
     With :math:`w' = w + u` the weights after the optimizer's step, the weights become
 

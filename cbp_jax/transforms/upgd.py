@@ -182,9 +182,8 @@ def upgd(
         \bar U = \frac{U / (1 - \beta^t)}{\eta}.
 
     With global scope, :math:`\eta` is the maximum of the bias-corrected utilities of all weights. With local scope it
-    is the Euclidean norm of those of the weights that lead to the same unit. Then, with the sigmoid :math:`\phi` and
-    noise
-    :math:`\xi \sim N(0, \sigma^2)`,
+    is the Euclidean norm of the utilities of the weights that lead to the same unit. Then, with the sigmoid
+    :math:`\phi` and noise :math:`\xi \sim N(0, \sigma^2)`,
 
     .. math:: w \leftarrow (1 - \alpha \lambda) w - \alpha (g + \xi) \circ (1 - \phi(\bar U)).
 
