@@ -391,7 +391,7 @@ def test_the_plan_is_printed_alone_and_nothing_is_written(tmp_path, monkeypatch,
     quality = ["run", "utility_quality", "--preset", "smoke"]
     assert "--plan must be left out: utility_quality has no plan" in refused_in_one_line(capsys, *quality, "--plan")
     message = refused_in_one_line(capsys, *quality, "--lanes-at-once", "2")
-    assert "lanes_at_once must be left out: utility_quality has none, got 2" in message
+    assert "lanes_at_once must be left out: utility_quality has no lanes, got 2" in message
 
 
 def test_a_note_is_printed_as_a_warning_above_the_bar(capsys):

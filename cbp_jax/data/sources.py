@@ -162,7 +162,7 @@ def _require_labeled_images(builder: Any, name: str) -> None:
     features = dict(builder.info.features or {})
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise ValueError(f"dataset {name!r} is not one of labeled images: its features are {sorted(features)}")
+        raise ValueError(f"dataset {name!r} must have labeled images: its features are {sorted(features)}")
     if None in image.shape or image.np_dtype != np.uint8:
         got = f"{np.dtype(image.np_dtype)} {image.shape}"
         raise ValueError(f"dataset {name!r} must have uint8 images of one size; got {got} (None: varies)")

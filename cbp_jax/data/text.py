@@ -180,7 +180,7 @@ def _load_tfds(name: str, data_dir: str | os.PathLike | None) -> Texts:
     label = features.get("label")
     if not 1 <= len(fields) <= 2 or not isinstance(label, tfds.features.ClassLabel):
         raise ValueError(
-            f"dataset {name!r} is not one of a text, or two, and a class label: its features are {sorted(features)}"
+            f"dataset {name!r} must have one text or two, and a class label: its features are {sorted(features)}"
         )
     sources.require_readable(builder, name, embedded=f"{EMBEDDED[0]!r}, which comes with the installed libraries")
     columns: list[list[str]] = [[] for _ in fields]

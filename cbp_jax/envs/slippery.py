@@ -75,9 +75,7 @@ class Slippery(Walker):
         if friction is not None:
             check_scalar("friction", friction, at_least=0, below=math.inf)
             if len(frictions):
-                raise ValueError(
-                    f"friction stays as it is where it is given, and frictions must be empty, got {frictions}"
-                )
+                raise ValueError(f"friction stays as it is if it is given, so frictions must be empty, got {frictions}")
         for each in frictions:
             check_scalar("frictions", each, at_least=0, below=math.inf)
         if change_every < 1:
@@ -192,7 +190,9 @@ def with_friction(env: Any, friction: chex.Numeric) -> Any:
     """
     check_scalar("friction", friction, at_least=0, below=math.inf)
     if not hasattr(env, "sys"):
-        raise ValueError(f"env must be one of Brax's with bodies on a ground, not wrapped; got {type(env).__name__}")
+        raise ValueError(
+            f"env must be one of Brax's with bodies on a ground, without a wrapper; got {type(env).__name__}"
+        )
     env = copy.copy(env)
     env.sys = env.sys.tree_replace({"geom_friction": jnp.asarray(env.sys.geom_friction).at[:, 0].set(friction)})
     return env

@@ -50,7 +50,7 @@ class Walker(Around):
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}{reason}")
         self.env = make_brax_env(env, backend)
         if not hasattr(self.env, "sys"):
-            raise ValueError(f"env must be of bodies on a ground, got {env!r}")
+            raise ValueError(f"env must be an environment with bodies on a ground, got {env!r}")
         if backend == "mjx":
             self.env.sys = self.env.sys.tree_replace(_MJX)
         self.clip_actions = clip_actions

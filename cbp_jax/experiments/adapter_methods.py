@@ -52,7 +52,7 @@ class AdapterMethod:
         if self.orthogonality and self.adapters not in ("new", "added"):
             raise ValueError(f"orthogonality needs an adapter for each task, got adapters={self.adapters!r}")
         if self.l1 and self.adapters == "none":
-            raise ValueError("l1 is of the change by an adapter, got adapters='none'")
+            raise ValueError("l1 penalizes the change by an adapter, got adapters='none'")
 
 
 # Each row is a method. Its settings may be changed when it is named.

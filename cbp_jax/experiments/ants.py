@@ -135,7 +135,7 @@ def check(settings: Settings) -> list[learners.Method]:
             )
         if method.reset and not (settings.common_clock or settings.num_envs == 1):
             raise ValueError(
-                f"method {text!r}: the {settings.num_envs} environments' frictions must change together, that it is "
+                f"method {text!r}: the {settings.num_envs} environments' frictions must change together, so that it is "
                 "clear when to reset; set common_clock"
             )
     return methods

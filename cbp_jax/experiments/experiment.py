@@ -125,7 +125,7 @@ class Experiment:
             if lanes_at_once is None:
                 return self.job(settings)
             if "lanes_at_once" not in inspect.signature(self.job).parameters:
-                raise ValueError(f"lanes_at_once must be left out: {self.name} has none, got {lanes_at_once}")
+                raise ValueError(f"lanes_at_once must be left out: {self.name} has no lanes, got {lanes_at_once}")
             return self.job(settings, lanes_at_once=lanes_at_once)
         methods = self.check(settings)
         return stream.prepare(

@@ -108,7 +108,7 @@ class Plan:
                 raise ValueError(f"lane {lane.name!r}: {error}") from error
         counts = {lane.name: len(found[lane.name]) for lane in self.lanes if lane.space}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"lanes must try as many configurations as each other, got {counts}")
+            raise ValueError(f"lanes must all try the same number of configurations, got {counts}")
         return found
 
     def _drawn(self, lane: Lane) -> list[dict[str, Any]]:

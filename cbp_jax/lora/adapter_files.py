@@ -153,7 +153,7 @@ def _to_torch(adapter: Adapter, path: str) -> dict[str, np.ndarray]:
     last."""
     sizes = sizes_of(adapter, path)
     if sizes[0]:
-        raise ValueError(f"adapter: kernel {path!r} is one of several that are stacked, which PEFT has not")
+        raise ValueError(f"adapter: kernel {path!r} is stacked with others, which PEFT's format does not support")
     a, b = (np.asarray(adapter.factors[path][name], np.float32) for name in ("lora_A", "lora_B"))
     if path.endswith("embedding"):
         return {"lora_embedding_A": a.T, "lora_embedding_B": b.T}

@@ -52,7 +52,7 @@ def compare_tickets(a: Any, b: Any, *, by: Callable[[str], str] = lambda path: p
     masks = [leaves_by_path(mask_of(one)) for one in (a, b)]
     shapes = [{path: np.shape(mask) for path, mask in one.items()} for one in masks]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"b must be of the params that a is of, {shapes[0]}, got {shapes[1]}")
+        raise ValueError(f"a and b must be tickets of the same params, got the shapes {shapes[0]} and {shapes[1]}")
     found: dict[str, Shared] = {}
     for path in masks[0]:
         pair = [as_matrix(path, np.asarray(one[path], bool)) for one in masks]

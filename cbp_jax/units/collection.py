@@ -77,7 +77,7 @@ class Units(tuple[UnitGroup, ...]):
             if not fnmatch.filter(have_names, name):
                 raise ValueError(f"no group's name matches {name!r}; the groups are {have_names}")
         if kinds is not None and not kinds <= have_kinds:
-            raise ValueError(f"kind must be of {sorted(have_kinds)}, got {kind!r}")
+            raise ValueError(f"kind must be among {sorted(have_kinds)}, got {kind!r}")
         chosen: list[UnitGroup] = []
         others: list[UnitGroup] = []
         for group in self:

@@ -170,7 +170,7 @@ def test_the_home_directory_is_expanded(tmp_path, monkeypatch, write_idx, tiny_s
         ("../mnist", "unknown dataset"),
         ("emnist/unbalanced", "unknown config or version .* its configs are byclass, bymerge, balanced"),
         ("mnist:0.0.1", r"unknown config or version .*3\.0\.1"),
-        ("imdb_reviews", r"not one of labeled images: its features are \['label', 'text'\]"),
+        ("imdb_reviews", r"must have labeled images: its features are \['label', 'text'\]"),
         ("oxford_flowers102", "must have uint8 images of one size"),
     ],
 )

@@ -122,9 +122,9 @@ def test_other_datasets_of_tensorflow_datasets(tmp_path):
     with pytest.raises(DatasetUnavailable, match="imdb_reviews") as error:
         load_text("imdb_reviews", data_dir=tmp_path)
     assert "use the dataset 'docstrings/library', which comes with the installed libraries" in str(error.value)
-    with pytest.raises(ValueError, match=r"is not one of a text, or two, and a class label: its features are \['id"):
+    with pytest.raises(ValueError, match=r"must have one text or two, and a class label: its features are \['id"):
         load_text("glue/stsb", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="'mnist' is not one of a text"):
+    with pytest.raises(ValueError, match="'mnist' must have one text"):
         load_text("mnist", data_dir=tmp_path)
     with pytest.raises(ValueError, match="those of installed libraries are docstrings/library, docstrings/kind"):
         load_text("docstrings/author")

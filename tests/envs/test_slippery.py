@@ -245,7 +245,7 @@ def test_actions_are_clipped_on_request():
     ("settings", "message"),
     [
         ({"env": "antelope"}, r"env must be one of .*'ant'.*, got 'antelope'"),
-        ({"env": "fast"}, r"env must be of bodies on a ground, got 'fast'"),
+        ({"env": "fast"}, r"env must be an environment with bodies on a ground, got 'fast'"),
         ({"env": "swimmer"}, r"env must be one that Brax has with backend 'spring', got 'swimmer'"),
         ({"backend": "positional"}, r"backend must be one of \('spring', 'mjx'\), got 'positional': its gaits"),
         ({"backend": "generalized"}, r"got 'generalized': with its few solver iterations"),

@@ -268,7 +268,7 @@ def test_transfer_is_relative_to_a_task_alone_with_the_same_head(keywords):
         (["full:speed=1"], "method 'full:speed=1' has the settings"),
         (["full:head=two"], r"head must be one of \('own', 'shared'\), got 'two'"),
         (["sequential:orthogonality=0.5"], "orthogonality needs an adapter for each task, got adapters='one'"),
-        (["full:l1=0.5"], "l1 is of the change by an adapter"),
+        (["full:l1=0.5"], "l1 penalizes the change by an adapter"),
         (["replay:replay=1.0"], "replay must be below 1, got 1.0"),
         (["added:l1=true"], "l1 must be a number of at least 0, got True"),
     ],

@@ -161,7 +161,7 @@ WRONG = [
     ({"lanes": LANES[:1] * 2}, "lanes must be at least one, of different names, got"),
     (
         {"lanes": (*LANES, Lane("less", "bp", {"step_size": (0.1,)}))},
-        "lanes must try as many configurations as each other, got .*'less': 1",
+        "lanes must all try the same number of configurations, got .*'less': 1",
     ),
     ({"lanes": (Lane("x", "bp", {"l2": (0.1,)}),)}, "lane 'x': bp has the settings .*, got l2"),
     ({"lanes": (Lane("x", "bp", {"step_size": (-1.0,)}),)}, "lane 'x': step_size must be .*, got -1.0"),

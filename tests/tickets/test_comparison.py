@@ -46,5 +46,5 @@ def test_overlap_by_layer():
     assert total.sizes == (round(0.3 * COUNT), round(0.1 * COUNT)) and total.entries == COUNT
     empty = compare_tickets({"w": np.zeros((2, 2), bool)}, {"w": np.zeros((2, 2), bool)})["w"]
     assert empty.jaccard == empty.by_marginals == 0
-    with pytest.raises(ValueError, match="b must be of the params that a is of"):
+    with pytest.raises(ValueError, match="a and b must be tickets of the same params"):
         compare_tickets({"w": np.ones(2, bool)}, {"w": np.ones(3, bool)})
