@@ -167,8 +167,10 @@ class WordTokenizer:
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, length: int
     ) -> list[tuple[list[int], list[int]]]:
-        """For each text, or pair of texts, at most `length` tokens with their types. Of a pair the longer text is
-        truncated first."""
+        """Return at most `length` tokens of each text, or pair of texts, with their types.
+
+        In a pair, the longer text is truncated first.
+        """
         numbers = lambda text: [self._numbers.get(word, 1) for word in _split(text)]
         encoded = []
         for number, text in enumerate(texts):

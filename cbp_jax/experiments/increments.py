@@ -36,7 +36,7 @@ class Settings(pools.PoolSettings):
     hidden: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each stage of "resnet18", or sizes of the hidden dense layers of another network."""
     measured_examples: int = 1000
-    """Number of examples of the new classes on which dead and dormant units and ranks are measured before an increment."""
+    """Number of examples of the new classes on which dead and dormant units and ranks are measured beforehand."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Number of blocks in each stage of "resnet18"."""
     test_split: str | None = None

@@ -63,9 +63,9 @@ class Settings:
     seeds: int = 20
     """Number of runs of each network, seeds 0, 1, ..."""
     steps: int = 2000
-    """Steps of SGD, each on new samples."""
+    """Number of steps of SGD, each on new samples."""
     measure_every: int = 20
-    """Steps between measurements. The first is before the first step."""
+    """Number of steps between measurements. The first is before the first step."""
     activations: tuple[str, ...] = ("tanh", "relu", "leaky_relu")
     """Activations of the hidden layers, a network for each."""
     hidden: tuple[int, ...] = (16, 16)
@@ -77,7 +77,7 @@ class Settings:
     initialization: Literal["kaiming", "pytorch"] = "kaiming"
     """Initialization: Kaiming's with biases of 0 (kaiming), or that of PyTorch's layers, including biases (pytorch)."""
     batch_size: int = 1
-    """Samples of an update and of a measurement."""
+    """Number of samples in an update and in a measurement."""
     step_size: float = 0.01
     """Step size of SGD."""
     lanes: Literal["auto", "vmap", "map"] = "vmap"

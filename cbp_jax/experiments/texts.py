@@ -38,7 +38,7 @@ class TextSettings:
     """A folder with config.json, model.safetensors and tokenizer.json of BERT or RoBERTa; "none" for a small encoder
     trained from scratch; "auto" for the package of [text] if it is installed, otherwise "none"."""
     depth: int | None = None
-    """Number of the encoder's layers to use, the first ones; by default all of a pre-trained one, two of a small
+    """Number of the encoder's layers to use, from the first on; by default all of a pre-trained encoder, two of a small
     one."""
     width: int = 32
     """Width of a small encoder."""
@@ -51,13 +51,13 @@ class TextSettings:
     test_texts: int = 500
     """Maximum number of test texts of a task."""
     batch_size: int = 16
-    """Texts of an update."""
+    """Number of texts in an update."""
     steps: int = 375
-    """Updates of a task."""
+    """Number of updates of a task."""
     warmup: float = 0.1
     """Fraction of the updates in which the learning rate rises linearly; afterwards it falls linearly to 0."""
     dropout_rate: float = 0.1
-    """Rate of dropout in the encoder."""
+    """Dropout rate in the encoder."""
     data_dir: Path | None = None
     """Folder of prepared datasets; by default that of tensorflow-datasets."""
     lanes: Literal["auto", "vmap", "map"] = "auto"

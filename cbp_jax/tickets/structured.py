@@ -56,7 +56,7 @@ def prune_units(
       key: int or jax key, if the utility draws random numbers.
 
     Returns:
-      by name of group a bool [units], the remaining units.
+      by name of group a bool [units], true for the remaining units.
 
     Raises:
       ValueError: the fraction is out of range, the scope or utility is unknown, the units do not match the params,

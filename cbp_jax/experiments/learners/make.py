@@ -24,9 +24,9 @@ def make_optimizer(
     """Return the optimizer of methods that differ only in numbers.
 
     Args:
-      methods: of one learner and with the same options.
-      units: of the network.
-      network: attributes of the network, such as `kernel_init`, what replaced units start from.
+      methods: methods of one learner with the same options.
+      units: the units of the network.
+      network: attributes of the network, such as `kernel_init`, by which replaced units are initialized.
 
     Returns:
       a function that maps hyperparameters by name and a key to an optax transformation.
@@ -50,11 +50,11 @@ def make_learner(
     """Create the learner of methods that differ only in numbers.
 
     Args:
-      methods: of one learner and with the same options.
+      methods: methods of one learner with the same options.
       hidden: sizes of the hidden layers, if the network has a setting for them.
       activation: name of the activation, if the network has a setting for it and the methods do not set one.
-      input_shape: of one example.
-      num_classes: outputs.
+      input_shape: the shape of one example.
+      num_classes: the number of outputs.
       network: as for `nets.read`. Settings after its name override those here, and the methods' settings override both.
       reset_head: whether the output layer is reset to zero before each task.
       init_of_activation: maps the name of the activation to the network's `kernel_init`.

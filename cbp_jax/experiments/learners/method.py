@@ -24,8 +24,8 @@ class Setting:
       check: `check(name, value)` raises a ValueError or a TypeError if the value is not allowed.
       read: parses a value; None for settings that can be given only from Python.
       kind: what `read` expects, for error messages.
-      traced: whether methods that differ only in it are lanes of one program.
-      optional: whether it belongs to a method, and to its results, only if given.
+      traced: whether methods that differ only in this setting are lanes of one program.
+      optional: whether the setting belongs to a method, and to its results, only if it is given.
     """
 
     check: Callable[[str, Any], None]
@@ -227,8 +227,8 @@ class Method:
         """Create the optimizer of the network's weights.
 
         Args:
-          units: of the network.
-          key: for what it draws.
+          units: the units of the network.
+          key: key for the optimizer's random numbers.
         """
         raise NotImplementedError
 

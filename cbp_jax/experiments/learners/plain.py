@@ -17,7 +17,7 @@ from cbp_jax.units import Units
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SGD(Method):
-    """Around SGD."""
+    """Base class of learners around SGD."""
 
     space: ClassVar[Space] = {"step_size": LogUniform(1e-3, 1.0)}
 
@@ -35,7 +35,7 @@ class MomentumSGD(SGD):
     Attributes:
       momentum: decay rate of the sum of gradients.
       reset: "head" or "network": what to reinitialize before each task but the first.
-      reset_every: reinitialize it every so many updates, instead of before each task.
+      reset_every: number of updates between these resets, instead of one before each task.
     """
 
     momentum: float = ranged(0.0, below=1, traced=False, optional=True)
@@ -53,12 +53,12 @@ class MomentumSGD(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moments(Method):
-    """Around Adam.
+    """Base class of learners around Adam.
 
     Attributes:
       reset: "head" or "network": what to reinitialize before each task but the first, together with Adam's moments and
         step count.
-      reset_every: reinitialize it every so many updates, instead of before each task.
+      reset_every: number of updates between these resets, instead of one before each task.
       eps: added to the root of the mean square.
     """
 

@@ -36,7 +36,7 @@ class PGD(SGD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gated(Method):
-    """Around UPGD.
+    """Base class of learners around UPGD.
 
     Attributes:
       factor: factor of the step, but not of the decay. It is 1 in the paper's algorithm; the public code has 2, so that
