@@ -1,6 +1,5 @@
 """Table and pictures of `continual_lora`."""
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,20 @@ import numpy as np
 
 from cbp_jax.experiments.adapter_methods import read_methods
 from cbp_jax.experiments.text_reports import at, heat_maps, interval
+from cbp_jax.report.drawing import fill
+from cbp_jax.report.looks import number_text, readable
 from cbp_jax.report.tables import text_table
+
+_NAMES = {
+    "sequential": "One adapter",
+    "per_task": "One per task",
+    "per_task_l1": "One per task",
+    "added": "All added",
+    "added_l1": "All added",
+    "o_lora": "O-LoRA",
+    "full": "All weights",
+    "joint": "Joint training",
+}
 
 
 def scores(accuracy: np.ndarray, alone: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -88,6 +100,20 @@ def summary(results: Any) -> str:
     return "\n".join([f"{title}their 95% interval", "", *text_table(rows)])
 
 
+def _title(method: str) -> str:
+    """Return the name of a method for readers, in lines as wide as a panel.
+
+    >>> _title("per_task_l1(l1=0.0001, head=shared)"), _title("o_lora(form=squared)")
+    ('One per task,\\nL1\xa0of\xa01e-4, one head', 'O-LoRA, form squared')
+    """
+    (settings,) = read_methods([method]).values()
+    name, _, inside = method.removesuffix(")").partition("(")
+    parts = [_NAMES.get(name, readable(name)), *([f"L1\u00a0of\u00a0{settings.l1:g}"] if settings.l1 else ())]
+    others = [text.replace("=", " ") for text in inside.split(", ") if text and not text.startswith(("l1=", "head="))]
+    parts += [*others, *(["one head"] if settings.head == "shared" else ())]
+    return fill(number_text(", ".join(parts)), 20)
+
+
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Plot the accuracy on every task after every other: a matrix for each method, averaged over orders and seeds.
 
@@ -102,11 +128,8 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     tasks = [str(number + 1) for number in range(results.sizes["task"])]
     panels = {}
     for method in results.method.values.tolist():
-        # As wide as its panel: values of settings without their names, and two lines if needed.
-        short = re.sub(r"(?<=[( ])\w+=", "", method)
-        short = short if len(short) <= 20 else short.replace("(", "\n(")
-        panels[short] = 100 * _accuracy(results, method).mean((0, 1))
+        panels[_title(method)] = 100 * _accuracy(results, method).mean((0, 1))
     note = "Accuracy (%) on each task (column) after each task (row), by position in the sequence"
-    if any("shared)" in title for title in panels):
-        note += "; shared: one head over all classes"
+    if any("one head" in title for title in panels):
+        note += "; one head: over all classes"
     return heat_maps(panels, tasks, tasks, note, "continual_lora", out, formats, digits=0)

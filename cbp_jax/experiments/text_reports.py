@@ -200,7 +200,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                     ax.axhline(mean, color=color, linestyle=dashes, linewidth=0.8)
                 ax.set_xscale("log")
                 ax.xaxis.set_minor_formatter("")
-                ax.set_ylabel(f"{task}\naccuracy (%)" if column == 0 else "")
+                ax.set_ylabel(f"{looks.readable(task)}\naccuracy (%)" if column == 0 else "")
             axes[-1, column].set_xlabel("Density (%)" if dim == "density" else "Dimensions of each matrix")
         legend_above(figure, axes[0, 0], columns=4)
         note = (
@@ -216,7 +216,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
         shared = at(results, "shared", method, "task", "other", "seed").mean(-1)
         panels[names[method]] = shared / np.where(chance > 0, chance, np.nan)
     numbers = [str(number + 1) for number in range(len(tasks))]
-    rows = [f"{task}  {number}" for task, number in zip(tasks, numbers, strict=True)]
+    rows = [f"{looks.readable(task)}  {number}" for task, number in zip(tasks, numbers, strict=True)]
     note = "Weights that tickets of two tasks share, over what chance gives tickets of these sizes"
     return paths + heat_maps(panels, rows, numbers, note, "dominant_tickets_overlap", out, formats)
 
@@ -246,7 +246,7 @@ def heat_maps(
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     with style_of_pictures():
-        lines = 1 + any("\n" in title for title in panels)
+        lines = 1 + max((title.count("\n") for title in panels), default=0)
         figure = Figure(figsize=(COLUMN, (0.14 * len(rows) + 0.2 + 0.1 * lines) * down + 0.3), layout="constrained")
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         finite = np.concatenate([panel[np.isfinite(panel)] for panel in panels.values()] or [np.zeros(0)])

@@ -10,7 +10,7 @@ import numpy as np
 
 from cbp_jax.report import aggregates
 from cbp_jax.report.benchmarks import BASELINE, Standing, overall, standing
-from cbp_jax.report.drawing import COLUMN, style_of_pictures, write_note
+from cbp_jax.report.drawing import COLUMN, fill, style_of_pictures, write_note
 from cbp_jax.report.extra import require
 from cbp_jax.report.looks import looks_of, name_of, readable
 from cbp_jax.report.panels import PANELS
@@ -61,14 +61,17 @@ def plot_benchmark(
         for ax, (name, found) in zip(axes[1:], standings.items(), strict=False):
             _draw_problem(ax, found, [row.method for row in rows], named, baseline)
             ax.set_title(textwrap.fill(readable(name), 13))
-        axes[0].set_yticks(range(len(rows)), [name_of(named[row.method], row.method) for row in rows], fontsize=6)
+        axes[0].set_yticks(range(len(rows)), [name_of(named[row.method], row.method) for row in rows])
         axes[0].set_ylim(-0.6, len(rows) - 0.4)
         for ax in axes[panels:]:
             ax.axis("off")
         for ax in axes:
             ax.locator_params(axis="x", nbins=3)
             ax.tick_params(axis="x", labelsize=5.5)
+            ax.tick_params(axis="y", labelsize=6)
         note = "Interquartile mean over held-out seeds, 95% stratified bootstrap interval; line: plain backpropagation"
+        note += "; right is better: losses are drawn from high to low" * any(ax.xaxis_inverted() for ax in axes)
+        note += "; hollow: not run on all problems" * any(not row.complete for row in rows if np.isfinite(row.score[0]))
         write_note(figure, note)
     return figure
 
@@ -88,7 +91,7 @@ def _draw_problem(
         _draw(ax, i, [sign * value for value in (mean, *ends)], _color(named[method], method))
     if found.measure == "loss":
         ax.invert_xaxis()  # in every panel, right is better
-    ax.set_xlabel(PANELS[found.measure].label, fontsize=6)
+    ax.set_xlabel(fill(PANELS[found.measure].label, 13), fontsize=6)
 
 
 def _draw(ax: Axes, i: int, value: Sequence[float], color: str, hollow: bool = False) -> None:

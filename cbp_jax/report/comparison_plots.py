@@ -57,12 +57,15 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
         raise ValueError(f"baselines: no method to compare has finished among {list(means)}")
     settings = chosen_settings(results)
     at_edge = any(settings[method].at_edge for method in methods)
+    hollow = False
     with style_of_pictures():
         figure = Figure(figsize=(COLUMN, 0.8 + 0.15 * len(methods)), layout="constrained")
         axes = figure.subplots(1, len(baselines), sharey=True, squeeze=False).ravel()
         for ax, baseline in zip(axes, baselines, strict=True):
             found = paired_differences(results, baseline)
-            _draw_differences(ax, results, [(i, m, found[m]) for i, m in enumerate(methods) if m != baseline])
+            rows = [(i, m, found[m]) for i, m in enumerate(methods) if m != baseline]
+            _draw_differences(ax, results, rows)
+            hollow |= any(not estimate.excludes_zero for _, _, estimate in rows)
             ax.axvline(0, color="black", linewidth=0.8, zorder=1)
             ax.set_title(f"minus {name_of(results, baseline)}")
             ax.grid(axis="y", visible=False)
@@ -74,8 +77,9 @@ def plot_differences(results: xr.Dataset, baselines: Sequence[str]) -> Figure:
         axes[0].set_yticks(range(len(methods)), [name + " !" * settings[m].at_edge for m, name in names])
         axes[0].set_ylim(-0.6, len(methods) - 0.4)
         what = "Accuracy" if scale == 100 else _label(measure)
-        note = f"{what} over {results.sizes['task']} tasks, paired over {results.sizes['seed']} seeds; "
-        note += "95% bootstrap intervals\nhollow: the interval includes 0"
+        note = f"{what} over {results.sizes['task']:,} tasks, paired over {results.sizes['seed']} seeds; "
+        note += "95% bootstrap intervals"
+        note += "\nhollow: the interval includes 0" * hollow
         note += "\n!: best setting at the end of the range tried" * at_edge
         write_note(figure, note)
     return figure

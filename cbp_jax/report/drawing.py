@@ -19,6 +19,7 @@ from cbp_jax.report.looks import Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import ErrorbarContainer
     from matplotlib.figure import Figure
 
 COLUMN = 3.4  # inches: the width of a column of a paper, for which font sizes here are chosen
@@ -132,6 +133,12 @@ def draw_interval(
     ax.plot(
         [mean], [row], color=style.color, markersize=2.5, markerfacecolor=face, linestyle="none", zorder=4, **options
     )
+
+
+def draw_caps(bars: ErrorbarContainer) -> None:
+    """Draw the caps of error bars visibly, whose thickness is otherwise that of the markers' edges: none for a star."""
+    for cap in bars.lines[1]:
+        cap.set_markeredgewidth(0.7)
 
 
 def legend_columns(names: Sequence[str], width: float, handle: float = HANDLE_LENGTH) -> int:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cbp_jax.report.divergence import diverged_tasks
-from cbp_jax.report.drawing import COLUMN, fill, label_height, mark_values, style_of_pictures, write_note
+from cbp_jax.report.drawing import (
+    COLUMN,
+    draw_caps,
+    fill,
+    label_height,
+    mark_values,
+    marker,
+    style_of_pictures,
+    write_note,
+)
 from cbp_jax.report.extra import require
-from cbp_jax.report.looks import PALETTE, activation_name, label_parts, look_of, readable
+from cbp_jax.report.looks import PALETTE, SELDOM, UNOWNED, activation_name, label_parts, look_of, number_text, readable
 from cbp_jax.report.panels import performance_label
 from cbp_jax.report.statistics import finished_tasks, is_accuracy, last_tenth, mean_and_error, performance
 
@@ -174,7 +184,9 @@ def _draw(ax: Axes, values: xr.DataArray, name: str, others: Sequence[str], widt
     # Intervals at the same text are next to each other.
     shifts = np.arange(lines.sizes["line"]) - (lines.sizes["line"] - 1) / 2
     shifts *= min(0.12, 0.5 / len(shifts)) if side_by_side else 0
-    for number, style in zip(range(lines.sizes["line"]), PALETTE * (1 + lines.sizes["line"]), strict=False):
+    # No line is a learner's, so the first colors are those that no learner has.
+    styles = itertools.cycle((*UNOWNED, *SELDOM, *PALETTE))
+    for number, style in zip(range(lines.sizes["line"]), styles, strict=False):
         of_line = lines.isel(line=number)
         mean, error = mean_and_error(of_line.values, axis=1)
         count = np.isfinite(of_line.values).sum(1)
@@ -183,19 +195,20 @@ def _draw(ax: Axes, values: xr.DataArray, name: str, others: Sequence[str], widt
         if not some.any():
             continue
         label = ", ".join(f"{readable(other).lower()} {_told(other, of_line[other].item())}" for other in others)
-        ax.errorbar(
+        drawn = ax.errorbar(
             places[some] + shifts[number],
             mean[some],
             half[some],
             color=style.color,
             linestyle="none" if side_by_side else style.dashes,
             linewidth=1.2,
-            marker=style.marker,
-            markersize=3,
+            elinewidth=0.8,
+            **marker(style, 3),
             capsize=2,
             label=fill(label, 26) or None,
             gid=label,
         )
+        draw_caps(drawn)
     tried = values[name].values
     names = [_told(name, value) for value in tried.tolist()]
     higher, slanted = 0.0, {}
@@ -237,7 +250,7 @@ def _places(axis: xr.DataArray) -> np.ndarray:
 def _told(name: str, value: float | str) -> str:
     if isinstance(value, str):
         return activation_name(value) if name == "activation" else value.replace("_", " ")
-    return f"{value:g}"
+    return number_text(f"{value:g}")
 
 
 def is_text(values: xr.DataArray) -> bool:

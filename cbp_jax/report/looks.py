@@ -151,7 +151,7 @@ def name_of(results: xr.Dataset, method: str) -> str:
     learner = learner_of(results, method)
     if not method.startswith(learner):
         return readable(method)
-    rest = re.sub(r"e([+-])0+(\d)", r"e\1\2", method[len(learner) :])
+    rest = number_text(method[len(learner) :])
     return f"{look_of(results, learner).title} {rest.replace('_', ' ').replace('=', ' ')}".strip()
 
 
@@ -196,7 +196,9 @@ def _names_of_variants(results: xr.Dataset, learner: str, labels: Sequence[str])
     if len(set(kinds)) == len(kinds):
         return dict(zip(labels, kinds, strict=True))
     if differing == ["step_size"] and all("step_size" in given for given in settings):
-        return {label: f"{title}, {_number(given['step_size'])}" for label, given in zip(labels, settings, strict=True)}
+        return {
+            label: f"{title}, {number_text(given['step_size'])}" for label, given in zip(labels, settings, strict=True)
+        }
     texts = [", ".join(_setting_text(name, given[name]) for name in differing if name in given) for given in settings]
     return {label: f"{title} ({text})" if text else title for label, text in zip(labels, texts, strict=True)}
 
@@ -250,10 +252,16 @@ def _settings(results: xr.Dataset, method: str) -> dict[str, str]:
 def _setting_text(name: str, value: str) -> str:
     if name == "activation":
         return activation_name(value)
-    return f"{name.replace('_', ' ')} {_number(value).replace('_', ' ')}"
+    return f"{name.replace('_', ' ')} {number_text(value).replace('_', ' ')}"
 
 
-def _number(value: str) -> str:
+def number_text(value: str) -> str:
+    """Return a text whose small numbers have short exponents.
+
+    >>> number_text("1e-05"), number_text("0.0001"), number_text("0.01")
+    ('1e-5', '1e-4', '0.01')
+    """
+    value = re.sub(r"\b0\.000([1-9])\b", r"\1e-4", value)
     return re.sub(r"e([+-])0+(\d)", r"e\1\2", value)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cbp_jax.report.drawing import COLUMN, mark_values, style_of_pictures, write_note
 from cbp_jax.report.extra import require
-from cbp_jax.report.looks import Style, learner_of, learner_styles, look_of, readable
+from cbp_jax.report.looks import Style, learner_of, learner_styles, look_of, number_text, readable
 from cbp_jax.report.panels import PANELS, performance_label
 from cbp_jax.report.statistics import (
     better,
@@ -121,7 +121,7 @@ def _draw_sensitivity(
     mark_values(ax, sorted(value for value in diverged if not math.isnan(value)))
     tried = sorted({x for line in ax.lines for x in line.get_xdata()})
     if len(tried) <= 6:  # more would overlap, unlike the powers of ten
-        ax.set_xticks(tried, [f"{value:g}" for value in tried])
+        ax.set_xticks(tried, [number_text(f"{value:g}") for value in tried])
         ax.set_xticks([], minor=True)
     ax.set_xlabel(readable(hyperparameter))
     ax.margins(y=0.1)

@@ -12,6 +12,7 @@ import numpy as np
 from cbp_jax.report.drawing import (
     COLUMN,
     check_formats,
+    draw_caps,
     label_height,
     marker,
     save_figures,
@@ -98,6 +99,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
             ax.set_xlabel("Weights remaining (%)")
             label_height(ax, label)
             write_letter(ax, letter)
+        figure.align_ylabels(axes[:-1])
         axes[-1].axis("off")
         axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
         _note(figure, results)
@@ -239,7 +241,7 @@ def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.
     look = look_of(results, method)
     style = look.style or UNOWNED[-1]
     mean = values.mean(0)
-    ax.errorbar(
+    drawn = ax.errorbar(
         x,
         mean,
         [mean - values.min(0), values.max(0) - mean],
@@ -252,6 +254,7 @@ def _draw(ax: Axes, results: xr.Dataset, method: str, x: np.ndarray, values: np.
         label=look.title,
         zorder=4 if look.strong else 3,
     )
+    draw_caps(drawn)
 
 
 def _line(ax, x, curves, style, dashes, place, every) -> None:

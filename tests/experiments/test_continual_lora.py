@@ -307,6 +307,8 @@ def test_titles_of_the_picture_fit_their_panels(keywords, tmp_path, monkeypatch)
     (figure,) = figures
     figure.draw_without_rendering()
     boxes = [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
+    titles = [" ".join(ax.get_title().split()) for ax in figure.axes if ax.get_title()]
+    assert titles[:3] == ["One adapter, one head", "One per task, L1 of 1e-4, one head", "One per task, one head"]
     assert len(boxes) == 5 and boxes[0].x1 < boxes[1].x0 and boxes[1].x1 < boxes[2].x0  # the first row
 
 

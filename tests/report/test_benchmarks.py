@@ -114,4 +114,17 @@ def test_the_picture_has_a_panel_for_all_problems_and_one_for_each():
     assert dots[4].get_xdata()[0] > dots[2].get_xdata()[0] == 0
     assert [dots[i].get_markerfacecolor() == "white" for i in range(5)] == [True, True, False, False, False]
     assert axes[2].xaxis_inverted() and not axes[1].xaxis_inverted()
+    assert "right is better" in figure.texts[0].get_text() and "hollow" in figure.texts[0].get_text()
     figure.canvas.draw()
+
+
+def test_the_labels_of_the_picture_do_not_touch_and_its_note_explains_only_what_is_drawn():
+    tested = results_of(ACCURACY | {"a_method_with_a_long_name": HARD})
+    tested = tested.assign(test_accuracy=tested.accuracy)
+    figure = plot_benchmark({name: tested for name in "abcde"})
+    assert not any(text in figure.texts[0].get_text() for text in ("right is better", "hollow"))
+    figure.draw_without_rendering()
+    row = figure.axes[3:]
+    boxes = [ax.xaxis.label.get_window_extent() for ax in row]
+    assert row[0].get_xlabel().startswith("Test") and boxes[0].x1 + 9 < boxes[1].x0 and boxes[1].x1 + 9 < boxes[2].x0
+    assert row[0].get_yticklabels()[0].get_fontsize() == figure.axes[0].get_yticklabels()[0].get_fontsize()

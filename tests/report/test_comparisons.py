@@ -126,6 +126,10 @@ def test_the_picture_of_differences_draws_their_means_and_intervals():
     assert [bool(ax.get_xlabel()) for ax in three.axes] == [False, True, False]
     (note,) = (text.get_text() for text in figure.texts)
     assert "hollow: the interval includes 0" in note and "!: best setting at the end of the range tried" in note
+    (note,) = (
+        text.get_text() for text in plot_differences(results.sel({"method": ["plain", "good"]}), ("plain",)).texts
+    )
+    assert "hollow" not in note, "nothing is"
     with pytest.raises(ValueError, match="no method to compare has finished"):
         plot_differences(results, ("absent",))
 

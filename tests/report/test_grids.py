@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cbp_jax.report import load_results, new_results, plot_grid, plot_run, record_task, save_results, sensitivity
+from cbp_jax.report import load_results, looks, new_results, plot_grid, plot_run, record_task, save_results, sensitivity
 from cbp_jax.report.grids import swept_settings
 
 RATES, STEPS = (1e-4, 1e-5, 0.0), (0.01, 0.003)
@@ -52,7 +52,11 @@ def test_a_line_for_each_value_of_the_other_setting_with_intervals_over_seeds(tm
     assert [ax.get_xscale() for ax in figure.axes] == ["symlog", "log", "log"]
     assert [text.get_text() for text in by_rate.get_legend().get_texts()] == ["step size 0.003", "step size 0.01"]
     assert len(by_step.get_legend().get_texts()) == 3 and of_bp.get_legend() is None
+    owned = {style.color for style in looks.PALETTE}
+    assert not owned & {bars.lines[0].get_color() for ax in figure.axes for bars in ax.containers}, "of learners"
+    assert [text.get_text() for text in by_rate.get_xticklabels()] == ["0", "1e-5", "1e-4"]
     drawn = by_rate.containers[1]  # the line of step size 0.01
+    assert drawn.lines[0].get_marker() == "*" and all(cap.get_markeredgewidth() > 0.5 for cap in drawn.lines[1])
     last = 100 * accuracy[[4, 2, 0], :, -2:].astype(np.float32).mean(2)
     np.testing.assert_allclose(drawn.lines[0].get_ydata(), last.mean(1), rtol=1e-6)
     segments = drawn.lines[2][0].get_segments()
