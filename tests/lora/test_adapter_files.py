@@ -152,5 +152,5 @@ def test_missing_files_and_names(tmp_path):
     with pytest.raises(ValueError, match="names must be different modules"):
         lora.save(make(), tmp_path, names=lambda path: "layer")
     stacked = lora.init({"stack": jnp.zeros((2, 3, 4))}, 0, rank=1, axes={"*": ((1,), (2,))})
-    with pytest.raises(ValueError, match="kernel 'stack' is one of several that are stacked"):
+    with pytest.raises(ValueError, match="kernel 'stack' is stacked with others"):
         lora.save(stacked, tmp_path)
