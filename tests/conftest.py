@@ -1,5 +1,6 @@
 import os
 import pathlib
+import signal
 import sys
 
 import hypothesis
@@ -14,6 +15,9 @@ from cbp_jax import cli_compiled
 
 # pytest imports test files by path (`--import-mode=importlib`), so shared helpers need a place on sys.path.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+# A shell starts programs in the background with Ctrl-C ignored, but tests raise it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["examples"]  # programs, run by test_examples.py
 
