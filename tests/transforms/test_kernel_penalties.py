@@ -126,6 +126,16 @@ def test_gradients_of_kernels_of_any_shape(name, shape):
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, kept)
 
 
+def test_equal_weights_are_pulled_to_different_initial_weights():
+    penalty, rng = cbp_jax.wasserstein_penalty(), np.random.default_rng(3)
+    w0 = np.float32(rng.normal(size=(5, 4)))
+    gradient, _ = penalty.gradient(jnp.zeros((5, 4)), penalty.init(w0))
+    np.testing.assert_array_equal(np.sort(-gradient / 2, None), np.sort(w0, None))
+    w = np.array([[2.0, -1.0, -1.0, 0.0], [0.5, -np.inf, np.inf, -2.0]], np.float32)
+    gradient, _ = penalty.gradient(w, jnp.arange(8.0))
+    np.testing.assert_array_equal((w - gradient / 2)[np.isfinite(w)], [6, 3, 2, 4, 5, 1])
+
+
 def test_the_spectral_norm_is_followed_even_from_a_kernel_of_zeros():
     penalty = cbp_jax.spectral_penalty(power=1.0)
     kept = penalty.init(jnp.zeros((4, 3)))
