@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbp_jax.numerics.compilation import RUNS_ONCE
+
 Initializer = Callable[[chex.PRNGKey, tuple[int, ...], jnp.dtype], chex.Array]
 
 
@@ -73,14 +75,18 @@ def _row_scale(initializer: Initializer, shape: tuple[int, ...], drawn: tuple[in
     entries alike, the same key therefore gives the same entries in both shapes, up to the scale. Returns None for other
     initializers.
     """
+    size = int(np.prod(drawn))
+
+    @functools.partial(jax.jit, compiler_options=RUNS_ONCE)
+    def both(key):
+        return [initializer(key, of, jnp.float32).ravel()[:size] for of in (drawn, shape)]
+
     with jax.ensure_compile_time_eval():
-        key = jax.random.key(0, impl="threefry2x32")
         try:
-            few = initializer(key, drawn, jnp.float32).ravel()
+            found = both(jax.random.key(0, impl="threefry2x32"))
         except ValueError:  # e.g. `delta_orthogonal`, which requires at least as many columns as rows
             return None
-        full = initializer(key, shape, jnp.float32).ravel()[: few.size]
-        few, full = np.asarray(few, np.float64), np.asarray(full, np.float64)
+    few, full = (np.asarray(values, np.float64) for values in found)
     norm = float(few @ few)
     scale = float(few @ full) / norm if norm > 0 else 1.0
     if not np.allclose(full, scale * few, rtol=1e-4, atol=1e-7 * np.abs(full).max(initial=0)):

@@ -106,9 +106,9 @@ def run_increment(
         params, opt_state, totals, best, best_accuracy = carry
         params, opt_state, totals = jax.lax.fori_loop(0, problem.steps(task), step_fn, (params, opt_state, totals))
         accuracy = held_out("validation", params)["accuracy"]
-        better = accuracy > best_accuracy
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
-        return params, opt_state, totals, best, jnp.maximum(accuracy, best_accuracy)
+        better = (accuracy > best_accuracy) | (not early_stopping)
+        kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), (params, accuracy), (best, best_accuracy))
+        return params, opt_state, totals, *kept
 
     def held_out(split, params):
         """Return the accuracy and loss over the classes added so far."""
@@ -123,12 +123,11 @@ def run_increment(
 
     totals = {name: jnp.zeros([]) for name in ("loss", "accuracy", "replaced_units")}
     carry = (params, opt_state, totals, params, jnp.float32(-1))
-    params, opt_state, totals, best, _ = jax.lax.fori_loop(0, epochs, epoch_fn, carry)
-    params = best if early_stopping else params
+    _, opt_state, totals, params, accuracy = jax.lax.fori_loop(0, epochs, epoch_fn, carry)
     updates = epochs * problem.steps(task)
     measures |= {name: totals[name] / updates for name in ("loss", "accuracy")}
     measures["replaced_units"] = totals["replaced_units"]
-    measures["validation_accuracy"] = held_out("validation", params)["accuracy"]
+    measures["validation_accuracy"] = accuracy
     measures |= {f"test_{name}": value for name, value in held_out("test", params).items()}
     return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cbp_jax.numerics.compilation import RUNS_ONCE
+
 LaneMode = Literal["auto", "vmap", "map"]
 
 
@@ -128,12 +130,15 @@ class Lanes:
         """Return the arrays [count, ...] of all lanes, on the host."""
         return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts])[: self.count], *chunks)
 
-    def jit(self, function: Callable[..., Any], donate_lane: int | None = None) -> Callable[..., Any]:
+    def jit(
+        self, function: Callable[..., Any], donate_lane: int | None = None, *, once: bool = False
+    ) -> Callable[..., Any]:
         """Compile `function(shared, *lane_args)` to act on all lanes.
 
         Args:
           function: takes what all lanes share, then arguments of one lane; returns a pytree of one lane's results.
           donate_lane: which of the lane arguments, counted from 0, may be overwritten by the results.
+          once: whether it is called so seldom that quick compilation matters more than speed.
 
         Returns:
           a function of what `share` returned, and of arguments as `scatter` returns them; it returns results likewise.
@@ -156,7 +161,11 @@ class Lanes:
                 check_vma=False,
             )(shared, *lane_args)
 
-        compiled = jax.jit(chunk, donate_argnums=() if donate_lane is None else 1 + donate_lane)
+        compiled = jax.jit(
+            chunk,
+            donate_argnums=() if donate_lane is None else 1 + donate_lane,
+            compiler_options=RUNS_ONCE if once and self.mesh.devices.flat[0].platform == "cpu" else None,
+        )
         if self._waiting:
             call = lambda shared, *args: jax.device_get(compiled(shared, *map(self._put, args)))
         else:

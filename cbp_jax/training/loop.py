@@ -256,7 +256,7 @@ def run_lanes(
     """
     lanes = Lanes(len(seeds), mode, at_once=lanes_at_once)
     data = lanes.share(data)
-    first = lanes.jit(lambda _, seed, values: start(seed, values))
+    first = lanes.jit(lambda _, seed, values: start(seed, values), once=True)
     step = lanes.jit(go_on, donate_lane=0)
     look = None if probe is None else lanes.jit(probe)
     hyperparameters = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
