@@ -36,12 +36,15 @@ _AS_USERS = os.environ.get("CBP_JAX_TESTS_AS_USERS_RUN") == "1"
 _OLDER = "xla_cpu_use_fusion_emitters"
 # XLA's older emitters compile two to three times as fast as its default ones.
 _QUICK = {} if _AS_USERS else {_OLDER: False}
+jax.config.update("jax_disable_most_optimizations", not _AS_USERS)
 _options: dict[str, bool] = dict(_QUICK)  # XLA's options for the next compilation, also of docstrings' examples
 
 
 def _with_options(*args, get=compiler.get_compile_options, env_options_overrides=None, **kwargs):
     # JAX has no public setting for the XLA options of all programs.
     given = {**_options, **(env_options_overrides or {})}
+    if jax.config.read("jax_disable_most_optimizations"):
+        given.pop("xla_backend_optimization_level", None)  # it is the lowest
     older = jax.__version_info__ >= (0, 11) and not given.pop(_OLDER, True)
     options = get(*args, env_options_overrides=given, **kwargs)
     if not older:
@@ -122,7 +125,7 @@ def quick_compilation(request):
     if not quick:
         _options.clear()
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", not _AS_USERS)
     _options.update(_QUICK)
 
 
