@@ -145,7 +145,7 @@ def _plot(argv: list[str]) -> None:
 def _runs(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="cbp-jax runs",
-        description="Lists the runs in a folder and its subfolders: settings, progress, and best results.",
+        description="Lists the runs in a folder and its subfolders: experiments, progress, best results, and times.",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look, by default runs")
     from cbp_jax import report

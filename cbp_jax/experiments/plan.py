@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from cbp_jax.report.records import duration
 from cbp_jax.training.lanes import LaneMode
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -158,21 +159,3 @@ def _count(number: int, name: str, several: str | None = None) -> str:
 def _size(number: float) -> str:
     power = min(int(math.log(max(number, 1), 1024)), len(_UNITS) - 1)
     return f"{number / 1024**power:.3g} {_UNITS[power]}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time with its two largest units.
-
-    Example:
-      >>> [duration(seconds) for seconds in (0.00123, 4.56, 59.9, 3601, 1e6)]
-      ['0.0012 s', '4.6 s', '1 min', '1 h', '11 days 13 h']
-    """
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    units = {"days": 86400, "h": 3600, "min": 60, "s": 1}
-    left, parts = round(seconds), []
-    for name, size in units.items():
-        count, left = divmod(left, size)
-        if count or parts:
-            parts.append(f"{count} {name}" if count else "")
-    return " ".join(part for part in parts[:2] if part)

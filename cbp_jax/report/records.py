@@ -117,3 +117,21 @@ def add_seconds(results: xr.Dataset, methods: Sequence[str], seconds: float) -> 
 def seconds_of(results: xr.Dataset) -> dict[str, float]:
     """Return the time of each method, in seconds of the process, including compilation; empty if unknown."""
     return json.loads(results.attrs.get("seconds", "{}"))
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its two largest units.
+
+    Example:
+      >>> [duration(seconds) for seconds in (0.00123, 4.56, 59.9, 3601, 9e4, 1e6)]
+      ['0.0012 s', '4.6 s', '1 min', '1 h', '1 day 1 h', '11 days 13 h']
+    """
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    left, parts = round(seconds), []
+    units = {"day" if left < 2 * 86400 else "days": 86400, "h": 3600, "min": 60, "s": 1}
+    for name, size in units.items():
+        count, left = divmod(left, size)
+        if count or parts:
+            parts.append(f"{count} {name}" if count else "")
+    return " ".join(part for part in parts[:2] if part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cbp_jax import files
+from cbp_jax.report.records import duration, seconds_of
 from cbp_jax.report.statistics import better, interval_text, is_accuracy, last_tenth, performance
 from cbp_jax.report.storage import FILE_NAME, PARTS, load_results
 from cbp_jax.report.tables import text_table
@@ -25,12 +27,14 @@ class Run(NamedTuple):
       experiment: its name.
       state: "finished", "running", "failed: ...", or "unfinished: 3 of 10 tasks", of all methods and seeds.
       headline: the best method and its performance in the last tenth of the tasks.
+      seconds: the time of all methods, with compilation; NaN if unknown.
     """
 
     folder: Path
     experiment: str
     state: str
     headline: str
+    seconds: float = math.nan
 
 
 def list_runs(folder: str | Path) -> list[Run]:
@@ -59,15 +63,18 @@ def list_runs(folder: str | Path) -> list[Run]:
 
 def runs_table(runs: list[Run], folder: str | Path) -> str:
     """Return the runs as a table of text, with names of folders relative to `folder`."""
-    table = [("run", "experiment", "state", "best in the last tenth of tasks")]
-    table += [(str(run.folder.relative_to(folder)), *run[1:]) for run in runs]
+    table = [("run", "experiment", "state", "best in the last tenth of tasks", "time")]
+    for run in runs:
+        time = "-" if math.isnan(run.seconds) else duration(run.seconds)
+        table.append((str(run.folder.relative_to(folder)), run.experiment, run.state, run.headline, time))
     return "\n".join(text_table(table, left=None))
 
 
 def _run(folder: Path) -> Run:
     try:
         results = load_results(folder)
-        return Run(folder, results.attrs["experiment"], _state(results, folder), _headline(results))
+        seconds = sum(seconds_of(results).values()) if seconds_of(results) else math.nan
+        return Run(folder, results.attrs["experiment"], _state(results, folder), _headline(results), seconds)
     except (ValueError, OSError) as error:
         return Run(folder, "-", f"cannot be read: {error}", "-")
 

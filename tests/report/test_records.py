@@ -80,7 +80,10 @@ def test_seconds_are_shared_by_methods_that_run_together_and_add_up():
 
 
 def test_runs_below_a_folder_are_listed_with_state_and_headline(tmp_path):
-    run_of(tmp_path / "a" / "whole", 3)
+    whole = run_of(tmp_path / "a" / "whole", 3)
+    records.add_seconds(whole, ["bp", "cbp"], 700.0)
+    records.add_seconds(whole, ["cbp"], 20.0)
+    save_results(whole, tmp_path / "a" / "whole")
     run_of(tmp_path / "begun", 0)
     run_of(tmp_path / "c", 1)
     run_of(tmp_path / "d", 2)
@@ -101,6 +104,10 @@ def test_runs_below_a_folder_are_listed_with_state_and_headline(tmp_path):
     assert best["whole"].startswith("cbp: accuracy 60.50 ± ") and best["whole"].endswith("%") and best["begun"] == "-"
     table = runs_table(runs, tmp_path).splitlines()
     assert table[0].split()[:3] == ["run", "experiment", "state"] and table[2].startswith("a/whole ")
+    seconds = {run.folder.name: run.seconds for run in runs}
+    assert seconds.pop("whole") == pytest.approx(720) and np.isnan(list(seconds.values())).all()
+    times = {row.split()[0]: row[table[0].index("time") :] for row in table[2:]}
+    assert table[0].endswith("  time") and times == {"a/whole": "12 min", **dict.fromkeys(seconds, "-")}
 
 
 def test_folders_without_runs_are_refused(tmp_path):
