@@ -38,7 +38,8 @@ def swept_settings(results: xr.Dataset) -> dict[str, list[str]]:
 
     Returns:
       for each swept setting, by name, the variants that were run with several of its values. A variant is a learner
-      with the texts that were not swept, such as "cbp(utility=weight)".
+      with the texts that were not swept, and the numbers that only some of its methods have, such as
+      "cbp(utility=weight)".
     """
     return _sweep(results)[1]
 
@@ -48,7 +49,9 @@ def sensitivity(results: xr.Dataset) -> xr.Dataset:
 
     A number is swept if a variant was run with several values of it. A setting that is not a number, such as
     ``utility``, is swept if several of its values were run with otherwise equal settings; if not, it belongs to the
-    variant, as it always does in results of earlier versions.
+    variant, as it always does in results of earlier versions. A number that only some methods of a learner have, such
+    as ``dropout_rate``, also distinguishes variants: "bp" and "bp(dropout_rate=0.5)", or, if it is swept, "bp" and,
+    without it, "bp(dropout_rate=default)".
 
     Args:
       results: results of a run whose methods differ in settings, as with `--grid`; finished or not.
@@ -272,14 +275,17 @@ def _sweep(results: xr.Dataset) -> tuple[list[str], dict[str, list[str]], dict[s
         for name, column in columns.items()
         if name in texts or column.dtype.kind == "f"
     }
+    optional: list[list[str]] = [[] for _ in labels]  # numbers that belong to the variant of each method
 
     def variant(i: int, left_out: Collection[str]) -> str:
-        """Return a method's label without its numbers, and without some texts."""
+        """Return a method's label without its numbers, except optional ones, and without some texts."""
         kept = [
             f"{name}{equals}{value}"
             for name, equals, value in labels[i]
-            if name not in columns or (name in texts and (name not in left_out or value != settings[name][i]))
-        ]
+            if name not in settings
+            or settings[name][i] is None  # a text, which is a number for other methods
+            or (name in texts and (name not in left_out or value != settings[name][i]))
+        ] + optional[i]
         return f"{learners[i]}({', '.join(kept)})" if kept else learners[i]
 
     bare = [variant(i, texts) for i in range(len(labels))]
@@ -299,14 +305,30 @@ def _sweep(results: xr.Dataset) -> tuple[list[str], dict[str, list[str]], dict[s
             "default" if value is None and label in set_by else value
             for label, value in zip(variants, settings[name], strict=True)
         ]
+    # A method without a number would have the same places in the array as those of its variant that have one.
+    for name in (name for name in settings if name not in texts):
+        of_variants = _values_of(variants, settings[name])
+        for i, (label, value) in enumerate(zip(variants, settings[name], strict=True)):
+            found = of_variants[label]
+            if len(found) == 2 and None in found and value is not None:
+                optional[i].append(f"{name}={value:g}")
+            elif len(found) > 2 and value is None:
+                optional[i].append(f"{name}=default")
+        variants = [variant(i, swept_texts[label]) for i, label in enumerate(bare)]
     swept: dict[str, list[str]] = {}
     for name, values in settings.items():
-        of_variants: dict[str, set[Any]] = {label: set() for label in variants}
-        for label, value in zip(variants, values, strict=True):
-            of_variants[label].add(value)
+        of_variants = _values_of(variants, values)
         if several := [label for label, found in of_variants.items() if len(found - {None}) > 1]:
             swept[name] = several
     return variants, swept, settings
+
+
+def _values_of(variants: Sequence[str], values: Sequence[Any]) -> dict[str, set[Any]]:
+    """Return the values of a setting that the methods of each variant have, None where they have none."""
+    found: dict[str, set[Any]] = {label: set() for label in variants}
+    for label, value in zip(variants, values, strict=True):
+        found[label].add(value)
+    return found
 
 
 def _title(results: xr.Dataset, variant: str) -> str:

@@ -115,6 +115,36 @@ def test_texts_with_otherwise_different_settings_are_variants_and_a_text_left_ou
     assert swept_settings(results.drop_vars("reset")) == {}, "as in results of earlier versions"
 
 
+def test_a_number_that_only_some_methods_have_belongs_to_their_variant():
+    plain = [("bp", {"step_size": step}, {}) for step in (0.1, 0.2)]
+    once = [("bp", {"step_size": step, "dropout_rate": 0.5}, {}) for step in (0.1, 0.2)]
+    results, accuracy = text_results([*plain, *once])
+    found = sensitivity(results)
+    assert found.variant.values.tolist() == ["bp", "bp(dropout_rate=0.5)"]
+    assert found.accuracy.dims == ("variant", "step_size", "seed")
+    np.testing.assert_allclose(found.accuracy, accuracy.reshape(2, 2, 3))
+    assert swept_settings(results) == {"step_size": ["bp", "bp(dropout_rate=0.5)"]}
+    # Where the number is swept, its axis has no place for the methods without it, whatever their order.
+    swept = [("bp", {"step_size": 0.1, "dropout_rate": rate}, {}) for rate in (0.2, 0.5)]
+    results, accuracy = text_results([*swept, plain[0], ("bp", {"step_size": 0.1, "every": 10}, {})])
+    found = sensitivity(results)
+    without = ["bp(dropout_rate=default)", "bp(dropout_rate=default, every=10)"]
+    assert found.variant.values.tolist() == ["bp", *without]
+    assert found.accuracy.dims == ("variant", "dropout_rate", "seed")
+    np.testing.assert_allclose(found.accuracy[0], accuracy[:2])
+    np.testing.assert_allclose(found.accuracy[1:], accuracy[2:, None].repeat(2, 1))
+    assert [ax.get_title() for ax in plot_grid(results).axes] == ["Bp"]
+    # A setting that is a number for one method may be a text for another, which is no coordinate then.
+    both = [("mine", {"step_size": step, "gain": 0.5}, {}) for step in (0.1, 0.2)]
+    results, accuracy = text_results([*both, ("mine", {"step_size": 0.1}, {}), ("mine", {"step_size": 0.2}, {})])
+    labels = [*results.method.values[:2], "mine(gain=low, step_size=0.1)", "mine(gain=high, step_size=0.2)"]
+    found = sensitivity(results.assign_coords(method=labels))
+    assert found.variant.values.tolist() == ["mine", "mine(gain=low)", "mine(gain=high)"]
+    np.testing.assert_allclose(found.accuracy[0], accuracy[:2])
+    none = np.full(3, np.nan)
+    np.testing.assert_allclose(found.accuracy[1:], [[accuracy[2], none], [none, accuracy[3]]])
+
+
 def test_the_values_of_a_text_are_drawn_side_by_side_with_intervals(tmp_path):
     utilities = ("weight", "adaptable_contribution")
     cells = [("cbp", {"rate": rate}, {"utility": utility}) for utility in utilities for rate in (0.1, 0.2)]
