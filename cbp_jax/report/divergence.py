@@ -26,7 +26,8 @@ def mark_diverged(
     """Mark lanes whose loss has become infinite or NaN, in place.
 
     Args:
-      results: results of a run.
+      results: results of a run. If a loss has further dimensions, such as several orders of the tasks, a lane diverges
+        if any of its values is infinite or NaN.
       task: index of the task that has just been recorded.
       methods: labels of the methods that have finished it, by default all.
       lanes: method and seed of each lane that has finished it, by default all seeds of the methods.
@@ -42,15 +43,17 @@ def mark_diverged(
       ([('bp', 1)], [[nan, 1.0]])
     """
     methods = results.method.values.tolist() if methods is None else list(methods)
-    names = [name for name in _LOSSES if name in results and set(results[name].dims) == {"method", "seed", "task"}]
+    names = [name for name in _LOSSES if name in results and set(results[name].dims) >= {"method", "seed", "task"}]
     if not names:
         return []
     if lanes is not None:
         methods = list(dict.fromkeys(label for label, _ in lanes))
     rows = results.indexes["method"].get_indexer(methods)
     place = results.indexes["task"].get_loc(task)
-    values = [results[name].transpose("method", "seed", "task").values[rows, :, place] for name in names]
-    bad = ~np.isfinite(values).all(0)
+    bad = np.zeros((len(rows), results.sizes["seed"]), bool)
+    for name in names:
+        values = results[name].transpose("method", "seed", "task", ...).values[rows, :, place]
+        bad |= ~np.isfinite(values).reshape(*bad.shape, -1).all(-1)
     if lanes is not None:
         done = set(lanes)
         bad &= [[(label, seed) in done for seed in results.seed.values.tolist()] for label in methods]
@@ -98,13 +101,42 @@ def before_divergence(results: xr.Dataset, method: str, measure: str) -> np.ndar
     )
 
 
-def told(results: xr.Dataset) -> list[str]:
-    """Return a line for each method with diverged lanes."""
+def without_diverged(results: xr.Dataset) -> xr.Dataset:
+    """Return the results of the seeds with which no method diverged, for tables and pictures that compare methods seed
+    by seed; all results if no seed would be left."""
+    if COORDINATE not in results.coords:
+        return results
+    healthy = np.flatnonzero(results[COORDINATE].isnull().all("method").values)
+    return results.isel(seed=healthy) if healthy.size else results
+
+
+def left_out_note(results: xr.Dataset) -> str:
+    """Return the end of a picture's note on what `without_diverged` leaves out; "" if no lane diverged."""
+    if COORDINATE not in results.coords or not results[COORDINATE].notnull().any():
+        return ""
+    left_out = results.sizes["seed"] - without_diverged(results).sizes["seed"]
+    if not left_out:
+        return "; with every seed a method diverged, so none is left out"
+    return f"; {left_out} of {results.sizes['seed']} seeds left out, because a method diverged"
+
+
+def told(results: xr.Dataset, paired: bool = False) -> list[str]:
+    """Return a line for each method with diverged lanes.
+
+    Args:
+      results: results of a run.
+      paired: whether their seeds are left out for all methods, by `without_diverged`.
+    """
+    what = "and are left out"
+    if paired and without_diverged(results).sizes["seed"] < results.sizes["seed"]:
+        what += " for all methods"
+    elif paired:
+        what = "and are not left out, because no seed would be left"
     lines = []
     for method in results.method.values.tolist():
         diverged = diverged_tasks(results, method)
         lanes = [f"seed {results.seed.values[i]} in task {int(diverged[i]) + 1}" for i in np.flatnonzero(diverged >= 0)]
         if lanes:
             shown = ", ".join(lanes[:5]) + (", ..." if len(lanes) > 5 else "")
-            lines.append(f"{method}: {len(lanes)} of {len(diverged)} seeds diverged and are left out ({shown})")
+            lines.append(f"{method}: {len(lanes)} of {len(diverged)} seeds diverged {what} ({shown})")
     return lines

@@ -19,6 +19,7 @@ from cbp_jax.report import (
     sensitivity,
     summary,
 )
+from cbp_jax.report.divergence import left_out_note, told, without_diverged
 
 SICK = "bp(step_size=2, momentum=0.9)"
 DEAD = "bp(step_size=9, momentum=0.9)"
@@ -58,6 +59,32 @@ def test_the_td_error_of_agents_is_a_loss():
     results = new_results(["obgd"], ["obgd"], [{}], seeds=2, tasks=3, settings={}, experiment="toy", measures=measures)
     record_task(results, 1, {"td_error": [[0.5, np.nan]]})
     assert mark_diverged(results, 1) == [("obgd", 1)]
+
+
+def test_a_lane_diverges_if_its_loss_is_not_finite_in_any_order_of_the_tasks():
+    results = new_results(["a", "b"], ["a", "b"], [{}, {}], seeds=3, tasks=2, settings={}, experiment="toy")
+    results["loss"] = results.loss.expand_dims(order=2).transpose("method", "order", "seed", "task").fillna(0.5).copy()
+    results.loss[1, 1, 2, 0] = np.inf
+    assert mark_diverged(results, 1) == [] and mark_diverged(results, 0, ["a"]) == []
+    assert mark_diverged(results, 0) == [("b", 2)]
+
+
+def test_seeds_are_left_out_for_all_methods_where_one_diverged_unless_none_would_be_left():
+    results, _ = sick_results()
+    alive = results.isel(method=slice(3))
+    assert without_diverged(alive).seed.values.tolist() == [0, 2] and without_diverged(alive).sizes["method"] == 3
+    assert told(alive, paired=True) == [
+        f"{SICK}: 1 of 3 seeds diverged and are left out for all methods (seed 1 in task 7)"
+    ]
+    assert left_out_note(alive) == "; 1 of 3 seeds left out, because a method diverged"
+    assert without_diverged(results).identical(results)
+    assert "are not left out, because no seed would be left" in told(results, paired=True)[0]
+    assert left_out_note(results) == "; with every seed a method diverged, so none is left out"
+    for healthy in (results.isel(method=[0, 1]), results.isel(method=[0, 1]).drop_vars("diverged")):
+        assert without_diverged(healthy).identical(healthy)
+        assert left_out_note(healthy) == "" and told(healthy, paired=True) == []
+    others = results.isel(method=[0, 1, 2]).assign_coords(seed=[3, 4, 5]).drop_vars("diverged")
+    assert without_diverged(join_results([alive, others])).seed.values.tolist() == [0, 2, 3, 4, 5]
 
 
 def test_statistics_leave_out_diverged_lanes_and_say_how_many():
