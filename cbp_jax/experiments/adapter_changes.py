@@ -14,12 +14,18 @@ _SMALL = 0.01
 
 
 class Change(NamedTuple):
-    """The change of some kernels, as matrices [in, out], by one task."""
+    """The change of some kernels, as matrices [in, out], by one task.
+
+    If it is not finite, as where a lane diverged, its numbers are NaN, and it has neither directions nor a ticket.
+    """
 
     rank: float  # the effective rank (Roy & Vetterli 2007), mean over kernels
     sparsity: float  # the fraction of entries below a hundredth of the largest of their kernel
     reads: dict[str, np.ndarray]  # by kernel, orthonormal columns [in, rank]: the input directions that it reads
     ticket: dict[str, np.ndarray]  # by kernel, bool [in, out], the largest entries of all kernels together
+
+
+_NOT_FINITE = Change(float("nan"), float("nan"), {}, {})
 
 
 def change_of_adapter(after: Adapter, before: Adapter | None, density: float) -> Change:
@@ -40,6 +46,8 @@ def change_of_adapter(after: Adapter, before: Adapter | None, density: float) ->
         shape = matrix_shape(after, path)
         matrices = [np.asarray(one[path], np.float32).reshape(shape) for one in whole]
         dense[path] = matrices[0] - matrices[1] if before is not None else matrices[0]
+        if not np.isfinite(dense[path]).all():
+            return _NOT_FINITE
         a = np.concatenate([sign * _factor(one, path, "lora_A", (shape[0], -1)) for sign, one in states], 1)
         b = np.concatenate([one.scaling * _factor(one, path, "lora_B", (-1, shape[1])) for _, one in states])
         (q, left), (_, right) = np.linalg.qr(a), np.linalg.qr(b.T)
@@ -66,6 +74,8 @@ def change_of_kernels(
     dense, reads, singular = {}, {}, {}
     for path, shape in shapes.items():
         dense[path] = (np.asarray(after[path], np.float32) - np.asarray(before[path], np.float32)).reshape(shape)
+        if not np.isfinite(dense[path]).all():
+            return _NOT_FINITE
         basis, singular[path], _ = np.linalg.svd(dense[path], full_matrices=False)
         reads[path] = basis[:, :rank]
     return _change(dense, reads, singular, density)
@@ -78,7 +88,10 @@ def matrix_shape(adapter: Adapter, path: str) -> tuple[int, int]:
 
 
 def overlap_of_subspaces(change: Change, other: Change) -> float:
-    """Return the mean squared cosine between the input directions of two changes, averaged over kernels: in [0, 1]."""
+    """Return the mean squared cosine between the input directions of two changes, averaged over kernels: in [0, 1]; NaN
+    if one is not finite."""
+    if not (change.reads and other.reads):
+        return float("nan")
     found = []
     for path, basis in change.reads.items():
         there = other.reads[path]
@@ -88,7 +101,9 @@ def overlap_of_subspaces(change: Change, other: Change) -> float:
 
 def collisions(change: Change, other: Change) -> float:
     """Return the number of weights that two tasks change, divided by the number expected by chance for tickets of their
-    sizes."""
+    sizes; NaN if a change is not finite."""
+    if not (change.ticket and other.ticket):
+        return float("nan")
     (both,) = compare_tickets(change.ticket, other.ticket, by=lambda path: "").values()
     return both.shared / both.by_size if both.by_size else float("nan")
 

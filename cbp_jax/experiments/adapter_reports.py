@@ -9,6 +9,7 @@ import numpy as np
 
 from cbp_jax.experiments.adapter_methods import read_methods
 from cbp_jax.experiments.text_reports import at, heat_maps, interval
+from cbp_jax.report.divergence import left_out_note, told, without_diverged
 from cbp_jax.report.drawing import fill
 from cbp_jax.report.looks import number_text, readable
 from cbp_jax.report.tables import text_table
@@ -78,8 +79,10 @@ def summary(results: Any) -> str:
 
     Returns:
       for each method the measures described in the module `adapters`: means over sequences (orders times seeds) and
-      half the width of their 95% interval, which treats orders as independent.
+      half the width of their 95% interval, which treats orders as independent. Seeds with which some method diverged
+      are left out, and listed below.
     """
+    notes, results = told(results, paired=True), without_diverged(results)
     encoder = results.attrs.get("encoder", "an encoder")
     count = results.sizes["order"] * results.sizes["seed"]
     title = f"continual_lora, encoder {encoder}: means over {count} sequences of {results.sizes['task']} tasks ± half "
@@ -97,7 +100,7 @@ def summary(results: Any) -> str:
             cells.append(interval(np.nanmean(flat["sparsity"], -1), 100, 1))
             cells += [interval(np.nanmean(pairs[name], (-2, -1)), 1, 2) for name in ("overlap", "collisions")]
         rows.append((method, *cells))
-    return "\n".join([f"{title}their 95% interval", "", *text_table(rows)])
+    return "\n".join([f"{title}their 95% interval", "", *text_table(rows), *([""] if notes else []), *notes])
 
 
 def _title(method: str) -> str:
@@ -117,6 +120,8 @@ def _title(method: str) -> str:
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Plot the accuracy on every task after every other: a matrix for each method, averaged over orders and seeds.
 
+    Seeds with which some method diverged are left out.
+
     Args:
       results: results of a run of `continual_lora`, finished or not.
       out: folder for the picture.
@@ -125,6 +130,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     Returns:
       paths of the picture.
     """
+    results, left_out = without_diverged(results), left_out_note(results)
     tasks = [str(number + 1) for number in range(results.sizes["task"])]
     panels = {}
     for method in results.method.values.tolist():
@@ -132,4 +138,5 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     note = "Accuracy (%) on each task (column) after each task (row), by position in the sequence"
     if any("one head" in title for title in panels):
         note += "; one head: over all classes"
+    note += left_out
     return heat_maps(panels, tasks, tasks, note, "continual_lora", out, formats, digits=0)

@@ -206,10 +206,11 @@ class Trials:
         shapes = {path: adapter_changes.matrix_shape(self.template, path) for path in self.template.factors}
         for lane in range(len(self.places)):
             pair = of_lane(after, lane), of_lane(before, lane)
-            if method.adapters == "none":
-                kernels = [leaves_by_path(one) for one in pair]
-                change = adapter_changes.change_of_kernels(*kernels, shapes, settings.rank, settings.collision_density)
-            else:
-                change = adapter_changes.change_of_adapter(*pair, settings.collision_density)
+            with np.errstate(invalid="ignore"):  # of lanes that diverged
+                if method.adapters == "none":
+                    kernels, density = [leaves_by_path(one) for one in pair], settings.collision_density
+                    change = adapter_changes.change_of_kernels(*kernels, shapes, settings.rank, density)
+                else:
+                    change = adapter_changes.change_of_adapter(*pair, settings.collision_density)
             found.append(change)
         return found

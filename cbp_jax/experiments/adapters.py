@@ -31,7 +31,7 @@ from cbp_jax.experiments.adapter_trials import Trials
 from cbp_jax.experiments.checks import check_counts, seeds_of
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
-from cbp_jax.experiments.progress import Progress
+from cbp_jax.experiments.progress import Progress, tell
 from cbp_jax.training.lanes import one_blas_thread
 
 NAME = "continual_lora"
@@ -129,7 +129,8 @@ def total(settings: Settings) -> int:
 def job(settings: Settings) -> Job:
     """Prepare the experiment.
 
-    Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task.
+    Results are written as tasks end. In a resumed run, an unfinished method restarts from its first task. A seed
+    diverges with a method if it does so in any of the orders.
 
     Args:
       settings: what to run.
@@ -156,10 +157,12 @@ def job(settings: Settings) -> Job:
             report.save_results(results, out)
             trials = None
             for label, method in methods.items():
-                if results.loss.loc[{"method": label}].notnull().all():
+                # Of the measures, accuracies are always finite.
+                if results.accuracy.loc[{"method": label}].isel(task=-1).notnull().all():
                     if progress is not None:
                         progress(label, len(orders) * settings.seeds * count, {})
                     continue
+                lanes = [(label, seed) for _ in orders for seed in seeds_of(settings)]
                 lap = report.records.stopwatch(results, [label])
                 trials = trials or Trials(settings, prepared, orders)
                 for task, measured in enumerate(trials.run(method)):
@@ -172,13 +175,10 @@ def job(settings: Settings) -> Job:
                             row[..., : values.shape[-1]] = values
                             results[name].loc[where] = row
                     lap()
+                    diverged = report.mark_diverged(results, task, [label])
                     report.save_results(results, out)
-                    if progress is not None:
-                        shown = {
-                            "accuracy": float(np.mean(measured["accuracy"])),
-                            "loss": float(np.mean(measured["loss"])),
-                        }
-                        progress(label, len(orders) * settings.seeds, shown)
+                    shown = {"accuracy": measured["accuracy"].mean(-1).ravel(), "loss": measured["loss"].ravel()}
+                    tell(progress, lanes, task, shown, diverged, ~report.divergence.diverged_by(results, task, lanes))
         return results
 
     return run

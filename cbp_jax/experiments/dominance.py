@@ -25,7 +25,7 @@ from cbp_jax.experiments import folder, memory, text_reports, texts
 from cbp_jax.experiments.checks import seeds_of
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
-from cbp_jax.experiments.progress import Progress
+from cbp_jax.experiments.progress import Progress, tell
 from cbp_jax.experiments.ticket_trials import Trials
 from cbp_jax.training.lanes import one_blas_thread
 
@@ -144,15 +144,16 @@ def job(settings: Settings) -> Job:
                     if progress is not None:
                         progress(method, settings.seeds * len(settings.tasks), {})
                     continue
+                lanes = [(method, seed) for seed in seeds_of(settings)]
                 lap = report.records.stopwatch(results, [method])
                 trials = trials or Trials(settings, prepared)
                 for task, measured in enumerate(trials.run(strength)):
                     _record(results, method, task, measured)
                     lap()
+                    diverged = report.mark_diverged(results, task, [method])
                     report.save_results(results, out)
-                    if progress is not None:
-                        shown = {name: float(np.mean(measured[name])) for name in MEASURES if name in measured}
-                        progress(method, settings.seeds, shown)
+                    shown = {name: measured[name] for name in MEASURES if name in measured}
+                    tell(progress, lanes, task, shown, diverged, ~report.divergence.diverged_by(results, task, lanes))
         return results
 
     return run

@@ -25,7 +25,7 @@ from cbp_jax.experiments.checks import MOST_STEPS, check_counts, check_dataset, 
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.images import check_classes, gets_vectors
 from cbp_jax.experiments.lanes import Job
-from cbp_jax.experiments.progress import Progress
+from cbp_jax.experiments.progress import Progress, labels_of, tell
 from cbp_jax.experiments.ticket_rounds import KINDS
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.problems.sampling import scaling
@@ -392,10 +392,10 @@ def _run(
         before=lambda: report.save_results(results, out),
         needs=lambda tasks: folder.digest(results, plan.kinds, tasks),
     )
-    label, lanes = ", ".join(plan.kinds), len(plan.kinds) * settings.seeds
+    lanes = [(kind, seed) for kind in plan.kinds for seed in seeds_of(settings)]
     complete = bool(results.density.notnull().all()) and not checkpoint.tasks
     if progress is not None and (complete or checkpoint.tasks):
-        progress(label, lanes * (settings.rounds + 1 if complete else checkpoint.tasks), {})
+        progress(labels_of(lanes), len(lanes) * (settings.rounds + 1 if complete else checkpoint.tasks), {})
     if complete:
         return
     lap = report.records.stopwatch(results, plan.kinds)
@@ -414,9 +414,9 @@ def _run(
         for name in CURVES:
             results[name].values[:, :, number] = np.swapaxes(measured[name], 0, 1)
         lap()
-        if progress is not None:
-            means = {"accuracy": float(measured["test_accuracy"].mean()), "density": float(measured["density"].mean())}
-            progress(label, lanes, means)
+        diverged = report.mark_diverged(results, number)
+        shown = {"accuracy": measured["test_accuracy"].T.ravel(), "density": measured["density"].T.ravel()}
+        tell(progress, lanes, number, shown, diverged, ~report.divergence.diverged_by(results, number, lanes))
     checkpoint.delete()
 
 

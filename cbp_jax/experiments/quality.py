@@ -40,10 +40,11 @@ from cbp_jax import curvature
 from cbp_jax.experiments import folder, memory
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.lanes import Job
-from cbp_jax.experiments.progress import Progress
+from cbp_jax.experiments.progress import Progress, tell
 from cbp_jax.nets import MLP, fan_in_uniform, get_activation
+from cbp_jax.report.divergence import left_out_note, told, without_diverged
 from cbp_jax.report.drawing import COLUMN, few_ticks, marker, save_figures, style_of_pictures, write_note
-from cbp_jax.report.statistics import binned
+from cbp_jax.report.statistics import binned, mean_and_error
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.units import Units, discover_units
 from cbp_jax.units.groups import leaves_by_path
@@ -178,18 +179,18 @@ def _run_activation(
         if progress is not None:
             progress(activation, settings.seeds * results.sizes["task"], {})
         return
+    lanes = [(activation, seed) for seed in results.seed.values.tolist()]
     saved, lap = time.monotonic(), report.records.stopwatch(results, [activation])
     for task, (loss, correlation) in enumerate(_measurements(settings, activation)):
         report.record_task(results, task, {"loss": loss[None]}, methods=[activation])
         results.correlation.loc[{"method": activation, "task": task}] = correlation.transpose(1, 2, 3, 0)
         lap()
+        diverged = report.mark_diverged(results, task, [activation])
         if time.monotonic() - saved > _SAVE_EVERY:
             report.save_results(results, out)
             saved = time.monotonic()
-        if progress is not None:
-            means = correlation.mean(0)[0, 0]
-            shown = {"loss": float(loss.mean()), **dict(zip(UTILITIES, map(float, means), strict=True))}
-            progress(activation, settings.seeds, shown)
+        shown = {"loss": loss, **dict(zip(UTILITIES, correlation[:, 0, 0].T, strict=True))}
+        tell(progress, lanes, task, shown, diverged, ~report.divergence.diverged_by(results, task, lanes))
 
 
 def _empty_results(settings: Settings, activations: list[str]) -> Any:
@@ -454,10 +455,10 @@ def summary(results: Any) -> str:
 
     Returns:
       for each activation and utility, the mean over measurements and then over seeds of the correlation with the true
-      utility, ± one standard error over seeds; without a newline at its end.
+      utility, ± one standard error over seeds; without a newline at its end. Seeds with which some network diverged are
+      left out, and listed below.
     """
-    from cbp_jax.report.statistics import mean_and_error
-
+    notes, results = told(results, paired=True), without_diverged(results)
     columns = [(level, scope) for level in LEVELS for scope in SCOPES]
     heads = [f"{level}s, {'global' if scope == 'global' else 'by layer'}" for level, scope in columns]
     lines = [f"{NAME}: Spearman's rank correlation with the true utility, mean over seeds ± standard error"]
@@ -473,13 +474,14 @@ def summary(results: Any) -> str:
                 mean, error = mean_and_error(mean_and_error(values, axis=1)[0])
                 cells.append(f"{mean:.3f} ± {error:.3f}" if np.isfinite(error) else f"{mean:.3f}")
             lines.append(f"{_LABELS[utility]:{width}}  " + "  ".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Plot the global correlations over time: a column for each activation, weights above units.
 
-    There is one line for each utility: the mean over seeds, with a band of one standard error to either side.
+    There is one line for each utility: the mean over seeds, with a band of one standard error to either side. Seeds
+    with which some network diverged are left out.
 
     Args:
       results: results of a run, finished or not.
@@ -495,6 +497,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
     require("matplotlib")
     from matplotlib.figure import Figure
 
+    results, left_out = without_diverged(results), left_out_note(results)
     styles = dict(zip(UTILITIES, (*looks.UNOWNED, *looks.SELDOM), strict=False))
     activations = results.method.values.tolist()
     bin_size = max(1, results.sizes["task"] // 25)
@@ -530,7 +533,7 @@ def plot(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         figure.supylabel("Rank correlation", fontsize=7)
         note = f"Global correlations; mean and one standard error of {results.sizes['seed']} seeds"
         note += f"; bins of {bin_size * every} steps" if bin_size > 1 else ""
-        write_note(figure, note)
+        write_note(figure, note + left_out)
     return save_figures({NAME: figure}, Path(out), formats)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cbp_jax.report import looks
+from cbp_jax.report.divergence import left_out_note, told, without_diverged
 from cbp_jax.report.drawing import COLUMN, legend_above, save_figures, style_of_pictures, write_note
 from cbp_jax.report.statistics import mean_and_error
 from cbp_jax.report.tables import text_table
@@ -91,8 +92,10 @@ def summary_of_tickets(results: Any) -> str:
     Returns:
       for each method and task the accuracy in percent, the weights that changed, and the smallest density and number of
       dimensions that keep 99% of what fine-tuning adds to a probe; then, for tickets that were trained alone, their
-      accuracy, and that with their changes in fine-tuning; then the overlap of tasks' tickets relative to chance.
+      accuracy, and that with their changes in fine-tuning; then the overlap of tasks' tickets relative to chance. Seeds
+      with which some method diverged are left out, and listed below.
     """
+    notes, results = told(results, paired=True), without_diverged(results)
     tasks, methods = results.name.values.tolist(), results.method.values.tolist()
     encoder = results.attrs.get("encoder", "an encoder")
     lines = [f"dominant_tickets, encoder {encoder}: means over seeds ± half their 95% interval"]
@@ -131,7 +134,8 @@ def summary_of_tickets(results: Any) -> str:
                         interval(shared[a, b] / np.maximum(chance[a, b], 1e-9), 1, 2) for chance in (size, marginals)
                     ]
                     rows.append((method, f"{tasks[b]}, {tasks[a]}", *ratios, interval(jaccard[a, b], 100, 2)))
-    return "\n".join(lines + (text_table(rows) if len(rows) > 1 else ["(not measured)"]))
+    lines += text_table(rows) if len(rows) > 1 else ["(not measured)"]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str]) -> list[tuple[str, ...]]:
@@ -152,6 +156,8 @@ def _rows_of_retrained(results: Any, methods: Sequence[str], tasks: Sequence[str
 def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
     """Plot accuracy against density and against the number of dimensions, and the overlap of tasks' tickets.
 
+    Seeds with which some method diverged are left out.
+
     Args:
       results: results of a run of `dominant_tickets`, finished or not.
       out: folder for the pictures.
@@ -165,6 +171,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
     require("matplotlib")
     from matplotlib.figure import Figure
 
+    results, left_out = without_diverged(results), left_out_note(results)
     tasks = results.name.values.tolist()
     methods = [method for method in results.method.values.tolist() if method != PROBE]
     names = {method: _name_of_strength(results, method) for method in methods}
@@ -203,9 +210,8 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                 ax.set_ylabel(f"{looks.readable(task)}\naccuracy (%)" if column == 0 else "")
             axes[-1, column].set_xlabel("Density (%)" if dim == "density" else "Dimensions of each matrix")
         legend_above(figure, axes[0, 0], columns=4)
-        note = (
-            f"Mean and one standard error of {results.sizes['seed']} seeds; dashed: all weights, dotted: linear probe"
-        )
+        note = f"Mean and one standard error of {results.sizes['seed']} seeds{left_out}"
+        note += "; dashed: all weights, dotted: linear probe"
         if np.isfinite(results.retrained_accuracy).any():
             note += "\nStars: only the ticket is trained, from the start"
         write_note(figure, note)
@@ -217,7 +223,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
         panels[names[method]] = shared / np.where(chance > 0, chance, np.nan)
     numbers = [str(number + 1) for number in range(len(tasks))]
     rows = [f"{looks.readable(task)}  {number}" for task, number in zip(tasks, numbers, strict=True)]
-    note = "Weights that tickets of two tasks share, over what chance gives tickets of these sizes"
+    note = f"Weights that tickets of two tasks share, over what chance gives tickets of these sizes{left_out}"
     return paths + heat_maps(panels, rows, numbers, note, "dominant_tickets_overlap", out, formats)
 
 

@@ -37,7 +37,7 @@ class Trials:
     def run(self, strength: float | None) -> Iterator[dict[str, np.ndarray]]:
         """Return measurements of each task, [seeds, ...]; without a strength, for a linear probe of the frozen
         encoder."""
-        found: list[list[Ticket]] = []
+        found: list[list[Ticket | None]] = []
         for number, task in enumerate(self.prepared.tasks):
             train = self.lanes.scatter(self._train_batches(number))
             test = texts.evaluation_batches(task, self.masks[number], *self._test_shape)
@@ -90,8 +90,8 @@ class Trials:
     def _retrained(self, test, seed, initial, train, mask):
         tx = optax.adam(texts.schedule(self.settings, self.settings.learning_rate))
         whole = {"encoder": mask, "head": jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), initial["head"])}
-        trained, _ = texts.fit(self._logits, masked_changes(tx, whole, initial), initial, None, train, seed)
-        return texts.correct(self.net, trained, test)
+        trained, loss = texts.fit(self._logits, masked_changes(tx, whole, initial), initial, None, train, seed)
+        return jnp.where(jnp.isfinite(loss), texts.correct(self.net, trained, test), jnp.nan)
 
     def _probed(self, test, seed, initial, train):
         """Train a head on the frozen encoder, whose features are computed once."""
@@ -104,36 +104,51 @@ class Trials:
         trained, loss = texts.fit(head, tx, initial["head"], None, train._replace(tokens=features), seed)
         return texts.correct(self.net, {**initial, "head": trained}, test), loss
 
-    def _of_tickets(self, start: Any, tuned: Any, test: texts.Batch) -> tuple[dict[str, np.ndarray], Ticket]:
-        """Return the measurements of one seed, and the ticket to compare."""
-        settings, (before, after) = self.settings, (start["encoder"], tuned["encoder"])
+    def _of_tickets(self, start: Any, tuned: Any, test: texts.Batch) -> tuple[dict[str, np.ndarray], Ticket | None]:
+        """Return the measurements of one seed, and the ticket to compare. If the seed diverged, only its accuracy is
+        measured, and there is no ticket."""
+        settings, (before, after) = self.settings, _encoders(start, tuned)
         accuracy = lambda encoder: float(self._correct({"encoder": encoder, "head": tuned["head"]}, test))
         of = lambda ticket: accuracy(transplant(before, after, ticket))
         lines = [dominant_ticket(before, after, dimensions=k, axis=settings.axis) for k in settings.dimensions]
-        return {
-            "accuracy": np.asarray(accuracy(after)),
+        found = {
             "changed": np.asarray(dominant_ticket(before, after, threshold=0.0).density),
             "ticket_accuracy": np.array([of(dominant_ticket(before, after, keep=d)) for d in settings.densities]),
             "dimension_accuracy": np.array([of(ticket) for ticket in lines]),
             "dimension_density": np.array([ticket.density for ticket in lines]),
-        }, dominant_ticket(before, after, keep=settings.compared)
+        }
+        compared = dominant_ticket(before, after, keep=settings.compared)
+        if not _is_finite(tuned):
+            found, compared = {name: np.full_like(values, np.nan) for name, values in found.items()}, None
+        return {"accuracy": np.asarray(accuracy(tuned["encoder"])), **found}, compared
 
     def _of_retrained(self, tuned: Any, train: Any, test: texts.Batch) -> np.ndarray:
-        """Return accuracies [seeds, densities] of tickets trained alone."""
+        """Return accuracies [seeds, densities] of tickets trained alone; NaN where one or the other diverged."""
         found = np.full((self.settings.seeds, len(self.settings.densities)), np.nan)
+        tuned = self._per_seed(tuned)
         for column, density in enumerate(self.settings.densities):
             if density not in self.settings.retrained:
                 continue
-            masks = [
-                dominant_ticket(start["encoder"], one["encoder"], keep=density).mask
-                for start, one in zip(self.starts, self._per_seed(tuned), strict=True)
-            ]
+            pairs = zip(self.starts, tuned, strict=True)
+            masks = [dominant_ticket(*_encoders(start, one), keep=density).mask for start, one in pairs]
             stacked = self.lanes.scatter(jax.tree.map(lambda *leaves: np.stack(leaves), *masks))
             measured = self._retrain(self.lanes.share(test), self.seeds, self.initial, train, stacked)
             found[:, column] = self.lanes.gather(measured)
+        found[[not _is_finite(one) for one in tuned]] = np.nan
         return found
 
 
-def _compared(ticket: Ticket, other: Ticket) -> dict[str, float]:
+def _is_finite(params: Any) -> bool:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def _encoders(start: Any, tuned: Any) -> tuple[Any, Any]:
+    """Return the encoders before and after tuning; without a change if the network diverged, which has no tickets."""
+    return start["encoder"], (tuned if _is_finite(tuned) else start)["encoder"]
+
+
+def _compared(ticket: Ticket | None, other: Ticket | None) -> dict[str, float]:
+    if ticket is None or other is None:
+        return dict.fromkeys(OVERLAPS, np.nan)
     (found,) = compare_tickets(ticket, other, by=lambda path: "").values()
     return {**found._asdict(), "jaccard": found.jaccard}

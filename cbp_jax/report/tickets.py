@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cbp_jax.report.divergence import left_out_note, told, without_diverged
 from cbp_jax.report.drawing import (
     COLUMN,
     check_formats,
@@ -68,6 +69,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
     """Plot early stopping and accuracy against density, from dense to sparse: the paper's Figures 1 and 4.
 
     There is one line for each kind of network: the mean over seeds, with bars from the smallest to the largest value.
+    Seeds with which some kind diverged are left out.
 
     Args:
       results: results of an experiment on lottery tickets.
@@ -81,6 +83,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
     require("matplotlib")
     from matplotlib.figure import Figure
 
+    results, left_out = without_diverged(results), left_out_note(results)
     rounds = _finished(results)
     with style_of_pictures():
         figure = Figure(figsize=(COLUMN, 3.1), layout="constrained")
@@ -102,7 +105,7 @@ def plot_densities(results: xr.Dataset) -> Figure:
         figure.align_ylabels(axes[:-1])
         axes[-1].axis("off")
         axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
-        _note(figure, results)
+        _note(figure, results, left_out)
     return figure
 
 
@@ -111,7 +114,8 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
 
     The three panels show tickets of high density, tickets of low density, and tickets together with their reinitialized
     networks, or with another control if these are missing. Lines are means over seeds, with bars from the smallest to
-    the largest value, of running means over a fiftieth of the iterations: without these, noise hides the curves.
+    the largest value, of running means over a fiftieth of the iterations: without these, noise hides the curves. Seeds
+    with which some kind diverged are left out.
 
     Args:
       results: results of an experiment on lottery tickets, with "ticket" among its methods.
@@ -128,6 +132,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
     methods = results.method.values.tolist()
     if "ticket" not in methods:
         raise ValueError(f"results: there are no tickets to draw; they have {methods}")
+    results, left_out = without_diverged(results), left_out_note(results)
     rounds = _finished(results)
     density = _values(results, "density", "ticket")[:, :rounds].mean(0)
     controls = [method for method in ("reinitialized", "random", *methods) if method in methods and method != "ticket"]
@@ -165,7 +170,7 @@ def plot_accuracies(results: xr.Dataset) -> Figure:
         more = f"; running means over {smoothed * step:,} iterations" if smoothed > 1 else ""
         if controls:
             more += f"; dotted: {look_of(results, controls[0]).title.lower()}"
-        _note(figure, results, more)
+        _note(figure, results, left_out + more)
     return figure
 
 
@@ -193,7 +198,7 @@ def summarize_tickets(results: xr.Dataset) -> str:
 
     For each kind of network the table shows the mean over seeds ± half its 95% confidence interval (Student's t). A
     second table shows the differences between the ticket and the dense network of the same seed, and between the ticket
-    and its reinitialized network.
+    and its reinitialized network. Seeds with which some kind diverged are left out, and listed below.
 
     Args:
       results: results of an experiment on lottery tickets, finished or not.
@@ -201,6 +206,7 @@ def summarize_tickets(results: xr.Dataset) -> str:
     Returns:
       The tables, without a newline at their end.
     """
+    notes, results = told(results, paired=True), without_diverged(results)
     methods = results.method.values.tolist()
     rounds = int(np.isfinite(results.density.transpose("task", ...).values).all((1, 2)).sum())
     lines = []
@@ -220,7 +226,7 @@ def summarize_tickets(results: xr.Dataset) -> str:
             table.append((f"{density:.1f}%", *cells))
         lines += ["", label, *text_table(table, left=0)]
     title = f"{results.attrs.get('experiment', 'run')}: mean over seeds ± half its 95% confidence interval"
-    return "\n".join([title, *lines])
+    return "\n".join([title, *lines, *([""] if notes else []), *notes])
 
 
 def _finished(results: xr.Dataset) -> int:

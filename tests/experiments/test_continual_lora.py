@@ -9,7 +9,7 @@ from keyword_tasks import write_tasks
 
 import cbp_jax
 from cbp_jax import lora
-from cbp_jax.experiments import EXPERIMENTS, adapters, continual_lora, text_reports, texts
+from cbp_jax.experiments import EXPERIMENTS, adapter_reports, adapters, continual_lora, text_reports, texts
 from cbp_jax.experiments.adapter_changes import change_of_adapter, change_of_kernels, collisions, overlap_of_subspaces
 from cbp_jax.experiments.adapter_methods import METHODS, AdapterMethod, read_methods
 from cbp_jax.experiments.adapter_reports import scores
@@ -27,7 +27,7 @@ LANES = ("sequential", "per_task", "added", "o_lora:orthogonality=5.0", "replay"
 
 
 @pytest.fixture(scope="module")
-def keywords(tmp_path_factory):
+def keywords(tmp_path_factory, compiled_once):
     """Run on tasks that are learned quickly and contradict each other, unless each has its own head."""
     folder, calls = tmp_path_factory.mktemp("lora"), []
     settings = Settings(tasks=write_tasks(folder), methods=LANES, **OF_KEYWORDS)
@@ -218,6 +218,57 @@ def test_two_changes():
     np.testing.assert_allclose(overlap_of_subspaces(one, other), overlap_of_subspaces(other, one), rtol=1e-5)
     nothing = change_of_adapter(jax.tree.map(np.zeros_like, random_adapter(0)), None, 0.2)
     assert (nothing.rank, nothing.sparsity) == (0.0, 1.0)
+
+
+def test_a_change_that_is_not_finite_is_not_measured():
+    one, lost = random_adapter(0), random_adapter(1)
+    lost.factors["a"]["lora_A"][0, 0] = np.inf
+    healthy, changes = change_of_adapter(one, None, 0.2), [change_of_adapter(lost, one, 0.2)]
+    shapes, kernels = {"a": (7, 5)}, {"a": np.ones((7, 5))}
+    changes.append(change_of_kernels({"a": np.full((7, 5), np.nan)}, kernels, shapes, 2, 0.2))
+    for change in changes:
+        assert np.isnan([change.rank, change.sparsity]).all()
+        for measure in (overlap_of_subspaces, collisions):
+            assert np.isnan([measure(change, healthy), measure(healthy, change), measure(change, change)]).all()
+
+
+def test_a_diverging_lane_is_reported_changes_no_other_and_its_seed_is_left_out(keywords, tmp_path, monkeypatch):
+    settings, whole, _, _ = keywords
+
+    class Poisoned(Trials):
+        def __init__(self, *args):
+            super().__init__(*args)
+            begin = self.lanes.gather(self.begin)
+            begin["head"]["kernel"] = np.where(np.arange(2)[:, None, None] == 1, np.nan, begin["head"]["kernel"])
+            self.begin = self.lanes.scatter(begin)
+
+    monkeypatch.setattr(adapters, "Trials", Poisoned)
+    few, means = dataclasses.replace(settings, methods=("sequential",)), []
+    with pytest.warns(RuntimeWarning, match="diverged") as heard:
+        results = run(few, tmp_path, lambda label, lanes, shown: means.append(shown["accuracy"]))
+    messages = [str(warning.message).partition(":")[0] for warning in heard]
+    assert messages == ["sequential diverged with seed 1 in task 1"]
+    assert results.identical(cbp_jax.load_results(tmp_path))
+    np.testing.assert_array_equal(results.diverged, [[np.nan, 0]])
+    assert results.loss.loc[{"seed": 1}].isnull().all() and results["rank"].loc[{"seed": 1}].isnull().all()
+    for name in results.data_vars:
+        np.testing.assert_array_equal(
+            of_method(results, name, "sequential")[0], of_method(whole, name, "sequential")[0]
+        )
+    np.testing.assert_allclose(means, np.nanmean(of_method(results, "accuracy", "sequential")[0], -1), rtol=1e-6)
+
+    left = results.isel(seed=[0])
+    line = "sequential: 1 of 2 seeds diverged and are left out for all methods (seed 1 in task 1)"
+    assert continual_lora.summary(results) == f"{continual_lora.summary(left)}\n\n{line}"
+    drawn = []
+    monkeypatch.setattr(adapter_reports, "heat_maps", lambda panels, *args, **_: drawn.append((panels, args[2])))
+    for shown in (results, left):
+        continual_lora.plot(shown, tmp_path)
+    np.testing.assert_array_equal(drawn[0][0]["One adapter"], drawn[1][0]["One adapter"])
+    assert drawn[0][1].endswith("; 1 of 2 seeds left out, because a method diverged")
+    # Its loss is not finite, but it is finished.
+    monkeypatch.setattr(adapters, "Trials", None)
+    assert run(few, tmp_path).identical(results)
 
 
 def test_scores():

@@ -23,7 +23,7 @@ OF_KEYWORDS = {
 
 
 @pytest.fixture(scope="module")
-def keywords(tmp_path_factory):
+def keywords(tmp_path_factory, compiled_once):
     """Run on tasks that are learned quickly. Return settings, results, their folder, and the reported progress."""
     folder, calls = tmp_path_factory.mktemp("tickets"), []
     settings = Settings(tasks=write_tasks(folder, ("animals", "letters")), **OF_KEYWORDS)
@@ -104,6 +104,46 @@ def test_measures_belong_to_their_seed(keywords, monkeypatch):
     logits = np.array(prepared.net.apply({"params": {"encoder": kept, "head": tuned["head"]}}, task.test.tokens))
     accuracy = (logits[:, 2:].argmax(1) == task.test.labels).mean()
     assert float(results.ticket_accuracy.loc[where].sel(density=0.2)) == pytest.approx(accuracy)
+
+
+def test_a_diverging_lane_is_reported_changes_no_other_and_its_seed_is_left_out(keywords, tmp_path, monkeypatch):
+    settings, whole, _, _ = keywords
+
+    class Poisoned(Trials):
+        def __init__(self, *args):
+            super().__init__(*args)
+            initial = self.lanes.gather(self.initial)
+            initial["head"]["kernel"] = np.where(np.arange(2)[:, None, None] == 1, np.nan, initial["head"]["kernel"])
+            self.initial = self.lanes.scatter(initial)
+
+        def run(self, strength):
+            yield from super().run(strength) if strength is not None else Trials(self.settings, self.prepared).run(None)
+
+    monkeypatch.setattr(dominance, "Trials", Poisoned)
+    few, means = dataclasses.replace(settings, strengths=(0.0,)), []
+    with pytest.warns(RuntimeWarning, match="diverged") as heard:
+        results = run(few, tmp_path, lambda label, lanes, shown: means.append(shown))
+    assert [str(warning.message).partition(":")[0] for warning in heard] == ["l1=0 diverged with seed 1 in task 1"]
+    assert results.identical(cbp_jax.load_results(tmp_path))
+    np.testing.assert_array_equal(results.diverged, [[np.nan, np.nan], [np.nan, 0]])
+    of = lambda results, name: results[name].loc[{"method": "l1=0"}].transpose("seed", ...).values
+    for name in results.data_vars:
+        np.testing.assert_array_equal(of(results, name)[0], of(whole, name)[0], err_msg=name)
+        assert name == "accuracy" or np.isnan(of(results, name)[1]).all(), name
+    for task, shown in enumerate(means[2:]):
+        assert shown == {name: pytest.approx(float(of(whole, name)[0, task])) for name in dominance.MEASURES}
+
+    table, left = dominant_tickets.summary(results), results.isel(seed=[0])
+    line = "l1=0: 1 of 2 seeds diverged and are left out for all methods (seed 1 in task 1)"
+    assert table == f"{dominant_tickets.summary(left)}\n\n{line}"
+    figures = []
+    monkeypatch.setattr(text_reports, "save_figures", lambda drawn, *_: figures.extend(drawn.values()) or [])
+    for shown in (results, left):
+        dominant_tickets.plot(shown, tmp_path)
+    curves = [[line.get_ydata() for ax in figure.axes for line in ax.lines] for figure in figures[::2]]
+    for drawn, expected in zip(*curves, strict=True):
+        np.testing.assert_array_equal(drawn, expected)
+    assert all("1 of 2 seeds left out" in " ".join(figure.get_supxlabel().split()) for figure in figures[:2])
 
 
 def test_the_least_density_that_suffices():

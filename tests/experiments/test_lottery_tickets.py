@@ -258,6 +258,41 @@ def test_tables_and_pictures(smoke, tmp_path):
         report.plot_densities(results * np.nan)
 
 
+def test_a_diverging_network_is_reported_changes_no_other_and_its_seed_is_left_out(smoke, tmp_path, monkeypatch):
+    whole, _, _ = smoke
+    place, start = list(KINDS).index("random"), ticket_rounds.start
+
+    def poisoned(plan, seed):
+        state = jax.lax.optimization_barrier(start(plan, seed))  # which the compiler leaves as it is without NaN
+        bad = lambda leaf: leaf.at[place].set(jnp.where(seed == 1, jnp.nan, leaf[place]))
+        return state._replace(starts=jax.tree.map(bad, state.starts))
+
+    monkeypatch.setattr(ticket_rounds, "start", poisoned)
+    means = []
+    with pytest.warns(RuntimeWarning, match="diverged") as heard:
+        results = run(SMOKE, tmp_path, lambda kinds, lanes, shown: means.append(shown["accuracy"]))
+    assert [str(warning.message).partition(":")[0] for warning in heard] == ["random diverged with seed 1 in task 1"]
+    assert results.identical(cbp_jax.load_results(tmp_path))
+    assert results.diverged.loc[{"method": "random"}].values.tolist()[1] == 0 and int(results.diverged.count()) == 1
+    others = [kind for kind in KINDS if kind != "random"]
+    for name in whole.data_vars:
+        np.testing.assert_array_equal(results[name].loc[{"method": others}], whole[name].loc[{"method": others}])
+        np.testing.assert_array_equal(results[name][:, 0], whole[name][:, 0])
+    healthy = np.delete(whole.test_accuracy.values.reshape(-1, 3), 2 * place + 1, 0)
+    np.testing.assert_allclose(means, healthy.mean(0), rtol=1e-6)
+
+    table, left = lottery.summary(results), whole.isel(seed=[0])
+    line = "random: 1 of 2 seeds diverged and are left out for all methods (seed 1 in task 1)"
+    assert table == f"{lottery.summary(left)}\n\n{line}"
+    for draw in (report.plot_densities, report.plot_accuracies):
+        figure, expected = draw(results), draw(left)
+        for ax, same in zip(figure.axes, expected.axes, strict=True):
+            for drawn, of_seed in zip(ax.containers, same.containers, strict=True):
+                np.testing.assert_array_equal(drawn.lines[0].get_ydata(), of_seed.lines[0].get_ydata())
+        note = " ".join(figure.get_supxlabel().split())
+        assert note.startswith("One seed; 1 of 2 seeds left out, because a method diverged")
+
+
 def test_curves_are_drawn_as_running_means():
     noisy = np.random.default_rng(0).normal(size=(2, 9))
     noisy[1, 6:] = np.nan

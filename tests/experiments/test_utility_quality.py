@@ -287,6 +287,30 @@ def test_an_interrupted_run_keeps_its_measurements_and_resumes_with_the_missing_
     assert np.isfinite(whole.correlation).all() and whole.identical(cbp_jax.load_results(tmp_path))
 
 
+def test_a_diverging_network_is_reported_and_its_seed_is_left_out(tmp_path, monkeypatch):
+    def measurements(settings, activation):
+        for task in range(4):
+            lost = (np.arange(2) == 1) & (activation == "relu") & (task >= 2)
+            yield np.where(lost, np.nan, 1.0), np.where(lost, 0.0, 0.5)[:, None, None, None] * np.ones((2, 2, 2, 6))
+
+    monkeypatch.setattr(quality, "_measurements", measurements)
+    settings, calls = Settings(seeds=2, steps=8, measure_every=2, activations=("tanh", "relu")), []
+    with pytest.warns(RuntimeWarning, match="diverged") as heard:
+        results = run(settings, tmp_path, lambda *args: calls.append(args))
+    assert [str(warning.message).partition(":")[0] for warning in heard] == ["relu diverged with seed 1 in task 3"]
+    assert results.identical(cbp_jax.load_results(tmp_path))
+    np.testing.assert_array_equal(results.diverged, [[np.nan, np.nan], [np.nan, 2]])
+    assert [call[2] for call in calls] == 8 * [{"loss": 1.0, **dict.fromkeys(UTILITIES, 0.5)}]
+    line = "relu: 1 of 2 seeds diverged and are left out for all methods (seed 1 in task 3)"
+    assert summary(results) == f"{summary(results.isel(seed=[0]))}\n\n{line}"
+    figures = []
+    monkeypatch.setattr(quality, "save_figures", lambda drawn, *_: figures.extend(drawn.values()))
+    plot(results, tmp_path)
+    (figure,) = figures
+    assert {tuple(line.get_ydata()) for ax in figure.axes for line in ax.lines} == {(0.5,) * 4}
+    assert "of 1 seeds; 1 of 2 seeds left out, because a method diverged" in " ".join(figure.get_supxlabel().split())
+
+
 def test_presets():
     for name in ("smoke", "laptop", "paper"):
         assert check(preset(name)) == list(preset(name).activations)
