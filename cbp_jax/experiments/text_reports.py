@@ -205,6 +205,7 @@ def plot_tickets(results: Any, out: Path, formats: Sequence[str] = ("png",)) -> 
                 for method, color, dashes in levels:
                     mean = 100 * np.mean(at(results, "accuracy", method, "task", "seed")[row])
                     ax.axhline(mean, color=color, linestyle=dashes, linewidth=0.8)
+                ax.update_datalim([(x.min(), 0), (x.max(), 0)], updatey=False)  # also where no value is finite
                 ax.set_xscale("log")
                 ax.xaxis.set_minor_formatter("")
                 ax.set_ylabel(f"{looks.readable(task)}\naccuracy (%)" if column == 0 else "")

@@ -136,6 +136,7 @@ def test_a_diverging_lane_is_reported_changes_no_other_and_its_seed_is_left_out(
     table, left = dominant_tickets.summary(results), results.isel(seed=[0])
     line = "l1=0: 1 of 2 seeds diverged and are left out for all methods (seed 1 in task 1)"
     assert table == f"{dominant_tickets.summary(left)}\n\n{line}"
+    assert dominant_tickets.plot(results.isel(seed=[1]), tmp_path)  # of which no ticket has a finite value
     figures = []
     monkeypatch.setattr(text_reports, "save_figures", lambda drawn, *_: figures.extend(drawn.values()) or [])
     for shown in (results, left):
