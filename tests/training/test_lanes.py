@@ -84,6 +84,18 @@ def test_all_calls_share_one_compilation():
     assert out.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0] and len(traces) == 1
 
 
+def test_programs_that_run_once_give_the_same_bits(exact):
+    """Weights of committed results must not depend on how quickly their initialization was compiled."""
+    lanes = Lanes(2)
+    initializers = (jax.nn.initializers.lecun_normal(), jax.nn.initializers.he_uniform())
+
+    def start(_, seed):
+        return [init(jax.random.key(seed), (5, 7 + i)) for i, init in enumerate(initializers)]
+
+    seeds = lanes.scatter(jnp.arange(2))
+    assert_same(*(lanes.gather(lanes.jit(start, once=once)((), seeds)) for once in (True, False)))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_only_the_donated_argument_is_deleted(mode):
     lanes = Lanes(2, mode)
