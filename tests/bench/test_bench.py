@@ -191,7 +191,7 @@ def refused(capsys, *words):
 def test_mistakes_are_reported_before_anything_is_run(published, tmp_path, capsys):
     out = ("--out", str(tmp_path / "out"))
     assert "--method must name the methods to run" in refused(capsys, *out)
-    assert "suite must be one of ['small', 'full', 'smoke'], got 'x'" in refused(
+    assert "suite must be one of ['small', 'ant', 'full', 'smoke'], got 'x'" in refused(
         capsys, *out, "--suite", "x", "--report"
     )
     assert "problems must be some of ['online_permuted'" in refused(capsys, *out, "--method", "bp", "--problems", "x")

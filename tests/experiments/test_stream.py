@@ -348,8 +348,8 @@ class OutOfMemory:
         self.held, self.raised = [], 0
         jit = training.Lanes.jit
 
-        def jit_here(lanes, function, donate_lane=None):
-            compiled, calls = jit(lanes, function, donate_lane), 0
+        def jit_here(lanes, function, donate_lane=None, **options):
+            compiled, calls = jit(lanes, function, donate_lane, **options), 0
             held = min(lanes.count, lanes._chunk) if lanes._waiting else lanes.count
 
             def call(*args):
