@@ -120,7 +120,7 @@ def test_lanes_are_dealt_evenly_over_the_programs(no_networks):
     assert [sum(map(len, job(Train()).lanes(Share(index, 4)))) for index in range(4)] == [2, 2, 1, 1]
 
 
-@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("then", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3))])
 def test_after_a_process_is_lost_any_number_can_resume_and_no_finished_task_is_lost(whole, tmp_path, then):
     run(tmp_path, Share(0, 2))
     stopped(tmp_path, Share(1, 2), 3)  # in the first program, of which this process has two lanes

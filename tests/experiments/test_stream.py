@@ -142,7 +142,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, compiled_once, tmp_p
     assert told_at_once(calls) == [16, 4] and calls.done() == stream.total(SETTINGS)
 
 
-@pytest.mark.parametrize("after", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", [1, *(pytest.param(tasks, marks=pytest.mark.slow) for tasks in (2, 3))])
 def test_a_run_stopped_by_ctrl_c_repeats_no_finished_task(few, tmp_path, after):
     calls = []
 
@@ -235,7 +235,7 @@ class Listener(Calls):
         self.lost.append((method, seed, task))
 
 
-@pytest.mark.parametrize("mode", ["vmap", "map"])
+@pytest.mark.parametrize("mode", [pytest.param("vmap", marks=pytest.mark.slow), "map"])
 def test_a_diverging_lane_is_reported_immediately_and_changes_no_other(tmp_path, mode):
     healthy = dataclasses.replace(BACKPROP, lanes=mode)
     sick = dataclasses.replace(healthy, methods=("bp:step_size=0.1", "bp:step_size=1e38"))
@@ -366,7 +366,7 @@ class OutOfMemory:
         patch.setattr(training.Lanes, "jit", jit_here)
 
 
-@pytest.mark.parametrize("save", [True, False], ids=["resumed", "restarted"])
+@pytest.mark.parametrize("save", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["resumed", "restarted"])
 @pytest.mark.parametrize("mode", [pytest.param("vmap", marks=pytest.mark.slow), "map"])
 def test_where_memory_runs_out_half_of_the_lanes_go_on_with_the_same_results(tmp_path, monkeypatch, mode, save):
     settings = dataclasses.replace(BACKPROP, lanes=mode)

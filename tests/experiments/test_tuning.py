@@ -118,7 +118,7 @@ def test_the_seconds_of_a_lane_are_those_of_its_search_and_of_its_reported_run(f
     assert sum(of_lanes.values()) == pytest.approx(sum(searched.values()) + sum(reported.values()))
 
 
-@pytest.mark.parametrize("calls", [7, 10])
+@pytest.mark.parametrize("calls", [7, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_stopped_comparison_resumes_to_the_same_results(finished, tmp_path, calls):
     whole, _, told = finished
     left = calls

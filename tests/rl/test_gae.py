@@ -2,10 +2,13 @@
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax.rl import gae
+
+compiled = jax.jit(gae)
 
 
 def loop(rewards, values, next_values, terminations, truncations, discount, gae_lambda):
@@ -34,7 +37,7 @@ def test_advantages_are_sums_of_later_errors_of_the_episode(seed, discount, lam)
     ends = rng.integers(0, 6, size=(8, 3))
     terminations, truncations = (ends == 0).astype(np.float32), (ends == 1).astype(np.float32)
     arguments = (rewards, values, next_values, terminations, truncations)
-    found = gae(*map(jnp.asarray, arguments), discount=discount, gae_lambda=lam)
+    found = compiled(*map(jnp.asarray, arguments), discount=discount, gae_lambda=lam)
     np.testing.assert_allclose(found, loop(*arguments, discount, lam), rtol=1e-5, atol=1e-5)
 
 
