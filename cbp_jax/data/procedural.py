@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cbp_jax.data.dataset import Dataset
+from cbp_jax.numerics.compilation import RUNS_ONCE
 
 _PATCHES = 6  # gratings of a class
 _DISTRACTORS = 2  # additional random gratings of each image
@@ -57,7 +58,7 @@ def procedural(
     return Dataset(images.reshape(-1, size, size, channels), labels, num_classes, "procedural")
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), compiler_options=RUNS_ONCE)
 def _images_of_class(key: jax.Array, count: int, size: int, channels: int) -> jax.Array:
     """Draw the images of a class, uint8 [count, size, size, channels]."""
     class_key, image_key = jax.random.split(key)
@@ -99,12 +100,19 @@ def _image(key: jax.Array, of_class: dict[str, jax.Array], size: int, channels: 
     others = _gratings(other_key, _DISTRACTORS, channels)
     every = jax.tree.map(lambda *parts: jnp.concatenate(parts), seen, others)
 
+    # A grating, exp(-(x^2 + y^2) / 2 r^2) cos(a x + b y + p), is a sum of products of functions of x and of y.
     axis = (jnp.arange(size) + 0.5) / size
-    y = axis[:, None, None] - every["row"]  # [size, 1, gratings]
-    x = axis[None, :, None] - every["column"]
-    along = x * jnp.cos(every["angle"]) + y * jnp.sin(every["angle"])
-    window = jnp.exp(-(x**2 + y**2) / (2 * every["radius"] ** 2))
-    waves = window * jnp.cos(2 * np.pi * every["frequency"] * along + every["phase"])
-    pixels = jnp.einsum("hwg,gc->hwc", waves, every["color"])
+    wave_number = 2 * np.pi * every["frequency"]
+
+    def parts(center, wave_number, phase):
+        distance = axis[:, None] - center  # [size, gratings]
+        window = jnp.exp(-(distance**2) / (2 * every["radius"] ** 2))
+        angle = wave_number * distance + phase
+        return window * jnp.cos(angle), window * jnp.sin(angle)
+
+    y_cos, y_sin = parts(every["row"], wave_number * jnp.sin(every["angle"]), every["phase"])
+    x_cos, x_sin = parts(every["column"], wave_number * jnp.cos(every["angle"]), 0.0)
+    rows, columns = jnp.concatenate([y_cos, -y_sin], -1), jnp.concatenate([x_cos, x_sin], -1)
+    pixels = jnp.einsum("hg,wg,gc->hwc", rows, columns, jnp.tile(every["color"], (2, 1)))
     pixels += 0.2 * jax.random.normal(noise_key, pixels.shape)
     return jnp.round(jnp.clip(128 + 50 * pixels, 0, 255)).astype(jnp.uint8)

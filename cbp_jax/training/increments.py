@@ -40,29 +40,49 @@ def step_size_factor(
 
 
 def run_increment(
-    learner: Learner,
-    problem: IncrementalProblem,
-    data: Any,
-    state: TrainState,
-    *,
-    epochs: int = 200,
-    measured_examples: int = 1000,
-    dormant_threshold: float = 0.01,
-    early_stopping: bool = True,
-    schedule: Callable[[chex.Numeric, int], chex.Array] = step_size_factor,
+    learner: Learner, problem: IncrementalProblem, data: Any, state: TrainState, **settings: Any
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Measure a network on the new classes, and train it on these and the earlier ones. Runs one lane.
-
-    After each epoch, accuracy is measured on the validation examples. The increment ends with the weights (and running
-    statistics) of the epoch with the best accuracy, and with the optimizer's state of the last epoch. Running
-    statistics of a network are in the collection "batch_stats" among its parameters. They have no gradient; the new
-    statistics from training replace what the optimizer returns for them.
 
     Args:
       learner: the learner; with `batch_stats`, its `train` returns the outputs and the new collection.
       problem: the classes.
       data: `problem.data`, an argument so that lanes share it.
       state: the lane's state.
+      **settings: of `increment_programs`.
+
+    Returns:
+      the state after the increment, and what is measured before and during it.
+    """
+    measure, reset, train = increment_programs(learner, problem, **settings)
+    before = measure(data, state)
+    state, measures = train(data, reset(data, state))
+    return state, before | measures
+
+
+def increment_programs(
+    learner: Learner,
+    problem: IncrementalProblem,
+    *,
+    epochs: int = 200,
+    measured_examples: int = 1000,
+    dormant_threshold: float = 0.01,
+    early_stopping: bool = True,
+    schedule: Callable[[chex.Numeric, int], chex.Array] = step_size_factor,
+) -> tuple[Callable[[Any, TrainState], Any], ...]:
+    """Return the programs of an increment of one lane: measurement, reset and training.
+
+    After each epoch, accuracy is measured on the validation examples. The increment ends with the weights (and running
+    statistics) of the epoch with the best accuracy, and with the optimizer's state of the last epoch. Running
+    statistics of a network are in the collection "batch_stats" among its parameters. They have no gradient; the new
+    statistics from training replace what the optimizer returns for them.
+
+    They are separate because learners share programs, which take long to compile: all of them the first, and the last
+    those that differ only in what they reset.
+
+    Args:
+      learner: as in `run_increment`.
+      problem: the classes.
       epochs: number of epochs.
       measured_examples: number of examples of the new classes on which the network is measured before the increment.
       dormant_threshold: largest score of a dormant unit, see `metrics.dormant_fraction`.
@@ -70,66 +90,76 @@ def run_increment(
       schedule: `(epoch, epochs) -> factor` of the step size.
 
     Returns:
-      the state after the increment; and scalars: `loss` and `accuracy`, means over all updates; `validation_accuracy`,
-      `test_accuracy` and `test_loss` of the final weights, over the classes added so far; `replaced_units`; and,
-      measured before the increment, `dead_units`, `dormant_units` and `weight_magnitude`, and `effective_rank` and
-      `stable_rank` of the last hidden layer divided by its number of units.
+      functions of `data` and `state`. The first returns `dead_units`, `dormant_units`, `weight_magnitude`, and
+      `effective_rank` and `stable_rank` of the last hidden layer divided by its number of units. The second returns the
+      state after the learner's reset. The third returns the state after the increment, and `loss` and `accuracy`, means
+      over all updates; `validation_accuracy`, `test_accuracy` and `test_loss` of the final weights, over the classes
+      added so far; and `replaced_units`.
     """
-    keys = stream_keys(state.key)
-    task = problem.make_task(data, keys.problem, state.task)
-    measures = _measure(learner, state.params, problem.evaluation(data, task, measured_examples)[0], dormant_threshold)
 
-    def optimizer(epoch):
+    def optimizer(state, epoch):
         step_size = state.hyperparameters[learner.scheduled] * schedule(epoch, epochs)
-        return optax.with_extra_args_support(
-            learner.optimizer({**state.hyperparameters, learner.scheduled: step_size}, keys.optimizer)
-        )
+        hyperparameters = {**state.hyperparameters, learner.scheduled: step_size}
+        return optax.with_extra_args_support(learner.optimizer(hyperparameters, stream_keys(state.key).optimizer))
 
-    params, opt_state = begin_task(learner, optimizer(0), state)
-    train_key = jax.random.fold_in(keys.dropout, state.task)
+    def measure(data, state):
+        task = problem.make_task(data, stream_keys(state.key).problem, state.task)
+        return _measure(learner, state.params, problem.evaluation(data, task, measured_examples)[0], dormant_threshold)
 
-    def seen_only(outputs):
-        return jnp.where(task.seen, outputs, -jnp.inf)
+    def reset(data, state):
+        params, opt_state = begin_task(learner, optimizer(state, 0), state)
+        return state._replace(params=params, opt_state=opt_state)
 
-    def epoch_fn(epoch, carry):
-        tx = optimizer(epoch)
-        order = problem.order(data, task, epoch)
-        epoch_key = jax.random.fold_in(train_key, epoch)
+    def train(data, state):
+        keys = stream_keys(state.key)
+        task = problem.make_task(data, keys.problem, state.task)
+        train_key = jax.random.fold_in(keys.dropout, state.task)
 
-        def step_fn(step, carry):
-            params, opt_state, totals = carry
-            batch, key = problem.batch(data, task, epoch, order, step), jax.random.fold_in(epoch_key, step)
-            params, opt_state, found = learn(learner, tx, problem.loss, params, opt_state, batch, key, head=seen_only)
-            found["replaced_units"] = replaced_units(opt_state)
-            return params, opt_state, {name: totals[name] + value for name, value in found.items()}
+        def seen_only(outputs):
+            return jnp.where(task.seen, outputs, -jnp.inf)
 
-        params, opt_state, totals, best, best_accuracy = carry
-        params, opt_state, totals = jax.lax.fori_loop(0, problem.steps(task), step_fn, (params, opt_state, totals))
-        accuracy = held_out("validation", params)["accuracy"]
-        better = (accuracy > best_accuracy) | (not early_stopping)
-        kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), (params, accuracy), (best, best_accuracy))
-        return params, opt_state, totals, *kept
+        def epoch_fn(epoch, carry):
+            tx = optimizer(state, epoch)
+            order = problem.order(data, task, epoch)
+            epoch_key = jax.random.fold_in(train_key, epoch)
 
-    def held_out(split, params):
-        """Return the accuracy and loss over the classes added so far."""
+            def step_fn(step, carry):
+                params, opt_state, totals = carry
+                batch, key = problem.batch(data, task, epoch, order, step), jax.random.fold_in(epoch_key, step)
+                params, opt_state, found = learn(
+                    learner, tx, problem.loss, params, opt_state, batch, key, head=seen_only
+                )
+                found["replaced_units"] = replaced_units(opt_state)
+                return params, opt_state, {name: totals[name] + value for name, value in found.items()}
 
-        def of_class(number, sums):
-            batch = problem.held_out(data, split, task.classes[number])
-            found = evaluate(learner, problem.loss, params, batch, seen_only)
-            return {name: sums[name] + value for name, value in found.items()}
+            params, opt_state, totals, best, best_accuracy = carry
+            params, opt_state, totals = jax.lax.fori_loop(0, problem.steps(task), step_fn, (params, opt_state, totals))
+            accuracy = held_out("validation", params)["accuracy"]
+            better = (accuracy > best_accuracy) | (not early_stopping)
+            kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), (params, accuracy), (best, best_accuracy))
+            return params, opt_state, totals, *kept
 
-        sums = jax.lax.fori_loop(0, task.count, of_class, {name: jnp.zeros([]) for name in ("loss", "accuracy")})
-        return {name: value / task.count for name, value in sums.items()}
+        def held_out(split, params):
+            """Return the accuracy and loss over the classes added so far."""
 
-    totals = {name: jnp.zeros([]) for name in ("loss", "accuracy", "replaced_units")}
-    carry = (params, opt_state, totals, params, jnp.float32(-1))
-    _, opt_state, totals, params, accuracy = jax.lax.fori_loop(0, epochs, epoch_fn, carry)
-    updates = epochs * problem.steps(task)
-    measures |= {name: totals[name] / updates for name in ("loss", "accuracy")}
-    measures["replaced_units"] = totals["replaced_units"]
-    measures["validation_accuracy"] = accuracy
-    measures |= {f"test_{name}": value for name, value in held_out("test", params).items()}
-    return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
+            def of_class(number, sums):
+                batch = problem.held_out(data, split, task.classes[number])
+                found = evaluate(learner, problem.loss, params, batch, seen_only)
+                return {name: sums[name] + value for name, value in found.items()}
+
+            sums = jax.lax.fori_loop(0, task.count, of_class, {name: jnp.zeros([]) for name in ("loss", "accuracy")})
+            return {name: value / task.count for name, value in sums.items()}
+
+        totals = {name: jnp.zeros([]) for name in ("loss", "accuracy", "replaced_units")}
+        carry = (state.params, state.opt_state, totals, state.params, jnp.float32(-1))
+        _, opt_state, totals, params, accuracy = jax.lax.fori_loop(0, epochs, epoch_fn, carry)
+        updates = epochs * problem.steps(task)
+        measures = {name: totals[name] / updates for name in ("loss", "accuracy")}
+        measures |= {"replaced_units": totals["replaced_units"], "validation_accuracy": accuracy}
+        measures |= {f"test_{name}": value for name, value in held_out("test", params).items()}
+        return state._replace(params=params, opt_state=opt_state, task=state.task + 1), measures
+
+    return measure, reset, train
 
 
 def run_increments(
@@ -155,22 +185,24 @@ def run_increments(
       mode: how the lanes of a device run, see `Lanes`.
       checkpoint: where the state is saved. A run resumes from the state found there.
       lanes_at_once: the most lanes that the devices hold, by default all; see `Lanes`.
-      **settings: of `run_increment`.
+      **settings: of `increment_programs`.
 
     Yields:
       after each increment, NumPy arrays [lanes] of what `run_increment` measures.
     """
-    go_on = lambda data, state: run_increment(learner, problem, data, state, **settings)
+    measure, reset, train = increment_programs(learner, problem, **settings)
     start = lambda seed, values: init_state(learner, seed, values)
     return run_lanes(
         start,
-        go_on,
+        train,
         problem.data,
         seeds,
         hyperparameters,
         tasks,
         mode=mode,
         checkpoint=checkpoint,
+        probe=measure,
+        begin=reset,  # of all learners: with nothing to reset, too, or `train` would be compiled for them again
         lanes_at_once=lanes_at_once,
     )
 

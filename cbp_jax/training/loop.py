@@ -228,6 +228,7 @@ def run_lanes(
     *,
     mode: LaneMode = "auto",
     checkpoint: Checkpoint | None = None,
+    begin: Callable[[Any, Any], Any] | None = None,
     finish: Callable[[Any], None] | None = None,
     probe: Callable[[Any, Any], dict[str, chex.Array]] | None = None,
     probe_every: int = 1,
@@ -244,6 +245,8 @@ def run_lanes(
       tasks: how many tasks.
       mode: how the lanes of a device run.
       checkpoint: where the state is kept.
+      begin: changes the state of one lane before each task, `(data, state) -> state`. It is a separate program, so
+        that learners that differ only there share the rest, if JAX's compilation cache is on.
       finish: called after the last task with the states [lanes, ...] on the host; called again if the run was stopped
         during the call.
       probe: further measurements of one lane before some tasks, `(data, state) -> measures`. It is a separate program,
@@ -257,6 +260,7 @@ def run_lanes(
     lanes = Lanes(len(seeds), mode, at_once=lanes_at_once)
     data = lanes.share(data)
     first = lanes.jit(lambda _, seed, values: start(seed, values), once=True)
+    prepare = None if begin is None else lanes.jit(begin, donate_lane=0, once=True)
     step = lanes.jit(go_on, donate_lane=0)
     look = None if probe is None else lanes.jit(probe)
     hyperparameters = {name: jnp.asarray(values) for name, values in hyperparameters.items()}
@@ -267,6 +271,8 @@ def run_lanes(
         state = lanes.scatter(checkpoint.restore(lanes.gather(state)))
     for task in range(done, tasks):
         found = lanes.gather(look(data, state)) if look is not None and task % probe_every == 0 else {}
+        if prepare is not None:
+            state = prepare(data, state)
         state, measures = zip(*step(data, state), strict=True)
         found = {**lanes.gather(measures), **found}
         if checkpoint is not None:

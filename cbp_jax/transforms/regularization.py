@@ -33,13 +33,11 @@ def add_l1(strength: chex.Numeric) -> optax.GradientTransformation:
     """
     check_scalar("strength", strength, at_least=0)
 
-    def update_fn(
-        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+    def add(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         _check_params("add_l1", params)
-        return jax.tree.map(lambda g, w: (g + strength * jnp.sign(w)).astype(g.dtype), updates, params), state
+        return jax.tree.map(lambda g, w: (g + strength * jnp.sign(w)).astype(g.dtype), updates, params)
 
-    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+    return optax.stateless(add)
 
 
 class AddL2InitState(NamedTuple):

@@ -384,9 +384,10 @@ def _normalize(
             along = tuple(range(max(u.ndim - 1, min(u.ndim, 1))))
         else:
             along = axes(units_lib.join_path(key_path), u)
-        # Scaled first, so that squares of small utilities do not underflow.
+        # Scaled first, so that squares of small utilities do not underflow. Then the norm is at least 1, unless all are
+        # 0. A smaller bound could underflow, as XLA may divide once, by the product of both divisors.
         u = u / jnp.maximum(jnp.max(jnp.abs(u), along, keepdims=True, initial=0.0), tiny)
-        return u / jnp.maximum(jnp.sqrt(jnp.sum(u * u, along, keepdims=True)), tiny)
+        return u / jnp.maximum(jnp.sqrt(jnp.sum(u * u, along, keepdims=True)), 1.0)
 
     return jax.tree_util.tree_map_with_path(over_norm, utility)
 

@@ -1,3 +1,5 @@
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -56,3 +58,34 @@ def test_images_depend_on_the_key_and_each_class_on_its_number(images):
 def test_numbers_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         procedural(**{"num_classes": 2, "per_class": 2, "size": 8, "channels": 1, **change})
+
+
+def test_an_image_is_a_sum_of_gratings_in_gaussian_windows_and_noise():
+    size, channels, number = 12, 3, 4
+    draws = sys.modules["cbp_jax.data.procedural"]  # `cbp_jax.data.procedural` is the function
+    class_key, image_key = jax.random.split(jax.random.fold_in(jax.random.key(7), 1))
+    change_key, other_key, noise_key = jax.random.split(jax.random.fold_in(image_key, number), 3)
+    of_class, others = (
+        jax.tree.map(np.float64, jax.device_get(draws._gratings(key, count, channels)))
+        for key, count in ((class_key, 6), (other_key, 2))
+    )
+    changes = np.float64(jax.random.normal(change_key, (6, 7)))
+    pixels = 0.2 * np.float64(jax.random.normal(noise_key, (size, size, channels)))
+    y, x = np.meshgrid((np.arange(size) + 0.5) / size, (np.arange(size) + 0.5) / size, indexing="ij")
+    for gratings, changed in ((of_class, True), (others, False)):
+        for i in range(6 if changed else 2):
+            grating = {name: values[i] for name, values in gratings.items()}
+            if changed:
+                grating["row"] += 0.08 * changes[0, 6] + 0.04 * changes[0, i]
+                grating["column"] += 0.08 * changes[1, 6] + 0.04 * changes[1, i]
+                grating["angle"] += 0.2 * changes[2, i]
+                grating["phase"] += 0.6 * changes[3, i]
+                grating["color"] = grating["color"] * (np.exp(0.3 * changes[4, i]) if changes[5, i] < 0.8416 else 0)
+            right, down = x - grating["column"], y - grating["row"]
+            along = right * np.cos(grating["angle"]) + down * np.sin(grating["angle"])
+            wave = np.cos(2 * np.pi * grating["frequency"] * along + grating["phase"])
+            window = np.exp(-(right**2 + down**2) / (2 * grating["radius"] ** 2))
+            pixels += (window * wave)[..., None] * grating["color"]
+    expected = np.clip(128 + 50 * pixels, 0, 255)
+    found = procedural(2, 5, size=size, channels=channels, key=7).images[5 + number]
+    assert np.abs(found - expected).max() < 0.51  # rounded

@@ -191,6 +191,17 @@ def test_resets_draw_new_weights_before_each_increment_but_the_first(problem, re
     jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], old_or_new("")["batch_stats"])
 
 
+def test_learners_that_differ_only_in_what_they_reset_share_the_programs_of_measurement_and_training(problem):
+    programs = []
+    for reset in ("", ",reset=head", ",reset=network"):
+        method = parse_method("l2:step_size=0.1" + reset)
+        learner = make_learner([method], (4,), "relu", problem.input_shape, CLASSES)
+        state = jax.eval_shape(lambda: init_state(learner, 0, method.hyperparameters))  # noqa: B023
+        own = increments.increment_programs(learner, problem, epochs=2, measured_examples=MEASURED)
+        programs.append([jax.jit(program).lower(problem.data, state).as_text() for program in own])
+    assert [len(set(each)) for each in zip(*programs, strict=True)] == [1, 3, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_an_interrupted_run_resumes_exactly(problem, tmp_path):
