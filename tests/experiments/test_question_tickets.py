@@ -165,6 +165,31 @@ def test_a_ticket_equals_pruning_by_hand():
             living[path].ravel()[cut] = 0
 
 
+@pytest.mark.slow
+def test_networks_that_diverge_have_no_accuracy():
+    problem = problems.online_permuted(data.load("digits"), examples_per_task=20)
+    learner = learners.make_learner(learners.read_methods(["bp"]), (6,), "relu", problem.input_shape, 10)
+    state = training.init_state(learner, 3, {"step_size": jnp.float32(0.01)})
+    (trainer,) = learners.read_methods(["bp:step_size=1e20"])
+    found = tickets.find_tickets(
+        learner, problem, problem.data, state, trainer=trainer, rounds=1, fraction=0.5, young_below=1
+    )
+    assert np.isnan(found["ticket_accuracy"]).all() and np.isnan(found["random_accuracy"]).all()
+
+
+def test_tickets_that_diverged_are_left_out(smoke):
+    results = smoke[0].copy(deep=True)
+    whole = tickets.measured(results)
+    results["ticket_accuracy"][0, 1, 2, 2] = np.nan  # the second of three rounds with a ticket
+    found = tickets.measured(results)
+    (method,) = results.method.values.tolist()
+    for name in ("log_density", "dense_accuracy", "advantage", "best_accuracy"):
+        assert np.isfinite(found[name][method]).all(), name
+        np.testing.assert_array_equal(found[name][method][0], whole[name][method][0])
+    gains = (results.ticket_accuracy - results.random_accuracy).values[0, 1, 2, [1, 3]]
+    assert found["advantage"][method][1, 1] == pytest.approx(gains.mean())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

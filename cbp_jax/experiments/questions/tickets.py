@@ -37,6 +37,7 @@ from cbp_jax.experiments.checks import check_counts
 from cbp_jax.experiments.empty_results import Curve
 from cbp_jax.experiments.experiment import Experiment
 from cbp_jax.experiments.questions import ticket_reports
+from cbp_jax.experiments.questions.drawing import mean_of
 from cbp_jax.numerics.scalars import check_scalar
 from cbp_jax.problems import Problem
 from cbp_jax.training.learner import stream_keys
@@ -180,8 +181,9 @@ def find_tickets(
       young_below: units of a smaller age, in updates, are young.
 
     Returns:
-      arrays [rounds + 1], whose first entry is for the dense network: `density`, `ticket_accuracy`, `random_accuracy`;
-      and, if units have ages, `young` and `young_chance`, NaN before the first task.
+      arrays [rounds + 1], whose first entry is for the dense network: `density`; `ticket_accuracy` and
+      `random_accuracy`, NaN for networks that diverge; and, if units have ages, `young` and `young_chance`, NaN before
+      the first task.
     """
     optimizer = learners.make_optimizer([trainer], learner.units, {})
     numbers = {name: jnp.float32(value) for name, value in trainer.hyperparameters.items()}
@@ -197,7 +199,8 @@ def find_tickets(
         alone = learner._replace(optimizer=make, begin_task=None, curvature=False)
         # Measures before the task are not used, so the compiler removes them.
         after, measured = training.run_task(alone, problem, data, start, measured_examples=1)
-        return after.params, measured["accuracy"]
+        diverged = ~jnp.isfinite(measured["loss"])
+        return after.params, jnp.where(diverged, jnp.nan, measured["accuracy"])
 
     def one_round(mask: tickets.Mask, number: chex.Array) -> tuple[tickets.Mask, dict[str, chex.Array]]:
         other = tickets.random_mask_like(mask, jax.random.fold_in(key, number))
@@ -297,9 +300,9 @@ def measured(results: Any) -> dict[str, dict[str, np.ndarray]]:
         chance = pick("young_chance")
         values = {
             "log_density": np.log(pick("density")),
-            "advantage": (ticket - random)[..., 1:].mean(-1),
+            "advantage": mean_of((ticket - random)[..., 1:]),
             "dense_accuracy": ticket[..., 0],
-            "best_accuracy": ticket.max(-1),
+            "best_accuracy": np.fmax.reduce(ticket, -1),  # of those that did not diverge
             "young": pick("young") / np.where(chance > 0, chance, np.nan),
             "effective_rank": at("effective_rank"),
             "dead_units": at("dead_units"),
