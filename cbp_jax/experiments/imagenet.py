@@ -74,7 +74,7 @@ def _laptop(dataset: str | None) -> Settings:
                 for step in (0.01, 0.03)
             ),
         ),
-        seeds=3,
+        seeds=10,
         hidden=(32, 32),
         tasks=200,
         batch_size=20,
