@@ -62,18 +62,20 @@ def normal(key: chex.Array, step: chex.Numeric, tree: Any, scale: chex.Numeric =
     x, y, z = _hash(key[0], key[-1], jnp.asarray(step).astype(jnp.uint32))
     noise, zero = [], unforeseen_zero(step)
     for number, leaf in enumerate(leaves):
-        words = _words(element_numbers(jnp.shape(leaf)), *_hash(x ^ _U32(number), y, z))
+        words = _words(jnp.shape(leaf), *_hash(x ^ _U32(number), y, z))
         noise.append(_nearly_normal(words, jnp.asarray(scale, jnp.float32), zero))
     return jax.tree.unflatten(treedef, noise)
 
 
-def element_numbers(shape: tuple[int, ...]) -> chex.Array:
-    """Return a uint32 array of the given shape: each element's index in the flat array."""
-    number = jnp.zeros(shape, jnp.uint32)
+def element_numbers(shape: tuple[int, ...], factor: chex.Numeric = 1, offset: chex.Numeric = 0) -> chex.Array:
+    """Return a uint32 array of the given shape: each element's index in the flat array, times a factor, plus an
+    offset."""
+    numbers = jnp.full(shape, offset, jnp.uint32)
     for axis in range(len(shape)):
         stride = _U32(np.prod(shape[axis + 1 :], dtype=np.int64) % 2**32)
-        number += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    return number
+        # The factor here, not around the sum: in a loop XLA would keep the indices in memory, and read them again.
+        numbers += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * (stride * factor)
+    return numbers
 
 
 def _hash(x: chex.Array, y: chex.Array, z: chex.Array) -> tuple[chex.Array, chex.Array, chex.Array]:
@@ -89,9 +91,9 @@ def _hash(x: chex.Array, y: chex.Array, z: chex.Array) -> tuple[chex.Array, chex
     return x, y, z
 
 
-def _words(number: chex.Array, factor: chex.Array, offset: chex.Array, mask: chex.Array) -> chex.Array:
-    """Return a random word for each number; different ones for different numbers."""
-    word = number * (factor | _U32(1)) + offset
+def _words(shape: tuple[int, ...], factor: chex.Array, offset: chex.Array, mask: chex.Array) -> chex.Array:
+    """Return a random word for each element, different ones for different elements."""
+    word = element_numbers(shape, factor | _U32(1), offset)
     word = (word ^ (word >> _U32(16)) ^ mask) * _U32(0x7FEB352D)
     word = (word ^ (word >> _U32(15))) * _U32(0x846CA68B)
     return word ^ (word >> _U32(16))

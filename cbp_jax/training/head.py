@@ -72,9 +72,11 @@ def reset_layers(
       ([0.0, 0.0], [0.0, 0.0], [1.0, 1.0])
     """
     leaves = leaves_by_path(params)
-    paths = {path for path in leaves for layer in layers if path == layer or path.startswith(f"{layer}/")}
+    belongs = lambda path, layer: path == layer or path.startswith(f"{layer}/")
+    # A list: in the order of a set, the traced program would differ from run to run, and miss JAX's compilation cache.
+    paths = [path for path in leaves if any(belongs(path, layer) for layer in layers)]
     for layer in layers:
-        if not any(path == layer or path.startswith(f"{layer}/") for path in paths):
+        if not any(belongs(path, layer) for path in paths):
             raise ValueError(f"the parameters have no layer {layer!r}; they are {sorted(leaves)}")
     fresh = jax.tree.map(jnp.zeros_like, params) if fresh is None else fresh
     new = lambda key_path, leaf, value: value if join_path(key_path) in paths else leaf
