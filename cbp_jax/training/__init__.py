@@ -2,7 +2,7 @@
 
 from cbp_jax.training.checkpoint import Checkpoint, Lane, Saved, read_state, unusable
 from cbp_jax.training.head import output_layers, reset_layers, restart
-from cbp_jax.training.increments import run_increment, run_increments, step_size_factor
+from cbp_jax.training.increments import increment_programs, run_increment, run_increments, step_size_factor
 from cbp_jax.training.injection import last_layers, with_injection
 from cbp_jax.training.lanes import Lanes, one_blas_thread
 from cbp_jax.training.learner import Learner, TrainState, init_state
@@ -17,6 +17,7 @@ __all__ = [
     "Learner",
     "Saved",
     "TrainState",
+    "increment_programs",
     "init_state",
     "last_layers",
     "measure",

@@ -77,8 +77,8 @@ def increment_programs(
     statistics of a network are in the collection "batch_stats" among its parameters. They have no gradient; the new
     statistics from training replace what the optimizer returns for them.
 
-    They are separate because learners share programs, which take long to compile: all of them the first, and the last
-    those that differ only in what they reset.
+    They are separate so that learners can share programs, which take long to compile, by JAX's compilation cache: all
+    share the first, and learners that differ only in what they reset the last.
 
     Args:
       learner: as in `run_increment`.
