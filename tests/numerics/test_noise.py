@@ -91,6 +91,15 @@ def test_noise_depends_on_the_element_and_not_on_the_shape():
     assert noise.normal(KEY, 0, jnp.zeros(())).shape == ()
 
 
+def test_a_loop_does_not_keep_the_indices_of_elements_in_memory():
+    def step(w, number):
+        return w + noise.normal(KEY, number, w), None
+
+    program = jax.jit(lambda w: jax.lax.scan(step, w, jnp.arange(100))[0]).lower(jnp.zeros((37, 41))).compile()
+    loops = [line for line in program.as_text().splitlines() if " while(" in line]
+    assert loops and not any("u32[37,41]" in line for line in loops)
+
+
 def test_vmapped_draws_are_the_solo_draws():
     tree = {"a": jnp.zeros((3, 37)), "b": jnp.zeros(5)}
     keys = jnp.arange(10, dtype=jnp.uint32).reshape(5, 2)
