@@ -106,6 +106,7 @@ def test_measures_belong_to_their_seed(keywords, monkeypatch):
     assert float(results.ticket_accuracy.loc[where].sel(density=0.2)) == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_a_diverging_lane_is_reported_changes_no_other_and_its_seed_is_left_out(keywords, tmp_path, monkeypatch):
     settings, whole, _, _ = keywords
 

@@ -1,9 +1,12 @@
 """Both experiments on texts with the texts that every installation has, in one file, so that they are parsed once."""
 
 import numpy as np
+import pytest
 
 from cbp_jax.experiments import continual_lora, dominant_tickets
 from cbp_jax.experiments.adapter_methods import read_methods
+
+pytestmark = pytest.mark.slow
 
 TASKS = ["docstrings/library", "docstrings/kind"]
 

@@ -143,7 +143,7 @@ def test_a_run_from_end_to_end(tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("anneal", [True, False])
+@pytest.mark.parametrize("anneal", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_step_size_falls_linearly_to_zero(tmp_path, anneal):
     def constant(learning_rate=0.1):
         """Move every weight by the step size, whatever its gradient."""

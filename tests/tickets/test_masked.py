@@ -187,7 +187,7 @@ def test_fresh_weights_of_a_replaced_unit_appear_only_where_the_mask_is_true():
     grads, features = gradient(params)
 
     def after(tx):
-        updates, state = tx.update(grads, tx.init(params), params, features=features)
+        updates, state = jax.jit(lambda grads: tx.update(grads, tx.init(params), params, features=features))(grads)
         assert all(bool(replaced[2]) for replaced in state.replaced.values())
         return optax.apply_updates(params, updates)
 

@@ -217,7 +217,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("last", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "lstm" else []) for n in CELLS])
 def test_the_state_of_a_cell_is_a_group(name, last):
     cell, writers, readers = CELLS[name]
     net = Recurrent(cell, last)
