@@ -537,6 +537,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path):
     words = ["run", "online_permuted", "--preset", "smoke", "--methods", "bp", "--tasks", "9", "--out", str(tmp_path)]
     process = subprocess.run(

@@ -83,6 +83,7 @@ def test_a_suite_runs_from_end_to_end(published, capsys):
     assert set(rows_of(capsys.readouterr().out)) <= set(rows_of(page))
 
 
+@pytest.mark.slow
 def test_a_transformation_of_another_package_is_a_row_by_one_command(published, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parent)
     before = {path: path.read_bytes() for path in published.rglob("*.nc")}

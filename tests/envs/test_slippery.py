@@ -200,7 +200,7 @@ class Slider:
         return state.replace(pipeline_state=left, obs=left, reward=self.sys.geom_friction[0, 0], done=done)
 
 
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("terminal", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("common_clock", [True, False])
 def test_a_common_clock_changes_friction_in_all_environments_after_the_same_step(monkeypatch, common_clock, terminal):
     monkeypatch.setattr(envs.walker, "make_brax_env", lambda *_: Slider())

@@ -15,7 +15,7 @@ TINY = dataclasses.replace(preset("smoke"), epochs=1, train_per_class=10)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    return run(TINY, out), out
+    return run(dataclasses.replace(TINY, network="mlp"), out), out
 
 
 def test_the_papers_preset_has_the_papers_numbers():
@@ -67,7 +67,15 @@ def test_a_linear_network_has_no_units_to_measure(tmp_path):
 
 
 def test_a_run_measures_every_increment(finished):
-    results, out = finished
+    check_a_run(*finished)
+
+
+@pytest.mark.slow
+def test_a_run_of_a_residual_network_measures_every_increment(tmp_path):
+    check_a_run(run(TINY, tmp_path), tmp_path)
+
+
+def check_a_run(results, out):
     assert results.identical(load_results(out)) and dict(results.sizes) == {"method": 2, "seed": 1, "task": 2}
     assert {"test_accuracy", "validation_accuracy", "dormant_units", "stable_rank"} <= set(results.data_vars)
     for name, values in results.data_vars.items():

@@ -94,6 +94,7 @@ def test_networks_have_dense_layers_only_or_after_convolutions(trained, files, t
     assert [group.measured_examples for group in trained] == [20, 20, 20]
 
 
+@pytest.mark.slow
 def test_the_papers_lenet_has_no_activation_after_its_convolutions(trained, files, tmp_path):
     papers = preset("paper", "cifar10").network
     for network in (papers, "lenet"):

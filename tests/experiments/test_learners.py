@@ -118,6 +118,8 @@ def start():
 
 # Similar to others, and each of them takes a second to compile.
 SLOW = {
+    "snr",
+    "cbp_adam",
     "snr_adam",
     "regrama",
     "regrama_adam",

@@ -258,6 +258,7 @@ def test_tables_and_pictures(smoke, tmp_path):
         report.plot_densities(results * np.nan)
 
 
+@pytest.mark.slow
 def test_a_diverging_network_is_reported_changes_no_other_and_its_seed_is_left_out(smoke, tmp_path, monkeypatch):
     whole, _, _ = smoke
     place, start = list(KINDS).index("random"), ticket_rounds.start

@@ -229,6 +229,7 @@ def test_bad_settings_are_refused_before_anything_is_trained_or_written(change, 
     assert not calls and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_later_first_seed_equals_part_of_a_longer_run(finished, tmp_path):
     results, _, _ = finished
     later = run(dataclasses.replace(SETTINGS, first_seed=1, seeds=1), tmp_path)

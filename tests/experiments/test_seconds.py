@@ -138,9 +138,12 @@ def test_the_table_has_every_kind_of_experiment():
 
 
 # A run of `question_penalty` compiles for ten seconds.
+SIMILAR = {"question_penalty", "lottery_tickets"}  # run like others, and take longer
+
+
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(row, marks=[pytest.mark.slow] * (row.name == "question_penalty")) for row in TABLE],
+    [pytest.param(row, marks=[pytest.mark.slow] * (row.name in SIMILAR)) for row in TABLE],
     ids=lambda row: row.name,
 )
 def test_results_record_the_seconds_of_each_method_and_resumed_runs_add_to_them(row, tmp_path, monkeypatch):

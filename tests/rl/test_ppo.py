@@ -353,7 +353,7 @@ class Clocked(Probe):
         return after.replace(info=after.info | {"steps": steps, "period": steps // 20})
 
 
-@pytest.mark.parametrize("reset", ["", "head", "network"])
+@pytest.mark.parametrize("reset", ["", "head", pytest.param("network", marks=pytest.mark.slow)])
 def test_the_network_or_its_head_is_reset_with_each_period(reset):
     network = nets.ActorCritic(action_size=1, hidden=(4,))
     adam = lambda units: cbp_jax.adam(0.01)

@@ -58,7 +58,7 @@ def compiled(fraction, scope, rated):
     return jax.jit(lambda params, mask: prune(params, mask, fraction, scope=scope, rates=rates))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     values=st.sampled_from([(0.0, -0.0, 1.0, -1.0), (0.0,), (-3.0, 0.5, 2.0, 1e-30), tuple(np.linspace(-1, 1, 999))]),
@@ -76,7 +76,7 @@ def test_against_numpy(seed, values, share, fraction, scope, rated):
     assert all((found[name] <= mask[name]).all() for name in SHAPES)  # nothing comes back to life
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_random_trees(data):
     """For any tree, shapes, dtypes, fraction and scores: counts, nesting and order are right."""
