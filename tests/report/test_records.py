@@ -117,17 +117,11 @@ def test_folders_without_runs_are_refused(tmp_path):
         list_runs(tmp_path / "absent")
 
 
-# Made before results carried the commit; to be run again.
-OLDER = {
-    "slippery_ant_laptop.nc",
-}
-
-
 def test_committed_results_name_their_commit_and_no_folder_of_a_machine():
     published = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("*.nc"))
     assert published
     for path in published:
         with h5py.File(path) as file:  # faster than load_results
             attrs = dict(file.attrs)
-        assert bool(attrs.get("commit")) != (path.name in OLDER), path.name
+        assert attrs.get("commit"), path.name
         assert not re.search(r"/(home|root|tmp|work|Users)/", " ".join(map(str, attrs.values()))), path.name
