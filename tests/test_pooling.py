@@ -129,6 +129,7 @@ def test_the_gradient_goes_to_the_first_maximum(data):
     np.testing.assert_array_equal(back, expected[low : low + len(x)])
 
 
+@pytest.mark.slow
 def test_under_vmap_in_a_scan_and_in_calls():
     x = ties(3, 2, 6, 6, 2)
     pool = lambda x: nn.max_pool(x, (2, 2), (2, 2))

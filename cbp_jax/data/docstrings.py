@@ -1,6 +1,7 @@
 """Real texts that every installation has: docstrings of libraries, labeled by library or by kind."""
 
 import ast
+import collections
 import functools
 import hashlib
 import importlib.util
@@ -28,6 +29,7 @@ _NAMES = re.compile(
     re.IGNORECASE,
 )
 _HIDDEN = "library"
+_BODIES = ("body", "handlers", "orelse", "finalbody", "cases")  # fields of nodes that contain statements
 
 
 def docstrings(by: str) -> tuple[list[str], list[str]]:
@@ -88,13 +90,23 @@ def _of_file(path: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    methods = {part for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for part in node.body}
-    for node in ast.walk(tree):
+    for node, parent in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False)
             if docstring:
                 plain = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
-                yield docstring, "method" if plain == "function" and node in methods else plain
+                yield docstring, "method" if plain == "function" and isinstance(parent, ast.ClassDef) else plain
+
+
+def _statements(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST | None]]:
+    """Yield a module and its statements with their parents, in the order of `ast.walk`, which is slower."""
+    found: collections.deque[tuple[ast.AST, ast.AST | None]] = collections.deque([(tree, None)])
+    while found:
+        node, parent = found.popleft()
+        yield node, parent
+        for field in node._fields:
+            if field in _BODIES:
+                found.extend((child, node) for child in getattr(node, field))
 
 
 def _prose(docstring: str) -> str:

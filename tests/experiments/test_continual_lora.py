@@ -157,6 +157,7 @@ def test_the_memory_of_o_lora_is_the_concatenated_adapters(tiny):
     np.testing.assert_allclose(lora.orthogonality(new, wide), lora.orthogonality(new, [one, two]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_heads_have_the_same_learning_rate_whatever_is_trained(tiny):
     """At the learning rate of an encoder a new head would hardly move."""
     settings, prepared, trials = tiny

@@ -72,6 +72,7 @@ def shapes(learner):
     return {name: layer["kernel"].shape for name, layer in layers.items()}
 
 
+@pytest.mark.slow
 def test_networks_have_dense_layers_only_or_after_convolutions(trained, files, tmp_path):
     run(dataclasses.replace(TINY, hidden=(300, 150)), tmp_path / "digits")
     run(dataclasses.replace(TINY, dataset=files["features"]), tmp_path / "features")

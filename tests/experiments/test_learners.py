@@ -15,7 +15,9 @@ from cbp_jax.training.learner import weights_of
 
 # Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
-    "test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not": ("cbp",),
+    "test_the_step_of_upgds_public_code_is_doubled_and_its_decay_is_not": ("adaptive", "cbp"),
+    "test_adams_eps_can_be_set": ("redo_adam", "adaptive_upgd"),
+    "test_adams_state_is_reset_with_the_weights": ("shrink_and_perturb_adam-head", "shrink_and_perturb_adam-network"),
     "test_a_learner_learns_and_each_of_its_numbers_matters": (
         "cbp_upgd",
         "redo_adam",

@@ -88,6 +88,7 @@ def test_progress_is_reported_after_each_task_of_the_methods_that_run_together(f
         assert means["loss"] == pytest.approx(float(results.loss.values[[0, 2], :, task].mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_the_tasks_that_it_finished(finished, tmp_path, monkeypatch):
     whole, _, _ = finished
     monkeypatch.setattr(lanes, "SAVE_EVERY", 1e9)  # results are saved when the run stops, not earlier

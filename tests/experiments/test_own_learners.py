@@ -126,6 +126,7 @@ def test_a_new_learner_is_one_class_and_one_row_or_only_a_path(own, monkeypatch,
     assert "RuntimeError: the cat is on the table" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_methods_given_from_python_are_functions_classes_or_strings(own, monkeypatch):
     sys.path.append(str(own))
     from my_package.functions import plain

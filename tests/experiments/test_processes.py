@@ -161,6 +161,7 @@ def test_a_failure_is_reported_until_another_process_has_finished_the_lanes(whol
     assert_is_whole(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_several_processes_resume_the_run_of_one(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, None, stop_after=2)

@@ -138,7 +138,7 @@ def test_the_table_has_every_kind_of_experiment():
 
 
 # A run of `question_penalty` compiles for ten seconds.
-SIMILAR = {"question_penalty", "lottery_tickets"}  # run like others, and take longer
+SIMILAR = {"question_penalty", "lottery_tickets", "continual_lora"}  # run like others, and take longer
 
 
 @pytest.mark.parametrize(

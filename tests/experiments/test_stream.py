@@ -386,6 +386,7 @@ def test_where_memory_runs_out_half_of_the_lanes_go_on_with_the_same_results(tmp
             np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_hold_one_lane_and_other_errors_end_the_run(tmp_path, monkeypatch):
     OutOfMemory(monkeypatch, fits=0)
     with (
@@ -397,6 +398,7 @@ def test_memory_that_does_not_hold_one_lane_and_other_errors_end_the_run(tmp_pat
         stream.memory.fewer_lanes(jax.errors.JaxRuntimeError("INTERNAL: other"), 4, None)
 
 
+@pytest.mark.slow
 def test_the_first_tasks_of_each_program_are_timed(monkeypatch):
     prepare = lambda **changes: stream.prepare(
         "toy",

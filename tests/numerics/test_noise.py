@@ -77,6 +77,7 @@ def test_variance_and_kurtosis_are_those_of_the_normal_distribution():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_elements_of_a_leaf_have_different_random_words():
     words = np.asarray(noise._words((1 << 20,), *jnp.array([4, 5, 6], jnp.uint32)))
     assert len(np.unique(words)) == len(words)

@@ -92,6 +92,7 @@ def test_overlap_is_jaccard(seeds, shares):
     assert 0 <= found.chance <= 1
 
 
+@pytest.mark.slow
 def test_overlap_by_chance_is_that_of_random_masks():
     big = {"a": jnp.ones((40, 50)), "b": jnp.ones((30, 20)), "c": jnp.ones(30)}
     mask = prune(big, full_mask(big), 0.7, rates={"b": 0.5})

@@ -146,6 +146,7 @@ def test_dead_weights_of_any_size_stay_dead_and_are_not_counted():
     assert prune(params, mask, 0.75)["w"].tolist() == [[False, False, False, False, True, False]]  # NaN counts as inf
 
 
+@pytest.mark.slow
 def test_rates_of_the_paper():
     """LeNet-300-100: 20% per round, 10% of the output layer, and the densities of the paper's figures."""
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ import cbp_jax
 # Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_follows_the_numpy_reference": (
+        "conv-adam-contribution",
         "conv-sgd-contribution",
         "mlp-adam-fast-zero_contribution",
         "conv-sgd-fast-zero_contribution",

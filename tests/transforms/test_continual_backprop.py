@@ -15,6 +15,9 @@ import cbp_jax
 
 # Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
+    "test_stale_gradient_cannot_revive_a_zeroed_weight": ("per-weight-adam", "momentum"),
+    "test_compensation_keeps_the_output_of_a_dense_network": ("False",),
+    "test_non_finite_utility_never_wins_and_more_than_the_rest_leaves_no_debt": ("nan",),
     "test_without_replacement_the_updates_are_bit_identical_to_the_inner_ones": (
         "per-weight-adam",
         "chain",
@@ -455,6 +458,7 @@ def test_resampled_variance_is_that_of_the_full_kernel(mode):
     assert len(np.unique(drawn)) > 0.99 * drawn.size, "every step draws new weights"
 
 
+@pytest.mark.slow
 def test_resampled_variance_of_a_convolution():
     rng = np.random.default_rng(0)
     params = {"conv": draw(rng, 3, 3, 2, 12), "dense": draw(rng, 12, 2)}

@@ -126,6 +126,7 @@ def test_gradients_of_kernels_of_any_shape(name, shape):
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, kept)
 
 
+@pytest.mark.slow
 def test_equal_weights_are_pulled_to_different_initial_weights():
     penalty, rng = cbp_jax.wasserstein_penalty(), np.random.default_rng(3)
     w0 = np.float32(rng.normal(size=(5, 4)))

@@ -26,6 +26,7 @@ def apply_fn(params, x):
 UNITS = cbp_jax.discover_units(apply_fn, PARAMS, jnp.ones((1, 4)))
 
 
+@pytest.mark.slow
 def test_utilities_are_averaged_as_continual_backprop_does():
     """Means equal those of continual backpropagation, and updates those of the inner optimizer."""
     replacing = {"replacement_rate": 0.0, "decay_rate": 0.9}
