@@ -373,6 +373,7 @@ def test_a_grid_makes_a_method_of_each_combination(fake_run, tmp_path, capsys):
     assert "grid must be left out: lottery_tickets does not compare learners" in refused_in_one_line(capsys, *lottery)
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed_alone_and_nothing_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["run", "online_permuted", "--preset", "smoke", "--seeds", "3", "--methods", "bp", "cbp"]

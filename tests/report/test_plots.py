@@ -326,6 +326,7 @@ def test_a_run_without_accuracy_is_drawn_and_compared_by_its_loss():
     assert ax.get_ylabel() == "Loss, last tenth of tasks"
 
 
+@pytest.mark.slow
 def test_tasks_with_test_examples_have_panels_of_these_and_of_dormant_units(tmp_path):
     measures = stream_measures(test=True, dormant=True)
     results = new_results(["bp"], ["bp"], [{}], seeds=2, tasks=3, settings={}, experiment="x", measures=measures)

@@ -385,6 +385,7 @@ def measured_lane(problem, learner, method, every, tasks=TASKS):
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
+@pytest.mark.slow
 def test_updates_are_measured_on_the_examples_that_they_learn_from(together, problem, expected):
     measured = measured_lane(problem, tiny_learner(problem, [HIGH, LOW]), HIGH, EVERY)
     assert_is(measured, expected, OF_UPDATES)

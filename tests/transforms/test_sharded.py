@@ -111,17 +111,10 @@ def reorder(found, state, params):
     return grads, state, params, features
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("upgd of units", "columns and rows"),
-        *(
-            pytest.param(name, layout, marks=pytest.mark.slow)
-            for name in ("continual_backprop", "continual_backprop of adam", "upgd", "local upgd", "upgd of units")
-            for layout in LAYOUTS
-            if (name, layout) != ("upgd of units", "columns and rows")
-        ),
-    ],
+    "name", ["continual_backprop", "continual_backprop of adam", "upgd", "local upgd", "upgd of units"]
 )
 def test_updates_of_sharded_params_have_the_same_sharding_and_values(name, layout):
     script = f"import runpy; runpy.run_path({__file__!r})['check']({name!r}, {layout!r})"
