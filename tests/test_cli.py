@@ -191,6 +191,7 @@ def test_plot_joins_runs_of_other_seeds(finished, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_plot_compares_runs_with_other_settings(finished, tmp_path, capsys):
     out, _ = finished
     other = load_results(out)

@@ -364,6 +364,7 @@ def test_titles_of_the_picture_fit_their_panels(keywords, tmp_path, monkeypatch)
     assert len(boxes) == 5 and boxes[0].x1 < boxes[1].x0 and boxes[1].x1 < boxes[2].x0  # the first row
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_the_unfinished_methods(keywords, tmp_path, monkeypatch):
     settings, whole, _, _ = keywords
     labels, asked = dict(zip(read_methods(LANES).values(), whole.method.values.tolist(), strict=True)), []

@@ -54,6 +54,7 @@ def test_the_other_presets_compare_what_they_promise(dataset):
     assert EXPERIMENTS["input_permuted"] is input_permuted
 
 
+@pytest.mark.slow
 def test_networks_are_initialized_as_in_the_paper_and_inputs_are_normalized(trained, tmp_path):
     settings = dataclasses.replace(TINY, methods=("bp",), hidden=(300, 150), measured_examples=5000)
     run(settings, tmp_path)

@@ -120,6 +120,8 @@ def start():
 
 # Similar to others, and each of them takes a second to compile.
 SLOW = {
+    "adaptive_upgd",
+    "injection",
     "snr",
     "cbp_adam",
     "snr_adam",

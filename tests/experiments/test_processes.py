@@ -148,6 +148,7 @@ def test_lanes_that_one_process_finished_for_two_are_not_run_again(whole, tmp_pa
     assert_is_whole(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_until_another_process_has_finished_the_lanes(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(Train, "__call__", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -24,6 +24,7 @@ def smoke(tmp_path_factory, compiled_once):
     return run(SMOKE, out, lambda *args: calls.append(args)), out, calls
 
 
+@pytest.mark.slow  # of the run with all its networks
 def test_a_run_measures_before_every_second_task(smoke):
     results, out, calls = smoke
     assert results.identical(cbp_jax.load_results(out)) and len(calls) == 3
@@ -48,6 +49,7 @@ def test_a_run_measures_before_every_second_task(smoke):
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # of the run with all its networks
 def test_measuring_does_not_change_the_stream(smoke, tmp_path):
     results, _, _ = smoke
     never = run(dataclasses.replace(SMOKE, every=3), tmp_path)
@@ -56,6 +58,7 @@ def test_measuring_does_not_change_the_stream(smoke, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # of the run with all its networks
 def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     whole, _, _ = smoke
 
@@ -71,6 +74,7 @@ def test_an_interrupted_run_resumes_exactly(smoke, tmp_path):
     assert same(run(SMOKE, tmp_path), whole)
 
 
+@pytest.mark.slow  # of the run with all its networks
 def test_the_table_has_means_over_seeds(smoke):
     results, _, _ = smoke
     table = question_tickets.summary(results)
@@ -81,6 +85,7 @@ def test_the_table_has_means_over_seeds(smoke):
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # of the run with all its networks
 def test_pictures(smoke, tmp_path):
     results, _, _ = smoke
     paths = question_tickets.plot(results, tmp_path)
@@ -177,6 +182,7 @@ def test_networks_that_diverge_have_no_accuracy():
     assert np.isnan(found["ticket_accuracy"]).all() and np.isnan(found["random_accuracy"]).all()
 
 
+@pytest.mark.slow  # of the run with all its networks
 def test_tickets_that_diverged_are_left_out(smoke):
     results = smoke[0].copy(deep=True)
     whole = tickets.measured(results)
