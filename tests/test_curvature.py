@@ -8,6 +8,7 @@ import optax
 import pytest
 from scipy import stats
 
+import cbp_jax
 from cbp_jax.curvature import hesscale, hessian_diagonal, hutchinson
 from cbp_jax.nets import MLP, ConvNet, get_activation
 
@@ -223,9 +224,10 @@ def test_convolution_max_pooling_and_flatten_agree_with_loops(loss):
         h = nn.max_pool(jnp.tanh(h + p["b"]), (2, 2), strides=(2, 2))
         return h.reshape(len(x), -1) @ p["w"] + p["c"]
 
-    _, grads, diagonal = scaled(apply, params, x, targets, loss)
-    close(diagonal, numpy_conv_net(params, x, targets, loss))
-    close(grads, jax.grad(lambda p: LOSSES[loss](apply(p, x), targets))(params))
+    for network in (apply, cbp_jax.contract_convolutions(apply)):
+        _, grads, diagonal = scaled(network, params, x, targets, loss)
+        close(diagonal, numpy_conv_net(params, x, targets, loss))
+        close(grads, jax.grad(lambda p: LOSSES[loss](apply(p, x), targets))(params))
 
 
 @pytest.mark.parametrize(

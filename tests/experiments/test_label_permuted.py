@@ -52,6 +52,14 @@ def test_methods_follow_the_dataset(dataset, problem):
     assert best == dataclasses.replace(paper, methods=best.methods) and len(check(best)) == 10
 
 
+def test_the_preset_restarts_follows_the_dataset():
+    for dataset in (None, "cifar10"):
+        restarts, paper = preset("restarts", dataset), preset("paper", dataset)
+        assert restarts == dataclasses.replace(paper, methods=restarts.methods)
+        found = [(method.learner, method.hyperparameters["step_size"], method.reset) for method in check(restarts)]
+        assert found == [("adam", 10.0**-power, reset) for power in range(1, 6) for reset in ("", "network")]
+
+
 @pytest.mark.parametrize("dataset", [None, "mnist"])
 def test_the_other_presets_compare_what_they_promise(dataset):
     for name in ("smoke", "laptop"):

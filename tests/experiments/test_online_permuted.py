@@ -162,7 +162,8 @@ def test_presets_of_the_papers_robustness_figures_have_its_settings():
         assert settings.hidden == (2000, 2000, 2000) and {method.learner for method in check(settings)} == {"bp"}
     assert numbers(preset("step_size"), "bp")[0] == [{"step_size": step} for step in (0.01, 0.003, 0.001)]
     assert [method.hidden for method in check(preset("network_size"))] == [(n,) * 3 for n in (100, 1000, 10_000)]
-    assert preset("task_length_1m").tasks == 48
+    lengths = [preset(f"task_length_{name}").examples_per_task for name in ("10k", "100k", "1m")]
+    assert lengths == [10_000, 100_000, 1_000_000] and preset("step_size").examples_per_task == 60_000
     for settings in map(preset, ("network_size", "task_length_1m")):
         assert {method.hyperparameters["step_size"] for method in check(settings)} == {0.003}
 

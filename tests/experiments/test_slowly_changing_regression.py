@@ -27,6 +27,23 @@ def test_the_papers_preset_has_the_papers_numbers():
     assert {method.learner for method in methods} == {"bp", "adam", "l2", "cbp", *PERTURBED}
     assert {method.learner for method in methods if method.hidden == ()} == {"bp", "adam"}  # the linear baselines
     assert activations == ACTIVATIONS
+    relu = [
+        (method.learner, method.hyperparameters, {"l2": 0.0} | method.options)
+        for method in methods
+        if method.hidden is None and method.activation == "relu"
+    ]
+    of = lambda learner: [{**numbers, "adam_l2": options["l2"]} for name, numbers, options in relu if name == learner]
+    assert [found["l2"] for found in of("l2")] == [1e-5, 1e-4, 1e-3, 1e-2]
+    assert [(found["step_size"], found["adam_l2"]) for found in of("adam")] == [
+        *((step, 0.0) for step in (0.01, 0.003, 0.001)),
+        *((0.01, l2) for l2 in (1e-5, 1e-4, 1e-3, 1e-2)),
+    ]
+    for name in PERTURBED:
+        assert [found["noise"] for found in of(name)] == [1e-4, 1e-3, 1e-2]
+    assert [found["replacement_rate"] for found in of("cbp")] == [1e-5, 1e-4, 1e-3, 1e-2]
+    assert {found["maturity_threshold"] for found in of("cbp")} == {100}
+    assert {options["utility"] for name, _, options in relu if name == "cbp"} == {"adaptable_contribution"}
+    assert {found["step_size"] for name in ("l2", "cbp", *PERTURBED) for found in of(name)} == {0.01}
 
 
 def test_the_programs_preset_redraws_the_bits():
@@ -131,3 +148,10 @@ def test_a_run_from_end_to_end(tmp_path):
     for name, values in results.data_vars.items():
         assert np.isfinite(values).all() and values.shape == (1, 1, 2), name
     assert (results.loss > 0).all() and (results.replaced_units > 0).all()
+
+
+def test_a_linear_network_learns_and_has_no_units_to_measure(tmp_path):
+    methods = tuple(f"bp:hidden=none,step_size={step}" for step in (0, 0.01))
+    results = run(dataclasses.replace(TINY, methods=methods, tasks=1, examples_per_task=200), tmp_path)
+    still, learned = results.loss.values
+    assert (learned < still).all() and np.isnan(results.dead_units).all()

@@ -8,7 +8,7 @@ import chex
 import optax
 
 import cbp_jax
-from cbp_jax.experiments.learners.method import Method, choice, flag, ranged
+from cbp_jax.experiments.learners.method import Method, choice, count, flag, ranged
 from cbp_jax.experiments.learners.plain import SGD
 from cbp_jax.experiments.learners.search import LogUniform, Space
 from cbp_jax.report import looks
@@ -112,6 +112,8 @@ class AdaptiveUPGD(UPGD):
     """UPGD around Adam's moments.
 
     Attributes:
+      reset: "network": reinitialize it before each task but the first, together with utilities, moments and step count.
+      reset_every: number of updates between these resets, instead of one before each task.
       eps: added to the root of the mean square.
     """
 
@@ -124,6 +126,8 @@ class AdaptiveUPGD(UPGD):
     step_size: float = ranged(1e-3)
     b1: float = ranged(0.9, below=1)
     b2: float = ranged(0.999, below=1)
+    reset: str = choice("", "network", optional=True)
+    reset_every: int | None = count(None, optional=True)
     eps: float = ranged(1e-8, traced=False, optional=True)
 
     def build(self, units: Units, key: chex.PRNGKey) -> optax.GradientTransformation:
