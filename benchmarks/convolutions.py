@@ -6,8 +6,8 @@
 
 A step is a forward and a backward pass and an update by SGD with momentum, in a `lax.scan` as in the training loop.
 Variants: `convolutions` uses XLA's convolutions, `outside` the same without a loop, `products` those of
-`contract_convolutions`, `xla_pooling` the same but XLA's derivative of pooling, and `cbp` is `products` with continual
-backpropagation. Calls are interleaved; seconds are medians.
+`contract_convolutions`, `xla_pooling` the same but XLA's derivative of pooling. `cbp` and `outside_cbp` are `products`
+and `outside` with continual backpropagation. Calls are interleaved; seconds are medians.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import cbp_jax
 from cbp_jax import nets
 
 WIDTHS = (64, 128, 256, 512)
-VARIANTS = ("convolutions", "outside", "xla_pooling", "products", "cbp")
+VARIANTS = ("convolutions", "outside", "outside_cbp", "xla_pooling", "products", "cbp")
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
@@ -51,7 +51,7 @@ def runner(name, scale, variant, steps):
     params, rest = variables["params"], {key: tree for key, tree in variables.items() if key != "params"}
     apply, units = lambda *args: (apply_fn(*args), {}), None
     tx = optax.with_extra_args_support(optax.sgd(0.01, momentum=0.9))
-    if variant == "cbp":
+    if variant.endswith("cbp"):
         units = cbp_jax.discover_units(apply_fn, params, rest, x)
         apply = cbp_jax.with_features(apply_fn, units)
         tx = cbp_jax.continual_backprop(tx, units, replacement_rate=1e-5, maturity_threshold=1000)
@@ -79,7 +79,7 @@ def runner(name, scale, variant, steps):
 
     def once():
         nonlocal carry
-        if variant == "outside":
+        if variant.startswith("outside"):
             for _ in range(steps):
                 carry = one(carry)
         else:
