@@ -78,8 +78,8 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
 
     Returns:
       the joined dataset; NaN if a method was not run with a seed. Its attributes are those of the first part, except
-      that the times of methods are added, that the commit names those of all parts, separated by commas, and that
-      settings are those that all parts have in common, with the seeds and methods of all.
+      that the times of methods are added, that the commit and the command name those of all parts, and that settings
+      are those that all parts have in common, with the seeds and methods of all.
 
     Raises:
       ValueError: there are no parts, they are of several experiments, two have the same method and seed, or the same
@@ -122,8 +122,9 @@ def join_results(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     methods = list(dict.fromkeys(method for part in parts for method in part.method.values.tolist()))
     joined = joined.loc[{"method": methods}]
     joined.attrs = dict(parts[0].attrs)
-    if commits := [commit for part in parts if (commit := part.attrs.get("commit"))]:
-        joined.attrs["commit"] = ", ".join(dict.fromkeys(commits))
+    for name, separator in (("commit", ", "), ("command", "; ")):
+        if found := dict.fromkeys(value for part in parts if (value := part.attrs.get(name))):
+            joined.attrs[name] = separator.join(found)
     if "settings" in joined.attrs:
         joined.attrs["settings"] = json.dumps(_joined_settings(parts, joined.seed.values.tolist()), sort_keys=True)
     for part in parts[1:]:

@@ -256,9 +256,12 @@ def test_results_of_other_seeds_and_methods_are_joined():
     assert join_results([first]).identical(first)
 
 
-def test_joined_results_name_the_commits_of_all_parts():
+def test_joined_results_name_the_commits_and_commands_of_all_parts():
     parts = [small(seeds=[seed]).assign_attrs(commit=commit) for seed, commit in enumerate(("a", "b", "a", ""))]
-    assert join_results(parts).attrs["commit"] == "a, b"
+    parts = [part.assign_attrs(command=f"run --first-seed {min(seed, 2)}") for seed, part in enumerate(parts)]
+    joined = join_results(parts).attrs
+    assert joined["commit"] == "a, b"
+    assert joined["command"] == "run --first-seed 0; run --first-seed 1; run --first-seed 2"
 
 
 def test_joined_settings_have_the_seeds_and_methods_of_all_parts():
