@@ -139,6 +139,7 @@ def test_after_a_process_is_lost_any_number_can_resume_and_no_finished_task_is_l
     assert_is_whole(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_lanes_that_one_process_finished_for_two_are_not_run_again(whole, tmp_path):
     for index in range(2):
         stopped(tmp_path, Share(index, 2), 1)
