@@ -54,7 +54,7 @@ FIGURES: tuple[Figure, ...] = (
         "Fig. 3",
         "slippery ant: standard and tuned Adam, L2, CBP, and ReDo, shrink and perturb, UPGD",
         "slippery_ant --preset paper",
-        "800 lanes of 20M steps; 40 minutes a lane",
+        "800 lanes of 20M steps; 95 minutes a lane, two at once",
         "--preset alternating, 0.9M steps, eight seeds; standard and tuned Adam differ significantly",
     ),
     Figure(
@@ -62,7 +62,7 @@ FIGURES: tuple[Figure, ...] = (
         "Fig. 4, Extended Data Fig. 5",
         "the ant with constant friction",
         "stationary_ant --preset paper",
-        "240 lanes of 50M steps; 100 minutes a lane",
+        "240 lanes of 50M steps; 4 hours a lane, two at once",
         "a million steps of standard Adam",
     ),
     Figure(
