@@ -101,7 +101,7 @@ FIGURES: tuple[Figure, ...] = (
         "Online Permuted MNIST: Adam, dropout, online normalization, L2, shrink and perturb, CBP",
         "online_permuted --preset paper",
         "600 lanes of 48M updates; 2 to 6 days a lane, with Adam 6 to 17",
-        "150 tasks of 4,000 images, width 100",
+        "150 tasks of 4,000 images, width 100; in full length backpropagation and CBP, width 100",
     ),
     Figure(
         UPGD,
