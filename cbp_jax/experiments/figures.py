@@ -55,7 +55,7 @@ FIGURES: tuple[Figure, ...] = (
         "slippery ant: standard and tuned Adam, L2, CBP, and ReDo, shrink and perturb, UPGD",
         "slippery_ant --preset paper",
         "800 lanes of 20M steps; 95 minutes a lane, two at once",
-        "--preset alternating, 0.9M steps, eight seeds; standard and tuned Adam differ significantly",
+        "--preset alternating, 0.9M steps, sixteen seeds; standard and tuned Adam differ, and L2 with and without CBP",
     ),
     Figure(
         NATURE,
