@@ -117,7 +117,7 @@ def test_a_run_equals_a_plain_loop(problem, carried):
     assert best[2] < EPOCHS - 1, "the best epoch is the last, so early stopping is not tested"
 
 
-@pytest.mark.parametrize("early", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("early", [True, False])
 def test_the_best_weights_are_kept_with_early_stopping_and_the_last_without(problem, early):
     # The step size of the last epoch is so large that it spoils the weights.
     state, task_fn = start_and_task(
