@@ -15,7 +15,7 @@ import cbp_jax
 # Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_the_state_of_a_cell_is_a_group": ("optimized lstm-False", "minimal-False", "simple-False", "gru-False"),
-    "test_each_layer_has_its_units": ("linen", "linen, rematerialized", "nnx"),
+    "test_each_layer_has_its_units": ("linen, rematerialized", "nnx"),
     "test_gradients_with_and_without_features_are_equal": ("linen, rematerialized",),
 }
 
