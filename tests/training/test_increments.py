@@ -117,25 +117,26 @@ def test_a_run_equals_a_plain_loop(problem, carried):
     assert best[2] < EPOCHS - 1, "the best epoch is the last, so early stopping is not tested"
 
 
-@pytest.mark.parametrize("early", [True, False])
-def test_the_best_weights_are_kept_with_early_stopping_and_the_last_without(problem, early):
-    # The step size of the last epoch is so large that it spoils the weights.
-    state, task_fn = start_and_task(
-        problem,
-        "bp:step_size=0.3,momentum=0.9",
-        early_stopping=early,
-        schedule=lambda epoch, epochs: jnp.where(epoch == epochs - 1, 1e3, 1.0),
-    )
-    after, measures = task_fn(state)
-    task = problem.make_task(problem.data, jax.random.split(jax.random.key(0), 4)[1], 0)
-    classes, correct = task.classes[:2], []
-    for number in classes.tolist():
-        x, _ = problem.held_out(problem.data, "validation", number)
-        outputs = nets.ResNet(CLASSES, (4,), (1,)).apply(after.params, x)[:, classes]
-        correct += (classes[jnp.argmax(outputs, 1)] == number).tolist()
-    assert measures["validation_accuracy"] == pytest.approx(np.mean(correct))
-    largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(after.params["params"]))
-    assert largest < 5 if early else largest > 50
+def test_the_best_weights_are_kept_with_early_stopping_and_the_last_without(problem):
+    found = {}
+    for early in (True, False):
+        # The step size of the last epoch is so large that it spoils the weights.
+        state, task_fn = start_and_task(
+            problem,
+            "bp:step_size=0.3,momentum=0.9",
+            early_stopping=early,
+            schedule=lambda epoch, epochs: jnp.where(epoch == epochs - 1, 1e3, 1.0),
+        )
+        after, measures = task_fn(state)
+        task = problem.make_task(problem.data, jax.random.split(jax.random.key(0), 4)[1], 0)
+        classes, correct = task.classes[:2], []
+        for number in classes.tolist():
+            x, _ = problem.held_out(problem.data, "validation", number)
+            outputs = nets.ResNet(CLASSES, (4,), (1,)).apply(after.params, x)[:, classes]
+            correct += (classes[jnp.argmax(outputs, 1)] == number).tolist()
+        assert measures["validation_accuracy"] == pytest.approx(np.mean(correct))
+        found[early] = np.mean(correct)
+    assert found[True] > found[False]
 
 
 def test_networks_are_measured_before_each_increment_on_classes_to_come(problem, carried):
