@@ -34,7 +34,7 @@ NET = MLP((5, 4), 2, "relu")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
 Y = jnp.array([[0.5, -0.2], [0.1, 0.4]])
 PARAMS = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape),
-                      NET.init(jax.random.key(0), X))  # fmt: skip
+                      jax.jit(NET.init)(jax.random.key(0), X))  # fmt: skip
 PARAMS["params"]["Dense_0"]["bias"] = PARAMS["params"]["Dense_0"]["bias"].at[2].set(-100.0)  # a dead unit
 UNITS = cbp_jax.discover_units(NET.apply, PARAMS, X)
 

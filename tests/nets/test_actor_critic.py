@@ -13,8 +13,8 @@ from cbp_jax.nets import ActorCritic
 def test_policy_and_value_share_nothing_and_all_their_units_are_found():
     net = ActorCritic(action_size=2, hidden=(8, 5), initial_log_std=-0.7)
     obs = jax.random.normal(jax.random.key(1), (3, 4, 6))
-    params = net.init(jax.random.key(0), obs)
-    mean, log_std, value = net.apply(params, obs)
+    params = jax.jit(net.init)(jax.random.key(0), obs)
+    mean, log_std, value = jax.jit(net.apply)(params, obs)
     assert (mean.shape, value.shape) == ((3, 4, 2), (3, 4))
     np.testing.assert_allclose(log_std, -0.7)
     units = cbp_jax.discover_units(net.apply, params, obs)
@@ -24,21 +24,21 @@ def test_policy_and_value_share_nothing_and_all_their_units_are_found():
         "params/critic_0": 8,
         "params/critic_1": 5,
     }
-    grads = jax.grad(lambda p: net.apply(p, obs)[2].sum())(params)["params"]
+    grads = jax.jit(jax.grad(lambda p: net.apply(p, obs)[2].sum()))(params)["params"]
     assert all(
         bool(jnp.any(grads[name]["kernel"])) == name.startswith("critic") for name in grads if "_log" not in name
     )
 
 
 def test_kernels_have_lecuns_variance():
-    params = ActorCritic(action_size=2).init(jax.random.key(0), jnp.zeros((1, 400)))["params"]
+    params = jax.jit(ActorCritic(action_size=2).init)(jax.random.key(0), jnp.zeros((1, 400)))["params"]
     np.testing.assert_allclose(params["actor_0"]["kernel"].std(), 1 / 20, rtol=0.02)
     np.testing.assert_allclose(params["critic_1"]["kernel"].std(), 1 / 16, rtol=0.02)
 
 
 @pytest.mark.parametrize(("scale", "layer"), [("policy_scale", "actor_mean"), ("value_scale", "critic_value")])
 def test_a_scale_applies_only_to_its_output_layer(scale, layer):
-    init = lambda **scales: ActorCritic(2, **scales).init(jax.random.key(0), jnp.zeros((1, 6)))["params"]
+    init = lambda **scales: jax.jit(ActorCritic(2, **scales).init)(jax.random.key(0), jnp.zeros((1, 6)))["params"]
     plain, small = init(), init(**{scale: 0.01})
     np.testing.assert_allclose(small[layer]["kernel"], plain[layer]["kernel"] / 100, rtol=1e-6)
     plain[layer] = small[layer]
@@ -48,8 +48,8 @@ def test_a_scale_applies_only_to_its_output_layer(scale, layer):
 def test_deviations_may_depend_on_the_observation_and_layers_be_normalized():
     net = ActorCritic(2, (5,), "identity", state_std=True, normalization="layer")
     obs = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    params = net.init(jax.random.key(0), obs)
-    _, log_std, value = net.apply(params, obs)
+    params = jax.jit(net.init)(jax.random.key(0), obs)
+    _, log_std, value = jax.jit(net.apply)(params, obs)
     layers = jax.tree.map(np.float64, params["params"])
     assert "actor_log_std" not in layers and set(layers["critic_norm_0"]) == {"scale", "bias"}
     for name, head, found in (("actor", "actor_std", log_std), ("critic", "critic_value", value[:, None])):

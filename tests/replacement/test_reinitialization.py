@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 NET, X = Net(), jax.random.normal(jax.random.key(0), (5, 3, 2, 2))
-INITIAL = jax.tree.map(lambda leaf: leaf + 0.1, NET.init(jax.random.key(1), X))
+INITIAL = jax.tree.map(lambda leaf: leaf + 0.1, jax.jit(NET.init)(jax.random.key(1), X))
 UNITS = cbp_jax.discover_units(NET.apply, INITIAL, X)
 draw = lambda seed: lambda leaf: jnp.asarray(np.random.default_rng(seed).normal(size=leaf.shape), jnp.float32)
 PARAMS, GRADS = jax.tree.map(draw(2), INITIAL), jax.tree.map(draw(3), INITIAL)

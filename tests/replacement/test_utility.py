@@ -26,7 +26,7 @@ class Net(nn.Module):
 
 
 NET, X = Net(), jax.random.normal(jax.random.key(0), (5, 3, 2, 1))
-PARAMS = NET.init(jax.random.key(1), X)
+PARAMS = jax.jit(NET.init)(jax.random.key(1), X)
 UNITS = cbp_jax.discover_units(NET.apply, PARAMS, X)
 
 

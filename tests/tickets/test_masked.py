@@ -35,7 +35,7 @@ def make_params(seed=0):
 
 PARAMS = make_params()
 UNITS = cbp_jax.discover_units(apply_fn, PARAMS, X)
-MASK = prune(PARAMS, full_mask(PARAMS), 0.4)
+MASK = jax.jit(lambda: prune(PARAMS, full_mask(PARAMS), 0.4))()
 FEATURES = cbp_jax.with_features(apply_fn, UNITS)
 # Without LLVM's fused multiply-add, which differs between programs with the same arithmetic.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -33,12 +33,12 @@ def some(units, counts):
 
 
 def assert_same_outputs(net, smaller, variables, x, units, keep):
-    mask = unit_mask(variables, units, keep)
-    expected = net.apply(apply_mask(variables, mask), x)
+    mask, apply = unit_mask(variables, units, keep), jax.jit(net.apply)
+    expected = apply(apply_mask(variables, mask), x)
     small = shrink_params(variables, units, keep)
-    found = smaller.apply(small, x)
+    found = jax.jit(smaller.apply)(small, x)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
-    assert (np.abs(np.asarray(net.apply(variables, x)) - expected) > 1e-3).any()  # removed units mattered
+    assert (np.abs(np.asarray(apply(variables, x)) - expected) > 1e-3).any()  # removed units mattered
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert size(small) < size(variables)
     return small

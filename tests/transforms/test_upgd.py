@@ -143,8 +143,8 @@ def numpy_upgd(beta, order, scope, protect, featurewise, draws, adam=None):
 
 def draws(sigma):
     """Return the noise that a new state draws at each step."""
-    key = upgd(ALPHA).init(PARAMS)[0].key
-    tree = jax.vmap(lambda step: noise.normal(key, step, PARAMS, sigma))(jnp.arange(STEPS))
+    key = jax.jit(upgd(ALPHA).init)(PARAMS)[0].key
+    tree = jax.jit(jax.vmap(lambda step: noise.normal(key, step, PARAMS, sigma)))(jnp.arange(STEPS))
     return {name: np.asarray(leaf, np.float64) for name, leaf in tree.items()}
 
 

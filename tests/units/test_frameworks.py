@@ -96,15 +96,15 @@ def test_the_nnx_optimizer_sees_one_name_for_a_parameter():
 
 def test_train_state_passes_features_on():
     net, x = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(2)]), jnp.ones((5, 3))
-    params = net.init(jax.random.key(0), x)
+    params = jax.jit(net.init)(jax.random.key(0), x)
     units = cbp_jax.discover_units(net.apply, params, x)
-    _, features = cbp_jax.with_features(net.apply, units)(params, x)
+    _, features = jax.jit(cbp_jax.with_features(net.apply, units))(params, x)
     tx = cbp_jax.continual_backprop(optax.sgd(0.1), units, replacement_rate=0.25, maturity_threshold=0)
     grads = jax.tree.map(jnp.ones_like, params)
     state = cbp_jax.TrainState.create(apply_fn=net.apply, params=params, tx=optax.chain(tx, optax.scale(0.5)))
     new = jax.jit(lambda s: s.apply_gradients(grads=grads, features=features))(state)
     assert new.tx is state.tx and new.step == 1 and new.opt_state[0].replaced["params/layers_0"].sum() == 1
-    updates, _ = tx.update(grads, tx.init(params), params, features=features)
+    updates, _ = jax.jit(lambda: tx.update(grads, tx.init(params), params, features=features))()
     want = optax.apply_updates(params, jax.tree.map(lambda u: 0.5 * u, updates))
     jax.tree.map(np.testing.assert_allclose, new.params, want)
     # A transformation that takes no features is called without them.

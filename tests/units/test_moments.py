@@ -32,7 +32,7 @@ def mean(x, axis=-1):
 
 
 def without_parameters(module):
-    variables = module.init(jax.random.key(0), jnp.ones((4, 6)))
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.ones((4, 6)))
     return lambda h, p: module.apply(variables, h)
 
 
