@@ -215,6 +215,28 @@ def few_ticks(ax: Axes, *, whole: bool = False) -> None:
         ax.locator_params(axis="x", nbins=4, integer=whole)
 
 
+def cut_off(ax: Axes, bottom: float, top: float) -> None:
+    """Limit the vertical axis, and write how low each line gets that falls below it."""
+    low, high = ax.get_xlim()
+    ax.set_ylim(bottom, top)
+    falling = [line for line in ax.lines if np.min(line.get_ydata(), initial=bottom) < bottom]
+    for row, line in enumerate(falling):
+        x, y = (np.asarray(values) for values in line.get_data())
+        first, last = x[y < bottom][[0, -1]]
+        left = first - low > high - last  # there is more room
+        ax.annotate(
+            f"\u2193 {y.min():,.0f}".replace("-", "\u2212"),
+            (first if left else last, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-5 if left else 5, 2 + 8 * row),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="bottom",
+            fontsize=6,
+            color=line.get_color(),
+        )
+
+
 def write_note(figure: Figure, text: str) -> None:
     """Write a note below all panels, such as the meaning of bands and bars, in as many lines as needed."""
     across = int(figure.get_figwidth() / COLUMN * 72)

@@ -16,6 +16,7 @@ from cbp_jax.report.drawing import (
     CROSS,
     PANEL,
     check_formats,
+    cut_off,
     few_ticks,
     label_height,
     legend_columns,
@@ -137,7 +138,8 @@ def plot_tasks(
 
     There is one line for each method: the mean over seeds, with a band of one standard error to either side; for agents
     over steps of the environment, with a 95% bootstrap interval. Tasks are averaged in bins, first within each seed. An
-    axis is logarithmic if its lines span more than a factor of 30.
+    axis is logarithmic if its lines span more than a factor of 30. If an agent's reward falls more than three times as
+    far below 0 as the best rises above, the axis ends at minus the best, and says how far the line falls.
 
     Args:
       results: results of a run. Tasks that have not run, and methods that have not started, are left out.
@@ -269,7 +271,7 @@ def _draw_panel(
     styles: dict[str, Style],
     bin_size: int,
 ) -> None:
-    means = []
+    means, highs = [], []
     for i, method in enumerate(methods):
         values = before_divergence(results, method, panel.measure)
         task, mean, low, high = binned(panel.scale * values, bin_size, over_steps(results))
@@ -291,6 +293,7 @@ def _draw_panel(
         )
         ax.fill_between(task, low, high, color=style.color, alpha=0.2, linewidth=0, zorder=2)
         means.append(mean)
+        highs.append(np.fmax(mean, high))
     means = np.concatenate(means)
     low, high = ax.get_ylim()
     if panel.label.endswith("(%)") and means.size and (means.max() < 0.1 or means.min() > 99.9):
@@ -298,6 +301,9 @@ def _draw_panel(
     elif panel.zero:
         top = max(ax.get_ylim()[1], 1.0)
         ax.set_ylim(-0.03 * top, top)  # a line at 0 stays clear of the axis
+    elif panel.measure == "episode_return" and means.size and 0 < 3 * means.max() < -means.min():
+        # Otherwise a collapse would hide the differences between all other values.
+        cut_off(ax, -means.max(), 1.05 * np.concatenate(highs).max())
     elif means.size and 0 < 30 * means.min() < means.max():
         ax.set_yscale("log")
     elif panel.label.endswith("(%)") and means.size and means.max() <= 100 < high:

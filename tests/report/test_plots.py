@@ -209,6 +209,34 @@ def test_an_axis_is_logarithmic_only_if_necessary():
     assert [ax.get_yscale() for ax in plot_tasks(results).axes] == ["linear", "linear", "log", "linear"]
 
 
+def test_a_collapsed_reward_leaves_the_differences_between_the_others_visible():
+    methods = ["adam", "adaptive_upgd", "cbp_adam"]
+    results = new_results(
+        methods, methods, [{}] * 3, seeds=2, tasks=6, settings={}, experiment="x", measures={"episode_return": ""}
+    )
+    results = results.assign_coords(step=("task", 1_000_000 * np.arange(1, 7)))
+    rewards = np.array([[300.0, 0, -50, -400, -9000, 100], [0, 0, 0, -3999, -500, 0], [0, 500, 1000, 900, 990, 1000]])
+    results.episode_return.values[:] = rewards[:, None]
+    ax = plot_tasks(results).axes[0]
+    assert ax.get_ylim() == (-1000, 1050)
+    # Each beside its line, on the side with more room, one above the other.
+    texts = {text.get_text(): text for text in ax.texts if "\u2193" in text.get_text()}
+    assert list(texts) == ["\u2193 \u22129,000", "\u2193 \u22123,999"]
+    assert [text.xy[0] for text in texts.values()] == [5, 4] and {text.get_ha() for text in texts.values()} == {"right"}
+    heights = [text.get_position()[1] for text in texts.values()]
+    assert heights[1] > heights[0]
+    for text, method in zip(texts.values(), methods, strict=False):
+        assert text.get_color() == lines(ax)[method].get_color()
+    # A fall that is not deep is drawn completely.
+    results.episode_return.values[:2] = -2999
+    ax = plot_tasks(results).axes[0]
+    assert ax.get_ylim()[0] < -2999 and not [text for text in ax.texts if "\u2193" in text.get_text()]
+    # At the right there is more room for a text.
+    results.episode_return.values[:2] = [[[-9000, 300, 300, 300, 300, 300]], [[0.0] * 6]]
+    (text,) = (text for text in plot_tasks(results).axes[0].texts if "\u2193" in text.get_text())
+    assert text.xy[0] == 1 and text.get_ha() == "left"
+
+
 def test_an_axis_of_percentages_ends_at_a_hundred():
     results = results_of(["bp", "cbp"])
     assert plot_tasks(results).axes[0].get_ylim()[1] < 80
