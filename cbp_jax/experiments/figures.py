@@ -55,7 +55,8 @@ FIGURES: tuple[Figure, ...] = (
         "slippery ant: standard and tuned Adam, L2, CBP, and ReDo, shrink and perturb, UPGD",
         "slippery_ant --preset paper",
         "800 lanes of 20M steps; 95 minutes a lane, two at once",
-        "--preset alternating, 0.9M steps, sixteen seeds; standard and tuned Adam differ, and L2 with and without CBP",
+        "--preset alternating, 0.9M steps, sixteen seeds: standard and tuned Adam differ, and L2 with and without CBP; "
+        "standard Adam and CBP at the paper's size, one seed",
     ),
     Figure(
         NATURE,
@@ -101,7 +102,7 @@ FIGURES: tuple[Figure, ...] = (
         "Online Permuted MNIST: Adam, dropout, online normalization, L2, shrink and perturb, CBP",
         "online_permuted --preset paper",
         "600 lanes of 48M updates; 2 to 6 days a lane, with Adam 6 to 17",
-        "150 tasks of 4,000 images, width 100; in full length backpropagation and CBP, width 100",
+        "150 tasks of 4,000 images, width 100; in full length backpropagation, L2 and CBP, width 100",
     ),
     Figure(
         UPGD,
