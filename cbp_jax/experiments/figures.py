@@ -56,7 +56,7 @@ FIGURES: tuple[Figure, ...] = (
         "slippery_ant --preset paper",
         "800 lanes of 20M steps; 95 minutes a lane, two at once",
         "--preset alternating, 0.9M steps, sixteen seeds: standard and tuned Adam differ, and L2 with and without CBP; "
-        "standard Adam and CBP at the paper's size, one seed",
+        "the paper's four learners at its size, one seed",
     ),
     Figure(
         NATURE,

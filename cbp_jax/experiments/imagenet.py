@@ -1,7 +1,8 @@
 """Continual ImageNet (Dohare et al., Nature 2024): a new pair of classes in each task, for many epochs.
 
 Pixels are scaled to [-1, 1] (see `cbp_jax.data.normalization`); the paper's images are normalized in its own file. As
-in its program, the decay of shrink-and-perturb passes through the momentum. In results, `accuracy` and `loss` are those
+in its program, the decay of shrink-and-perturb passes through the momentum, and the output layer is set to 0 before
+each task. Its momentum is set to 0 then, too; the program keeps it. In results, `accuracy` and `loss` are those
 of training, averaged over all epochs. Dead and dormant units and ranks are measured on images of the next task. Dormant
 units are defined by mean activation (`metrics.dormant_fraction`); the paper's program counts units that are active on
 less than 1% of the examples.

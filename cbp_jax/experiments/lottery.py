@@ -264,6 +264,7 @@ def job(experiment: str, settings: Settings) -> Job:
         images.num_classes,
         network=settings.network,
         kernel_init=jax.nn.initializers.glorot_normal(),
+        bias_init=jax.nn.initializers.zeros,
     )
     memory.check_states(learner, [method] * len(kinds), settings.seeds)
     plan = _plan(settings, learner, method, scaling(images, None), input_shape)

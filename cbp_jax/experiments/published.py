@@ -12,10 +12,10 @@ learner in its `statistics_*` programs. Learners and settings have other names t
 | UPGD, and non-protecting UPGD | `upgd`, and `upgd:protect=false`: first order, global |
 | EWC, MAS, SI, RWalk | by name: lamda is `strength`, beta_fisher is `beta_importance` |
 
-The algorithms are the same, with three exceptions. The gate of UPGD differs in the first steps, see `cbp_jax.upgd`. The
+The algorithms are the same, with these exceptions. The gate of UPGD differs in the first steps, see `cbp_jax.upgd`. The
 importance in SI and RWalk differs: the public code multiplies a change of the weights by the gradient after it, instead
-of the gradient that made it, and its Fisher information in RWalk is the mean of squared weights instead of gradients.
-So the published settings need not be the best ones here.
+of the gradient that made it. Its RWalk uses the mean of squared weights instead of gradients as Fisher information, and
+half of the latest score instead of the scores' mean. So the published settings need not be the best ones here.
 
 References:
   Elsayed & Mahmood, `Addressing Loss of Plasticity and Catastrophic Forgetting in Continual Learning

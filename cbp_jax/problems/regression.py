@@ -50,8 +50,8 @@ def slowly_changing_regression(
     with S_i the number of negative weights among the m + 1 of v_i. The key of a stream determines its target network
     and all its tasks, which can be made in any order. Making a task takes, besides a constant time, that of 256 random
     numbers for every 256 tasks before it. (The authors' program adds a bias of -1 or 1 to y, which a learner's own bias
-    can represent, and counts the constant's weight in S_i with the opposite sign; we follow the paper. The program has
-    configurations that flip one bit, as in the paper, and others that redraw all bits.)
+    can represent, and counts the constant's weight in S_i with the opposite sign; we follow the paper. Its learners do
+    not see the constant. It has configurations that flip one bit, as in the paper, and others that redraw all bits.)
 
     Args:
       num_inputs: m, number of bits besides the constant.

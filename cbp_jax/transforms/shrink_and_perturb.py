@@ -31,7 +31,8 @@ def shrink_and_perturb(
         w \leftarrow (1 - s)\,w + u + p\,\xi, \qquad \xi \sim \mathcal{N}(0, 1)
 
     with u the inner optimizer's update. The weights neither grow without bound nor lose their initial diversity. Ash &
-    Adams do it once for each data set. Done at every step, it is the baseline of the Nature paper.
+    Adams do it once for each data set. Done at every step, it is the baseline of the Nature paper; with
+    momentum or Adam, the decay of its program is a part of the gradient instead, as that of `inner` can be.
 
     Args:
       inner: the optimizer that trains the network.

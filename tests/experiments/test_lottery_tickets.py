@@ -72,8 +72,8 @@ def test_kinds_of_tickets_share_the_dense_network_and_one_shot_also_the_first_ti
 
 
 @functools.cache
-def rounds_of_a_lane(count=3):
-    """Return the states of one seed before each round, its plan and its examples."""
+def prepared(experiment):
+    """Return the plan and the examples of an experiment's smoke run, without running it."""
     plans = []
 
     def run_lanes(start, go_on, data, *args, **kwargs):
@@ -84,8 +84,14 @@ def rounds_of_a_lane(count=3):
         patch.setattr(lottery.training, "run_lanes", run_lanes)
         patch.setattr(lottery.folder, "opened", lambda results, out: _Nothing(results))
         patch.setattr(report, "save_results", lambda results, out: None)
-        lottery_tickets.prepare(SMOKE)("nowhere")
-    ((plan, data),) = plans
+        experiment.prepare(experiment.preset("smoke"))("nowhere")
+    (found,) = plans
+    return found
+
+
+def rounds_of_a_lane(count=3):
+    """Return the states of one seed before each round, its plan and its examples."""
+    plan, data = prepared(lottery_tickets)
     states = [jax.jit(functools.partial(ticket_rounds.start, plan))(1)]
     go_on = jax.jit(functools.partial(ticket_rounds.go_on, plan))
     for _ in range(count):
@@ -144,6 +150,21 @@ def test_masks_nest_and_weights_are_rewound_to_the_last_bit():
             np.testing.assert_allclose(at(state.starts, "late_rewinding")[path], leaf, rtol=1e-5, atol=1e-7)
     late = [at(state.starts, "late_rewinding") for state in states[1:]]
     assert all((late[0][path] == late[2][path]).all() for path in late[0])
+
+
+@pytest.mark.parametrize("experiment", [lottery_tickets, convolutional_tickets], ids=lambda found: found.name)
+def test_weights_are_initialized_as_glorot_and_bengio_did_and_biases_with_0(experiment):
+    plan, _ = prepared(experiment)
+    params = leaves_by_path(jax.jit(plan.learner.init)(jax.random.key(0)))
+    assert {leaf.ndim for leaf in params.values()} >= {1, 4 if experiment is convolutional_tickets else 2}
+    for path, leaf in params.items():
+        *window, inputs, outputs = 0, *leaf.shape
+        if leaf.ndim == 1:
+            assert (leaf == 0).all(), path
+        else:
+            fans = (inputs + outputs) * np.prod(window[1:])
+            assert np.std(leaf) == pytest.approx(np.sqrt(2 / fans), rel=4 / np.sqrt(leaf.size)), path
+            assert np.abs(leaf).max() > 1.8 * np.sqrt(2 / fans), f"{path} must be normal, not uniform"
 
 
 @pytest.mark.slow

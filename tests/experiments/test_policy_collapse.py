@@ -51,7 +51,7 @@ def test_the_papers_settings():
         gae_lambda=0.95,
         clip=0.2,
         clip_values=True,
-        value_coefficient=0.5 / 2,  # our loss is half the squared error
+        value_coefficient=0.5 / 2,  # the program's loss is half the squared error
         entropy_coefficient=0.0,
         max_grad_norm=0.5,
         normalize_advantages=True,

@@ -59,7 +59,6 @@ def test_ratios_of_probabilities_do_not_overflow(advantage):
     assert jnp.isfinite(loss) and jnp.isfinite(grad).all()
 
 
-@pytest.mark.slow
 def test_value_clipping_takes_the_larger_of_two_errors():
     rng = np.random.default_rng(1)
     old, value, targets = rng.normal(size=(3, 200)) * [[1.0], [1.0], [2.0]]
