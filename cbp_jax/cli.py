@@ -136,6 +136,9 @@ def _plot(argv: list[str]) -> None:
     if args.out is None and len(args.run_dir) > 1:
         raise ValueError("--out must name a folder for the results of several runs")
     out = args.out or (first if first.is_dir() else first.parent)
+    runs = [path if path.is_dir() else path.parent for path in args.run_dir]
+    if len(runs) > 1 and out.resolve() in [path.resolve() for path in runs]:
+        raise ValueError(f"--out must not be the folder of one of the runs, whose results would be lost, got {out}")
     results = report.compare_results([report.load_results(path) for path in args.run_dir])
     if len(args.run_dir) > 1:
         print(f"results: {report.save_results(results, out)}")

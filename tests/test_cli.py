@@ -189,6 +189,9 @@ def test_plot_joins_runs_of_other_seeds(finished, tmp_path, capsys):
     assert "'bp(step_size=0.02)', seed 0 twice" in refused_in_one_line(
         capsys, "plot", str(out), str(out), "--out", str(pictures)
     )
+    message = refused_in_one_line(capsys, "plot", str(out), str(tmp_path / "more"), "--out", str(tmp_path / "more"))
+    assert "--out must not be the folder of one of the runs" in message
+    assert load_results(tmp_path / "more").seed.values.tolist() == [7, 8]
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def check_scalar(
@@ -35,7 +37,7 @@ def check_scalar(
     """
     if isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, bool) or np.ndim(value) != 0 or not np.issubdtype(np.asarray(value).dtype, np.number):
+    if isinstance(value, bool) or np.ndim(value) != 0 or not jnp.issubdtype(np.asarray(value).dtype, np.number):
         raise TypeError(f"{name} must be a scalar, got {value!r}")
     number = float(value)
     if below is not None and number < below:
@@ -71,7 +73,13 @@ def check_like(name: str, tree: Any, updates: Any) -> None:
     found, wanted = (jax.tree.map(lambda leaf: str(np.shape(leaf)), each) for each in (tree, updates))
     structures: list[Any] = [jax.tree.structure(each) for each in (found, wanted)]
     if structures[0] != structures[1] or jax.tree.leaves(found) != jax.tree.leaves(wanted):
-        raise ValueError(f"{name} must be a tree of the gradients' shapes, {wanted}, got {found}")
+        masked = any(isinstance(leaf, optax.MaskedNode) for leaf in jax.tree.leaves(updates, is_leaf=_is_masked))
+        hint = "; pass mask_compatible_extra_args=True to optax.masked or optax.partition" if masked else ""
+        raise ValueError(f"{name} must be a tree of the gradients' shapes, {wanted}, got {found}{hint}")
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def check_whole(name: str, value: Any) -> None:

@@ -161,7 +161,7 @@ def _fresh(params, updates, groups, chosen, initializer, random_key, reinitializ
         fresh = []
         for number, (group, units, mask) in enumerate(zip(groups, chosen, replaced, strict=True)):
             sample = functools.partial(_sample, params, groups, initializer, units.size)
-            keys_here, other = tuple(next(keys) for _ in group.incoming), jax.random.fold_in(key, number)
+            keys_here, other = tuple(next(keys) for _ in group.incoming), jax.random.fold_in(key, len(parts) + number)
             utility = seen.utilities[number]
             new = NewUnits(group, units, mask, after, seen.grads, seen.initial, utility, sample, keys_here, other)
             fresh.append(_checked(reinitialization, new, params))

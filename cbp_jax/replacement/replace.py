@@ -253,7 +253,7 @@ def replaced_units(opt_state: optax.OptState) -> chex.Array:
     masks = optax.tree_utils.tree_get_all_with_path(opt_state, "replaced")
     return sum(
         (jnp.sum(mask, dtype=jnp.float32) for mask in jax.tree.leaves([found for _, found in masks])),
-        jnp.zeros([]),
+        jnp.zeros([], jnp.float32),
     )
 
 

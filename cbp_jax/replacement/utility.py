@@ -59,12 +59,14 @@ def zero_contribution(view: GroupView) -> chex.Array:
 
 def adaptation(view: GroupView) -> chex.Array:
     """Return `1 / sum|v|`: how fast a unit can change; larger for small incoming weights v."""
-    return 1.0 / view.incoming_magnitude()
+    return 1.0 / jnp.maximum(view.incoming_magnitude(), 1e-30)  # a running mean would keep infinity forever
 
 
 def adaptable_contribution(view: GroupView) -> chex.Array:
     """Return `mean|h - m| sum|w| / sum|v|`: mean-corrected contribution times adaptation."""
-    return zero_contribution(view) / view.incoming_magnitude()
+    incoming = view.incoming_magnitude()
+    # Without incoming weights a unit is constant, up to rounding.
+    return jnp.where(incoming > 0, zero_contribution(view) / incoming, 0.0)
 
 
 def weight(view: GroupView) -> chex.Array:
@@ -74,7 +76,7 @@ def weight(view: GroupView) -> chex.Array:
 
 def random(view: GroupView) -> chex.Array:
     """Return a uniform number in [0, 1), a random choice of units, as a control."""
-    return jax.random.uniform(view.key, (view.group.size,))
+    return jax.random.uniform(view.key, (view.group.size,), jnp.float32)
 
 
 def taylor(view: GroupView) -> chex.Array:

@@ -39,7 +39,7 @@ class UpdatedParams(Mapping[str, chex.Array]):
         # Dropped rows get the factor 0 in the sum, so that sums over rows and over columns of a kernel read the same
         # array.
         after = jnp.abs(self.params[part.path] + self.updates[part.path]).astype(jnp.float32)
-        return part.sum(after, 1.0 - self.dropped[part.path] if part.path in self.dropped else None)
+        return part.sum(after, (~self.dropped[part.path]).astype(jnp.float32) if part.path in self.dropped else None)
 
     def with_updates(self, updates: dict[str, chex.Array]) -> "UpdatedParams":
         """Return the same with other updates."""
@@ -112,9 +112,10 @@ class GroupView:
         """Return the mean absolute activation times outgoing magnitude at each position, summed over positions,
         [units]."""
         total: chex.Numeric = 0.0
+        features = self.features  # raises if there are none
         for consumer in self.group.outgoing:
             center = self.mean_activation[consumer.operand] if centered else None
-            activity = mean_abs(self.features[consumer.operand], consumer.kernel.positions, center)
+            activity = mean_abs(features[consumer.operand], consumer.kernel.positions, center)
             total += jnp.sum(activity * self.magnitude(consumer.kernel), 0)
         return total
 

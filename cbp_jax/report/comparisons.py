@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cbp_jax.report.divergence import diverged_tasks
 from cbp_jax.report.statistics import better, blocks_of_tasks, bootstrap_interval, is_accuracy, performance
 from cbp_jax.report.tables import text_table
 
@@ -125,6 +126,10 @@ def comparison_table(results: xr.Dataset, baselines: Sequence[str], measures: Se
         'Differences are paired by seed, over all tasks. Unless marked "better" or "worse", their interval includes 0.',
         f"Intervals are not corrected for multiple comparisons ({max(len(methods) - 1, 1)} in a column).",
     ]
+    for method in methods:
+        diverged = int(np.isfinite(diverged_tasks(results, method)).sum())
+        if diverged:
+            lines.append(f"{method}: {diverged} of {results.sizes['seed']} seeds diverged, so it is not compared.")
     if "tuning_seed" in results.dims:
         tried, seeds = results.sizes["candidate"], results.sizes["tuning_seed"]
         lines.append(
@@ -168,9 +173,10 @@ def chosen_settings(results: xr.Dataset) -> dict[str, Chosen]:
 
 
 def of_seeds(results: xr.Dataset, method: str, measure: str | None = None, tasks: slice = slice(None)) -> np.ndarray:
-    """Return means over tasks [seeds]; NaN if a task is missing."""
+    """Return means over tasks [seeds]; NaN if a task is missing, or the seed diverged."""
     values = results[measure or performance(results)].loc[{"method": method}].transpose("seed", "task").values
-    return values[:, tasks].astype(np.float64).mean(1)
+    healthy = np.isnan(diverged_tasks(results, method))
+    return np.where(healthy, values[:, tasks].astype(np.float64).mean(1), np.nan)
 
 
 def scaled(results: xr.Dataset, measure: str, scale: float) -> xr.Dataset:

@@ -201,7 +201,10 @@ def _plot_panels(
         methods = [method for method in methods if method in begun(results)]
     if not methods:
         raise ValueError("results: no task has finished, so there is nothing to draw")
-    panels = [panel for panel in panels if panel.measure in results]
+    wanted, panels = panels, [panel for panel in panels if panel.measure in results]
+    if not panels:
+        names = [panel.measure for panel in wanted]
+        raise ValueError(f"measures: the results have none of {names}; they have {sorted(map(str, results.data_vars))}")
     tasks = results.sizes["task"]
     bin_size = _default_bin(tasks) if bin_size is None else bin_size
     if bin_size < 1:

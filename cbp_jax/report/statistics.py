@@ -160,7 +160,7 @@ def summary(results: xr.Dataset) -> str:
                 f"{block.start + 1}-{block.stop}" if block.stop - block.start > 1 else f"{block.stop}",
                 interval_text(values[:, -1], digits),
                 interval_text(sign * (values[:, best] - values[:, -1]), digits),
-                *(f"{_blocks(results, method, name).mean():.3f}" for name in plasticity),
+                *(f"{_over_tasks(results, method, name):.3f}" for name in plasticity),
                 f"{100 * np.nanmean(dead):.1f}" if np.isfinite(dead).any() else "-",
             )
         )
@@ -189,7 +189,7 @@ def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000) -> tuple[np
     values = np.asarray(values, np.float64)
     chosen = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     means, _ = mean_and_error(values[chosen], axis=1)
-    some = np.isfinite(means).any(0) & (len(values) > 1)
+    some = np.isfinite(values).sum(0) > 1
     ends = np.full((2, values.shape[1]), np.nan)
     ends[:, some] = np.nanpercentile(means[:, some], [2.5, 97.5], axis=0)
     return ends[0], ends[1]
@@ -228,10 +228,19 @@ def _blocks(results: xr.Dataset, method: str, measure: str) -> np.ndarray:
     return np.stack(means, 1) if means else np.zeros((len(seeds), 0))
 
 
+def _over_tasks(results: xr.Dataset, method: str, measure: str) -> float:
+    """Return the mean of a measure over a method's finished tasks and the seeds that have run."""
+    seeds, tasks = finished_tasks(results, method)
+    values = results[measure].loc[{"method": method}].transpose("seed", "task").values[seeds, :tasks]
+    return float(values.mean(dtype=np.float64))
+
+
 def interval_text(values: np.ndarray, digits: int) -> str:
-    """Return the mean over seeds and half the width of its 95% confidence interval; only the mean for one seed."""
+    """Return the mean over seeds and half the width of its 95% confidence interval; only the mean for one seed.
+    Non-finite values are left out."""
     from scipy import stats
 
+    values = values[np.isfinite(values)]
     mean, error = mean_and_error(values)
     if len(values) < 2:
         return f"{mean:.{digits}f}"

@@ -60,7 +60,8 @@ def prune_units(
 
     Raises:
       ValueError: the fraction is out of range, the scope or utility is unknown, the units do not match the params,
-        features are missing, an array has another shape, or no unit of a group would be left.
+        features or gradients are missing, the utility needs curvature, an array has another shape, or no unit of a
+        group would be left.
 
     Example:
       >>> import cbp_jax
@@ -187,6 +188,8 @@ def _utilities(groups, params, utility, features, grads, key) -> dict[str, chex.
         values = {group.name: jnp.asarray(utility[group.name]) for group in groups}
     else:
         utility_fn = replacement.get_utility(utility)
+        if replacement.needs_curvature(utility):
+            raise ValueError(f"utility must not need curvature, which prune_units does not get, got {utility!r}")
         after = UpdatedParams(leaves_by_path(params), jax.tree.map(jnp.zeros_like, leaves_by_path(params)))
         data, impl = keys.as_key_data(key)
 
@@ -197,7 +200,7 @@ def _utilities(groups, params, utility, features, grads, key) -> dict[str, chex.
                 positions = [consumer.kernel.positions for consumer in group.operands()]
                 means = tuple(batch_mean(h, n) for h, n in zip(activations, positions, strict=True))
             drawn = jax.random.fold_in(jax.random.wrap_key_data(data, impl=impl), number)
-            gradients = {} if grads is None else leaves_by_path(grads)
+            gradients = _NoGradients() if grads is None else leaves_by_path(grads)
             return GroupView(group, features, after, gradients, drawn, jnp.ones([], jnp.int32), means)
 
         values = {group.name: jnp.asarray(utility_fn(view(n, group))) for n, group in enumerate(groups)}
@@ -208,6 +211,13 @@ def _utilities(groups, params, utility, features, grads, key) -> dict[str, chex.
             )
     dtype = jnp.result_type(*values.values())
     return {name: value.astype(dtype) for name, value in values.items()}
+
+
+class _NoGradients(dict):
+    """What a utility sees as gradients if there are none."""
+
+    def __missing__(self, path):
+        raise ValueError("this utility needs gradients: prune_units(..., grads=...), got grads=None")
 
 
 def _checked(keep: Keep | None, groups: units_lib.Units) -> dict[str, chex.Array]:

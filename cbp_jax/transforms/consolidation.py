@@ -146,6 +146,8 @@ def add_consolidation(
             *state.importance_means,
             *state.previous,
         )
+        if not jax.tree.leaves(updates):  # a mask may leave no parameter
+            return updates, state
         previous = (0, 0) if importance.follows_path else ()
         one = (0, ConsolidationState(0, 0, (0,) * importance.means, 0, previous))
         return jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure(one), results)

@@ -59,7 +59,8 @@ def periodic_reset(
 
     Raises:
       ValueError: `every` is out of range; in `init`, the params have no such layer, or a parameter is missing in
-        `init(key)` or has another shape; in `update`, params are missing.
+        `init(key)` or has another shape, or layers are given and the inner state is not understood; in `update`, params
+        are missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -88,10 +89,13 @@ def periodic_reset(
             if path not in fresh or fresh[path].shape != jnp.shape(shapes[path]):
                 found = fresh[path].shape if path in fresh else "nothing"
                 raise ValueError(f"init must give {path!r} in the shape {jnp.shape(shapes[path])}, got {found}")
+        inner_state = inner.init(params)
+        if layers is not None:
+            inner_state_lib.check(inner, inner_state, params, of_reset)
         return PeriodicResetState(
             key=keys.init_key(jax.random.wrap_key_data(key_data, impl=key_impl), params),
             count=jnp.zeros([], jnp.int32),
-            inner_state=inner.init(params),
+            inner_state=inner_state,
         )
 
     def update_fn(

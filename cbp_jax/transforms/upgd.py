@@ -375,6 +375,8 @@ def _normalize(
     tiny = np.finfo(np.float32).tiny  # if it replaces 0, all utilities are 0, or all gates are open
     if scope == "global":
         largest = [jnp.max(u) for u in jax.tree.leaves(utility) if u.size]
+        if not largest:  # a mask may leave no parameter
+            return utility
         # Multiplied by the inverse, since divisions are expensive.
         inverse = 1 / jnp.maximum(jnp.abs(jnp.max(jnp.stack(largest))), tiny)
         return jax.tree.map(lambda u: u * inverse, utility)

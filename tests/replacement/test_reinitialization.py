@@ -211,3 +211,14 @@ def test_compensation_adds_the_removed_contribution_to_the_bias(name):
     np.testing.assert_array_equal(replaced, same)
     gave = np.where(replaced, features["params/Dense_0"].mean(0), 0.0) @ PARAMS["params"]["Dense_1"]["kernel"]
     np.testing.assert_allclose(compensated - plain, gave, rtol=1e-4, atol=1e-6)
+
+
+def test_further_random_numbers_are_not_those_of_the_weights():
+    def telling(new):
+        """New weights are 1 if the key for further numbers is also a key of weights, otherwise 0."""
+        same = [(jax.random.key_data(new.key) == jax.random.key_data(key)).all() for key in new.keys]
+        return Fresh([jnp.full_like(drawn, jnp.stack(same).any()) for drawn in new.drawn])
+
+    params, _ = replaced(telling)
+    assert (columns(params["Conv_0"]["kernel"], [3, 0]) == 0).all()
+    assert (columns(params["Dense_0"]["kernel"], [1, 2, 5]) == 0).all()

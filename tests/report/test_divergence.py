@@ -3,6 +3,7 @@ import warnings
 import numpy as np
 
 from cbp_jax.report import (
+    comparison_table,
     diverged_tasks,
     finished_tasks,
     join_results,
@@ -10,6 +11,8 @@ from cbp_jax.report import (
     load_results,
     mark_diverged,
     new_results,
+    paired_differences,
+    plot_differences,
     plot_grid,
     plot_run,
     plot_sensitivity,
@@ -99,6 +102,18 @@ def test_statistics_leave_out_diverged_lanes_and_say_how_many():
     assert f"{DEAD}: 3 of 3 seeds diverged" in table and "momentum=0):" not in table
     found = sensitivity(results)
     assert int(found.diverged.sum()) == 4 and int(found.accuracy.notnull().sum()) == 3 + 3 + 2
+
+
+def test_methods_that_diverged_are_not_compared():
+    results, _ = sick_results()
+    first, second, *_ = results.method.values.tolist()
+    found = paired_differences(results, first)
+    assert found[second].mean == 0 and np.isnan([found[SICK].mean, found[DEAD].mean]).all()
+    table = comparison_table(results, [first])
+    row = next(line for line in table.splitlines() if line.startswith(f"{SICK} "))
+    assert row.removeprefix(SICK).split() == ["-", "-", "-"]
+    assert f"{SICK}: 1 of 3 seeds diverged, so it is not compared." in table and f"{second}:" not in table
+    assert len(plot_differences(results, [first]).axes[0].get_yticklabels()) == 2
 
 
 def test_pictures_mark_diverged_lanes(tmp_path):

@@ -255,6 +255,13 @@ def test_panels_that_were_not_measured_are_left_out():
     assert [bool(ax.get_xlabel()) for ax in three.axes] == [False, True, True]
 
 
+def test_a_picture_of_nothing_that_was_measured_is_refused():
+    with pytest.raises(
+        ValueError, match=r"measures: the results have none of \['plasticity'\]; they have \['accuracy'"
+    ):
+        plot_tasks(results_of(["bp"]), measures=["plasticity"])
+
+
 def test_many_methods_are_cut_to_the_best_variant_of_each_learner():
     methods = [f"bp(step_size={i})" for i in range(6)] + [f"cbp(rate={i})" for i in range(6)]
     results = results_of(methods, learners=["bp"] * 6 + ["cbp"] * 6)

@@ -13,7 +13,7 @@ from cbp_jax.report import (
     stream_measures,
     summary,
 )
-from cbp_jax.report.statistics import mean_and_error, performance
+from cbp_jax.report.statistics import bootstrap_interval, interval_text, mean_and_error, performance
 
 
 def results_of(accuracy, tasks=None, **measures):
@@ -101,6 +101,21 @@ def test_a_summary_has_no_intervals_for_one_seed_and_dashes_for_missing_values()
     table = summary(results_of([[[0.5, 0.75]], [[np.nan, np.nan]]], tasks=7))
     assert row(table, "a").split() == ["a", "1", "2/7", "50.00", "75.00", "2", "75.00", "0.00", "-"]
     assert row(table, "b").split() == ["b", "0", "0/7", "-", "-", "-", "-", "-", "-"]
+
+
+def test_intervals_are_of_the_seeds_that_have_a_value():
+    values = np.array([1.0, 3.0, np.nan])
+    assert interval_text(values, 2) == interval_text(values[:2], 2) == "2.00 ± 12.71"  # t of one degree of freedom
+    assert interval_text(values[1:], 2) == "3.00"
+    low, high = bootstrap_interval(np.array([[1.0, 5.0], [np.nan, 6.0]]))
+    np.testing.assert_array_equal([low, high], [[np.nan, 5], [np.nan, 6]])
+
+
+def test_plasticity_in_a_summary_is_the_mean_over_all_tasks():
+    results = results_of([[[0.5] * 15]], tasks=15)
+    plasticity = np.broadcast_to(np.arange(15) < 5, (1, 1, 15)).astype(np.float32)
+    results = results.assign(plasticity=(("method", "seed", "task"), plasticity))
+    assert "0.333" in row(summary(results), "a").split()  # 5 of 15
 
 
 def test_the_best_loss_in_a_summary_is_the_least():

@@ -169,6 +169,20 @@ def test_utilities_by_name_are_those_of_continual_backpropagation():
     assert len(set(map(tuple, keys))) > 1
 
 
+@pytest.mark.parametrize(
+    ("utility", "words"),
+    [
+        ("zero_contribution", "features must hold the activations of group"),
+        ("taylor", "this utility needs gradients: prune_units"),
+        ("gradient", "this utility needs gradients: prune_units"),
+        ("upgd_second_order", "utility must not need curvature, .* got 'upgd_second_order'"),
+    ],
+)
+def test_what_a_utility_needs_is_named(utility, words):
+    with pytest.raises(ValueError, match=words):
+        prune_units(VARIABLES, UNITS, 0.5, utility=utility)
+
+
 def test_under_vmap():
     utilities = {group.name: jnp.asarray(RNG.normal(size=(3, group.size))) for group in UNITS}
     together = jax.jit(jax.vmap(lambda utility: prune_units(VARIABLES, UNITS, 0.3, utility=utility)))(utilities)

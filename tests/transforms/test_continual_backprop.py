@@ -241,6 +241,17 @@ def test_non_finite_utility_does_not_take_the_place_of_the_least_finite_one():
         assert np.flatnonzero(state.replaced["layer_1"][0]).tolist() == gone
 
 
+@pytest.mark.parametrize(("utility", "gone"), [("adaptable_contribution", 1), ("adaptation", 0)])
+def test_units_without_incoming_weights_have_a_finite_utility(utility, gone):
+    """They are constant, so the adaptable contribution is 0, while adaptation is very large. The mean is rounded."""
+    params, units = make((3, 5, 2))
+    params["layer_1"]["kernel"] = jnp.full((3, 5), 2.0).at[:, 0].set(3.0).at[:, 1].set(0.0)
+    features = {"layer_1": jnp.asarray([[1.0, 0.7, 2.0, 3.0, 4.0], [2.0, 0.7, 3.0, 4.0, 5.0]])}
+    _, (_, state) = hold(still(units, replacement_rate=0.2, maturity_threshold=0, utility=utility), params, features, 1)
+    assert np.flatnonzero(state.replaced["layer_1"][0]).tolist() == [gone]
+    assert np.isfinite(state.utility["layer_1"]).all()
+
+
 @pytest.mark.parametrize("sizes", [(3, 5, 2), (4, 4, 4)])
 def test_the_absolute_value_is_taken_of_each_element_before_the_mean(sizes):
     params, units = make(sizes)

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import cbp_jax
+from cbp_jax.replacement import UTILITIES, replaced_units
 
 PARAMS = {"w1": jnp.linspace(-1.0, 1.0, 32).reshape(4, 8), "w2": jnp.linspace(1.0, -1.0, 16).reshape(8, 2)}
 X = jnp.linspace(0.0, 1.0, 12).reshape(3, 4)
@@ -116,6 +117,55 @@ def test_types_are_stable(make, dtype):
         kind = lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type)
         assert jax.tree.map(kind, after) == jax.tree.map(kind, state)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {dtype}
+
+
+@pytest.mark.parametrize("utility", UTILITIES)
+def test_every_utility_keeps_its_type_where_float64_is_the_default(utility):
+    deep = lambda params, x: jax.nn.relu(apply_fn(params, x)) @ params["w3"]
+    params = PARAMS | {"w3": jnp.ones((2, 3))}
+    units = cbp_jax.discover_units(deep, params, X)
+    with jax.enable_x64(True):
+        tx = cbp_jax.continual_backprop(optax.sgd(0.1), units, utility=utility, max_replacements=1)
+
+        def update(params):
+            _, features = cbp_jax.with_features(deep, units)(params, X)
+            state = tx.init(params)
+            _, after = tx.update(params, state, params, features=features, hessian_diag=params)
+            return state, after, replaced_units(after), replaced_units(())
+
+        before, after, *replaced = jax.eval_shape(update, params)
+    kind = lambda leaf: (leaf.shape, leaf.dtype)
+    assert jax.tree.map(kind, after) == jax.tree.map(kind, before)
+    assert [each.dtype for each in replaced] == [jnp.float32] * 2
+
+
+def test_hyperparameters_may_be_of_low_precision():
+    """optax.inject_hyperparams gives them the type of the parameters."""
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    state = optax.inject_hyperparams(cbp_jax.adam)(0.5, b1=0.5, b2=0.75).init(params)
+    assert state.hyperparams["learning_rate"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"b2 must be in \[0, 1\), got 1.0"):  # 0.999 in bfloat16
+        optax.inject_hyperparams(cbp_jax.adam)(0.5).init(params)
+    optax.inject_hyperparams(cbp_jax.adam, hyperparam_dtype=jnp.float32)(0.5).init(params)
+
+
+@pytest.mark.parametrize("name", ["upgd", "adaptive_upgd", "ewc", "rwalk"])
+def test_a_mask_may_leave_no_parameter(name):
+    optimizers = OPTIMIZERS | {"rwalk": cbp_jax.rwalk}
+    tx = optax.partition({"none": optimizers[name](0.1), "all": optax.sgd(0.5)}, {"w1": "all", "w2": "all"})
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(updates["w2"], -0.5 * PARAMS["w2"])
+
+
+def test_an_extra_argument_for_each_parameter_is_masked_if_optax_is_told():
+    masked = lambda **extra: optax.masked(cbp_jax.upgd(0.1, order=2), {"w1": True, "w2": False}, **extra)
+    told, untold = masked(mask_compatible_extra_args=True), masked()
+    updates, _ = told.update(PARAMS, told.init(PARAMS), PARAMS, hessian_diag=PARAMS)
+    assert (updates["w1"] != PARAMS["w1"]).all() and (updates["w2"] == PARAMS["w2"]).all()
+    with pytest.raises(
+        ValueError, match=r"hessian_diag must .*; pass mask_compatible_extra_args=True to optax\.masked"
+    ):
+        untold.update(PARAMS, untold.init(PARAMS), PARAMS, hessian_diag=PARAMS)
 
 
 @pytest.mark.parametrize("name", [*WITH_SCHEDULE, "shrink_and_perturb"])

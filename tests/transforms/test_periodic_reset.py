@@ -93,3 +93,11 @@ def test_bad_arguments_are_refused():
         make().update(PARAMS, make().init(PARAMS))
     with pytest.raises(ValueError, match="reset_every says when"):
         parse_method("bp:reset_every=5")
+
+
+def test_an_inner_state_that_cannot_be_reset_for_some_layers_is_refused():
+    params = {"hidden": jnp.ones((256, 256)), "head": jnp.ones((256, 256))}
+    make = lambda layers: cbp_jax.periodic_reset(optax.adafactor(0.1), lambda key: params, every=2, layers=layers)
+    jax.eval_shape(make(None).init, params)  # the whole state is reset
+    with pytest.raises(ValueError, match="v_row"):
+        make(["head"]).init(params)
