@@ -9,7 +9,7 @@ import pytest
 
 # Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
-    "test_example": ("equinox_model", "haiku_transform"),
+    "test_example": ("equinox_model", "haiku_transform", "nnx_optimizer"),
 }
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent / "examples").glob("*.py"))

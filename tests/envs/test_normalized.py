@@ -67,7 +67,7 @@ class Running:
 ACTIONS = jnp.array([1.0, 2.0, -0.5, 2.5, 3.0, 0.1, 0.2, 0.1, 0.3, -0.2, 4.0, 1.0, 1.0, 1.0, -40.0, 0.5])
 
 
-@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("terminal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_observations_and_rewards_are_normalized_by_all_so_far(terminal):
     episodes = Episodes(Drift(), episode_length=5, time_limit_is_terminal=terminal)
     keys = jax.random.split(jax.random.key(0), 2)

@@ -18,6 +18,7 @@ from cbp_jax.rl import ppo
 # Cases that are similar to others and take seconds to compile; see conftest.py.
 SLOW_CASES = {
     "test_any_transformation_trains_an_agent_without_being_traced_again": ("redo", "upgd"),
+    "test_the_network_or_its_head_is_reset_with_each_period": ("none", "network"),
 }
 
 PROBES = ("constant_terminated", "constant_truncated", "two_steps", "observation", "action", "cut_elsewhere")
@@ -352,8 +353,9 @@ class Clocked(Probe):
         return after.replace(info=after.info | {"steps": steps, "period": steps // 20})
 
 
-@pytest.mark.parametrize("reset", ["", "head", pytest.param("network", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reset", ["none", "head", "network"])
 def test_the_network_or_its_head_is_reset_with_each_period(reset):
+    reset = "" if reset == "none" else reset
     network = nets.ActorCritic(action_size=1, hidden=(4,))
     adam = lambda units: cbp_jax.adam(0.01)
     init, update = ppo.make(Clocked(4), network, adam, ppo.Settings(2, 4, 1, 2), reset=reset)

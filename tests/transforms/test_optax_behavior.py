@@ -3,6 +3,7 @@
 Unknown extra arguments, `optax.tree.map_params`, schedules, float16 and float64, sharded parameters, convergence.
 """
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -119,16 +120,22 @@ def test_types_are_stable(make, dtype):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {dtype}
 
 
+@functools.cache
+def deep():
+    """Return the parameters, units and activations of a network with a group that reads another one."""
+    apply = lambda params, x: jax.nn.relu(apply_fn(params, x)) @ params["w3"]
+    params = PARAMS | {"w3": jnp.ones((2, 3))}
+    units = cbp_jax.discover_units(apply, params, X)
+    return params, units, cbp_jax.with_features(apply, units)(params, X)[1]
+
+
 @pytest.mark.parametrize("utility", UTILITIES)
 def test_every_utility_keeps_its_type_where_float64_is_the_default(utility):
-    deep = lambda params, x: jax.nn.relu(apply_fn(params, x)) @ params["w3"]
-    params = PARAMS | {"w3": jnp.ones((2, 3))}
-    units = cbp_jax.discover_units(deep, params, X)
+    params, units, features = deep()
     with jax.enable_x64(True):
         tx = cbp_jax.continual_backprop(optax.sgd(0.1), units, utility=utility, max_replacements=1)
 
         def update(params):
-            _, features = cbp_jax.with_features(deep, units)(params, X)
             state = tx.init(params)
             _, after = tx.update(params, state, params, features=features, hessian_diag=params)
             return state, after, replaced_units(after), replaced_units(())
