@@ -21,7 +21,7 @@ def contract_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compute the convolutions of a network as matrix products on a CPU. On other devices the network is unchanged.
 
     Inside a loop, such as training steps under `jax.lax.scan`, XLA runs convolutions on a CPU as naive loops on one
-    thread, while matrix products stay fast. With products, steps of a small residual network are 13 to 16 times faster
+    thread, while matrix products stay fast. With products, steps of a small residual network are 13 times faster
     (`benchmarks/convolutions.py`). Results are the same within rounding.
 
     A convolution is a sum over the kernel's spatial positions of products of the shifted image with the kernel's

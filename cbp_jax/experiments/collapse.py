@@ -1,7 +1,7 @@
 """Policy collapse (Elsayed & Mahmood, ICLR 2024, Figure 8): PPO on Brax's walkers.
 
 Like the published program, a run uses one environment: `--env` is "ant", "halfcheetah", "hopper", "walker2d" or
-"humanoid". The preset "paper" has that program's settings, and 30 seeds, as in the figure:
+"humanoid". The preset "paper" has that program's settings, and 30 seeds:
 
 - one environment with 488 rollouts of 2,048 steps, as many as fit into 1,000,000 steps; actions clipped; observations
   and rewards normalized online and clipped to [-10, 10]; the time limit of 1,000 steps terminates episodes, since the

@@ -80,6 +80,7 @@ FIGURES: tuple[Figure, ...] = (
         "Online Permuted MNIST: step sizes, dead units, weight magnitude, effective rank",
         "online_permuted --preset step_size",
         "30 lanes of 48M updates; 2 to 5 days a lane",
+        "one step size, width 100 at full length, five seeds; the effects show",
     ),
     Figure(
         NATURE,
@@ -87,7 +88,7 @@ FIGURES: tuple[Figure, ...] = (
         "Online Permuted MNIST: sizes of the network",
         "online_permuted --preset network_size",
         "30 lanes of 48M updates; half an hour a lane at width 100, 17 hours at 1,000, 2 months at 10,000",
-        "width 100 in full length, five seeds; the effect shows",
+        "width 100 at full length, five seeds; the effect shows",
     ),
     Figure(
         NATURE,
@@ -102,7 +103,7 @@ FIGURES: tuple[Figure, ...] = (
         "Online Permuted MNIST: Adam, dropout, online normalization, L2, shrink and perturb, CBP",
         "online_permuted --preset paper",
         "600 lanes of 48M updates; 2 to 6 days a lane, with Adam 6 to 17",
-        "150 tasks of 4,000 images, width 100; in full length backpropagation, L2 and CBP, width 100",
+        "150 tasks of 4,000 images, width 100; at full length backpropagation, L2 and CBP, width 100",
     ),
     Figure(
         UPGD,
@@ -115,13 +116,13 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         UPGD,
         "Fig. 1",
-        "Adam with and without restarts; for label-permuted EMNIST and others: label_permuted --preset restarts",
+        "Adam with and without restarts, in 1M steps instead of 15M; for EMNIST: label_permuted --preset restarts",
         "input_permuted --preset restarts",
         "200 lanes of 1M updates; 10 minutes a lane",
     ),
     Figure(
         UPGD,
-        "input-permuted MNIST, Fig. 5",
+        "input-permuted MNIST, Figs. 3 to 5",
         "accuracy of all learners at their published best, plasticity, weights and gradients",
         "input_permuted --preset best",
         "200 lanes of 1M updates; 10 minutes a lane",
@@ -129,7 +130,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         UPGD,
-        "label-permuted EMNIST",
+        "label-permuted EMNIST, Fig. 6b",
         "the same; --preset paper is the search behind it, as for input-permuted MNIST",
         "label_permuted --preset best",
         "200 lanes of 1M updates; 10 minutes a lane",
@@ -137,7 +138,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         UPGD,
-        "label-permuted CIFAR-10",
+        "label-permuted CIFAR-10, Fig. 6a",
         "the same with LeNet; for mini-ImageNet, --dataset names a file of its features",
         "label_permuted --preset best --dataset cifar10",
         "200 lanes of 1M updates; an hour a lane",
@@ -192,6 +193,7 @@ FIGURES: tuple[Figure, ...] = (
         "one low-rank adapter for each task of a stream, with and without L1 on its change",
         "continual_lora --preset paper",
         "hours of an accelerator",
+        "five tasks, three layers of a sentence encoder, three orders, three seeds",
     ),
     Figure(
         QUESTIONS,
